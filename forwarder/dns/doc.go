@@ -1,0 +1,27 @@
+// Package dns is the resolver at the sandbox's DNS address: it answers what the
+// sandbox's own configuration knows (--add-host names, localhost) and forwards
+// every other question, as a whole message, to the host's upstream servers.
+//
+//	sandbox ─ UDP ─ ServePacket ─┐                 ┌─ local names (hosts.go)
+//	                             ├─ judge ─ answer ┤
+//	sandbox ─ TCP ─ ServeStream ─┘    (judge.go)   └─ upstream, UDP then TCP
+//	                                                  (exchange.go, via Dialer)
+//
+// judge.go is the one place where a question is judged; whatever comes later
+// to gate or record names belongs there.
+//
+// Messages stay in wire form from end to end. No compression pointer is ever
+// followed and no record is ever re-encoded, so unknown types, DNSSEC bits and
+// EDNS options pass untouched and a crafted message has nothing to loop on.
+// Only the ID (drawn afresh for each upstream try), the counts and the TC bit
+// are ever rewritten (wire.go).
+//
+// Everything is bounded by Limits: queries in flight, large answers held,
+// streams, queries pipelined per stream, idle time and time per query. Close
+// returns after the last goroutine.
+//
+// The package opens no socket itself: Config.Dialer does, and only for the
+// servers that the host's configuration named. Watcher follows resolv.conf; it
+// needs a file system, so it runs in the monitor, which pushes Upstreams to the
+// worker's Resolver.
+package dns

@@ -1,0 +1,348 @@
+package dns
+
+// Asking upstream.
+//
+// One query makes up to Attempts rounds over the servers, in the order of the
+// host's configuration (or rotated), servers that failed lately last. A server
+// that cannot answer (SERVFAIL, REFUSED, ...) is not asked again; its word is
+// kept and passed on if no other server knows better.
+//
+// Over UDP each try has a connected socket of its own, so the kernel draws a
+// fresh source port and discards what other addresses send, and an ID of its
+// own from the system's random source. A datagram that carries another ID or
+// question is ignored, and the wait goes on (RFC 5452 section 9).
+//
+// An answer that upstream truncated, or that did not fit udpBuffer, is fetched
+// again over TCP when the client can take more than what UDP brought.
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+const (
+	// udpBuffer is the largest answer taken from UDP. Larger ones would be
+	// fragmented on most paths; TCP carries them.
+	udpBuffer = 4096
+
+	// maxIgnored is how many stray datagrams one try puts up with.
+	maxIgnored = 64
+
+	// failedFor is how long a server that failed is asked last.
+	failedFor = 10 * time.Second
+)
+
+var (
+	errNoServer  = errors.New("no upstream server")
+	errMalformed = errors.New("malformed answer")
+	errForeign   = errors.New("answers to other questions only")
+)
+
+// serverSet is one state of the configuration. up is never written.
+type serverSet struct {
+	up Upstreams
+
+	mu     sync.Mutex // guards the rest
+	next   int        // of the rotation
+	failed map[netip.AddrPort]time.Time
+}
+
+func newServerSet(u Upstreams) *serverSet {
+	return &serverSet{up: u, failed: make(map[netip.AddrPort]time.Time)}
+}
+
+// order is the servers in the order to ask them in.
+func (s *serverSet) order(now time.Time) []netip.AddrPort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.up.Servers)
+	good := make([]netip.AddrPort, 0, n)
+	var bad []netip.AddrPort
+	for i := range n {
+		server := s.up.Servers[(s.next+i)%n]
+		if t, ok := s.failed[server]; ok && now.Sub(t) < failedFor {
+			bad = append(bad, server)
+		} else {
+			good = append(good, server)
+		}
+	}
+	if s.up.Rotate && n > 0 {
+		s.next = (s.next + 1) % n
+	}
+	return append(good, bad...)
+}
+
+func (s *serverSet) note(server netip.AddrPort, failed bool, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if failed {
+		s.failed[server] = now // only servers of up get here: bounded by it
+	} else {
+		delete(s.failed, server)
+	}
+}
+
+// answer is what goes back to the client; release is called when it has been
+// delivered.
+type answer struct {
+	msg     []byte
+	release func()
+}
+
+// forward asks upstream and returns what to tell the client: always something.
+func (r *Resolver) forward(ctx context.Context, qy *query) answer {
+	ctx, cancel := context.WithTimeout(ctx, r.limits.QueryTime)
+	defer cancel()
+	defer context.AfterFunc(r.ctx, cancel)()
+	a, err := r.ask(ctx, qy)
+	if err != nil {
+		r.stats.ServFail.Add(1)
+		put16(qy.msg, 0, qy.id)
+		a = answer{msg: qy.fail(qy.msg, rcodeServFail), release: func() {}}
+		return a
+	}
+	r.stats.Forwarded.Add(1)
+	put16(a.msg, 0, qy.id)
+	// The client's own spelling, in case upstream folded its letters: a client
+	// that mixes them as a nonce looks for it.
+	copy(a.msg[headerLen:qy.q.end], qy.msg[headerLen:])
+	a.msg = r.fit(a.msg, qy)
+	return a
+}
+
+func (r *Resolver) ask(ctx context.Context, qy *query) (answer, error) {
+	var unwilling answer // the first answer with an error code, if any
+	refused := make(map[netip.AddrPort]bool)
+	cause := errNoServer
+	set := r.set.Load()
+	for round := 0; round < set.up.attempts(); round++ {
+		for _, server := range set.order(time.Now()) {
+			if refused[server] {
+				continue
+			}
+			a, err := r.try(ctx, set, server, qy)
+			if ctx.Err() != nil && err != nil { // the query's end is not the server's fault
+				if unwilling.msg != nil {
+					return unwilling, nil
+				}
+				return answer{}, ctx.Err()
+			}
+			set.note(server, err != nil, time.Now())
+			if err != nil {
+				r.stats.UpstreamFailures.Add(1)
+				cause = err
+				continue
+			}
+			switch rcode(be16(a.msg, 2) & maskRcode) {
+			case rcodeFormErr, rcodeServFail, rcodeNotImp, rcodeRefused:
+				refused[server] = true
+				if unwilling.msg == nil {
+					unwilling = a
+				} else {
+					a.release()
+				}
+			default:
+				if unwilling.msg != nil {
+					unwilling.release()
+				}
+				return a, nil
+			}
+		}
+		set = r.set.Load()
+	}
+	if unwilling.msg != nil {
+		return unwilling, nil
+	}
+	return answer{}, cause
+}
+
+// try asks one server once. The answer is well formed and to the question.
+func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPort, qy *query) (answer, error) {
+	if r.dialer == nil {
+		return answer{}, errNoServer
+	}
+	r.stats.UpstreamTries.Add(1)
+	done := func() {}
+	if !set.up.UseVC {
+		msg, whole, err := r.tryUDP(ctx, set.up.timeout(), server, qy)
+		if err != nil {
+			return answer{}, err
+		}
+		// A client that takes no more than what fits a datagram everywhere
+		// would get a truncated answer from TCP as well, only later.
+		if whole || qy.limit <= ednsUDPSize {
+			return answer{msg: msg, release: done}, nil
+		}
+		if a, err := r.tryTCP(ctx, set.up.timeout(), server, qy); err == nil {
+			return a, nil
+		}
+		return answer{msg: msg, release: done}, nil // truncated, and says so
+	}
+	return r.tryTCP(ctx, set.up.timeout(), server, qy)
+}
+
+// dial opens a socket that ends with ctx or after timeout, whichever is first.
+func (r *Resolver) dial(ctx context.Context, network string, timeout time.Duration, server netip.AddrPort) (net.Conn, func(), error) {
+	deadline := time.Now().Add(timeout)
+	dctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	c, err := r.dialer.Dial(dctx, network, server)
+	if err != nil {
+		return nil, nil, fmt.Errorf("dialling %s %v: %w", network, server, err)
+	}
+	if err := c.SetDeadline(deadline); err != nil {
+		c.Close()
+		return nil, nil, fmt.Errorf("setting a deadline: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	return c, func() { stop(); c.Close() }, nil
+}
+
+// newID puts a fresh ID into the query.
+func (qy *query) newID() {
+	rand.Read(qy.msg[:2]) // never fails: crypto/rand
+}
+
+// tryUDP returns an answer, and whether it is all of it.
+func (r *Resolver) tryUDP(ctx context.Context, timeout time.Duration, server netip.AddrPort, qy *query) (msg []byte, whole bool, err error) {
+	c, done, err := r.dial(ctx, "udp", timeout, server)
+	if err != nil {
+		return nil, false, err
+	}
+	defer done()
+	qy.newID()
+	if _, err := c.Write(qy.msg); err != nil {
+		return nil, false, fmt.Errorf("asking %v: %w", server, err)
+	}
+	// One byte more than wanted tells a datagram that was cut short.
+	buf := make([]byte, min(max(qy.limit, ednsUDPSize), udpBuffer)+1)
+	for range maxIgnored {
+		n, err := c.Read(buf)
+		if err != nil {
+			return nil, false, fmt.Errorf("waiting for %v: %w", server, err)
+		}
+		if !answers(buf[:n], qy) {
+			r.stats.UpstreamIgnored.Add(1)
+			continue
+		}
+		cut := n == len(buf) || be16(buf, 2)&bitTC != 0
+		msg, ok := tidy(buf[:n], qy, cut)
+		if !ok {
+			return nil, false, fmt.Errorf("%v: %w", server, errMalformed)
+		}
+		return msg, !cut, nil
+	}
+	return nil, false, fmt.Errorf("%v: %w", server, errForeign)
+}
+
+// tryTCP holds a token of r.large from before the answer is read until it is
+// delivered, so the memory in large answers is bounded whatever clients do.
+func (r *Resolver) tryTCP(ctx context.Context, timeout time.Duration, server netip.AddrPort, qy *query) (answer, error) {
+	select {
+	case r.large <- struct{}{}:
+	case <-ctx.Done():
+		return answer{}, ctx.Err()
+	}
+	release := sync.OnceFunc(func() { <-r.large })
+	r.stats.UpstreamTCP.Add(1)
+	msg, err := r.overTCP(ctx, timeout, server, qy)
+	if err != nil {
+		release()
+		return answer{}, err
+	}
+	return answer{msg: msg, release: release}, nil
+}
+
+func (r *Resolver) overTCP(ctx context.Context, timeout time.Duration, server netip.AddrPort, qy *query) ([]byte, error) {
+	c, done, err := r.dial(ctx, "tcp", timeout, server)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	qy.newID()
+	if _, err := c.Write(prefixed(qy.msg)); err != nil {
+		return nil, fmt.Errorf("asking %v: %w", server, err)
+	}
+	var prefix [2]byte
+	if _, err := io.ReadFull(c, prefix[:]); err != nil {
+		return nil, fmt.Errorf("waiting for %v: %w", server, err)
+	}
+	msg := make([]byte, be16(prefix[:], 0))
+	if _, err := io.ReadFull(c, msg); err != nil {
+		return nil, fmt.Errorf("reading from %v: %w", server, err)
+	}
+	if !answers(msg, qy) {
+		return nil, fmt.Errorf("%v: %w", server, errForeign)
+	}
+	msg, ok := tidy(msg, qy, false)
+	if !ok {
+		return nil, fmt.Errorf("%v: %w", server, errMalformed)
+	}
+	return msg, nil
+}
+
+// prefixed is msg as it goes over a stream, in one piece (RFC 7766 section 8).
+func prefixed(msg []byte) []byte {
+	out := binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(msg)), uint16(len(msg)))
+	return append(out, msg...)
+}
+
+// answers reports whether msg is a response to qy as it was last sent. An old
+// server's error may come without the question (RFC 8906 section 3.1.4).
+func answers(msg []byte, qy *query) bool {
+	if len(msg) < headerLen || be16(msg, 0) != be16(qy.msg, 0) {
+		return false
+	}
+	bits := be16(msg, 2)
+	if bits&bitQR == 0 || bits&maskOpcode != 0 {
+		return false
+	}
+	switch be16(msg, 4) {
+	case 0:
+		return len(msg) == headerLen && rcode(bits&maskRcode) != rcodeSuccess
+	case 1:
+		return sameQuestion(msg, qy.msg, qy.q.end)
+	}
+	return false
+}
+
+// tidy returns an answer that is well formed to its last byte: what follows the
+// last record is dropped, and of one that was cut within a record (some servers
+// do that) only the question is kept, with TC set.
+func tidy(msg []byte, qy *query, cut bool) ([]byte, bool) {
+	if be16(msg, 4) == 0 {
+		out := reply(qy.msg, qy.q.end, rcode(be16(msg, 2)&maskRcode))
+		if qy.edns {
+			out = appendOPT(out, qy.do)
+		}
+		return out, true
+	}
+	opts := 0
+	end, ok := walk(msg, qy.q.end, func(rec record) bool {
+		if rec.rtype == typeOPT {
+			opts++
+		}
+		return opts <= 1
+	})
+	if ok {
+		return msg[:end], true
+	}
+	if !cut {
+		return nil, false
+	}
+	out := msg[:qy.q.end]
+	clear(out[6:headerLen])
+	put16(out, 2, be16(out, 2)|bitTC)
+	if qy.edns {
+		out = appendOPT(out, qy.do)
+	}
+	return out, true
+}

@@ -1,0 +1,138 @@
+package dns
+
+// Judging: the one place where a message from the sandbox is looked at and it
+// is decided what becomes of it. The outcome is one of: silence, an answer made
+// here, or a query to forward. It never blocks.
+
+import "net/netip"
+
+// maxQuery bounds a message from the sandbox. A question is at most 259 bytes;
+// the rest is EDNS options (padding to 468 is the largest in practice) and
+// signatures.
+const maxQuery = 4096
+
+// query is one question from the sandbox on its way upstream.
+type query struct {
+	msg    []byte // our own copy
+	q      question
+	id     uint16         // the client's
+	limit  int            // the largest answer the client can take
+	stream bool           // it came over TCP
+	edns   bool           // it has an OPT record
+	do     bool           // ... with the DNSSEC OK bit
+	from   netip.AddrPort // the client
+}
+
+// verdict: at most one of answer and forward is set; neither means silence.
+type verdict struct {
+	answer  []byte
+	forward *query
+}
+
+// judge decides about msg. It keeps no reference to msg.
+func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
+	r.stats.Queries.Add(1)
+	if len(msg) < headerLen || be16(msg, 2)&bitQR != 0 {
+		// Not a query: an answer to it would be an invitation to a loop.
+		r.stats.Malformed.Add(1)
+		return verdict{}
+	}
+	qy, code := parseQuery(msg)
+	qy.from, qy.stream = from, stream
+	if stream {
+		qy.limit = maxMessage
+	}
+	switch code {
+	case rcodeSuccess:
+	case rcodeFormErr:
+		r.stats.FormErr.Add(1)
+		return verdict{answer: qy.fail(msg, code)}
+	case rcodeNotImp:
+		r.stats.NotImp.Add(1)
+		return verdict{answer: qy.fail(msg, code)}
+	default:
+		r.stats.Refused.Add(1)
+		return verdict{answer: qy.fail(msg, code)}
+	}
+	if records, code, known := r.local.find(qy.q); known {
+		r.stats.Local.Add(1)
+		out := reply(msg, qy.q.end, code)
+		for _, rec := range records {
+			if len(out)+12+len(rec) > maxMessage-optRecordLen {
+				break
+			}
+			out = appendRecord(out, be16(rec, 0), localTTL, rec[2:])
+		}
+		if qy.edns {
+			out = appendOPT(out, qy.do)
+		}
+		return verdict{answer: r.fit(out, &qy)}
+	}
+	qy.msg = append([]byte(nil), msg...)
+	return verdict{forward: &qy}
+}
+
+// parseQuery reads msg, which has a header and is not a response. On any code
+// but success, what could be read until then is filled in.
+func parseQuery(msg []byte) (query, rcode) {
+	qy := query{id: be16(msg, 0), limit: minUDPSize}
+	bits := be16(msg, 2)
+	if bits&maskOpcode != 0 { // NOTIFY, UPDATE, STATUS, ...: not for a forwarder
+		return qy, rcodeNotImp
+	}
+	if len(msg) > maxQuery || be16(msg, 4) != 1 {
+		return qy, rcodeFormErr
+	}
+	q, ok := readQuestion(msg)
+	if !ok {
+		return qy, rcodeFormErr
+	}
+	qy.q = q
+	opts := 0
+	end, ok := walk(msg, q.end, func(rec record) bool {
+		if rec.rtype != typeOPT {
+			return true
+		}
+		opts++
+		qy.edns = true
+		qy.limit = max(int(rec.class), minUDPSize)
+		// The owner of an OPT record is the root, one byte; flags are in the
+		// lower half of its TTL field.
+		qy.do = msg[rec.start] == 0 && be16(msg, rec.start+7)&(1<<15) != 0
+		return msg[rec.start] == 0 && rec.section == 2 && opts == 1
+	})
+	if !ok || end != len(msg) {
+		return qy, rcodeFormErr
+	}
+	switch q.qtype {
+	case 0, typeOPT, typeTSIG: // never asked for
+		return qy, rcodeFormErr
+	case typeAXFR, typeIXFR, typeTKEY: // between servers, not through a forwarder
+		return qy, rcodeRefused
+	}
+	if be16(msg, 6) != 0 || be16(msg, 8) != 0 {
+		return qy, rcodeFormErr
+	}
+	if q.class != classIN { // CHAOS and HESIOD would tell of the host's servers
+		return qy, rcodeRefused
+	}
+	return qy, rcodeSuccess
+}
+
+// fail is an answer to msg that says code and no more.
+func (qy *query) fail(msg []byte, code rcode) []byte {
+	out := reply(msg, qy.q.end, code)
+	if qy.edns {
+		out = appendOPT(out, qy.do)
+	}
+	return out
+}
+
+// fit cuts an answer to what the client can take.
+func (r *Resolver) fit(msg []byte, qy *query) []byte {
+	if len(msg) <= qy.limit {
+		return msg
+	}
+	r.stats.Truncated.Add(1)
+	return truncate(msg, qy.q.end, qy.limit)
+}

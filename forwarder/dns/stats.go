@@ -1,0 +1,47 @@
+package dns
+
+import "sync/atomic"
+
+// counters are what a Resolver counts; Stats is their snapshot.
+type counters struct {
+	Queries, Local, Malformed, FormErr, NotImp, Refused           atomic.Uint64
+	Forwarded, ServFail, OverLimit, Truncated                     atomic.Uint64
+	UpstreamTries, UpstreamFailures, UpstreamIgnored, UpstreamTCP atomic.Uint64
+	Streams, StreamsRefused, StreamsIdle                          atomic.Uint64
+}
+
+// Stats are totals since New.
+type Stats struct {
+	Queries   uint64 `json:"queries"`   // messages from the sandbox
+	Local     uint64 `json:"local"`     // answered from --add-host and the special names
+	Forwarded uint64 `json:"forwarded"` // answered by an upstream
+	ServFail  uint64 `json:"servfail"`  // no upstream answered
+	OverLimit uint64 `json:"overLimit"` // SERVFAIL because too many were in flight
+	Malformed uint64 `json:"malformed"` // not a query at all, not answered
+	FormErr   uint64 `json:"formerr"`
+	NotImp    uint64 `json:"notimp"`
+	Refused   uint64 `json:"refused"`
+	Truncated uint64 `json:"truncated"` // answers cut to the client's size
+
+	UpstreamTries    uint64 `json:"upstreamTries"`
+	UpstreamFailures uint64 `json:"upstreamFailures"` // timeouts, socket errors, malformed answers
+	UpstreamIgnored  uint64 `json:"upstreamIgnored"`  // datagrams that answered another question
+	UpstreamTCP      uint64 `json:"upstreamTCP"`      // tries over TCP
+
+	Streams        uint64 `json:"streams"`
+	StreamsRefused uint64 `json:"streamsRefused"` // over the limit
+	StreamsIdle    uint64 `json:"streamsIdle"`    // closed for idleness
+}
+
+// Stats returns the counters as they stand.
+func (r *Resolver) Stats() Stats {
+	c := &r.stats
+	return Stats{
+		Queries: c.Queries.Load(), Local: c.Local.Load(), Forwarded: c.Forwarded.Load(),
+		ServFail: c.ServFail.Load(), OverLimit: c.OverLimit.Load(), Malformed: c.Malformed.Load(),
+		FormErr: c.FormErr.Load(), NotImp: c.NotImp.Load(), Refused: c.Refused.Load(), Truncated: c.Truncated.Load(),
+		UpstreamTries: c.UpstreamTries.Load(), UpstreamFailures: c.UpstreamFailures.Load(),
+		UpstreamIgnored: c.UpstreamIgnored.Load(), UpstreamTCP: c.UpstreamTCP.Load(),
+		Streams: c.Streams.Load(), StreamsRefused: c.StreamsRefused.Load(), StreamsIdle: c.StreamsIdle.Load(),
+	}
+}

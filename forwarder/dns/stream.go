@@ -1,0 +1,161 @@
+package dns
+
+// DNS over TCP, the sandbox's side (RFC 7766): length-prefixed messages, many
+// in flight on a connection, answers in the order they become ready.
+//
+// One goroutine reads; each forwarded query has one that asks and then writes.
+// A reader that finds Limits.Pipeline queries in flight stops reading. A peer
+// that takes no answers is closed after StreamIdle, as is one that sends no
+// whole query for as long while none is in flight.
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+)
+
+// stream is one connection.
+type stream struct {
+	r     *Resolver
+	c     net.Conn
+	from  netip.AddrPort
+	slots chan struct{} // a token per query in flight
+
+	writing sync.Mutex // one answer at a time
+	work    sync.WaitGroup
+}
+
+// ServeStream serves c until its peer or its idleness ends it, ctx does, or
+// Close; it closes c and returns after its last goroutine.
+func (r *Resolver) ServeStream(ctx context.Context, c net.Conn) {
+	defer c.Close()
+	if !r.begin() {
+		return
+	}
+	defer r.work.Done()
+	select {
+	case r.streams <- struct{}{}:
+		defer func() { <-r.streams }()
+	default:
+		r.stats.StreamsRefused.Add(1)
+		return
+	}
+	r.stats.Streams.Add(1)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(r.ctx, cancel)()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+
+	s := &stream{r: r, c: c, slots: make(chan struct{}, r.limits.Pipeline)}
+	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		ap := a.AddrPort()
+		s.from = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	}
+	if s.read(ctx) {
+		// The peer may have closed its half only: it still gets its answers.
+		s.work.Wait()
+		return
+	}
+	cancel()
+	s.work.Wait()
+}
+
+// read handles queries until the peer's end of file, which is true, or until
+// the connection is of no more use.
+func (s *stream) read(ctx context.Context) bool {
+	br := bufio.NewReaderSize(s.c, 2+maxQuery)
+	for {
+		msg, err := s.next(br)
+		if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				s.r.stats.StreamsIdle.Add(1)
+				return false
+			}
+			return br.Buffered() == 0 && ctx.Err() == nil
+		}
+		v := s.r.judge(msg, s.from, true)
+		if _, err := br.Discard(2 + len(msg)); err != nil {
+			return false
+		}
+		if v.forward == nil {
+			// Silence is no answer on a stream: what is not a query ends it.
+			if v.answer == nil || s.write(v.answer) != nil {
+				return false
+			}
+			continue
+		}
+		if !take(ctx, s.slots) {
+			return false
+		}
+		if !take(ctx, s.r.inFlight) {
+			<-s.slots
+			return false
+		}
+		// Owned by ServeStream; stopped by ctx, or Limits.QueryTime and then
+		// the write deadline.
+		s.work.Go(func() {
+			defer func() { <-s.slots }()
+			defer func() { <-s.r.inFlight }()
+			a := s.r.forward(ctx, v.forward)
+			defer a.release()
+			if s.write(a.msg) != nil {
+				s.c.Close() // wakes the reader
+			}
+		})
+	}
+}
+
+// next returns the next message, still in br's buffer. A message that does not
+// fit there is an error: no query is that long.
+func (s *stream) next(br *bufio.Reader) ([]byte, error) {
+	for {
+		if err := s.c.SetReadDeadline(time.Now().Add(s.r.limits.StreamIdle)); err != nil {
+			return nil, err
+		}
+		_, err := br.Peek(2)
+		if errors.Is(err, os.ErrDeadlineExceeded) && br.Buffered() == 0 && len(s.slots) > 0 {
+			continue // it waits for us, not we for it
+		}
+		if err != nil {
+			return nil, err
+		}
+		break
+	}
+	// The deadline is not moved for the rest: a message dripping in does not
+	// keep a connection.
+	prefix, err := br.Peek(2)
+	if err != nil {
+		return nil, err
+	}
+	n := int(be16(prefix, 0))
+	b, err := br.Peek(2 + n)
+	if err != nil {
+		return nil, err
+	}
+	return b[2:], nil
+}
+
+func (s *stream) write(msg []byte) error {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if err := s.c.SetWriteDeadline(time.Now().Add(s.r.limits.StreamIdle)); err != nil {
+		return err
+	}
+	_, err := s.c.Write(prefixed(msg))
+	return err
+}
+
+// take takes a token, waiting for one until ctx ends.
+func take(ctx context.Context, tokens chan struct{}) bool {
+	select {
+	case tokens <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

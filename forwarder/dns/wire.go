@@ -1,0 +1,300 @@
+package dns
+
+// The wire form of a message, RFC 1035 section 4 and RFC 6891 section 6.
+//
+// The code here walks a message record by record without ever following a
+// compression pointer: to step over a name, the two bytes of a pointer are its
+// end. That makes every walk linear in the message and free of loops. It also
+// makes truncation simple: cutting between two records leaves every remaining
+// pointer intact, because pointers point backwards.
+
+import (
+	"encoding/binary"
+	"strings"
+)
+
+const (
+	headerLen    = 12
+	maxName      = 255
+	maxLabel     = 63
+	minUDPSize   = 512   // RFC 1035 section 4.2.1, without EDNS
+	ednsUDPSize  = 1232  // what our own OPT records advertise
+	maxMessage   = 65535 // the length prefix of RFC 1035 section 4.2.2
+	optRecordLen = 11
+)
+
+// Header bits, RFC 1035 section 4.1.1 and RFC 4035 section 3.
+const (
+	bitQR      = 1 << 15
+	bitTC      = 1 << 9
+	bitRD      = 1 << 8
+	bitRA      = 1 << 7
+	bitCD      = 1 << 4
+	maskOpcode = 0xf << 11
+	maskRcode  = 0xf
+)
+
+type rcode uint16
+
+const (
+	rcodeSuccess  rcode = 0
+	rcodeFormErr  rcode = 1
+	rcodeServFail rcode = 2
+	rcodeNXDomain rcode = 3
+	rcodeNotImp   rcode = 4
+	rcodeRefused  rcode = 5
+)
+
+const (
+	typeA    = 1
+	typePTR  = 12
+	typeAAAA = 28
+	typeOPT  = 41
+	typeTKEY = 249
+	typeTSIG = 250
+	typeIXFR = 251
+	typeAXFR = 252
+	typeANY  = 255
+	classIN  = 1
+)
+
+func be16(b []byte, off int) uint16     { return binary.BigEndian.Uint16(b[off:]) }
+func put16(b []byte, off int, v uint16) { binary.BigEndian.PutUint16(b[off:], v) }
+
+// name is a domain name in uncompressed wire form, ASCII letters lowered: two
+// names are the same name exactly when they are equal, with no escapes.
+type name string
+
+// parseName encodes s ("example.com", final dot optional); false when s cannot
+// be a name.
+func parseName(s string) (name, bool) {
+	s = strings.TrimSuffix(s, ".")
+	if s == "" {
+		return "", false
+	}
+	var b []byte
+	for label := range strings.SplitSeq(s, ".") {
+		if label == "" || len(label) > maxLabel {
+			return "", false
+		}
+		b = append(b, byte(len(label)))
+		b = append(b, label...)
+	}
+	b = append(b, 0)
+	if len(b) > maxName {
+		return "", false
+	}
+	for i := range b {
+		b[i] = lower(b[i])
+	}
+	return name(b), true
+}
+
+// under reports whether n is zone or a name below it.
+func (n name) under(zone name) bool {
+	for s := n; len(s) >= len(zone); s = s[1+int(s[0]):] {
+		if s == zone {
+			return true
+		}
+		if s[0] == 0 {
+			break
+		}
+	}
+	return false
+}
+
+// lower folds ASCII only (RFC 4343). A length byte, at most 63, is below 'A'.
+func lower(c byte) byte {
+	if 'A' <= c && c <= 'Z' {
+		c += 'a' - 'A'
+	}
+	return c
+}
+
+// skipName returns the offset behind the name at off.
+func skipName(msg []byte, off int) (int, bool) {
+	for off < len(msg) {
+		c := int(msg[off])
+		switch {
+		case c == 0:
+			return off + 1, true
+		case c <= maxLabel:
+			off += 1 + c
+		case c >= 0xc0:
+			return off + 2, off+2 <= len(msg)
+		default:
+			return 0, false
+		}
+	}
+	return 0, false
+}
+
+// question is the sole entry of a question section.
+type question struct {
+	name  name
+	qtype uint16
+	class uint16
+	end   int // offset behind it in its message
+}
+
+// readQuestion reads the question at the start of the question section. Its
+// name may not be compressed: there is nothing before it to point to.
+func readQuestion(msg []byte) (question, bool) {
+	off := headerLen
+	for {
+		if off >= len(msg) || off-headerLen >= maxName {
+			return question{}, false
+		}
+		c := int(msg[off])
+		if c == 0 {
+			off++
+			break
+		}
+		if c > maxLabel {
+			return question{}, false
+		}
+		off += 1 + c
+	}
+	if off-headerLen > maxName || off+4 > len(msg) {
+		return question{}, false
+	}
+	n := []byte(msg[headerLen:off])
+	b := make([]byte, len(n))
+	for i, c := range n {
+		b[i] = lower(c)
+	}
+	return question{name: name(b), qtype: be16(msg, off), class: be16(msg, off+2), end: off + 4}, true
+}
+
+// record is one resource record's place in a message.
+type record struct {
+	start, end int
+	rtype      uint16
+	class      uint16
+	section    int // 0 answer, 1 authority, 2 additional
+}
+
+// walk calls visit for each record behind the question, which ends at off, and
+// returns the offset behind the last one; false when the message is malformed
+// or visit returned false.
+func walk(msg []byte, off int, visit func(record) bool) (int, bool) {
+	for section := range 3 {
+		for range be16(msg, 6+2*section) {
+			start := off
+			var ok bool
+			if off, ok = skipName(msg, off); !ok || off+10 > len(msg) {
+				return 0, false
+			}
+			rec := record{start: start, rtype: be16(msg, off), class: be16(msg, off+2), section: section}
+			off += 10 + int(be16(msg, off+8))
+			if off > len(msg) {
+				return 0, false
+			}
+			rec.end = off
+			if !visit(rec) {
+				return 0, false
+			}
+		}
+	}
+	return off, true
+}
+
+// truncate cuts msg, a well-formed message longer than limit whose question
+// ends at qend, to limit bytes: as many whole records as fit in front of the
+// OPT record, which is kept, and TC set (RFC 2181 section 9, RFC 6891 section 7).
+// Signatures over the whole message cannot survive this and go too.
+func truncate(msg []byte, qend, limit int) []byte {
+	limit = max(limit, minUDPSize)
+	var opt record
+	walk(msg, qend, func(r record) bool {
+		if r.rtype == typeOPT && r.section == 2 {
+			opt = r
+		}
+		return true
+	})
+	room := limit - (opt.end - opt.start)
+	if room < qend { // an OPT record that leaves no room for the question
+		opt, room = record{}, limit
+	}
+	cut := qend
+	var counts [3]uint16
+	full := false
+	walk(msg, qend, func(r record) bool {
+		if r.rtype == typeTSIG || r == opt {
+			return true
+		}
+		if full = full || r.end > room || (opt.end != 0 && r.start > opt.start); full {
+			return true
+		}
+		cut = r.end
+		counts[r.section]++
+		return true
+	})
+	out := make([]byte, 0, limit)
+	out = append(out, msg[:cut]...)
+	if opt.end != 0 {
+		out = append(out, msg[opt.start:opt.end]...)
+		counts[2]++
+	}
+	put16(out, 2, be16(out, 2)|bitTC)
+	for i, n := range counts {
+		put16(out, 6+2*i, n)
+	}
+	return out
+}
+
+// reply starts an answer to query: its header, question (when it could be
+// read, qend > 0) and nothing else.
+func reply(query []byte, qend int, code rcode) []byte {
+	n := max(qend, headerLen)
+	out := make([]byte, headerLen, n+optRecordLen+64)
+	if qend > 0 {
+		out = append(out, query[headerLen:qend]...)
+		put16(out, 4, 1)
+	}
+	put16(out, 0, be16(query, 0))
+	bits := be16(query, 2) & (maskOpcode | bitRD | bitCD)
+	put16(out, 2, bits|bitQR|bitRA|uint16(code))
+	return out
+}
+
+// appendRecord adds an answer record that is owned by the question's name.
+func appendRecord(msg []byte, rtype uint16, ttl uint32, rdata []byte) []byte {
+	msg = append(msg, 0xc0, headerLen)
+	msg = binary.BigEndian.AppendUint16(msg, rtype)
+	msg = binary.BigEndian.AppendUint16(msg, classIN)
+	msg = binary.BigEndian.AppendUint32(msg, ttl)
+	msg = binary.BigEndian.AppendUint16(msg, uint16(len(rdata)))
+	msg = append(msg, rdata...)
+	put16(msg, 6, be16(msg, 6)+1)
+	return msg
+}
+
+// appendOPT adds our own OPT record, echoing the query's DO bit.
+func appendOPT(msg []byte, do bool) []byte {
+	var flags uint32
+	if do {
+		flags = 1 << 15
+	}
+	msg = append(msg, 0)
+	msg = binary.BigEndian.AppendUint16(msg, typeOPT)
+	msg = binary.BigEndian.AppendUint16(msg, ednsUDPSize)
+	msg = binary.BigEndian.AppendUint32(msg, flags)
+	msg = binary.BigEndian.AppendUint16(msg, 0)
+	put16(msg, 10, be16(msg, 10)+1)
+	return msg
+}
+
+// sameQuestion compares two messages' question bytes, names by RFC 4343. Type
+// and class are compared exactly: folding would confuse 0x41 with 0x61.
+func sameQuestion(a, b []byte, qend int) bool {
+	if len(a) < qend || len(b) < qend {
+		return false
+	}
+	for i := headerLen; i < qend-4; i++ {
+		if lower(a[i]) != lower(b[i]) {
+			return false
+		}
+	}
+	return string(a[qend-4:qend]) == string(b[qend-4:qend])
+}
