@@ -1,0 +1,372 @@
+package policy
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+)
+
+// A direction's rules become a tree of address ranges. Each range that some
+// rule or special class names is a node; its parent is the next wider such
+// range. A node holds the rules that name exactly its range, as one painted
+// line (spans.go), so memory is linear in what was written. To decide, find the
+// innermost node (one trie lookup) and walk up, keeping the lowest rule found,
+// until no rule further up could be lower:
+//
+//	0.0.0.0/0        rules 3,7      ◄─┐
+//	└ 10.0.0.0/8     rules 1,2,9    ◄─┤ parent
+//	  └ 10.1.2.0/24  rule  5        ◄─┘ found by the trie
+//
+// A special range is a node that guards what is inside it: once the walk leaves
+// it upwards, only rules that cross count – in egress the reject and drop rules,
+// in ingress all – and never those of entity world, which is by definition
+// outside. Exceptions are cut out of a CIDR before it gets here: 10.0.0.0/8
+// except 10.1.0.0/16 is eight ranges.
+
+// Bounds on what Compile builds, about 64 MiB at worst.
+const (
+	MaxRanges = 1 << 19 // address ranges, exceptions cut out
+	MaxPieces = 1 << 21 // pieces of painted lines, before merging neighbours
+)
+
+// Errors of a policy that is valid but too large to compile.
+var (
+	ErrTooManyRanges = fmt.Errorf("more than %d address ranges: where a rule has many exceptions, put a reject rule for them before it instead", MaxRanges)
+	ErrTooManyPieces = fmt.Errorf("more than %d combinations of address and port ranges: put rules that share addresses together, or use wider port ranges", MaxPieces)
+)
+
+type table struct {
+	trie  bart.Table[int32] // range → node; holds 0.0.0.0/0 and ::/0, so it answers for every address
+	nodes []node
+	rules []ruleInfo
+}
+
+type ruleInfo struct {
+	name   string
+	action Action
+}
+
+type node struct {
+	own, crossing        *line // nil: no such rules
+	parent               int32 // -1 at the two roots
+	least, leastCrossing int32 // the lowest rule here or further up, of those that count
+	class                class // of the innermost special range around it
+	embeds               class // of the innermost range around it whose addresses carry others, else ordinary
+	guard                bool  // it is a special range that is not open
+}
+
+func (t *table) first(at int32, key uint32) int32 {
+	best, crossed := int32(noRule), false
+	for at >= 0 {
+		n := &t.nodes[at]
+		l, least := n.own, n.least
+		if crossed {
+			l, least = n.crossing, n.leastCrossing
+		}
+		if least >= best {
+			break
+		}
+		if l != nil && l.least < best {
+			best = min(best, l.first(key))
+		}
+		crossed = crossed || n.guard
+		at = n.parent
+	}
+	return best
+}
+
+// Compile makes the rules of a policy for one environment. A policy that Parse
+// returned fails only by its size.
+func Compile(p *Policy, env Environment) (*Rules, error) {
+	if p == nil {
+		return nil, errors.New("compile policy: there is none")
+	}
+	r := &Rules{
+		name:     p.Metadata.Name,
+		limits:   p.Spec.Limits,
+		fallback: p.Spec.DefaultAction,
+		deny:     p.Spec.DefaultAction,
+	}
+	if r.fallback > Allow {
+		return nil, fmt.Errorf("compile policy %s: defaultAction: %v", p.Metadata.Name, r.fallback)
+	}
+	if r.deny == Allow {
+		r.deny = Reject
+	}
+	var err error
+	if r.egress, err = compileTable(p.Spec.Egress, env, false); err == nil {
+		r.ingress, err = compileTable(p.Spec.Ingress, env, true)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
+	}
+	return r, nil
+}
+
+// ref is one rule at one range.
+type ref struct {
+	rule    int32
+	crosses bool
+}
+
+type builder struct {
+	env     Environment
+	ingress bool
+	special map[netip.Prefix]class
+	guards  bart.Table[netip.Prefix] // the special ranges that are not open
+	at      map[netip.Prefix][]ref
+	refs    int
+}
+
+func compileTable(rules []Rule, env Environment, ingress bool) (*table, error) {
+	b := &builder{env: env, ingress: ingress, special: env.boundaries(ingress), at: map[netip.Prefix][]ref{everyIPv4: nil, everyIPv6: nil}}
+	for p, c := range b.special {
+		b.at[p] = nil
+		if classes[c].lock != open {
+			b.guards.Insert(p, p)
+		}
+	}
+	t := &table{}
+	spans := make([][]span, len(rules))
+	for i := range rules {
+		r := &rules[i]
+		name := ruleName(ingress, i, r.Name)
+		if err := r.check(ingress); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		t.rules = append(t.rules, ruleInfo{name, r.Action})
+		spans[i] = ruleSpans(r)
+		if err := b.addRule(int32(i), r); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return t, b.link(t, spans)
+}
+
+func ruleName(ingress bool, i int, name string) string {
+	direction := "egress"
+	if ingress {
+		direction = "ingress"
+	}
+	if name != "" {
+		name = " " + name
+	}
+	return fmt.Sprintf("%s[%d]%s", direction, i, name)
+}
+
+func (b *builder) addRule(i int32, r *Rule) error {
+	peers := r.To
+	if b.ingress {
+		peers = r.From
+	}
+	crosses := b.ingress || r.Action != Allow
+	if len(peers) == 0 {
+		return errors.Join(b.add(everyIPv4, ref{i, crosses}), b.add(everyIPv6, ref{i, crosses}))
+	}
+	for _, peer := range peers {
+		var err error
+		switch peer.Entity {
+		case "":
+			err = b.addCIDR(peer, ref{i, crosses})
+		case EntityWorld:
+			err = errors.Join(b.add(everyIPv4, ref{i, false}), b.add(everyIPv6, ref{i, false}))
+		default:
+			for _, p := range members(peer.Entity, b.special, b.ingress) {
+				if err = b.add(p, ref{i, crosses}); err != nil {
+					break
+				}
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *builder) addCIDR(peer Peer, r ref) error {
+	return subtract(peer.CIDR, peer.Except, func(p netip.Prefix) error {
+		// A piece may lie inside a special range that the CIDR as written does
+		// not: cutting something out of the internet names nothing special.
+		if guard, ok := b.guards.LookupPrefix(p); ok && !r.crosses && !covers(guard, peer.CIDR) {
+			return nil
+		}
+		if err := b.add(p, r); err != nil {
+			return err
+		}
+		return b.addLoopback(p, r)
+	})
+}
+
+// addLoopback lets a CIDR of the host's loopback stand for the gateway address
+// that maps to it.
+func (b *builder) addLoopback(p netip.Prefix, r ref) error {
+	if b.ingress || !b.env.HostLoopback {
+		return nil
+	}
+	for _, m := range []struct{ gateway, loop netip.Addr }{{b.env.Gateway4, hostLoopback4}, {b.env.Gateway6, hostLoopback6}} {
+		g := m.gateway.Unmap()
+		if g.IsValid() && p.Contains(m.loop) && (r.crosses || classOf(p) == loopback) {
+			if err := b.add(netip.PrefixFrom(g, g.BitLen()), r); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// classOf is the fixed class whose range p lies in.
+func classOf(p netip.Prefix) class {
+	best, bits := ordinary, -1
+	for c := range numClasses {
+		for _, q := range classes[c].ranges {
+			if covers(q, p) && q.Bits() > bits {
+				best, bits = c, q.Bits()
+			}
+		}
+	}
+	return best
+}
+
+func covers(outer, inner netip.Prefix) bool {
+	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
+}
+
+func (b *builder) add(p netip.Prefix, r ref) error {
+	list := b.at[p]
+	if n := len(list); n > 0 && list[n-1].rule == r.rule {
+		list[n-1].crosses = list[n-1].crosses || r.crosses
+		return nil
+	}
+	if b.refs++; b.refs > MaxRanges {
+		return ErrTooManyRanges
+	}
+	b.at[p] = append(list, r)
+	return nil
+}
+
+// subtract yields the ranges that make up p without the exceptions.
+func subtract(p netip.Prefix, except []netip.Prefix, yield func(netip.Prefix) error) error {
+	var inside []netip.Prefix
+	for _, e := range except {
+		if covers(e, p) {
+			return nil
+		}
+		if covers(p, e) {
+			inside = append(inside, e)
+		}
+	}
+	if len(inside) == 0 {
+		return yield(p)
+	}
+	lower := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	if err := subtract(lower, inside, yield); err != nil {
+		return err
+	}
+	return subtract(upperHalf(p), inside, yield)
+}
+
+func upperHalf(p netip.Prefix) netip.Prefix {
+	bytes := p.Addr().AsSlice()
+	bytes[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	a, _ := netip.AddrFromSlice(bytes)
+	return netip.PrefixFrom(a, p.Bits()+1)
+}
+
+// link makes the nodes, parents before children.
+func (b *builder) link(t *table, spans [][]span) error {
+	order := make([]netip.Prefix, 0, len(b.at))
+	for p := range b.at {
+		order = append(order, p)
+	}
+	// By address, wider first: a range follows everything that contains it.
+	slices.SortFunc(order, func(x, y netip.Prefix) int {
+		if c := x.Addr().Compare(y.Addr()); c != 0 {
+			return c
+		}
+		return x.Bits() - y.Bits()
+	})
+	lines := lineCache{spans: spans, made: make(map[string]*line)}
+	t.nodes = make([]node, len(order))
+	var around []int32 // the nodes that contain the current one, innermost last
+	for i, p := range order {
+		for len(around) > 0 && !covers(order[around[len(around)-1]], p) {
+			around = around[:len(around)-1]
+		}
+		n := &t.nodes[i]
+		*n = node{parent: -1, least: noRule, leastCrossing: noRule, class: b.special[p]}
+		n.guard = classes[n.class].lock != open
+		if len(around) > 0 {
+			n.parent = around[len(around)-1]
+			up := &t.nodes[n.parent]
+			n.leastCrossing = up.leastCrossing
+			if n.least = up.least; n.guard {
+				n.least = up.leastCrossing
+			}
+			if _, named := b.special[p]; !named {
+				n.class = up.class
+			}
+			if n.embeds = up.embeds; classes[n.class].embeds != nil {
+				n.embeds = n.class
+			}
+		}
+		var own, crossing []int32
+		for _, r := range b.at[p] {
+			own = append(own, r.rule)
+			if r.crosses {
+				crossing = append(crossing, r.rule)
+			}
+		}
+		var err error
+		if n.own, err = lines.get(own); err == nil {
+			n.crossing, err = lines.get(crossing)
+		}
+		if err != nil {
+			return err
+		}
+		if n.own != nil {
+			n.least = min(n.least, n.own.least)
+		}
+		if n.crossing != nil {
+			n.leastCrossing = min(n.leastCrossing, n.crossing.least)
+		}
+		around = append(around, int32(i))
+		t.trie.Insert(p, int32(i))
+	}
+	return nil
+}
+
+// lineCache paints each distinct list of rules once: a rule with ten thousand
+// CIDRs has one line.
+type lineCache struct {
+	spans  [][]span
+	made   map[string]*line
+	pieces int
+	sig    []byte
+}
+
+func (c *lineCache) get(rules []int32) (*line, error) {
+	if len(rules) == 0 {
+		return nil, nil
+	}
+	c.sig = c.sig[:0]
+	for _, r := range rules {
+		c.sig = binary.AppendUvarint(c.sig, uint64(r))
+	}
+	if l, ok := c.made[string(c.sig)]; ok {
+		return l, nil
+	}
+	for _, r := range rules {
+		c.pieces += 2 * len(c.spans[r])
+	}
+	if c.pieces > MaxPieces {
+		return nil, ErrTooManyPieces
+	}
+	l := paint(rules, c.spans)
+	c.made[string(c.sig)] = l
+	return l, nil
+}

@@ -1,0 +1,185 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// The one version and kind this package reads.
+const (
+	APIVersion = "sluice.dev/v1alpha1"
+	Kind       = "SandboxPolicy"
+)
+
+// Policy is a SandboxPolicy as its author wrote it. It is plain data: it can be
+// built in code, compared field by field, and printed by YAML or encoding/json
+// in a form that Parse reads back to the same value.
+type Policy struct {
+	APIVersion string   `json:"apiVersion"`
+	Kind       string   `json:"kind"`
+	Metadata   Metadata `json:"metadata"`
+	Spec       Spec     `json:"spec"`
+}
+
+// Metadata names a policy.
+type Metadata struct {
+	Name string `json:"name"`
+}
+
+// Spec is what a policy says. In each direction the first rule that matches
+// decides; where none does, DefaultAction does.
+type Spec struct {
+	DefaultAction Action `json:"defaultAction"`
+	Egress        []Rule `json:"egress,omitempty"`
+	Ingress       []Rule `json:"ingress,omitempty"`
+	Limits        Limits `json:"limits,omitzero"`
+}
+
+// Rule is one ordered rule. It matches a flow whose far end is one of the peers
+// (To in egress, From in ingress; none listed: every address) and whose protocol
+// and port, or ICMP type, is listed in Ports or ICMP (both empty: everything).
+type Rule struct {
+	Name   string `json:"name,omitempty"`
+	Action Action `json:"action"`
+	To     []Peer `json:"to,omitempty"`
+	From   []Peer `json:"from,omitempty"`
+	Ports  []Port `json:"ports,omitempty"`
+	ICMP   []ICMP `json:"icmp,omitempty"`
+}
+
+// Peer is a set of addresses: a CIDR less its exceptions, or an entity.
+type Peer struct {
+	CIDR   netip.Prefix   `json:"cidr,omitzero"`
+	Except []netip.Prefix `json:"except,omitempty"`
+	Entity Entity         `json:"entity,omitempty"`
+}
+
+// Port is a protocol with, for TCP, UDP and SCTP, a destination port or an
+// inclusive range of them. Port 0 stands for every port.
+type Port struct {
+	Protocol Protocol `json:"protocol"`
+	Port     uint16   `json:"port,omitempty"`
+	EndPort  uint16   `json:"endPort,omitempty"`
+}
+
+// ICMP matches ICMP messages of one family; a nil Type or Code matches all.
+type ICMP struct {
+	Family Family `json:"family"`
+	Type   *uint8 `json:"type,omitempty"`
+	Code   *uint8 `json:"code,omitempty"`
+}
+
+// Limits bound a sandbox. Zero means not set: the enforcer's default holds.
+type Limits struct {
+	Flows               int       `json:"flows,omitempty"`
+	NewFlowsPerSecond   int       `json:"newFlowsPerSecond,omitempty"`
+	EgressBandwidth     Bandwidth `json:"egressBandwidth,omitempty"`
+	IngressBandwidth    Bandwidth `json:"ingressBandwidth,omitempty"`
+	TotalBytes          Bytes     `json:"totalBytes,omitempty"`
+	FlowsPerDestination int       `json:"flowsPerDestination,omitempty"`
+}
+
+// Action is what happens to a flow. The zero value denies.
+type Action uint8
+
+const (
+	Drop   Action = iota // refuse in silence: the sandbox sees a timeout
+	Reject               // refuse at once: RST or ICMP administratively prohibited
+	Allow
+)
+
+var actionNames = []string{Drop: "drop", Reject: "reject", Allow: "allow"}
+
+func (a Action) String() string {
+	if int(a) < len(actionNames) {
+		return actionNames[a]
+	}
+	return fmt.Sprintf("action(%d)", uint8(a))
+}
+
+// MarshalText gives the word used in policy files.
+func (a Action) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
+
+// Protocol is an IP protocol number that a rule can name.
+type Protocol uint8
+
+const (
+	ICMPv4 Protocol = 1
+	TCP    Protocol = 6
+	UDP    Protocol = 17
+	ICMPv6 Protocol = 58
+	SCTP   Protocol = 132
+)
+
+type protocolName struct {
+	name string
+	num  Protocol
+}
+
+var protocols = []protocolName{{"TCP", TCP}, {"UDP", UDP}, {"SCTP", SCTP}, {"ICMP", ICMPv4}, {"ICMPv6", ICMPv6}}
+
+func (p Protocol) String() string {
+	for _, k := range protocols {
+		if k.num == p {
+			return k.name
+		}
+	}
+	return fmt.Sprintf("protocol(%d)", uint8(p))
+}
+
+// MarshalText gives the word used in policy files.
+func (p Protocol) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+func (p Protocol) hasPorts() bool { return p == TCP || p == UDP || p == SCTP }
+
+// Family is an address family as Kubernetes spells it.
+type Family string
+
+const (
+	IPv4 Family = "IPv4"
+	IPv6 Family = "IPv6"
+)
+
+// Entity names a set of addresses whose members the machine knows better than
+// the author of a policy does. special.go says what each one covers.
+type Entity string
+
+const (
+	EntityWorld        Entity = "world"         // every address that is not special
+	EntityPrivate      Entity = "private"       // RFC 1918, RFC 6598, RFC 4193
+	EntityHost         Entity = "host"          // the host's own addresses
+	EntityHostLoopback Entity = "host-loopback" // the host's 127.0.0.1 and ::1, through the gateway address
+	EntityLinkLocal    Entity = "link-local"
+	EntityMetadata     Entity = "metadata" // the clouds' instance metadata services
+	EntityMulticast    Entity = "multicast"
+	EntityReserved     Entity = "reserved" // class E
+)
+
+var entities = []Entity{EntityWorld, EntityPrivate, EntityHost, EntityHostLoopback,
+	EntityLinkLocal, EntityMetadata, EntityMulticast, EntityReserved}
+
+// Default is the policy of a sandbox that was given none: the internet, the
+// local networks and the host's own addresses are open, published ports take
+// every client, and every other special address is closed. (The host's loopback
+// is open too, once the Environment maps the gateway to it.) What is refused is
+// rejected, or dropped if reject is false.
+func Default(reject bool) *Policy {
+	deny := Drop
+	if reject {
+		deny = Reject
+	}
+	return &Policy{
+		APIVersion: APIVersion,
+		Kind:       Kind,
+		Metadata:   Metadata{Name: "default"},
+		Spec: Spec{
+			DefaultAction: deny,
+			Egress: []Rule{
+				{Name: "internet", Action: Allow, To: []Peer{{Entity: EntityWorld}}},
+				{Name: "host", Action: Allow, To: []Peer{{Entity: EntityHost}}},
+				{Name: "host-loopback", Action: Allow, To: []Peer{{Entity: EntityHostLoopback}}},
+			},
+			Ingress: []Rule{{Name: "published", Action: Allow}},
+		},
+	}
+}

@@ -1,0 +1,195 @@
+package policy
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Parsing is strict, because a policy that is not understood is not enforced: a
+// misspelt field, an alias, a second document or a value of the wrong type is
+// an error, and each error says where it is, what was found and what was
+// expected. yaml.v3 only makes the tree of nodes, with their places; everything
+// else is read by hand from there, so nothing is ever guessed from Go types.
+
+// MaxPolicyBytes bounds a policy file.
+const MaxPolicyBytes = 8 << 20
+
+// maxErrors bounds how many mistakes one Parse reports.
+const maxErrors = 20
+
+// Error is one mistake in a policy file. Lines and columns count from 1.
+type Error struct {
+	File      string
+	Line, Col int
+	Msg       string
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Msg) }
+
+// Parse reads a policy in YAML (or JSON, which is a part of YAML). Its error
+// joins one *Error for each mistake; name is only used in those.
+func Parse(name string, data []byte) (*Policy, error) {
+	p := &parser{file: name}
+	if len(data) > MaxPolicyBytes {
+		p.errorAt(1, 1, "the file has %d bytes; expected at most %d", len(data), MaxPolicyBytes)
+		return nil, p.err()
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	var doc, more yaml.Node
+	switch err := dec.Decode(&doc); {
+	case errors.Is(err, io.EOF):
+		p.errorAt(1, 1, "the file is empty; expected a policy that starts with apiVersion: %s and kind: %s", APIVersion, Kind)
+		return nil, p.err()
+	case err != nil:
+		p.syntaxError(err)
+		return nil, p.err()
+	}
+	out := p.policy(doc.Content[0])
+	switch err := dec.Decode(&more); {
+	case errors.Is(err, io.EOF):
+	case err != nil:
+		p.syntaxError(err)
+	default:
+		p.errorf(&more, "a second YAML document starts here; expected one policy per file: put the rules into one document, or into two files")
+	}
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// parser collects the mistakes of one file.
+type parser struct {
+	file string
+	errs []*Error
+	more bool
+}
+
+// err joins the mistakes in the order of their places.
+func (p *parser) err() error {
+	slices.SortStableFunc(p.errs, func(a, b *Error) int {
+		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Col, b.Col))
+	})
+	var all []error
+	for _, e := range p.errs {
+		all = append(all, e)
+	}
+	if p.more {
+		all = append(all, fmt.Errorf("%s: more mistakes follow; these are %d of them", p.file, maxErrors))
+	}
+	return errors.Join(all...)
+}
+
+func (p *parser) errorf(n *yaml.Node, format string, args ...any) {
+	p.errorAt(n.Line, n.Column, format, args...)
+}
+
+func (p *parser) errorAt(line, col int, format string, args ...any) {
+	if len(p.errs) == maxErrors {
+		p.more = true
+		return
+	}
+	p.errs = append(p.errs, &Error{p.file, max(line, 1), max(col, 1), fmt.Sprintf(format, args...)})
+}
+
+var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?(?s:(.*))$`)
+
+// syntaxError takes the line out of a yaml.v3 message; columns it has none.
+func (p *parser) syntaxError(err error) {
+	m := yamlLine.FindStringSubmatch(err.Error())
+	if m == nil {
+		p.errorAt(1, 1, "invalid YAML: %v", err)
+		return
+	}
+	line, _ := strconv.Atoi(m[1]) // 0 if there is none
+	p.errorAt(line, 1, "invalid YAML: %s", m[2])
+}
+
+func (p *parser) policy(n *yaml.Node) *Policy {
+	out := &Policy{}
+	p.mapping(n, "the policy", []field{
+		{"apiVersion", true, func(v *yaml.Node) { out.APIVersion = p.constant(v, "apiVersion", APIVersion) }},
+		{"kind", true, func(v *yaml.Node) { out.Kind = p.constant(v, "kind", Kind) }},
+		{"metadata", true, func(v *yaml.Node) { p.metadata(v, &out.Metadata) }},
+		{"spec", true, func(v *yaml.Node) { p.spec(v, &out.Spec) }},
+	})
+	return out
+}
+
+func (p *parser) constant(n *yaml.Node, what, want string) string {
+	s, ok := p.str(n, what, want)
+	if ok && s != want {
+		p.errorf(n, "%s is %q; expected %s", what, s, want)
+	}
+	return s
+}
+
+var (
+	policyName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
+	ruleNames  = regexp.MustCompile(`^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$`)
+)
+
+func (p *parser) metadata(n *yaml.Node, out *Metadata) {
+	const want = "a name of lower-case letters, digits, - and ., at most 253"
+	p.mapping(n, "metadata", []field{{"name", true, func(v *yaml.Node) {
+		s, ok := p.str(v, "metadata.name", want)
+		if ok && (!policyName.MatchString(s) || len(s) > 253) {
+			p.errorf(v, "metadata.name is %q; expected %s", s, want)
+		}
+		out.Name = s
+	}}})
+}
+
+func (p *parser) spec(n *yaml.Node, out *Spec) {
+	out.DefaultAction = Reject
+	p.mapping(n, "spec", []field{
+		{"defaultAction", false, func(v *yaml.Node) { out.DefaultAction = p.action(v, "defaultAction") }},
+		{"egress", false, func(v *yaml.Node) { out.Egress = p.rules(v, "egress") }},
+		{"ingress", false, func(v *yaml.Node) { out.Ingress = p.rules(v, "ingress") }},
+		{"limits", false, func(v *yaml.Node) { p.limits(v, &out.Limits) }},
+	})
+}
+
+func (p *parser) limits(n *yaml.Node, out *Limits) {
+	count := func(name string, dst *int) field {
+		return field{name, false, func(v *yaml.Node) { *dst = p.number(v, name, 1, 1<<31-1) }}
+	}
+	rate := func(name string, dst *Bandwidth) field {
+		return field{name, false, func(v *yaml.Node) {
+			var err error
+			if *dst, err = parseBandwidth(p.quantity(v)); err != nil {
+				p.errorf(v, "%s: %v", name, err)
+			}
+		}}
+	}
+	p.mapping(n, "limits", []field{
+		count("flows", &out.Flows),
+		count("newFlowsPerSecond", &out.NewFlowsPerSecond),
+		rate("egressBandwidth", &out.EgressBandwidth),
+		rate("ingressBandwidth", &out.IngressBandwidth),
+		{"totalBytes", false, func(v *yaml.Node) {
+			var err error
+			if out.TotalBytes, err = parseBytes(p.quantity(v)); err != nil {
+				p.errorf(v, "totalBytes: %v", err)
+			}
+		}},
+		count("flowsPerDestination", &out.FlowsPerDestination),
+	})
+}
+
+// quantity gives the text of a scalar, whether YAML takes it for a number or a
+// string; anything else has none that a quantity could have.
+func (p *parser) quantity(n *yaml.Node) string {
+	if n.Kind != yaml.ScalarNode {
+		return describe(n)
+	}
+	return n.Value
+}

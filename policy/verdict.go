@@ -1,0 +1,51 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// Verdict is the outcome of one decision. Only this package can make one that
+// allows, and the dialer takes nothing else, so no host socket can be opened to
+// an address that was not judged. The zero value denies.
+//
+// A Verdict is comparable: two are equal when they say the same thing about the
+// same target.
+type Verdict struct {
+	target netip.AddrPort // unmapped; valid only if action is Allow
+	rule   string
+	proto  uint8
+	action Action
+}
+
+// Allowed reports whether the flow may pass.
+func (v Verdict) Allowed() bool { return v.action == Allow }
+
+// Action is what to do with the flow.
+func (v Verdict) Action() Action { return v.action }
+
+// Rule names what decided: a rule by place and name ("egress[2] pypi"),
+// "default", a special address class ("special:metadata"), or "no-policy" when
+// there are no rules in force.
+func (v Verdict) Rule() string { return v.rule }
+
+// Target is the one address that may be dialled: for egress the destination,
+// or the host's loopback where the gateway stands for it; for ingress the
+// sandbox's address. Invalid unless allowed. The port is 0 for protocols
+// without ports.
+func (v Verdict) Target() netip.AddrPort { return v.target }
+
+// Proto is the IP protocol that was judged.
+func (v Verdict) Proto() uint8 { return v.proto }
+
+// Permits reports whether a is the target: the last check before connect.
+func (v Verdict) Permits(a netip.AddrPort) bool {
+	return v.action == Allow && a.IsValid() && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
+}
+
+func (v Verdict) String() string {
+	if v.action == Allow {
+		return fmt.Sprintf("allow %v to %v by %s", Protocol(v.proto), v.target, v.rule)
+	}
+	return fmt.Sprintf("%v %v by %s", v.action, Protocol(v.proto), v.rule)
+}
