@@ -1,0 +1,326 @@
+package tun
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// Endpoint joins a Device to a netstack NIC.
+//
+// Reading: one goroutine per queue (read.go) takes frames until the queue is
+// empty, hands each to the stack inline, and then parks in Go's poller. Writing:
+// whoever has a packet writes it, with no queue or thread between (write.go).
+//
+// Link addresses: in TAP mode the endpoint is the gateway, the only other host on
+// the wire. It answers to its own address and to groups; it sends everything to the
+// container's address, which it learns from the source of the container's frames.
+// So it does not ask the stack for address resolution.
+//
+// Checksums: each packet is delivered with its own RXChecksumValidated. Netstack's
+// NIC overwrites that with one flag for the whole link, which can only be wrong:
+// claiming validity blindly makes corruption silent, not claiming it costs a pass
+// over every byte. A dispatcher that is a ChecksumKeeper avoids both; before any
+// other, open checksums are filled in here and the stack verifies them again.
+type Endpoint struct {
+	device  *Device
+	filter  filter
+	mtu     atomic.Uint32
+	gateway tcpip.LinkAddress
+	guest   atomic.Uint64 // the container's MAC in the low 48 bits
+	queues  []*queue
+	noted   atomic.Uint64
+
+	dispatcher atomic.Pointer[dispatcher]
+	batchEnd   atomic.Pointer[func()]
+	captures   atomic.Pointer[[]*Capture] // copied on write under mu
+
+	mu      sync.Mutex // guards started, onClose, err and changes of captures
+	started bool
+	closing atomic.Bool
+	onClose func()
+	err     error
+
+	readers sync.WaitGroup
+	done    chan struct{} // closed by fail or Close, whichever is first, under mu
+}
+
+var (
+	_ stack.LinkEndpoint = (*Endpoint)(nil)
+	_ stack.GSOEndpoint  = (*Endpoint)(nil)
+)
+
+// ChecksumKeeper is a stack.NetworkDispatcher that respects what a packet's
+// RXChecksumValidated says when it is delivered, by handing it to
+// stack.NetworkEndpoint.HandlePacket rather than to the NIC. It is asked before
+// each delivery, so it may say no until the stack is set up.
+type ChecksumKeeper interface {
+	KeepsRXChecksumValidated() bool
+}
+
+type dispatcher struct {
+	stack.NetworkDispatcher
+	keeper ChecksumKeeper // the same, or nil
+}
+
+func (d *dispatcher) keepsChecksums() bool {
+	return d.keeper != nil && d.keeper.KeepsRXChecksumValidated()
+}
+
+// EndpointConfig says who is on the link.
+type EndpointConfig struct {
+	MTU       int              // 0 means the device's
+	LinkAddr  net.HardwareAddr // the gateway's own; required for TAP
+	GuestAddr net.HardwareAddr // the container's until it has sent something; nil means ask the device
+}
+
+// queue is one descriptor of the device with its reader.
+type queue struct {
+	e    *Endpoint
+	file *os.File
+	raw  syscall.RawConn
+
+	// fd is file's, for writing without the poller's lock. Writers hold fdMu for
+	// reading while they use it; Close holds it for writing while it retires it (-1).
+	fdMu sync.RWMutex
+	fd   int
+
+	rx       rxbuf              // the reader's own
+	readable func(uintptr) bool // bound once: a method value allocates
+	readErr  error
+	badReads int
+
+	count counters
+}
+
+// NewEndpoint takes the device over: closing the endpoint closes it. Reading
+// starts when the stack attaches.
+func NewEndpoint(d *Device, cfg EndpointConfig) (*Endpoint, error) {
+	if cfg.MTU == 0 {
+		cfg.MTU = d.MTU()
+	}
+	if cfg.MTU < MinMTU || cfg.MTU > MaxMTU {
+		return nil, fmt.Errorf("making a link endpoint: MTU %d is outside %d..%d", cfg.MTU, MinMTU, MaxMTU)
+	}
+	e := &Endpoint{
+		device: d,
+		filter: filter{kind: d.Kind(), features: d.Features()},
+		done:   make(chan struct{}),
+	}
+	e.mtu.Store(uint32(cfg.MTU))
+	if d.Kind() == TAP {
+		if err := e.setAddresses(cfg); err != nil {
+			return nil, fmt.Errorf("making a link endpoint: %w", err)
+		}
+	}
+	files, err := d.startQueues()
+	if err != nil {
+		return nil, fmt.Errorf("making a link endpoint: %w", err)
+	}
+	for _, f := range files {
+		raw, err := f.SyscallConn()
+		if err != nil {
+			return nil, fmt.Errorf("making a link endpoint: %w", err)
+		}
+		q := &queue{e: e, file: f, raw: raw}
+		// Fd must not be used: it would make the descriptor blocking.
+		if err := raw.Control(func(fd uintptr) { q.fd = int(fd) }); err != nil {
+			return nil, fmt.Errorf("making a link endpoint: %w", err)
+		}
+		q.readable = q.onReadable
+		e.queues = append(e.queues, q)
+	}
+	return e, nil
+}
+
+func (e *Endpoint) setAddresses(cfg EndpointConfig) error {
+	if len(cfg.LinkAddr) != 6 || cfg.LinkAddr[0]&1 != 0 {
+		return fmt.Errorf("the gateway's address %q is not a unicast MAC address", cfg.LinkAddr)
+	}
+	guest := cfg.GuestAddr
+	if guest == nil {
+		var err error
+		if guest, err = e.device.HardwareAddr(); err != nil {
+			return err
+		}
+	}
+	if len(guest) != 6 || guest[0]&1 != 0 {
+		return fmt.Errorf("the container's address %q is not a unicast MAC address", guest)
+	}
+	e.filter.gateway = mac(cfg.LinkAddr)
+	e.gateway = tcpip.LinkAddress(cfg.LinkAddr)
+	e.guest.Store(mac(guest).uint64())
+	return nil
+}
+
+// SetBatchEnd has f called by each reader after it has emptied its queue or used
+// up its budget, for flushing what the batch gave rise to. With several queues f
+// may be called by several goroutines at once. It must not block.
+func (e *Endpoint) SetBatchEnd(f func()) { e.batchEnd.Store(&f) }
+
+// USO says whether UDP may be sent as one large segment, by setting
+// GSOOptions.MSS, and may arrive so.
+func (e *Endpoint) USO() bool { return e.filter.features.USO }
+
+// GuestAddr is the container's MAC address as last seen.
+func (e *Endpoint) GuestAddr() net.HardwareAddr {
+	if e.filter.kind != TAP {
+		return nil
+	}
+	m := macOf(e.guest.Load())
+	return m[:]
+}
+
+// Done is closed when the endpoint can carry no more: the device is gone, or Close
+// was called.
+func (e *Endpoint) Done() <-chan struct{} { return e.done }
+
+// Err says why Done was closed: nil before, ErrClosed after Close, else an error
+// that wraps ErrDeviceGone or what the kernel said.
+func (e *Endpoint) Err() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.err
+}
+
+// end records the first cause and tells the world.
+func (e *Endpoint) end(cause error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.err == nil {
+		e.err = cause
+		close(e.done)
+	}
+}
+
+// Close implements stack.LinkEndpoint: the device is closed, readers are woken and
+// captures end. It must not be called from within packet delivery.
+func (e *Endpoint) Close() {
+	if e.closing.Swap(true) {
+		return
+	}
+	e.end(ErrClosed)
+	e.mu.Lock()
+	onClose := e.onClose
+	e.mu.Unlock()
+	if onClose != nil {
+		onClose()
+	}
+	for _, q := range e.queues {
+		q.fdMu.Lock()
+		q.fd = -1
+		q.fdMu.Unlock()
+	}
+	// The only error is a close(2) that failed on a descriptor that is gone anyway.
+	_ = e.device.Close()
+	for _, c := range e.activeCaptures() {
+		c.end()
+	}
+}
+
+// Attach implements stack.LinkEndpoint. The first attachment starts the readers,
+// which run until Close or the end of the device. While nothing is attached,
+// frames are counted and dropped.
+func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
+	if d == nil {
+		e.dispatcher.Store(nil)
+		return
+	}
+	to := &dispatcher{NetworkDispatcher: d}
+	to.keeper, _ = d.(ChecksumKeeper)
+	e.dispatcher.Store(to)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.started || e.closing.Load() {
+		return
+	}
+	e.started = true
+	for _, q := range e.queues {
+		e.readers.Add(1)
+		go q.read() // owned by e; ends when Close or the kernel ends the device
+	}
+}
+
+// IsAttached implements stack.LinkEndpoint.
+func (e *Endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
+
+// Wait implements stack.LinkEndpoint: it returns after the last reader.
+func (e *Endpoint) Wait() { e.readers.Wait() }
+
+// SetOnCloseAction implements stack.LinkEndpoint.
+func (e *Endpoint) SetOnCloseAction(f func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.onClose = f
+}
+
+// MTU implements stack.LinkEndpoint.
+func (e *Endpoint) MTU() uint32 { return e.mtu.Load() }
+
+// SetMTU implements stack.LinkEndpoint.
+func (e *Endpoint) SetMTU(mtu uint32) { e.mtu.Store(mtu) }
+
+// MaxHeaderLength implements stack.LinkEndpoint.
+func (e *Endpoint) MaxHeaderLength() uint16 { return uint16(e.filter.kind.linkHeaderLen()) }
+
+// LinkAddress implements stack.LinkEndpoint.
+func (e *Endpoint) LinkAddress() tcpip.LinkAddress { return e.gateway }
+
+// SetLinkAddress implements stack.LinkEndpoint. The address is fixed by
+// EndpointConfig, because the container's neighbour table already knows it.
+func (e *Endpoint) SetLinkAddress(tcpip.LinkAddress) {}
+
+// Capabilities implements stack.LinkEndpoint. Neither checksum capability is
+// claimed: they are properties of a packet here, not of the link.
+func (e *Endpoint) Capabilities() stack.LinkEndpointCapabilities { return 0 }
+
+// ARPHardwareType implements stack.LinkEndpoint.
+func (e *Endpoint) ARPHardwareType() header.ARPHardwareType {
+	if e.filter.kind == TAP {
+		return header.ARPHardwareEther
+	}
+	return header.ARPHardwareNone
+}
+
+// gsoMaxSize keeps an IPv4 packet's total length in its 16 bits: the stack's TCP
+// takes this less all possible headers as the largest payload.
+const gsoMaxSize = 65535
+
+// GSOMaxSize implements stack.GSOEndpoint.
+func (e *Endpoint) GSOMaxSize() uint32 { return gsoMaxSize }
+
+// SupportedGSO implements stack.GSOEndpoint.
+func (e *Endpoint) SupportedGSO() stack.SupportedGSO {
+	if e.filter.features.TSO {
+		return stack.HostGSOSupported
+	}
+	return stack.GSONotSupported
+}
+
+// isGone says that the kernel has taken the interface away.
+func isGone(errno syscall.Errno) bool {
+	switch errno {
+	case syscall.EBADFD, syscall.EBADF, syscall.ENODEV, syscall.ENXIO:
+		return true
+	}
+	return false
+}
+
+func (m mac) uint64() uint64 {
+	return uint64(m[0])<<40 | uint64(m[1])<<32 | uint64(m[2])<<24 | uint64(m[3])<<16 | uint64(m[4])<<8 | uint64(m[5])
+}
+
+func macOf(v uint64) mac {
+	return mac{byte(v >> 40), byte(v >> 32), byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)}
+}
+
+// errUnexpectedEnd is the cause when a queue ends without saying why.
+var errUnexpectedEnd = errors.New("end of file")

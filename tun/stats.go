@@ -1,0 +1,138 @@
+package tun
+
+import "sync/atomic"
+
+// Reason says why a frame was dropped. The zero value means that it was not.
+type Reason uint8
+
+// The reasons, with the name each has in Stats and in captures. A frame is counted
+// under the first that applies, in this order of checks.
+const (
+	reasonNone Reason = iota
+	shortVnetHeader
+	shortFrame
+	oversizedFrame
+	foreignDestination
+	badSource
+	vlanTagged
+	notEthernetII
+	unknownEtherType
+	shortARP
+	shortIP
+	badIPVersion
+	badIPHeaderLength
+	badIPLength
+	badIPChecksum
+	checksumOutOfRange
+	checksumOnFragment
+	unknownGSOType
+	gsoNotOffered
+	gsoZeroSize
+	gsoWithoutChecksum
+	gsoProtocolMismatch
+	notAttached
+	interfaceDown
+	writeFailed
+	deviceGone
+	numReasons
+)
+
+var reasonNames = [numReasons]string{
+	reasonNone:          "none",
+	shortVnetHeader:     "rx-short-virtio-header",
+	shortFrame:          "rx-short-frame",
+	oversizedFrame:      "rx-oversized-frame",
+	foreignDestination:  "rx-foreign-destination",
+	badSource:           "rx-bad-source-address",
+	vlanTagged:          "rx-vlan-tagged",
+	notEthernetII:       "rx-not-ethernet-ii",
+	unknownEtherType:    "rx-unknown-ethertype",
+	shortARP:            "rx-short-arp",
+	shortIP:             "rx-short-ip-header",
+	badIPVersion:        "rx-bad-ip-version",
+	badIPHeaderLength:   "rx-bad-ip-header-length",
+	badIPLength:         "rx-bad-ip-length",
+	badIPChecksum:       "rx-bad-ip-checksum",
+	checksumOutOfRange:  "rx-checksum-out-of-range",
+	checksumOnFragment:  "rx-checksum-on-fragment",
+	unknownGSOType:      "rx-unknown-gso-type",
+	gsoNotOffered:       "rx-gso-not-offered",
+	gsoZeroSize:         "rx-gso-zero-size",
+	gsoWithoutChecksum:  "rx-gso-without-checksum",
+	gsoProtocolMismatch: "rx-gso-protocol-mismatch",
+	notAttached:         "rx-not-attached",
+	interfaceDown:       "tx-interface-down",
+	writeFailed:         "tx-write-failed",
+	deviceGone:          "tx-device-gone",
+}
+
+func (r Reason) String() string {
+	if r >= numReasons {
+		return "unknown"
+	}
+	return reasonNames[r]
+}
+
+// Stats are the counters of one Endpoint since it was made. Rx is what the
+// container sent, Tx what it was sent; bytes count the link header but not the
+// virtio-net one.
+type Stats struct {
+	RxFrames uint64 `json:"rxFrames"` // delivered to the stack
+	RxBytes  uint64 `json:"rxBytes"`
+	RxGSO    uint64 `json:"rxGSO"` // of RxFrames, segments larger than the container's MSS
+	// RxWakeups counts how often a reader found frames after having waited.
+	// RxFrames/RxWakeups is the mean batch.
+	RxWakeups uint64 `json:"rxWakeups"`
+	// RxChecksumsFilled counts checksums that had to be computed here, because
+	// they belong to an inner header or because the dispatcher is no ChecksumKeeper.
+	RxChecksumsFilled uint64 `json:"rxChecksumsFilled"`
+	RxErrors          uint64 `json:"rxErrors"` // reads that failed without ending the device
+
+	TxFrames uint64 `json:"txFrames"`
+	TxBytes  uint64 `json:"txBytes"`
+	TxGSO    uint64 `json:"txGSO"`
+	TxWaits  uint64 `json:"txWaits"` // writes that found the queue full and waited
+
+	// Dropped has an entry for every Reason, zero or not.
+	Dropped map[string]uint64 `json:"dropped"`
+	// Noted counts packets that NoteDrop was told of.
+	Noted uint64 `json:"noted"`
+}
+
+// counters is one queue's share of Stats. A queue's reader and writers touch only
+// their own, so that queues do not fight over cache lines.
+type counters struct {
+	rxFrames, rxBytes, rxGSO, rxWakeups, rxFilled, rxErrors atomic.Uint64
+
+	_ [64]byte // readers and writers run on different cores
+
+	txFrames, txBytes, txGSO, txWaits atomic.Uint64
+
+	dropped [numReasons]atomic.Uint64
+
+	_ [64]byte
+}
+
+// Stats returns a snapshot. The counters are read one by one, so their sums may
+// be off by frames in flight.
+func (e *Endpoint) Stats() Stats {
+	s := Stats{Dropped: make(map[string]uint64, numReasons-1)}
+	for _, q := range e.queues {
+		c := &q.count
+		s.RxFrames += c.rxFrames.Load()
+		s.RxBytes += c.rxBytes.Load()
+		s.RxGSO += c.rxGSO.Load()
+		s.RxWakeups += c.rxWakeups.Load()
+		s.RxChecksumsFilled += c.rxFilled.Load()
+		s.RxErrors += c.rxErrors.Load()
+		s.TxFrames += c.txFrames.Load()
+		s.TxBytes += c.txBytes.Load()
+		s.TxGSO += c.txGSO.Load()
+		s.TxWaits += c.txWaits.Load()
+		for r := reasonNone + 1; r < numReasons; r++ {
+			s.Dropped[r.String()] += c.dropped[r].Load()
+		}
+	}
+	s.Noted = e.noted.Load()
+	return s
+}

@@ -1,0 +1,247 @@
+package tun
+
+import (
+	"encoding/binary"
+	"fmt"
+	"syscall"
+	"unsafe"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"golang.org/x/sys/unix"
+)
+
+// The write path. A packet leaves on the goroutine that made it, as one writev of
+// [virtio-net header][headers][data...]; the kernel takes a frame whole or not at
+// all, so writers need no lock between them. With several queues the flow picks the
+// queue, and the kernel then answers on the same one.
+//
+// A full queue makes the writer wait in Go's poller. The frames that are
+// lost are those that no wait would save: the interface is down (EIO), the device
+// is gone (EBADFD), the kernel refused the frame. They are counted and, as on any
+// wire, not reported to the sender.
+
+// maxIOV is how many pieces one writev gathers from the stack; a packet in more
+// pieces than that is copied together first. The array lives on the writer's stack.
+const maxIOV = 64
+
+// WritePackets implements stack.LinkEndpoint. It does not fail but when the device
+// has ended.
+func (e *Endpoint) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
+	for i, pkt := range pkts.AsSlice() {
+		if err := e.writePacket(pkt); err != nil {
+			return i, err
+		}
+	}
+	return pkts.Len(), nil
+}
+
+// QDisc returns the queueing discipline to give to stack.NICOptions: there is no
+// queue, packets are written at once. Netstack's own default does the same but
+// allocates a list per packet.
+func (e *Endpoint) QDisc() stack.QueueingDiscipline { return directQDisc{e} }
+
+type directQDisc struct{ e *Endpoint }
+
+func (d directQDisc) WritePacket(pkt *stack.PacketBuffer) tcpip.Error { return d.e.writePacket(pkt) }
+
+// Close has nothing to flush.
+func (directQDisc) Close() {}
+
+func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
+	q := e.queues[0]
+	if len(e.queues) > 1 {
+		q = e.queues[flowHash(pkt)%uint32(len(e.queues))]
+	}
+	var vnet [vnetHeaderLen]byte
+	h := offloadHeader(pkt)
+	h.encode(&vnet)
+
+	var iov [maxIOV]unix.Iovec
+	iov[0].Base = &vnet[0]
+	iov[0].SetLen(vnetHeaderLen)
+	count, size := gather(pkt, iov[1:])
+
+	var errno syscall.Errno
+	if count < 0 {
+		errno = q.writeSlowly(flatten(&vnet, pkt))
+	} else {
+		errno = q.writev(iov[:1+count])
+		if errno == unix.EAGAIN {
+			errno = q.writeSlowly(flatten(&vnet, pkt))
+		}
+	}
+	why := reasonNone
+	switch {
+	case errno == 0:
+		q.count.txFrames.Add(1)
+		q.count.txBytes.Add(uint64(size))
+		if h.gsoType != gsoNone {
+			q.count.txGSO.Add(1)
+		}
+	case errno == unix.EIO:
+		why = interfaceDown
+	case isGone(errno):
+		why = deviceGone
+		e.writeEnded(errno)
+	default:
+		why = writeFailed
+	}
+	if why != reasonNone {
+		q.count.dropped[why].Add(1)
+	}
+	if captures := e.captures.Load(); captures != nil {
+		captureTx(*captures, pkt, size, why)
+	}
+	if why == deviceGone {
+		return &tcpip.ErrClosedForSend{}
+	}
+	return nil
+}
+
+// writev makes one attempt.
+func (q *queue) writev(iov []unix.Iovec) syscall.Errno {
+	for {
+		q.fdMu.RLock()
+		if q.fd < 0 {
+			q.fdMu.RUnlock()
+			return unix.EBADFD
+		}
+		_, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, uintptr(q.fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
+		q.fdMu.RUnlock()
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
+// writeSlowly writes a frame that is in one piece, waiting for room as long as the
+// device lives.
+func (q *queue) writeSlowly(frame []byte) (errno syscall.Errno) {
+	waited := false
+	err := q.raw.Write(func(fd uintptr) bool {
+		for {
+			_, _, errno = syscall.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&frame[0])), uintptr(len(frame)))
+			switch errno {
+			case unix.EINTR:
+				continue
+			case unix.EAGAIN:
+				if !waited {
+					waited = true
+					q.count.txWaits.Add(1)
+				}
+				return false
+			}
+			return true
+		}
+	})
+	if err != nil {
+		return unix.EBADFD // closed while waiting
+	}
+	return errno
+}
+
+// gather lists the packet's pieces in iov. It returns a negative count if there are
+// more than fit.
+func gather(pkt *stack.PacketBuffer, iov []unix.Iovec) (count, size int) {
+	views, skip := pkt.AsViewList()
+	size = pkt.Size()
+	for v := views.Front(); v != nil; v = v.Next() {
+		piece := pieceOf(v, &skip)
+		if len(piece) == 0 {
+			continue
+		}
+		if count == len(iov) {
+			return -1, size
+		}
+		iov[count].Base = &piece[0]
+		iov[count].SetLen(len(piece))
+		count++
+	}
+	return count, size
+}
+
+func flatten(vnet *[vnetHeaderLen]byte, pkt *stack.PacketBuffer) []byte {
+	frame := make([]byte, 0, vnetHeaderLen+pkt.Size())
+	frame = append(frame, vnet[:]...)
+	return appendPacket(frame, pkt, pkt.Size())
+}
+
+// appendPacket appends at most limit bytes of the packet to dst.
+func appendPacket(dst []byte, pkt *stack.PacketBuffer, limit int) []byte {
+	views, skip := pkt.AsViewList()
+	for v := views.Front(); v != nil && limit > 0; v = v.Next() {
+		piece := pieceOf(v, &skip)
+		piece = piece[:min(len(piece), limit)]
+		limit -= len(piece)
+		dst = append(dst, piece...)
+	}
+	return dst
+}
+
+// pieceOf returns what is left of v after *skip bytes, and takes those off *skip.
+func pieceOf(v *buffer.View, skip *int) []byte {
+	piece := v.AsSlice()
+	n := min(*skip, len(piece))
+	*skip -= n
+	return piece[n:]
+}
+
+// offloadHeader says what the stack left open: the transport checksum, and the
+// cutting of a payload larger than MSS. Packets without GSO options are complete.
+func offloadHeader(pkt *stack.PacketBuffer) (h vnetHeader) {
+	gso := &pkt.GSOOptions
+	if gso.Type == stack.GSONone || gso.Type == stack.GSOGvisor || !gso.NeedsCsum {
+		return h
+	}
+	transportAt := len(pkt.LinkHeader().Slice()) + int(gso.L3HdrLen)
+	transportLen := len(pkt.TransportHeader().Slice())
+	isUDP := pkt.TransportProtocolNumber == header.UDPProtocolNumber
+	if isUDP {
+		transportLen = header.UDPMinimumSize
+	}
+	h.flags = vnetNeedsChecksum
+	h.csumStart = uint16(transportAt)
+	h.csumOffset = gso.CsumOffset
+	if payload := pkt.Size() - transportAt - transportLen; gso.MSS == 0 || payload <= int(gso.MSS) {
+		return h
+	}
+	h.hdrLen = uint16(transportAt + transportLen)
+	h.gsoSize = gso.MSS
+	switch {
+	case isUDP:
+		h.gsoType = gsoUDPL4
+	case gso.Type == stack.GSOTCPv6:
+		h.gsoType = gsoTCPv6
+	default:
+		h.gsoType = gsoTCPv4
+	}
+	return h
+}
+
+// writeEnded ends the endpoint when a write finds the device gone, which may be
+// before the reader does.
+func (e *Endpoint) writeEnded(errno syscall.Errno) {
+	if !e.closing.Load() {
+		e.end(fmt.Errorf("writing to %s: %w (%w)", e.device.name, ErrDeviceGone, errno))
+	}
+}
+
+// flowHash spreads flows over queues by their ports, which both directions of a
+// flow share. Packets without ports stay in order on the first queue.
+func flowHash(pkt *stack.PacketBuffer) uint32 {
+	switch pkt.TransportProtocolNumber {
+	case header.TCPProtocolNumber, header.UDPProtocolNumber:
+	default:
+		return 0
+	}
+	ports := pkt.TransportHeader().Slice()
+	if len(ports) < 4 {
+		return 0
+	}
+	const fibonacci = 2654435769 // 2^32 divided by the golden ratio spreads consecutive ports
+	return binary.BigEndian.Uint32(ports) * fibonacci >> 16
+}
