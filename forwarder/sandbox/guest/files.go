@@ -1,0 +1,87 @@
+package guest
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// The contents of the sandbox's resolv.conf(5) and hosts(5).
+
+func resolvText(cfg *Config) []byte {
+	var b bytes.Buffer
+	b.WriteString("# Made by sluice for this sandbox.\n")
+	if len(cfg.Search) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(cfg.Search, " "))
+	}
+	for _, a := range cfg.DNS {
+		fmt.Fprintf(&b, "nameserver %s\n", a)
+	}
+	if len(cfg.ResolvOptions) > 0 {
+		fmt.Fprintf(&b, "options %s\n", strings.Join(cfg.ResolvOptions, " "))
+	}
+	return b.Bytes()
+}
+
+// maxHostsBytes bounds what is taken over of the caller's hosts file. Block
+// lists of some megabytes are in use.
+const maxHostsBytes = 16 << 20
+
+// hostsText is localhost, the entries asked for, then the caller's file without
+// the names already given. The caller's host name, where the file gives it
+// an address that is not in the sandbox, becomes the guest's own: programs
+// listen on what their host name resolves to.
+func hostsText(cfg *Config, hostname string, callers []byte) []byte {
+	if len(callers) > maxHostsBytes {
+		callers = callers[:bytes.LastIndexByte(callers[:maxHostsBytes], '\n')+1]
+	}
+	var b bytes.Buffer
+	b.WriteString("# Made by sluice for this sandbox.\n")
+	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+	given := map[string]bool{"localhost": true, "ip6-localhost": true, "ip6-loopback": true}
+	for _, h := range cfg.Hosts {
+		fmt.Fprintf(&b, "%s\t%s\n", h.Addr, strings.Join(h.Names, " "))
+		for _, n := range h.Names {
+			given[strings.ToLower(n)] = true
+		}
+	}
+	own := strings.ToLower(hostname)
+	resolves := own == "" || given[own]
+	var rest bytes.Buffer
+	for line := range strings.Lines(string(callers)) {
+		text, _, _ := strings.Cut(line, "#")
+		f := strings.Fields(text)
+		if len(f) < 2 {
+			continue
+		}
+		addr, err := netip.ParseAddr(f[0])
+		if err != nil {
+			continue
+		}
+		names := slices.DeleteFunc(f[1:], func(n string) bool {
+			n = strings.ToLower(n)
+			if n == own && !given[n] {
+				if addr.Unmap().IsLoopback() {
+					resolves = true
+					return false
+				}
+				return true
+			}
+			return given[n]
+		})
+		if len(names) > 0 {
+			fmt.Fprintf(&rest, "%s\t%s\n", f[0], strings.Join(names, " "))
+		}
+	}
+	if !resolves {
+		for _, p := range []netip.Prefix{cfg.Addr4, cfg.Addr6} {
+			if p.IsValid() {
+				fmt.Fprintf(&b, "%s\t%s\n", p.Addr(), hostname)
+			}
+		}
+	}
+	b.Write(rest.Bytes())
+	return b.Bytes()
+}

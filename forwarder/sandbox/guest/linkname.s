@@ -1,0 +1,1 @@
+// Lets fork.go declare functions without bodies.
