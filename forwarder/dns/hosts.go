@@ -65,7 +65,9 @@ func newLocalNames(hosts map[string][]netip.Addr) (*localNames, error) {
 				return nil, fmt.Errorf("host name %q: invalid address", host)
 			}
 		}
-		l.addrs[n] = l.addrs[n] // owned even without an address
+		if l.addrs[n] == nil {
+			l.addrs[n] = []netip.Addr{} // owned even without an address
+		}
 		add(n, hosts[host]...)
 	}
 	if _, given := l.addrs[zoneLocalhost]; !given {

@@ -12,6 +12,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -26,8 +27,10 @@ type stream struct {
 	from  netip.AddrPort
 	slots chan struct{} // a token per query in flight
 
-	writing sync.Mutex // one answer at a time
-	work    sync.WaitGroup
+	writing  sync.Mutex // held for one answer at a time; guards answered
+	answered time.Time  // when the last one had been written
+
+	work sync.WaitGroup
 }
 
 // ServeStream serves c until its peer or its idleness ends it, ctx does, or
@@ -76,7 +79,7 @@ func (s *stream) read(ctx context.Context) bool {
 				s.r.stats.StreamsIdle.Add(1)
 				return false
 			}
-			return br.Buffered() == 0 && ctx.Err() == nil
+			return errors.Is(err, io.EOF) && br.Buffered() == 0
 		}
 		v := s.r.judge(msg, s.from, true)
 		if _, err := br.Discard(2 + len(msg)); err != nil {
@@ -110,21 +113,32 @@ func (s *stream) read(ctx context.Context) bool {
 	}
 }
 
-// next returns the next message, still in br's buffer. A message that does not
-// fit there is an error: no query is that long.
+var errTooLong = errors.New("message longer than any query")
+
+// next returns the next message, still in br's buffer.
 func (s *stream) next(br *bufio.Reader) ([]byte, error) {
+	idle := s.r.limits.StreamIdle
+	since := time.Now()
 	for {
-		if err := s.c.SetReadDeadline(time.Now().Add(s.r.limits.StreamIdle)); err != nil {
+		if err := s.c.SetReadDeadline(since.Add(idle)); err != nil {
 			return nil, err
 		}
-		_, err := br.Peek(2)
-		if errors.Is(err, os.ErrDeadlineExceeded) && br.Buffered() == 0 && len(s.slots) > 0 {
-			continue // it waits for us, not we for it
+		_, err := br.Peek(1)
+		if err == nil {
+			break
 		}
-		if err != nil {
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil, err
 		}
-		break
+		// While an answer is on its way the peer waits for us, not we for it;
+		// its own time begins with the last one.
+		if len(s.slots) > 0 {
+			since = time.Now()
+		} else if last := s.lastAnswer(); last.After(since) {
+			since = last
+		} else {
+			return nil, err
+		}
 	}
 	// The deadline is not moved for the rest: a message dripping in does not
 	// keep a connection.
@@ -133,6 +147,9 @@ func (s *stream) next(br *bufio.Reader) ([]byte, error) {
 		return nil, err
 	}
 	n := int(be16(prefix, 0))
+	if n > maxQuery {
+		return nil, errTooLong
+	}
 	b, err := br.Peek(2 + n)
 	if err != nil {
 		return nil, err
@@ -147,7 +164,14 @@ func (s *stream) write(msg []byte) error {
 		return err
 	}
 	_, err := s.c.Write(prefixed(msg))
+	s.answered = time.Now()
 	return err
+}
+
+func (s *stream) lastAnswer() time.Time {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	return s.answered
 }
 
 // take takes a token, waiting for one until ctx ends.

@@ -1,0 +1,241 @@
+package dns
+
+// With the real client (dig) and a real upstream (dnsmasq), over loopback.
+//
+//	dig ── udp, tcp ──► front (sockets of the test) ──► Resolver ──► dnsmasq
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+type hostDialer struct{}
+
+func (hostDialer) Dial(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error) {
+	return new(net.Dialer).DialContext(ctx, network, server.String())
+}
+
+// front puts r behind loopback sockets and returns their port.
+func front(t *testing.T, r *Resolver) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	u, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var work sync.WaitGroup
+	t.Cleanup(func() { l.Close(); u.Close(); r.Close(); work.Wait() })
+	work.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			work.Go(func() { r.ServeStream(context.Background(), c) })
+		}
+	})
+	work.Go(func() {
+		buf := make([]byte, maxMessage)
+		for {
+			n, from, err := u.ReadFromUDPAddrPort(buf)
+			if err != nil {
+				return
+			}
+			r.ServePacket(context.Background(), buf[:n], from, func(b []byte) { u.WriteToUDPAddrPort(b, from) })
+		}
+	})
+	return port
+}
+
+// dnsmasq starts one on a free port of 127.0.0.1.
+func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
+	t.Helper()
+	path, err := exec.LookPath("dnsmasq")
+	if err != nil {
+		if path = "/usr/sbin/dnsmasq"; !exists(path) {
+			t.Skip("dnsmasq is not installed")
+		}
+	}
+	probe, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddrPort(probe.Addr().String())
+	probe.Close()
+	file := filepath.Join(t.TempDir(), "dnsmasq.conf")
+	if err := os.WriteFile(file, []byte(strings.Join(conf, "\n")+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path, "--keep-in-foreground", "--conf-file="+file, "--no-resolv", "--no-hosts", "--bind-interfaces",
+		"--listen-address=127.0.0.1", "--user=root", "--group=root", "--pid-file=", "--edns-packet-max=1232",
+		"--port="+strconv.Itoa(int(addr.Port())))
+	var out strings.Builder
+	cmd.Stderr = &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	for end := time.Now().Add(10 * time.Second); ; {
+		c, err := net.Dial("tcp", addr.String())
+		if err == nil {
+			c.Close()
+			return addr
+		}
+		if time.Now().After(end) {
+			t.Fatalf("dnsmasq does not listen: %v\n%s", err, &out)
+		}
+		time.Sleep(10 * time.Millisecond) // it cannot say that it listens
+	}
+}
+
+func exists(path string) bool { _, err := os.Stat(path); return err == nil }
+
+func dig(t *testing.T, port int, args ...string) string {
+	t.Helper()
+	cmd := exec.Command("dig", append([]string{"@127.0.0.1", "-p", strconv.Itoa(port), "+tries=1", "+time=5"}, args...)...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Errorf("dig %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func TestRealClientAndUpstream(t *testing.T) {
+	if _, err := exec.LookPath("dig"); err != nil {
+		t.Skip("dig is not installed")
+	}
+	var conf []string
+	for i := range 30 {
+		conf = append(conf, fmt.Sprintf("txt-record=big.test,%0200d", i))
+	}
+	for i := range 100 {
+		conf = append(conf, fmt.Sprintf("address=/n%d.test/10.7.0.%d", i, i))
+	}
+	conf = append(conf, "host-record=both.test,10.7.1.1,fd07::1", "ptr-record=1.1.7.10.in-addr.arpa,both.test")
+	up := dnsmasq(t, conf...)
+	dead := netip.MustParseAddrPort("127.0.0.1:9") // refuses
+	r := newResolver(t, Config{
+		Dialer:    hostDialer{},
+		Upstreams: Upstreams{Servers: []netip.AddrPort{dead, up}},
+		Hosts:     map[string][]netip.Addr{"added": addrs("10.8.0.1", "fd08::1")},
+	})
+	port := front(t, r)
+	has := func(args string, want ...string) {
+		t.Helper()
+		out := dig(t, port, strings.Fields(args)...)
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("dig %s lacks %q:\n%s", args, w, out)
+			}
+		}
+	}
+	records := func(args string, want int) {
+		t.Helper()
+		if n := strings.Count(dig(t, port, strings.Fields(args)...), "IN\tTXT\t"); n != want {
+			t.Errorf("dig %s: %d records, want %d", args, n, want)
+		}
+	}
+	has("+short both.test A", "10.7.1.1\n")
+	has("+short both.test AAAA", "fd07::1\n")
+	has("+short +tcp both.test A", "10.7.1.1\n")
+	has("+short +notcp +noedns both.test A", "10.7.1.1\n")
+	has("+short -x 10.7.1.1", "both.test.\n")
+	has("+short added A", "10.8.0.1\n")
+	has("+short +tcp added AAAA", "fd08::1\n")
+	has("+short -x 10.8.0.1", "added.\n")
+	has("+short -x fd08::1", "added.\n")
+	has("+short localhost AAAA", "::1\n")
+	has("both.test A", "status: NOERROR", ";; flags: qr", "Query time")
+	has("x.invalid A", "status: NXDOMAIN")
+	has("CH TXT version.bind", "status: REFUSED")
+	has("+opcode=UPDATE both.test SOA", "status: NOTIMP")
+	has("+tcp +keepopen both.test A both.test AAAA added A", "10.7.1.1", "fd07::1", "10.8.0.1")
+
+	has("+ignore big.test TXT", "flags: qr aa tc") // truthful
+	has("+ignore +bufsize=4096 big.test TXT", " tc")
+	records("+tcp big.test TXT", 30)
+	records("big.test TXT", 30) // dig itself comes again over TCP
+	records("+ignore +bufsize=16384 big.test TXT", 30)
+	records("+ignore +bufsize=4096 big.test TXT", 19)
+
+	t.Run("100 at once", func(t *testing.T) {
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() {
+				args := []string{"+short", fmt.Sprintf("n%d.test", i)}
+				if i%4 == 0 {
+					args = append(args, "+tcp")
+				}
+				if out := dig(t, port, args...); out != fmt.Sprintf("10.7.0.%d\n", i) {
+					t.Errorf("n%d.test: %q", i, out)
+				}
+			})
+		}
+		wg.Wait()
+	})
+	if s := r.Stats(); s.OverLimit != 0 || s.ServFail != 0 || s.UpstreamIgnored != 0 || s.StreamsRefused != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// 2000 queries from plain sockets: none lost, and nothing left behind.
+func TestNothingIsLeftBehind(t *testing.T) {
+	up := dnsmasq(t, "address=/test/10.7.0.1")
+	before := runtime.NumGoroutine()
+	fds := openFiles(t)
+	r, err := New(Config{Dialer: hostDialer{}, Upstreams: Upstreams{Servers: []netip.AddrPort{up}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := ask(t, "a.test", 1)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	codes := make(map[rcode]int)
+	for range 100 {
+		for range 20 {
+			wg.Add(1)
+			r.ServePacket(context.Background(), q, client, func(b []byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				codes[rcode(be16(b, 2)&maskRcode)]++
+				wg.Done()
+			})
+		}
+		wg.Wait()
+	}
+	if codes[rcodeSuccess] != 2000 {
+		t.Errorf("answers by code: %v, %+v", codes, r.Stats())
+	}
+	r.Close()
+	if n := runtime.NumGoroutine(); n > before {
+		t.Errorf("%d goroutines, %d before", n, before)
+	}
+	if n := openFiles(t); n > fds+1 { // the runtime's epoll may be new
+		t.Errorf("%d descriptors, %d before", n, fds)
+	}
+}
+
+func openFiles(t *testing.T) int {
+	t.Helper()
+	e, err := os.ReadDir("/proc/self/fd")
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skip("no /proc")
+	}
+	return len(e)
+}
