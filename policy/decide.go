@@ -44,7 +44,10 @@ func (r *Rules) Decide(q Query) Verdict {
 	if r == nil || r.egress == nil {
 		return Verdict{rule: ruleNoPolicy, proto: q.Proto}
 	}
-	// Unmap before any question is asked of an address (CVE-2024-24790).
+	if q.Dst.Addr().Zone() != "" {
+		return r.refuse(q, ruleZone) // asked before Unmap, which forgets it
+	}
+	// Unmap before any other question is asked of an address (CVE-2024-24790).
 	target := q.Dst.Addr().Unmap()
 	peer, t := target, r.egress
 	if q.Ingress {
@@ -54,9 +57,6 @@ func (r *Rules) Decide(q Query) Verdict {
 	}
 	if !target.IsValid() || !peer.IsValid() {
 		return r.refuse(q, ruleInvalid)
-	}
-	if target.Zone() != "" {
-		return r.refuse(q, ruleZone)
 	}
 
 	var key uint32

@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -20,7 +22,7 @@ import (
 // else is read by hand from there, so nothing is ever guessed from Go types.
 
 // MaxPolicyBytes bounds a policy file.
-const MaxPolicyBytes = 8 << 20
+const MaxPolicyBytes = 4 << 20
 
 // maxErrors bounds how many mistakes one Parse reports.
 const maxErrors = 20
@@ -97,7 +99,14 @@ func (p *parser) errorAt(line, col int, format string, args ...any) {
 		p.more = true
 		return
 	}
-	p.errs = append(p.errs, &Error{p.file, max(line, 1), max(col, 1), fmt.Sprintf(format, args...)})
+	// What is repeated of the file must not reach a terminal as commands.
+	msg := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, fmt.Sprintf(format, args...))
+	p.errs = append(p.errs, &Error{p.file, max(line, 1), max(col, 1), msg})
 }
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?(?s:(.*))$`)

@@ -27,7 +27,7 @@ func (p *parser) mapping(n *yaml.Node, what string, fields []field) {
 		return
 	}
 	seen := make(map[string]int) // field → line
-	for i := 0; i+1 < len(n.Content); i += 2 {
+	for i := 0; i+1 < len(n.Content) && !p.more; i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
 		if key.Kind != yaml.ScalarNode {
 			p.errorf(key, "%s has %s as a key; expected one of %s", what, describe(key), strings.Join(names, ", "))
@@ -62,6 +62,9 @@ func (p *parser) list(n *yaml.Node, what, items string, emptyOK bool, read func(
 		p.errorf(n, "%s is an empty list; expected at least one of %s (leave %s out to match all)", what, items, what)
 	default:
 		for i, item := range n.Content {
+			if p.more {
+				return
+			}
 			read(i, item)
 		}
 	}

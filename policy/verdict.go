@@ -40,7 +40,7 @@ func (v Verdict) Proto() uint8 { return v.proto }
 
 // Permits reports whether a is the target: the last check before connect.
 func (v Verdict) Permits(a netip.AddrPort) bool {
-	return v.action == Allow && a.IsValid() && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
+	return v.action == Allow && a.IsValid() && a.Addr().Zone() == "" && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
 }
 
 func (v Verdict) String() string {
