@@ -1,0 +1,160 @@
+package api
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"syscall"
+	"time"
+)
+
+// ErrNotRunning means that nobody listens on the control socket.
+var ErrNotRunning = errors.New("the sandbox is not running")
+
+// Client talks to one sandbox. Every call is its own connection, so a Client
+// holds nothing and is safe for concurrent use.
+type Client struct {
+	// Path is the control socket's.
+	Path string
+}
+
+// Call sends one request and decodes the answer into result, which may be nil.
+func (c Client) Call(ctx context.Context, method string, params, result any) error {
+	s, err := c.Open(ctx, method, params, result)
+	if err != nil {
+		return err
+	}
+	return s.Close()
+}
+
+// Stream is what follows the first answer of a method that goes on.
+type Stream struct {
+	conn Conn
+	r    *bufio.Reader
+	stop func() bool
+}
+
+// Open sends one request, decodes the first answer into result (which may be
+// nil) and returns the rest of the connection. The stream ends with ctx.
+func (c Client) Open(ctx context.Context, method string, params, result any) (*Stream, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.Path)
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return nil, ErrNotRunning
+	case err != nil:
+		return nil, fmt.Errorf("connect to the control socket: %w", err)
+	}
+	return Exchange(ctx, conn, method, params, result)
+}
+
+// Exchange is Open over a connection the caller has; it owns conn from here on.
+func Exchange(ctx context.Context, conn net.Conn, method string, params, result any) (*Stream, error) {
+	req := Request{Method: method}
+	if params != nil {
+		raw, err := json.Marshal(params)
+		if err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("encode the request: %w", err)
+		}
+		req.Params = raw
+	}
+	s := newStream(ctx, conn)
+	// A server that refuses the peer answers before it reads: its answer says
+	// more than the write error does.
+	werr := WriteLine(conn, req)
+	return s.first(ctx, method, result, werr)
+}
+
+// Answer is Exchange for a request that reached the other side by another way.
+func Answer(ctx context.Context, conn Conn, method string, result any) (*Stream, error) {
+	return newStream(ctx, conn).first(ctx, method, result, nil)
+}
+
+// Conn is what a Stream needs of a connection: a net.Conn is one, and so is a
+// socket as an os.File.
+type Conn interface {
+	io.ReadCloser
+	SetDeadline(time.Time) error
+}
+
+func newStream(ctx context.Context, conn Conn) *Stream {
+	s := &Stream{conn: conn, r: bufio.NewReaderSize(conn, 64<<10)}
+	s.stop = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	return s
+}
+
+// first reads the first answer; it closes the stream when there is none.
+func (s *Stream) first(ctx context.Context, method string, result any, werr error) (*Stream, error) {
+	err := s.answer(method, result, werr)
+	if err == nil {
+		return s, nil
+	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	_ = s.Close()
+	return nil, err
+}
+
+func (s *Stream) answer(method string, result any, werr error) error {
+	var resp Response
+	if err := s.Next(&resp); err != nil {
+		return fmt.Errorf("%s: no answer from the sandbox: %w", method, errors.Join(werr, err))
+	}
+	if resp.Error != nil {
+		return resp.Error
+	}
+	if result == nil || len(resp.Result) == 0 {
+		return nil
+	}
+	if err := json.Unmarshal(resp.Result, result); err != nil {
+		return fmt.Errorf("%s: decode the answer: %w", method, err)
+	}
+	return nil
+}
+
+// Next decodes the next line into v. The end of the stream is io.EOF.
+func (s *Stream) Next(v any) error {
+	var line []byte
+	for {
+		part, err := s.r.ReadSlice('\n')
+		if len(line)+len(part) > MaxResponse {
+			return fmt.Errorf("an answer longer than %d bytes", MaxResponse)
+		}
+		line = append(line, part...)
+		if errors.Is(err, bufio.ErrBufferFull) {
+			continue
+		}
+		if errors.Is(err, io.EOF) && len(line) > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(line, v)
+	}
+}
+
+// Read gives the raw bytes that follow: a capture.
+func (s *Stream) Read(p []byte) (int, error) { return s.r.Read(p) }
+
+// CloseWrite tells the other side that nothing more is wanted; what it still has
+// to say can be read.
+func (s *Stream) CloseWrite() error {
+	if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// Close ends the stream.
+func (s *Stream) Close() error {
+	s.stop()
+	return s.conn.Close()
+}
