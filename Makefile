@@ -1,0 +1,42 @@
+# Sluice. `make run` shows it at work, `make test` tests all of it; both work as root and
+# as an ordinary user.
+
+GO      ?= $(or $(shell command -v go 2>/dev/null),/usr/local/go/bin/go)
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZ    ?= 20s
+
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+export GO
+export CGO_ENABLED = 0
+# The recipes' own tools, wherever `go test` starts them from.
+export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: build run test lint fuzz clean
+
+# One static binary.
+build:
+	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice ./cmd/sluice
+	$(GO) build -trimpath -o build/peer ./e2e/peer
+
+# A sandboxed request that is answered, one that policy refuses, and the flow table.
+run: build
+	hack/run.sh
+
+# Everything: vet, unit tests, end-to-end tests as root and as an ordinary user.
+# Installs what is missing as root, says what is missing otherwise.
+test: build
+	hack/test.sh
+
+lint:
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	@if command -v shellcheck >/dev/null; then shellcheck hack/*.sh .ci/run; else echo 'lint: shellcheck is not installed' >&2; exit 1; fi
+
+# Every fuzz target for FUZZ each.
+fuzz:
+	hack/fuzz.sh $(FUZZ)
+
+clean:
+	rm -rf build

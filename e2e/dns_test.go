@@ -1,0 +1,131 @@
+package e2e
+
+// Names: dig and the C library against the sandbox's resolver, whose upstream is in the
+// far namespace.
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestDigIsAnswered(t *testing.T) {
+	area(t, "dig", "dig")
+	w := newWorld(t)
+	w.nameServer(t, "far", far4)
+	sb := w.host.sandbox(t)
+	for _, row := range []struct {
+		what string
+		argv string
+		want []string
+	}{
+		{"A over UDP", "dig +short +notcp web.test A", []string{far4}},
+		{"AAAA over UDP", "dig +short +notcp web.test AAAA", []string{far6}},
+		{"A over TCP", "dig +short +tcp web.test A", []string{far4}},
+		{"without EDNS", "dig +noedns web.test A", []string{"status: NOERROR", far4}},
+		{"a long answer, truncated, then whole over TCP", "dig +noedns big.test TXT", []string{"Truncated, retrying in TCP mode", "\"39-xxx"}},
+		{"a long answer in one large datagram", "dig +bufsize=8000 +ignore big.test TXT", []string{"\"39-xxx", "(UDP)"}},
+		{"a truncated answer says so", "dig +noedns +ignore big.test TXT", []string{" tc "}},
+		{"a name that does not exist", "dig none.test A", []string{"status: NXDOMAIN"}},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			r := ok(t, sb, 15*time.Second, append(strings.Fields(row.argv), "+time=3", "+tries=1")...)
+			for _, want := range row.want {
+				r.wantOut(t, want)
+			}
+		})
+	}
+	t.Run("by the C library", func(t *testing.T) {
+		ok(t, sb, 10*time.Second, "getent", "ahosts", "web.test").wantOut(t, far4).wantOut(t, far6)
+	})
+	t.Run("a hundred questions at once", func(t *testing.T) {
+		argv := []string{"dig", "+short"}
+		for range 100 {
+			argv = append(argv, "web.test", "A")
+		}
+		r := ok(t, sb, 20*time.Second, argv...)
+		if n := strings.Count(r.out, far4); n != 100 {
+			t.Errorf("%d answers of 100\n%s", n, r)
+		}
+	})
+	t.Run("the resolver's address stands in resolv.conf", func(t *testing.T) {
+		ok(t, sb, 5*time.Second, "cat", "/etc/resolv.conf").wantOut(t, "nameserver 10.0.2.3")
+	})
+}
+
+func TestResolverFollowsTheHost(t *testing.T) {
+	area(t, "dns.follow", "dig")
+	w := newWorld(t)
+	w.nameServer(t, "first", far4)
+	w.nameServer(t, "second", other4)
+	w.nameServer(t, "third", far6)
+	// A machine with a resolv.conf that is a link into /run, as systemd-resolved has it.
+	etc := filepath.Join(w.host.dir, "linked-etc")
+	for _, f := range []string{"passwd", "group", "nsswitch.conf", "hosts", "services", "protocols", "host.conf"} {
+		b, err := os.ReadFile(filepath.Join("/etc", f))
+		if err != nil {
+			continue
+		}
+		if err := os.MkdirAll(etc, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		os.WriteFile(filepath.Join(etc, f), b, 0o644)
+	}
+	stub := filepath.Join(w.host.dir, "stub")
+	os.MkdirAll(stub, 0o755)
+	replace := func(text string) {
+		t.Helper()
+		next := filepath.Join(stub, "next")
+		if err := os.WriteFile(next, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(next, filepath.Join(stub, "resolv.conf")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	replace("nameserver " + far4 + "\nsearch one.test\n")
+	if err := os.Symlink(filepath.Join(stub, "resolv.conf"), filepath.Join(etc, "resolv.conf")); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	w.host.do(func() {
+		unix.Unmount("/etc/resolv.conf", unix.MNT_DETACH)
+		err = unix.Mount(etc, "/etc", "", unix.MS_BIND, "")
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sb := w.host.sandbox(t)
+	answers := func(tag string) {
+		t.Helper()
+		eventually(t, 5*time.Second, func() (bool, string) {
+			r := run(t, sb, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
+			return strings.Contains(r.out, tag), "the resolver does not ask the server with " + tag + "\n" + r.String()
+		})
+	}
+	answers("first")
+	replace("nameserver " + other4 + "\n")
+	answers("second")
+	replace("nameserver " + far6 + "\n")
+	answers("third")
+	replace("# nobody\n")
+	replace("nameserver " + far4 + "\n")
+	answers("first")
+}
+
+func TestDNSFlags(t *testing.T) {
+	area(t, "dns.flags", "dig")
+	w := newWorld(t)
+	w.nameServer(t, "chosen", other4)
+	sb := w.host.sandbox(t, "--dns", other4, "--dns-search", "test", "--add-host", "printer.lan:198.51.100.10", "--add-host", "six.lan:2001:db8:2::10")
+	ok(t, sb, 10*time.Second, "dig", "+short", "tag.test", "TXT").wantOut(t, "chosen")
+	ok(t, sb, 10*time.Second, "getent", "ahosts", "web").wantOut(t, far4)
+	ok(t, sb, 10*time.Second, "getent", "ahosts", "printer.lan").wantOut(t, "198.51.100.10")
+	ok(t, sb, 10*time.Second, "getent", "ahosts", "six.lan").wantOut(t, "2001:db8:2::10")
+	ok(t, sb, 10*time.Second, "cat", "/etc/resolv.conf").wantOut(t, "search test")
+	ok(t, sb, 10*time.Second, "cat", "/etc/hosts").wantOut(t, "printer.lan")
+}

@@ -1,0 +1,28 @@
+// Package e2e drives the built sluice binary, and nothing else of this module, as a
+// user would: real clients inside sandboxes, real servers in other network namespaces.
+//
+// # One run
+//
+// A run enters namespaces of its own before its first test (main_test.go): user (for an
+// ordinary user only), PID, mount, IPC and network. The test process has the
+// capabilities it needs there to build topologies, sluice has none of them when the run
+// is an ordinary user's. Whatever happens, nothing outlives the run, because its first
+// process takes everything with it.
+//
+//	as root              the machine's root          → sluice run as root
+//	as an ordinary user  a user namespace of its own → sluice run as that user, no capability
+//
+// # One test
+//
+// Each test builds its topology of network namespaces (topo_test.go), starts servers
+// there, a sandbox in the namespace "host" (sandbox_test.go), and commands inside the
+// sandbox through an agent (the helper binary, e2e/peer). At its end it checks that the
+// sandbox gave back its flows, descriptors and goroutines, and that no process, mount,
+// device or state file is left (leak_test.go).
+//
+// Each test declares the area it proves (areas.txt); `make test` fails when an area
+// that could run did not.
+//
+// Settings by environment: SLUICE_BIN and PEER_BIN (the binaries; built if unset),
+// SLUICE_E2E_KEEP=1 (show all output of every command).
+package e2e

@@ -1,0 +1,122 @@
+package e2e
+
+// What must be back to the start after a test: inside a sandbox that still runs its
+// flows, descriptors and goroutines; after it processes, mounts, interfaces and files.
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// usage is what a sandbox holds at one moment.
+type usage struct {
+	goroutines int
+	monitorFDs int
+	workerFDs  int
+	workerPid  int
+	workerRSS  int // KiB, of memory not shared with the binary's file
+	flows      int
+}
+
+func (sb *sandbox) usage(t *testing.T) usage {
+	t.Helper()
+	u := usage{workerPid: sb.worker(), flows: len(sb.flows(t))}
+	if g, ok := number(sb.stats(t), "goroutines"); ok {
+		u.goroutines = int(g)
+	} else {
+		t.Errorf("sluice stats -o json has no number %q: %s", "goroutines", sb.host.sluiceRun(t, "stats", "-o", "json", sb.name))
+	}
+	u.monitorFDs, u.workerFDs = descriptors(sb.run.pid), descriptors(u.workerPid)
+	fmt.Sscanf(status(u.workerPid)["RssAnon"], "%d", &u.workerRSS)
+	return u
+}
+
+func descriptors(pid int) int {
+	entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	return len(entries)
+}
+
+func descriptorList(pid int) (all []string) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		target, _ := os.Readlink(filepath.Join(dir, e.Name()))
+		all = append(all, e.Name()+"→"+target)
+	}
+	return all
+}
+
+// checkGivenBack asks that the sandbox, whose programs have ended, holds no more than
+// at its start. A control connection of the asking itself costs a goroutine or two and
+// a descriptor, both times.
+func (sb *sandbox) checkGivenBack(t *testing.T) {
+	t.Helper()
+	var now usage
+	eventually(t, 15*time.Second, func() (bool, string) {
+		now = sb.usage(t)
+		if t.Failed() {
+			return true, ""
+		}
+		good := now.flows == 0 && now.goroutines <= sb.before.goroutines+2 && now.monitorFDs <= sb.before.monitorFDs &&
+			(now.workerPid != sb.before.workerPid || now.workerFDs <= sb.before.workerFDs)
+		return good, "the sandbox does not give back what it used: " + fmt.Sprintf("%+v at the start, %+v now\n  monitor's descriptors %v\n  worker's descriptors %v",
+			sb.before, now, descriptorList(sb.run.pid), descriptorList(now.workerPid))
+	})
+}
+
+// leavesNothing checks, after all of the test's clean-up, that nothing is left.
+func leavesNothing(t *testing.T) {
+	t.Helper()
+	mounts := mountLines()
+	t.Cleanup(func() {
+		eventually(t, 5*time.Second, func() (bool, string) {
+			var left []int
+			for _, pid := range processes() {
+				if pid != 1 && pid != os.Getpid() {
+					left = append(left, pid)
+				}
+			}
+			return len(left) == 0, fmt.Sprintf("processes left behind: %q", describe(left))
+		})
+		for line := range mountLines() {
+			if !mounts[line] {
+				t.Errorf("a mount is left behind: %s", line)
+			}
+		}
+		if left := stateFiles(); len(left) > 0 {
+			t.Errorf("state files are left behind: %q", left)
+			for _, f := range left {
+				os.RemoveAll(f)
+			}
+		}
+	})
+}
+
+func mountLines() map[string]bool {
+	b, _ := os.ReadFile("/proc/self/mountinfo")
+	lines := map[string]bool{}
+	for line := range strings.Lines(string(b)) {
+		lines[strings.TrimSpace(line)] = true
+	}
+	return lines
+}
+
+// stateFiles lists what sandboxes left in the runtime directory.
+func stateFiles() (left []string) {
+	for _, dir := range []string{os.Getenv("XDG_RUNTIME_DIR"), "/run"} {
+		root := filepath.Join(dir, "sluice")
+		filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+			// Locks and the directory itself may stay; a sandbox's own may not.
+			if err == nil && path != root && (d.Type()&fs.ModeSocket != 0 || filepath.Dir(path) == root && d.IsDir()) {
+				left = append(left, path)
+			}
+			return nil
+		})
+	}
+	return left
+}

@@ -1,0 +1,227 @@
+package main
+
+// Clients that make one connection and tell exactly what they saw of it.
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+type dialed struct {
+	Error  string  `json:"error,omitempty"` // name of the errno, "timeout", or the text
+	Stage  string  `json:"stage,omitempty"` // connect, write, read
+	Millis float64 `json:"ms"`              // until the connection stood or failed
+	Got    string  `json:"got,omitempty"`
+	End    string  `json:"end,omitempty"`
+	SHA    string  `json:"sha,omitempty"` // of what was sent
+}
+
+// errorName is the errno's own name where there is one: messages differ, names do not.
+func errorName(err error) string {
+	var errno syscall.Errno
+	var timeout net.Error
+	switch {
+	case errors.As(err, &errno):
+		return unix.ErrnoName(errno)
+	case errors.As(err, &timeout) && timeout.Timeout(), errors.Is(err, context.DeadlineExceeded):
+		return "timeout"
+	}
+	return err.Error()
+}
+
+// dial connects to an address, sends, closes in the way asked for and reads to the end.
+func dial(args []string) error {
+	fs := flag.NewFlagSet("dial", flag.ExitOnError)
+	timeout := fs.Duration("timeout", 10*time.Second, "for the whole")
+	send := fs.String("send", "", "what to send")
+	sendN := fs.Int("send-bytes", 0, "send so many bytes instead")
+	how := fs.String("close", "half", "after sending: half (shutdown), reset, full, or no (read only)")
+	tos := fs.Int("tos", 0, "IP_TOS or IPV6_TCLASS of the connection")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	var r dialed
+	defer func() { say(r) }()
+	start := time.Now()
+	d := net.Dialer{Timeout: *timeout, Control: func(network, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, *tos)
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_TCLASS, *tos)
+		})
+	}}
+	conn, err := d.Dial("tcp", fs.Arg(0))
+	r.Millis = float64(time.Since(start).Microseconds()) / 1000
+	if err != nil {
+		r.Stage, r.Error = "connect", errorName(err)
+		return nil
+	}
+	defer conn.Close()
+	c := conn.(*net.TCPConn)
+	c.SetDeadline(start.Add(*timeout))
+	data := []byte(*send)
+	if *sendN > 0 {
+		data = make([]byte, *sendN)
+		for i := range data {
+			data[i] = byte(i * 7)
+		}
+		r.SHA = fmt.Sprintf("%x", sha256.Sum256(data))
+	}
+	if _, err := c.Write(data); err != nil {
+		r.Stage, r.Error = "write", errorName(err)
+		return nil
+	}
+	switch *how {
+	case "half":
+		c.CloseWrite()
+	case "reset":
+		c.SetLinger(0)
+		return c.Close()
+	case "full":
+		return c.Close()
+	}
+	got, err := io.ReadAll(c)
+	r.Got, r.End = string(got), end(err)
+	if err != nil {
+		r.Stage, r.Error = "read", errorName(err)
+	}
+	return nil
+}
+
+type udpResult struct {
+	Sent     int    `json:"sent"`
+	Received int    `json:"received"`
+	Wrong    int    `json:"wrong"` // answers with other bytes than were sent
+	Strange  int    `json:"strange"`
+	From     string `json:"from,omitempty"` // whom the last answer came from
+	Local    string `json:"local,omitempty"`
+	Got      string `json:"got,omitempty"`
+	Error    string `json:"error,omitempty"`
+	// Errors that the socket's error queue told (RFC 1122's port unreachable and such).
+	Millis float64 `json:"ms"`
+}
+
+// udpClient sends datagrams and waits for the answer of each.
+func udpClient(args []string) error {
+	fs := flag.NewFlagSet("udp", flag.ExitOnError)
+	timeout := fs.Duration("timeout", 5*time.Second, "for the whole")
+	count := fs.Int("count", 1, "datagrams")
+	size := fs.Int("size", 16, "bytes in each")
+	text := fs.String("text", "", "send this instead")
+	expect := fs.Int("expect", 0, "wait for so many answers in all, to the last text")
+	ttl := fs.Int("ttl", 64, "TTL or hop limit")
+	tos := fs.Int("tos", 0, "TOS or traffic class")
+	df := fs.Bool("df", false, "forbid fragments")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	conn, err := net.Dial("udp", fs.Arg(0))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	c := conn.(*net.UDPConn)
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	raw.Control(func(fd uintptr) {
+		// One family's option fails on a socket of the other: that is expected.
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, *ttl)
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, *ttl)
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, *tos)
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_TCLASS, *tos)
+		if *df {
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_DONTFRAG, 1)
+		}
+	})
+	r := udpResult{Local: c.LocalAddr().String()}
+	defer func() { say(r) }()
+	start := time.Now()
+	c.SetDeadline(start.Add(*timeout))
+	defer func() { r.Millis = float64(time.Since(start).Microseconds()) / 1000 }()
+	buf := make([]byte, 1<<16)
+	receive := func(want []byte) bool {
+		n, err := c.Read(buf)
+		if err != nil {
+			r.Error = errorName(err)
+			return false
+		}
+		r.Received++
+		if want != nil && string(want) != string(buf[:n]) {
+			r.Wrong++
+		}
+		r.Got = string(buf[:min(n, 64)])
+		return true
+	}
+	for i := range *count {
+		data := make([]byte, *size)
+		for j := range data {
+			data[j] = byte(i + j)
+		}
+		if *text != "" {
+			data = []byte(*text)
+		}
+		if _, err := c.Write(data); err != nil {
+			r.Error = errorName(err)
+			return nil
+		}
+		r.Sent++
+		var want []byte
+		if *text == "" {
+			want = data
+		}
+		if *expect == 0 && !receive(want) {
+			return nil
+		}
+	}
+	for r.Received < *expect && receive(nil) {
+	}
+	r.From = c.RemoteAddr().String()
+	return nil
+}
+
+// get is an HTTP client for machines without curl: status and body on standard output.
+func get(args []string) error {
+	fs := flag.NewFlagSet("get", flag.ExitOnError)
+	timeout := fs.Duration("timeout", 10*time.Second, "for the whole")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	client := http.Client{Timeout: *timeout}
+	start := time.Now()
+	resp, err := client.Get(fs.Arg(0))
+	if err != nil {
+		return fmt.Errorf("after %.1f ms: %w", float64(time.Since(start).Microseconds())/1000, err)
+	}
+	defer resp.Body.Close()
+	fmt.Println(resp.Status)
+	_, err = io.Copy(os.Stdout, resp.Body)
+	return err
+}
+
+// eatDescriptors opens files until the limit is reached, says how many, and waits for
+// its input to end.
+func eatDescriptors([]string) error {
+	n := 0
+	for {
+		if _, err := unix.Open("/dev/null", unix.O_RDONLY, 0); err != nil {
+			break
+		}
+		n++
+	}
+	say(map[string]int{"opened": n})
+	_, err := io.Copy(io.Discard, os.Stdin)
+	return err
+}

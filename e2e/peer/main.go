@@ -1,0 +1,61 @@
+// Command peer is the other side of the end-to-end tests: small servers, clients and
+// load makers whose answers are exact, and the agent that the tests drive commands
+// inside a sandbox with. Standard tools (curl, dig, iperf3 …) prove that ordinary
+// programs work; peer proves what those do not show, such as which kind of close each
+// end saw.
+//
+// Every client prints one JSON object on standard output, servers one per event.
+// Nothing here knows about Sluice.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"sort"
+	"strings"
+	"sync"
+)
+
+var commands = map[string]func(args []string) error{
+	"agent":   agent,
+	"serve":   serve,
+	"dns":     dnsServe,
+	"dial":    dial,
+	"udp":     udpClient,
+	"get":     get,
+	"short":   short,
+	"hold":    hold,
+	"xfer":    xfer,
+	"synrst":  synrst,
+	"eat-fds": eatDescriptors,
+}
+
+func main() {
+	if len(os.Args) < 2 || commands[os.Args[1]] == nil {
+		var names []string
+		for name := range commands {
+			names = append(names, name)
+		}
+		sort.Strings(names)
+		fmt.Fprintf(os.Stderr, "usage: peer %s …\n", strings.Join(names, "|"))
+		os.Exit(2)
+	}
+	if err := commands[os.Args[1]](os.Args[2:]); err != nil {
+		fmt.Fprintf(os.Stderr, "peer %s: %v\n", os.Args[1], err)
+		os.Exit(1)
+	}
+}
+
+var printing sync.Mutex
+
+// say prints v as one line of JSON; lines of concurrent callers never mix.
+func say(v any) {
+	line, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	printing.Lock()
+	defer printing.Unlock()
+	os.Stdout.Write(append(line, '\n'))
+}

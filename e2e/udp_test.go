@@ -1,0 +1,90 @@
+package e2e
+
+// UDP: sizes, many peers, published ports, and the answers that only an error queue
+// tells of.
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func TestUDPEchoesEverySize(t *testing.T) {
+	area(t, "udp")
+	w := newWorld(t)
+	serve(t, w.far)
+	sb := w.host.sandbox(t)
+	for _, f := range families {
+		most := map[string]int{"IPv4": 65507, "IPv6": 65487}[f.name]
+		for _, size := range []int{1, 512, 1472, 1473, 9000, 30000, most} {
+			t.Run(fmt.Sprintf("%s %d bytes", f.name, size), func(t *testing.T) {
+				d, r := udp(t, sb, "-size", strconv.Itoa(size), "-count", "20", at(f.far, portEcho))
+				if d.Received != 20 || d.Wrong != 0 {
+					t.Errorf("%d of 20 datagrams came back, %d changed\n%s", d.Received, d.Wrong, r)
+				}
+			})
+		}
+		t.Run(f.name+" a thousand answers to one question", func(t *testing.T) {
+			d, r := udp(t, sb, "-text", "1000", "-expect", "1000", at(f.far, portSource))
+			if d.Received < 990 {
+				t.Errorf("%d of 1000 datagrams came\n%s", d.Received, r)
+			}
+		})
+		t.Run(f.name+" a closed port refuses", func(t *testing.T) {
+			d, r := udp(t, sb, "-timeout", "3s", at(f.far, 1))
+			if d.Error != "ECONNREFUSED" {
+				t.Errorf("the error is %q, not ECONNREFUSED\n%s", d.Error, r)
+			}
+		})
+		t.Run(f.name+" an absent host is unreachable", func(t *testing.T) {
+			d, r := udp(t, sb, "-timeout", "3s", at(f.noHost, 1))
+			if d.Error != "EHOSTUNREACH" && d.Error != "ENETUNREACH" {
+				t.Errorf("the error is %q, not EHOSTUNREACH or ENETUNREACH\n%s", d.Error, r)
+			}
+		})
+		t.Run(f.name+" TTL and DSCP are carried", func(t *testing.T) {
+			d, r := udp(t, sb, "-ttl", "33", "-tos", "184", "-text", "x", at(f.far, portInspect))
+			var n, ttl, dscp int
+			fmt.Sscanf(d.Got, "len=%d ttl=%d dscp=%d", &n, &ttl, &dscp)
+			// One router lies between; sluice may count itself as one more.
+			if ttl != 32 && ttl != 31 || dscp != 46 {
+				t.Errorf("sent with TTL 33, DSCP 46, arrived as %q\n%s", d.Got, r)
+			}
+		})
+	}
+}
+
+func TestPublishedUDPPortsKeepTheClient(t *testing.T) {
+	area(t, "publish.udp")
+	w := newWorld(t)
+	sb := w.host.sandbox(t, "-p", fmt.Sprintf("%d-%d:%d-%d/udp", 9000, 9005, portEcho, portEcho+5))
+	serve(t, sb)
+	for _, row := range []struct {
+		what string
+		from place
+		to   string
+		seen string
+	}{
+		{"from afar", w.far, host4, far4},
+		{"from afar over IPv6", w.far, host6, far6},
+		{"from the host's loopback", w.host, "127.0.0.1", "127.0.0.1"},
+		{"from the host's IPv6 loopback", w.host, "::1", "::1"},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			d, r := udp(t, row.from, "-text", "who", at(row.to, 9005))
+			if want := at(row.seen, portOf(d.Local)); d.Got != want {
+				t.Errorf("inside, the client was %q, not %q\n%s", d.Got, want, r)
+			}
+			d, r = udp(t, row.from, "-size", "20000", "-count", "10", at(row.to, 9000))
+			if d.Received != 10 || d.Wrong != 0 {
+				t.Errorf("%d of 10 datagrams of 20 000 bytes came back, %d changed\n%s", d.Received, d.Wrong, r)
+			}
+		})
+	}
+}
+
+func portOf(addr string) int {
+	n, _ := strconv.Atoi(addr[strings.LastIndexByte(addr, ':')+1:])
+	return n
+}

@@ -1,0 +1,54 @@
+#!/bin/bash
+# Programs that the end-to-end tests use, and the Debian packages that have them. As root
+# installs what is missing; otherwise says what to install and goes on: the tests that
+# need it are then skipped by name.
+set -euo pipefail
+
+# program=package
+needed='
+curl=curl
+dig=bind9-dnsutils
+git=git
+ip=iproute2
+iperf3=iperf3
+nginx=nginx-light
+nsenter=util-linux
+ping=iputils-ping
+rsync=rsync
+setpriv=util-linux
+shellcheck=shellcheck
+ssh=openssh-client
+sshd=openssh-server
+stty=coreutils
+tracepath=iputils-tracepath
+traceroute=traceroute
+tshark=tshark
+unshare=util-linux
+'
+
+packages=()
+for entry in $needed; do
+	if ! command -v "${entry%%=*}" >/dev/null; then
+		packages+=("${entry#*=}")
+	fi
+done
+if [ ${#packages[@]} -eq 0 ]; then
+	exit 0
+fi
+mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+if [ "$(id -u)" != 0 ]; then
+	echo "deps: not installed: ${packages[*]}" >&2
+	echo "deps: tests that need them are skipped; to run them: sudo apt-get install ${packages[*]}" >&2
+	exit 0
+fi
+echo "deps: installing ${packages[*]}"
+export DEBIAN_FRONTEND=noninteractive
+# No service may start by itself on the machine that only tests.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+	trap 'rm -f "$policy"' EXIT
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod 755 "$policy"
+fi
+apt-get -qq update
+apt-get -qq -y --no-install-recommends install "${packages[@]}" >/dev/null

@@ -1,0 +1,91 @@
+#!/bin/bash
+# All tests. As root the end-to-end tests run twice: as root and as an ordinary user;
+# an ordinary user runs them once. What was skipped, and why, is listed at the end, and
+# an area of e2e/areas.txt that could run and did not is a failure.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+go=${GO:-go}
+nobody=65534 # exists, and owns nothing, on every machine
+reports=$PWD/build/report
+rm -rf "$reports"
+mkdir -p "$reports"
+
+hack/deps.sh
+
+"$go" build -o build/report-tests ./hack/report
+"$go" build -o build/test2json cmd/test2json
+report=build/report-tests
+
+# Each step goes on after a failure, so that one run tells all; the closing report fails.
+step() {
+	echo "== $*"
+}
+
+step go vet
+"$go" vet ./... || echo vet >"$reports/failed"
+
+step unit tests
+packages=$("$go" list ./... | grep -v '^sluice/e2e$')
+# shellcheck disable=SC2086
+"$go" test -json -timeout 5m $packages | "$report" -name unit -dir "$reports" || true
+
+# The ordinary user may not be able to enter this directory: the binaries go elsewhere.
+work=$(mktemp -d /tmp/sluice-test.XXXXXX)
+tun=/dev/net/tun
+mode=
+# shellcheck disable=SC2317 # called by the trap
+restore() {
+	if [ -n "$mode" ]; then
+		chmod "$mode" "$tun"
+	fi
+	rm -rf "$work"
+}
+trap restore EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+chmod 755 "$work"
+"$go" test -c -o "$work/e2e.test" ./e2e
+cp build/sluice build/peer "$work/"
+
+e2e() {
+	local name=$1
+	shift
+	step "end-to-end tests as $name"
+	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 12m 2>&1) </dev/null |
+		build/test2json -t -p "sluice/e2e ($name)" |
+		"$report" -name "$name" -dir "$reports" -v || true
+}
+
+export SLUICE_BIN=$work/sluice PEER_BIN=$work/peer
+if [ "$(id -u)" = 0 ]; then
+	if [ ! -e "$tun" ]; then
+		modprobe tun 2>/dev/null || true
+	fi
+	if [ ! -e "$tun" ]; then
+		mkdir -p /dev/net
+		mknod "$tun" c 10 200
+	fi
+	# What udev gives the device everywhere; back to what it was when we end.
+	old=$(stat -c %a "$tun")
+	if [ "$old" != 666 ]; then
+		mode=$old
+		chmod 666 "$tun"
+	fi
+	mkdir -m 700 "$work/nobody"
+	chown $nobody:$nobody "$work/nobody"
+	e2e root env TMPDIR="$work"
+	e2e user setpriv --reuid $nobody --regid $nobody --clear-groups env TMPDIR="$work/nobody" HOME="$work/nobody"
+	strict=-strict
+	modes=root,user
+else
+	if [ ! -r "$tun" ] || [ ! -w "$tun" ]; then
+		echo "test: no permission on $tun: tests with a sandbox are skipped; to run them: sudo chmod 666 $tun" >&2
+	fi
+	e2e user env TMPDIR="$work"
+	strict=
+	modes=user
+fi
+# shellcheck disable=SC2086
+"$report" -close $strict -areas e2e/areas.txt -modes $modes -dir "$reports"
