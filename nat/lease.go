@@ -1,0 +1,214 @@
+package nat
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// streamAfter is how long UDP traffic both ways must last to be a stream: ASSURED,
+// with the longer timeout (nf_conntrack_proto_udp.c, stream_ts).
+const streamAfter = int64(2 * time.Second)
+
+// Lease is one flow's place in the table. Acquire returns it; Release gives it back.
+//
+// Account is the hot path: it adds to counters and notes the time, all atomically,
+// and takes a lock only where a packet changes what the flow is (the first answer,
+// UDP turning into a stream): at most twice in a flow's life.
+type Lease struct {
+	table *Table
+	spec  Spec
+	id    uint64
+	began int64 // ns since Table.epoch
+
+	status atomic.Uint32 // a status; written under mu, read anywhere
+	seen   atomic.Int64  // ns since Table.epoch of the last packet
+	count  [2]counter    // by Dir
+
+	mu     sync.Mutex // taken before Table.mu
+	reply  Tuple
+	reason string // why it ended
+	ended  int64
+
+	// Guarded by Table.mu.
+	timer         timer
+	before, after *Lease
+	listed        listed
+	halfOpen      bool // counted in Table.halfOpen
+}
+
+type counter struct{ packets, bytes atomic.Int64 }
+
+// counters are sums over flows, by Dir.
+type counters [2]struct{ packets, bytes int64 }
+
+func (c *counters) add(l *Lease) {
+	for d := range c {
+		c[d].packets += l.count[d].packets.Load()
+		c[d].bytes += l.count[d].bytes.Load()
+	}
+}
+
+func (c counters) bytes() int64 { return c[Original].bytes + c[Reply].bytes }
+
+func (l *Lease) load() status { return status(l.status.Load()) }
+
+// Orig is the tuple the flow was acquired with.
+func (l *Lease) Orig() Tuple { return l.spec.Orig }
+
+// Rule is the policy rule that let the flow in.
+func (l *Lease) Rule() string { return l.spec.Rule }
+
+// State is where the flow stands.
+func (l *Lease) State() State { return l.load().state() }
+
+// Account notes packets and their bytes, counted as the kernel does: the IP packet's
+// total length. It starts the idle timeout anew and applies nf_conntrack's rules
+// for SEEN_REPLY and ASSURED. On a flow that has ended it does nothing.
+func (l *Lease) Account(d Dir, packets, bytes int64) {
+	t, s := l.table, l.load()
+	if s&dead != 0 {
+		return
+	}
+	c := &l.count[d&1]
+	c.packets.Add(packets)
+	c.bytes.Add(bytes)
+	now := t.cached.Load()
+	if now == 0 {
+		now = t.clock()
+	}
+	if l.seen.Load() < now {
+		l.seen.Store(now)
+		if !t.busy.Load() {
+			t.busy.Store(true)
+		}
+	}
+	if t.budget.Load() > 0 {
+		t.charge(bytes)
+	}
+	if s&settled == 0 {
+		l.observe(s, d, now)
+	}
+}
+
+// charge charges the byte budget, and has Expire called when it is used up.
+func (t *Table) charge(bytes int64) {
+	budget, used := t.budget.Load(), t.used.Add(bytes)
+	if used >= budget && used-bytes < budget {
+		t.rouse()
+	}
+}
+
+// observe applies the rules by which a packet changes a flow's status.
+func (l *Lease) observe(s status, d Dir, now int64) {
+	proto := l.spec.Orig.proto
+	stream := proto == protoUDP && !l.spec.Short && s&seenReply != 0 && now-l.began > streamAfter
+	if !stream && (d != Reply || s&seenReply != 0) {
+		return
+	}
+	l.transition(func(s status) status {
+		switch {
+		case stream && s&assured == 0:
+			return s.withState(Assured) | assured | settled
+		case d == Reply && s&seenReply == 0:
+			s |= seenReply
+			if proto != protoTCP {
+				s = s.withState(Replied)
+			}
+			if proto != protoUDP || l.spec.Short {
+				s |= settled
+			}
+		}
+		return s
+	})
+}
+
+// SetState moves a TCP flow. SYN_RECV and what follows it mean that the far side
+// answered; ESTABLISHED makes the flow ASSURED. It starts the timeout anew. It is
+// ignored for other protocols, states that are not TCP's, and flows that have ended.
+func (l *Lease) SetState(to State) {
+	if l.spec.Orig.proto != protoTCP || !to.tcp() {
+		return
+	}
+	l.seen.Store(max(l.seen.Load(), l.table.clock()))
+	l.transition(func(s status) status {
+		s = s.withState(to)
+		switch to {
+		case SynRecv, FinWait, CloseWait, LastAck, TimeWait:
+			s |= seenReply | settled
+		case Established:
+			s |= seenReply | assured | settled
+		}
+		return s
+	})
+}
+
+// transition changes the status and tells of it, unless nothing changed.
+func (l *Lease) transition(f func(status) status) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.load()
+	next := f(s)
+	if s&dead != 0 || next == s {
+		return
+	}
+	l.status.Store(uint32(next))
+	l.table.mu.Lock()
+	l.table.place(l)
+	l.table.mu.Unlock()
+	l.table.emit(Update, l)
+}
+
+// SetReply notes the tuple of the answers as the far side sends them: from the far
+// address to the host's socket. Until then it is Orig's Reverse.
+func (l *Lease) SetReply(t Tuple) {
+	l.mu.Lock()
+	l.reply = t
+	l.mu.Unlock()
+}
+
+// deadline is when the flow ends if no packet comes.
+func (l *Lease) deadline() int64 {
+	timeout := l.table.timeouts.Load().of(l.spec.Orig.proto, l.State(), l.spec.Short)
+	return l.seen.Load() + int64(timeout)
+}
+
+// Release ends the flow: its budgets are repaid and DESTROY is told, once. Later
+// calls do nothing. Spec.Expire is not called.
+func (l *Lease) Release(reason string) { l.end(l.table.clock(), reason, false, nil) }
+
+// Kill ends the flow as a timeout would: with Spec.Expire called, so that whoever
+// owns its sockets closes them. It says whether the flow was alive.
+func (l *Lease) Kill(reason string) bool { return l.end(l.table.clock(), reason, true, nil) }
+
+// end is the one way out of the table. If there is a condition it is asked under
+// the lock that orders transitions, so that a flow which became ASSURED, or saw a
+// packet, a moment ago is not ended. tell: the table does it, not the owner.
+func (l *Lease) end(now int64, reason string, tell bool, still func(s status, deadline int64) bool) bool {
+	t := l.table
+	l.mu.Lock()
+	s := l.load()
+	if s&dead != 0 || (still != nil && !still(s, l.deadline())) {
+		l.mu.Unlock()
+		return false
+	}
+	l.status.Store(uint32(s | dead | settled))
+	l.reason, l.ended = reason, now
+	t.mu.Lock()
+	t.remove(l)
+	t.stats.count(reason, tell)
+	t.mu.Unlock()
+	t.emit(Destroy, l)
+	l.mu.Unlock()
+	if tell && l.spec.Expire != nil {
+		l.spec.Expire(reason)
+	}
+	return true
+}
+
+// Snapshot is the flow as it stands.
+func (l *Lease) Snapshot() Flow {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.snapshot()
+}

@@ -1,0 +1,71 @@
+package nat
+
+import (
+	"errors"
+	"math"
+	"time"
+)
+
+// Defaults of Limits. They bound what one sandbox can take of its host: an entry
+// costs about half a KiB here and a socket in the kernel.
+const (
+	DefaultMax      = 65536
+	DefaultHalfOpen = 4096
+)
+
+// Limits are a sandbox's budgets. A zero Max or HalfOpen means the default; a zero
+// in the others means that only the ones before bound it.
+type Limits struct {
+	Max            int   // flows in all: nf_conntrack_max
+	HalfOpen       int   // TCP flows that have not finished their handshake
+	PerDestination int   // flows to one far address, not counting published ports
+	NewPerSecond   int   // new flows per second, with a second's worth of burst
+	TotalBytes     int64 // bytes of all flows both ways, since the table was made
+}
+
+// Why Acquire refuses. Each is counted in Stats.
+var (
+	ErrTableFull  = errors.New("flow table is full")
+	ErrDestLimit  = errors.New("too many flows to this destination")
+	ErrRate       = errors.New("too many new flows per second")
+	ErrHalfOpen   = errors.New("too many half-open flows")
+	ErrTotalBytes = errors.New("byte budget is used up")
+	ErrExists     = errors.New("flow exists already")
+)
+
+func (l Limits) orDefault() Limits {
+	if l.Max <= 0 {
+		l.Max = DefaultMax
+	}
+	if l.HalfOpen <= 0 {
+		l.HalfOpen = DefaultHalfOpen
+	}
+	l.PerDestination = max(l.PerDestination, 0)
+	l.NewPerSecond = max(l.NewPerSecond, 0)
+	l.TotalBytes = max(l.TotalBytes, 0)
+	return l
+}
+
+// bucket is a token bucket of rate tokens a second and as many of burst. It begins full.
+type bucket struct {
+	rate int // 0: no bound
+	debt int64
+	last int64 // ns; debt is as of then
+}
+
+// take takes a token, or says that there is none. The bucket keeps a debt in
+// nanoseconds of refill: one token costs second/rate, the debt drains as time
+// passes, and it may not exceed a second.
+func (b *bucket) take(now int64) bool {
+	if b.rate <= 0 {
+		return true
+	}
+	b.debt = max(0, b.debt-max(0, now-b.last))
+	b.last = now
+	cost := int64(math.Ceil(float64(time.Second) / float64(b.rate)))
+	if b.debt+cost > int64(time.Second)+int64(b.rate) { // the second term: what rounding up may add
+		return false
+	}
+	b.debt += cost
+	return true
+}

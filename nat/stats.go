@@ -1,0 +1,60 @@
+package nat
+
+// Stats are the table's gauges and counters. Counters only grow.
+type Stats struct {
+	Count        int `json:"count"` // nf_conntrack_count
+	Max          int `json:"max"`   // nf_conntrack_max
+	HalfOpen     int `json:"halfOpen"`
+	Destinations int `json:"destinations"` // far addresses with a flow from the sandbox
+
+	Created   uint64 `json:"created"`
+	Released  uint64 `json:"released"`  // ended by their owner
+	TimedOut  uint64 `json:"timedOut"`  // ended by their timeout
+	EarlyDrop uint64 `json:"earlyDrop"` // ended for a new one's sake
+	OverBytes uint64 `json:"overBytes"` // ended because the byte budget was used up
+	Killed    uint64 `json:"killed"`    // ended by Kill, for another reason
+
+	TableFull       uint64 `json:"tableFull"` // refused, by reason
+	DestLimit       uint64 `json:"destLimit"`
+	RateLimit       uint64 `json:"rateLimit"`
+	HalfOpenLimit   uint64 `json:"halfOpenLimit"`
+	TotalBytesLimit uint64 `json:"totalBytesLimit"`
+	Exists          uint64 `json:"exists"`
+
+	EventsLost uint64 `json:"eventsLost"`
+
+	OrigPackets  int64 `json:"origPackets"` // of all flows, those that are gone too
+	OrigBytes    int64 `json:"origBytes"`
+	ReplyPackets int64 `json:"replyPackets"`
+	ReplyBytes   int64 `json:"replyBytes"`
+}
+
+func (s *Stats) count(reason string, byTable bool) {
+	if !byTable {
+		s.Released++
+		return
+	}
+	switch reason {
+	case ReasonTimeout:
+		s.TimedOut++
+	case ReasonEarlyDrop:
+		s.EarlyDrop++
+	case ReasonTotalBytes:
+		s.OverBytes++
+	default:
+		s.Killed++
+	}
+}
+
+// Stats sums up. It visits every flow, for the bytes they carried.
+func (t *Table) Stats() Stats {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	s := t.stats
+	s.Count, s.Max, s.HalfOpen, s.Destinations = len(t.byTuple), t.limits.Max, t.halfOpen, len(t.perDest)
+	s.EventsLost = t.subs.lost.Load()
+	sum := t.carried()
+	s.OrigPackets, s.OrigBytes = sum[Original].packets, sum[Original].bytes
+	s.ReplyPackets, s.ReplyBytes = sum[Reply].packets, sum[Reply].bytes
+	return s
+}

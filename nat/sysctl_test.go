@@ -1,0 +1,171 @@
+package nat
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// ours are the settings that the kernel does not have.
+var ours = []string{
+	"nf_conntrack_max_half_open", "nf_conntrack_max_per_destination", "nf_conntrack_max_new_per_second",
+	"nf_conntrack_max_total_bytes", "nf_conntrack_udp_timeout_dns",
+}
+
+func TestEverySysctlReadsWhatWasSet(t *testing.T) {
+	table := NewTable(Config{})
+	for i, name := range SysctlNames() {
+		if name == countName {
+			continue
+		}
+		value := int64(1000 + i)
+		if err := table.SetSysctl("net.netfilter."+name, strconv.FormatInt(value, 10)+"\n"); err != nil {
+			t.Error(err)
+		}
+		if got, err := table.Sysctl(name); err != nil || got != value {
+			t.Errorf("%s reads %d (%v) after %d was set", name, got, err, value)
+		}
+	}
+	for i, name := range SysctlNames() { // and setting one did not change another
+		if got, err := table.Sysctl(name); name != countName && (err != nil || got != int64(1000+i)) {
+			t.Errorf("%s became %d (%v)", name, got, err)
+		}
+	}
+	if got, err := table.Sysctl("net.netfilter.nf_conntrack_count"); got != 0 || err != nil {
+		t.Errorf("nf_conntrack_count is %d, %v", got, err)
+	}
+}
+
+func TestSetSysctlRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		what, name, value string
+		want              error
+	}{
+		{"a name that does not exist", "nf_conntrack_buckets", "1", ErrUnknownSysctl},
+		{"the count", "nf_conntrack_count", "1", ErrReadOnlySysctl},
+		{"no number", "nf_conntrack_max", "many", nil},
+		{"a table of none", "nf_conntrack_max", "0", nil},
+		{"a timeout of none", "nf_conntrack_udp_timeout", "0", nil},
+		{"a timeout beyond the kernel's range", "nf_conntrack_udp_timeout", "2147483648", nil},
+		{"a negative limit", "nf_conntrack_max_per_destination", "-1", nil},
+	} {
+		table := NewTable(Config{})
+		err := table.SetSysctl(tt.name, tt.value)
+		if err == nil || tt.want != nil && !errors.Is(err, tt.want) {
+			t.Errorf("%s: %v", tt.what, err)
+		}
+		if table.Limits() != (Limits{}).orDefault() || table.Timeouts() != DefaultTimeouts() {
+			t.Errorf("%s changed something", tt.what)
+		}
+	}
+	if _, err := NewTable(Config{}).Sysctl("nf_conntrack_nonsense"); !errors.Is(err, ErrUnknownSysctl) {
+		t.Errorf("reading a name that does not exist: %v", err)
+	}
+}
+
+// TestDefaultsAreTheKernels compares with the running kernel where it has conntrack.
+func TestDefaultsAreTheKernels(t *testing.T) {
+	const dir = "/proc/sys/net/netfilter"
+	if _, err := os.Stat(filepath.Join(dir, "nf_conntrack_max")); err != nil {
+		t.Skipf("the kernel has no conntrack loaded: %v", err)
+	}
+	table := NewTable(Config{})
+	for _, name := range SysctlNames() {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if isOurs := slices.Contains(ours, name); isOurs != errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: ours alone: %v; the kernel says %v", name, isOurs, err)
+		}
+		if err != nil || !strings.Contains(name, "timeout") || name == "nf_conntrack_tcp_timeout_time_wait" {
+			continue
+		}
+		got, _ := table.Sysctl(name)
+		if want, _ := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); got != want {
+			t.Errorf("%s is %d, the kernel's is %d", name, got, want)
+		}
+	}
+}
+
+func TestSetTimeoutsAppliesToFlowsThatExist(t *testing.T) {
+	clock := newFakeClock()
+	table := NewTable(Config{Now: clock.now})
+	acquire(t, table, Spec{Orig: numbered(6, 1)}).SetState(Established)
+	if err := table.SetSysctl("nf_conntrack_tcp_timeout_established", "5"); err != nil {
+		t.Fatal(err)
+	}
+	clock.advance(5*time.Second + 1<<grainBits)
+	if table.Expire(clock.t); table.Len() != 0 {
+		t.Error("the flow outlives the new timeout")
+	}
+}
+
+func TestFlowJSON(t *testing.T) {
+	clock := newFakeClock()
+	table := NewTable(Config{Now: clock.now})
+	l := acquire(t, table, Spec{Orig: tuple(6, "10.0.2.100:4000", "192.0.2.1:80"), Rule: "egress[0] web", Names: []string{"example.org"}})
+	l.SetReply(tuple(6, "192.0.2.1:80", "198.51.100.7:5"))
+	l.Account(Original, 2, 120)
+	l.SetState(Established)
+	clock.advance(1500 * time.Millisecond)
+	l.Account(Reply, 1, 60)
+	ping := acquire(t, table, Spec{Orig: tuple(1, "10.0.2.100:7", "192.0.2.1:2048"), Ingress: true})
+	acquire(t, table, Spec{Orig: tuple(47, "10.0.2.100:0", "192.0.2.1:0")})
+	ping.Release("done")
+	for _, f := range append(table.List(), ping.Snapshot()) {
+		f.Start, f.LastSeen, f.End = f.Start.UTC().Round(0), f.LastSeen.UTC().Round(0), f.End.UTC().Round(0)
+		data, err := json.Marshal(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got Flow
+		if err := json.Unmarshal(data, &got); err != nil {
+			t.Fatal(err)
+		}
+		if !reflect.DeepEqual(got, f) {
+			t.Errorf("%s\nis read as %+v, was %+v", data, got, f)
+		}
+	}
+	l.Release("closed")
+	data, _ := json.Marshal(l.Snapshot())
+	for _, want := range []string{
+		`"protocol":"tcp","state":"ESTABLISHED","original":{"src":"10.0.2.100","dst":"192.0.2.1","sport":4000,"dport":80,"packets":2,"bytes":120}`,
+		`"reply":{"src":"192.0.2.1","dst":"198.51.100.7","sport":80,"dport":5,"packets":1,"bytes":60},"replied":true,"assured":true,"timeout":432000`,
+		`"duration":1.5,"rule":"egress[0] web","names":["example.org"],"reason":"closed"}`,
+	} {
+		if !strings.Contains(string(data), want) {
+			t.Errorf("the record is\n%s, without\n%s", data, want)
+		}
+	}
+}
+
+func FuzzFlowJSON(f *testing.F) {
+	f.Add([]byte(`{"id":1,"protocol":"tcp","state":"ESTABLISHED","original":{"src":"10.0.2.100","dst":"192.0.2.1","sport":4000,"dport":80},"reply":{"src":"::1","dst":"::2"}}`))
+	f.Add([]byte(`{"protocol":"icmp","state":"UNREPLIED","original":{"src":"10.0.2.100","dst":"192.0.2.1","type":8,"code":0,"icmpId":7}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var flow, again Flow
+		if json.Unmarshal(data, &flow) != nil {
+			return
+		}
+		out, err := json.Marshal(flow)
+		if err != nil {
+			return // a year that RFC 3339 cannot say
+		}
+		if err := json.Unmarshal(out, &again); err != nil {
+			t.Fatalf("%s is written as %s, which cannot be read: %v", data, out, err)
+		}
+		if again.Orig != flow.Orig || again.Reply != flow.Reply || again.ID != flow.ID || again.State != flow.State {
+			t.Errorf("%s is written as %s", data, out)
+		}
+		_ = WriteConntrack(discard{}, []Flow{flow}, ConntrackOptions{})
+	})
+}
+
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }

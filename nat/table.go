@@ -1,0 +1,351 @@
+package nat
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// maxEvictions bounds what one Acquire does to find room. One is enough unless
+// other goroutines take the room first, or Max was lowered under what there is.
+const maxEvictions = 8
+
+// Config makes a Table. The zero Config is good for use.
+type Config struct {
+	Limits   Limits
+	Timeouts Timeouts
+	Now      func() time.Time // nil: time.Now
+
+	// OnEvent is called for every event, in order for each flow; none is lost,
+	// which is what a log of flows needs. It must not block for long and must not
+	// call the methods of Lease: the flow as it stood is in the event.
+	OnEvent func(Event)
+}
+
+// Spec describes a flow that is to begin.
+type Spec struct {
+	Orig    Tuple
+	Rule    string   // the policy rule that let it in
+	Names   []string // names of the far side, if known
+	Ingress bool     // a flow towards the container: Orig.Src is the far side
+	Short   bool     // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
+
+	// Expire is called once when the table ends the flow (timeout, early drop, byte
+	// budget, Kill), without locks held and after its budgets were repaid. It is
+	// not called after Release. It may run on any goroutine that calls the table.
+	Expire func(reason string)
+}
+
+// Reasons with which the table itself ends flows.
+const (
+	ReasonTimeout    = "timeout"
+	ReasonEarlyDrop  = "early drop"
+	ReasonTotalBytes = "byte budget"
+)
+
+// Table is the sandbox's flows. All methods may be called from any goroutine.
+type Table struct {
+	epoch   time.Time
+	nowFunc func() time.Time // nil: the monotonic clock since epoch
+	cached  atomic.Int64     // see Run; 0: ask the clock
+	busy    atomic.Bool      // some flow saw a packet since the last expire
+	wake    chan struct{}    // holds one: Run has slept too long by now
+
+	timeouts atomic.Pointer[Timeouts]
+	budget   atomic.Int64 // Limits.TotalBytes
+	used     atomic.Int64 // bytes charged to budget; only kept up while there is one
+	onEvent  func(Event)
+	subs     subscribers
+
+	mu       sync.RWMutex // the rest
+	limits   Limits
+	rate     bucket
+	byTuple  map[Tuple]*Lease
+	perDest  map[[16]byte]int
+	halfOpen int
+	wheel    wheel
+	wakeAt   int64 // the grain at which the owner of Expire comes back
+	over     list  // evictable: TIME_WAIT and CLOSE, oldest first
+	mute     list  // evictable: never answered, oldest first
+	lastID   uint64
+	ended    counters // what the flows that are gone have carried
+	stats    Stats    // only its counts of events
+}
+
+// NewTable makes an empty table.
+func NewTable(cfg Config) *Table {
+	t := &Table{
+		nowFunc: cfg.Now, onEvent: cfg.OnEvent, limits: cfg.Limits.orDefault(), wakeAt: never,
+		byTuple: make(map[Tuple]*Lease), perDest: make(map[[16]byte]int), wake: make(chan struct{}, 1),
+	}
+	if t.nowFunc != nil {
+		t.epoch = t.nowFunc().Add(-1) // so that no time is 0, which cached reserves
+	} else {
+		t.epoch = time.Now().Add(-1)
+	}
+	t.over.kind, t.mute.kind = inOver, inMute
+	t.rate.rate = t.limits.NewPerSecond
+	t.budget.Store(t.limits.TotalBytes)
+	t.timeouts.Store(cfg.Timeouts.orDefault())
+	return t
+}
+
+// clock is nanoseconds since the table was made. time.Since reads only the
+// monotonic clock, which costs half of time.Now.
+func (t *Table) clock() int64 {
+	if t.nowFunc != nil {
+		return int64(t.nowFunc().Sub(t.epoch))
+	}
+	return int64(time.Since(t.epoch))
+}
+
+// Acquire admits a new flow and charges the budgets, or says which one is spent.
+// With a full table the oldest flow that is over or was never answered is ended
+// for the new one; if there is none the new one is refused (RFC 6888 REQ-4).
+// Release, or the table itself, ends what Acquire began.
+func (t *Table) Acquire(s Spec) (*Lease, error) {
+	now := t.clock()
+	l := &Lease{table: t, spec: s, reply: s.Orig.Reverse(), began: now}
+	l.seen.Store(now)
+	l.status.Store(uint32(initialStatus(s.Orig.proto)))
+	for range maxEvictions {
+		l.mu.Lock() // so that NEW comes before any other event of l
+		t.mu.Lock()
+		victim, err := t.admit(l, now)
+		t.mu.Unlock()
+		if victim == nil {
+			if err == nil {
+				t.emit(New, l)
+			}
+			l.mu.Unlock()
+			if err != nil {
+				return nil, err
+			}
+			return l, nil
+		}
+		l.mu.Unlock()
+		victim.end(now, ReasonEarlyDrop, true, func(s status, _ int64) bool { return s.evictable() })
+	}
+	t.mu.Lock()
+	t.stats.TableFull++
+	t.mu.Unlock()
+	return nil, ErrTableFull
+}
+
+func initialStatus(proto uint8) status {
+	if proto == protoTCP {
+		return status(SynSent)
+	}
+	return status(Unreplied)
+}
+
+// admit puts l into the table, or returns the flow that is to go first, or an error.
+// t.mu is held.
+func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
+	orig := l.spec.Orig
+	full := len(t.byTuple) >= t.limits.Max
+	halfOpen := l.load().state().halfOpen()
+	switch {
+	case t.byTuple[orig] != nil:
+		t.stats.Exists++
+		return nil, ErrExists
+	case t.exhausted():
+		t.stats.TotalBytesLimit++
+		return nil, ErrTotalBytes
+	case !l.spec.Ingress && t.limits.PerDestination > 0 && t.perDest[orig.dst] >= t.limits.PerDestination:
+		t.stats.DestLimit++
+		return nil, ErrDestLimit
+	case halfOpen && t.halfOpen >= t.limits.HalfOpen:
+		t.stats.HalfOpenLimit++
+		return nil, ErrHalfOpen
+	case full && t.over.first != nil:
+		return t.over.first, nil
+	case full && t.mute.first != nil:
+		return t.mute.first, nil
+	case full:
+		t.stats.TableFull++
+		return nil, ErrTableFull
+	case !t.rate.take(now):
+		t.stats.RateLimit++
+		return nil, ErrRate
+	}
+	t.lastID++
+	l.id = t.lastID
+	t.byTuple[orig] = l
+	if !l.spec.Ingress {
+		t.perDest[orig.dst]++
+	}
+	t.stats.Created++
+	t.place(l)
+	return nil, nil
+}
+
+// place makes the wheel, the eviction lists and the half-open count agree with l's
+// status. t.mu is held and l is in the table.
+func (t *Table) place(l *Lease) {
+	s := l.load()
+	t.arm(l, l.deadline())
+	switch {
+	case s.state().closing():
+		t.file(l, &t.over)
+	case s.evictable():
+		t.file(l, &t.mute)
+	default:
+		t.file(l, nil)
+	}
+	if half := l.spec.Orig.proto == protoTCP && s.state().halfOpen(); half != l.halfOpen {
+		l.halfOpen = half
+		if half {
+			t.halfOpen++
+		} else {
+			t.halfOpen--
+		}
+	}
+}
+
+// arm sets l's timer, and wakes the owner of Expire if it sleeps past it.
+func (t *Table) arm(l *Lease, deadline int64) {
+	d := grainAt(deadline)
+	if l.timer.armed && l.timer.due <= d {
+		return // rings early, and is armed anew then
+	}
+	t.wheel.arm(l, d)
+	if d < t.wakeAt {
+		t.wakeAt = d
+		t.rouse()
+	}
+}
+
+// rouse makes Run look again. It never blocks: one token is enough.
+func (t *Table) rouse() {
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
+}
+
+// file puts l on an eviction list, off any other.
+func (t *Table) file(l *Lease, to *list) {
+	if to != nil && l.listed == to.kind {
+		return
+	}
+	switch l.listed {
+	case inOver:
+		t.over.remove(l)
+	case inMute:
+		t.mute.remove(l)
+	}
+	if to != nil {
+		to.append(l)
+	}
+}
+
+// remove repays all that admit and place charged. t.mu is held.
+func (t *Table) remove(l *Lease) {
+	orig := l.spec.Orig
+	delete(t.byTuple, orig)
+	if !l.spec.Ingress {
+		if t.perDest[orig.dst]--; t.perDest[orig.dst] == 0 {
+			delete(t.perDest, orig.dst)
+		}
+	}
+	if l.halfOpen {
+		l.halfOpen = false
+		t.halfOpen--
+	}
+	t.file(l, nil)
+	t.wheel.disarm(l)
+	t.ended.add(l)
+}
+
+// exhausted says whether the byte budget is used up.
+func (t *Table) exhausted() bool {
+	budget := t.budget.Load()
+	return budget > 0 && t.used.Load() >= budget
+}
+
+// Lookup finds the flow that was acquired with exactly this original tuple, or nil.
+// For a packet of the other direction ask for its Reverse.
+func (t *Table) Lookup(orig Tuple) *Lease {
+	t.mu.RLock()
+	l := t.byTuple[orig]
+	t.mu.RUnlock()
+	return l
+}
+
+// Len is nf_conntrack_count.
+func (t *Table) Len() int {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return len(t.byTuple)
+}
+
+// Leases are the flows of the moment, oldest first, for those who must judge each
+// again, as a new policy does.
+func (t *Table) Leases() []*Lease {
+	t.mu.RLock()
+	all := make([]*Lease, 0, len(t.byTuple))
+	for _, l := range t.byTuple {
+		all = append(all, l)
+	}
+	t.mu.RUnlock()
+	slices.SortFunc(all, func(a, b *Lease) int { return cmp.Compare(a.id, b.id) })
+	return all
+}
+
+// List is a snapshot of every flow, oldest first.
+func (t *Table) List() []Flow {
+	leases := t.Leases()
+	flows := make([]Flow, len(leases))
+	for i, l := range leases {
+		flows[i] = l.Snapshot()
+	}
+	return flows
+}
+
+// Limits are the budgets in force.
+func (t *Table) Limits() Limits {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.limits
+}
+
+// SetLimits changes the budgets. Flows that exist stay, whatever the new limits;
+// but a byte budget that is used up ends them at the next Expire.
+func (t *Table) SetLimits(l Limits) {
+	l = l.orDefault()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.limits, t.rate.rate = l, l.NewPerSecond
+	t.used.Store(t.carried().bytes())
+	t.budget.Store(l.TotalBytes)
+	if t.exhausted() {
+		t.rouse()
+	}
+}
+
+// carried sums what all flows, gone or not, have carried. t.mu is held, if only
+// for reading.
+func (t *Table) carried() counters {
+	sum := t.ended
+	for _, l := range t.byTuple {
+		sum.add(l)
+	}
+	return sum
+}
+
+// Timeouts are those in force.
+func (t *Table) Timeouts() Timeouts { return *t.timeouts.Load() }
+
+// SetTimeouts changes the timeouts, of flows that exist too: unlike the kernel's,
+// which apply from a flow's next packet.
+func (t *Table) SetTimeouts(to Timeouts) {
+	t.timeouts.Store(to.orDefault())
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, l := range t.byTuple {
+		t.arm(l, l.deadline())
+	}
+}

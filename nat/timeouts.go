@@ -1,0 +1,102 @@
+package nat
+
+import "time"
+
+// Timeouts are how long a flow may be silent in each state before the table ends
+// it. A zero field means the default. Names and defaults are nf_conntrack's, but for
+// two.
+type Timeouts struct {
+	TCPSynSent     time.Duration // nf_conntrack_tcp_timeout_syn_sent, 120 s
+	TCPSynRecv     time.Duration // nf_conntrack_tcp_timeout_syn_recv, 60 s
+	TCPEstablished time.Duration // nf_conntrack_tcp_timeout_established, 432000 s (RFC 5382 REQ-5 asks for 2 h 4 min or more)
+	TCPFinWait     time.Duration // nf_conntrack_tcp_timeout_fin_wait, 120 s
+	TCPCloseWait   time.Duration // nf_conntrack_tcp_timeout_close_wait, 60 s
+	TCPLastAck     time.Duration // nf_conntrack_tcp_timeout_last_ack, 30 s
+	TCPClose       time.Duration // nf_conntrack_tcp_timeout_close, 10 s
+
+	// TCPTimeWait is nf_conntrack_tcp_timeout_time_wait: 1 s, not the kernel's 120.
+	// The kernel's conntrack outlives sockets that it does not own and must take
+	// late segments for theirs. Here both ends are ours: the host's socket has its
+	// own TIME_WAIT in the host's kernel, and the sandbox's half is an endpoint of
+	// our stack, which swallows a SYN that reuses the tuple for as long as it
+	// lives. So the entry lives as long as that endpoint does, and no longer.
+	TCPTimeWait time.Duration
+
+	UDP       time.Duration // nf_conntrack_udp_timeout, 30 s
+	UDPStream time.Duration // nf_conntrack_udp_timeout_stream, 120 s (RFC 4787 REQ-5 asks for 2 min or more)
+
+	// UDPShort is nf_conntrack_udp_timeout_dns, 10 s, which the kernel does not
+	// have: for flows of one question and one answer (Spec.Short). RFC 4787 REQ-5
+	// allows it for well-known ports. A resolver's retry comes within 5 s.
+	UDPShort time.Duration
+
+	ICMP    time.Duration // nf_conntrack_icmp_timeout, 30 s
+	ICMPv6  time.Duration // nf_conntrack_icmpv6_timeout, 30 s
+	Generic time.Duration // nf_conntrack_generic_timeout, 600 s
+}
+
+// DefaultTimeouts are what a zero Timeouts means.
+func DefaultTimeouts() Timeouts {
+	return Timeouts{
+		TCPSynSent: 120 * time.Second, TCPSynRecv: 60 * time.Second, TCPEstablished: 432000 * time.Second,
+		TCPFinWait: 120 * time.Second, TCPCloseWait: 60 * time.Second, TCPLastAck: 30 * time.Second,
+		TCPTimeWait: 1 * time.Second, TCPClose: 10 * time.Second,
+		UDP: 30 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second,
+		ICMP: 30 * time.Second, ICMPv6: 30 * time.Second, Generic: 600 * time.Second,
+	}
+}
+
+func (t Timeouts) orDefault() *Timeouts {
+	def := DefaultTimeouts()
+	for i, field := range t.fields() {
+		if *field <= 0 {
+			*field = *def.fields()[i]
+		}
+	}
+	return &t
+}
+
+// fields lists the settings in the order of timeoutNames.
+func (t *Timeouts) fields() [14]*time.Duration {
+	return [...]*time.Duration{
+		&t.TCPSynSent, &t.TCPSynRecv, &t.TCPEstablished, &t.TCPFinWait, &t.TCPCloseWait, &t.TCPLastAck, &t.TCPTimeWait,
+		&t.TCPClose, &t.UDP, &t.UDPStream, &t.UDPShort, &t.ICMP, &t.ICMPv6, &t.Generic,
+	}
+}
+
+// of is the timeout of a flow of that protocol in that state.
+func (t *Timeouts) of(proto uint8, s State, short bool) time.Duration {
+	switch proto {
+	case protoTCP:
+		switch s {
+		case SynRecv:
+			return t.TCPSynRecv
+		case Established:
+			return t.TCPEstablished
+		case FinWait:
+			return t.TCPFinWait
+		case CloseWait:
+			return t.TCPCloseWait
+		case LastAck:
+			return t.TCPLastAck
+		case TimeWait:
+			return t.TCPTimeWait
+		case Close:
+			return t.TCPClose
+		}
+		return t.TCPSynSent
+	case protoUDP:
+		switch {
+		case short:
+			return t.UDPShort
+		case s == Assured:
+			return t.UDPStream
+		}
+		return t.UDP
+	case protoICMP:
+		return t.ICMP
+	case protoICMPv6:
+		return t.ICMPv6
+	}
+	return t.Generic
+}
