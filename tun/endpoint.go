@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -43,9 +44,8 @@ type Endpoint struct {
 	batchEnd   atomic.Pointer[func()]
 	captures   atomic.Pointer[[]*Capture] // copied on write under mu
 
-	mu      sync.Mutex // guards started, onClose, err and changes of captures
-	started bool
 	closing atomic.Bool
+	mu      sync.Mutex // guards onClose, err and changes of captures
 	onClose func()
 	err     error
 
@@ -93,8 +93,9 @@ type queue struct {
 	fdMu sync.RWMutex
 	fd   int
 
-	rx       rxbuf              // the reader's own
-	readable func(uintptr) bool // bound once: a method value allocates
+	reading  sync.Mutex // held by the reader for its life; guards what follows
+	rx       rxbuf
+	to       *dispatcher // the reader's; it ends when the endpoint's is another
 	readErr  error
 	badReads int
 
@@ -135,7 +136,6 @@ func NewEndpoint(d *Device, cfg EndpointConfig) (*Endpoint, error) {
 		if err := raw.Control(func(fd uintptr) { q.fd = int(fd) }); err != nil {
 			return nil, fmt.Errorf("making a link endpoint: %w", err)
 		}
-		q.readable = q.onReadable
 		e.queues = append(e.queues, q)
 	}
 	return e, nil
@@ -226,26 +226,23 @@ func (e *Endpoint) Close() {
 	}
 }
 
-// Attach implements stack.LinkEndpoint. The first attachment starts the readers,
-// which run until Close or the end of the device. While nothing is attached,
-// frames are counted and dropped.
+// Attach implements stack.LinkEndpoint. An attachment starts a reader per queue, a
+// nil one stops them (Wait waits for that); in between, frames wait in the device.
 func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
 	if d == nil {
 		e.dispatcher.Store(nil)
+		for _, q := range e.queues {
+			// Wakes the reader. It fails only on a closed file, which has no reader.
+			_ = q.file.SetReadDeadline(time.Unix(1, 0))
+		}
 		return
 	}
 	to := &dispatcher{NetworkDispatcher: d}
 	to.keeper, _ = d.(ChecksumKeeper)
 	e.dispatcher.Store(to)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.started || e.closing.Load() {
-		return
-	}
-	e.started = true
 	for _, q := range e.queues {
 		e.readers.Add(1)
-		go q.read() // owned by e; ends when Close or the kernel ends the device
+		go q.read(to) // owned by e; ends by Attach(nil), Close, or with the device
 	}
 }
 

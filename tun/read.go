@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -26,26 +27,38 @@ const (
 	maxBadReads = 64
 )
 
-// read runs until the queue is closed or fails.
-func (q *queue) read() {
+// read delivers to to until that is detached, the queue is closed, or it fails.
+func (q *queue) read(to *dispatcher) {
 	defer q.e.readers.Done()
+	q.reading.Lock() // an earlier reader may still be on its way out
+	defer q.reading.Unlock()
 	defer q.rx.release()
-	err := q.raw.Read(q.readable)
+	// Attach(nil) first changes the dispatcher, then sets a deadline. So either the
+	// check in onReadable, which comes after this, sees the change, or the deadline
+	// comes after this one.
+	err := q.file.SetReadDeadline(time.Time{})
+	if err == nil {
+		q.to, q.readErr = to, nil
+		err = q.raw.Read(q.onReadable)
+	}
 	if q.readErr != nil {
 		err = q.readErr
 	}
-	if q.e.closing.Load() || err == nil {
-		return // Close has said why
+	if err == nil || q.stopped() {
+		return
 	}
 	q.e.end(fmt.Errorf("reading from %s: %w", q.e.device.name, err))
 }
+
+// stopped says that somebody wants the reader to end.
+func (q *queue) stopped() bool { return q.e.closing.Load() || q.e.dispatcher.Load() != q.to }
 
 // onReadable takes frames until the queue is empty (false: the poller parks us) or
 // has ended (true).
 func (q *queue) onReadable(fd uintptr) bool {
 	for first := true; ; first = false {
 		for n := range batchBudget {
-			if q.e.closing.Load() {
+			if q.stopped() {
 				return true
 			}
 			more, ended := q.readFrame(fd)
@@ -120,16 +133,11 @@ func (q *queue) frame(n int) {
 		q.dropRx(why, n)
 		return
 	}
-	to := e.dispatcher.Load()
-	if to == nil {
-		q.dropRx(notAttached, n)
-		return
-	}
 	if captures := e.captures.Load(); captures != nil {
 		q.captureRx(*captures, n)
 	}
 
-	q.settleChecksum(n, &v, to)
+	q.settleChecksum(n, &v)
 	q.count.rxFrames.Add(1)
 	q.count.rxBytes.Add(uint64(n))
 	if v.gso {
@@ -140,12 +148,12 @@ func (q *queue) frame(n int) {
 			e.guest.Store(from)
 		}
 	}
-	q.deliver(n, &v, to)
+	q.deliver(n, &v)
 }
 
 // settleChecksum fills in what the receiver would not understand to be open.
-func (q *queue) settleChecksum(n int, v *verdict, to *dispatcher) {
-	if !v.fill && v.validated && !to.keepsChecksums() {
+func (q *queue) settleChecksum(n int, v *verdict) {
+	if !v.fill && v.validated && !q.to.keepsChecksums() {
 		v.validated = false
 		v.fill = v.fillAt != 0
 	}
@@ -155,7 +163,7 @@ func (q *queue) settleChecksum(n int, v *verdict, to *dispatcher) {
 	}
 }
 
-func (q *queue) deliver(n int, v *verdict, to *dispatcher) {
+func (q *queue) deliver(n int, v *verdict) {
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: q.rx.take(n)})
 	defer pkt.DecRef()
 	if v.linkLen != 0 {
@@ -167,7 +175,7 @@ func (q *queue) deliver(n int, v *verdict, to *dispatcher) {
 	pkt.NetworkProtocolNumber = v.proto
 	pkt.GSOOptions.MSS = v.udpSegment
 	pkt.RXChecksumValidated = v.validated
-	to.DeliverNetworkPacket(v.proto, pkt)
+	q.to.DeliverNetworkPacket(v.proto, pkt)
 }
 
 // dropRx counts a refused frame of n bytes and shows it to captures.

@@ -30,7 +30,6 @@ const (
 	gsoZeroSize
 	gsoWithoutChecksum
 	gsoProtocolMismatch
-	notAttached
 	interfaceDown
 	writeFailed
 	deviceGone
@@ -60,7 +59,6 @@ var reasonNames = [numReasons]string{
 	gsoZeroSize:         "rx-gso-zero-size",
 	gsoWithoutChecksum:  "rx-gso-without-checksum",
 	gsoProtocolMismatch: "rx-gso-protocol-mismatch",
-	notAttached:         "rx-not-attached",
 	interfaceDown:       "tx-interface-down",
 	writeFailed:         "tx-write-failed",
 	deviceGone:          "tx-device-gone",
