@@ -119,10 +119,11 @@ func (r *Resolver) forward(ctx context.Context, qy *query) answer {
 }
 
 func (r *Resolver) ask(ctx context.Context, qy *query) (answer, error) {
-	var unwilling answer // the first answer with an error code, if any
+	var unwilling []byte // the first answer with an error code, if any
 	refused := make(map[netip.AddrPort]bool)
 	cause := errNoServer
 	set := r.set.Load()
+rounds:
 	for round := 0; round < set.up.attempts(); round++ {
 		for _, server := range set.order(time.Now()) {
 			if refused[server] {
@@ -130,10 +131,8 @@ func (r *Resolver) ask(ctx context.Context, qy *query) (answer, error) {
 			}
 			a, err := r.try(ctx, set, server, qy)
 			if ctx.Err() != nil && err != nil { // the query's end is not the server's fault
-				if unwilling.msg != nil {
-					return unwilling, nil
-				}
-				return answer{}, ctx.Err()
+				cause = ctx.Err()
+				break rounds
 			}
 			set.note(server, err != nil, time.Now())
 			if err != nil {
@@ -141,25 +140,25 @@ func (r *Resolver) ask(ctx context.Context, qy *query) (answer, error) {
 				cause = err
 				continue
 			}
-			switch rcode(be16(a.msg, 2) & maskRcode) {
+			switch code := rcode(be16(a.msg, 2) & maskRcode); code {
 			case rcodeFormErr, rcodeServFail, rcodeNotImp, rcodeRefused:
+				// Its token goes at once: to wait for another one with
+				// one in hand could be to wait for oneself.
+				a.release()
 				refused[server] = true
-				if unwilling.msg == nil {
-					unwilling = a
-				} else {
-					a.release()
+				if unwilling == nil && len(a.msg) <= udpBuffer {
+					unwilling = a.msg
+				} else if unwilling == nil {
+					unwilling = qy.fail(qy.msg, code)
 				}
 			default:
-				if unwilling.msg != nil {
-					unwilling.release()
-				}
 				return a, nil
 			}
 		}
 		set = r.set.Load()
 	}
-	if unwilling.msg != nil {
-		return unwilling, nil
+	if unwilling != nil {
+		return answer{msg: unwilling, release: func() {}}, nil
 	}
 	return answer{}, cause
 }

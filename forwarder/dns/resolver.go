@@ -18,7 +18,9 @@ import (
 
 // Dialer opens the sockets to upstream servers, each connected to exactly the
 // given address. Upstreams are the host's own choice, so whoever provides this
-// mints their verdicts; this package never sees one.
+// mints their verdicts; this package never sees one. The socket must not be
+// bound to a port beforehand: that the kernel picks one at random for each is
+// half of what keeps forged answers out.
 type Dialer interface {
 	Dial(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error)
 }

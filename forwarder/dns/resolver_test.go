@@ -260,6 +260,7 @@ func TestUpstreamBehaviour(t *testing.T) {
 		{about: "SERVFAIL makes the next one be asked", servers: []*fakeServer{{udp: code(dns.RcodeServerFailure)}, {udp: good("2")}}, answer: "2", dials: "udp1 udp2"},
 		{about: "REFUSED makes the next one be asked", servers: []*fakeServer{{udp: code(dns.RcodeRefused)}, {udp: good("2")}}, answer: "2", dials: "udp1 udp2"},
 		{about: "REFUSED by all is passed on, each asked once", servers: []*fakeServer{{udp: code(dns.RcodeRefused)}, {udp: code(dns.RcodeServerFailure)}}, rcode: dns.RcodeRefused, dials: "udp1 udp2"},
+		{about: "SERVFAIL over TCP is passed on, its token given back", servers: []*fakeServer{{tcp: code(dns.RcodeServerFailure)}, {tcp: code(dns.RcodeRefused)}}, up: Upstreams{UseVC: true}, rcode: dns.RcodeServerFailure, dials: "tcp1 tcp2"},
 		{about: "no such name is an answer", servers: []*fakeServer{{udp: code(dns.RcodeNameError)}, {udp: good("2")}}, rcode: dns.RcodeNameError, dials: "udp1"},
 		{about: "a bare header with an error counts as one", servers: []*fakeServer{{udp: func(q []byte) [][]byte { return [][]byte{{q[0], q[1], 0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0}} }}}, rcode: dns.RcodeFormatError, dials: "udp1"},
 		{about: "another ID is ignored", servers: []*fakeServer{{udp: edit(func(b []byte) []byte { b[0]++; return b })}}, answer: "true", dials: "udp1"},
@@ -300,7 +301,7 @@ func TestUpstreamBehaviour(t *testing.T) {
 				for i, s := range row.servers {
 					fake.servers[server(i+1)] = s
 				}
-				r := newResolver(t, Config{Dialer: fake, Upstreams: row.up})
+				r := newResolver(t, Config{Dialer: fake, Upstreams: row.up, Limits: Limits{UpstreamTCP: 1}})
 				q := ask(t, qname, dns.TypeTXT)
 				if row.limit != 0 {
 					q = ask(t, qname, dns.TypeTXT, edns(row.limit, false))
