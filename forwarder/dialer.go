@@ -1,0 +1,225 @@
+package forwarder
+
+// The dialer is the only place of the program that opens sockets towards the
+// outside. What it opens, it opens for a policy.Verdict, which only policy can
+// make, and the address is compared with the verdict's target once more in the
+// same function that hands it to the kernel, so nothing between the decision
+// and the connect can change where the bytes go.
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/policy"
+)
+
+// errVerdict says that a dial was asked for something policy did not allow. It
+// is a defect of the caller, counted and refused.
+var errVerdict = errors.New("the verdict does not allow this address")
+
+// Dialer opens host sockets for verdicts.
+type Dialer struct {
+	sockets  atomic.Int64   // open now
+	refused  *atomic.Uint64 // asked for without a verdict that allows it
+	exhausts *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
+}
+
+func newDialer(s *stats) *Dialer {
+	return &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors")}
+}
+
+// tcpConnect starts a connection to the verdict's target. connected tells that
+// it is established already, as it is for most local targets; otherwise the
+// descriptor becomes writable when the attempt ends, and SO_ERROR says how.
+func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta) (fd int, connected bool, err error) {
+	to := v.Target()
+	if !v.Allowed() || v.Proto() != unix.IPPROTO_TCP {
+		d.refused.Add(1)
+		return -1, false, errVerdict
+	}
+	fd, err = d.open(to.Addr(), unix.SOCK_STREAM, unix.IPPROTO_TCP)
+	if err != nil {
+		return -1, false, err
+	}
+	if err := tuneStream(fd); err != nil {
+		d.close(fd)
+		return -1, false, err
+	}
+	if err := setHops(fd, to.Addr().Is6(), h); err != nil {
+		d.close(fd)
+		return -1, false, err
+	}
+	if !v.Permits(to) {
+		d.refused.Add(1)
+		d.close(fd)
+		return -1, false, errVerdict
+	}
+	switch err := unix.Connect(fd, toSockaddr(to)); err {
+	case nil:
+		return fd, true, nil
+	case unix.EINPROGRESS:
+		return fd, false, nil
+	default:
+		return fd, false, err
+	}
+}
+
+// PacketSocket opens a UDP socket of the family of the verdict's target. It is
+// neither bound nor connected: one socket serves all peers of one sandbox
+// endpoint, and every datagram goes through SendTo's check.
+func (d *Dialer) PacketSocket(v policy.Verdict) (int, error) {
+	if !v.Allowed() || v.Proto() != unix.IPPROTO_UDP {
+		d.refused.Add(1)
+		return -1, errVerdict
+	}
+	a := v.Target().Addr()
+	fd, err := d.open(a, unix.SOCK_DGRAM, unix.IPPROTO_UDP)
+	if err != nil {
+		return -1, err
+	}
+	if err := tunePacket(fd, a.Is6()); err != nil {
+		d.close(fd)
+		return -1, err
+	}
+	// Failure means a kernel without UDP_GRO: datagrams then come one by one.
+	_ = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+	return fd, nil
+}
+
+// EchoSocket opens a ping socket (ICMP datagram socket) bound to no particular
+// identifier: the kernel chooses one, and the caller translates.
+func (d *Dialer) EchoSocket(v policy.Verdict) (int, error) {
+	a := v.Target().Addr()
+	proto := unix.IPPROTO_ICMP
+	if a.Is6() {
+		proto = unix.IPPROTO_ICMPV6
+	}
+	if !v.Allowed() || int(v.Proto()) != proto {
+		d.refused.Add(1)
+		return -1, errVerdict
+	}
+	fd, err := d.open(a, unix.SOCK_DGRAM, proto)
+	if err != nil {
+		return -1, err
+	}
+	if err := tunePacket(fd, a.Is6()); err != nil {
+		d.close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// Check is asked right before each datagram leaves: it tells whether to is what
+// the verdict allowed.
+func (d *Dialer) Check(v policy.Verdict, to netip.AddrPort) error {
+	if !v.Allowed() || !v.Permits(to) {
+		d.refused.Add(1)
+		return errVerdict
+	}
+	return nil
+}
+
+func (d *Dialer) open(a netip.Addr, typ, proto int) (int, error) {
+	domain := unix.AF_INET
+	if a.Is6() {
+		domain = unix.AF_INET6
+	}
+	fd, err := unix.Socket(domain, typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
+	if err != nil {
+		switch err {
+		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
+			d.exhausts.Add(1)
+		}
+		return -1, fmt.Errorf("opening a host socket: %w", err)
+	}
+	d.sockets.Add(1)
+	return fd, nil
+}
+
+// close closes a descriptor that this dialer opened.
+func (d *Dialer) close(fd int) {
+	d.sockets.Add(-1)
+	unix.Close(fd)
+}
+
+// reset closes a connected descriptor so that its peer is told by RST.
+func (d *Dialer) reset(fd int) {
+	// The error is of no use: the socket is closed either way.
+	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	d.close(fd)
+}
+
+// tuneStream sets what every spliced TCP socket wants: no delay, because bytes
+// arrive here in segments that the other side already chose; urgent data kept
+// in line, because a byte must not be lost; keepalive as RFC 5382 asks, so that
+// a peer that is gone ends the flow.
+func tuneStream(fd int) error {
+	for _, o := range [...]struct {
+		level, name, value int
+		what               string
+	}{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1, "TCP_NODELAY"},
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1, "SO_OOBINLINE"},
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1, "SO_KEEPALIVE"},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+			return fmt.Errorf("setting %s: %w", o.what, err)
+		}
+	}
+	return nil
+}
+
+// tunePacket asks for the ancillary data that truthful datagrams need: errors
+// with their origin, hop limits, traffic classes, and the local address.
+func tunePacket(fd int, v6 bool) error {
+	level := unix.IPPROTO_IP
+	names := []int{unix.IP_RECVERR, unix.IP_RECVTTL, unix.IP_RECVTOS, unix.IP_PKTINFO}
+	if v6 {
+		level = unix.IPPROTO_IPV6
+		names = []int{unix.IPV6_RECVERR, unix.IPV6_RECVHOPLIMIT, unix.IPV6_RECVTCLASS, unix.IPV6_RECVPKTINFO}
+	}
+	for _, name := range names {
+		if err := unix.SetsockoptInt(fd, level, name, 1); err != nil {
+			return fmt.Errorf("asking for ancillary data: %w", err)
+		}
+	}
+	return nil
+}
+
+// setHops applies the packet's traffic class, and its hop limit where it is so
+// low that the sender must have meant it (traceroute); 0 leaves the default. A TCP connection of the
+// host is a path of its own, so an ordinary hop limit is the host's to choose.
+func setHops(fd int, v6 bool, h ipMeta) error {
+	level, ttl, tos, recverr := unix.IPPROTO_IP, unix.IP_TTL, unix.IP_TOS, unix.IP_RECVERR
+	if v6 {
+		level, ttl, tos, recverr = unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, unix.IPV6_TCLASS, unix.IPV6_RECVERR
+	}
+	if h.tos&^3 != 0 {
+		if err := unix.SetsockoptInt(fd, level, tos, int(h.tos&^3)); err != nil {
+			return fmt.Errorf("setting the traffic class: %w", err)
+		}
+	}
+	if h.ttl != 0 {
+		if err := unix.SetsockoptInt(fd, level, ttl, int(h.ttl)); err != nil {
+			return fmt.Errorf("setting the hop limit: %w", err)
+		}
+	}
+	if err := unix.SetsockoptInt(fd, level, recverr, 1); err != nil {
+		return fmt.Errorf("asking for the error queue: %w", err)
+	}
+	return nil
+}
+
+// toSockaddr converts an address for the kernel. A 4-in-6 address is never given
+// to it: the address is unmapped here once more.
+func toSockaddr(a netip.AddrPort) unix.Sockaddr {
+	ip := a.Addr().Unmap()
+	if ip.Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: ip.As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: ip.As16()}
+}

@@ -1,0 +1,25 @@
+// Package forwarder terminates a sandbox's traffic in a userspace TCP/IP stack
+// and carries every flow that policy lets through to an ordinary host socket.
+//
+//	link (a tun.Endpoint, or an in-memory pipe in tests)
+//	  │ frames
+//	  ▼
+//	link.go        source, version and destination are checked before the stack sees a packet
+//	  │
+//	  ▼
+//	gVisor netstack    reassembly, ARP, NDP, TCP
+//	  │ first segment or datagram of an unknown tuple
+//	  ▼
+//	tcp.go udp.go icmp.go ──► policy.Rules.Decide ──► nat.Table.Acquire ──► Dialer
+//	                                                                          │
+//	splice.go  ◄── stack readiness by waiter callbacks (runq.go)              ▼
+//	           ◄── host readiness by epoll (poller.go) ─────────────── host sockets
+//
+// The package knows nothing of devices, processes or configuration files: it
+// is given a link, a flow table and a snapshot of rules, and it is the only
+// place of the program that opens outbound host sockets (dialer.go).
+//
+// Goroutines: every one is started by Forwarder.Run or by a function that says
+// so, and ends before Run returns. There is none per flow; a TCP handshake
+// borrows one while it lasts, at most maxHandshakes of them.
+package forwarder

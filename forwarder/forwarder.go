@@ -1,0 +1,333 @@
+package forwarder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// DNSHandler answers the sandbox's DNS queries at its DNS address.
+type DNSHandler interface {
+	// ServePacket answers one datagram by calling reply, at most once and from
+	// any goroutine. It must not block, and may keep neither query nor reply
+	// beyond its work on them.
+	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte))
+	// ServeStream serves one connection and returns when it ends.
+	ServeStream(ctx context.Context, c net.Conn)
+}
+
+// DHCPHandler answers guests that configure themselves. A nil or empty reply
+// means that there is nothing to say.
+type DHCPHandler interface {
+	HandleV4(payload []byte) (reply []byte, broadcast bool, to netip.AddrPort)
+	HandleV6(payload []byte, from netip.Addr) (reply []byte)
+	RouterAdvertisement() []byte
+}
+
+// GuestSockets makes sockets inside the sandbox's network namespace, for
+// clients on the host's loopback that use a published port.
+type GuestSockets interface {
+	// Stream returns a TCP socket, or false when none can be had right now.
+	Stream(v6 bool) (fd int, ok bool)
+}
+
+// Config describes one sandbox's forwarder.
+type Config struct {
+	Link stack.LinkEndpoint
+	MTU  uint32
+
+	Guest   []netip.Addr // the sandbox's own addresses; anything else is a forged source
+	Gateway []netip.Addr // ours on the link, at most one of a family
+	DNS     []netip.Addr // where DNSHandler listens, at most one of a family
+	Prefix4 netip.Prefix // the link's IPv4 prefix: tells the directed broadcast
+
+	Table       *nat.Table
+	DNSHandler  DNSHandler   // nil: nobody answers at the DNS address
+	DHCPHandler DHCPHandler  // nil: guests are configured from outside
+	Guests      GuestSockets // nil: loopback clients appear as the gateway
+
+	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
+	// no ping sockets; each is -1 or zero when there is none. Owned by the forwarder.
+	RawICMP4, RawICMP6 int
+
+	// Drop is told of each packet dropped here, with its counted reason. It must
+	// not block, and may not keep pkt. It may be nil.
+	Drop func(reason string, pkt []byte)
+	// Refused is told of each flow that policy refused. It must not block. It may be nil.
+	Refused func(proto uint8, src, dst netip.AddrPort, v policy.Verdict)
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
+	// Log receives what an operator has to know; nothing is logged per packet.
+	Log *slog.Logger
+	// Shards is how many poller and run-queue pairs share the flows; 0 means
+	// one for each processor, at most maxShards.
+	Shards int
+}
+
+const (
+	maxShards = 4
+	dnsPort   = 53
+	// ruleDNS is the rule name of flows to our own resolver.
+	ruleDNS = "builtin:dns"
+	// tick is how often the timer looks.
+	tick = time.Second
+)
+
+// shard is what a share of the flows is served by.
+type shard struct {
+	poll *poller
+	runq *runQueue
+
+	gather  gather   // of the up pumps; run queue only
+	discard discard  // likewise
+	pipes   [][2]int // of the relays; likewise
+}
+
+// Forwarder carries the traffic of one sandbox.
+type Forwarder struct {
+	cfg       Config
+	stack     *stack.Stack
+	table     *nat.Table
+	rules     atomic.Pointer[policy.Rules]
+	dialer    *Dialer
+	shards    []*shard
+	poll      *poller // shard 0's, for UDP and ICMP
+	stats     stats
+	relayed   *atomic.Uint64 // flows that took the loopback short cut
+	now       func() time.Time
+	log       *slog.Logger
+	broadcast netip.Addr
+	linkLocal netip.Addr // the gateway's
+
+	tcp       *tcpForwarder
+	dgram     *datagrams // UDP and ICMP
+	publish   *publisher
+	bandwidth bandwidth
+	limits    nat.Limits                      // the table's own, before any policy's
+	drop      func(reason string, pkt []byte) // never nil
+	inbound   stack.NetworkDispatcher         // behind the filter; set by link.Attach
+
+	ctx    context.Context // ends when Run does; handlers get it
+	cancel context.CancelFunc
+	ruleMu sync.Mutex // serialises SetRules
+}
+
+// New sets up the stack and the forwarders. Nothing is read from the link's
+// reader before the stack is attached, and every flow is refused until SetRules.
+func New(cfg Config) (*Forwarder, error) {
+	if cfg.Link == nil || cfg.Table == nil {
+		return nil, errors.New("forwarder: Config needs a Link and a Table")
+	}
+	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, log: cfg.Log}
+	if f.now == nil {
+		f.now = time.Now
+	}
+	if f.log == nil {
+		f.log = slog.New(slog.DiscardHandler)
+	}
+	if f.drop = cfg.Drop; f.drop == nil {
+		f.drop = func(string, []byte) {}
+	}
+	f.relayed = f.stats.counter("tcp_relayed_loopback")
+	f.rules.Store(new(policy.Rules))
+	f.dialer = newDialer(&f.stats)
+	f.broadcast = directedBroadcast(cfg.Prefix4)
+	if len(cfg.Gateway) > 0 {
+		f.linkLocal = linkLocalOf(cfg.Link.LinkAddress())
+	}
+	f.ctx, f.cancel = context.WithCancel(context.Background())
+	n := cfg.Shards
+	if n <= 0 {
+		n = runtime.GOMAXPROCS(0)
+	}
+	for range min(n, maxShards) {
+		p, err := newPoller()
+		if err != nil {
+			f.closePollers()
+			return nil, fmt.Errorf("forwarder: %w", err)
+		}
+		f.shards = append(f.shards, &shard{poll: p, runq: newRunQueue()})
+	}
+	f.poll = f.shards[0].poll
+	if err := f.attach(); err != nil {
+		f.closePollers()
+		return nil, fmt.Errorf("forwarder: %w", err)
+	}
+	return f, nil
+}
+
+// attach builds the stack with its handlers in place and only then lets the link
+// deliver to it.
+func (f *Forwarder) attach() error {
+	s, err := newStack()
+	if err != nil {
+		return err
+	}
+	f.stack = s
+	f.tcp = newTCPForwarder(f)
+	f.dgram = newDatagrams(f)
+	f.publish = newPublisher(f)
+	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)
+	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.handleICMPv4)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, f.handleICMPv6)
+	if err := attachLink(s, &link{LinkEndpoint: f.cfg.Link, f: f}, &f.cfg, f.linkLocal); err != nil {
+		s.Destroy()
+		return err
+	}
+	return nil
+}
+
+// Run serves until ctx ends, and returns after its last goroutine has.
+func (f *Forwarder) Run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, f.cancel)
+	defer stop()
+	errs := make(chan error, len(f.shards))
+	var wg sync.WaitGroup
+	for _, sh := range f.shards {
+		wg.Go(func() {
+			if err := sh.poll.run(); err != nil {
+				errs <- err
+				f.cancel()
+			}
+		})
+		wg.Go(sh.runq.work)
+	}
+	wg.Go(f.timer)
+	wg.Go(func() { f.table.Run(f.ctx) })
+	<-f.ctx.Done()
+
+	f.bandwidth.stop()
+	f.publish.close()
+	f.tcp.close()
+	f.dgram.close()
+	f.stack.Destroy()
+	for _, sh := range f.shards {
+		sh.runq.close()
+	}
+	f.closePollers()
+	wg.Wait()
+	for _, sh := range f.shards {
+		for _, p := range sh.pipes {
+			unix.Close(p[0])
+			unix.Close(p[1])
+		}
+	}
+	select {
+	case err := <-errs:
+		return err
+	default:
+		return nil
+	}
+}
+
+func (f *Forwarder) closePollers() {
+	for _, sh := range f.shards {
+		sh.poll.close()
+	}
+}
+
+// timer looks after what has no event of its own: handshakes that nobody
+// completes and listeners that ran out of descriptors. The flow table has its own.
+func (f *Forwarder) timer() {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-f.ctx.Done():
+			return
+		case <-t.C:
+			f.tcp.expireHandshakes(f.now())
+			f.publish.retry()
+		}
+	}
+}
+
+// SetRules puts a new snapshot in force. Flows that it no longer allows are cut
+// before SetRules returns; the others notice nothing.
+func (f *Forwarder) SetRules(r *policy.Rules) {
+	f.ruleMu.Lock()
+	defer f.ruleMu.Unlock()
+	if r == nil {
+		r = new(policy.Rules)
+	}
+	f.rules.Store(r)
+	l := r.Limits()
+	f.bandwidth.set(l)
+	f.table.SetLimits(tableLimits(f.limits, l))
+	f.tcp.recheck(r)
+	f.dgram.recheck(r)
+}
+
+// tableLimits lays the policy's limits over those that the table was made with;
+// what the policy leaves open stays as it was made.
+func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
+	if l.Flows > 0 {
+		base.Max = l.Flows
+	}
+	if l.FlowsPerDestination > 0 {
+		base.PerDestination = l.FlowsPerDestination
+	}
+	if l.NewFlowsPerSecond > 0 {
+		base.NewPerSecond = l.NewFlowsPerSecond
+	}
+	if l.TotalBytes > 0 {
+		base.TotalBytes = int64(l.TotalBytes)
+	}
+	return base
+}
+
+// Stats returns the counters by name.
+func (f *Forwarder) Stats() map[string]uint64 {
+	m := f.stats.snapshot()
+	m["host_sockets"] = uint64(f.dialer.sockets.Load())
+	m["goroutines"] = uint64(runtime.NumGoroutine())
+	return m
+}
+
+// isDNS tells whether a is the resolver's address.
+func (f *Forwarder) isDNS(a netip.Addr) bool {
+	for _, d := range f.cfg.DNS {
+		if d == a {
+			return true
+		}
+	}
+	return false
+}
+
+func directedBroadcast(p netip.Prefix) netip.Addr {
+	if !p.IsValid() || !p.Addr().Is4() || p.Bits() >= 31 {
+		return netip.Addr{}
+	}
+	b := p.Masked().Addr().As4()
+	for i := p.Bits(); i < 32; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	return netip.AddrFrom4(b)
+}
+
+// linkLocalOf derives the EUI-64 link-local address (RFC 4291, appendix A) of a
+// MAC address; a link without one (TUN) gets fe80::1.
+func linkLocalOf[T ~string](mac T) netip.Addr {
+	b := [16]byte{0: 0xfe, 1: 0x80, 15: 1}
+	if len(mac) == 6 {
+		copy(b[8:], []byte{mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})
+	}
+	return netip.AddrFrom16(b)
+}

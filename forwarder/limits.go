@@ -1,0 +1,145 @@
+package forwarder
+
+// Bandwidth. (Counts of flows and the volume in all are the flow table's to limit.)
+//
+// Each direction has one token bucket for the whole sandbox. A TCP pump takes
+// what it may move now and, when that is nothing, waits in a queue that is woken
+// as tokens return, first come first served and a quantum each while it is
+// contended, so that one heavy flow does not starve the small ones: the bytes it
+// may not move yet stay where they are, and backpressure does the rest. Datagrams
+// have nobody to hold back: one that meets an empty bucket is dropped and counted.
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sluice/policy"
+)
+
+const (
+	// bucketSpan is how much traffic a bucket holds at most, as time at its rate.
+	bucketSpan = 50 * time.Millisecond
+	// bucketMin is the least that a bucket holds: one large segment.
+	bucketMin = 64 << 10
+	// quantum is what one flow gets at a time while others wait.
+	quantum = 16 << 10
+	// refillEvery is how often waiting flows are woken.
+	refillEvery = 5 * time.Millisecond
+)
+
+// bandwidth is the limits of one sandbox that count bytes per second.
+type bandwidth struct {
+	up, down bucket // from and to the sandbox
+}
+
+func (b *bandwidth) set(l policy.Limits) {
+	b.up.setRate(int64(l.EgressBandwidth) / 8)
+	b.down.setRate(int64(l.IngressBandwidth) / 8)
+}
+
+// stop lets go of whoever waits and ends the timers.
+func (b *bandwidth) stop() { b.set(policy.Limits{}) }
+
+// bucket is one direction's token bucket; the zero value limits nothing.
+type bucket struct {
+	rate atomic.Int64 // bytes per second; 0: no limit
+
+	mu      sync.Mutex
+	tokens  float64
+	last    time.Time
+	waiters []parked
+	timer   *time.Timer
+}
+
+// parked is a task to be queued when tokens are back.
+type parked struct {
+	t *task
+	q *runQueue
+}
+
+func (b *bucket) setRate(rate int64) {
+	b.rate.Store(rate)
+	b.wake()
+}
+
+// limited tells whether take can return less than it was asked for.
+func (b *bucket) limited() bool { return b.rate.Load() > 0 }
+
+// take returns how many of want bytes may move now. When there are none, t is
+// queued on q as soon as that changes.
+func (b *bucket) take(want int, now time.Time, t *task, q *runQueue) int {
+	rate := b.rate.Load()
+	if rate <= 0 {
+		return want
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refill(rate, now)
+	if len(b.waiters) > 0 {
+		want = min(want, quantum)
+	}
+	n := min(want, int(b.tokens))
+	if n <= 0 {
+		b.waiters = append(b.waiters, parked{t, q})
+		if len(b.waiters) == 1 {
+			b.timer = time.AfterFunc(refillEvery, b.wake)
+		}
+		return 0
+	}
+	b.tokens -= float64(n)
+	return n
+}
+
+// untake gives back what was not used.
+func (b *bucket) untake(n int) {
+	if n <= 0 || !b.limited() {
+		return
+	}
+	b.mu.Lock()
+	b.tokens += float64(n)
+	b.mu.Unlock()
+}
+
+// admit tells whether a datagram of n bytes may pass. It may run into debt, so
+// that a large one is not refused for ever.
+func (b *bucket) admit(n int, now time.Time) bool {
+	rate := b.rate.Load()
+	if rate <= 0 {
+		return true
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refill(rate, now)
+	if b.tokens <= 0 {
+		return false
+	}
+	b.tokens -= float64(n)
+	return true
+}
+
+func (b *bucket) refill(rate int64, now time.Time) {
+	most := max(float64(rate)*bucketSpan.Seconds(), bucketMin)
+	if b.last.IsZero() {
+		b.tokens = most
+	} else if d := now.Sub(b.last); d > 0 {
+		b.tokens = min(most, b.tokens+float64(rate)*d.Seconds())
+	}
+	b.last = now
+}
+
+// wake queues everybody who waits; who finds nothing waits again, behind those
+// who came meanwhile.
+func (b *bucket) wake() {
+	b.mu.Lock()
+	w := b.waiters
+	b.waiters = nil
+	if b.timer != nil {
+		b.timer.Stop()
+		b.timer = nil
+	}
+	b.mu.Unlock()
+	for _, w := range w {
+		w.q.put(w.t)
+	}
+}

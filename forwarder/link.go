@@ -1,0 +1,239 @@
+package forwarder
+
+// The inbound filter sits between the device and the stack. It sees every
+// packet the sandbox sends, before the stack keeps any state for it, and lets
+// through only what the stack and the forwarders are meant to handle: packets
+// from the sandbox's own address, for unicast destinations, in protocols that
+// somebody here speaks, and the few link-local conversations (ARP, neighbour
+// and router discovery, DHCP) that a guest needs. Everything else ends here,
+// with a counted reason. A sandbox can thus neither forge a source nor make the
+// stack hold addresses, groups or fragments on behalf of one.
+//
+// The filter judges form only. Which flows may go where is policy's to say.
+
+import (
+	"net/netip"
+	"slices"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// link is the device as the stack sees it.
+type link struct {
+	stack.LinkEndpoint
+	f *Forwarder
+}
+
+// GSOMaxSize and SupportedGSO pass on what the device offers; the stack asks
+// for them by type assertion, which embedding an interface would hide.
+func (l *link) GSOMaxSize() uint32 {
+	if g, ok := l.LinkEndpoint.(stack.GSOEndpoint); ok {
+		return g.GSOMaxSize()
+	}
+	return 0
+}
+
+func (l *link) SupportedGSO() stack.SupportedGSO {
+	if g, ok := l.LinkEndpoint.(stack.GSOEndpoint); ok {
+		return g.SupportedGSO()
+	}
+	return stack.GSONotSupported
+}
+
+// Attach puts the filter in front of the stack's dispatcher.
+func (l *link) Attach(d stack.NetworkDispatcher) {
+	if d == nil {
+		l.LinkEndpoint.Attach(nil)
+		return
+	}
+	l.f.inbound = d
+	l.LinkEndpoint.Attach(&filter{NetworkDispatcher: d, f: l.f, n: newFilterReasons(l.f)})
+}
+
+type filterReasons struct {
+	short, version, spoofed, martian, multicast, broadcast, arp, neighbour, ethertype reason
+}
+
+func newFilterReasons(f *Forwarder) filterReasons {
+	r := f.reason
+	return filterReasons{
+		short:     r("drop_short_packet"),
+		version:   r("drop_ip_version"),
+		spoofed:   r("drop_spoofed_source"),
+		martian:   r("drop_martian_destination"),
+		multicast: r("drop_multicast"),
+		broadcast: r("drop_broadcast"),
+		arp:       r("drop_arp"),
+		neighbour: r("drop_neighbour_discovery"),
+		ethertype: r("drop_ethertype"),
+	}
+}
+
+// filter is a stack.NetworkDispatcher that passes on what it lets through.
+type filter struct {
+	stack.NetworkDispatcher
+	f *Forwarder
+	n filterReasons
+}
+
+// DeliverNetworkPacket is called by the device's reader for each packet.
+func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	var why reason
+	switch proto {
+	case header.IPv4ProtocolNumber:
+		why = t.judge4(pkt)
+	case header.IPv6ProtocolNumber:
+		why = t.judge6(pkt)
+	case header.ARPProtocolNumber:
+		why = t.judgeARP(pkt)
+	default:
+		why = t.n.ethertype
+	}
+	switch why {
+	case reason{}:
+		t.NetworkDispatcher.DeliverNetworkPacket(proto, pkt)
+	case handled:
+	default:
+		why.Add(1)
+		t.f.noteDrop(why.name, pkt)
+	}
+}
+
+// handled is the verdict on a packet that was answered here: neither passed on
+// nor dropped.
+var handled = reason{name: "handled"}
+
+func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
+	b, ok := pkt.Data().PullUp(header.IPv4MinimumSize)
+	if !ok {
+		return t.n.short
+	}
+	h := header.IPv4(b)
+	if b[0]>>4 != 4 {
+		return t.n.version
+	}
+	src, dst := netip.AddrFrom4(h.SourceAddress().As4()), netip.AddrFrom4(h.DestinationAddress().As4())
+	proto := h.Protocol()
+	if dst.As4() == [4]byte{255, 255, 255, 255} || t.f.isSubnetBroadcast(dst) {
+		if proto == uint8(header.UDPProtocolNumber) && t.f.answerDHCPv4(src, pkt) {
+			return handled
+		}
+		return t.n.broadcast
+	}
+	if !t.f.isGuest(src) {
+		if proto == uint8(header.UDPProtocolNumber) && src.IsUnspecified() && t.f.answerDHCPv4(src, pkt) {
+			return handled
+		}
+		return t.n.spoofed
+	}
+	switch {
+	case dst.IsMulticast():
+		return t.n.multicast
+	case dst.As4()[0] == 0, t.f.isGuest(dst):
+		return t.n.martian
+	}
+	switch proto {
+	case uint8(header.TCPProtocolNumber):
+	case uint8(header.UDPProtocolNumber):
+		if t.f.isOwn(dst) && t.f.answerDHCPv4(src, pkt) {
+			return handled
+		}
+	case uint8(header.ICMPv4ProtocolNumber):
+	default:
+		t.f.rejectProtocol(pkt)
+		return handled
+	}
+	return reason{}
+}
+
+func (t *filter) judge6(pkt *stack.PacketBuffer) reason {
+	b, ok := pkt.Data().PullUp(header.IPv6MinimumSize)
+	if !ok {
+		return t.n.short
+	}
+	h := header.IPv6(b)
+	if b[0]>>4 != 6 {
+		return t.n.version
+	}
+	src, dst := netip.AddrFrom16(h.SourceAddress().As16()), netip.AddrFrom16(h.DestinationAddress().As16())
+	local := src.IsLinkLocalUnicast() || src.IsUnspecified()
+	if h.NextHeader() == uint8(header.ICMPv6ProtocolNumber) && (dst.IsMulticast() || local || t.f.isOwn(dst)) {
+		return t.judgeDiscovery(pkt, src, dst)
+	}
+	if h.NextHeader() == uint8(header.UDPProtocolNumber) && local && t.f.answerDHCPv6(src, pkt) {
+		return handled
+	}
+	switch {
+	case dst.IsMulticast():
+		return t.n.multicast
+	case !t.f.isGuest(src):
+		return t.n.spoofed
+	case dst.IsUnspecified(), dst.Is4In6(), t.f.isGuest(dst):
+		return t.n.martian
+	case dst.IsLinkLocalUnicast() && !t.f.isOwn(dst):
+		return t.n.martian
+	}
+	return reason{}
+}
+
+// judgeDiscovery lets neighbour discovery reach the stack as far as it is about
+// the addresses that are ours, and answers router solicitations.
+func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) reason {
+	const nsTarget = header.IPv6MinimumSize + header.ICMPv6NeighborSolicitMinimumSize
+	b, ok := pkt.Data().PullUp(header.IPv6MinimumSize + header.ICMPv6HeaderSize)
+	if !ok {
+		return t.n.short
+	}
+	switch header.ICMPv6Type(b[header.IPv6MinimumSize]) {
+	case header.ICMPv6NeighborSolicit:
+		b, ok := pkt.Data().PullUp(nsTarget)
+		if !ok {
+			return t.n.short
+		}
+		target := netip.AddrFrom16([16]byte(b[nsTarget-header.IPv6AddressSize : nsTarget]))
+		if !t.f.isOwn(target) {
+			return t.n.neighbour
+		}
+		return reason{}
+	case header.ICMPv6NeighborAdvert:
+		return t.n.neighbour
+	case header.ICMPv6RouterSolicit:
+		if t.f.answerRouterSolicit(src) {
+			return handled
+		}
+		return t.n.neighbour
+	}
+	switch {
+	case dst.IsMulticast():
+		return t.n.multicast
+	case !t.f.isGuest(src) && !(src.IsLinkLocalUnicast() && t.f.isOwn(dst)):
+		return t.n.spoofed
+	}
+	return reason{}
+}
+
+func (t *filter) judgeARP(pkt *stack.PacketBuffer) reason {
+	b, ok := pkt.Data().PullUp(header.ARPSize)
+	if !ok {
+		return t.n.short
+	}
+	h := header.ARP(b)
+	if !h.IsValid() || !t.f.isOwn(netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))) {
+		return t.n.arp
+	}
+	return reason{}
+}
+
+// isGuest tells whether a is one of the sandbox's own addresses.
+func (f *Forwarder) isGuest(a netip.Addr) bool { return slices.Contains(f.cfg.Guest, a) }
+
+// isOwn tells whether a is an address of ours on the link: gateway or DNS.
+func (f *Forwarder) isOwn(a netip.Addr) bool {
+	return slices.Contains(f.cfg.Gateway, a) || slices.Contains(f.cfg.DNS, a) || a == f.linkLocal
+}
+
+// isSubnetBroadcast tells whether a is the directed broadcast of the sandbox's
+// IPv4 prefix.
+func (f *Forwarder) isSubnetBroadcast(a netip.Addr) bool { return a == f.broadcast }

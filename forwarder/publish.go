@@ -1,0 +1,324 @@
+package forwarder
+
+// Published ports: connections and datagrams that come from the host to the
+// sandbox. Listening sockets are made elsewhere, by whoever may bind their ports,
+// and outlive this process; here they are accepted from.
+//
+// The sandbox sees the client's own address, because the stack may use any
+// source. Only a client on the host's loopback cannot appear as itself on a
+// link: it is connected inside the sandbox, loopback to loopback (relay.go), or
+// where no socket inside can be had, appears as the gateway.
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// acceptBudget is how many connections one listener may take before the others
+// get a turn.
+const acceptBudget = 64
+
+// Listener is a published port: a bound host socket, listening if it is TCP.
+type Listener struct {
+	Proto uint8          // unix.IPPROTO_TCP or IPPROTO_UDP
+	FD    int            // non-blocking; owned by the forwarder once Publish succeeded
+	Host  netip.AddrPort // where it is bound
+	Guest netip.AddrPort // where it leads
+}
+
+// ErrPublished says that a listener for the same host port is there already.
+var ErrPublished = errors.New("already published")
+
+type publisher struct {
+	f       *Forwarder
+	mu      sync.Mutex
+	tcp     []*tcpListener
+	udp     []Listener
+	closed  bool
+	refused *atomic.Uint64
+	limited *atomic.Uint64
+	failed  *atomic.Uint64
+}
+
+func newPublisher(f *Forwarder) *publisher {
+	return &publisher{
+		f:       f,
+		refused: f.stats.counter("ingress_refused_by_policy"),
+		limited: f.stats.counter("ingress_refused_by_limit"),
+		failed:  f.stats.counter("ingress_accept_failed"),
+	}
+}
+
+// Publish starts to serve l.
+func (f *Forwarder) Publish(l Listener) error {
+	p := f.publish
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.closed:
+		return errors.New("publishing a port: the forwarder has stopped")
+	case p.find(l.Proto, l.Host) != nil:
+		return fmt.Errorf("publishing %s: %w", l.Host, ErrPublished)
+	case l.Proto == unix.IPPROTO_UDP:
+		if err := f.dgram.publish(l); err != nil {
+			return fmt.Errorf("publishing %s/udp: %w", l.Host, err)
+		}
+		p.udp = append(p.udp, l)
+		return nil
+	case l.Proto != unix.IPPROTO_TCP:
+		return fmt.Errorf("publishing %s: protocol %d has no ports", l.Host, l.Proto)
+	}
+	t := &tcpListener{p: p, l: l, shard: f.shards[0]}
+	t.accepting.run = t.accept
+	tok, err := t.shard.poll.add(l.FD, unix.EPOLLIN, t)
+	if err != nil {
+		return fmt.Errorf("publishing %s: %w", l.Host, err)
+	}
+	t.tok = tok
+	p.tcp = append(p.tcp, t)
+	return nil
+}
+
+// Unpublish stops serving the listener bound to host and closes it. Flows that
+// came through it go on. It tells whether there was one.
+func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
+	p := f.publish
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if proto == unix.IPPROTO_UDP {
+		i := slices.IndexFunc(p.udp, func(l Listener) bool { return l.Host == host })
+		if i < 0 {
+			return false
+		}
+		f.dgram.unpublish(p.udp[i])
+		p.udp = slices.Delete(p.udp, i, i+1)
+		return true
+	}
+	i := slices.IndexFunc(p.tcp, func(t *tcpListener) bool { return t.l.Host == host })
+	if i < 0 {
+		return false
+	}
+	p.tcp[i].close()
+	p.tcp = slices.Delete(p.tcp, i, i+1)
+	return true
+}
+
+// Published lists what is served.
+func (f *Forwarder) Published() []Listener {
+	p := f.publish
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := slices.Clone(p.udp)
+	for _, t := range p.tcp {
+		all = append(all, t.l)
+	}
+	return all
+}
+
+// find is called with mu held.
+func (p *publisher) find(proto uint8, host netip.AddrPort) *Listener {
+	for i := range p.tcp {
+		if l := &p.tcp[i].l; l.Proto == proto && l.Host == host {
+			return l
+		}
+	}
+	for i := range p.udp {
+		if l := &p.udp[i]; l.Proto == proto && l.Host == host {
+			return l
+		}
+	}
+	return nil
+}
+
+// retry lets listeners that ran into a lack of descriptors try again. Called by
+// the forwarder's timer.
+func (p *publisher) retry() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, t := range p.tcp {
+		if t.starved.Swap(false) {
+			t.shard.runq.put(&t.accepting)
+		}
+	}
+}
+
+func (p *publisher) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	for _, t := range p.tcp {
+		t.close()
+	}
+	for _, l := range p.udp {
+		p.f.dgram.unpublish(l)
+	}
+	p.tcp, p.udp = nil, nil
+}
+
+// tcpListener accepts from one listening socket, on its shard's run queue.
+type tcpListener struct {
+	p         *publisher
+	l         Listener
+	shard     *shard
+	tok       pollToken
+	accepting task
+	starved   atomic.Bool // accept(2) failed for want of descriptors
+
+	mu     sync.Mutex // held over accept(2), so that close cannot pull the descriptor away
+	closed bool
+}
+
+func (t *tcpListener) pollReady(uint32) { t.shard.runq.put(&t.accepting) }
+
+func (t *tcpListener) close() {
+	t.shard.poll.remove(t.tok, t.l.FD)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.closed = true
+	unix.Close(t.l.FD)
+}
+
+func (t *tcpListener) accept() {
+	for range acceptBudget {
+		t.mu.Lock()
+		if t.closed {
+			t.mu.Unlock()
+			return
+		}
+		fd, sa, err := unix.Accept4(t.l.FD, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		t.mu.Unlock()
+		switch err {
+		case nil:
+			t.p.f.dialer.sockets.Add(1)
+			t.p.f.tcp.ingress(fd, addrPort(sa), t.l.Guest)
+		case unix.EAGAIN:
+			return
+		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.EPERM:
+			// accept(2): errors of the one connection, gone before it was taken.
+		default:
+			t.p.failed.Add(1)
+			t.starved.Store(true)
+			return
+		}
+	}
+	t.shard.runq.put(&t.accepting)
+}
+
+// ingress carries an accepted connection into the sandbox. It owns fd.
+func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
+	p := t.f.publish
+	v := t.f.rules.Load().Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
+	if !v.Allowed() {
+		p.refused.Add(1)
+		t.f.noteRefused(unix.IPPROTO_TCP, client, guest, v)
+		t.f.dialer.reset(fd)
+		return
+	}
+	if err := tuneStream(fd); err != nil {
+		t.f.dialer.reset(fd)
+		return
+	}
+	if client.Addr().IsLoopback() && t.relayLoopback(fd, client, guest, v) {
+		return
+	}
+	t.ingressThroughStack(fd, client, guest, v)
+}
+
+// ingressThroughStack makes the connection on the sandbox's link. It owns fd.
+func (t *tcpForwarder) ingressThroughStack(fd int, client, guest netip.AddrPort, v policy.Verdict) {
+	source := client
+	if client.Addr().IsLoopback() || client.Addr().IsLinkLocalUnicast() || client.Addr().Is4() != guest.Addr().Is4() {
+		source = netip.AddrPortFrom(t.f.gatewayOf(guest.Addr().Is4()), client.Port())
+	}
+	fl := &tcpFlow{
+		t: t, fd: fd, ingress: true, verdict: v, phase: phaseHandshake,
+		shard: t.f.shards[t.next.Add(1)%uint32(len(t.f.shards))],
+		id: stack.TransportEndpointID{
+			LocalAddress: tcpipAddr(source.Addr()), LocalPort: source.Port(),
+			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
+		},
+	}
+	lease, err := t.f.table.Acquire(nat.Spec{
+		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: fl.expire,
+	})
+	if err != nil {
+		t.f.publish.limited.Add(1)
+		t.f.dialer.reset(fd)
+		return
+	}
+	fl.lease = lease
+	lease.SetState(nat.SynSent)
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		t.f.dialer.reset(fd)
+		lease.Release("stopped")
+		return
+	}
+	t.flows[fl.id] = fl
+	t.mu.Unlock()
+	if err := fl.connectGuest(); err != nil {
+		fl.abort("unreachable")
+	}
+}
+
+// connectGuest starts the connection inside the stack, from the client's address;
+// settle learns how it ends.
+func (fl *tcpFlow) connectGuest() error {
+	proto := header.IPv6ProtocolNumber
+	if fl.id.RemoteAddress.Len() == header.IPv4AddressSize {
+		proto = header.IPv4ProtocolNumber
+	}
+	ep, terr := fl.t.f.stack.NewEndpoint(tcp.ProtocolNumber, proto, &fl.wq)
+	if terr != nil {
+		return errors.New(terr.String())
+	}
+	opts := ep.SocketOptions()
+	opts.SetReuseAddress(true)
+	opts.SetDelayOption(false)
+	opts.SetKeepAlive(true)
+	from := tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort}
+	if terr := ep.Bind(from); terr != nil {
+		// The client's address counts more than its port.
+		from.Port = 0
+		if terr := ep.Bind(from); terr != nil {
+			ep.Close()
+			return errors.New(terr.String())
+		}
+	}
+	fl.prepare()
+	fl.mu.Lock()
+	fl.ep = ep
+	fl.wq.EventRegister(&fl.entry)
+	fl.mu.Unlock()
+	fl.connecting.Store(true)
+	terr = ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: fl.id.RemoteAddress, Port: fl.id.RemotePort})
+	if _, started := terr.(*tcpip.ErrConnectStarted); terr != nil && !started {
+		return errors.New(terr.String())
+	}
+	return nil
+}
+
+// addrPort converts the kernel's address, unmapped.
+func addrPort(sa unix.Sockaddr) netip.AddrPort {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+	}
+	return netip.AddrPort{}
+}

@@ -1,0 +1,316 @@
+package forwarder
+
+// The loopback short cut. A client on the host's loopback that uses a published
+// port cannot appear on the sandbox's link with its own address, as no host takes
+// a packet from 127.0.0.1 off a wire. It is connected to a socket that was made
+// inside the sandbox's network namespace instead, loopback to loopback, so the
+// server sees 127.0.0.1 or ::1 as it would outside. Both ends are then sockets of
+// one kernel, and the bytes move by splice(2) without being copied here.
+//
+// Policy, accounting and the flow table see these flows like all others.
+//
+// A server inside that listens on the sandbox's own address only refuses the
+// connection; the flow then goes through the stack, from the gateway's address.
+
+import (
+	"net/netip"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// relayPipe is the capacity asked for each pipe; the kernel may grant less.
+const relayPipe = 1 << 20
+
+// relay is one flow between two sockets. Its fields are used by the shard's run
+// queue only, except those that mu guards.
+type relay struct {
+	t             *tcpForwarder
+	shard         *shard
+	lease         *nat.Lease
+	verdict       policy.Verdict
+	client, guest netip.AddrPort
+	work          task
+	dirs          [2]relayDir // 0: client → guest
+	connecting    bool
+
+	mu     sync.Mutex // held while the descriptors are used, so that close cannot pull them away
+	fds    [2]int     // 0: the client's, 1: inside the sandbox
+	toks   [2]pollToken
+	closed bool
+}
+
+// relayDir is one direction: bytes sit in its pipe between the two sockets.
+type relayDir struct {
+	pipe   [2]int
+	filled int
+	eof    bool // the source's end was seen
+	done   bool // and was passed on
+}
+
+// relayLoopback takes fd over if a socket inside the sandbox can be had.
+func (t *tcpForwarder) relayLoopback(fd int, client, guest netip.AddrPort, v policy.Verdict) bool {
+	if t.f.cfg.Guests == nil {
+		return false
+	}
+	inside, ok := t.f.cfg.Guests.Stream(client.Addr().Is6())
+	if !ok {
+		return false
+	}
+	t.f.dialer.sockets.Add(1)
+	r := &relay{t: t, shard: t.f.shards[0], verdict: v, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
+	r.work.run = r.run
+	lease, err := t.f.table.Acquire(nat.Spec{
+		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: r.abort,
+	})
+	if err != nil {
+		t.f.publish.limited.Add(1)
+		t.f.dialer.close(inside)
+		t.f.dialer.reset(fd)
+		return true
+	}
+	r.lease = lease
+	lease.SetState(nat.SynSent)
+	t.mu.Lock()
+	closed := t.closed
+	if !closed {
+		t.relays[r] = struct{}{}
+	}
+	t.mu.Unlock()
+	if closed || !r.connect() {
+		r.abort("stopped")
+		return true
+	}
+	t.f.relayed.Add(1)
+	return true
+}
+
+// connect starts the connection inside.
+func (r *relay) connect() bool {
+	loop := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if r.client.Addr().Is6() {
+		loop = netip.IPv6Loopback()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if tuneStream(r.fds[1]) != nil {
+		return false
+	}
+	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
+	if err != nil && err != unix.EINPROGRESS {
+		r.connecting = err == unix.ECONNREFUSED
+		if !r.connecting {
+			return false
+		}
+	}
+	for i, fd := range r.fds {
+		tok, err := r.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
+		if err != nil {
+			return false
+		}
+		r.toks[i] = tok
+	}
+	r.shard.runq.put(&r.work)
+	return true
+}
+
+func (r *relay) pollReady(uint32) { r.shard.runq.put(&r.work) }
+
+func (r *relay) run() {
+	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		return
+	}
+	if r.connecting {
+		errno, err := unix.GetsockoptInt(r.fds[1], unix.SOL_SOCKET, unix.SO_ERROR)
+		if _, perr := unix.Getpeername(r.fds[1]); perr == nil {
+			r.connecting = false
+			r.lease.SetState(nat.Established)
+		} else if err != nil || errno != 0 || r.failed() {
+			r.mu.Unlock()
+			r.fallback()
+			return
+		} else {
+			r.mu.Unlock()
+			return
+		}
+	}
+	reason := ""
+	again := false
+	for i := range r.dirs {
+		more, why := r.move(i)
+		again = again || more
+		if why != "" {
+			reason = why
+		}
+	}
+	if reason == "" && r.dirs[0].done && r.dirs[1].done {
+		reason = "closed"
+	}
+	r.mu.Unlock()
+	switch {
+	case reason != "":
+		r.abort(reason)
+	case again:
+		r.shard.runq.put(&r.work)
+	}
+}
+
+// failed tells whether the connection attempt has ended without a connection.
+func (r *relay) failed() bool {
+	info, err := unix.GetsockoptTCPInfo(r.fds[1], unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err != nil || info.State == unix.BPF_TCP_CLOSE
+}
+
+// move carries what there is in direction i. It reports whether its budget ended
+// first, and why the flow has to end, if it has.
+func (r *relay) move(i int) (again bool, reason string) {
+	d, src, dst := &r.dirs[i], r.fds[i], r.fds[1-i]
+	if d.done {
+		return false, ""
+	}
+	for budget := pumpBudget; budget > 0; {
+		progress := false
+		if !d.eof && d.filled < relayPipe {
+			if d.pipe == ([2]int{}) && !r.openPipe(d) {
+				return false, "out_of_descriptors"
+			}
+			n, err := splice(src, d.pipe[1], relayPipe-d.filled)
+			switch {
+			case err == unix.EAGAIN:
+			case err == unix.EINTR:
+				continue
+			case err != nil:
+				return false, "reset_by_peer"
+			case n == 0:
+				d.eof = true
+			default:
+				d.filled += n
+				progress = true
+			}
+		}
+		if d.filled > 0 {
+			n, err := splice(d.pipe[0], dst, d.filled)
+			switch {
+			case err == unix.EAGAIN:
+			case err == unix.EINTR:
+				continue
+			case err != nil:
+				return false, "reset_by_peer"
+			default:
+				d.filled -= n
+				budget -= n
+				progress = true
+				r.lease.Account(nat.Dir(i), int64(segmentsOf(n)), int64(n+segmentsOf(n)*tcpOverhead))
+			}
+		}
+		if d.filled == 0 && (d.eof || !progress) {
+			r.shard.putPipe(d)
+		}
+		if d.filled == 0 && d.eof {
+			d.done = true
+			// ENOTCONN: the other side is gone already, which its own direction reports.
+			_ = unix.Shutdown(dst, unix.SHUT_WR)
+			r.lease.SetState(nat.CloseWait)
+			return false, ""
+		}
+		if !progress {
+			return false, ""
+		}
+	}
+	return true, ""
+}
+
+func (r *relay) openPipe(d *relayDir) bool {
+	if n := len(r.shard.pipes); n > 0 {
+		d.pipe = r.shard.pipes[n-1]
+		r.shard.pipes = r.shard.pipes[:n-1]
+		return true
+	}
+	if err := unix.Pipe2(d.pipe[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		d.pipe = [2]int{}
+		return false
+	}
+	// Less than asked for only makes the steps smaller.
+	_, _ = unix.FcntlInt(uintptr(d.pipe[0]), unix.F_SETPIPE_SZ, relayPipe)
+	return true
+}
+
+// fallback sends the client through the stack instead.
+func (r *relay) fallback() {
+	r.mu.Lock()
+	fd := r.fds[0]
+	r.shard.poll.remove(r.toks[0], fd)
+	r.fds[0] = -1
+	r.mu.Unlock()
+	r.abort("refused_on_loopback")
+	r.t.ingressThroughStack(fd, r.client, r.guest, r.verdict)
+}
+
+// abort ends the flow; a reset is passed on unless both ends of stream were.
+func (r *relay) abort(reason string) {
+	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		return
+	}
+	r.closed = true
+	for i, fd := range r.fds {
+		if fd < 0 {
+			continue
+		}
+		r.shard.poll.remove(r.toks[i], fd)
+		if reason == "closed" {
+			r.t.f.dialer.close(fd)
+		} else {
+			r.t.f.dialer.reset(fd)
+		}
+	}
+	for i := range r.dirs {
+		if d := &r.dirs[i]; d.pipe != ([2]int{}) {
+			unix.Close(d.pipe[0])
+			unix.Close(d.pipe[1])
+		}
+	}
+	r.mu.Unlock()
+	r.t.mu.Lock()
+	delete(r.t.relays, r)
+	r.t.mu.Unlock()
+	r.lease.SetState(nat.Close)
+	r.lease.Release(reason)
+}
+
+func (r *relay) stillAllowed(rules *policy.Rules) bool {
+	return rules.Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: r.client, Dst: r.guest}).Allowed()
+}
+
+// sparePipes is how many empty pipes a shard keeps for the next relay.
+const sparePipes = 16
+
+// putPipe takes an empty pipe back.
+func (s *shard) putPipe(d *relayDir) {
+	if d.pipe == ([2]int{}) {
+		return
+	}
+	if len(s.pipes) < sparePipes {
+		s.pipes = append(s.pipes, d.pipe)
+	} else {
+		unix.Close(d.pipe[0])
+		unix.Close(d.pipe[1])
+	}
+	d.pipe = [2]int{}
+}
+
+func splice(from, to, n int) (int, error) {
+	m, _, errno := syscall.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n),
+		unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(m), nil
+}

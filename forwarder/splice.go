@@ -1,0 +1,367 @@
+package forwarder
+
+// The splice engine moves a flow's bytes. It holds no goroutine and no buffer
+// for an idle flow, and none of its calls blocks:
+//
+//	up    stack → host   peek at the queued segments, one writev(2) of all of them, then discard
+//	                     exactly what the kernel took. Runs on the shard's run queue.
+//	down  host → stack   ask how much is queued, read it straight into the stack's own chunks.
+//	                     Runs on the shard's poller, or on its run queue when it was the stack
+//	                     that had no room.
+//
+// Backpressure is the two sides' own: data that the host socket does not take
+// stays in the stack's receive queue, whose window closes; data that the stack's
+// send buffer does not take stays in the host's receive queue.
+//
+// Fairness: a pump that spends its budget goes to the tail of the run queue.
+
+import (
+	"errors"
+	"io"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+
+	"sluice/nat"
+)
+
+const (
+	// pumpBudget is how many bytes one run may move before others get a turn.
+	pumpBudget = 1 << 20
+	// maxIovecs is how many pieces one writev takes (the kernel's UIO_MAXIOV is 1024).
+	maxIovecs = 256
+	// downChunk is the most that one write hands to the stack.
+	downChunk = 256 << 10
+	// tcpOverhead is what the flow table adds for each segment's headers: IPv4
+	// and TCP with timestamps.
+	tcpOverhead = 52
+)
+
+// gather collects the slices of a peeked receive queue as iovecs.
+type gather struct {
+	iov   [maxIovecs]unix.Iovec
+	n     int
+	bytes int
+}
+
+var errFull = errors.New("no room for more pieces")
+
+func (g *gather) Write(p []byte) (int, error) {
+	if g.n == len(g.iov) {
+		return 0, errFull
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	g.iov[g.n].Base = &p[0]
+	g.iov[g.n].SetLen(len(p))
+	g.n++
+	g.bytes += len(p)
+	return len(p), nil
+}
+
+// trim drops what is beyond the first n bytes, n > 0.
+func (g *gather) trim(n int) {
+	if n >= g.bytes {
+		return
+	}
+	g.bytes = n
+	for i := range g.iov[:g.n] {
+		l := int(g.iov[i].Len)
+		if l < n {
+			n -= l
+			continue
+		}
+		g.iov[i].SetLen(n)
+		clear(g.iov[i+1 : g.n])
+		g.n = i + 1
+		return
+	}
+}
+
+// reset forgets the slices, so that they are not kept alive.
+func (g *gather) reset() {
+	clear(g.iov[:g.n])
+	g.n, g.bytes = 0, 0
+}
+
+// discard accepts exactly left bytes.
+type discard struct{ left int }
+
+func (d *discard) Write(p []byte) (int, error) {
+	if len(p) <= d.left {
+		d.left -= len(p)
+		return len(p), nil
+	}
+	n := d.left
+	d.left = 0
+	return n, errFull
+}
+
+// pumpUp moves what the sandbox sent. Only the run queue calls it.
+func (fl *tcpFlow) pumpUp() {
+	fl.up.mu.Lock()
+	abort := fl.runUp()
+	fl.up.mu.Unlock()
+	if abort != "" {
+		fl.abort(abort)
+	}
+}
+
+// runUp returns a reason when the flow has to be aborted.
+func (fl *tcpFlow) runUp() (abort string) {
+	if fl.up.done.Load() || fl.fd < 0 {
+		return ""
+	}
+	g := &fl.shard.gather
+	defer g.reset()
+	for budget := pumpBudget; ; {
+		g.reset()
+		_, terr := fl.ep.Read(g, tcpip.ReadOptions{Peek: true})
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			return ""
+		case *tcpip.ErrClosedForReceive:
+			return fl.upEOF()
+		default:
+			return "reset_by_sandbox"
+		}
+		if g.n == 0 {
+			return ""
+		}
+		if budget <= 0 {
+			fl.shard.runq.put(&fl.upTask)
+			return ""
+		}
+		limit := &fl.t.f.bandwidth.up
+		granted := g.bytes
+		if limit.limited() {
+			if granted = limit.take(g.bytes, fl.t.f.now(), &fl.upTask, fl.shard.runq); granted == 0 {
+				return ""
+			}
+			g.trim(granted)
+		}
+		n, errno := writev(fl.fd, g.iov[:g.n])
+		limit.untake(granted - n)
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			return ""
+		case unix.EINTR:
+			continue
+		default:
+			return "reset_by_peer"
+		}
+		segments := g.n
+		short := n < g.bytes
+		fl.shard.discard.left = n
+		if _, terr := fl.ep.Read(&fl.shard.discard, tcpip.ReadOptions{}); terr != nil {
+			return "reset_by_sandbox"
+		}
+		fl.account(fl.dirUp(), segments, n)
+		budget -= n
+		if short {
+			// The socket is full: its EPOLLOUT will come.
+			return ""
+		}
+	}
+}
+
+func (fl *tcpFlow) upEOF() string {
+	if err := unix.Shutdown(fl.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+		return "reset_by_peer"
+	}
+	fl.up.done.Store(true)
+	fl.halfClosed()
+	return ""
+}
+
+// pumpDown moves what the far side sent. The poller and the run queue may both
+// call it: whoever comes second leaves a note, and the first goes round again.
+func (fl *tcpFlow) pumpDown() {
+	fl.down.again.Store(true)
+	for fl.down.again.Load() {
+		if !fl.down.mu.TryLock() {
+			return
+		}
+		fl.down.again.Store(false)
+		abort := fl.runDown()
+		fl.down.mu.Unlock()
+		if abort != "" {
+			fl.abort(abort)
+			return
+		}
+	}
+}
+
+// runDown returns a reason when the flow has to be aborted.
+func (fl *tcpFlow) runDown() (abort string) {
+	if fl.down.done.Load() || fl.fd < 0 || fl.ep == nil {
+		return ""
+	}
+	for budget := pumpBudget; ; {
+		queued, errno := siocinq(fl.fd)
+		if errno != 0 {
+			return "reset_by_peer"
+		}
+		if queued == 0 {
+			if fl.hostEvents.Load() == 0 {
+				return ""
+			}
+			again, abort := fl.probeHost()
+			if abort != "" || !again {
+				return abort
+			}
+			continue
+		}
+		if budget <= 0 {
+			fl.shard.runq.put(&fl.downTask)
+			return ""
+		}
+		limit := &fl.t.f.bandwidth.down
+		granted := min(queued, downChunk)
+		if limit.limited() {
+			if granted = limit.take(granted, fl.t.f.now(), &fl.downTask, fl.shard.runq); granted == 0 {
+				return ""
+			}
+		}
+		fl.reader = hostReader{fd: fl.fd, left: granted}
+		n, terr := fl.ep.Write(&fl.reader, tcpip.WriteOptions{})
+		limit.untake(granted - int(n))
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			return ""
+		case *tcpip.ErrBadBuffer:
+			// The kernel had said that the bytes were there.
+			fl.t.shortRead.Add(1)
+			return "reset_by_peer"
+		default:
+			return "reset_by_sandbox"
+		}
+		fl.account(fl.dirDown(), segmentsOf(int(n)), int(n))
+		budget -= int(n)
+		if int(n) == queued && fl.hostEvents.Load() == 0 {
+			// More can only have come after the event that brought us here was
+			// taken, and then there is another event.
+			return ""
+		}
+	}
+}
+
+// probeHost finds out what a hang-up or error event meant, now that nothing is
+// queued.
+func (fl *tcpFlow) probeHost() (again bool, abort string) {
+	var b [1]byte
+	n, errno := recvPeek(fl.fd, b[:])
+	switch {
+	case errno == unix.EINTR:
+		return true, ""
+	case errno == unix.EAGAIN:
+		fl.hostEvents.Store(0)
+		return false, ""
+	case errno != 0:
+		return false, "reset_by_peer"
+	case n > 0:
+		return true, ""
+	}
+	fl.down.done.Store(true)
+	if terr := fl.ep.Shutdown(tcpip.ShutdownWrite); terr != nil {
+		if _, gone := terr.(*tcpip.ErrNotConnected); !gone {
+			return false, "reset_by_sandbox"
+		}
+	}
+	fl.halfClosed()
+	return false, ""
+}
+
+// halfClosed notes that one more end of stream was passed on.
+func (fl *tcpFlow) halfClosed() {
+	fl.lease.SetState(nat.CloseWait)
+	fl.shard.runq.put(&fl.settling)
+}
+
+func (fl *tcpFlow) dirUp() nat.Dir {
+	if fl.ingress {
+		return nat.Reply
+	}
+	return nat.Original
+}
+
+func (fl *tcpFlow) dirDown() nat.Dir {
+	if fl.ingress {
+		return nat.Original
+	}
+	return nat.Reply
+}
+
+func (fl *tcpFlow) account(d nat.Dir, segments, payload int) {
+	fl.lease.Account(d, int64(segments), int64(payload+segments*tcpOverhead))
+}
+
+// segmentsOf is how many segments of at most 64 KiB carry n bytes.
+func segmentsOf(n int) int { return (n + 65535) / 65536 }
+
+// hostReader is the payload of one write to the stack: exactly left bytes that
+// the kernel has queued, read where the stack wants them.
+type hostReader struct {
+	fd   int
+	left int
+}
+
+// Len is a promise to the stack.
+func (r *hostReader) Len() int { return r.left }
+
+func (r *hostReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	if len(p) > r.left {
+		p = p[:r.left]
+	}
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(r.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return 0, errno
+		case n == 0:
+			return 0, io.ErrUnexpectedEOF
+		}
+		r.left -= int(n)
+		return int(n), nil
+	}
+}
+
+// The calls below are on non-blocking sockets and return at once, so they are
+// made without telling the scheduler.
+
+func writev(fd int, iov []unix.Iovec) (int, unix.Errno) {
+	n, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
+func siocinq(fd int) (int, unix.Errno) {
+	var n int32
+	_, _, errno := syscall.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCINQ, uintptr(unsafe.Pointer(&n)))
+	return int(n), errno
+}
+
+func recvPeek(fd int, p []byte) (int, unix.Errno) {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)),
+		unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}

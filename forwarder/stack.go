@@ -1,0 +1,98 @@
+package forwarder
+
+// Setting up netstack: one NIC, every destination accepted and every source
+// spoofable (policy sits in the forwarders, not in the stack), TCP tuned for a
+// link that loses nothing.
+
+import (
+	"fmt"
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+)
+
+const nicID tcpip.NICID = 1
+
+// Buffers of one TCP flow inside the stack, each way: what a flow starts with
+// and what it may grow to.
+const (
+	tcpBufferMin     = 4 << 10
+	tcpBufferDefault = 1 << 20
+	tcpBufferMax     = 4 << 20
+)
+
+func newStack() (*stack.Stack, error) {
+	s := stack.New(stack.Options{
+		NetworkProtocols: []stack.NetworkProtocolFactory{
+			arp.NewProtocol,
+			ipv4.NewProtocol,
+			// No duplicate address detection and no router discovery of our
+			// own: the addresses on this link are ours by construction.
+			ipv6.NewProtocolWithOptions(ipv6.Options{}),
+		},
+		TransportProtocols: []stack.TransportProtocolFactory{
+			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+		},
+	})
+	sack := tcpip.TCPSACKEnabled(true)
+	cubic := tcpip.CongestionControlOption("cubic")
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
+	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
+	moderate := tcpip.TCPModerateReceiveBufferOption(true)
+	// The forwarder takes an endpoint out of the demultiplexer as soon as it
+	// reaches TIME_WAIT (tcp.go), so the state need not hold memory either.
+	timeWait := tcpip.TCPTimeWaitTimeoutOption(stackTimeWait)
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &cubic, &rcv, &snd, &moderate, &timeWait} {
+		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
+			s.Destroy()
+			return nil, fmt.Errorf("setting a TCP option of the stack (%T): %s", o, err)
+		}
+	}
+	return s, nil
+}
+
+// attachLink gives the stack its NIC, addresses and routes.
+func attachLink(s *stack.Stack, l stack.LinkEndpoint, cfg *Config, linkLocal netip.Addr) error {
+	if err := s.CreateNIC(nicID, l); err != nil {
+		return fmt.Errorf("attaching the link to the stack: %s", err)
+	}
+	if err := s.SetPromiscuousMode(nicID, true); err != nil {
+		return fmt.Errorf("accepting every destination: %s", err)
+	}
+	if err := s.SetSpoofing(nicID, true); err != nil {
+		return fmt.Errorf("allowing every source: %s", err)
+	}
+	own := append(append([]netip.Addr{}, cfg.Gateway...), cfg.DNS...)
+	own = append(own, linkLocal)
+	seen := make(map[netip.Addr]bool)
+	for _, a := range own {
+		if !a.IsValid() || seen[a] {
+			continue
+		}
+		seen[a] = true
+		pa := tcpip.ProtocolAddress{Protocol: netProto(a), AddressWithPrefix: tcpipAddr(a).WithPrefix()}
+		if err := s.AddProtocolAddress(nicID, pa, stack.AddressProperties{}); err != nil {
+			return fmt.Errorf("giving the stack the address %s: %s", a, err)
+		}
+	}
+	s.SetRouteTable([]tcpip.Route{
+		{Destination: header.IPv4EmptySubnet, NIC: nicID},
+		{Destination: header.IPv6EmptySubnet, NIC: nicID},
+	})
+	return nil
+}
+
+func netProto(a netip.Addr) tcpip.NetworkProtocolNumber {
+	if a.Is4() {
+		return header.IPv4ProtocolNumber
+	}
+	return header.IPv6ProtocolNumber
+}

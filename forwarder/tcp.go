@@ -1,0 +1,482 @@
+package forwarder
+
+// TCP from the sandbox: admission, dial, handshake.
+//
+// A SYN of an unknown tuple is judged and charged on the device's own
+// goroutine, so that a flood of refused ones costs neither a goroutine nor an
+// endpoint. Only then does the stack's forwarder keep the SYN, and the dial
+// starts; the sandbox's handshake is answered when the far side's has been:
+//
+//	SYN ─► Decide ─► Acquire ─► connect(2) ──ok──► SYN/ACK … ACK ─► splice
+//	         │          │           └─ refused: RST · unreachable: ICMP · no answer: silence
+//	         │          └─ over a limit: dropped, counted
+//	         └─ reject: RST · drop: silence
+//
+// A sandbox that gives up during the dial says so by RST, which finds no
+// endpoint and therefore comes to handleTCP as well. One that never completes
+// the handshake is ended after handshakeTimeout, or earlier, oldest first, when
+// there are more than maxHandshakes of them, by the RST it did not send.
+//
+// TIME_WAIT. When the stack's side closes last-but-one it would hold the tuple,
+// and without a listener swallow every new SYN for it. This link neither loses
+// nor reorders, so there are no old duplicates to wait for: an endpoint that
+// reaches TIME_WAIT leaves the demultiplexer at once (tcpFlow.settle), and a new
+// SYN comes to handleTCP like any other.
+
+import (
+	"container/list"
+	"context"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+const (
+	// maxHandshakes bounds the flows whose dial succeeded and whose sandbox has
+	// not completed the handshake. Beyond it the oldest is reset.
+	maxHandshakes = 1024
+	// handshakeTimeout bounds each of them.
+	handshakeTimeout = 10 * time.Second
+	// stackTimeWait is how long an endpoint object outlives its tuple.
+	stackTimeWait = 20 * time.Millisecond
+	// tracerouteTTL is the largest hop limit that is taken to be meant: a SYN
+	// with at most this many hops left is dialled with one less.
+	tracerouteTTL = 30
+)
+
+// tcpForwarder owns the TCP flows of one sandbox.
+type tcpForwarder struct {
+	f    *Forwarder
+	fwd  *tcp.Forwarder
+	next atomic.Uint32 // shard of the next flow
+
+	mu         sync.Mutex
+	flows      map[stack.TransportEndpointID]*tcpFlow
+	relays     map[*relay]struct{}
+	handshakes list.List // of *tcpFlow, oldest first
+	wg         sync.WaitGroup
+	closed     bool
+
+	refused, limited, tooMany, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
+	dialTimeout, dialRefused, dialUnreachable, dialDescriptors               *atomic.Uint64
+	shortRead, lastHop                                                       *atomic.Uint64
+}
+
+func newTCPForwarder(f *Forwarder) *tcpForwarder {
+	t := &tcpForwarder{
+		f:                f,
+		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
+		relays:           make(map[*relay]struct{}),
+		refused:          f.stats.counter("tcp_refused_by_policy"),
+		limited:          f.stats.counter("tcp_refused_by_limit"),
+		cancelled:        f.stats.counter("tcp_dial_cancelled"),
+		handshakeEvicted: f.stats.counter("tcp_handshake_evicted"),
+		handshakeExpired: f.stats.counter("tcp_handshake_timeout"),
+		dialTimeout:      f.stats.counter("tcp_dial_timeout"),
+		dialRefused:      f.stats.counter("tcp_dial_refused"),
+		dialUnreachable:  f.stats.counter("tcp_dial_unreachable"),
+		dialDescriptors:  f.stats.counter("tcp_dial_out_of_descriptors"),
+		lastHop:          f.stats.counter("tcp_time_exceeded"),
+		shortRead:        f.stats.counter("tcp_short_read"),
+	}
+	// The flow table bounds what is in flight; the stack's own bound only has
+	// to be out of its way.
+	t.fwd = tcp.NewForwarder(f.stack, tcpBufferDefault, 1<<20, t.dial)
+	return t
+}
+
+// handleTCP receives each segment that belongs to no endpoint. It runs on the
+// device's goroutine. The result tells the stack that the segment is dealt
+// with; false makes it answer with RST.
+func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	switch flags := h.Flags(); {
+	case flags.Contains(header.TCPFlagRst):
+		t.cancelDial(id)
+		return true
+	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
+		return false
+	}
+	t.mu.Lock()
+	_, known := t.flows[id]
+	t.mu.Unlock()
+	if known {
+		// A retransmitted SYN while we dial, or while an old flow of the tuple
+		// still ends: the sandbox will ask again.
+		return true
+	}
+
+	src := netip.AddrPortFrom(netipAddr(id.RemoteAddress), id.RemotePort)
+	dst := netip.AddrPortFrom(netipAddr(id.LocalAddress), id.LocalPort)
+	a, ok := arrivalOf(pkt)
+	if !ok {
+		return true
+	}
+	own := t.f.isOwn(dst.Addr())
+	if a.meta.ttl <= 1 && !own {
+		t.lastHop.Add(1)
+		t.f.tell(icmpTimeExceeded, 0, pkt)
+		return true
+	}
+	fl := &tcpFlow{t: t, id: id, shard: t.f.shards[t.next.Add(1)%uint32(len(t.f.shards))], fd: -1}
+	if own && dst.Port() == dnsPort && t.f.isDNS(dst.Addr()) && t.f.cfg.DNSHandler != nil {
+		fl.local = true
+	} else {
+		fl.verdict = t.f.rules.Load().Decide(policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
+		if !fl.verdict.Allowed() {
+			t.refused.Add(1)
+			t.f.noteRefusal("policy", pkt)
+			t.f.noteRefused(unix.IPPROTO_TCP, src, dst, fl.verdict)
+			return fl.verdict.Action() != policy.Reject
+		}
+	}
+	rule := fl.verdict.Rule()
+	if fl.local {
+		rule = ruleDNS
+	}
+	lease, err := t.f.table.Acquire(nat.Spec{
+		Orig:   nat.NewTuple(unix.IPPROTO_TCP, src, dst),
+		Rule:   rule,
+		Expire: fl.expire,
+	})
+	if err != nil {
+		t.limited.Add(1)
+		t.f.noteRefusal(err.Error(), pkt)
+		return true
+	}
+	fl.lease = lease
+	fl.hops.tos = a.meta.tos
+	if a.meta.ttl <= tracerouteTTL && !own {
+		fl.hops.ttl = a.meta.ttl - 1
+	}
+	fl.syn = originalPacket(pkt)
+	fl.irs = h.SequenceNumber()
+	lease.SetState(nat.SynSent)
+	lease.Account(nat.Original, 1, int64(pkt.Size()))
+
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		lease.Release("stopped")
+		return true
+	}
+	t.flows[id] = fl
+	t.wg.Add(1) // for dial
+	t.mu.Unlock()
+	if !t.fwd.HandlePacket(id, pkt) {
+		// Malformed, or its checksum is wrong: the stack would not have it.
+		t.wg.Done()
+		t.forget(fl)
+		lease.Release("malformed")
+	}
+	return true
+}
+
+// dial runs on a goroutine of its own, started by the stack for each SYN that
+// handleTCP admitted, and ends when the attempt has been started or, for a local
+// target, when the handshake is over.
+func (t *tcpForwarder) dial(req *tcp.ForwarderRequest) {
+	defer t.wg.Done()
+	t.mu.Lock()
+	fl := t.flows[req.ID()]
+	t.mu.Unlock()
+	if fl == nil {
+		req.Complete(false)
+		return
+	}
+	fl.mu.Lock()
+	if fl.phase != phaseDialing {
+		fl.mu.Unlock()
+		req.Complete(false)
+		return
+	}
+	fl.req = req
+	if fl.local {
+		fl.mu.Unlock()
+		t.handshake(fl)
+		return
+	}
+	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops)
+	fl.fd = fd
+	if err == nil && !connected {
+		fl.tok, err = fl.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+	}
+	fl.mu.Unlock()
+	switch {
+	case err != nil:
+		fl.dialFailed(err)
+	case connected:
+		t.handshake(fl)
+	}
+}
+
+// dialReady is called by the poller when the attempt has ended.
+func (fl *tcpFlow) dialReady() {
+	// Under mu, as closeHost gives the descriptor back to the kernel after it.
+	fl.mu.Lock()
+	if fl.phase != phaseDialing || fl.fd < 0 {
+		fl.mu.Unlock()
+		return
+	}
+	errno, err := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	fl.mu.Unlock()
+	if err == nil && errno != 0 {
+		err = unix.Errno(errno)
+	}
+	if err != nil {
+		fl.dialFailed(err)
+		return
+	}
+	t := fl.t
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		fl.abort("stopped")
+		return
+	}
+	t.wg.Add(1)
+	t.mu.Unlock()
+	go func() {
+		defer t.wg.Done()
+		t.handshake(fl)
+	}()
+}
+
+// dialFailed tells the sandbox what the far side's network said.
+func (fl *tcpFlow) dialFailed(err error) {
+	t := fl.t
+	errno := errnoOf(err)
+	switch errno {
+	case unix.ECONNREFUSED, unix.ECONNRESET:
+		t.dialRefused.Add(1)
+		fl.mu.Lock()
+		fl.resetOnComplete = true
+		fl.mu.Unlock()
+		fl.abort("refused")
+	case unix.ETIMEDOUT:
+		t.dialTimeout.Add(1)
+		fl.abort("timeout")
+	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EAGAIN:
+		// A shortage of ours, which may pass: the sandbox's next SYN tries again.
+		t.dialDescriptors.Add(1)
+		fl.abort("out_of_descriptors")
+	default:
+		t.dialUnreachable.Add(1)
+		fl.mu.Lock()
+		syn := fl.syn
+		var e extendedErr
+		fromNetwork := false
+		if fl.fd >= 0 {
+			e, fromNetwork = dialError(fl.fd)
+		}
+		fl.mu.Unlock()
+		t.f.tellDialError(syn, e, fromNetwork, errno)
+		fl.abort("unreachable")
+	}
+}
+
+// cancelDial ends the dial of a tuple whose sandbox sent RST.
+func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
+	t.mu.Lock()
+	fl := t.flows[id]
+	t.mu.Unlock()
+	if fl == nil {
+		return
+	}
+	fl.mu.Lock()
+	dialing := fl.phase == phaseDialing
+	fl.mu.Unlock()
+	if dialing {
+		t.cancelled.Add(1)
+		fl.abort("cancelled")
+	}
+}
+
+// handshake completes the sandbox's side; it blocks until that ends.
+func (t *tcpForwarder) handshake(fl *tcpFlow) {
+	fl.mu.Lock()
+	if fl.phase != phaseDialing {
+		fl.mu.Unlock()
+		return
+	}
+	fl.phase = phaseHandshake
+	req := fl.req
+	fl.syn = nil
+	fl.mu.Unlock()
+
+	fl.lease.SetState(nat.SynRecv)
+	t.enterHandshake(fl)
+	ep, terr := req.CreateEndpoint(&fl.wq)
+	t.leaveHandshake(fl)
+	fl.mu.Lock()
+	fl.req = nil
+	fl.mu.Unlock()
+	req.Complete(false)
+	if terr != nil {
+		fl.abort("handshake_failed")
+		return
+	}
+	opts := ep.SocketOptions()
+	opts.SetDelayOption(false)
+	opts.SetKeepAlive(true)
+	fl.lease.SetState(nat.Established)
+	if fl.local {
+		t.serveLocal(fl, gonet.NewTCPConn(&fl.wq, ep))
+		return
+	}
+	fl.start(ep)
+}
+
+// serveLocal hands the connection to the DNS handler, which owns it from here.
+func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
+	ctx, cancel := context.WithCancel(t.f.ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	fl.mu.Lock()
+	if fl.phase != phaseHandshake {
+		fl.mu.Unlock()
+		stop()
+		c.Close()
+		return
+	}
+	fl.phase = phaseOpen
+	fl.cancel = cancel
+	fl.mu.Unlock()
+	t.f.cfg.DNSHandler.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease})
+	stop()
+	c.Close()
+	fl.abort("closed")
+}
+
+// enterHandshake counts fl among the half-open, at the cost of the oldest.
+func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
+	fl.deadline = t.f.now().Add(handshakeTimeout)
+	t.mu.Lock()
+	var evict *tcpFlow
+	if t.handshakes.Len() >= maxHandshakes {
+		evict = t.handshakes.Front().Value.(*tcpFlow)
+	}
+	fl.halfOpen = t.handshakes.PushBack(fl)
+	t.mu.Unlock()
+	if evict != nil {
+		t.handshakeEvicted.Add(1)
+		t.endHandshake(evict)
+	}
+}
+
+func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
+	t.mu.Lock()
+	if fl.halfOpen != nil {
+		t.handshakes.Remove(fl.halfOpen)
+		fl.halfOpen = nil
+	}
+	t.mu.Unlock()
+}
+
+// endHandshake makes CreateEndpoint return, by delivering the reset that the
+// sandbox did not send. The stack has no other way to end one from outside.
+func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
+	t.leaveHandshake(fl)
+	t.f.injectReset(fl.id, fl.irs+1)
+}
+
+// expireHandshakes ends those whose time is over. Called by Forwarder's timer.
+func (t *tcpForwarder) expireHandshakes(now time.Time) {
+	for {
+		t.mu.Lock()
+		var fl *tcpFlow
+		if e := t.handshakes.Front(); e != nil && now.After(e.Value.(*tcpFlow).deadline) {
+			fl = e.Value.(*tcpFlow)
+		}
+		t.mu.Unlock()
+		if fl == nil {
+			return
+		}
+		t.handshakeExpired.Add(1)
+		t.endHandshake(fl)
+	}
+}
+
+// ender is a flow of either kind, as seen by those who end it.
+type ender interface {
+	abort(reason string)
+	stillAllowed(*policy.Rules) bool
+}
+
+// all returns the flows of the moment.
+func (t *tcpForwarder) all() []ender {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	flows := make([]ender, 0, len(t.flows)+len(t.relays))
+	for _, fl := range t.flows {
+		flows = append(flows, fl)
+	}
+	for r := range t.relays {
+		flows = append(flows, r)
+	}
+	return flows
+}
+
+// recheck cuts the flows that rules no longer allow.
+func (t *tcpForwarder) recheck(rules *policy.Rules) {
+	for _, fl := range t.all() {
+		if !fl.stillAllowed(rules) {
+			fl.abort("policy")
+		}
+	}
+}
+
+// forget removes fl from the index, if it is still the tuple's flow.
+func (t *tcpForwarder) forget(fl *tcpFlow) {
+	t.mu.Lock()
+	if t.flows[fl.id] == fl {
+		delete(t.flows, fl.id)
+	}
+	t.mu.Unlock()
+}
+
+// close aborts every flow and waits for the goroutines that handshakes borrow.
+func (t *tcpForwarder) close() {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	for _, fl := range t.all() {
+		fl.abort("stopped")
+	}
+	t.wg.Wait()
+}
+
+// accountedConn charges what the DNS handler reads and writes to the flow.
+type accountedConn struct {
+	*gonet.TCPConn
+	lease *nat.Lease
+}
+
+func (c *accountedConn) Read(p []byte) (int, error) {
+	n, err := c.TCPConn.Read(p)
+	if n > 0 {
+		c.lease.Account(nat.Original, 1, int64(n+tcpOverhead))
+	}
+	return n, err
+}
+
+func (c *accountedConn) Write(p []byte) (int, error) {
+	n, err := c.TCPConn.Write(p)
+	if n > 0 {
+		c.lease.Account(nat.Reply, 1, int64(n+tcpOverhead))
+	}
+	return n, err
+}
+
+var _ waiter.EventListener = (*tcpFlow)(nil)

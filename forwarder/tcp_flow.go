@@ -1,0 +1,330 @@
+package forwarder
+
+// One TCP flow: its two sides, its phases, and its end.
+//
+//	phase          stack side            host side             who may act
+//	dialing        a held SYN            connect(2) under way  poller, cancel
+//	handshake      SYN/ACK sent          connected             the handshake's goroutine
+//	open           an endpoint           connected             the pumps (splice.go)
+//	closing        closed, not acked     closed                nobody: waits for the stack
+//	closed         gone                  gone                  nobody
+//
+// Locks: up.mu and down.mu are held by the pumps while they run, in that order
+// by whoever needs both; mu guards the fields below it and is innermost. None is
+// taken by a waiter callback, which runs under the endpoint's own lock.
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+type phase uint8
+
+const (
+	phaseDialing phase = iota
+	phaseHandshake
+	phaseOpen
+	phaseClosing
+	phaseClosed
+)
+
+type tcpFlow struct {
+	t       *tcpForwarder
+	id      stack.TransportEndpointID // Remote is the sandbox
+	shard   *shard
+	verdict policy.Verdict
+	lease   *nat.Lease
+	hops    ipMeta // for the dial; ttl 0: the host's default
+	ingress bool   // dialled by a client of a published port
+	local   bool   // served by ourselves: DNS over TCP
+	irs     uint32
+
+	wq       waiter.Queue
+	entry    waiter.Entry
+	upTask   task
+	downTask task
+	settling task
+	up       pump       // stack → host
+	down     pump       // host → stack
+	reader   hostReader // of the down pump, kept here so that a write allocates nothing
+
+	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
+	connecting atomic.Bool   // the stack's side is being connected (ingress)
+
+	halfOpen *list.Element // guarded by t.mu
+	deadline time.Time     // of the handshake; set before halfOpen
+
+	mu              sync.Mutex
+	phase           phase
+	fd              int // written under mu and both pumps' locks
+	tok             pollToken
+	ep              tcpip.Endpoint
+	req             *tcp.ForwarderRequest
+	syn             []byte
+	cancel          context.CancelFunc
+	resetOnComplete bool
+}
+
+// pump is one direction's state. Whoever moves bytes holds mu.
+type pump struct {
+	mu    sync.Mutex
+	again atomic.Bool // asked to run while running
+	done  atomic.Bool // its end of stream was passed on, or the flow ended; set under mu
+}
+
+// events are what the flow wants to hear of its endpoint.
+const events = waiter.ReadableEvents | waiter.WritableEvents | waiter.EventHUp | waiter.EventErr | waiter.EventRdHUp
+
+// prepare sets up what events queue.
+func (fl *tcpFlow) prepare() {
+	fl.upTask.run = fl.pumpUp
+	fl.downTask.run = fl.pumpDown
+	fl.settling.run = fl.settle
+	fl.entry.Init(fl, events)
+}
+
+// start makes the flow live: both sides are connected.
+func (fl *tcpFlow) start(ep tcpip.Endpoint) {
+	registered := fl.ingress
+	if !registered {
+		fl.prepare()
+	}
+	fl.mu.Lock()
+	if fl.phase != phaseHandshake {
+		fl.mu.Unlock()
+		if !registered {
+			ep.Abort()
+			ep.Close()
+		}
+		return
+	}
+	fl.ep = ep
+	fl.phase = phaseOpen
+	var err error
+	if fl.tok == (pollToken{}) {
+		fl.tok, err = fl.shard.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+	}
+	fl.mu.Unlock()
+	if err != nil {
+		fl.abort("out_of_descriptors")
+		return
+	}
+	if !registered {
+		fl.wq.EventRegister(&fl.entry)
+	}
+	// What happened before the registration was told to nobody.
+	fl.shard.runq.put(&fl.upTask)
+	fl.shard.runq.put(&fl.downTask)
+}
+
+// NotifyEvent is the stack's word on the endpoint. It runs under the endpoint's
+// lock: it only queues.
+func (fl *tcpFlow) NotifyEvent(mask waiter.EventMask) {
+	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
+		fl.shard.runq.put(&fl.upTask)
+	}
+	if mask&waiter.WritableEvents != 0 {
+		fl.shard.runq.put(&fl.downTask)
+	}
+	if mask&(waiter.EventHUp|waiter.EventErr) != 0 || fl.connecting.Load() {
+		fl.shard.runq.put(&fl.settling)
+	}
+}
+
+// pollReady is the kernel's word on the host socket. What it says of the socket's
+// end is kept whatever the phase, as an edge comes only once.
+func (fl *tcpFlow) pollReady(events uint32) {
+	if ended := events & (unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR); ended != 0 {
+		fl.hostEvents.Or(ended)
+	}
+	fl.mu.Lock()
+	ph := fl.phase
+	fl.mu.Unlock()
+	switch ph {
+	case phaseDialing:
+		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			fl.dialReady()
+		}
+	case phaseOpen:
+		if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+			fl.pumpDown()
+		}
+		if events&unix.EPOLLOUT != 0 {
+			fl.shard.runq.put(&fl.upTask)
+		}
+	}
+}
+
+// settle looks at how far the endpoint has come. It runs on the run queue.
+func (fl *tcpFlow) settle() {
+	finished := fl.up.done.Load() && fl.down.done.Load()
+	fl.mu.Lock()
+	ep, ph := fl.ep, fl.phase
+	if ph == phaseOpen && finished {
+		fl.phase = phaseClosing
+	}
+	fl.mu.Unlock()
+	switch {
+	case ep == nil || ph == phaseClosed:
+		return
+	case ph == phaseHandshake:
+		fl.connected(ep)
+		return
+	case ph == phaseOpen && finished:
+		fl.closeHost(false)
+		ep.Close()
+	case ph == phaseOpen:
+		// The endpoint failed or was reset while data may still be moving: the
+		// pumps find out, pass on what is left, and abort.
+		fl.shard.runq.put(&fl.upTask)
+		fl.shard.runq.put(&fl.downTask)
+		return
+	}
+	switch endpointState(ep) {
+	case tcp.StateTimeWait:
+		if !fl.ingress {
+			fl.t.f.stack.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{netProto(netipAddr(fl.id.RemoteAddress))},
+				tcp.ProtocolNumber, fl.id, ep.(stack.TransportEndpoint), ports.Flags{}, 0)
+		}
+		fl.lease.SetState(nat.TimeWait)
+		fl.end("closed")
+	case tcp.StateClose:
+		fl.lease.SetState(nat.TimeWait)
+		fl.end("closed")
+	case tcp.StateError:
+		fl.lease.SetState(nat.Close)
+		fl.end("reset")
+	}
+}
+
+// connected looks at how the connection into the sandbox has ended, if it has.
+func (fl *tcpFlow) connected(ep tcpip.Endpoint) {
+	switch state := endpointState(ep); {
+	case state == tcp.StateEstablished || state == tcp.StateCloseWait:
+		fl.connecting.Store(false)
+		fl.lease.SetState(nat.Established)
+		fl.start(ep)
+	case state == tcp.StateError || state == tcp.StateClose:
+		fl.abort("refused_by_sandbox")
+	}
+}
+
+func endpointState(ep tcpip.Endpoint) tcp.EndpointState {
+	return tcp.EndpointState(ep.(*tcp.Endpoint).State())
+}
+
+// end releases what the flow still holds: its tuple and its lease.
+func (fl *tcpFlow) end(reason string) {
+	fl.mu.Lock()
+	if fl.phase == phaseClosed {
+		fl.mu.Unlock()
+		return
+	}
+	fl.phase = phaseClosed
+	ep := fl.ep
+	fl.mu.Unlock()
+	if ep != nil {
+		fl.wq.EventUnregister(&fl.entry)
+	}
+	fl.t.forget(fl)
+	fl.lease.Release(reason)
+}
+
+// expire is called by the flow table when it ends the flow.
+func (fl *tcpFlow) expire(reason string) { fl.abort(reason) }
+
+// abort ends the flow at once, with a reset to each side that is connected. It
+// may be called from any goroutine that holds no lock, and more than once.
+func (fl *tcpFlow) abort(reason string) {
+	fl.mu.Lock()
+	ph, ep, req, cancel := fl.phase, fl.ep, fl.req, fl.cancel
+	if ph == phaseClosed {
+		fl.mu.Unlock()
+		return
+	}
+	fl.phase = phaseClosed
+	reset := fl.resetOnComplete
+	if ph == phaseDialing {
+		fl.req = nil
+	}
+	fl.mu.Unlock()
+
+	if cancel != nil {
+		cancel()
+	}
+	switch {
+	case ph == phaseDialing && req != nil:
+		req.Complete(reset)
+	case ph == phaseHandshake && !fl.ingress:
+		fl.t.endHandshake(fl)
+	}
+	if ep != nil {
+		fl.wq.EventUnregister(&fl.entry)
+		ep.Abort()
+		ep.Close()
+	}
+	if ph != phaseClosing {
+		fl.closeHost(true)
+	}
+	fl.t.forget(fl)
+	fl.lease.SetState(nat.Close)
+	fl.lease.Release(reason)
+}
+
+// closeHost closes the host socket, with a reset if asked. The pumps' locks
+// make sure that no system call on the descriptor is under way or will follow.
+func (fl *tcpFlow) closeHost(reset bool) {
+	fl.up.mu.Lock()
+	fl.down.mu.Lock()
+	fl.mu.Lock()
+	fd, tok := fl.fd, fl.tok
+	fl.fd, fl.tok = -1, pollToken{}
+	fl.up.done.Store(true)
+	fl.down.done.Store(true)
+	fl.mu.Unlock()
+	fl.down.mu.Unlock()
+	fl.up.mu.Unlock()
+	if fd < 0 {
+		return
+	}
+	fl.shard.poll.remove(tok, fd)
+	if reset {
+		fl.t.f.dialer.reset(fd)
+	} else {
+		fl.t.f.dialer.close(fd)
+	}
+}
+
+// stillAllowed asks rules about the flow as it stands.
+func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
+	if fl.local {
+		return true
+	}
+	orig := fl.lease.Orig()
+	v := rules.Decide(policy.Query{Ingress: fl.ingress, Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst()})
+	if !v.Allowed() {
+		return false
+	}
+	return fl.ingress || fl.verdict.Target() == v.Target()
+}
+
+// errnoOf finds the system's error number in err, or 0.
+func errnoOf(err error) unix.Errno {
+	var errno unix.Errno
+	errors.As(err, &errno)
+	return errno
+}
