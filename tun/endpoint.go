@@ -249,7 +249,9 @@ func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
 // IsAttached implements stack.LinkEndpoint.
 func (e *Endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
 
-// Wait implements stack.LinkEndpoint: it returns after the last reader.
+// Wait implements stack.LinkEndpoint: it returns after the last reader. Close and
+// Wait must come before stack.Destroy, which waits with the stack's lock held while a
+// reader that is delivering may want that lock.
 func (e *Endpoint) Wait() { e.readers.Wait() }
 
 // SetOnCloseAction implements stack.LinkEndpoint.

@@ -162,7 +162,13 @@ func newStack(t testing.TB, e *Endpoint, keep bool) *stack.Stack {
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol, arp.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 	})
-	t.Cleanup(s.Destroy)
+	t.Cleanup(func() {
+		// In this order: Destroy waits for readers with the stack's lock held, and a
+		// reader that is delivering may want that lock.
+		e.Close()
+		e.Wait()
+		s.Destroy()
+	})
 	var link stack.LinkEndpoint = e
 	kl := &keeperLink{Endpoint: e, ready: make(chan struct{})}
 	if keep {
