@@ -1,0 +1,436 @@
+package forwarder
+
+// Flows of datagrams: what UDP and ICMP echo have in common.
+//
+//	flows: tuple as the sandbox sees it ──► dgramFlow ──► hostSocket
+//	                                                        │ peers: host-side address ──► dgramFlow
+//
+// A hostSocket belongs to one endpoint of the sandbox (address and port, or echo
+// identifier) and serves every peer of it: endpoint-independent mapping, RFC 4787
+// section 4.1. What arrives on it is let in only if its source is in peers, that is
+// if the sandbox has addressed it: address-dependent filtering, section 5, here by
+// port as well. A flow lives exactly as long as its nat.Lease; a socket as long as
+// one of its flows.
+//
+// Lock order: openMu, mu, hostSocket.mu. No lock is held while the flow table is
+// asked for a lease, because the table may end another flow to make room and then
+// calls expire. hostSocket.txMu and rxMu stand apart (see there).
+//
+// The sandbox's packets arrive on the device reader. They are queued for the batch
+// and sent when the link says that the batch is over, so that packets for one
+// socket share a system call and datagrams of one flow share a UDP_SEGMENT send.
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+const (
+	// maxPending is how many packets of a batch wait at most before they are sent.
+	maxPending = 128
+	// maxHostSockets bounds the host sockets of one kind, whatever the flow table allows.
+	maxHostSockets = 16384
+)
+
+var (
+	errTooManySockets = errors.New("too many host sockets")
+	errFlowEnded      = errors.New("the flow ended while it was set up")
+)
+
+// datagrams is everything of UDP and ICMP in one forwarder.
+type datagrams struct {
+	emit *emitter
+	errs *icmpErrors
+	udp  *udpForwarder
+	echo *echoForwarder
+}
+
+// newDatagrams is called when the stack exists and before the link is attached to it.
+func newDatagrams(f *Forwarder) *datagrams {
+	d := &datagrams{emit: newEmitter(f), errs: newICMPErrors(f), udp: newUDPForwarder(f), echo: newEchoForwarder(f)}
+	if b, ok := f.cfg.Link.(interface{ SetBatchEnd(func()) }); ok {
+		d.udp.batched, d.echo.batched = true, true
+		b.SetBatchEnd(d.flush)
+	}
+	return d
+}
+
+// flush sends what waits for the end of the batch.
+func (d *datagrams) flush() {
+	d.udp.flush()
+	d.echo.flush()
+}
+
+// recheck cuts the flows that r refuses.
+func (d *datagrams) recheck(r *policy.Rules) {
+	d.udp.recheck(r)
+	d.echo.recheck(r)
+}
+
+// close ends every flow. The emitter must still work, and is closed last.
+func (d *datagrams) close() {
+	d.udp.close()
+	d.echo.close()
+	d.emit.close()
+}
+
+// reason is a counted cause of a drop.
+type reason struct {
+	*atomic.Uint64
+	name string
+}
+
+func (f *Forwarder) reason(name string) reason { return reason{f.stats.counter(name), name} }
+
+// note counts a drop of pkt, which begins with its IP header.
+func (r reason) note(f *Forwarder, pkt []byte) {
+	r.Add(1)
+	if f.cfg.Drop != nil {
+		f.cfg.Drop(r.name, pkt)
+	}
+}
+
+// drop counts a drop of a packet that has been through the stack.
+func (r reason) drop(f *Forwarder, pkt *stack.PacketBuffer) {
+	r.Add(1)
+	if f.cfg.Drop != nil {
+		var buf [128]byte
+		f.cfg.Drop(r.name, quote(pkt, buf[:]))
+	}
+}
+
+// arrival is what is read of a packet's IP header.
+type arrival struct {
+	src, dst netip.Addr
+	meta     ipMeta
+	id       uint16
+	df       bool
+	size     int // of the IP packet
+}
+
+// arrivalOf reads the headers of a packet that has been through the stack.
+func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
+	nh := pkt.NetworkHeader().Slice()
+	a.size = len(nh) + len(pkt.TransportHeader().Slice()) + pkt.Data().Size()
+	switch {
+	case pkt.NetworkProtocolNumber == header.IPv4ProtocolNumber && len(nh) >= header.IPv4MinimumSize:
+		a.src, a.dst = netip.AddrFrom4([4]byte(nh[12:16])), netip.AddrFrom4([4]byte(nh[16:20]))
+		a.meta = ipMeta{ttl: nh[8], tos: nh[1]}
+		a.id = binary.BigEndian.Uint16(nh[4:])
+		a.df = nh[6]&0x40 != 0
+	case pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber && len(nh) >= header.IPv6MinimumSize:
+		a.src, a.dst = netip.AddrFrom16([16]byte(nh[8:24])), netip.AddrFrom16([16]byte(nh[24:40]))
+		a.meta = ipMeta{ttl: nh[7], tos: nh[0]<<4 | nh[1]>>4}
+		// Only the source fragments: a packet that came whole must leave whole.
+		a.df = nh[6] != uint8(header.IPv6FragmentHeader)
+	default:
+		return a, false
+	}
+	return a, true
+}
+
+// dgramFlow is one pair of a sandbox endpoint and a peer.
+type dgramFlow struct {
+	d       *dgramTable
+	tuple   nat.Tuple      // key in flows: what a packet of the sandbox carries
+	guest   netip.AddrPort // the sandbox's endpoint; the port is an echo identifier in ICMP
+	peer    netip.AddrPort // the far side as the sandbox sees it
+	target  netip.AddrPort // the far side as the host sees it
+	query   policy.Query   // asked again when rules change
+	ingress bool           // begun by a client of a published port
+	lease   *nat.Lease
+	verdict atomic.Pointer[policy.Verdict]
+	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
+	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
+	sent    atomic.Uint64              // header fields of the last packet, see noteSent
+	queries atomic.Int32               // of a short flow: sent and not answered
+	short   bool                       // done when every query was answered
+	replied atomic.Bool                // the reply tuple is known
+	ended   bool                       // guarded by d.mu
+}
+
+// noteSent remembers the header of the sandbox's last packet, for an ICMP error to quote.
+func (fl *dgramFlow) noteSent(a arrival) {
+	v := uint64(a.id)<<48 | uint64(uint16(a.size))<<32 | uint64(a.meta.ttl)<<24 | uint64(a.meta.tos)<<16
+	if a.df {
+		v |= 1
+	}
+	fl.sent.Store(v)
+}
+
+func (fl *dgramFlow) lastSent() (a arrival) {
+	v := fl.sent.Load()
+	a.id, a.size = uint16(v>>48), int(uint16(v>>32))
+	a.meta = ipMeta{ttl: uint8(v >> 24), tos: uint8(v >> 16)}
+	a.df = v&1 != 0
+	return a
+}
+
+// outDir is the direction of packets that the sandbox sends.
+func (fl *dgramFlow) outDir() nat.Dir {
+	if fl.ingress {
+		return nat.Reply
+	}
+	return nat.Original
+}
+
+func (fl *dgramFlow) inDir() nat.Dir {
+	if fl.ingress {
+		return nat.Original
+	}
+	return nat.Reply
+}
+
+// expire is called by the flow table when it ended the flow.
+func (fl *dgramFlow) expire(string) { fl.d.forget(fl) }
+
+// end releases the flow for a reason of ours.
+func (fl *dgramFlow) end(reason string) {
+	fl.d.forget(fl)
+	fl.lease.Release(reason)
+}
+
+// dgramTable holds the flows of one protocol.
+type dgramTable struct {
+	f       *Forwarder
+	n       dgramCounters
+	batched bool // the link says when a batch of packets ends
+
+	openMu sync.Mutex // held while a flow is set up, so that one endpoint gets one socket
+
+	mu     sync.RWMutex
+	flows  map[nat.Tuple]*dgramFlow
+	socks  map[netip.AddrPort]*hostSocket // by sandbox endpoint
+	closed bool
+
+	pendMu  sync.Mutex
+	pending []txItem
+
+	flushMu sync.Mutex // orders senders; guards what follows
+	spare   []txItem
+	tx      *txBatch
+}
+
+type dgramCounters struct {
+	flow, refused, sockets, unsolicited, hop   reason
+	again, unreachable, forbidden, failed, big reason
+	errors, strayErrors                        *atomic.Uint64
+}
+
+func (d *dgramTable) init(f *Forwarder, proto string) {
+	d.f = f
+	d.flows = make(map[nat.Tuple]*dgramFlow)
+	d.socks = make(map[netip.AddrPort]*hostSocket)
+	d.tx = new(txBatch)
+	r := func(name string) reason { return f.reason(proto + "_" + name) }
+	d.n = dgramCounters{
+		flow:        r("no_flow"),     // the flow table refused
+		refused:     r("refused"),     // policy refused
+		sockets:     r("no_socket"),   // no host socket to be had
+		unsolicited: r("unsolicited"), // from a peer that the sandbox has not addressed
+		hop:         r("hop_limit"),
+		again:       r("send_queue_full"),
+		unreachable: r("send_unreachable"),
+		forbidden:   r("send_forbidden"),
+		failed:      r("send_failed"),
+		big:         r("send_too_big"),
+		errors:      f.stats.counter(proto + "_icmp_errors"),
+		strayErrors: f.stats.counter(proto + "_stray_icmp_errors"),
+	}
+}
+
+func (d *dgramTable) lookup(t nat.Tuple) *dgramFlow {
+	d.mu.RLock()
+	fl := d.flows[t]
+	d.mu.RUnlock()
+	return fl
+}
+
+// acquire charges the flow table. On success fl must be given to install or ended.
+func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) error {
+	lease, err := d.f.table.Acquire(nat.Spec{
+		Orig: orig, Rule: v.Rule(), Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
+	})
+	if err != nil {
+		return err
+	}
+	fl.lease = lease
+	fl.verdict.Store(&v)
+	return nil
+}
+
+// install makes fl findable, on the endpoint's socket or, if it has none yet, on
+// one that open returns. openMu is held.
+func (d *dgramTable) install(fl *dgramFlow, open func() (*hostSocket, error)) error {
+	d.mu.Lock()
+	s := d.socks[fl.guest]
+	full := len(d.socks) >= maxHostSockets
+	d.mu.Unlock()
+	if s == nil {
+		if full {
+			return errTooManySockets
+		}
+		var err error
+		if s, err = open(); err != nil {
+			return err
+		}
+	}
+	d.mu.Lock()
+	if fl.ended || d.closed || s.dead {
+		// The flow, or the last one of its socket, ended between the two locks.
+		unused := !s.dead && len(s.peers) == 0
+		s.dead = s.dead || unused
+		d.mu.Unlock()
+		if unused {
+			s.close()
+		}
+		return errFlowEnded
+	}
+	d.socks[fl.guest] = s
+	d.attachLocked(fl, s)
+	d.mu.Unlock()
+	return nil
+}
+
+// attachLocked enters fl into both maps. mu is held for writing.
+func (d *dgramTable) attachLocked(fl *dgramFlow, s *hostSocket) {
+	fl.sock = s
+	d.flows[fl.tuple] = fl
+	s.mu.Lock()
+	s.peers[fl.target] = fl
+	s.mu.Unlock()
+}
+
+// forget removes a flow, and closes its socket if it was the last one. It may be
+// called more than once.
+func (d *dgramTable) forget(fl *dgramFlow) {
+	d.mu.Lock()
+	if fl.ended {
+		d.mu.Unlock()
+		return
+	}
+	fl.ended = true
+	if d.flows[fl.tuple] == fl {
+		delete(d.flows, fl.tuple)
+	}
+	s := fl.sock
+	var last bool
+	if s != nil {
+		s.mu.Lock()
+		if s.peers[fl.target] == fl {
+			delete(s.peers, fl.target)
+		}
+		last = len(s.peers) == 0 && !s.shared
+		s.mu.Unlock()
+		if last {
+			s.dead = true
+			if d.socks[fl.guest] == s {
+				delete(d.socks, fl.guest)
+			}
+		}
+	}
+	d.mu.Unlock()
+	if last {
+		s.close()
+	}
+}
+
+// recheck asks the new rules about every flow and cuts those that they refuse or
+// would send elsewhere.
+func (d *dgramTable) recheck(r *policy.Rules) {
+	for _, fl := range d.list() {
+		if fl.query.Dst.Addr().IsValid() {
+			v := r.Decide(fl.query)
+			if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
+				fl.end("policy")
+				continue
+			}
+			fl.verdict.Store(&v)
+		}
+	}
+}
+
+func (d *dgramTable) list() []*dgramFlow {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	all := make([]*dgramFlow, 0, len(d.flows))
+	for _, fl := range d.flows {
+		all = append(all, fl)
+	}
+	return all
+}
+
+// close ends every flow and closes every socket. No flow can begin afterwards.
+func (d *dgramTable) close() {
+	d.mu.Lock()
+	d.closed = true
+	d.mu.Unlock()
+	for _, fl := range d.list() {
+		fl.end("shutdown")
+	}
+	d.pendMu.Lock()
+	pending := d.pending
+	d.pending = nil
+	d.pendMu.Unlock()
+	for i := range pending {
+		pending[i].pkt.DecRef()
+	}
+}
+
+// refuse answers a packet whose flow policy did not allow: with silence, or with
+// what a reject rule of nftables sends by default.
+func (d *dgramTable) refuse(v policy.Verdict, kind icmpKind, pkt *stack.PacketBuffer, q policy.Query) {
+	d.n.refused.drop(d.f, pkt)
+	d.f.noteRefused(q.Proto, q.Src, q.Dst, v)
+	if v.Action() == policy.Reject {
+		d.f.tell(kind, 0, pkt)
+	}
+}
+
+// tell sends an ICMP error about pkt from the gateway.
+func (f *Forwarder) tell(kind icmpKind, info uint32, pkt *stack.PacketBuffer) {
+	var buf [icmpQuoteIPv6]byte
+	f.dgram.errs.send(kind, info, quote(pkt, buf[:]), netip.Addr{})
+}
+
+// lastHop deals with a packet that may go no further than the gateway, which is a
+// hop like any router. It reports whether there was such a packet.
+func (d *dgramTable) lastHop(a arrival, pkt *stack.PacketBuffer) bool {
+	if a.meta.ttl > 1 || d.f.isOwn(a.dst) {
+		return false
+	}
+	d.n.hop.Add(1)
+	d.f.tell(icmpTimeExceeded, 0, pkt)
+	return true
+}
+
+// noSocket answers a packet for which the host has no socket left.
+func (d *dgramTable) noSocket(err error, pkt *stack.PacketBuffer) {
+	d.n.sockets.drop(d.f, pkt)
+	if errors.Is(err, errFlowEnded) {
+		return
+	}
+	kind := icmpHostUnreachable
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+		kind = icmpAdminProhibited
+	}
+	d.f.tell(kind, 0, pkt)
+}
+
+// gatewayFor is our address on the link, of to's family and scope.
+func (f *Forwarder) gatewayFor(to netip.Addr) netip.Addr {
+	if to.IsLinkLocalUnicast() && to.Is6() {
+		return f.linkLocal
+	}
+	return f.gatewayOf(to.Is4())
+}

@@ -1,0 +1,208 @@
+package forwarder
+
+// Echo requests of the sandbox.
+//
+// Each echo identifier of the sandbox gets a ping socket (icmp(7)), which the kernel
+// gives an identifier of its own: what UDP does with ports, and so the same flows
+// and sockets are used, the identifier standing for the port. The kernel lets only
+// replies through to a ping socket and fills in identifier and checksum.
+//
+// Where ping sockets are not permitted (net.ipv4.ping_group_range) and a raw socket was
+// handed over, all identifiers share that (icmp_raw.go). With neither, every request
+// is refused, counted, answered with an ICMP error, and the operator told once.
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"sync"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+const (
+	echoRequest4, echoReply4 = uint8(header.ICMPv4Echo), uint8(header.ICMPv4EchoReply)
+	echoRequest6, echoReply6 = uint8(header.ICMPv6EchoRequest), uint8(header.ICMPv6EchoReply)
+)
+
+var errNoPingSocket = errors.New("no ping socket is permitted")
+
+type echoForwarder struct {
+	dgramTable
+	checksum, other, noPing reason
+	raw                     [2]*rawEcho // by family; nil where there is none
+	warn                    sync.Once
+}
+
+func newEchoForwarder(f *Forwarder) *echoForwarder {
+	e := &echoForwarder{
+		checksum: f.reason("icmp_checksum"),
+		other:    f.reason("icmp_not_echo"),
+		noPing:   f.reason("icmp_no_ping_socket"),
+	}
+	e.init(f, "icmp")
+	e.raw[0] = newRawEcho(e, f.cfg.RawICMP4, protoICMP)
+	e.raw[1] = newRawEcho(e, f.cfg.RawICMP6, protoICMPv6)
+	return e
+}
+
+func (e *echoForwarder) close() {
+	e.dgramTable.close()
+	for _, r := range e.raw {
+		r.close()
+	}
+}
+
+// handleICMPv4 is the stack's handler for what is left of ICMP: echo requests and
+// replies. It returns true so that the stack does not answer itself.
+func (f *Forwarder) handleICMPv4(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	f.dgram.echo.arrive(pkt, protoICMP, echoRequest4)
+	return true
+}
+
+// handleICMPv6 is the same for ICMPv6.
+func (f *Forwarder) handleICMPv6(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	f.dgram.echo.arrive(pkt, protoICMPv6, echoRequest6)
+	return true
+}
+
+func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
+	a, ok := arrivalOf(pkt)
+	h := pkt.TransportHeader().Slice()
+	if !ok || len(h) != echoHeaderLen || h[0] != request || h[1] != 0 {
+		e.other.drop(e.f, pkt)
+		return
+	}
+	// The stack has verified ICMPv6; an echo request with a bad ICMPv4 checksum it passes on.
+	if proto == protoICMP && checksum.Checksum(h, pkt.Data().Checksum()) != 0xffff {
+		e.checksum.drop(e.f, pkt)
+		return
+	}
+	if e.f.isOwn(a.dst) {
+		e.answer(a, pkt)
+		return
+	}
+	if e.lastHop(a, pkt) {
+		return
+	}
+	guest := netip.AddrPortFrom(a.src, binary.BigEndian.Uint16(h[4:]))
+	tuple := nat.NewTuple(proto, guest, netip.AddrPortFrom(a.dst, uint16(request)<<8))
+	fl := e.lookup(tuple)
+	if fl == nil {
+		if fl = e.begin(tuple, guest, a.dst, request, pkt); fl == nil {
+			return
+		}
+	}
+	e.enqueue(fl, pkt, a)
+}
+
+// answer replies to an echo request to an address of ours on the link.
+func (e *echoForwarder) answer(a arrival, pkt *stack.PacketBuffer) {
+	h := [echoHeaderLen]byte(pkt.TransportHeader().Slice())
+	h[0] = echoReply4
+	if !a.dst.Is4() {
+		h[0] = echoReply6
+	}
+	var data []byte
+	if v := pkt.Data().AsRange().ToView(); v != nil {
+		defer v.Release()
+		data = v.AsSlice()
+	}
+	e.f.dgram.emit.icmp(a.dst, a.src, ipMeta{ttl: defaultTTL, tos: a.meta.tos}, h[:], data)
+}
+
+// begin sets up the flow of a first request, or deals with the request and returns nil.
+func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.Addr, request uint8, pkt *stack.PacketBuffer) *dgramFlow {
+	e.openMu.Lock()
+	defer e.openMu.Unlock()
+	if known := e.lookup(tuple); known != nil {
+		return known
+	}
+	peer := netip.AddrPortFrom(dst, 0)
+	q := policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request}
+	v := e.f.rules.Load().Decide(q)
+	if !v.Allowed() {
+		e.refuse(v, icmpAdminProhibited, pkt, q)
+		return nil
+	}
+	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: v.Target(), query: q}
+	if err := e.acquire(fl, tuple, v); err != nil {
+		e.n.flow.drop(e.f, pkt)
+		return nil
+	}
+	err := e.install(fl, func() (*hostSocket, error) { return e.open(v, guest) })
+	switch {
+	case err == nil:
+		return fl
+	case errors.Is(err, errNoPingSocket):
+		fl.end("no-ping-socket")
+		e.noPing.drop(e.f, pkt)
+		e.warn.Do(func() {
+			e.f.log.Warn("echo requests of the sandbox are refused: the host permits no ping sockets to this process's group "+
+				"and no raw socket was handed over; widen net.ipv4.ping_group_range",
+				"sysctl", "net.ipv4.ping_group_range", "error", err)
+		})
+		e.f.tell(icmpAdminProhibited, 0, pkt)
+	default:
+		fl.end("no-socket")
+		e.noSocket(err, pkt)
+	}
+	return nil
+}
+
+// open makes the socket of one echo identifier.
+func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocket, error) {
+	fd, err := e.f.dialer.EchoSocket(v)
+	if err != nil {
+		for _, refusal := range []error{unix.EACCES, unix.EPERM, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EINVAL} {
+			if errors.Is(err, refusal) {
+				if raw := e.raw[familyIndex(guest.Addr())]; raw != nil {
+					return raw.identifier(guest)
+				}
+				return nil, errors.Join(errNoPingSocket, err)
+			}
+		}
+		return nil, err
+	}
+	s := e.newHostSocket(fd, v.Proto(), e.f.dialer.close)
+	return s, s.start()
+}
+
+// echoPeer finds the flow that a message from a, or an error about a message to a, is of.
+func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *dgramFlow {
+	if s.raw != nil {
+		if s = s.raw.socket(msg); s == nil {
+			return nil
+		}
+	}
+	return s.peer(netip.AddrPortFrom(a, 0))
+}
+
+// deliverEcho carries an echo reply to the sandbox.
+func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
+	if s.raw != nil && s.proto == protoICMP {
+		data = stripIPv4(data)
+	}
+	fl := s.echoPeer(from.Addr(), data)
+	if fl == nil {
+		s.d.n.unsolicited.Add(1)
+		return
+	}
+	reply := echoReply4
+	if s.proto == protoICMPv6 {
+		reply = echoReply6
+	}
+	if len(data) < echoHeaderLen || data[0] != reply {
+		s.d.n.unsolicited.Add(1)
+		return
+	}
+	binary.BigEndian.PutUint16(data[4:], fl.guest.Port())
+	fl.lease.Account(nat.Reply, 1, int64(ipHeaderLen(fl.guest.Addr())+len(data)))
+	s.d.f.dgram.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), fl.arrivingMeta(c), data)
+}

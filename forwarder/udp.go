@@ -1,0 +1,174 @@
+package forwarder
+
+// UDP from the sandbox.
+//
+// The stack's default handler calls handleUDP on the device reader for every datagram,
+// reassembled if it came in fragments. A datagram of a known flow is queued for its
+// socket; one of an unknown tuple is judged here: for us (the resolver, or nobody
+// at that port), at its last hop, refused by policy, refused by the flow table, or
+// the first of a new flow.
+
+import (
+	"net/netip"
+	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+type udpForwarder struct {
+	dgramTable
+	checksum, length, noPort reason
+	ingress                  ingressCounters
+	published                map[netip.AddrPort]*hostSocket // by host address; guarded by mu
+}
+
+func newUDPForwarder(f *Forwarder) *udpForwarder {
+	u := &udpForwarder{
+		checksum:  f.reason("udp_checksum"),
+		length:    f.reason("udp_length"),
+		noPort:    f.reason("udp_closed_port"), // nothing of ours listens there
+		ingress:   newIngressCounters(f),
+		published: make(map[netip.AddrPort]*hostSocket),
+	}
+	u.init(f, "udp")
+	return u
+}
+
+// handleUDP is the stack's handler for datagrams. It keeps what it needs of pkt by a
+// reference of its own, and never blocks.
+func (f *Forwarder) handleUDP(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	f.dgram.udp.arrive(pkt)
+	return true // whatever it was, the stack has nothing to add
+}
+
+func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
+	a, ok := arrivalOf(pkt)
+	h := header.UDP(pkt.TransportHeader().Slice())
+	if !ok || len(h) < header.UDPMinimumSize || int(h.Length()) != header.UDPMinimumSize+pkt.Data().Size() {
+		u.length.drop(u.f, pkt)
+		return
+	}
+	if !pkt.RXChecksumValidated && !u.checksumValid(a, h, pkt) {
+		u.checksum.drop(u.f, pkt)
+		return
+	}
+	guest, peer := netip.AddrPortFrom(a.src, h.SourcePort()), netip.AddrPortFrom(a.dst, h.DestinationPort())
+	tuple := nat.NewTuple(protoUDP, guest, peer)
+	fl := u.lookup(tuple)
+	if fl == nil || a.meta.ttl <= 1 {
+		if u.lastHop(a, pkt) {
+			return
+		}
+	}
+	if fl == nil {
+		if fl = u.begin(tuple, guest, peer, pkt); fl == nil {
+			return
+		}
+	}
+	if fl.socket() == nil {
+		u.ask(fl, a, pkt)
+		return
+	}
+	u.enqueue(fl, pkt, a)
+}
+
+// checksumValid sums the datagram. No checksum at all is valid in IPv4 only.
+func (u *udpForwarder) checksumValid(a arrival, h header.UDP, pkt *stack.PacketBuffer) bool {
+	if h.Checksum() == 0 {
+		return a.dst.Is4()
+	}
+	return h.IsChecksumValid(tcpipAddr(a.src), tcpipAddr(a.dst), pkt.Data().Checksum())
+}
+
+// begin sets up the flow of a first datagram, or deals with the datagram and returns nil.
+func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *stack.PacketBuffer) *dgramFlow {
+	fl := &dgramFlow{d: &u.dgramTable, tuple: tuple, guest: guest, peer: peer, target: peer}
+	u.openMu.Lock()
+	defer u.openMu.Unlock()
+	if known := u.lookup(tuple); known != nil {
+		return known // another reader was faster
+	}
+	if u.f.cfg.DNSHandler != nil && peer.Port() == dnsPort && u.f.isDNS(peer.Addr()) {
+		fl.short = true
+		if err := u.acquireLocal(fl, ruleDNS); err != nil {
+			u.n.flow.drop(u.f, pkt)
+			return nil
+		}
+		return fl
+	}
+	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
+	v := u.f.rules.Load().Decide(q)
+	if !v.Allowed() {
+		if u.f.isOwn(peer.Addr()) {
+			u.noPort.drop(u.f, pkt)
+			u.f.tell(icmpPortUnreachable, 0, pkt)
+			return nil
+		}
+		u.refuse(v, icmpPortUnreachable, pkt, q)
+		return nil
+	}
+	fl.query, fl.target, fl.short = q, v.Target(), peer.Port() == dnsPort
+	if err := u.acquire(fl, tuple, v); err != nil {
+		u.n.flow.drop(u.f, pkt)
+		return nil
+	}
+	err := u.install(fl, func() (*hostSocket, error) {
+		fd, err := u.f.dialer.PacketSocket(v)
+		if err != nil {
+			return nil, err
+		}
+		s := u.newHostSocket(fd, protoUDP, u.f.dialer.close)
+		return s, s.start()
+	})
+	if err != nil {
+		fl.end("no-socket")
+		u.noSocket(err, pkt)
+		return nil
+	}
+	return fl
+}
+
+// acquireLocal makes fl a flow that ends here.
+func (d *dgramTable) acquireLocal(fl *dgramFlow, rule string) error {
+	lease, err := d.f.table.Acquire(nat.Spec{Orig: fl.tuple, Rule: rule, Short: fl.short, Expire: fl.expire})
+	if err != nil {
+		return err
+	}
+	fl.lease = lease
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if fl.ended || d.closed {
+		return errFlowEnded
+	}
+	d.flows[fl.tuple] = fl
+	return nil
+}
+
+// ask gives a query to the resolver.
+func (u *udpForwarder) ask(fl *dgramFlow, a arrival, pkt *stack.PacketBuffer) {
+	fl.noteSent(a)
+	fl.queries.Add(1)
+	fl.lease.Account(nat.Original, 1, int64(a.size))
+	v := pkt.Data().AsRange().ToView()
+	var query []byte
+	if v != nil {
+		query = v.ToSlice()
+		v.Release()
+	}
+	var answered atomic.Bool
+	u.f.cfg.DNSHandler.ServePacket(u.f.ctx, query, fl.guest, func(answer []byte) {
+		if answered.Swap(true) {
+			return
+		}
+		size := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen + len(answer)
+		fl.lease.Account(nat.Reply, 1, int64(size))
+		u.f.dgram.emit.udp(fl.peer, fl.guest, ipMeta{ttl: defaultTTL}, answer, false)
+		if fl.queries.Add(-1) <= 0 {
+			fl.end("answered")
+		}
+	})
+}

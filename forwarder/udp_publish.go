@@ -1,0 +1,178 @@
+package forwarder
+
+// Published UDP ports.
+//
+// The listener is a host socket like the others, except that it outlives its flows and
+// that strangers may write to it: their first datagram is judged by the ingress
+// rules and begins a flow. The sandbox sees the client's own address. A client on
+// the host's loopback, or on a link, cannot appear as itself and is seen as the
+// gateway, with a port of its own. What the sandbox answers finds the flow by its
+// tuple like any datagram, and leaves by the listener from the address that the
+// client wrote to, which IP_PKTINFO told.
+
+import (
+	"errors"
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+var errStopped = errors.New("the forwarder has stopped")
+
+type ingressCounters struct {
+	refused, limited, noSource *atomic.Uint64
+}
+
+func newIngressCounters(f *Forwarder) ingressCounters {
+	return ingressCounters{
+		refused:  f.stats.counter("udp_ingress_refused_by_policy"),
+		limited:  f.stats.counter("udp_ingress_refused_by_limit"),
+		noSource: f.stats.counter("udp_ingress_no_source"), // no address to show the client under
+	}
+}
+
+// publishedUDP is one listener.
+type publishedUDP struct {
+	u     *udpForwarder
+	host  netip.AddrPort
+	guest netip.AddrPort
+	sock  *hostSocket
+}
+
+// publish takes over the descriptor of l if it returns nil.
+func (d *datagrams) publish(l Listener) error {
+	u := d.udp
+	v6 := l.Host.Addr().Is6()
+	if err := tunePacket(l.FD, v6); err != nil {
+		return err
+	}
+	if v6 {
+		// A dual-stack listener reports what IPv4 clients sent at IPv4's level.
+		_ = tunePacket(l.FD, false)
+	}
+	// As in the dialer: without it, datagrams come one by one.
+	_ = unix.SetsockoptInt(l.FD, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+	p := &publishedUDP{u: u, host: l.Host, guest: l.Guest}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.closed {
+		return errStopped
+	}
+	p.sock = u.newHostSocket(l.FD, protoUDP, func(fd int) { unix.Close(fd) })
+	p.sock.shared = true
+	p.sock.client = p.client
+	tok, err := u.f.poll.add(l.FD, unix.EPOLLIN, p.sock)
+	if err != nil {
+		return err
+	}
+	p.sock.token = tok
+	u.published[l.Host] = p.sock
+	return nil
+}
+
+// unpublish closes the listener. Its flows end: nothing else can carry their answers.
+func (d *datagrams) unpublish(l Listener) {
+	u := d.udp
+	u.mu.Lock()
+	s := u.published[l.Host]
+	delete(u.published, l.Host)
+	u.mu.Unlock()
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	var flows []*dgramFlow
+	for _, fl := range s.peers {
+		flows = append(flows, fl)
+	}
+	s.mu.Unlock()
+	for _, fl := range flows {
+		fl.end("unpublished")
+	}
+	s.close()
+}
+
+// client begins a flow for a datagram from an address that has none, or has one for
+// another of the host's addresses.
+func (p *publishedUDP) client(from netip.AddrPort, c *control) *dgramFlow {
+	u := p.u
+	q := policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest}
+	v := u.f.rules.Load().Decide(q)
+	if !v.Allowed() {
+		u.ingress.refused.Add(1)
+		u.f.noteRefused(protoUDP, from, p.guest, v)
+		return nil
+	}
+	if old := p.sock.peer(from); old != nil {
+		local := c.local
+		old.local.Store(&local)
+		return old
+	}
+	u.openMu.Lock()
+	defer u.openMu.Unlock()
+	source, ok := p.source(from)
+	if !ok {
+		u.ingress.noSource.Add(1)
+		return nil
+	}
+	tuple := nat.NewTuple(protoUDP, p.guest, source)
+	if old := u.lookup(tuple); old != nil {
+		// The sandbox had addressed this client from the published port. From now on
+		// its datagrams must leave by the listener, or the client would not know them.
+		old.end("replaced")
+	}
+	fl := &dgramFlow{
+		d: &u.dgramTable, tuple: tuple, guest: p.guest, peer: source, target: from,
+		query: q, ingress: true,
+	}
+	local := c.local
+	fl.local.Store(&local)
+	host := p.host
+	if local.IsValid() {
+		host = netip.AddrPortFrom(local, p.host.Port())
+	}
+	if err := u.acquire(fl, nat.NewTuple(protoUDP, from, host), v); err != nil {
+		u.ingress.limited.Add(1)
+		return nil
+	}
+	fl.lease.SetReply(nat.NewTuple(protoUDP, p.guest, source))
+	u.mu.Lock()
+	ok = !fl.ended && !u.closed && u.published[p.host] == p.sock
+	if ok {
+		u.attachLocked(fl, p.sock)
+	}
+	u.mu.Unlock()
+	if !ok {
+		fl.end("unpublished")
+		return nil
+	}
+	return fl
+}
+
+// sourceTries bounds the search for a port under which a client appears as the gateway.
+const sourceTries = 64
+
+// source is the address that the sandbox sees a client under. openMu is held.
+func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
+	a := from.Addr()
+	if !a.IsLoopback() && !a.IsLinkLocalUnicast() && a.Is4() == p.guest.Addr().Is4() {
+		return from, true
+	}
+	gw := p.u.f.gatewayOf(p.guest.Addr().Is4())
+	if !gw.IsValid() {
+		return from, false
+	}
+	port := from.Port()
+	for range sourceTries {
+		s := netip.AddrPortFrom(gw, port)
+		if port != 0 && p.u.lookup(nat.NewTuple(protoUDP, p.guest, s)) == nil {
+			return s, true
+		}
+		port = port*5 + 12345 // visits every port (Hull and Dobell), in no order of interest
+	}
+	return from, false
+}

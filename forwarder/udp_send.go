@@ -1,0 +1,482 @@
+package forwarder
+
+// Sending the sandbox's datagrams.
+//
+// Packets of one batch are sent socket by socket, in order. Each message carries its
+// own hop limit and traffic class as control messages; the don't-fragment bit is an
+// option of the socket and is set when it changes. Datagrams of one flow that
+// follow each other with the same size leave as one UDP_SEGMENT message, and a
+// train that the sandbox sent as one packet is sent on as one.
+//
+// A host socket with IP_RECVERR reports an ICMP error about any earlier datagram as
+// the result of the next call, whoever that one is for. So a failure is believed
+// only when it repeats after the error queue was read.
+
+import (
+	"encoding/binary"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+const (
+	txBatchLen = 64
+	txIovLen   = 256
+	txCtlLen   = 128
+	// Bounds of a train: the kernel takes 64 segments (UDP_MAX_SEGMENTS before it
+	// was raised to 128) in one datagram's length, and each must fit the path's MTU,
+	// which is 1500 nearly everywhere.
+	maxTrain        = 64
+	maxTrainBytes   = 65000
+	maxTrainSegment = 1500 - 40 - udpHeaderLen
+)
+
+// txItem is a packet of the sandbox on its way to a host socket.
+type txItem struct {
+	flow *dgramFlow
+	pkt  *stack.PacketBuffer // a reference of its own
+	meta ipMeta
+	df   bool
+}
+
+// size is the length of what is sent of the packet.
+func (it *txItem) size() int {
+	n := it.pkt.Data().Size()
+	if it.flow.tuple.Proto() != protoUDP {
+		n += echoHeaderLen
+	}
+	return n
+}
+
+// enqueue takes a packet of fl for sending at the end of the batch.
+func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) {
+	fl.noteSent(a)
+	packets := 1
+	bytes := a.size
+	if mss := int(pkt.GSOOptions.MSS); mss > 0 && pkt.Data().Size() > mss {
+		packets = (pkt.Data().Size() + mss - 1) / mss
+		bytes += (packets - 1) * (a.size - pkt.Data().Size())
+	}
+	fl.lease.Account(fl.outDir(), int64(packets), int64(bytes))
+	if fl.short {
+		fl.queries.Add(int32(packets))
+	}
+	meta := a.meta
+	if fl.peer.Addr() == fl.target.Addr() && meta.ttl > 1 {
+		meta.ttl--
+	}
+	d.pendMu.Lock()
+	d.pending = append(d.pending, txItem{flow: fl, pkt: pkt.IncRef(), meta: meta, df: a.df})
+	now := !d.batched || len(d.pending) >= maxPending
+	d.pendMu.Unlock()
+	if now {
+		d.flush()
+	}
+}
+
+// flush sends what was queued.
+func (d *dgramTable) flush() {
+	d.flushMu.Lock()
+	defer d.flushMu.Unlock()
+	d.pendMu.Lock()
+	items := d.pending
+	d.pending = d.spare[:0]
+	d.pendMu.Unlock()
+	for i := range items {
+		if items[i].pkt == nil {
+			continue
+		}
+		s := items[i].flow.socket()
+		run := d.tx.run[:0]
+		for j := i; j < len(items) && len(run) < txBatchLen; j++ {
+			if items[j].pkt != nil && items[j].flow.socket() == s {
+				run = append(run, items[j])
+				items[j] = txItem{}
+			}
+		}
+		if s != nil {
+			d.tx.send(s, run, true)
+		}
+		for j := range run {
+			run[j].pkt.DecRef()
+			run[j] = txItem{}
+		}
+	}
+	d.spare = items[:0]
+}
+
+// socket is the flow's socket. It is set before the first packet is queued.
+func (fl *dgramFlow) socket() *hostSocket { return fl.sock }
+
+// txMsg is what one message of a batch is made of.
+type txMsg struct {
+	first, last int // items of the run
+	train       bool
+}
+
+// txBatch is the scratch area of the sender.
+type txBatch struct {
+	run  [txBatchLen]txItem
+	msgs [txBatchLen]mmsghdr
+	what [txBatchLen]txMsg
+	to   [txBatchLen]rawAddr
+	ctl  [txBatchLen]txCtl
+	iovs [txIovLen]unix.Iovec
+}
+
+// send sends run on s. Without trains every datagram is a message of its own.
+func (b *txBatch) send(s *hostSocket, run []txItem, trains bool) {
+	s.txMu.Lock()
+	defer s.txMu.Unlock()
+	for len(run) > 0 {
+		if s.fd < 0 {
+			s.d.n.failed.Add(uint64(len(run)))
+			return
+		}
+		mode := run[0].discover()
+		s.setDiscover(mode)
+		msgs, taken, iovs := b.build(s, run, mode, trains && !s.noGSO)
+		b.push(s, run, msgs)
+		clear(b.iovs[:iovs])
+		run = run[taken:]
+	}
+}
+
+// build lays out messages for the items at the front of run that share a fragmentation
+// mode, and returns how many messages, items and iovecs it made.
+func (b *txBatch) build(s *hostSocket, run []txItem, mode discover, trains bool) (msgs, taken, iovs int) {
+	for taken < len(run) && msgs < txBatchLen {
+		it := &run[taken]
+		if it.discover() != mode {
+			break
+		}
+		last := taken + 1
+		if trains {
+			last = taken + trainLen(run[taken:])
+		}
+		first := iovs
+		for i := taken; i < last; i++ {
+			n, ok := s.appendIovs(b.iovs[iovs:], &run[i])
+			if !ok {
+				if i == taken {
+					if taken > 0 {
+						return msgs, taken, iovs // the next batch has room
+					}
+					// More pieces than a batch has room for: make it one piece.
+					n = s.flatten(b.iovs[:], it)
+				} else {
+					last = i
+					break
+				}
+			}
+			iovs += n
+		}
+		m := &b.msgs[msgs]
+		*m = mmsghdr{}
+		target := it.flow.target
+		m.hdr.Name = &b.to[msgs][0]
+		m.hdr.Namelen = b.to[msgs].put(target)
+		m.hdr.Iov = &b.iovs[first]
+		m.hdr.SetIovlen(iovs - first)
+		segment := int(it.pkt.GSOOptions.MSS)
+		if segment >= it.size() {
+			segment = 0
+		}
+		if last > taken+1 {
+			segment = it.size()
+		}
+		c := txControl(&b.ctl[msgs], it, segment)
+		m.hdr.Control = &c[0]
+		m.hdr.SetControllen(len(c))
+		b.what[msgs] = txMsg{first: taken, last: last, train: segment > 0}
+		msgs++
+		taken = last
+	}
+	return msgs, taken, iovs
+}
+
+// txCtl is room for the control messages of one message, aligned as they want it.
+type txCtl [txCtlLen / 8]uint64
+
+func txControl(room *txCtl, it *txItem, segment int) []byte {
+	c := unsafe.Slice((*byte)(unsafe.Pointer(&room[0])), txCtlLen)[:0]
+	if it.flow.target.Addr().Is6() {
+		c = appendCmsgInt(c, unix.IPPROTO_IPV6, unix.IPV6_HOPLIMIT, int(it.meta.ttl))
+		c = appendCmsgInt(c, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, int(it.meta.tos))
+	} else {
+		c = appendCmsgInt(c, unix.IPPROTO_IP, unix.IP_TTL, int(it.meta.ttl))
+		c = appendCmsgInt(c, unix.IPPROTO_IP, unix.IP_TOS, int(it.meta.tos))
+	}
+	if local := it.flow.local.Load(); local != nil && local.IsValid() {
+		c = appendPktinfo(c, *local)
+	}
+	if segment > 0 {
+		var d [2]byte
+		binary.NativeEndian.PutUint16(d[:], uint16(segment))
+		c = appendCmsg(c, unix.SOL_UDP, unix.UDP_SEGMENT, d[:])
+	}
+	return c
+}
+
+// trainLen is how many items at the front of run can leave as one train: datagrams of
+// one flow with one header, of one size except for a shorter last one.
+func trainLen(run []txItem) int {
+	it := &run[0]
+	size := it.size()
+	if size == 0 || size > maxTrainSegment || it.pkt.GSOOptions.MSS > 0 || it.flow.tuple.Proto() != protoUDP {
+		return 1
+	}
+	total := size
+	for n := 1; n < len(run); n++ {
+		o := &run[n]
+		next := o.size()
+		if n == maxTrain || o.flow != it.flow || o.meta != it.meta || o.df != it.df ||
+			o.pkt.GSOOptions.MSS > 0 || next == 0 || next > size || total+next > maxTrainBytes {
+			return n
+		}
+		total += next
+		if next < size {
+			return n + 1
+		}
+	}
+	return len(run)
+}
+
+// appendIovs points iovs at what of the packet is sent. It fails if they are too few.
+func (s *hostSocket) appendIovs(iovs []unix.Iovec, it *txItem) (int, bool) {
+	if s.rawID != 0 && len(iovs) > 0 {
+		return s.flatten(iovs, it), true
+	}
+	skip := it.pkt.HeaderSize()
+	if it.flow.tuple.Proto() != protoUDP {
+		skip -= echoHeaderLen
+	}
+	views, off := it.pkt.AsViewList()
+	skip += off
+	n := 0
+	for v := views.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		if skip >= len(b) {
+			skip -= len(b)
+			continue
+		}
+		if n == len(iovs) {
+			return 0, false
+		}
+		iovs[n].Base = &b[skip]
+		iovs[n].SetLen(len(b) - skip)
+		skip = 0
+		n++
+	}
+	if n == 0 { // an empty datagram is a datagram
+		if len(iovs) == 0 {
+			return 0, false
+		}
+		iovs[0] = unix.Iovec{}
+		n = 1
+	}
+	return n, true
+}
+
+// flatten copies what of the packet is sent into one piece.
+func (s *hostSocket) flatten(iovs []unix.Iovec, it *txItem) int {
+	flat := it.bytes()
+	if s.rawID != 0 {
+		rewriteEchoID(flat, s.rawID)
+	}
+	iovs[0].Base = &flat[0]
+	iovs[0].SetLen(len(flat))
+	return 1
+}
+
+// bytes copies what is sent of the packet.
+func (it *txItem) bytes() []byte {
+	skip := it.pkt.HeaderSize()
+	if it.flow.tuple.Proto() != protoUDP {
+		skip -= echoHeaderLen
+	}
+	flat := make([]byte, 0, it.size())
+	views, off := it.pkt.AsViewList()
+	skip += off
+	for v := views.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		n := min(skip, len(b))
+		skip -= n
+		flat = append(flat, b[n:]...)
+	}
+	return flat
+}
+
+// push hands the messages to the kernel.
+func (b *txBatch) push(s *hostSocket, run []txItem, msgs int) {
+	retried := false
+	for k := 0; k < msgs; {
+		w := &b.what[k]
+		it := &run[w.first]
+		v := it.flow.verdict.Load()
+		if !it.flow.ingress && s.d.f.dialer.Check(*v, it.flow.target) != nil {
+			k++
+			continue
+		}
+		end := k + 1
+		for end < msgs && b.checked(s, &run[b.what[end].first]) {
+			end++
+		}
+		n, errno := sendmmsg(s.fd, b.msgs[k:end])
+		switch {
+		case errno == 0 && n > 0:
+			k += n
+			retried = false
+			continue
+		case errno == unix.EINTR:
+			continue
+		case !retried && mayBePending(errno):
+			s.drainErrors()
+			retried = true
+			continue
+		case w.train && (errno == unix.EMSGSIZE || errno == unix.EINVAL || errno == unix.EIO || errno == unix.EOPNOTSUPP):
+			if errno != unix.EMSGSIZE {
+				s.noGSO = true
+			}
+			for i := w.first; i < w.last; i++ {
+				s.sendSingly(&run[i])
+			}
+		default:
+			for i := w.first; i < w.last; i++ {
+				s.sendFailed(&run[i], errno)
+			}
+		}
+		k++
+		retried = false
+	}
+}
+
+// checked is the dialer's last look at an address. A published port's client was
+// judged when its flow began, and is where the datagrams came from.
+func (b *txBatch) checked(s *hostSocket, it *txItem) bool {
+	return it.flow.ingress || s.d.f.dialer.Check(*it.flow.verdict.Load(), it.flow.target) == nil
+}
+
+// mayBePending tells errors that an ICMP error about an earlier datagram can cause.
+func mayBePending(e unix.Errno) bool {
+	switch e {
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.EACCES,
+		unix.EPROTO, unix.ENOPROTOOPT, unix.EHOSTDOWN, unix.ENONET, unix.EOPNOTSUPP, unix.ETIMEDOUT:
+		return true
+	}
+	return false
+}
+
+// sendSingly sends the datagrams of a train one by one.
+func (s *hostSocket) sendSingly(it *txItem) {
+	flat := it.bytes()
+	segment := int(it.pkt.GSOOptions.MSS)
+	if segment <= 0 {
+		segment = max(len(flat), 1)
+	}
+	for first := true; first || len(flat) > 0; first = false {
+		n := min(segment, len(flat))
+		errno := s.sendOne(it, flat[:n])
+		if mayBePending(errno) {
+			s.drainErrors()
+			errno = s.sendOne(it, flat[:n])
+		}
+		if errno != 0 {
+			s.sendFailed(it, errno)
+			return // the rest of the train would meet the same
+		}
+		flat = flat[n:]
+	}
+}
+
+// sendOne sends one datagram, without anything prepared. txMu is held.
+func (s *hostSocket) sendOne(it *txItem, data []byte) unix.Errno {
+	var to rawAddr
+	var room txCtl
+	var iov unix.Iovec
+	if len(data) > 0 {
+		iov.Base = &data[0]
+		iov.SetLen(len(data))
+	}
+	var m [1]mmsghdr
+	h := &m[0].hdr
+	h.Name = &to[0]
+	h.Namelen = to.put(it.flow.target)
+	h.Iov = &iov
+	h.SetIovlen(1)
+	c := txControl(&room, it, 0)
+	h.Control = &c[0]
+	h.SetControllen(len(c))
+	_, errno := sendmmsg(s.fd, m[:])
+	return errno
+}
+
+// sendFailed counts a datagram that the host would not send, and tells the sandbox
+// what a router in the host's place would tell.
+func (s *hostSocket) sendFailed(it *txItem, errno unix.Errno) {
+	d := s.d
+	kind, info := icmpHostUnreachable, uint32(0)
+	switch errno {
+	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
+		d.n.again.drop(d.f, it.pkt) // as a router's full queue: silently
+		return
+	case unix.EMSGSIZE:
+		d.n.big.Add(1)
+		mtu := s.localMTU.Load()
+		if mtu == 0 {
+			return
+		}
+		kind, info = icmpPacketTooBig, mtu
+	case unix.ENETUNREACH, unix.ENETDOWN:
+		d.n.unreachable.drop(d.f, it.pkt)
+		kind = icmpNetUnreachable
+	case unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ENONET, unix.EADDRNOTAVAIL, unix.EINVAL:
+		d.n.unreachable.drop(d.f, it.pkt)
+	case unix.EPERM, unix.EACCES:
+		d.n.forbidden.drop(d.f, it.pkt)
+		kind = icmpAdminProhibited
+	case unix.ECONNREFUSED:
+		d.n.unreachable.drop(d.f, it.pkt)
+		kind = icmpPortUnreachable
+	default:
+		d.n.failed.drop(d.f, it.pkt)
+		return
+	}
+	d.f.tell(kind, info, it.pkt)
+}
+
+// discover is an IP_MTU_DISCOVER mode of one family.
+type discover struct {
+	v6   bool
+	mode int
+}
+
+// discover is the mode that sends a packet as the sandbox did: with don't-fragment,
+// refusing what is too big; or to be fragmented where needed. The family is the
+// packet's: a dual-stack listener sends both.
+func (it *txItem) discover() discover {
+	v6 := it.flow.target.Addr().Is6()
+	switch {
+	case it.df:
+		return discover{v6, unix.IP_PMTUDISC_DO}
+	case v6:
+		return discover{v6, unix.IPV6_PMTUDISC_WANT}
+	default:
+		return discover{v6, unix.IP_PMTUDISC_DONT}
+	}
+}
+
+// setDiscover is called with txMu held.
+func (s *hostSocket) setDiscover(m discover) {
+	if s.lastDiscover == m {
+		return
+	}
+	level, name := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER
+	if m.v6 {
+		level, name = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER
+	}
+	if unix.SetsockoptInt(s.fd, level, name, m.mode) == nil {
+		s.lastDiscover = m
+	}
+}

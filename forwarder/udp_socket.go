@@ -1,0 +1,284 @@
+package forwarder
+
+// A host socket of the datagram path: what it receives goes to the sandbox here;
+// udp_send.go is the other direction.
+//
+// Readiness comes from the poller, edge-triggered, so reading goes on until EAGAIN;
+// a socket that still has datagrams after rxRounds batches is armed again and waits
+// behind the others. A batch is received into one scratch area per poller, from
+// which datagrams are copied into views of their own size: large buffers are never
+// held by small datagrams.
+
+import (
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/nat"
+)
+
+const (
+	rxBatchLen = 16
+	rxBufLen   = 1 << 16 // the largest datagram, and the largest train that UDP_GRO glues
+	rxCtlLen   = 256
+	rxRounds   = 16
+	// errRounds bounds one reading of the error queue, in batches of rxBatchLen.
+	errRounds = 4
+)
+
+type hostSocket struct {
+	d      *dgramTable
+	proto  uint8
+	shared bool // outlives its flows: a published port's listener, a raw socket
+	close1 func(fd int)
+	// client is asked about a datagram from an address that is no peer. It
+	// returns the flow to deliver on, or nil. Nil for sockets of sandbox endpoints.
+	client func(from netip.AddrPort, c *control) *dgramFlow
+
+	// raw is set on a raw socket and on the identifiers that share its descriptor;
+	// the latter have a rawID that requests carry instead of the sandbox's.
+	raw   *rawEcho
+	rawID uint16
+
+	dead  bool // closed or about to be; guarded by d.mu
+	poll  *poller
+	token pollToken
+
+	mu    sync.Mutex
+	peers map[netip.AddrPort]*dgramFlow // by host-side address; written with d.mu held too
+
+	// txMu is held while sending, rxMu while receiving, and both while closing, so
+	// that no system call ever meets a descriptor that belongs to somebody else
+	// by now. Order: txMu, rxMu. fd is -1 once closed.
+	txMu  sync.Mutex
+	rxMu  sync.Mutex
+	fd    int
+	noGSO bool // UDP_SEGMENT does not work on this path; guarded by txMu
+
+	lastDiscover discover // as last set; guarded by txMu
+
+	localMTU atomic.Uint32 // path MTU that the kernel named when it refused to send
+	port     atomic.Uint32 // own port, once known
+}
+
+// newHostSocket takes over fd and has it polled. closer closes it.
+func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
+	return &hostSocket{
+		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.poll,
+		peers: make(map[netip.AddrPort]*dgramFlow, 1), lastDiscover: discover{mode: -1},
+	}
+}
+
+// start begins receiving. On failure the descriptor is closed.
+func (s *hostSocket) start() error {
+	t, err := s.poll.add(s.fd, unix.EPOLLIN, s)
+	if err != nil {
+		s.close1(s.fd)
+		s.fd = -1
+		return err
+	}
+	s.token = t
+	return nil
+}
+
+// close closes the descriptor, after system calls in progress. It may be called again.
+func (s *hostSocket) close() {
+	s.txMu.Lock()
+	defer s.txMu.Unlock()
+	s.rxMu.Lock()
+	defer s.rxMu.Unlock()
+	if s.fd < 0 {
+		return
+	}
+	s.poll.remove(s.token, s.fd)
+	s.close1(s.fd)
+	s.fd = -1
+}
+
+// rxBatch is the scratch area of one receiving goroutine.
+type rxBatch struct {
+	msgs [rxBatchLen]mmsghdr
+	iovs [rxBatchLen]unix.Iovec
+	from [rxBatchLen]rawAddr
+	ctl  [rxBatchLen][rxCtlLen / 8]uint64 // control messages want a long's alignment
+	data []byte
+}
+
+var rxPool = sync.Pool{New: func() any {
+	b := &rxBatch{data: make([]byte, rxBatchLen*rxBufLen)}
+	for i := range b.msgs {
+		b.iovs[i].Base = &b.data[i*rxBufLen]
+		b.iovs[i].SetLen(rxBufLen)
+		h := &b.msgs[i].hdr
+		h.Iov = &b.iovs[i]
+		h.SetIovlen(1)
+		h.Name = &b.from[i][0]
+		h.Control = (*byte)(unsafe.Pointer(&b.ctl[i][0]))
+	}
+	return b
+}}
+
+// receive fills the batch from s and returns how many messages came.
+func (b *rxBatch) receive(s *hostSocket, flags int) (int, unix.Errno) {
+	for i := range b.msgs {
+		h := &b.msgs[i].hdr
+		h.Namelen = uint32(len(b.from[i]))
+		h.SetControllen(rxCtlLen)
+		h.Flags = 0
+	}
+	s.rxMu.Lock()
+	defer s.rxMu.Unlock()
+	if s.fd < 0 {
+		return 0, unix.EBADF
+	}
+	return recvmmsg(s.fd, b.msgs[:], flags)
+}
+
+func (b *rxBatch) message(i int) (from netip.AddrPort, data []byte, c control) {
+	m := &b.msgs[i]
+	from = addrPortOf(b.from[i][:m.hdr.Namelen])
+	data = b.data[i*rxBufLen:][:m.n]
+	ctl := unsafe.Slice((*byte)(unsafe.Pointer(&b.ctl[i][0])), rxCtlLen)
+	return from, data, parseControl(ctl[:min(int(m.hdr.Controllen), rxCtlLen)])
+}
+
+// pollReady implements pollHandler.
+func (s *hostSocket) pollReady(events uint32) {
+	if events&unix.EPOLLERR != 0 {
+		s.drainErrors()
+	}
+	b := rxPool.Get().(*rxBatch)
+	defer rxPool.Put(b)
+	for range rxRounds {
+		n, errno := b.receive(s, 0)
+		switch errno {
+		case 0:
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN, unix.EBADF:
+			return
+		default:
+			// An ICMP error that came meanwhile is reported here first.
+			s.drainErrors()
+			continue
+		}
+		for i := range n {
+			from, data, c := b.message(i)
+			s.deliver(from, data, &c)
+		}
+		if n < rxBatchLen {
+			// The queue was empty a moment ago; what comes now makes a new edge.
+			return
+		}
+	}
+	s.rearm()
+}
+
+// rearm makes epoll report s once more if it is still readable.
+func (s *hostSocket) rearm() {
+	s.rxMu.Lock()
+	defer s.rxMu.Unlock()
+	if s.fd < 0 {
+		return
+	}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET}
+	*(*pollToken)(unsafe.Pointer(&ev.Fd)) = s.token
+	_ = unix.EpollCtl(s.poll.epfd, unix.EPOLL_CTL_MOD, s.fd, &ev)
+}
+
+// peer finds the flow of a host-side address.
+func (s *hostSocket) peer(a netip.AddrPort) *dgramFlow {
+	s.mu.Lock()
+	fl := s.peers[a]
+	s.mu.Unlock()
+	return fl
+}
+
+// deliver carries one message, which may be a train of datagrams, to the sandbox.
+func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
+	if s.proto != protoUDP {
+		s.deliverEcho(from, data, c)
+		return
+	}
+	fl := s.peer(from)
+	if s.client != nil {
+		// A client may change the address that it speaks to.
+		if fl == nil || c.local.IsValid() && *fl.local.Load() != c.local {
+			fl = s.client(from, c)
+		}
+		if fl == nil {
+			return // counted by client
+		}
+	}
+	if fl == nil {
+		s.d.n.unsolicited.Add(1)
+		return
+	}
+	if !fl.ingress && !fl.replied.Load() {
+		s.noteReply(fl, c.local)
+	}
+	packets := 1
+	if c.gro > 0 && c.gro < len(data) {
+		packets = (len(data) + c.gro - 1) / c.gro
+	}
+	head := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen
+	fl.lease.Account(fl.inDir(), int64(packets), int64(len(data)+packets*head))
+	s.d.f.dgram.emit.udpSegments(fl.peer, fl.guest, fl.arrivingMeta(c), data, c.gro)
+	if fl.short && fl.queries.Add(-int32(packets)) <= 0 {
+		fl.end("answered")
+	}
+}
+
+// arrivingMeta is what the sandbox sees of the header of a packet that the host
+// received: one hop more behind it, unless the host itself stands for the gateway.
+func (fl *dgramFlow) arrivingMeta(c *control) ipMeta {
+	m := ipMeta{ttl: c.ttl, tos: c.tos}
+	if !c.hasTTL {
+		m.ttl = defaultTTL
+	}
+	if fl.peer.Addr() == fl.target.Addr() && m.ttl > 1 {
+		m.ttl--
+	}
+	return m
+}
+
+// noteReply tells the flow table the address that the host's kernel chose, which the
+// first reply was sent to.
+func (s *hostSocket) noteReply(fl *dgramFlow, local netip.Addr) {
+	if fl.replied.Swap(true) || !local.IsValid() {
+		return
+	}
+	if fl.lease == nil {
+		return
+	}
+	if port := s.ownPort(); port != 0 {
+		fl.lease.SetReply(nat.NewTuple(s.proto, fl.target, netip.AddrPortFrom(local, port)))
+	}
+}
+
+func (s *hostSocket) ownPort() uint16 {
+	if p := s.port.Load(); p != 0 {
+		return uint16(p)
+	}
+	s.rxMu.Lock()
+	defer s.rxMu.Unlock()
+	if s.fd < 0 {
+		return 0
+	}
+	sa, err := unix.Getsockname(s.fd)
+	if err != nil {
+		return 0
+	}
+	var p int
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		p = sa.Port
+	case *unix.SockaddrInet6:
+		p = sa.Port
+	}
+	s.port.Store(uint32(p))
+	return uint16(p)
+}
