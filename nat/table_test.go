@@ -144,7 +144,7 @@ func TestTimeouts(t *testing.T) {
 		{"a SYN/ACK without an ACK", 6, false, tcp(SynRecv), 60 * time.Second},
 		{"an idle connection", 6, false, tcp(Established), 5 * 24 * time.Hour},
 		{"one that said FIN", 6, false, tcp(FinWait), 120 * time.Second},
-		{"one that heard FIN", 6, false, tcp(CloseWait), 60 * time.Second},
+		{"one that heard FIN", 6, false, tcp(CloseWait), 7440 * time.Second},
 		{"one that waits for the last ACK", 6, false, tcp(LastAck), 30 * time.Second},
 		{"TIME_WAIT, as long as the stack's own", 6, false, tcp(TimeWait), time.Second},
 		{"one that was reset", 6, false, tcp(Close), 10 * time.Second},

@@ -4,15 +4,20 @@ import "time"
 
 // Timeouts are how long a flow may be silent in each state before the table ends
 // it. A zero field means the default. Names and defaults are nf_conntrack's, but for
-// two.
+// three.
 type Timeouts struct {
 	TCPSynSent     time.Duration // nf_conntrack_tcp_timeout_syn_sent, 120 s
 	TCPSynRecv     time.Duration // nf_conntrack_tcp_timeout_syn_recv, 60 s
 	TCPEstablished time.Duration // nf_conntrack_tcp_timeout_established, 432000 s (RFC 5382 REQ-5 asks for 2 h 4 min or more)
 	TCPFinWait     time.Duration // nf_conntrack_tcp_timeout_fin_wait, 120 s
-	TCPCloseWait   time.Duration // nf_conntrack_tcp_timeout_close_wait, 60 s
 	TCPLastAck     time.Duration // nf_conntrack_tcp_timeout_last_ack, 30 s
 	TCPClose       time.Duration // nf_conntrack_tcp_timeout_close, 10 s
+
+	// TCPCloseWait is nf_conntrack_tcp_timeout_close_wait: 7440 s, not the kernel's 60.
+	// A flow of which one side said its last word may be silent for as long as the
+	// other works on its answer. The kernel only forgets such a flow; here its end
+	// is a reset, so it is given the 2 h 4 min of RFC 5382 REQ-5.
+	TCPCloseWait time.Duration
 
 	// TCPTimeWait is nf_conntrack_tcp_timeout_time_wait: 1 s, not the kernel's 120.
 	// The kernel's conntrack outlives sockets that it does not own and must take
@@ -39,7 +44,7 @@ type Timeouts struct {
 func DefaultTimeouts() Timeouts {
 	return Timeouts{
 		TCPSynSent: 120 * time.Second, TCPSynRecv: 60 * time.Second, TCPEstablished: 432000 * time.Second,
-		TCPFinWait: 120 * time.Second, TCPCloseWait: 60 * time.Second, TCPLastAck: 30 * time.Second,
+		TCPFinWait: 120 * time.Second, TCPCloseWait: 7440 * time.Second, TCPLastAck: 30 * time.Second,
 		TCPTimeWait: 1 * time.Second, TCPClose: 10 * time.Second,
 		UDP: 30 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second,
 		ICMP: 30 * time.Second, ICMPv6: 30 * time.Second, Generic: 600 * time.Second,
