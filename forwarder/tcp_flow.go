@@ -185,6 +185,7 @@ func (fl *tcpFlow) settle() {
 		fl.connected(ep)
 		return
 	case ph == phaseOpen && finished:
+		fl.lease.SetState(nat.LastAck)
 		fl.closeHost(false)
 		ep.Close()
 	case ph == phaseOpen:

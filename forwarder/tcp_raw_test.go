@@ -1,0 +1,279 @@
+package forwarder
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+const protoTCP = uint8(header.TCPProtocolNumber)
+
+// segment is a TCP segment without data.
+func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) packet {
+	l4 := make([]byte, header.TCPMinimumSize)
+	h := header.TCP(l4)
+	h.Encode(&header.TCPFields{
+		SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack,
+		DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535,
+	})
+	h.SetChecksum(^checksum.Checksum(l4, pseudoSum(src.Addr(), dst.Addr(), protoTCP, len(l4))))
+	return packet{src: src.Addr(), dst: dst.Addr(), proto: protoTCP, l4: l4}
+}
+
+// tcpListener accepts and holds connections on the host's loopback.
+func listenHost(t *testing.T) uint16 {
+	t.Helper()
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = c.Read(make([]byte, 1)); c.Close() }()
+		}
+	}()
+	return uint16(l.Addr().(*net.TCPAddr).Port)
+}
+
+// recvTCP returns the next TCP segment with one of the flags, for port.
+func (w *wire) recvTCP(port uint16, flags header.TCPFlags) header.TCP {
+	w.t.Helper()
+	for {
+		p := w.recv()
+		if p.proto != protoTCP {
+			continue
+		}
+		if h := header.TCP(p.l4); h.DestinationPort() == port && h.Flags()&flags != 0 {
+			return h
+		}
+	}
+}
+
+func TestTCPHandshakesThatAreResetHoldNothing(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	dst := netip.AddrPortFrom(gateway4, listenHost(t))
+	for i := range 3000 {
+		src := netip.AddrPortFrom(guest4, uint16(10000+i%3000))
+		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
+		sa := w.recvTCP(src.Port(), header.TCPFlagSyn)
+		w.send(segment(src, dst, header.TCPFlagRst, sa.AckNumber(), 0))
+	}
+	src := netip.AddrPortFrom(guest4, 50000)
+	w.send(segment(src, dst, header.TCPFlagSyn, 1, 0))
+	if h := w.recvTCP(50000, header.TCPFlagSyn); !h.Flags().Contains(header.TCPFlagAck) {
+		t.Fatalf("the next SYN was answered with %v", h.Flags())
+	}
+	eventually(t, "only the last flow is left", func() bool { return w.f.table.Len() == 1 })
+}
+
+func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	dst := netip.AddrPortFrom(gateway4, listenHost(t))
+	const extra = 50
+	for i := range maxHandshakes + extra {
+		src := netip.AddrPortFrom(guest4, uint16(10000+i))
+		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
+		w.recvTCP(src.Port(), header.TCPFlagSyn)
+	}
+	eventually(t, "the oldest are evicted", func() bool {
+		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.table.Len() == maxHandshakes
+	})
+}
+
+func TestTCPHandshakeTimesOut(t *testing.T) {
+	clock := newTestClock()
+	w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
+	src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(gateway4, listenHost(t))
+	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
+	w.recvTCP(src.Port(), header.TCPFlagSyn)
+	clock.advance(handshakeTimeout + time.Second)
+	eventually(t, "the half-open flow is gone", func() bool {
+		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.table.Len() == 0
+	})
+}
+
+func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
+	ns := inNetns(t)
+	routerNetns(t)
+	ns.run(t, "silent", func(t *testing.T) {
+		w := newWire(t, allowAll, nil)
+		// Nobody answers for this address: the dial hangs until somebody gives up.
+		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
+		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
+		eventually(t, "the dial has begun", func() bool { return w.f.dialer.sockets.Load() == 1 })
+		w.send(segment(src, dst, header.TCPFlagRst, 1001, 0))
+		eventually(t, "the dial is cancelled", func() bool {
+			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.sockets.Load() == 0 && w.f.table.Len() == 0
+		})
+	})
+}
+
+func TestTCPWithAWrongChecksumOpensNothing(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	p := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(gateway4, listenHost(t)), header.TCPFlagSyn, 1, 0)
+	p.l4[16] ^= 0xff
+	w.send(p)
+	w.silent("a SYN with a wrong checksum")
+	if n := w.f.table.Len(); n != 0 {
+		t.Errorf("%d flows", n)
+	}
+}
+
+func TestTCPStraySegmentsAreReset(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(far4, 80)
+	w.send(segment(src, dst, header.TCPFlagAck, 77, 88))
+	if h := w.recvTCP(10000, header.TCPFlagRst); h.SequenceNumber() != 88 {
+		t.Errorf("the reset has sequence number %d, want the ACK's 88", h.SequenceNumber())
+	}
+}
+
+func TestTCPOverATablesLimitIsDroppedAndCounted(t *testing.T) {
+	w := newWire(t, allowAll+"  limits: {flows: 1}\n", nil)
+	dst := netip.AddrPortFrom(gateway4, listenHost(t))
+	first := netip.AddrPortFrom(guest4, 10000)
+	w.send(segment(first, dst, header.TCPFlagSyn, 1000, 0))
+	sa := w.recvTCP(first.Port(), header.TCPFlagSyn)
+	w.send(segment(first, dst, header.TCPFlagAck, 1001, sa.SequenceNumber()+1))
+	eventually(t, "the first flow is established", func() bool {
+		l := w.f.table.List()
+		return len(l) == 1 && l[0].State.String() == "ESTABLISHED"
+	})
+	w.send(segment(netip.AddrPortFrom(guest4, 10001), dst, header.TCPFlagSyn, 1000, 0))
+	eventually(t, "the second is counted", func() bool { return w.f.Stats()["tcp_refused_by_limit"] == 1 })
+}
+
+func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
+	other4, other6 := netip.MustParseAddr("10.0.2.101"), netip.MustParseAddr("fd00::101")
+	p := func(src, dst string, proto uint8) packet {
+		return packet{src: netip.MustParseAddr(src), dst: netip.MustParseAddr(dst), proto: proto, l4: make([]byte, 20)}
+	}
+	for _, row := range []struct {
+		what   string
+		p      packet
+		reason string
+	}{
+		{"a forged IPv4 source", p(other4.String(), "192.0.2.1", protoUDP), "drop_spoofed_source"},
+		{"a forged IPv6 source", p(other6.String(), "2001:db8::1", protoUDP), "drop_spoofed_source"},
+		{"the gateway's own address as source", p("10.0.2.2", "192.0.2.1", protoUDP), "drop_spoofed_source"},
+		{"loopback as source", p("127.0.0.1", "192.0.2.1", protoUDP), "drop_spoofed_source"},
+		{"a 4-in-6 source", p("::ffff:10.0.2.100", "2001:db8::1", protoUDP), "drop_spoofed_source"},
+		{"IPv4 multicast", p("10.0.2.100", "224.0.0.251", protoUDP), "drop_multicast"},
+		{"IPv6 multicast", p("fd00::100", "ff02::fb", protoUDP), "drop_multicast"},
+		{"the limited broadcast", p("10.0.2.100", "255.255.255.255", protoUDP), "drop_broadcast"},
+		{"the subnet's broadcast", p("10.0.2.100", "10.0.2.255", protoUDP), "drop_broadcast"},
+		{"this network", p("10.0.2.100", "0.0.0.1", protoUDP), "drop_martian_destination"},
+		{"the sandbox itself", p("10.0.2.100", "10.0.2.100", protoUDP), "drop_martian_destination"},
+		{"a 4-in-6 destination", p("fd00::100", "::ffff:192.0.2.1", protoUDP), "drop_martian_destination"},
+		{"a foreign link-local", p("fd00::100", "fe80::1234", protoUDP), "drop_martian_destination"},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			w := newWire(t, allowAll, nil)
+			w.send(row.p)
+			if n := w.f.Stats()[row.reason]; n != 1 {
+				t.Errorf("%s is %d, want 1; counters: %v", row.reason, n, w.counters())
+			}
+			if n := w.f.table.Len(); n != 0 {
+				t.Errorf("%d flows", n)
+			}
+		})
+	}
+}
+
+func TestBandwidthIsHeldAndShared(t *testing.T) {
+	now := time.Unix(1000, 0)
+	var b bucket
+	b.setRate(1_000_000)
+	q := newRunQueue()
+	defer b.setRate(0)
+	var tk task
+	if got := b.take(10<<20, now, &tk, q); got != bucketMin {
+		t.Fatalf("a full bucket gave %d bytes, want its %d", got, bucketMin)
+	}
+	if got := b.take(1, now, &tk, q); got != 0 {
+		t.Fatalf("an empty bucket gave %d bytes", got)
+	}
+	var second task
+	now = now.Add(100 * time.Millisecond)
+	if got := b.take(1<<20, now, &second, q); got != quantum {
+		t.Errorf("while another waits a flow got %d bytes, want a quantum of %d", got, quantum)
+	}
+	b.wake()
+	if q.take() != &tk {
+		t.Error("the flow that waited was not queued")
+	}
+	total := 0
+	for range 1000 {
+		now = now.Add(10 * time.Millisecond)
+		n := b.take(1<<20, now, &tk, q)
+		total += n
+	}
+	if total < 9_900_000 || total > 10_100_000 {
+		t.Errorf("10 s at 1 MB/s gave %d bytes", total)
+	}
+}
+
+func TestRunQueueRunsEachTaskOncePerRequest(t *testing.T) {
+	q := newRunQueue()
+	ran := 0
+	var tk task
+	again := true
+	tk.run = func() {
+		ran++
+		if again { // a task may ask for itself while it runs
+			again = false
+			q.put(&tk)
+			return
+		}
+		q.close()
+	}
+	q.put(&tk)
+	q.put(&tk) // already queued
+	q.work()
+	if ran != 2 {
+		t.Errorf("ran %d times, want 2", ran)
+	}
+	q.put(&tk)
+	if q.take() != nil {
+		t.Error("a closed queue took a task")
+	}
+}
+
+func TestGatherTrimsToExactlyWhatIsGranted(t *testing.T) {
+	for _, row := range []struct{ grant, pieces, last int }{{10, 1, 10}, {11, 2, 1}, {20, 2, 10}, {29, 3, 9}, {30, 3, 10}, {99, 3, 10}} {
+		var g gather
+		for range 3 {
+			_, _ = g.Write(make([]byte, 10))
+		}
+		g.trim(row.grant)
+		if g.n != row.pieces || int(g.iov[g.n-1].Len) != row.last || g.bytes != min(row.grant, 30) {
+			t.Errorf("trimmed to %d: %d pieces, the last of %d, %d bytes", row.grant, g.n, g.iov[g.n-1].Len, g.bytes)
+		}
+	}
+}
+
+func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
+	// A checksum that the stack would refuse would leave the handshake standing;
+	// TestTCPHandshakesNobodyCompletesAreBounded shows that it does not. Here: IPv6.
+	clock := newTestClock()
+	w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
+	l, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		t.Skip("no IPv6 loopback here: ", err)
+	}
+	defer l.Close()
+	src, dst := netip.AddrPortFrom(guest6, 10000), netip.AddrPortFrom(gateway6, uint16(l.Addr().(*net.TCPAddr).Port))
+	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
+	w.recvTCP(src.Port(), header.TCPFlagSyn)
+	clock.advance(handshakeTimeout + time.Second)
+	eventually(t, "the half-open flow is gone", func() bool { return w.f.table.Len() == 0 })
+}
