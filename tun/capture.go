@@ -20,7 +20,7 @@ import (
 // (checksums left to offload look wrong there, as they do in any capture on the
 // sending host), and "NAME-drops" with the IP packets that somebody above the link
 // refused, each with the reason as its comment. Frames that the endpoint itself
-// refused carry their Reason as a comment on the device's interface.
+// refused carry their reason as a comment on the device's interface.
 
 // ErrTooManyCaptures is returned when MaxCaptures are running.
 var ErrTooManyCaptures = errors.New("too many captures are running")
@@ -163,7 +163,7 @@ func (e *Endpoint) NoteDrop(reason string, pkt []byte) {
 }
 
 // captureTx shows a packet that was written, or could not be.
-func captureTx(captures []*Capture, pkt *stack.PacketBuffer, size int, why Reason) {
+func captureTx(captures []*Capture, pkt *stack.PacketBuffer, size int, why reason) {
 	for _, c := range captures {
 		comment := ""
 		if why != reasonNone {

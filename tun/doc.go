@@ -7,7 +7,7 @@
 //	                              │
 //	kernel TCP/IP ── tap0 ── queue ═══ readv ─► inspect ─► netstack
 //	                         (fd) │      │         │
-//	                              │      │         └─ refused: counted by Reason
+//	                              │      │         └─ refused: counted by reason
 //	                              │      ├─► Capture (pcapng, never waits)
 //	                              │      │
 //	                tap0 ◄─ queue ═══ writev ◄── WritePackets ◄─ netstack
@@ -19,7 +19,7 @@
 //
 // The container is hostile. What it sends, and what its kernel's header says
 // about it, is checked before the stack sees it (inspect.go); a frame that fails
-// is counted under one Reason and dropped, nothing else happens. In the other
+// is counted under one reason and dropped, nothing else happens. In the other
 // direction nothing is dropped: a full queue makes the writer wait.
 //
 // The package knows nothing of flows, policy or addresses above the link.

@@ -73,7 +73,7 @@ type filter struct {
 	features Features
 }
 
-func (f *filter) inspect(head []byte, length int, h vnetHeader) (v verdict, why Reason) {
+func (f *filter) inspect(head []byte, length int, h vnetHeader) (v verdict, why reason) {
 	if f.kind == TAP {
 		if why = f.inspectEthernet(head, length, &v); why != reasonNone {
 			return v, why
@@ -101,7 +101,7 @@ func (f *filter) inspect(head []byte, length int, h vnetHeader) (v verdict, why 
 	return v, f.inspectOffload(h, length, p, &v)
 }
 
-func (f *filter) inspectEthernet(head []byte, length int, v *verdict) Reason {
+func (f *filter) inspectEthernet(head []byte, length int, v *verdict) reason {
 	if length < ethernetHeaderLen {
 		return shortFrame
 	}
@@ -134,7 +134,7 @@ func (f *filter) inspectEthernet(head []byte, length int, v *verdict) Reason {
 
 // inspectBare finds the protocol of a TUN packet, which has nothing before the IP
 // header, in its version field.
-func inspectBare(head []byte, v *verdict) Reason {
+func inspectBare(head []byte, v *verdict) reason {
 	v.pktType = tcpip.PacketHost
 	if len(head) == 0 {
 		return shortFrame
@@ -150,7 +150,7 @@ func inspectBare(head []byte, v *verdict) Reason {
 	return reasonNone
 }
 
-func inspectIPv4(head []byte, at, length int) (p packet, why Reason) {
+func inspectIPv4(head []byte, at, length int) (p packet, why reason) {
 	if length-at < header.IPv4MinimumSize || len(head) < at+header.IPv4MinimumSize {
 		return p, shortIP
 	}
@@ -176,7 +176,7 @@ func inspectIPv4(head []byte, at, length int) (p packet, why Reason) {
 	return p, reasonNone
 }
 
-func inspectIPv6(head []byte, at, length int) (p packet, why Reason) {
+func inspectIPv6(head []byte, at, length int) (p packet, why reason) {
 	if length-at < header.IPv6MinimumSize || len(head) < at+header.IPv6MinimumSize {
 		return p, shortIP
 	}
@@ -212,7 +212,7 @@ func inspectIPv6(head []byte, at, length int) (p packet, why Reason) {
 }
 
 // inspectOffload judges what the virtio-net header claims about a packet.
-func (f *filter) inspectOffload(h vnetHeader, length int, p packet, v *verdict) Reason {
+func (f *filter) inspectOffload(h vnetHeader, length int, p packet, v *verdict) reason {
 	own := false // the open checksum is the packet's own
 	if h.flags&vnetNeedsChecksum != 0 {
 		start, at := int(h.csumStart), int(h.csumStart)+int(h.csumOffset)

@@ -40,11 +40,11 @@ var (
 	open4     = vnetHeader{flags: vnetNeedsChecksum, csumStart: 34, csumOffset: 16}
 )
 
-// malformed has a frame for each Reason that inspect gives.
+// malformed has a frame for each reason that inspect gives.
 func malformed() []struct {
 	name  string
 	frame []byte
-	want  Reason
+	want  reason
 } {
 	plain := func(frame []byte) []byte { return withVnet(vnetHeader{}, frame) }
 	vnet := func(h vnetHeader, change func(*vnetHeader), frame []byte) []byte {
@@ -57,7 +57,7 @@ func malformed() []struct {
 	return []struct {
 		name  string
 		frame []byte
-		want  Reason
+		want  reason
 	}{
 		{"less than a virtio-net header", make([]byte, vnetHeaderLen-1), shortVnetHeader},
 		{"nothing behind the virtio-net header", plain(nil), shortFrame},

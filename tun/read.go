@@ -54,26 +54,29 @@ func (q *queue) read(to *dispatcher) {
 func (q *queue) stopped() bool { return q.e.closing.Load() || q.e.dispatcher.Load() != q.to }
 
 // onReadable takes frames until the queue is empty (false: the poller parks us) or
-// has ended (true).
+// has ended (true). After each batch it lets other goroutines run and looks once
+// more: what they did often made the container answer already, and finding that
+// costs a read, while parking costs a wake-up. An idle queue is never polled.
 func (q *queue) onReadable(fd uintptr) bool {
-	for first := true; ; first = false {
-		for n := range batchBudget {
+	for woken := true; ; woken = false {
+		n := 0
+		for more := true; more && n < batchBudget; {
 			if q.stopped() {
 				return true
 			}
-			more, ended := q.readFrame(fd)
-			if ended {
+			var ended bool
+			if more, ended = q.readFrame(fd); ended {
 				return true
 			}
-			if first && more && n == 0 {
-				q.count.rxWakeups.Add(1)
+			if more {
+				n++
 			}
-			if !more {
-				if !first || n > 0 {
-					q.endBatch()
-				}
-				return false
-			}
+		}
+		if n == 0 {
+			return false
+		}
+		if woken {
+			q.count.rxWakeups.Add(1)
 		}
 		q.endBatch()
 		runtime.Gosched()
@@ -179,7 +182,7 @@ func (q *queue) deliver(n int, v *verdict) {
 }
 
 // dropRx counts a refused frame of n bytes and shows it to captures.
-func (q *queue) dropRx(why Reason, n int) {
+func (q *queue) dropRx(why reason, n int) {
 	q.count.dropped[why].Add(1)
 	if captures := q.e.captures.Load(); captures != nil {
 		for _, c := range *captures {

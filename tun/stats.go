@@ -2,13 +2,13 @@ package tun
 
 import "sync/atomic"
 
-// Reason says why a frame was dropped. The zero value means that it was not.
-type Reason uint8
+// reason says why a frame was dropped. The zero value means that it was not.
+type reason uint8
 
 // The reasons, with the name each has in Stats and in captures. A frame is counted
 // under the first that applies, in this order of checks.
 const (
-	reasonNone Reason = iota
+	reasonNone reason = iota
 	shortVnetHeader
 	shortFrame
 	oversizedFrame
@@ -64,7 +64,7 @@ var reasonNames = [numReasons]string{
 	deviceGone:          "tx-device-gone",
 }
 
-func (r Reason) String() string {
+func (r reason) String() string {
 	if r >= numReasons {
 		return "unknown"
 	}
@@ -91,7 +91,7 @@ type Stats struct {
 	TxGSO    uint64 `json:"txGSO"`
 	TxWaits  uint64 `json:"txWaits"` // writes that found the queue full and waited
 
-	// Dropped has an entry for every Reason, zero or not.
+	// Dropped has an entry for every reason, zero or not.
 	Dropped map[string]uint64 `json:"dropped"`
 	// Noted counts packets that NoteDrop was told of.
 	Noted uint64 `json:"noted"`
