@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -91,7 +89,7 @@ func hide(dir string) error {
 type privateFile struct {
 	path    string
 	content []byte
-	mountID atomic.Uint64
+	mountID uint64 // of the mount that shows it; 0 while there is none
 }
 
 // place mounts the file on whatever lies at its path now.
@@ -110,14 +108,20 @@ func (f *privateFile) place() error {
 	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, f.path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return err
 	}
-	f.mountID.Store(mountID(f.path))
+	// Of the tree, not of what the path shows by now: that may already be the
+	// host's next version.
+	f.mountID = mountID(tree, "")
 	return nil
 }
 
 // mountID is that of the mount that path, not followed, lies on; 0 if unknown.
-func mountID(path string) uint64 {
+func mountID(dir int, path string) uint64 {
+	flags := unix.AT_SYMLINK_NOFOLLOW
+	if path == "" {
+		flags |= unix.AT_EMPTY_PATH
+	}
 	var st unix.Statx_t
-	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MNT_ID, &st); err != nil {
+	if err := unix.Statx(dir, path, flags, unix.STATX_MNT_ID, &st); err != nil {
 		return 0
 	}
 	return st.Mnt_id
@@ -193,26 +197,29 @@ const maxReplacements = 1000
 // while a file is missing altogether does the loop look by itself. It lives as
 // long as the stage.
 func watchMounts(files []*privateFile) {
-	f, err := os.Open("/proc/self/mountinfo")
+	// Not os.Open: a change is reported once per open file, and Go's poller
+	// would be the one to get it.
+	fd, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return
 	}
-	defer f.Close()
-	for left := maxReplacements; left > 0; {
+	defer unix.Close(fd)
+	for left, pause := maxReplacements, 10; left > 0; {
 		wait := -1
 		for _, p := range files {
-			if id := p.mountID.Load(); id != 0 && mountID(p.path) == id {
-				continue
-			} else if id != 0 && stillMounted(id) {
-				continue // covered by a mount of CMD's own
+			if p.mountID != 0 && (mountID(unix.AT_FDCWD, p.path) == p.mountID || stillMounted(p.mountID)) {
+				continue // the second: covered by a mount of CMD's own
 			}
 			if p.place() != nil {
-				wait = int((500 * time.Millisecond).Milliseconds())
+				wait = pause
 				continue
 			}
 			left--
 		}
-		fds := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
+		if pause = min(2*pause, 500); wait < 0 {
+			pause = 10
+		}
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
 		if _, err := unix.Poll(fds, wait); err != nil && err != unix.EINTR {
 			return
 		}
