@@ -224,6 +224,7 @@ type dgramTable struct {
 type dgramCounters struct {
 	flow, refused, sockets, unsolicited, hop   reason
 	again, unreachable, forbidden, failed, big reason
+	slowUp, slowDown                           reason
 	errors, strayErrors                        *atomic.Uint64
 }
 
@@ -244,6 +245,8 @@ func (d *dgramTable) init(f *Forwarder, proto string) {
 		forbidden:   r("send_forbidden"),
 		failed:      r("send_failed"),
 		big:         r("send_too_big"),
+		slowUp:      r("egress_bandwidth"),  // over the policy's limit
+		slowDown:    r("ingress_bandwidth"), // likewise, to the sandbox
 		errors:      f.stats.counter(proto + "_icmp_errors"),
 		strayErrors: f.stats.counter(proto + "_stray_icmp_errors"),
 	}

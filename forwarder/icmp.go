@@ -203,6 +203,10 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 		return
 	}
 	binary.BigEndian.PutUint16(data[4:], fl.guest.Port())
-	fl.lease.Account(nat.Reply, 1, int64(ipHeaderLen(fl.guest.Addr())+len(data)))
+	size := ipHeaderLen(fl.guest.Addr()) + len(data)
+	if !s.d.admitDown(size) {
+		return
+	}
+	fl.lease.Account(nat.Reply, 1, int64(size))
 	s.d.f.dgram.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), fl.arrivingMeta(c), data)
 }

@@ -55,6 +55,8 @@ type emitter struct {
 	mu     sync.Mutex
 	routes [2]atomic.Pointer[stack.Route] // written under mu, released by close
 
+	ids atomic.Uint32 // identifications of IPv4 packets, which may get fragmented
+
 	noRoute, failed *atomic.Uint64
 }
 
@@ -182,6 +184,10 @@ func (e *emitter) emit(v *buffer.View, dst netip.Addr, gso stack.GSO, proto uint
 		e.noRoute.Add(1)
 		v.Release()
 		return
+	}
+	if dst.Is4() {
+		// netstack would draw one at random, at the price of an allocation and a lock.
+		binary.BigEndian.PutUint16(v.AsSlice()[4:], uint16(max(e.ids.Add(1)&0xffff, 1)))
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{
 		ReserveHeaderBytes: int(r.MaxHeaderLength()),

@@ -98,7 +98,7 @@ func (d *datagrams) unpublish(l Listener) {
 
 // client begins a flow for a datagram from an address that has none, or has one for
 // another of the host's addresses.
-func (p *publishedUDP) client(from netip.AddrPort, c *control) *dgramFlow {
+func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow {
 	u := p.u
 	q := policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest}
 	v := u.f.rules.Load().Decide(q)
@@ -108,7 +108,6 @@ func (p *publishedUDP) client(from netip.AddrPort, c *control) *dgramFlow {
 		return nil
 	}
 	if old := p.sock.peer(from); old != nil {
-		local := c.local
 		old.local.Store(&local)
 		return old
 	}
@@ -129,7 +128,6 @@ func (p *publishedUDP) client(from netip.AddrPort, c *control) *dgramFlow {
 		d: &u.dgramTable, tuple: tuple, guest: p.guest, peer: source, target: from,
 		query: q, ingress: true,
 	}
-	local := c.local
 	fl.local.Store(&local)
 	host := p.host
 	if local.IsValid() {

@@ -58,6 +58,10 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 		packets = (pkt.Data().Size() + mss - 1) / mss
 		bytes += (packets - 1) * (a.size - pkt.Data().Size())
 	}
+	if up := &d.f.bandwidth.up; up.limited() && !up.admit(bytes, d.f.now()) {
+		d.n.slowUp.drop(d.f, pkt)
+		return
+	}
 	fl.lease.Account(fl.outDir(), int64(packets), int64(bytes))
 	if fl.short {
 		fl.queries.Add(int32(packets))

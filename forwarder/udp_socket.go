@@ -36,7 +36,7 @@ type hostSocket struct {
 	close1 func(fd int)
 	// client is asked about a datagram from an address that is no peer. It
 	// returns the flow to deliver on, or nil. Nil for sockets of sandbox endpoints.
-	client func(from netip.AddrPort, c *control) *dgramFlow
+	client func(from netip.AddrPort, local netip.Addr) *dgramFlow
 
 	// raw is set on a raw socket and on the identifiers that share its descriptor;
 	// the latter have a rawID that requests carry instead of the sandbox's.
@@ -207,7 +207,7 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	if s.client != nil {
 		// A client may change the address that it speaks to.
 		if fl == nil || c.local.IsValid() && *fl.local.Load() != c.local {
-			fl = s.client(from, c)
+			fl = s.client(from, c.local)
 		}
 		if fl == nil {
 			return // counted by client
@@ -225,11 +225,25 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		packets = (len(data) + c.gro - 1) / c.gro
 	}
 	head := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen
-	fl.lease.Account(fl.inDir(), int64(packets), int64(len(data)+packets*head))
+	bytes := len(data) + packets*head
+	if !s.d.admitDown(bytes) {
+		return
+	}
+	fl.lease.Account(fl.inDir(), int64(packets), int64(bytes))
 	s.d.f.dgram.emit.udpSegments(fl.peer, fl.guest, fl.arrivingMeta(c), data, c.gro)
 	if fl.short && fl.queries.Add(-int32(packets)) <= 0 {
 		fl.end("answered")
 	}
+}
+
+// admitDown tells whether the policy's bandwidth leaves room for n bytes to the sandbox.
+func (d *dgramTable) admitDown(n int) bool {
+	down := &d.f.bandwidth.down
+	if down.limited() && !down.admit(n, d.f.now()) {
+		d.n.slowDown.Add(1)
+		return false
+	}
+	return true
 }
 
 // arrivingMeta is what the sandbox sees of the header of a packet that the host

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -317,7 +318,6 @@ func TestUDPIdleFlowsEndByTheTablesClock(t *testing.T) {
 		table = nat.NewTable(nat.Config{Now: clock.now})
 		c.Table, c.Now = table, clock.now
 	})
-	w.table = table
 	srv := udpServer(t, "127.0.0.1:0")
 	w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(srv)), nil))
 	read(t, srv)
@@ -360,7 +360,6 @@ func TestUDPFullTableRefusesTheNewAndKeepsTheOld(t *testing.T) {
 		table = nat.NewTable(nat.Config{Limits: nat.Limits{Max: 1}})
 		c.Table = table
 	})
-	w.table = table
 	srv := udpServer(t, "127.0.0.1:0")
 	me := at(guest4, 4000)
 	for range 3 { // assured, so that it is not dropped early
@@ -465,5 +464,58 @@ func TestUDPBatchesKeepOrderAndBoundaries(t *testing.T) {
 				t.Fatalf("datagram %d has %d bytes, expected %d", i, len(got), n)
 			}
 		}
+	}
+}
+
+func TestUDPWithoutDescriptorsIsACountedRefusal(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	srv := udpServer(t, "127.0.0.1:0")
+	me, peer := at(guest4, 4000), at(gateway4, portOf(srv))
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	none := was
+	none.Cur = 0
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	p := udpPacket(me, peer, []byte("x"))
+	w.send(p)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	w.wantError("no descriptor left", 3, 1, gateway4)
+	if n, c := w.table.Len(), w.f.Stats()["udp_no_socket"]; n != 0 || c != 1 {
+		t.Errorf("%d flows left, counted %d", n, c)
+	}
+	w.send(p)
+	if got, _ := read(t, srv); string(got) != "x" {
+		t.Errorf("got %q once there were descriptors again", got)
+	}
+}
+
+func TestUDPBandwidthIsThePolicys(t *testing.T) {
+	clock := newTestClock()
+	w := newWire(t, strings.Replace(allowAll, "spec:", "spec:\n  limits: {egressBandwidth: 8M}", 1), func(c *Config) {
+		c.Now = clock.now
+		c.Table = nat.NewTable(nat.Config{Now: clock.now})
+	})
+	w.f.dgram.udp.batched = true // what passes waits, and no socket buffer fills
+	srv := udpServer(t, "127.0.0.1:0")
+	p := udpPacket(at(guest4, 4000), at(gateway4, portOf(srv)), pattern(972))
+	pass := func() int {
+		before := w.f.Stats()["udp_egress_bandwidth"]
+		for range 100 {
+			w.send(p)
+		}
+		return 100 - int(w.f.Stats()["udp_egress_bandwidth"]-before)
+	}
+	if n := pass(); n != bucketMin/1000+1 {
+		t.Errorf("%d datagrams passed at once, expected a bucket of %d", n, bucketMin/1000+1)
+	}
+	clock.advance(10 * time.Millisecond) // 10 000 bytes
+	if n := pass(); n < 9 || n > 11 {
+		t.Errorf("%d datagrams of 1000 bytes passed after 10 ms at 8 Mbit/s", n)
 	}
 }

@@ -43,6 +43,7 @@ func newWire(t testing.TB, text string, change func(*Config)) *wire {
 	if change != nil {
 		change(&cfg)
 	}
+	w.table = cfg.Table
 	f, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
