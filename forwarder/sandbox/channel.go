@@ -1,0 +1,272 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// The channel between monitor and worker.
+//
+// One SOCK_SEQPACKET socketpair; one JSON message a packet, with descriptors
+// attached by SCM_RIGHTS. The two sides trust each other differently: the
+// worker believes the monitor, the monitor takes from the worker only small
+// messages without descriptors and treats anything else as the worker's
+// failure, which ends it.
+//
+// A packet is bounded by maxPacket, which fits every default socket buffer. A
+// message that is larger (a policy with thousands of addresses) travels as a
+// memfd attached to a packet that says so, and only towards the worker.
+
+const (
+	maxPacket  = 64 << 10
+	maxMessage = 16 << 20
+	// maxFDs bounds the descriptors of one message: the kernel's SCM_MAX_FD.
+	maxFDs = 253
+)
+
+// The messages, by direction.
+const (
+	msgConfig    = "config"    // → workerConfig; device queues, then the other descriptors it names
+	msgRules     = "rules"     // → rulesMessage
+	msgUpstreams = "upstreams" // → dns.Upstreams
+	msgPublish   = "publish"   // → publishMessage and a listening descriptor
+	msgUnpublish = "unpublish" // → publishMessage
+	msgControl   = "control"   // → api.Request and a connection to answer it on
+	msgSysctl    = "sysctl"    // → api.SysctlParams
+	msgStop      = "stop"      // → end all flows, flush the flow log, exit
+	msgSocket    = "socket"    // → socketMessage and a fresh socket of the guest's namespace, or none
+	msgReady     = "ready"     // ← confined and running
+	msgAck       = "ack"       // ← the message of that sequence number took effect, or Error
+
+	msgWantSocket4 = "want-socket4" // ← hand over one more guest socket
+	msgWantSocket6 = "want-socket6" // ←
+)
+
+// message is one packet.
+type message struct {
+	Type  string          `json:"type"`
+	Seq   uint64          `json:"seq,omitempty"`
+	Error string          `json:"error,omitempty"`
+	Body  json.RawMessage `json:"body,omitempty"`
+	// Large says that the last descriptor is a memfd with the body.
+	Large bool `json:"large,omitempty"`
+}
+
+// channel is one end of the socketpair. Sends are serialised by a mutex,
+// receives belong to one goroutine.
+type channel struct {
+	f  *os.File // in the runtime poller, so that Close ends a blocked Receive
+	mu sync.Mutex
+	// receiveFDs says whether descriptors may come in; elsewhere they are
+	// closed and the message is refused.
+	receiveFDs bool
+	closed     atomic.Bool
+	buf        []byte // Receive's
+}
+
+// socketpair makes the two ends, both close-on-exec and non-blocking.
+func socketpair(typ int) ([2]*os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return [2]*os.File{}, fmt.Errorf("make a socket pair: %w", err)
+	}
+	return [2]*os.File{os.NewFile(uintptr(fds[0]), "channel"), os.NewFile(uintptr(fds[1]), "channel")}, nil
+}
+
+func newChannel(f *os.File, receiveFDs bool) *channel {
+	return &channel{f: f, receiveFDs: receiveFDs, buf: make([]byte, maxPacket)}
+}
+
+// Close ends the channel; a blocked Receive returns.
+func (c *channel) Close() error {
+	c.closed.Store(true)
+	return c.f.Close()
+}
+
+// Send sends one message; fds stay the caller's.
+func (c *channel) Send(typ string, seq uint64, body any, fds ...int) error {
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return fmt.Errorf("channel: encode %s: %w", typ, err)
+	}
+	m := message{Type: typ, Seq: seq, Body: raw}
+	return c.send(m, fds)
+}
+
+func (c *channel) send(m message, fds []int) error {
+	if len(m.Body) > maxMessage {
+		return fmt.Errorf("channel: a %s message of %d bytes: the limit is %d", m.Type, len(m.Body), maxMessage)
+	}
+	if len(fds) >= maxFDs {
+		return fmt.Errorf("channel: a %s message with %d descriptors: the limit is %d", m.Type, len(fds), maxFDs-1)
+	}
+	if len(m.Body) > maxPacket/2 {
+		mem, err := bodyFile(m.Body)
+		if err != nil {
+			return fmt.Errorf("channel: %s: %w", m.Type, err)
+		}
+		defer mem.Close()
+		m.Body, m.Large = nil, true
+		fds = append(fds[:len(fds):len(fds)], int(mem.Fd()))
+	}
+	packet, err := json.Marshal(m)
+	if err != nil {
+		return fmt.Errorf("channel: encode %s: %w", m.Type, err)
+	}
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	rc, err := c.f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var serr error
+	err = rc.Write(func(fd uintptr) bool {
+		_, serr = unix.SendmsgN(int(fd), packet, oob, nil, unix.MSG_NOSIGNAL)
+		return !errors.Is(serr, unix.EAGAIN)
+	})
+	if err := errors.Join(err, serr); err != nil {
+		return fmt.Errorf("channel: send %s: %w", m.Type, err)
+	}
+	return nil
+}
+
+func bodyFile(b []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("message", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a memory file: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "message")
+	if _, err := f.WriteAt(b, 0); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("fill a memory file: %w", err)
+	}
+	return f, nil
+}
+
+// errProtocol marks a message that the other side must not send.
+var errProtocol = errors.New("channel: protocol violation")
+
+// Receive waits for one message. The descriptors are the caller's to close.
+// The end of the channel is io.EOF.
+func (c *channel) Receive() (message, []int, error) {
+	rc, err := c.f.SyscallConn()
+	if err != nil {
+		return message{}, nil, io.EOF // closed
+	}
+	oob := make([]byte, unix.CmsgSpace(maxFDs*4))
+	var n, oobn, flags int
+	var rerr error
+	err = rc.Read(func(fd uintptr) bool {
+		n, oobn, flags, _, rerr = unix.Recvmsg(int(fd), c.buf, oob, unix.MSG_CMSG_CLOEXEC)
+		return !errors.Is(rerr, unix.EAGAIN)
+	})
+	if err := errors.Join(err, rerr); err != nil {
+		if c.closed.Load() || errors.Is(err, unix.ECONNRESET) {
+			err = io.EOF
+		}
+		return message{}, nil, err
+	}
+	fds, err := parseRights(oob[:oobn])
+	if n == 0 && err == nil && len(fds) == 0 {
+		return message{}, nil, io.EOF
+	}
+	var m message
+	if err == nil {
+		m, fds, err = c.decode(c.buf[:n], fds, flags)
+	}
+	if err != nil {
+		closeAll(fds)
+		return message{}, nil, err
+	}
+	return m, fds, nil
+}
+
+// decode judges one packet. On error the descriptors are still the caller's to
+// close.
+func (c *channel) decode(packet []byte, fds []int, flags int) (message, []int, error) {
+	var m message
+	switch {
+	case flags&unix.MSG_TRUNC != 0:
+		return m, fds, fmt.Errorf("%w: a packet longer than %d bytes", errProtocol, maxPacket)
+	case flags&unix.MSG_CTRUNC != 0:
+		return m, fds, fmt.Errorf("%w: descriptors were cut off (the descriptor limit may be reached: raise ulimit -n)", errProtocol)
+	case len(fds) > 0 && !c.receiveFDs:
+		return m, fds, fmt.Errorf("%w: %d unexpected descriptors", errProtocol, len(fds))
+	}
+	if err := json.Unmarshal(packet, &m); err != nil {
+		return m, fds, fmt.Errorf("%w: %v", errProtocol, err)
+	}
+	if !m.Large {
+		return m, fds, nil
+	}
+	if len(fds) == 0 {
+		return m, fds, fmt.Errorf("%w: %s: a large body is missing", errProtocol, m.Type)
+	}
+	last := fds[len(fds)-1]
+	body, err := readBody(last)
+	if err != nil {
+		return m, fds, fmt.Errorf("channel: %s: %w", m.Type, err)
+	}
+	_ = unix.Close(last)
+	m.Body = body
+	return m, fds[:len(fds)-1], nil
+}
+
+func readBody(fd int) ([]byte, error) {
+	size, err := unix.Seek(fd, 0, io.SeekEnd)
+	if err != nil {
+		return nil, fmt.Errorf("measure a large body: %w", err)
+	}
+	if size > maxMessage {
+		return nil, fmt.Errorf("%w: a body of %d bytes", errProtocol, size)
+	}
+	b := make([]byte, size)
+	for off := 0; off < len(b); {
+		n, err := unix.Pread(fd, b[off:], int64(off))
+		if err != nil {
+			return nil, fmt.Errorf("read a large body: %w", err)
+		}
+		if n == 0 {
+			return nil, io.ErrUnexpectedEOF
+		}
+		off += n
+	}
+	return b, nil
+}
+
+func parseRights(oob []byte) ([]int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("%w: control data: %v", errProtocol, err)
+	}
+	var fds []int
+	for i := range msgs {
+		if msgs[i].Header.Level != unix.SOL_SOCKET || msgs[i].Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		got, err := unix.ParseUnixRights(&msgs[i])
+		if err != nil {
+			closeAll(fds)
+			return nil, fmt.Errorf("%w: descriptors: %v", errProtocol, err)
+		}
+		fds = append(fds, got...)
+	}
+	return fds, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		_ = unix.Close(fd)
+	}
+}

@@ -1,0 +1,333 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
+)
+
+// maxControlConns bounds the connections being served by the monitor; those
+// handed to the worker count until it has them.
+const maxControlConns = 32
+
+// controlServer accepts on the control socket.
+type controlServer struct {
+	l      *net.UnixListener
+	peers  peerPolicy
+	handle func(ctx context.Context, c *net.UnixConn, req api.Request) error
+	log    *logRing
+}
+
+// listenControl opens the control socket. The directory it is in is private;
+// that peers are checked one by one is the second lock on the door.
+func (m *monitor) listenControl() (*controlServer, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: m.dir.Socket(), Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("open the control socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false) // the directory goes as a whole
+	s := &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid()}, handle: m.handle, log: m.log}
+	if s.peers.sandbox, err = sandboxNamespace(m.guest.PID()); err != nil {
+		s.close()
+		return nil, err
+	}
+	if err := os.Chmod(m.dir.Socket(), 0o600); err != nil {
+		s.close()
+		return nil, fmt.Errorf("protect the control socket: %w", err)
+	}
+	return s, nil
+}
+
+// sandboxNamespace opens the guest's user namespace, or returns nil if that is
+// the monitor's own.
+func sandboxNamespace(pid int) (*os.File, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
+	if err != nil {
+		return nil, fmt.Errorf("identify the sandbox's user namespace: %w", err)
+	}
+	its, err := f.Stat()
+	if err == nil {
+		var own os.FileInfo
+		if own, err = os.Stat("/proc/self/ns/user"); err == nil && !os.SameFile(its, own) {
+			return f, nil
+		}
+	}
+	_ = f.Close()
+	return nil, err
+}
+
+func (s *controlServer) close() {
+	_ = s.l.Close()
+	if s.peers.sandbox != nil {
+		_ = s.peers.sandbox.Close()
+	}
+}
+
+// serve accepts until ctx ends, and returns after its last goroutine has.
+func (s *controlServer) serve(ctx context.Context) {
+	defer s.close()
+	stop := context.AfterFunc(ctx, func() { _ = s.l.Close() })
+	defer stop()
+	slots := make(chan struct{}, maxControlConns)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		slots <- struct{}{}
+		c, err := s.l.AcceptUnix()
+		if err != nil {
+			<-slots
+			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Out of descriptors, most likely: the sandbox goes on, and the next
+			// client may find some.
+			s.log.warnf("monitor", "accept on the control socket: %v", err)
+			sleepContext(ctx, 100*time.Millisecond)
+			continue
+		}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			s.serveConn(ctx, c)
+		})
+	}
+}
+
+// serveConn answers one connection.
+func (s *controlServer) serveConn(ctx context.Context, c *net.UnixConn) {
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+	if err := s.peers.check(c); err != nil {
+		s.log.warnf("monitor", "control socket: %v", err)
+		_ = api.WriteError(c, &api.Error{Code: api.CodeDenied, Message: err.Error()})
+		return
+	}
+	req, err := api.ReadRequest(c, time.Now().Add(api.RequestTimeout))
+	if err == nil {
+		// Each answer sets what deadline it needs.
+		_ = c.SetWriteDeadline(time.Time{})
+		err = s.handle(ctx, c, req)
+	}
+	if err != nil {
+		_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+		_ = api.WriteError(c, err)
+	}
+}
+
+// handle answers one request. An error it returns has not been written.
+func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) error {
+	switch req.Method {
+	case api.MethodLogs:
+		return m.handleLogs(ctx, c, req)
+	case api.MethodFlows, api.MethodFlowsWatch, api.MethodStats, api.MethodSysctl, api.MethodCapture:
+		return m.handOver(c, req)
+	}
+	result, err := m.answer(ctx, req)
+	if err != nil {
+		return err
+	}
+	_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+	_ = api.WriteResult(c, result)
+	return nil
+}
+
+// answer serves the methods that have one answer and are the monitor's.
+func (m *monitor) answer(ctx context.Context, req api.Request) (any, error) {
+	switch req.Method {
+	case api.MethodInfo:
+		i := m.info()
+		var flows api.FlowCount
+		if m.callWorker(ctx, api.MethodFlowCount, &flows) == nil {
+			i.Flows = flows.Flows
+		}
+		return i, nil
+	case api.MethodPolicyShow:
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.policyResult()
+	case api.MethodPolicySet:
+		return decoded(req, m.setPolicy)
+	case api.MethodPorts:
+		return api.PortsResult{Ports: apiPorts(m.ports.list())}, nil
+	case api.MethodPortsAdd:
+		return decoded(req, m.addPort)
+	case api.MethodPortsRm:
+		return decoded(req, m.removePort)
+	case api.MethodSysctlSet:
+		return decoded(req, func(p api.SysctlParams) (any, error) { return m.setSysctl(p) })
+	}
+	return nil, &api.Error{Code: api.CodeBadRequest, Message: fmt.Sprintf("unknown method %q", req.Method)}
+}
+
+// decoded decodes a request's parameters for f.
+func decoded[P any](req api.Request, f func(P) (any, error)) (any, error) {
+	var p P
+	if err := api.DecodeStrict(req.Params, &p); err != nil {
+		return nil, &api.Error{Code: api.CodeBadRequest, Message: fmt.Sprintf("%s: parameters: %v", req.Method, err)}
+	}
+	return f(p)
+}
+
+// handOver gives the connection to the worker, which answers from here on.
+func (m *monitor) handOver(c *net.UnixConn, req api.Request) error {
+	l := m.worker()
+	if l == nil {
+		return errRestarting
+	}
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var posted error
+	err = rc.Control(func(fd uintptr) { posted = l.post(msgControl, controlMessage{Request: req}, int(fd)) })
+	if err := errors.Join(err, posted); err != nil {
+		m.log.warnf("monitor", "hand %s to the worker: %v", req.Method, err)
+		return errRestarting
+	}
+	return nil
+}
+
+var errRestarting = &api.Error{Code: api.CodeUnavailable, Message: "the worker is being restarted: try again in a moment"}
+
+// callTimeout bounds a question of the monitor's own to the worker.
+const callTimeout = 2 * time.Second
+
+// callWorker asks the worker as a client would.
+func (m *monitor) callWorker(ctx context.Context, method string, result any) error {
+	l := m.worker()
+	if l == nil {
+		return errRestarting
+	}
+	ends, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		return err
+	}
+	err = l.post(msgControl, controlMessage{Request: api.Request{Method: method}}, fdOf(ends[1]))
+	_ = ends[1].Close()
+	if err != nil {
+		_ = ends[0].Close()
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	s, err := api.Answer(ctx, ends[0], method, result)
+	if err != nil {
+		return err
+	}
+	return s.Close()
+}
+
+// policyResult is called with mu held.
+func (m *monitor) policyResult() (any, error) {
+	r := api.PolicyResult{Name: m.rules.Name, Source: m.rules.Source, Generation: m.generation}
+	if r.Source == "" {
+		text, err := policy.Default(true).YAML()
+		if err != nil {
+			return nil, err
+		}
+		r.Source = string(text)
+	}
+	return r, nil
+}
+
+// setPolicy puts a policy in force; one with errors leaves the old one there.
+func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
+	if p.Source == "" {
+		return nil, &api.Error{Code: api.CodeInvalid, Message: "the policy is empty"}
+	}
+	if p.Name == "" {
+		p.Name = "policy"
+	}
+	m.change.Lock()
+	defer m.change.Unlock()
+	r := rulesMessage{Name: p.Name, Source: p.Source, Env: m.rules.Env}
+	if err := m.applyRules(r); err != nil {
+		m.log.infof("monitor", "policy %s refused: %v", p.Name, err)
+		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Name)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.generation++
+	m.log.infof("monitor", "policy %s is in force", p.Name)
+	return m.policyResult()
+}
+
+// setSysctl sets a tunable in the worker, and for its successors.
+func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
+	if p.Name == "" || p.Value == "" {
+		return nil, &api.Error{Code: api.CodeBadRequest, Message: "want a tunable and its value"}
+	}
+	m.change.Lock()
+	defer m.change.Unlock()
+	l := m.worker()
+	if l == nil {
+		return nil, errRestarting
+	}
+	if err := l.request(msgSysctl, p); err != nil {
+		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	}
+	next := maps.Clone(m.sysctls)
+	if next == nil {
+		next = make(map[string]string)
+	}
+	next[p.Name] = p.Value
+	m.mu.Lock()
+	m.sysctls = next
+	m.mu.Unlock()
+	return api.SysctlResult{Values: map[string]string{p.Name: p.Value}}, nil
+}
+
+// handleLogs answers with the last lines and, if asked, goes on with new ones
+// until the client hangs up.
+func (m *monitor) handleLogs(ctx context.Context, c *net.UnixConn, req api.Request) error {
+	var p api.LogsParams
+	if err := api.DecodeStrict(req.Params, &p); err != nil {
+		return &api.Error{Code: api.CodeBadRequest, Message: "logs: parameters: " + err.Error()}
+	}
+	_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+	if !p.Follow {
+		lines, dropped := m.log.last(p.Last)
+		_ = api.WriteResult(c, api.LogsResult{Lines: lines, Dropped: dropped})
+		return nil
+	}
+	lines, more, cancel := m.log.follow(p.Last)
+	defer cancel()
+	if api.WriteResult(c, api.LogsResult{Lines: lines}) != nil {
+		return nil
+	}
+	gone := make(chan struct{})
+	// Ends when the client hangs up, or with the deadline that serveConn sets
+	// at the end of ctx.
+	go func() {
+		defer close(gone)
+		_, _ = c.Read(make([]byte, 1))
+	}()
+	defer func() {
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+		<-gone
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-gone:
+			return nil
+		case line := <-more:
+			_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+			if api.WriteLine(c, line) != nil {
+				return nil
+			}
+		}
+	}
+}

@@ -1,0 +1,285 @@
+package sandbox
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// What becomes of a flow when it is over.
+//
+//	nat.Table, forwarder ──► queue (bounded) ──► one goroutine ──► ring of the last
+//	  ended, refused          full: counted                        └► flow log, one
+//	                                                                  JSON line each
+//
+// The packet path only puts a small value on the queue, or counts a loss. All
+// else, encoding and a disk that is slow or full, is felt by that goroutine
+// alone.
+//
+// A refused flow leaves one record at once. Its repeats (a SYN's
+// retransmissions, a client that tries again from the same port) are counted
+// and told in one more record when foldFor has passed.
+
+const (
+	flowQueue   = 8192
+	endedFlows  = 4096 // what `flows --ended` and --show-flows can look back on
+	foldFor     = 10 * time.Second
+	maxFolds    = 1024 // refusals being counted; beyond it each has its own record
+	flowLogSize = 32 << 10
+)
+
+// flowEnd is a flow that is over: ended, or refused if it has no ID.
+type flowEnd struct {
+	flow   nat.Flow
+	action policy.Action
+}
+
+// foldKey identifies repeats of one refusal.
+type foldKey struct {
+	tuple   nat.Tuple
+	ingress bool
+}
+
+// fold is a refusal whose repeats are being counted.
+type fold struct {
+	record api.FlowRecord
+	more   uint64
+	until  time.Time
+}
+
+// flowLog turns ended flows into records.
+type flowLog struct {
+	out io.Writer // nil without a flow log
+	now func() time.Time
+	log *slog.Logger
+
+	queue chan flowEnd
+	stop  chan struct{} // closed by close
+	done  chan struct{} // closed by run
+	lost  atomic.Uint64 // no room in the queue
+	unlog atomic.Uint64 // records that could not be written
+
+	mu      sync.Mutex // guards the ring
+	ring    []api.FlowRecord
+	next    int
+	dropped uint64
+
+	// The goroutine's own.
+	folds  map[foldKey]*fold
+	buf    bytes.Buffer
+	lines  uint64 // in buf
+	failed bool   // the last write did
+}
+
+func newFlowLog(out io.Writer, now func() time.Time, log *slog.Logger) *flowLog {
+	return &flowLog{
+		out: out, now: now, log: log,
+		queue: make(chan flowEnd, flowQueue), stop: make(chan struct{}), done: make(chan struct{}),
+		folds: make(map[foldKey]*fold),
+	}
+}
+
+// onEvent is nat.Config.OnEvent.
+func (l *flowLog) onEvent(e nat.Event) {
+	if e.Type == nat.Destroy {
+		l.put(flowEnd{flow: e.Flow, action: policy.Allow})
+	}
+}
+
+// refused is forwarder.Config.Refused.
+func (l *flowLog) refused(proto uint8, src, dst netip.AddrPort, ingress bool, v policy.Verdict) {
+	now := l.now()
+	l.put(flowEnd{action: v.Action(), flow: nat.Flow{
+		Orig: nat.NewTuple(proto, src, dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+	}})
+}
+
+func (l *flowLog) put(e flowEnd) {
+	select {
+	case l.queue <- e:
+	default:
+		l.lost.Add(1)
+	}
+}
+
+// close waits until everything put before it is written.
+func (l *flowLog) close() {
+	close(l.stop)
+	<-l.done
+}
+
+// run is the goroutine; it ends with close.
+func (l *flowLog) run() {
+	defer close(l.done)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case e := <-l.queue:
+			l.take(e)
+			if len(l.queue) == 0 || l.buf.Len() >= flowLogSize {
+				l.flush()
+			}
+		case <-tick.C:
+			l.unfold(l.now())
+			l.flush()
+		case <-l.stop:
+			for len(l.queue) > 0 { // this goroutine alone takes from it
+				l.take(<-l.queue)
+			}
+			l.unfold(time.Time{})
+			l.flush()
+			return
+		}
+	}
+}
+
+func (l *flowLog) take(e flowEnd) {
+	r := record(e)
+	if e.action == policy.Allow {
+		l.add(r)
+		return
+	}
+	key := foldKey{e.flow.Orig, e.flow.Ingress}
+	if f := l.folds[key]; f != nil && f.record.Rule == r.Rule {
+		f.more++
+		return
+	}
+	l.add(r)
+	if len(l.folds) < maxFolds {
+		l.folds[key] = &fold{record: r, until: l.now().Add(foldFor)}
+	}
+}
+
+// unfold tells the repeats of refusals that were due before now; the zero time
+// means all.
+func (l *flowLog) unfold(now time.Time) {
+	for key, f := range l.folds {
+		if !now.IsZero() && now.Before(f.until) {
+			continue
+		}
+		delete(l.folds, key)
+		if f.more > 0 {
+			f.record.Time, f.record.Count = l.now(), f.more
+			f.record.Duration = f.record.Time.Sub(f.record.Start).Seconds()
+			l.add(f.record)
+		}
+	}
+}
+
+// add puts a record in the ring and in the log's buffer.
+func (l *flowLog) add(r api.FlowRecord) {
+	l.mu.Lock()
+	if len(l.ring) < endedFlows {
+		l.ring = append(l.ring, r)
+	} else {
+		l.ring[l.next] = r
+		l.next = (l.next + 1) % endedFlows
+		l.dropped++
+	}
+	l.mu.Unlock()
+	if l.out == nil {
+		return
+	}
+	line, err := json.Marshal(r)
+	if err != nil {
+		l.unlog.Add(1)
+		return
+	}
+	l.buf.Write(append(line, '\n'))
+	l.lines++
+}
+
+// flush writes what is buffered. What cannot be written is lost and counted:
+// a full disk must not grow the worker.
+func (l *flowLog) flush() {
+	if l.buf.Len() == 0 {
+		return
+	}
+	_, err := l.out.Write(l.buf.Bytes())
+	if err != nil {
+		l.unlog.Add(l.lines)
+		if !l.failed {
+			l.log.Warn(fmt.Sprintf("the flow log cannot be written, records are lost: %v", err))
+		}
+	} else if l.failed {
+		l.log.Info("the flow log can be written again")
+	}
+	l.failed = err != nil
+	l.buf.Reset()
+	l.lines = 0
+}
+
+// ended returns the ring's records, oldest first.
+func (l *flowLog) ended() ([]api.FlowRecord, uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := make([]api.FlowRecord, 0, len(l.ring))
+	out = append(out, l.ring[l.next:]...)
+	return append(out, l.ring[:l.next]...), l.dropped + l.lost.Load()
+}
+
+// record describes a flow that is over.
+func record(e flowEnd) api.FlowRecord {
+	f := e.flow
+	r := api.FlowRecord{
+		Time: f.End, Start: f.Start, Duration: f.End.Sub(f.Start).Seconds(),
+		ID: f.ID, Proto: protoName(f.Orig.Proto()), Direction: "egress",
+		Verdict: api.VerdictForwarded, Rule: f.Rule, Reason: f.Reason, Names: f.Names,
+		Orig:  api.Counter{Packets: uint64(f.OrigPackets), Bytes: uint64(f.OrigBytes)},
+		Reply: api.Counter{Packets: uint64(f.ReplyPackets), Bytes: uint64(f.ReplyBytes)},
+	}
+	if f.Ingress {
+		r.Direction = "ingress"
+	}
+	reply := f.Reply
+	switch e.action {
+	case policy.Allow:
+		r.State = f.State.String()
+	case policy.Reject:
+		r.Verdict = api.VerdictRejected
+		reply = f.Orig.Reverse()
+	default:
+		r.Verdict = api.VerdictDropped
+		reply = f.Orig.Reverse()
+	}
+	r.OrigSrc, r.OrigDst = endpoint(f.Orig.Src()), endpoint(f.Orig.Dst())
+	r.ReplySrc, r.ReplyDst = endpoint(reply.Src()), endpoint(reply.Dst())
+	if p := f.Orig.Proto(); p == unix.IPPROTO_ICMP || p == unix.IPPROTO_ICMPV6 {
+		kind := f.Orig.Dst().Port()
+		r.ICMP = &api.ICMP{Type: uint8(kind >> 8), Code: uint8(kind), ID: f.Orig.Src().Port()}
+		for _, e := range []*api.Endpoint{&r.OrigSrc, &r.OrigDst, &r.ReplySrc, &r.ReplyDst} {
+			e.Port = 0
+		}
+	}
+	return r
+}
+
+func endpoint(a netip.AddrPort) api.Endpoint { return api.Endpoint{IP: a.Addr(), Port: a.Port()} }
+
+func protoName(p uint8) string {
+	switch p {
+	case unix.IPPROTO_TCP:
+		return "tcp"
+	case unix.IPPROTO_UDP:
+		return "udp"
+	case unix.IPPROTO_ICMP:
+		return "icmp"
+	case unix.IPPROTO_ICMPV6:
+		return "icmpv6"
+	}
+	return strconv.Itoa(int(p))
+}

@@ -1,0 +1,70 @@
+package sandbox
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// rawICMP opens raw ICMP sockets, v4 and v6, for a worker whose gid may not use
+// ping sockets; what cannot be had is -1, and echo is then refused and counted.
+// The kernel's one range governs both families.
+//
+// They are kept as bare descriptors: as files they would be in the runtime's
+// poller, and each ICMP packet of the host would wake the monitor.
+func rawICMP(gid int) [2]int {
+	out := [2]int{-1, -1}
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ping_group_range"); err == nil && inRange(string(b), gid) {
+		return out
+	}
+	for i, s := range []struct{ domain, proto int }{
+		{unix.AF_INET, unix.IPPROTO_ICMP},
+		{unix.AF_INET6, unix.IPPROTO_ICMPV6},
+	} {
+		if fd, err := unix.Socket(s.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.proto); err == nil {
+			out[i] = fd
+		}
+	}
+	return out
+}
+
+// inRange reads "low high" as /proc/sys/net/ipv4/ping_group_range has it.
+func inRange(s string, gid int) bool {
+	var low, high int64
+	if _, err := fmt.Sscan(strings.TrimSpace(s), &low, &high); err != nil {
+		return false
+	}
+	return low <= int64(gid) && int64(gid) <= high
+}
+
+// maxSocketWants bounds how many sockets of the guest's namespace are on their
+// way to the worker.
+const maxSocketWants = 64
+
+// giveSocket makes a socket in the guest's network namespace for the worker.
+// It is called by the link's reader and must not block that.
+func (m *monitor) giveSocket(l *workerLink, v6 bool) {
+	select {
+	case m.socketWants <- struct{}{}:
+	default:
+		return
+	}
+	// Ends with the guest stage's answer, which the guest's Close provokes.
+	go func() {
+		defer func() { <-m.socketWants }()
+		network := "tcp4"
+		if v6 {
+			network = "tcp6"
+		}
+		s, err := m.guest.Socket(network)
+		if err != nil {
+			m.log.infof("monitor", "make a %s socket for the worker: %v", network, err)
+			_ = l.post(msgSocket, socketMessage{V6: v6}) // without one: it may ask again
+			return
+		}
+		defer s.Close()
+		_ = l.post(msgSocket, socketMessage{V6: v6}, fdOf(s))
+	}()
+}

@@ -1,0 +1,95 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// hostAddrs lists every address of the caller's network namespace.
+func hostAddrs() ([]netip.Addr, error) {
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	var out []netip.Addr
+	for _, a := range list {
+		if a.IPNet == nil {
+			continue
+		}
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			out = append(out, ip.Unmap())
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out), nil
+}
+
+// addrSettle lets a burst of changes (an interface that comes up) pass before
+// rules are compiled once for all of it.
+const addrSettle = 100 * time.Millisecond
+
+// watchHostAddrs calls changed with the new list after each change, until ctx
+// ends. It runs on the caller's goroutine.
+func watchHostAddrs(ctx context.Context, changed func([]netip.Addr)) error {
+	done := make(chan struct{})
+	defer close(done)
+	updates := make(chan netlink.AddrUpdate, 64)
+	lost := make(chan error, 1)
+	err := netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{
+		ErrorCallback: func(err error) {
+			select {
+			case lost <- err:
+			default:
+			}
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("watch the host's addresses: %w", err)
+	}
+	// The library's goroutine blocks on a full channel: what is left in it when
+	// we go must not hold it.
+	defer func() {
+		go func() {
+			for range updates {
+			}
+		}()
+	}()
+	last, err := hostAddrs()
+	if err != nil {
+		return err
+	}
+	changed(last)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-lost:
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("watch the host's addresses: %w", err)
+		case <-updates:
+		}
+		sleepContext(ctx, addrSettle)
+		for drained := false; !drained; {
+			select {
+			case <-updates:
+			default:
+				drained = true
+			}
+		}
+		now, err := hostAddrs()
+		if err != nil {
+			return err
+		}
+		if !slices.Equal(now, last) {
+			last = now
+			changed(now)
+		}
+	}
+}

@@ -1,0 +1,119 @@
+package sandbox
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+
+	"sluice/forwarder/sandbox/api"
+)
+
+// The sandbox's own log: the last lines, kept in the monitor so that a worker
+// that died cannot take its last words with it. Lines from the worker are what
+// a less trusted process wrote: they are cut, cleaned of control characters
+// and, like all lines, overwritten when the ring is full.
+
+const (
+	logLines      = 1000
+	logLineLength = 1024
+	// logFollowerQueue bounds what a slow `logs -f` can hold back; beyond it lines
+	// are lost to that follower.
+	logFollowerQueue = 256
+)
+
+type logRing struct {
+	now func() time.Time
+	// echo, when set, gets every line at its level or above (standard error).
+	echo func(api.LogLine)
+
+	mu        sync.Mutex
+	lines     []api.LogLine // ring, oldest at next once full
+	next      int
+	dropped   uint64
+	followers map[chan api.LogLine]struct{}
+}
+
+func newLogRing(now func() time.Time, echo func(api.LogLine)) *logRing {
+	return &logRing{now: now, echo: echo, followers: make(map[chan api.LogLine]struct{})}
+}
+
+func (l *logRing) infof(source, format string, args ...any) {
+	l.add("info", source, fmt.Sprintf(format, args...))
+}
+
+func (l *logRing) warnf(source, format string, args ...any) {
+	l.add("warning", source, fmt.Sprintf(format, args...))
+}
+
+func (l *logRing) add(level, source, text string) {
+	line := api.LogLine{Time: l.now(), Level: level, Source: source, Text: cleanLine(text)}
+	l.mu.Lock()
+	if len(l.lines) < logLines {
+		l.lines = append(l.lines, line)
+	} else {
+		l.lines[l.next] = line
+		l.next = (l.next + 1) % logLines
+		l.dropped++
+	}
+	for ch := range l.followers {
+		select {
+		case ch <- line:
+		default:
+		}
+	}
+	l.mu.Unlock()
+	if l.echo != nil {
+		l.echo(line)
+	}
+}
+
+// last returns the newest n lines, oldest first; 0 means all that are kept.
+func (l *logRing) last(n int) ([]api.LogLine, uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.lastLocked(n), l.dropped
+}
+
+func (l *logRing) lastLocked(n int) []api.LogLine {
+	if n <= 0 || n > len(l.lines) {
+		n = len(l.lines)
+	}
+	out := make([]api.LogLine, 0, n)
+	for i := len(l.lines) - n; i < len(l.lines); i++ {
+		out = append(out, l.lines[(l.next+i)%len(l.lines)])
+	}
+	return out
+}
+
+// follow returns the newest n lines and a channel of those to come; no line
+// falls between them. cancel ends it; the channel is never closed.
+func (l *logRing) follow(n int) (lines []api.LogLine, ch <-chan api.LogLine, cancel func()) {
+	c := make(chan api.LogLine, logFollowerQueue)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.followers[c] = struct{}{}
+	return l.lastLocked(n), c, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.followers, c)
+	}
+}
+
+// cleanLine makes one printable line of at most logLineLength bytes.
+func cleanLine(s string) string {
+	s = strings.ReplaceAll(strings.TrimRight(s, "\r\n"), "\n", "; ")
+	if len(s) > logLineLength {
+		s = strings.ToValidUTF8(s[:logLineLength], "") + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if r == '\t' {
+			return ' '
+		}
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}

@@ -1,0 +1,26 @@
+package sandbox
+
+import (
+	"os"
+	"testing"
+
+	"sluice/forwarder/sandbox/guest"
+)
+
+// TestMain lets the test binary stand in for sluice: the monitor under test
+// starts /proc/self/exe as its worker and guest stage.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case WorkerCommand:
+			os.Exit(WorkerMain())
+		case "guest":
+			os.Exit(guest.Main(os.Args[2:]))
+		case "test-worker":
+			os.Exit(fakeWorker(os.Args[2]))
+		case "test-peer":
+			os.Exit(fakePeer(os.Args[2]))
+		}
+	}
+	os.Exit(m.Run())
+}

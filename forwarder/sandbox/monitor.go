@@ -1,0 +1,319 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/dns"
+	"sluice/forwarder/sandbox/api"
+	"sluice/forwarder/sandbox/guest"
+	"sluice/tun"
+)
+
+// StartGuest makes the inside of a sandbox: guest.Start, or an attachment to
+// namespaces that exist.
+type StartGuest func(context.Context, guest.Config) (*guest.Guest, error)
+
+// monitor is the process that outlives the workers: what it holds is what a
+// new worker is given.
+//
+// Lock order: change, then mu.
+type monitor struct {
+	cfg     Config
+	log     *logRing
+	dir     *Dir
+	guest   *guest.Guest
+	spawner *spawner
+	ports   portTable
+	base    api.Info // what does not change
+	flowLog *os.File // nil without one
+	raw     [2]int   // raw ICMP and ICMPv6, or -1
+	// socketWants holds a token per socket being made for the worker.
+	socketWants chan struct{}
+
+	// change serialises what alters a worker's world: starting one, and rules,
+	// upstreams, ports and tunables while one runs. Each change is stored here
+	// before the worker is told, so that its successor starts with it. The
+	// fields below it are read under change or mu and written under both.
+	change     sync.Mutex
+	rules      rulesMessage
+	generation uint64 // of rules: how often policy.set succeeded
+	upstreams  dns.Upstreams
+	sysctls    map[string]string
+
+	mu       sync.Mutex
+	link     *workerLink // nil while there is no worker
+	state    api.State
+	restarts uint64
+	failure  string
+}
+
+func (m *monitor) setState(s api.State) {
+	m.mu.Lock()
+	m.state = s
+	m.mu.Unlock()
+}
+
+// worker returns the link to the running worker, or nil.
+func (m *monitor) worker() *workerLink {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.link
+}
+
+// ended and reason make a workerLink supervised.
+func (l *workerLink) ended() <-chan struct{} { return l.p.done }
+func (l *workerLink) reason() string         { return l.p.why }
+
+// startWorker brings up a worker with all that the monitor holds.
+func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
+	m.change.Lock()
+	defer m.change.Unlock()
+	p, err := m.spawner.start("/proc/self/exe", []string{os.Args[0], WorkerCommand}, workerAttr(workerIDs()), m.workerLine)
+	if err != nil {
+		return nil, err
+	}
+	l := newWorkerLink(p, m.giveSocket)
+	if err := m.introduce(ctx, l); err != nil {
+		p.kill()
+		// Its own words explain more than a broken channel does.
+		if errors.Is(err, errWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+			err = errors.New(p.why)
+		}
+		return nil, fmt.Errorf("start the worker: %w", err)
+	}
+	m.mu.Lock()
+	m.link, m.state = l, api.StateRunning
+	m.mu.Unlock()
+	return l, nil
+}
+
+// introduce hands everything over and waits until the worker serves. Called
+// with change held.
+func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
+	cfg, fds := m.workerConfig()
+	if err := l.post(msgConfig, cfg, fds...); err != nil {
+		return err
+	}
+	t := time.NewTimer(readyTimeout)
+	defer t.Stop()
+	select {
+	case <-l.ready:
+	case <-l.ended():
+		return errWorkerGone
+	case <-t.C:
+		return fmt.Errorf("not ready after %s", readyTimeout)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for _, p := range m.ports.list() {
+		if err := m.offer(l, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// workerConfig collects what a new worker gets. Called with change held.
+func (m *monitor) workerConfig() (workerConfig, []int) {
+	c := &m.cfg
+	w := workerConfig{
+		Name:       c.Name,
+		Device:     c.Guest.Link,
+		GatewayMAC: c.GatewayMAC,
+		Guest:      addrs(c.Guest.Addr4.Addr(), c.Guest.Addr6.Addr()),
+		Gateway:    addrs(c.Guest.Gateway4, c.Guest.Gateway6),
+		DNS:        addrs(c.DNS4, c.DNS6),
+		Prefix4:    c.Guest.Addr4, Prefix6: c.Guest.Addr6,
+		Upstreams:    m.upstreams,
+		Hosts:        c.Hosts,
+		Rules:        m.rules,
+		Sysctls:      maps.Clone(m.sysctls),
+		GuestSockets: true,
+		HasRaw4:      m.raw[0] >= 0,
+		HasRaw6:      m.raw[1] >= 0,
+		HasFlowLog:   m.flowLog != nil,
+		MemoryLimit:  cgroupMemory() / 10 * 9,
+	}
+	if c.Guest.Link.Kind == tun.TUN {
+		w.GatewayMAC = nil
+	}
+	var fds []int
+	for _, f := range m.guest.Device() {
+		fds = append(fds, fdOf(f))
+	}
+	w.Queues = len(fds)
+	for _, fd := range m.raw {
+		if fd >= 0 {
+			fds = append(fds, fd)
+		}
+	}
+	if m.flowLog != nil {
+		fds = append(fds, fdOf(m.flowLog))
+	}
+	return w, fds
+}
+
+// fdOf is Fd without its side effect of making the description blocking, which
+// the worker would share.
+func fdOf(f *os.File) int {
+	fd := -1
+	if rc, err := f.SyscallConn(); err == nil {
+		_ = rc.Control(func(n uintptr) { fd = int(n) })
+	}
+	return fd
+}
+
+// offer passes one published port to a worker. Called with change held.
+func (m *monitor) offer(l *workerLink, p published) error {
+	for _, s := range p.listeners {
+		msg := publishMessage{ID: s.id, Proto: s.proto, Host: s.host, Guest: s.guest}
+		if err := l.request(msgPublish, msg, s.fd); err != nil {
+			return fmt.Errorf("publish %s: %w", FormatPort(p.port), err)
+		}
+	}
+	return nil
+}
+
+// lost takes a worker's death down.
+func (m *monitor) lost(why string, wait time.Duration) {
+	m.mu.Lock()
+	l := m.link
+	m.link, m.state, m.failure = nil, api.StateRestarting, why
+	m.restarts++
+	m.mu.Unlock()
+	if l != nil {
+		_ = l.p.ch.Close()
+	}
+	m.log.warnf("monitor", "the worker ended: %s; its flows are lost, restarting %s", why, inWhen(wait))
+}
+
+func (m *monitor) startFailed(err error, wait time.Duration) {
+	m.mu.Lock()
+	m.failure = err.Error()
+	m.mu.Unlock()
+	m.log.warnf("monitor", "%v; trying again %s", err, inWhen(wait))
+}
+
+func inWhen(d time.Duration) string {
+	if d <= 0 {
+		return "now"
+	}
+	return "in " + d.String()
+}
+
+// workerLine takes one line of the worker's standard error. Lines of its log
+// carry their level as sd-daemon(3) spells it; all others are its last words.
+func (m *monitor) workerLine(line string) {
+	level := "error"
+	if len(line) > 3 && line[0] == '<' && line[2] == '>' {
+		switch line[1] {
+		case '7', '6':
+			level = "info"
+		case '4':
+			level = "warning"
+		}
+		line = line[3:]
+	}
+	m.log.add(level, "worker", line)
+}
+
+// tell passes a change on to the worker, if there is one; its successor gets
+// the change anyway. Called with change held.
+func (m *monitor) tell(typ string, body any, fds ...int) error {
+	l := m.worker()
+	if l == nil {
+		return nil
+	}
+	err := l.request(typ, body, fds...)
+	if errors.Is(err, errWorkerGone) {
+		return nil
+	}
+	return err
+}
+
+// setUpstreams is called by the watcher of the host's resolver configuration.
+func (m *monitor) setUpstreams(u dns.Upstreams, err error) {
+	u = m.cfg.upstreams(u)
+	switch {
+	case err != nil:
+		m.log.warnf("monitor", "read the host's resolver configuration: %v", err)
+	case len(u.Servers) == 0:
+		m.log.warnf("monitor", "%s names no server: names will not resolve (give one with --dns)", m.cfg.ResolvConf)
+	}
+	m.change.Lock()
+	defer m.change.Unlock()
+	if m.upstreams.Equal(u) {
+		return
+	}
+	m.mu.Lock()
+	m.upstreams = u
+	m.mu.Unlock()
+	m.log.infof("monitor", "upstream resolvers are now %v", u.Servers)
+	if err := m.tell(msgUpstreams, u); err != nil {
+		m.log.warnf("monitor", "pass the resolvers on: %v", err)
+	}
+}
+
+// setHostAddrs is called by the watcher of the host's addresses: the rules are
+// compiled anew, because what is the host's own has changed.
+func (m *monitor) setHostAddrs(list []netip.Addr) {
+	m.change.Lock()
+	defer m.change.Unlock()
+	r := m.rules
+	if slices.Equal(r.Env.HostAddrs, list) {
+		return
+	}
+	r.Env.HostAddrs = list
+	if err := m.applyRules(r); err != nil {
+		m.log.warnf("monitor", "apply the host's new addresses: %v", err)
+		return
+	}
+	m.log.infof("monitor", "the host has %d addresses", len(list))
+}
+
+// applyRules makes rules the ones in force, or changes nothing. Called with
+// change held.
+func (m *monitor) applyRules(r rulesMessage) error {
+	if _, err := r.compile(); err != nil {
+		return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	}
+	old := m.rules
+	m.storeRules(r)
+	if err := m.tell(msgRules, r); err != nil {
+		m.storeRules(old)
+		return fmt.Errorf("the worker did not take the policy: %w", err)
+	}
+	return nil
+}
+
+func (m *monitor) storeRules(r rulesMessage) {
+	m.mu.Lock()
+	m.rules = r
+	m.mu.Unlock()
+}
+
+// info describes the sandbox, without asking the worker.
+func (m *monitor) info() api.Info {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := m.base
+	i.State, i.Restarts, i.LastFailure, i.Policy = m.state, m.restarts, m.failure, m.rules.Name
+	i.Flows = -1
+	if m.link != nil {
+		i.WorkerPID = m.link.p.cmd.Pid
+	}
+	for _, s := range m.upstreams.Servers {
+		i.Upstreams = append(i.Upstreams, s.String())
+	}
+	return i
+}

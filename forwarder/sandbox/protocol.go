@@ -1,0 +1,83 @@
+package sandbox
+
+import (
+	"net"
+	"net/netip"
+
+	"sluice/forwarder/dns"
+	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
+	"sluice/tun"
+)
+
+// The bodies of the channel's messages.
+
+// workerConfig is all a worker needs to know. The descriptors that come with
+// it, in this order: the device's queues, then raw ICMP, raw ICMPv6 and the
+// flow log for those of the three that are said to be there.
+type workerConfig struct {
+	Name       string           `json:"name"`
+	Device     tun.Config       `json:"device"`
+	Queues     int              `json:"queues"`
+	GatewayMAC net.HardwareAddr `json:"gateway_mac,omitempty"`
+
+	Guest   []netip.Addr `json:"guest"`
+	Gateway []netip.Addr `json:"gateway"`
+	DNS     []netip.Addr `json:"dns"`
+	Prefix4 netip.Prefix `json:"prefix4,omitzero"`
+	Prefix6 netip.Prefix `json:"prefix6,omitzero"`
+
+	Upstreams dns.Upstreams           `json:"upstreams"`
+	Hosts     map[string][]netip.Addr `json:"hosts,omitempty"`
+	Rules     rulesMessage            `json:"rules"`
+	Sysctls   map[string]string       `json:"sysctls,omitempty"`
+
+	HasRaw4    bool `json:"has_raw4,omitempty"`
+	HasRaw6    bool `json:"has_raw6,omitempty"`
+	HasFlowLog bool `json:"has_flow_log,omitempty"`
+	// MemoryLimit is the Go runtime's soft limit in bytes; 0 means none.
+	MemoryLimit int64 `json:"memory_limit,omitempty"`
+	// GuestSockets says that the monitor hands out sockets of the guest's
+	// network namespace.
+	GuestSockets bool `json:"guest_sockets,omitempty"`
+}
+
+// rulesMessage is a policy and where it applies. An empty Source is the
+// built-in default policy.
+type rulesMessage struct {
+	Name   string             `json:"name"`
+	Source string             `json:"source"`
+	Env    policy.Environment `json:"env"`
+}
+
+// compile makes the rules; monitor and worker both do, the one to answer with
+// the errors, the other because rules do not travel.
+func (r rulesMessage) compile() (*policy.Rules, error) {
+	p := policy.Default(true)
+	if r.Source != "" {
+		var err error
+		if p, err = policy.Parse(r.Name, []byte(r.Source)); err != nil {
+			return nil, err
+		}
+	}
+	return policy.Compile(p, r.Env)
+}
+
+// publishMessage names a listener; with msgPublish its socket comes along.
+type publishMessage struct {
+	ID    uint64         `json:"id"`
+	Proto string         `json:"proto,omitempty"`
+	Host  netip.AddrPort `json:"host,omitzero"`
+	Guest uint16         `json:"guest,omitempty"`
+}
+
+// controlMessage is a client's request, whose connection comes along.
+type controlMessage struct {
+	Request api.Request `json:"request"`
+}
+
+// socketMessage brings a socket of the guest's network namespace, or none if
+// none could be made.
+type socketMessage struct {
+	V6 bool `json:"v6"`
+}

@@ -1,0 +1,218 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/forwarder/sandbox/guest"
+)
+
+// openPort opens a port for the guest's families. Called with change held, or
+// before anything runs.
+func (m *monitor) openPort(p api.Port) ([]published, error) {
+	has4, has6 := m.cfg.Guest.Addr4.IsValid(), m.cfg.Guest.Addr6.IsValid()
+	switch {
+	case p.HostIP.Is4() && !has4:
+		return nil, &api.Error{Code: api.CodeInvalid, Message: fmt.Sprintf("publish %s: the sandbox has no IPv4 address", FormatPort(p))}
+	case p.HostIP.Is6() && !has6:
+		return nil, &api.Error{Code: api.CodeInvalid, Message: fmt.Sprintf("publish %s: the sandbox has no IPv6 address", FormatPort(p))}
+	}
+	return m.ports.add(p, has4, has6)
+}
+
+// addPort publishes a port at run time.
+func (m *monitor) addPort(params api.PortsParams) (any, error) {
+	p, err := ParsePort(params.Spec)
+	if err != nil {
+		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	}
+	made, err := m.publish(p)
+	if err != nil {
+		if errors.Is(err, unix.EADDRINUSE) {
+			err = &api.Error{Code: api.CodeExists, Message: err.Error()}
+		}
+		return nil, err
+	}
+	return api.PortsResult{Ports: apiPorts(made)}, nil
+}
+
+// publish opens a port and has the worker serve it, or leaves nothing open.
+func (m *monitor) publish(p api.Port) ([]published, error) {
+	m.change.Lock()
+	defer m.change.Unlock()
+	made, err := m.openPort(p)
+	if err != nil {
+		return nil, err
+	}
+	if l := m.worker(); l != nil {
+		for _, one := range made {
+			err = m.offer(l, one)
+			if errors.Is(err, errWorkerGone) {
+				err = nil // its successor is given all of them
+				break
+			}
+			if err != nil {
+				m.ports.drop(made)
+				m.withdraw(made)
+				return nil, err
+			}
+		}
+	}
+	for _, one := range made {
+		m.log.infof("monitor", "published %s", FormatPort(one.port))
+	}
+	return made, nil
+}
+
+// withdraw closes ports that have left the table, here and in the worker. Called
+// with change held.
+func (m *monitor) withdraw(gone []published) {
+	for _, p := range gone {
+		for _, s := range p.listeners {
+			if err := m.tell(msgUnpublish, publishMessage{ID: s.id, Proto: s.proto, Host: s.host, Guest: s.guest}); err != nil {
+				m.log.warnf("monitor", "withdraw %s: %v", FormatPort(p.port), err)
+			}
+		}
+	}
+	closePublished(gone)
+}
+
+// removePort withdraws a published port at run time.
+func (m *monitor) removePort(params api.PortsParams) (any, error) {
+	p, err := ParsePort(params.Spec)
+	if err != nil {
+		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	}
+	gone, err := m.unpublish(p)
+	if err != nil {
+		return nil, err
+	}
+	return api.PortsResult{Ports: apiPorts(gone)}, nil
+}
+
+func (m *monitor) unpublish(p api.Port) ([]published, error) {
+	m.change.Lock()
+	defer m.change.Unlock()
+	gone, err := m.ports.remove(p)
+	if err != nil {
+		return nil, err
+	}
+	m.withdraw(gone)
+	m.log.infof("monitor", "withdrew %s", FormatPort(p))
+	return gone, nil
+}
+
+// autoPort is a port of the host that leads to one the sandbox listens on.
+type autoPort struct {
+	proto string
+	host  netip.AddrPort
+}
+
+// autoPublisher keeps what --publish-auto made in step with what the sandbox
+// listens on.
+type autoPublisher struct {
+	made    map[autoPort]api.Port
+	refused map[autoPort]bool // said once, tried again when the set changes
+	publish func(api.Port) ([]published, error)
+	remove  func(api.Port) ([]published, error)
+	taken   func(api.Port) bool // published by hand already
+	log     *logRing
+}
+
+// update takes the whole set of ports that are listened on now.
+func (a *autoPublisher) update(now map[autoPort]bool) {
+	for key, p := range a.made {
+		if now[key] {
+			continue
+		}
+		delete(a.made, key)
+		if _, err := a.remove(p); err != nil {
+			// By hand, with `port rm`: nothing is left to do.
+			a.log.infof("monitor", "--publish-auto: %v", err)
+		}
+	}
+	for key := range a.refused {
+		if !now[key] {
+			delete(a.refused, key)
+		}
+	}
+	for key := range now {
+		p := api.Port{Proto: key.proto, HostIP: key.host.Addr(), HostPort: key.host.Port(), GuestPort: key.host.Port(), Auto: true}
+		if _, ok := a.made[key]; ok || a.taken(p) {
+			continue
+		}
+		if _, err := a.publish(p); err != nil {
+			if !a.refused[key] {
+				a.refused[key] = true
+				a.log.warnf("monitor", "--publish-auto: %v", err)
+			}
+			continue
+		}
+		a.made[key] = p
+	}
+}
+
+// autoHosts says where on the host something inside is published: at an
+// address of a family that it takes. at is --publish-auto's address; loopback
+// and the unspecified address stand for that of either family.
+func autoHosts(p guest.Port, at netip.Addr) []netip.AddrPort {
+	inside := []netip.Addr{p.Addr.Unmap()}
+	if p.DualStack {
+		inside = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+	}
+	var out []netip.AddrPort
+	for _, in := range inside {
+		host := at
+		if host.Is4() != in.Is4() {
+			switch {
+			case host.IsLoopback() && in.Is6():
+				host = netip.IPv6Loopback()
+			case host.IsLoopback():
+				host = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+			case host.IsUnspecified() && in.Is6():
+				host = netip.IPv6Unspecified()
+			case host.IsUnspecified():
+				host = netip.IPv4Unspecified()
+			default:
+				continue
+			}
+		}
+		out = append(out, netip.AddrPortFrom(host, p.Port))
+	}
+	return out
+}
+
+// publishListening runs --publish-auto until ctx or the guest ends.
+func (m *monitor) publishListening(ctx context.Context) {
+	a := &autoPublisher{
+		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool),
+		publish: m.publish, remove: m.unpublish, taken: m.ports.find, log: m.log,
+	}
+	// Several sockets inside can lead to one port of the host: it goes with the
+	// last of them.
+	listening := make(map[guest.Port]bool)
+	for changes := range m.guest.Listening(ctx) {
+		for _, c := range changes {
+			if c.Up {
+				listening[c.Port] = true
+			} else {
+				delete(listening, c.Port)
+			}
+		}
+		now := make(map[autoPort]bool)
+		for p := range listening {
+			for _, host := range autoHosts(p, m.cfg.PublishAutoAddr) {
+				if host.Addr().Is4() && !m.cfg.Guest.Addr4.IsValid() || host.Addr().Is6() && !m.cfg.Guest.Addr6.IsValid() {
+					continue
+				}
+				now[autoPort{p.Network, host}] = true
+			}
+		}
+		a.update(now)
+	}
+}

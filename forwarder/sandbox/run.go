@@ -1,0 +1,327 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/dns"
+	"sluice/forwarder/sandbox/api"
+	"sluice/forwarder/sandbox/guest"
+)
+
+// defaultPolicyName is what `policy show` calls the policy nobody gave.
+const defaultPolicyName = "default"
+
+// stopTimeout bounds a worker's orderly end: all flows closed, the flow log
+// written out.
+const stopTimeout = 3 * time.Second
+
+// Run is the monitor's whole life: it makes a sandbox, runs the command in it
+// and returns its exit status once nothing of the sandbox is left. With an
+// error the status is guest.StatusOurs, or 126 and 127 if the command could not
+// be started. The end of ctx ends the sandbox.
+func Run(ctx context.Context, cfg Config) (exit int, err error) {
+	cfg, err = cfg.withDefaults()
+	if err != nil {
+		return guest.StatusOurs, err
+	}
+	m := &monitor{cfg: cfg, state: api.StateStarting, sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, socketWants: make(chan struct{}, maxSocketWants)}
+	m.ports.open = listenOn
+	m.log = newLogRing(time.Now, m.echo)
+	exit, err = m.run(ctx)
+	var notStarted *guest.ExecError
+	switch {
+	case errors.As(err, &notStarted):
+		exit = notStarted.Status
+	case err != nil:
+		exit = guest.StatusOurs
+	}
+	return exit, err
+}
+
+// echo writes log lines to standard error: sluice is quiet unless something is
+// wrong or everything was asked for.
+func (m *monitor) echo(l api.LogLine) {
+	if m.cfg.Verbose || l.Level == "warning" {
+		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s\n", l.Text)
+	}
+}
+
+func (m *monitor) run(ctx context.Context) (_ int, err error) {
+	registry, err := OpenRegistry()
+	if err != nil {
+		return 0, err
+	}
+	if m.cfg.Name == "" {
+		m.dir, m.cfg.Name, err = registry.claimGenerated()
+	} else {
+		m.dir, err = registry.Claim(m.cfg.Name)
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, m.dir.Remove()) }()
+
+	started := time.Now()
+	m.base = m.cfg.info(started)
+	if err := m.dir.WriteState(State{Name: m.cfg.Name, PID: os.Getpid(), Command: m.cfg.Guest.Command, Started: started}); err != nil {
+		return 0, err
+	}
+	// What cannot be had is found out before anything is started.
+	watcher, err := m.prepare()
+	if watcher != nil {
+		defer watcher.Close()
+	}
+	defer m.release()
+	if err != nil {
+		return 0, err
+	}
+
+	m.cfg.Guest.HideDirs = append(m.cfg.Guest.HideDirs, registry.path)
+	start := m.cfg.Start
+	if start == nil {
+		start = guest.Start
+	}
+	if m.guest, err = start(ctx, m.cfg.Guest); err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, m.guest.Close()) }()
+	for _, note := range m.guest.Notes() {
+		m.log.infof("guest", "%s", note)
+	}
+	m.base.GuestPID = m.guest.PID()
+
+	server, err := m.listenControl()
+	if err != nil {
+		return 0, err
+	}
+	m.spawner = newSpawner()
+	defer m.spawner.close()
+	first, err := m.startWorker(ctx)
+	if err != nil {
+		server.close()
+		return 0, err
+	}
+	return m.serve(ctx, server, first, watcher)
+}
+
+// prepare opens what the sandbox needs of the host.
+func (m *monitor) prepare() (*dns.Watcher, error) {
+	m.rules = rulesMessage{Name: m.cfg.PolicyName, Source: string(m.cfg.Policy), Env: m.cfg.environment()}
+	if m.rules.Source == "" {
+		m.rules.Name = defaultPolicyName
+	}
+	var err error
+	if m.rules.Env.HostAddrs, err = hostAddrs(); err != nil {
+		return nil, err
+	}
+	if _, err := m.rules.compile(); err != nil {
+		return nil, err
+	}
+	if m.flowLog, err = openFlowLog(m.cfg.FlowLog); err != nil {
+		return nil, err
+	}
+	for _, p := range m.cfg.Ports {
+		if _, err := m.openPort(p); err != nil {
+			return nil, err
+		}
+	}
+	m.raw = rawICMP(workerIDs().gid)
+	watcher, err := dns.NewWatcher(m.cfg.ResolvConf)
+	if err != nil {
+		return nil, err
+	}
+	host, err := watcher.Upstreams()
+	m.setUpstreams(host, err)
+	g := &m.cfg.Guest
+	g.DNS = addrs(m.cfg.DNS4, m.cfg.DNS6)
+	g.Search, g.ResolvOptions = m.upstreams.Search, m.upstreams.StubOptions
+	for name, list := range m.cfg.Hosts {
+		for _, a := range list {
+			g.Hosts = append(g.Hosts, guest.HostEntry{Addr: a, Names: []string{name}})
+		}
+	}
+	return watcher, nil
+}
+
+// release closes what prepare opened.
+func (m *monitor) release() {
+	m.ports.closeAll()
+	for _, fd := range m.raw {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	if m.flowLog != nil {
+		_ = m.flowLog.Close()
+	}
+}
+
+// serve runs the command, and everything that goes on beside it, to the end.
+func (m *monitor) serve(ctx context.Context, server *controlServer, first supervised, watcher *dns.Watcher) (int, error) {
+	// Everything started here is owned by serve and stopped by inner.
+	inner, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { server.serve(inner) })
+	wg.Go(func() { m.watchHost(inner) })
+	wg.Go(func() {
+		if err := watcher.Run(inner, m.setUpstreams); err != nil {
+			m.log.warnf("monitor", "follow the host's resolver configuration: %v", err)
+		}
+	})
+	if m.cfg.PublishAuto {
+		wg.Go(func() { m.publishListening(inner) })
+	}
+	last := make(chan supervised, 1)
+	wg.Go(func() {
+		s := supervisor{start: m.startWorker, lost: m.lost, failed: m.startFailed, now: time.Now, sleep: sleepContext}
+		last <- s.run(inner, first)
+	})
+	defer wg.Wait()
+	defer cancel()
+
+	status, err := m.command(ctx)
+
+	m.setState(api.StateStopping)
+	cancel()
+	if l, ok := (<-last).(*workerLink); ok && l != nil {
+		m.stopWorker(l)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return status.Code, nil
+}
+
+// command starts the command and waits for its end, or for that of ctx.
+func (m *monitor) command(ctx context.Context) (guest.Status, error) {
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, forwarded...)
+	defer signal.Stop(signals)
+	if m.cfg.Ready != nil {
+		if err := m.cfg.Ready(m.info()); err != nil {
+			return guest.Status{}, err
+		}
+	}
+	if len(m.cfg.Guest.Command) > 0 {
+		if err := m.guest.Release(); err != nil {
+			return guest.Status{}, err
+		}
+	}
+	type outcome struct {
+		status guest.Status
+		err    error
+	}
+	over := make(chan outcome, 1)
+	// Owned by command; ends with the guest, which Run closes in any case.
+	go func() {
+		s, err := m.guest.Wait()
+		over <- outcome{s, err}
+	}()
+	for {
+		select {
+		case o := <-over:
+			return o.status, o.err
+		case <-ctx.Done():
+			return guest.Status{}, nil
+		case s := <-signals:
+			m.forward(s)
+		}
+	}
+}
+
+// The signals that are meant for the command when sent to the monitor.
+var forwarded = []os.Signal{
+	syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2,
+}
+
+// forward passes a signal on, unless the terminal has sent it to the command as
+// well: that shares our foreground process group.
+func (m *monitor) forward(s os.Signal) {
+	sig, ok := s.(syscall.Signal)
+	if !ok || (sig == syscall.SIGINT || sig == syscall.SIGQUIT) && inForeground() {
+		return
+	}
+	if err := m.guest.Signal(sig); err != nil {
+		m.log.warnf("monitor", "pass %s on: %v", unix.SignalName(sig), err)
+	}
+}
+
+func inForeground() bool {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return false
+	}
+	defer tty.Close()
+	group, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
+	return err == nil && group == unix.Getpgrp()
+}
+
+// watchHost follows the host's addresses until ctx ends.
+func (m *monitor) watchHost(ctx context.Context) {
+	for {
+		err := watchHostAddrs(ctx, m.setHostAddrs)
+		if ctx.Err() != nil {
+			return
+		}
+		m.log.warnf("monitor", "%v; starting over", err)
+		sleepContext(ctx, time.Second)
+	}
+}
+
+// stopWorker ends the last worker in order, or by force.
+func (m *monitor) stopWorker(l *workerLink) {
+	defer l.p.kill()
+	timer := time.AfterFunc(stopTimeout, func() { _ = l.p.cmd.Kill() })
+	defer timer.Stop()
+	ends, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		return
+	}
+	defer ends[0].Close()
+	err = l.post(msgStop, nil, fdOf(ends[1]))
+	_ = ends[1].Close()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	var flows api.FlowsResult
+	s, err := api.Answer(ctx, ends[0], "stop", &flows)
+	if err != nil {
+		m.log.warnf("monitor", "the worker did not end in order: %v", err)
+		return
+	}
+	_ = s.Close()
+	if m.cfg.Ended != nil {
+		m.cfg.Ended(flows)
+	}
+	<-l.p.done
+}
+
+// openFlowLog opens the flow log for appending; "-" is standard output.
+func openFlowLog(name string) (*os.File, error) {
+	switch name {
+	case "":
+		return nil, nil
+	case "-":
+		fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return nil, fmt.Errorf("--flow-log -: standard output: %w", err)
+		}
+		return os.NewFile(uintptr(fd), "standard output"), nil
+	}
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("--flow-log: %w", err)
+	}
+	return f, nil
+}

@@ -1,0 +1,252 @@
+package sandbox
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Starting the worker process.
+//
+// The worker is this same binary with the hidden command WorkerCommand, in
+// user, mount, PID, IPC and UTS namespaces of its own but in the caller's
+// network namespace, whose sockets are what it is for. An ordinary user is
+// mapped to itself; root gives way to a uid nobody else has, so that even with
+// a hole in the user namespace the worker would be nobody.
+//
+// The worker is init of its PID namespace: whatever it might start dies with
+// it. It is in a session of its own: the terminal's signals are for the
+// command. It gets SIGKILL when the monitor dies; the kernel ties that to the
+// thread that forked, hence the thread that does nothing else.
+
+// WorkerCommand is the hidden command that becomes WorkerMain.
+const WorkerCommand = "worker"
+
+// workerChannelFD is where the worker finds its channel.
+const workerChannelFD = 3
+
+// lastWords bounds what is kept of a worker's standard error to explain its
+// end, in lines.
+const lastWords = 20
+
+// process is a started worker.
+type process struct {
+	cmd  *os.Process
+	ch   *channel
+	done chan struct{} // closed when it has been reaped
+	why  string        // how it ended; valid after done
+}
+
+// spawner starts workers from one thread that lives as long as it does.
+type spawner struct {
+	requests chan func()
+}
+
+func newSpawner() *spawner {
+	s := &spawner{requests: make(chan func())}
+	// Owned by the spawner, ended by close. The thread is never given back: it
+	// ends with the goroutine, after the last worker.
+	go func() {
+		runtime.LockOSThread()
+		for f := range s.requests {
+			f()
+		}
+	}()
+	return s
+}
+
+func (s *spawner) close() { close(s.requests) }
+
+// start runs args[0] with args; log gets each line of its standard error. It
+// must not be called after close.
+func (s *spawner) start(exe string, args []string, attr *syscall.SysProcAttr, log func(string)) (*process, error) {
+	ends, err := socketpair(unix.SOCK_SEQPACKET)
+	if err != nil {
+		return nil, err
+	}
+	defer ends[1].Close()
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		_ = ends[0].Close()
+		return nil, fmt.Errorf("make a pipe: %w", err)
+	}
+	defer errW.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		_ = ends[0].Close()
+		_ = errR.Close()
+		return nil, err
+	}
+	defer null.Close()
+
+	p := &process{ch: newChannel(ends[0], false), done: make(chan struct{})}
+	result := make(chan error, 1)
+	s.requests <- func() {
+		var err error
+		p.cmd, err = os.StartProcess(exe, args, &os.ProcAttr{
+			// A worker reads no environment; GOTRACEBACK only shapes its last words.
+			Env:   []string{"GOTRACEBACK=single"},
+			Dir:   "/",
+			Files: []*os.File{null, null, errW, ends[1]},
+			Sys:   attr,
+		})
+		result <- err
+	}
+	if err := <-result; err != nil {
+		_ = p.ch.Close()
+		_ = errR.Close()
+		return nil, explainSpawn(err)
+	}
+	go p.reap(errR, log)
+	return p, nil
+}
+
+// reap is owned by the process and ends with it: it reads standard error to
+// the end, then collects the status.
+func (p *process) reap(stderr *os.File, log func(string)) {
+	var mu sync.Mutex // guards last, in case standard error outlives the process
+	var last []string
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		eachLine(stderr, func(line string) {
+			mu.Lock()
+			if len(last) < lastWords {
+				last = append(last, line)
+			}
+			mu.Unlock()
+			log(line)
+		})
+	}()
+	state, err := p.cmd.Wait()
+	// The worker forks nothing, so its end is the end of its standard error.
+	<-drained
+	_ = stderr.Close()
+	mu.Lock()
+	p.why = describeEnd(state, err, last)
+	mu.Unlock()
+	close(p.done)
+}
+
+// eachLine calls f for each line, cutting long ones.
+func eachLine(r io.Reader, f func(string)) {
+	br := bufio.NewReaderSize(r, 4096)
+	for {
+		line, isPrefix, err := br.ReadLine()
+		if err != nil {
+			return
+		}
+		text := string(line)
+		for isPrefix && err == nil {
+			_, isPrefix, err = br.ReadLine()
+		}
+		f(text)
+	}
+}
+
+// describeEnd says in one line why a worker ended.
+func describeEnd(state *os.ProcessState, err error, last []string) string {
+	if err != nil {
+		return err.Error()
+	}
+	ws, _ := state.Sys().(syscall.WaitStatus)
+	switch {
+	case ws.Signaled() && ws.Signal() == syscall.SIGSYS:
+		return "killed by SIGSYS: it made a system call that its filter forbids"
+	case ws.Signaled() && ws.Signal() == syscall.SIGKILL:
+		return "killed by SIGKILL (by hand, or by the kernel for lack of memory)"
+	case ws.Signaled():
+		return "killed by " + unix.SignalName(ws.Signal())
+	}
+	why := fmt.Sprintf("exit status %d", ws.ExitStatus())
+	for _, line := range last {
+		for _, p := range []string{"panic: ", "fatal error: ", "sluice: "} {
+			if _, text, ok := strings.Cut(line, p); ok {
+				return why + ": " + p + cleanLine(text)
+			}
+		}
+	}
+	return why
+}
+
+// kill ends the process at once and waits until it is gone.
+func (p *process) kill() {
+	_ = p.cmd.Kill()
+	<-p.done
+	_ = p.ch.Close()
+}
+
+// ids is a uid or gid mapping of one line.
+type ids struct{ uid, gid int }
+
+// The worker's uid when the caller is root: above every range that is handed
+// out to users or containers, plus the monitor's pid, so that the workers of
+// two sandboxes cannot touch each other.
+const workerUIDBase = 2_000_000_000
+
+// workerIDs says whom the worker is on the host.
+func workerIDs() ids {
+	self := ids{os.Geteuid(), os.Getegid()}
+	if self.uid != 0 {
+		return self
+	}
+	for _, id := range []int{workerUIDBase + os.Getpid(), 65534} {
+		if idMapped("/proc/self/uid_map", id) && idMapped("/proc/self/gid_map", id) {
+			return ids{id, id}
+		}
+	}
+	return self // root of a namespace that maps nobody else
+}
+
+// idMapped says whether a map of the caller's namespace covers id.
+func idMapped(file string, id int) bool {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(b)) {
+		var inside, outside, count int64
+		if _, err := fmt.Sscan(line, &inside, &outside, &count); err == nil &&
+			int64(id) >= inside && int64(id) < inside+count {
+			return true
+		}
+	}
+	return false
+}
+
+// workerAttr is how the worker is cloned. Inside it is 0 until it has dropped
+// everything: it needs its namespace's capabilities to empty its root.
+func workerAttr(who ids) *syscall.SysProcAttr {
+	root := os.Geteuid() == 0
+	return &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID |
+			unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		UidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: who.uid, Size: 1}},
+		GidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: who.gid, Size: 1}},
+		GidMappingsEnableSetgroups: root,
+		Credential:                 &syscall.Credential{Uid: 0, Gid: 0, NoSetGroups: !root},
+		Pdeathsig:                  syscall.SIGKILL,
+		Setsid:                     true,
+	}
+}
+
+func explainSpawn(err error) error {
+	err = fmt.Errorf("start the worker: %w", err)
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w: user namespaces are off here (see kernel.unprivileged_userns_clone, user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns)", err)
+	case errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w: the limit on namespaces is reached (raise user.max_user_namespaces)", err)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: the sluice binary must be executable for everyone: chmod 755 it", err)
+	}
+	return err
+}

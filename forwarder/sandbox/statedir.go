@@ -1,0 +1,343 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The state directory.
+//
+//	RUNTIME/NAME/lock          flock held by the monitor for as long as it lives
+//	RUNTIME/NAME/control.sock  the control socket
+//	RUNTIME/NAME/state.json    what `ps` shows of a sandbox that does not answer
+//
+// RUNTIME is $XDG_RUNTIME_DIR/sluice, /run/sluice for root, and otherwise
+// /tmp/sluice-UID. All of it is 0700 and the caller's own: a RUNTIME or NAME
+// that is a symbolic link, someone else's, or open to others is refused, so
+// nobody can make a sandbox put its socket where they can reach it.
+//
+// The lock, not a pid, proves life: the kernel drops it with the process, kill
+// -9 included. Who can take it may clean up. A cleaner removes the directory
+// while it holds the lock, and a claimer that got a lock checks that the file
+// is still the one at that path, so neither destroys the other's work.
+
+const (
+	lockFile    = "lock"
+	socketFile  = "control.sock"
+	stateFile   = "state.json"
+	maxNameLen  = 48
+	maxSockPath = 107 // sun_path without its NUL
+)
+
+// ErrNameInUse means that a sandbox of that name is alive.
+var ErrNameInUse = errors.New("name in use")
+
+// ErrNoSandbox means that no sandbox of that name is alive.
+var ErrNoSandbox = errors.New("no such sandbox")
+
+// State is the content of state.json.
+type State struct {
+	Name    string    `json:"name"`
+	PID     int       `json:"pid"`
+	Command []string  `json:"command"`
+	Started time.Time `json:"started"`
+}
+
+// Registry is the runtime directory of one user.
+type Registry struct {
+	path string
+	uid  int
+}
+
+// OpenRegistry finds the caller's runtime directory, makes it if need be, and
+// checks that it is safe to use.
+func OpenRegistry() (*Registry, error) {
+	uid := os.Geteuid()
+	return openRegistry(runtimeDir(uid, os.Getenv("XDG_RUNTIME_DIR")), uid)
+}
+
+// runtimeDir says where sandboxes of uid keep their state. An XDG_RUNTIME_DIR
+// that is not uid's own, as sudo and su leave it, is passed over.
+func runtimeDir(uid int, xdg string) string {
+	if filepath.IsAbs(xdg) {
+		if fi, err := os.Stat(xdg); err == nil && fi.IsDir() && ownerOf(fi) == uid {
+			return filepath.Join(xdg, "sluice")
+		}
+	}
+	if uid == 0 {
+		return "/run/sluice"
+	}
+	return "/tmp/sluice-" + strconv.Itoa(uid)
+}
+
+func openRegistry(path string, uid int) (*Registry, error) {
+	if err := privateDir(path, uid); err != nil {
+		return nil, fmt.Errorf("the runtime directory: %w", err)
+	}
+	return &Registry{path: path, uid: uid}, nil
+}
+
+// privateDir makes path, or checks that what is there is a directory of uid's
+// that nobody else can enter or replace.
+func privateDir(path string, uid int) error {
+	err := os.Mkdir(path, 0o700)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	switch {
+	case fi.Mode()&fs.ModeSymlink != 0:
+		return fmt.Errorf("%s is a symbolic link: remove it", path)
+	case !fi.IsDir():
+		return fmt.Errorf("%s is not a directory: remove it", path)
+	case ownerOf(fi) != uid:
+		return fmt.Errorf("%s belongs to uid %d, not to %d: remove it, or set XDG_RUNTIME_DIR to a directory of your own", path, ownerOf(fi), uid)
+	case fi.Mode().Perm()&0o077 != 0:
+		return fmt.Errorf("%s is open to others (mode %#o): chmod 700 it", path, fi.Mode().Perm())
+	}
+	parent, err := os.Stat(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	if parent.Mode().Perm()&0o022 != 0 && parent.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("%s can be replaced by others: its parent is writable to them and has no sticky bit", path)
+	}
+	return nil
+}
+
+func ownerOf(fi fs.FileInfo) int {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return int(st.Uid)
+	}
+	return -1
+}
+
+// CheckName says whether a sandbox may be called name.
+func CheckName(name string) error {
+	if name == "" || len(name) > maxNameLen {
+		return fmt.Errorf("the name %q: want 1 to %d characters", name, maxNameLen)
+	}
+	for i, r := range name {
+		alnum := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
+		if !alnum && (i == 0 || !strings.ContainsRune("-_.", r)) {
+			return fmt.Errorf("the name %q: want letters, digits, '-', '_' and '.', the first a letter or digit", name)
+		}
+	}
+	return nil
+}
+
+// Dir is the claimed state directory of a living sandbox.
+type Dir struct {
+	path string
+	lock *os.File
+}
+
+// Claim takes a name for the caller's lifetime. Remains of a dead sandbox of
+// that name are removed.
+func (r *Registry) Claim(name string) (*Dir, error) {
+	if err := CheckName(name); err != nil {
+		return nil, err
+	}
+	path := filepath.Join(r.path, name)
+	if n := len(filepath.Join(path, socketFile)); n > maxSockPath {
+		return nil, fmt.Errorf("the control socket's path would be %d bytes long, more than a unix socket's %d: use a shorter --name or XDG_RUNTIME_DIR", n, maxSockPath)
+	}
+	// A claimer loses the race against a cleaner at most once per cleaner, so
+	// the bound is never met; it turns a surprise into an error.
+	for range 100 {
+		d, err := r.tryClaim(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if errors.Is(err, ErrNameInUse) {
+			return nil, fmt.Errorf("a sandbox named %q is running: %w", name, ErrNameInUse)
+		}
+		return d, err
+	}
+	return nil, fmt.Errorf("claim %s: it keeps being removed", path)
+}
+
+// tryClaim fails with fs.ErrNotExist when a cleaner removed the directory
+// under it.
+func (r *Registry) tryClaim(path string) (*Dir, error) {
+	if err := privateDir(path, r.uid); err != nil {
+		return nil, err
+	}
+	lock, err := takeLock(path, unix.O_CREAT)
+	if err != nil {
+		return nil, err
+	}
+	d := &Dir{path: path, lock: lock}
+	for _, f := range []string{socketFile, stateFile} {
+		if err := os.RemoveAll(filepath.Join(path, f)); err != nil {
+			_ = lock.Close()
+			return nil, err
+		}
+	}
+	return d, nil
+}
+
+// takeLock takes the lock of the directory at path, without waiting, and makes
+// sure that the file locked is the one that is there.
+func takeLock(path string, flags int) (*os.File, error) {
+	name := filepath.Join(path, lockFile)
+	f, err := os.OpenFile(name, os.O_RDWR|flags|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = ErrNameInUse
+	}
+	if err == nil {
+		var mine, there fs.FileInfo
+		if mine, err = f.Stat(); err == nil {
+			there, err = os.Lstat(name)
+		}
+		if err == nil && !os.SameFile(mine, there) {
+			err = fs.ErrNotExist
+		}
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// Socket is the path of the control socket.
+func (d *Dir) Socket() string { return filepath.Join(d.path, socketFile) }
+
+// Path is the directory's own.
+func (d *Dir) Path() string { return d.path }
+
+// WriteState replaces state.json in one step.
+func (d *Dir) WriteState(s State) error {
+	b, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	tmp := filepath.Join(d.path, stateFile+".new")
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+		return fmt.Errorf("write the state file: %w", err)
+	}
+	if err := os.Rename(tmp, filepath.Join(d.path, stateFile)); err != nil {
+		return fmt.Errorf("write the state file: %w", err)
+	}
+	return nil
+}
+
+// Remove gives the name back.
+func (d *Dir) Remove() error {
+	err := removeLocked(d.path)
+	_ = d.lock.Close()
+	return err
+}
+
+// removeLocked removes a directory whose lock the caller holds. The lock goes
+// last and the directory only if it is empty then: a claimer that comes in
+// between has made a lock of its own, and keeps its directory.
+func removeLocked(path string) error {
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() != lockFile {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(path, e.Name())))
+		}
+	}
+	if err := errors.Join(err, os.Remove(filepath.Join(path, lockFile))); err != nil {
+		return err
+	}
+	_ = os.Remove(path)
+	return nil
+}
+
+// Socket is the path of the control socket of the sandbox called name.
+func (r *Registry) Socket(name string) (string, error) {
+	if err := CheckName(name); err != nil {
+		return "", err
+	}
+	alive, err := r.reap(name)
+	if err != nil {
+		return "", err
+	}
+	if !alive {
+		return "", fmt.Errorf("%q: %w", name, ErrNoSandbox)
+	}
+	return filepath.Join(r.path, name, socketFile), nil
+}
+
+// List returns the sandboxes that are alive, oldest first, and cleans up after
+// those that are not.
+func (r *Registry) List() ([]State, error) {
+	entries, err := os.ReadDir(r.path)
+	if err != nil {
+		return nil, fmt.Errorf("list the sandboxes: %w", err)
+	}
+	var out []State
+	for _, e := range entries {
+		if CheckName(e.Name()) != nil || !e.IsDir() {
+			continue
+		}
+		alive, err := r.reap(e.Name())
+		if err != nil || !alive {
+			continue
+		}
+		s := State{}
+		// A sandbox that is just starting has no state yet: its name is enough.
+		if b, err := os.ReadFile(filepath.Join(r.path, e.Name(), stateFile)); err == nil {
+			_ = json.Unmarshal(b, &s)
+		}
+		s.Name = e.Name()
+		out = append(out, s)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Started.Before(out[j].Started) })
+	return out, nil
+}
+
+// reap says whether the sandbox called name is alive, and removes what a dead
+// one left.
+func (r *Registry) reap(name string) (alive bool, err error) {
+	path := filepath.Join(r.path, name)
+	fi, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if !fi.IsDir() || ownerOf(fi) != r.uid {
+		return false, fmt.Errorf("%s is not a sandbox's state directory", path)
+	}
+	lock, err := takeLock(path, 0)
+	switch {
+	case errors.Is(err, ErrNameInUse):
+		return true, nil
+	case errors.Is(err, fs.ErrNotExist):
+		// A claimer between its mkdir and its lock, or the remains of a cleaner:
+		// an empty directory goes, anything else stays.
+		_ = os.Remove(path)
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	err = removeLocked(path)
+	_ = lock.Close()
+	return false, err
+}

@@ -1,0 +1,474 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder"
+	"sluice/forwarder/dhcp"
+	"sluice/forwarder/dns"
+	"sluice/forwarder/sandbox/api"
+	"sluice/forwarder/sandbox/confine"
+	"sluice/nat"
+	"sluice/policy"
+	"sluice/tun"
+)
+
+// worker is the process that parses packets. Its order of life:
+//
+//	configuration and descriptors come in by the channel
+//	the device is adopted
+//	everything is given up (package confine)
+//	the endpoint is made, the stack attached: the first packet is read here
+//	rules are set: until now every flow was dropped
+//	ready; then the monitor's messages, one at a time, until stop or the end
+//	of the channel
+type worker struct {
+	cfg   workerConfig
+	ch    *channel
+	log   *slog.Logger
+	link  *tun.Endpoint
+	table *nat.Table
+	fwd   *forwarder.Forwarder
+	dns   *dns.Resolver
+	dial  *upstreamDialer
+	stock *socketStock
+	flows *flowLog
+
+	ctx     context.Context // of control connections; ends with the worker
+	clients chan struct{}   // a token per control connection
+	wg      sync.WaitGroup  // control connections
+
+	// The message loop's own.
+	limits  policy.Limits     // of the rules in force
+	sysctls map[string]string // set by hand
+}
+
+// maxClients bounds the control connections that a worker serves at once.
+const maxClients = 64
+
+// WorkerMain is the worker process's main function; it returns the exit status.
+func WorkerMain() int {
+	log := slog.New(&journalHandler{w: os.Stderr})
+	if err := runWorker(log); err != nil {
+		log.Error("sluice: worker: " + err.Error())
+		return 1
+	}
+	return 0
+}
+
+func runWorker(log *slog.Logger) error {
+	// As early as can be; the flag of clone covers the time before.
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("ask for the parent-death signal: %w", err)
+	}
+	unix.CloseOnExec(workerChannelFD)
+	ch := newChannel(os.NewFile(workerChannelFD, "channel"), true)
+	m, fds, err := ch.Receive()
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("receive the configuration: %w", err)
+	}
+	if m.Type != msgConfig {
+		return fmt.Errorf("the first message is %q, not the configuration: this command is for sluice itself", m.Type)
+	}
+	w := &worker{ch: ch, log: log, clients: make(chan struct{}, maxClients), sysctls: make(map[string]string)}
+	if err := json.Unmarshal(m.Body, &w.cfg); err != nil {
+		return fmt.Errorf("decode the configuration: %w", err)
+	}
+	return w.run(fds)
+}
+
+// handed sorts the descriptors that came with the configuration.
+type handed struct {
+	device     []int
+	raw4, raw6 int // -1 if there is none
+	flowLog    *os.File
+}
+
+func (c *workerConfig) sort(fds []int) (handed, error) {
+	h := handed{raw4: -1, raw6: -1}
+	want := c.Queues
+	for _, has := range []bool{c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
+		if has {
+			want++
+		}
+	}
+	if c.Queues < 1 || len(fds) != want {
+		return h, fmt.Errorf("the configuration came with %d descriptors, not %d", len(fds), want)
+	}
+	h.device, fds = fds[:c.Queues], fds[c.Queues:]
+	next := func() int {
+		fd := fds[0]
+		fds = fds[1:]
+		return fd
+	}
+	if c.HasRaw4 {
+		h.raw4 = next()
+	}
+	if c.HasRaw6 {
+		h.raw6 = next()
+	}
+	if c.HasFlowLog {
+		h.flowLog = os.NewFile(uintptr(next()), "flow log")
+	}
+	return h, nil
+}
+
+func (w *worker) run(fds []int) error {
+	h, err := w.cfg.sort(fds)
+	if err != nil {
+		return err
+	}
+	if w.cfg.MemoryLimit > 0 {
+		debug.SetMemoryLimit(w.cfg.MemoryLimit)
+	}
+	rules, err := w.cfg.Rules.compile()
+	if err != nil {
+		return fmt.Errorf("compile the policy: %w", err)
+	}
+	device, err := tun.Adopt(h.device, w.cfg.Device)
+	if err != nil {
+		return fmt.Errorf("adopt the device: %w", err)
+	}
+	mac, err := device.HardwareAddr()
+	if err != nil {
+		return err
+	}
+	if err := confine.Apply(confine.Config{KeepFDs: append([]int{0, 1, 2, workerChannelFD}, fds...)}); err != nil {
+		return fmt.Errorf("confine the worker: %w", err)
+	}
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	w.ctx = ctx
+	if err := w.assemble(device, mac, h); err != nil {
+		return err
+	}
+	w.setRules(rules)
+	ended := make(chan error, 1)
+	// Owned by run, which waits for it; ends with ctx.
+	go func() { ended <- w.fwd.Run(ctx) }()
+	if err := w.ch.Send(msgReady, 0, nil); err != nil {
+		return err
+	}
+	go w.watchLink()
+
+	answer, err := w.messages(ended)
+	cancel()
+	if rerr := <-ended; err == nil {
+		err = rerr
+	}
+	w.dns.Close()
+	w.wg.Wait()
+	w.flows.close()
+	if answer != nil {
+		w.farewell(answer)
+	}
+	w.link.Close()
+	return err
+}
+
+// assemble makes the parts and joins them. Packets are read from its end on.
+func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
+	c := &w.cfg
+	var err error
+	w.link, err = tun.NewEndpoint(device, tun.EndpointConfig{MTU: c.Device.MTU, LinkAddr: c.GatewayMAC, GuestAddr: mac})
+	if err != nil {
+		return fmt.Errorf("take over the device: %w", err)
+	}
+	var out io.Writer
+	if h.flowLog != nil {
+		out = h.flowLog
+	}
+	w.flows = newFlowLog(out, time.Now, w.log)
+	go w.flows.run() // ends with flows.close
+	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
+	for name, value := range c.Sysctls {
+		if err := w.table.SetSysctl(name, value); err != nil {
+			return err
+		}
+	}
+	w.dial = newUpstreamDialer(c.Upstreams)
+	w.dns, err = dns.New(dns.Config{Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log})
+	if err != nil {
+		return err
+	}
+	leases, err := w.dhcp()
+	if err != nil {
+		return err
+	}
+	fc := forwarder.Config{
+		Link: w.link, MTU: uint32(c.Device.MTU),
+		Guest: c.Guest, Gateway: c.Gateway, DNS: c.DNS, Prefix4: c.Prefix4,
+		Table: w.table, DNSHandler: w.dns, DHCPHandler: leases,
+		RawICMP4: h.raw4, RawICMP6: h.raw6,
+		Drop: w.link.NoteDrop, Refused: w.refused, Log: w.log,
+	}
+	if c.GuestSockets {
+		w.stock = newSocketStock(w.wantSocket)
+		fc.Guests = w.stock
+	}
+	if w.fwd, err = forwarder.New(fc); err != nil {
+		return err
+	}
+	return nil
+}
+
+// dhcp answers guests that configure themselves.
+func (w *worker) dhcp() (*dhcp.Server, error) {
+	c := &w.cfg
+	d := dhcp.Config{
+		Guest4: c.Prefix4, Guest6: c.Prefix6, DNS: c.DNS,
+		Search: c.Upstreams.Search, MTU: c.Device.MTU, GatewayMAC: c.GatewayMAC,
+	}
+	for _, g := range c.Gateway {
+		if g.Is4() {
+			d.Gateway4 = g
+		}
+	}
+	if c.Prefix6.IsValid() {
+		d.Gateway6 = linkLocal(c.GatewayMAC)
+	}
+	return dhcp.New(d)
+}
+
+// linkLocal is the gateway's link-local address as package forwarder has it: the
+// EUI-64 of its MAC address (RFC 4291, appendix A), fe80::1 on a link without.
+func linkLocal(mac net.HardwareAddr) netip.Addr {
+	b := [16]byte{0: 0xfe, 1: 0x80, 15: 1}
+	if len(mac) == 6 {
+		copy(b[8:], []byte{mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})
+	}
+	return netip.AddrFrom16(b)
+}
+
+// refused takes a flow that policy refused down.
+func (w *worker) refused(proto uint8, src, dst netip.AddrPort, v policy.Verdict) {
+	ingress := slices.Contains(w.cfg.Guest, dst.Addr().Unmap())
+	w.flows.refused(proto, src, dst, ingress, v)
+}
+
+// watchLink says why the device stopped; it ends with it.
+func (w *worker) watchLink() {
+	<-w.link.Done()
+	if err := w.link.Err(); err != nil && w.ctx.Err() == nil {
+		w.log.Warn("the device: " + err.Error())
+	}
+}
+
+// messages serves the monitor until stop, the end of the channel, or that of
+// the forwarder. With stop comes the connection to say farewell on.
+func (w *worker) messages(ended chan error) (answer *os.File, err error) {
+	type received struct {
+		m   message
+		fds []int
+		err error
+	}
+	in := make(chan received)
+	// Ends with the channel or, as the process does right after, not at all.
+	go func() {
+		for {
+			m, fds, err := w.ch.Receive()
+			in <- received{m, fds, err}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	for {
+		select {
+		case err := <-ended:
+			ended <- nil
+			if err == nil {
+				err = errors.New("the forwarder ended by itself")
+			}
+			return nil, err
+		case r := <-in:
+			switch {
+			case errors.Is(r.err, io.EOF):
+				return nil, nil // the monitor is gone
+			case r.err != nil:
+				return nil, r.err
+			case r.m.Type == msgStop && len(r.fds) == 1:
+				return os.NewFile(uintptr(r.fds[0]), "farewell"), nil
+			}
+			err := w.message(r.m, r.fds)
+			if r.m.Seq == 0 {
+				if err != nil {
+					w.log.Warn(fmt.Sprintf("%s: %v", r.m.Type, err))
+				}
+				continue
+			}
+			ack := message{Type: msgAck, Seq: r.m.Seq}
+			if err != nil {
+				ack.Error = err.Error()
+			}
+			if err := w.ch.send(ack, nil); err != nil {
+				return nil, err
+			}
+		}
+	}
+}
+
+// message handles one message and owns its descriptors.
+func (w *worker) message(m message, fds []int) error {
+	oneFD := func() (int, error) {
+		if len(fds) != 1 {
+			closeAll(fds)
+			return -1, fmt.Errorf("came with %d descriptors, not 1", len(fds))
+		}
+		return fds[0], nil
+	}
+	switch m.Type {
+	case msgPublish, msgUnpublish:
+		var p publishMessage
+		if err := json.Unmarshal(m.Body, &p); err != nil {
+			closeAll(fds)
+			return err
+		}
+		if m.Type == msgUnpublish {
+			w.fwd.Unpublish(protoNumber(p.Proto), p.Host)
+			return nil
+		}
+		fd, err := oneFD()
+		if err != nil {
+			return err
+		}
+		return w.publish(p, fd)
+	case msgControl:
+		fd, err := oneFD()
+		if err != nil {
+			return err
+		}
+		var c controlMessage
+		if err := json.Unmarshal(m.Body, &c); err != nil {
+			_ = unix.Close(fd)
+			return err
+		}
+		w.accept(fd, c.Request)
+		return nil
+	case msgSocket:
+		var s socketMessage
+		if err := json.Unmarshal(m.Body, &s); err != nil || w.stock == nil || len(fds) > 1 {
+			closeAll(fds)
+			return err
+		}
+		w.stock.put(s.V6, fds)
+		return nil
+	}
+	closeAll(fds)
+	switch m.Type {
+	case msgRules:
+		var r rulesMessage
+		if err := json.Unmarshal(m.Body, &r); err != nil {
+			return err
+		}
+		rules, err := r.compile()
+		if err != nil {
+			return err
+		}
+		w.setRules(rules)
+		return nil
+	case msgUpstreams:
+		var u dns.Upstreams
+		if err := json.Unmarshal(m.Body, &u); err != nil {
+			return err
+		}
+		w.dial.allow(u)
+		w.dns.SetUpstreams(u)
+		return nil
+	case msgSysctl:
+		var p api.SysctlParams
+		if err := json.Unmarshal(m.Body, &p); err != nil {
+			return err
+		}
+		return w.setSysctl(p)
+	}
+	return fmt.Errorf("unknown message %q", m.Type)
+}
+
+// publish serves a published port.
+func (w *worker) publish(p publishMessage, fd int) error {
+	i := slices.IndexFunc(w.cfg.Guest, func(a netip.Addr) bool { return a.Is4() == p.Host.Addr().Is4() })
+	if i < 0 {
+		_ = unix.Close(fd)
+		return fmt.Errorf("the sandbox has no address of the family of %s", p.Host)
+	}
+	if w.stock != nil && p.Proto == "tcp" {
+		w.stock.fill(p.Host.Addr().Is6())
+	}
+	err := w.fwd.Publish(forwarder.Listener{
+		Proto: protoNumber(p.Proto), FD: fd, Host: p.Host, Guest: netip.AddrPortFrom(w.cfg.Guest[i], p.Guest),
+	})
+	if err != nil {
+		_ = unix.Close(fd)
+	}
+	return err
+}
+
+func protoNumber(name string) uint8 {
+	if name == "udp" {
+		return unix.IPPROTO_UDP
+	}
+	return unix.IPPROTO_TCP
+}
+
+// setRules puts rules in force. They reset the table's limits: those that were
+// set by hand since, and that the policy leaves open, are set again.
+func (w *worker) setRules(r *policy.Rules) {
+	w.fwd.SetRules(r)
+	w.limits = r.Limits()
+	for name, value := range w.sysctls {
+		if !w.policySets(name) {
+			_ = w.table.SetSysctl(name, value) // it was accepted before
+		}
+	}
+}
+
+// setSysctl sets a tunable by hand. What the policy limits is the policy's.
+func (w *worker) setSysctl(p api.SysctlParams) error {
+	if w.policySets(p.Name) {
+		return fmt.Errorf("%s is set by the policy: change it there", p.Name)
+	}
+	if err := w.table.SetSysctl(p.Name, p.Value); err != nil {
+		return err
+	}
+	w.sysctls[p.Name] = p.Value
+	return nil
+}
+
+func (w *worker) policySets(name string) bool {
+	limit := map[string]int64{
+		"nf_conntrack_max":                 int64(w.limits.Flows),
+		"nf_conntrack_max_per_destination": int64(w.limits.FlowsPerDestination),
+		"nf_conntrack_max_new_per_second":  int64(w.limits.NewFlowsPerSecond),
+		"nf_conntrack_max_total_bytes":     int64(w.limits.TotalBytes),
+	}
+	return limit[trimSysctl(name)] > 0
+}
+
+// farewell tells the monitor what flows there were.
+func (w *worker) farewell(f *os.File) {
+	defer f.Close()
+	var r api.FlowsResult
+	r.Ended, r.Dropped = w.flows.ended()
+	if err := api.WriteResult(f, r); err != nil {
+		w.log.Warn("report the ended flows: " + err.Error())
+	}
+}

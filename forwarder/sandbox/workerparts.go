@@ -1,0 +1,173 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"sluice/forwarder/dns"
+)
+
+// upstreamDialer opens the resolver's sockets. Upstream servers are the host's
+// own choice, 127.0.0.53 often among them, which no policy of the sandbox may
+// reach: so the verdict here is the list that the monitor sent, and an address
+// is compared with it once more in the hook right before connect.
+type upstreamDialer struct {
+	servers atomic.Pointer[map[netip.AddrPort]bool]
+}
+
+var errNotUpstream = errors.New("not an upstream server")
+
+func newUpstreamDialer(u dns.Upstreams) *upstreamDialer {
+	d := new(upstreamDialer)
+	d.allow(u)
+	return d
+}
+
+// allow replaces the list.
+func (d *upstreamDialer) allow(u dns.Upstreams) {
+	m := make(map[netip.AddrPort]bool, len(u.Servers))
+	for _, s := range u.Servers {
+		m[s] = true
+	}
+	d.servers.Store(&m)
+}
+
+// Dial implements dns.Dialer.
+func (d *upstreamDialer) Dial(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error) {
+	dialer := net.Dialer{Control: func(_, _ string, _ syscall.RawConn) error {
+		if !(*d.servers.Load())[server] {
+			return errNotUpstream
+		}
+		return nil
+	}}
+	c, err := dialer.DialContext(ctx, network, server.String())
+	if err != nil {
+		return nil, fmt.Errorf("dial the upstream server %s: %w", server, err)
+	}
+	return c, nil
+}
+
+// socketStock keeps a few sockets of the guest's network namespace at hand:
+// whoever needs one is on a run queue and cannot wait for the monitor to have
+// one made. Each that is taken is asked for again.
+type socketStock struct {
+	want func(v6 bool) error
+
+	mu    sync.Mutex
+	fds   [2][]int // v4, v6
+	asked [2]int   // on their way
+}
+
+// stockSize is how many loopback clients can connect within the millisecond
+// that a refill takes.
+const stockSize = 32
+
+func newSocketStock(want func(v6 bool) error) *socketStock { return &socketStock{want: want} }
+
+func family(v6 bool) int {
+	if v6 {
+		return 1
+	}
+	return 0
+}
+
+// fill asks for what is missing.
+func (s *socketStock) fill(v6 bool) {
+	i := family(v6)
+	s.mu.Lock()
+	n := stockSize - len(s.fds[i]) - s.asked[i]
+	s.asked[i] += max(n, 0)
+	s.mu.Unlock()
+	for ; n > 0; n-- {
+		if s.want(v6) != nil {
+			s.mu.Lock()
+			s.asked[i] -= n
+			s.mu.Unlock()
+			return
+		}
+	}
+}
+
+// put takes what came: a socket, or none.
+func (s *socketStock) put(v6 bool, fds []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := family(v6)
+	s.asked[i] = max(s.asked[i]-1, 0)
+	s.fds[i] = append(s.fds[i], fds...)
+}
+
+// Stream implements forwarder.GuestSockets.
+func (s *socketStock) Stream(v6 bool) (fd int, ok bool) {
+	i := family(v6)
+	s.mu.Lock()
+	if n := len(s.fds[i]); n > 0 {
+		fd, ok = s.fds[i][n-1], true
+		s.fds[i] = s.fds[i][:n-1]
+	}
+	s.mu.Unlock()
+	s.fill(v6)
+	return fd, ok
+}
+
+// wantSocket asks the monitor for one more socket.
+func (w *worker) wantSocket(v6 bool) error {
+	if v6 {
+		return w.ch.Send(msgWantSocket6, 0, nil)
+	}
+	return w.ch.Send(msgWantSocket4, 0, nil)
+}
+
+// journalHandler writes log records as lines with sd-daemon(3)'s level prefix,
+// which the monitor reads back. It has no time: the monitor's clock is the one.
+type journalHandler struct {
+	w     io.Writer // a line is one Write
+	attrs string
+}
+
+// Enabled implements slog.Handler.
+func (h *journalHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelInfo }
+
+// Handle implements slog.Handler.
+func (h *journalHandler) Handle(_ context.Context, r slog.Record) error {
+	var b strings.Builder
+	switch {
+	case r.Level >= slog.LevelError:
+		b.WriteString("<3>")
+	case r.Level >= slog.LevelWarn:
+		b.WriteString("<4>")
+	default:
+		b.WriteString("<6>")
+	}
+	b.WriteString(strings.ReplaceAll(r.Message, "\n", "; "))
+	b.WriteString(h.attrs)
+	r.Attrs(func(a slog.Attr) bool {
+		fmt.Fprintf(&b, " %s=%q", a.Key, a.Value.String())
+		return true
+	})
+	b.WriteByte('\n')
+	_, err := io.WriteString(h.w, b.String())
+	return err
+}
+
+// WithAttrs implements slog.Handler.
+func (h *journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	var b strings.Builder
+	b.WriteString(h.attrs)
+	for _, a := range attrs {
+		fmt.Fprintf(&b, " %s=%q", a.Key, a.Value.String())
+	}
+	return &journalHandler{w: h.w, attrs: b.String()}
+}
+
+// WithGroup implements slog.Handler; groups are not told apart.
+func (h *journalHandler) WithGroup(string) slog.Handler { return h }
