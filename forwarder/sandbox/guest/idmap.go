@@ -29,11 +29,14 @@ import (
 // idExtent maps count ids starting at outside to those starting at inside.
 type idExtent struct{ inside, outside, count uint32 }
 
+// ids are CMD's own, as seen inside.
+type ids struct{ uid, gid uint32 }
+
 type idMaps struct {
 	uid, gid []idExtent
 	single   bool // one id each, written without privilege
 	tools    bool // written by newuidmap and newgidmap
-	insideID struct{ uid, gid uint32 }
+	insideID ids
 }
 
 // maxExtents is the kernel's UID_GID_MAP_MAX_EXTENTS.

@@ -56,7 +56,9 @@ type scene struct {
 	SubIDs   string // contents of /etc/subuid and /etc/subgid
 	Resolv   string // "", "absent", "dangling", "link"
 	Hosts    string
-	Script   string // a Go-side scenario, by name
+	Script   string // what the driver does, by name
+	Tun      string // "", "absent", "locked"
+	NoUserNS bool   // run the driver where user namespaces are off
 }
 
 const ordinary = 65534
@@ -164,9 +166,18 @@ func stand(text string) int {
 	must(json.Unmarshal([]byte(text), &s))
 	must(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(unix.Mount("tmpfs", "/dev/net", "tmpfs", 0, "mode=0755"))
-	must(unix.Mknod("/dev/net/tun", unix.S_IFCHR|0o666, int(unix.Mkdev(10, 200))))
-	must(os.Chmod("/dev/net/tun", 0o666))
+	if s.Tun != "absent" {
+		must(unix.Mknod("/dev/net/tun", unix.S_IFCHR|0o600, int(unix.Mkdev(10, 200))))
+	}
+	if s.Tun == "" {
+		must(os.Chmod("/dev/net/tun", 0o666))
+	}
 	etc := map[string]string{"hosts": s.Hosts, "subuid": s.SubIDs, "subgid": s.SubIDs}
+	if s.NoUserNS {
+		b, err := os.ReadFile("/proc/self/exe")
+		must(err)
+		must(os.WriteFile(self(), b, 0o755))
+	}
 	for _, f := range []string{"passwd", "group", "nsswitch.conf"} {
 		b, err := os.ReadFile("/etc/" + f)
 		must(err)
@@ -193,9 +204,16 @@ func stand(text string) int {
 		must(syscall.Setresgid(s.UID, s.UID, s.UID))
 		must(syscall.Setresuid(s.UID, s.UID, s.UID))
 	}
+	if s.NoUserNS {
+		must(syscall.Exec("/usr/bin/unshare", []string{"unshare", "-Ur", "sh", "-c",
+			"echo 0 >/proc/sys/user/max_user_namespaces; exec \"$0\" \"$@\"", self(), "drive", text}, os.Environ()))
+	}
 	must(syscall.Exec("/proc/self/exe", []string{"driver", "drive", text}, os.Environ()))
 	return 99
 }
+
+// self is this binary at a path that an ordinary user can reach too.
+func self() string { return "/dev/net/self" }
 
 func openFDs() []string {
 	entries, _ := os.ReadDir("/proc/self/fd")
