@@ -49,7 +49,7 @@ func TestBadCircumstancesAreTold(t *testing.T) {
 	})
 	t.Run("a port that is taken", func(t *testing.T) {
 		w.host.start(t, peerBin(), "serve", "-base", "9300").waitText(t, "listening", 5*time.Second)
-		w.host.sluiceRun(t, "run", "-p", "9300:80", "--", "true").wantStatus(t, 125).wantMessage(t, "sluice: ", "9300", "in use")
+		w.host.sluiceRun(t, "run", "-p", "9300:80", "--", "true").wantStatus(t, 125).wantMessage(t, "sluice: ", "9300", "taken")
 	})
 	t.Run("a port that needs privilege", func(t *testing.T) {
 		if privileged {
@@ -76,7 +76,7 @@ func TestBadCircumstancesAreTold(t *testing.T) {
 			{"--link bridge", "tap"},
 			{"-p 80", "80"},
 			{"-p 99999:80", "99999"},
-			{"-p 9000-9002:80", "range"},
+			{"-p 9000-9002:80", "9000-9002:80"},
 			{"--policy /no/such/file", "/no/such/file"},
 			{"--name a/b", "a/b"},
 			{"--dns nowhere", "nowhere"},

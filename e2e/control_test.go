@@ -89,7 +89,7 @@ func TestPsListsSandboxes(t *testing.T) {
 		w.host.sluiceRun(t, "run", "--name", a.name, "--", "true").wantStatus(t, 125).wantMessage(t, a.name, "in use")
 	})
 	t.Run("a name that is not there", func(t *testing.T) {
-		w.host.sluiceRun(t, "flows", "nobody").wantMessage(t, "nobody", "sluice ps")
+		w.host.sluiceRun(t, "flows", "nobody").wantMessage(t, "nobody", "no such sandbox", a.name)
 	})
 	a.close(t)
 	if r := w.host.sluiceOK(t, "ps"); containsWord(r.out, a.name) || !containsWord(r.out, b.name) {
@@ -121,7 +121,7 @@ func TestPortsAtRunTime(t *testing.T) {
 	if !strings.Contains(ls.out, "udp") || !strings.Contains(ls.out, "tcp") {
 		t.Errorf("port ls does not tell tcp and udp\n%s", ls)
 	}
-	w.host.sluiceRun(t, "port", "add", sb.name, fmt.Sprintf("9005:%d", portEcho)).wantMessage(t, "9005", "in use")
+	w.host.sluiceRun(t, "port", "add", sb.name, fmt.Sprintf("9005:%d", portEcho)).wantMessage(t, "9005", "taken")
 	w.host.sluiceOK(t, "port", "rm", sb.name, fmt.Sprintf("9005:%d", portWhoami))
 	if reach(host4, 9005) {
 		t.Error("a port removed is still reachable")
@@ -140,7 +140,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 	p.waitText(t, `"listening"`, 5*time.Second)
 	since := time.Now()
 	for {
-		d, r := dial(t, w.far, "-timeout", "1s", at(host4, 9205))
+		d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 9205))
 		if d.Error == "" {
 			break
 		}
@@ -155,7 +155,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 	p.signal(syscall.SIGKILL)
 	p.wait(t, 5*time.Second)
 	eventually(t, 2*time.Second, func() (bool, string) {
-		d, r := dial(t, w.far, "-timeout", "1s", at(host4, 9205))
+		d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 9205))
 		return d.Error == "ECONNREFUSED", "a port whose listener ended is still forwarded\n" + r.String()
 	})
 	t.Run("without busy polling", func(t *testing.T) {

@@ -31,6 +31,51 @@ func TestHarnessTopologyIsAsDrawn(t *testing.T) {
 	}
 }
 
+// TestHarnessToolsWorkWithoutSluice asks of the host's own kernel what the other tests
+// ask of a sandbox: what fails here is a fault of the test.
+func TestHarnessToolsWorkWithoutSluice(t *testing.T) {
+	area(t, "harness.tools", "bash")
+	w := newWorld(t)
+	server := serve(t, w.far)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			truths(t, w.host, server, func(port int) string { return at(f.far, port) })
+			var moved transfer
+			r := ok(t, w.host, 30*time.Second, peerBin(), "xfer", "-streams", "8", "-size", "3000001", "-dir", "down", at(f.far, portXfer))
+			if r.into(t, &moved); moved.OK != 8 {
+				t.Errorf("transfers fail\n%s", r)
+			}
+			var many shorts
+			r = ok(t, w.host, 30*time.Second, peerBin(), "short", "-count", "1000", at(f.far, portOneByte))
+			if r.into(t, &many); many.OK != 1000 {
+				t.Errorf("short connections fail\n%s", r)
+			}
+			d, r := udp(t, w.host, "-ttl", "33", "-tos", "184", "-text", "x", at(f.far, portInspect))
+			if d.Got != "len=1 ttl=32 dscp=46" {
+				t.Errorf("the far side saw %q\n%s", d.Got, r)
+			}
+			if d, r := udp(t, w.host, "-size", "65000", "-count", "5", at(f.far, portEcho)); d.Received != 5 || d.Wrong != 0 {
+				t.Errorf("large datagrams fail\n%s", r)
+			}
+		})
+	}
+	t.Run("aborted handshakes", func(t *testing.T) {
+		var got struct{ Sent, Answered int }
+		r := ok(t, w.host, 30*time.Second, peerBin(), "synrst", "-count", "500", "-parallel", "50", at(far4, portWatch))
+		if r.into(t, &got); got.Answered != 500 {
+			t.Errorf("SYNs go unanswered\n%s", r)
+		}
+	})
+	t.Run("held connections", func(t *testing.T) {
+		p := w.host.start(t, peerBin(), "hold", "-count", "500", at(far4, portEcho))
+		p.waitText(t, `"held","open":500`, 10*time.Second)
+		p.write([]byte("echo\n"))
+		p.waitText(t, `"echoed","open":500`, 10*time.Second)
+		p.closeInput()
+		p.wait(t, 5*time.Second)
+	})
+}
+
 // dialed is what `peer dial` saw (e2e/peer/dial.go).
 type dialed struct {
 	Error, Stage string

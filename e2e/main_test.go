@@ -61,6 +61,7 @@ func enter() int {
 	}
 	defer os.RemoveAll(dir)
 	os.Setenv("SLUICE_E2E_DIR", dir)
+	os.Setenv("TMPDIR", dir) // whatever a test that was killed left goes with it
 	for name, pkg := range map[string]string{"SLUICE_BIN": "sluice/cmd/sluice", "PEER_BIN": "sluice/e2e/peer"} {
 		if err := provide(name, pkg, dir); err != nil {
 			return complain(err)

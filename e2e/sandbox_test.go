@@ -22,7 +22,6 @@ type sandbox struct {
 	name string
 	host *netns
 	run  *proc // sluice run, the monitor
-	tree func() []int
 
 	mu      sync.Mutex // guards all below
 	line    []byte

@@ -4,10 +4,12 @@ package e2e
 // tells of.
 
 import (
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestUDPEchoesEverySize(t *testing.T) {
@@ -87,4 +89,29 @@ func TestPublishedUDPPortsKeepTheClient(t *testing.T) {
 func portOf(addr string) int {
 	n, _ := strconv.Atoi(addr[strings.LastIndexByte(addr, ':')+1:])
 	return n
+}
+
+func TestUDPMappingAndFiltering(t *testing.T) {
+	area(t, "udp.mapping")
+	w := newWorld(t)
+	serve(t, w.far)
+	sb := w.host.sandbox(t)
+	p := sb.start(t, peerBin(), "mapping", at(far4, portWhoami), at(other4, portWhoami))
+	out := p.waitText(t, `"seen"`, 10*time.Second)
+	var m struct{ Seen []string }
+	if err := json.Unmarshal([]byte(out), &m); err != nil {
+		t.Fatalf("%v\n%s", err, p.result("still running"))
+	}
+	if len(m.Seen) != 2 || m.Seen[0] != m.Seen[1] {
+		t.Fatalf("one socket is seen from two ports (RFC 4787, REQ-1): %q", m.Seen)
+	}
+	// A peer that was never addressed, then one that was, from another port.
+	udp(t, w.router, "-timeout", "200ms", "-text", "stranger", m.Seen[0])
+	udp(t, w.far, "-timeout", "200ms", "-text", "friend", m.Seen[0])
+	p.waitText(t, "friend", 5*time.Second)
+	if r := p.result("still running"); strings.Contains(r.out, "stranger") {
+		t.Errorf("a datagram of a peer that was never addressed came in\n%s", r)
+	}
+	p.closeInput()
+	p.wait(t, 5*time.Second)
 }

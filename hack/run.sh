@@ -83,8 +83,8 @@ while [ ! -e "$work/done" ] && kill -0 "$sandbox" 2>/dev/null; do
 	sleep 0.02
 done
 if [ -e "$work/done" ]; then
-	echo "\$ sluice flows $name"
-	"$sluice" flows "$name" | tee "$work/flows"
+	echo "\$ sluice flows --ended $name"
+	"$sluice" flows --ended "$name" | tee "$work/flows"
 	touch "$work/shown"
 fi
 wait "$sandbox"

@@ -23,6 +23,7 @@ var commands = map[string]func(args []string) error{
 	"dns":     dnsServe,
 	"dial":    dial,
 	"udp":     udpClient,
+	"mapping": mapping,
 	"get":     get,
 	"short":   short,
 	"hold":    hold,

@@ -1,7 +1,8 @@
 package main
 
 // serve listens on a base port and the ones after it, one behaviour a port, for TCP and
-// UDP on every address given:
+// UDP on every address given (or on all: UDP then on each address by itself, so that
+// an answer leaves from the address that was asked):
 //
 //	base+0  tcp, udp  echo
 //	base+1  tcp       reads to the end of input, then answers "N SHA-256" and closes
@@ -46,9 +47,9 @@ func serve(args []string) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	hosts := fs.Args()
+	hosts, datagrams := fs.Args(), fs.Args()
 	if len(hosts) == 0 {
-		hosts = []string{"0.0.0.0", "::"}
+		hosts, datagrams = []string{"0.0.0.0", "::"}, ownAddresses()
 	}
 	failed := make(chan error)
 	tcp := []func(*net.TCPConn){0: echo, 1: digest, 2: greet, 3: resetAfterByte, 4: watchEnd,
@@ -66,6 +67,8 @@ func serve(args []string) error {
 			return err
 		}
 		go func() { failed <- http.Serve(l, http.HandlerFunc(hello)) }()
+	}
+	for _, host := range datagrams {
 		for i, handle := range map[int]func(*net.UDPConn) error{
 			0: udpEcho, 5: udpWhoami, 9: udpSource, 10: udpInspect} {
 			c, err := listenUDP(host, *base+i)
@@ -77,6 +80,17 @@ func serve(args []string) error {
 	}
 	say(seen{Event: "listening", Port: *base})
 	return <-failed
+}
+
+// ownAddresses lists the namespace's addresses but link-local ones.
+func ownAddresses() (hosts []string) {
+	all, _ := net.InterfaceAddrs()
+	for _, a := range all {
+		if n, ok := a.(*net.IPNet); ok && !n.IP.IsLinkLocalUnicast() {
+			hosts = append(hosts, n.IP.String())
+		}
+	}
+	return hosts
 }
 
 func family(host, network string) string {
