@@ -61,7 +61,11 @@ func newStack() (*stack.Stack, error) {
 
 // attachLink gives the stack its NIC, addresses and routes.
 func attachLink(s *stack.Stack, l stack.LinkEndpoint, cfg *Config, linkLocal netip.Addr) error {
-	if err := s.CreateNIC(nicID, l); err != nil {
+	var opts stack.NICOptions
+	if q, ok := cfg.Link.(interface{ QDisc() stack.QueueingDiscipline }); ok {
+		opts.QDisc = q.QDisc() // the stack's own allocates for each packet
+	}
+	if err := s.CreateNICWithOptions(nicID, l, opts); err != nil {
 		return fmt.Errorf("attaching the link to the stack: %s", err)
 	}
 	if err := s.SetPromiscuousMode(nicID, true); err != nil {

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/nat"
+)
+
+func flowsCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "flows",
+		Usage:     "list the flows of a sandbox, or watch them",
+		ArgsUsage: "[NAME]",
+		Description: "Without NAME, of the one sandbox that is running. -o conntrack prints what `conntrack -L` would,\n" +
+			"with --watch what `conntrack -E` would. --ended lists flows that are over or were refused.",
+		Flags: []cli.Flag{
+			outputFlag("table", "json", "conntrack"),
+			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "print events until interrupted"},
+			&cli.BoolFlag{Name: "ended", Usage: "list the flows that are over, refused ones too"},
+		},
+		BashComplete: completeNames,
+		Action:       flows,
+	}
+}
+
+func flows(c *cli.Context) error {
+	client, err := onlyTarget(c)
+	if err != nil {
+		return err
+	}
+	format := c.String("output")
+	switch {
+	case c.Bool("watch") && c.Bool("ended"):
+		return errors.New("--watch and --ended exclude each other")
+	case c.Bool("watch"):
+		return watchFlows(c, client, format)
+	case c.Bool("ended") && format == "conntrack":
+		return errors.New("--ended: conntrack has no format for flows that are over; want -o table or json")
+	}
+	var r api.FlowsResult
+	if err := client.Call(c.Context, api.MethodFlows, api.FlowsParams{Ended: c.Bool("ended")}, &r); err != nil {
+		return err
+	}
+	switch {
+	case c.Bool("ended") && format == "json":
+		return printJSON(c.App.Writer, nonNil(r.Ended))
+	case c.Bool("ended"):
+		return printEnded(c.App.Writer, r)
+	}
+	slices.SortFunc(r.Flows, func(a, b nat.Flow) int { return a.Start.Compare(b.Start) })
+	switch format {
+	case "json":
+		return printJSON(c.App.Writer, nonNil(r.Flows))
+	case "conntrack":
+		return nat.WriteConntrack(c.App.Writer, r.Flows, nat.ConntrackOptions{})
+	}
+	t := newTable(c.App.Writer, "PROTO", "STATE", "SOURCE", "DESTINATION", "SENT", "RECEIVED", "AGE", "RULE", "NAMES")
+	for _, f := range r.Flows {
+		t.row(flowRow(f)...)
+	}
+	return t.flush()
+}
+
+// nonNil makes JSON print [] for nothing.
+func nonNil[T any](s []T) []T {
+	if s == nil {
+		return []T{}
+	}
+	return s
+}
+
+func flowRow(f nat.Flow) []string {
+	end := f.End
+	if end.IsZero() {
+		end = time.Now()
+	}
+	return []string{
+		protoWord(f.Orig.Proto()), f.State.String(), tupleEnd(f.Orig, f.Orig.Src()), tupleEnd(f.Orig, f.Orig.Dst()),
+		size(f.OrigBytes), size(f.ReplyBytes), age(end.Sub(f.Start)), f.Rule, strings.Join(f.Names, ","),
+	}
+}
+
+func protoWord(p uint8) string {
+	switch p {
+	case 1:
+		return "icmp"
+	case 6:
+		return "tcp"
+	case 17:
+		return "udp"
+	case 58:
+		return "icmpv6"
+	}
+	return fmt.Sprint(p)
+}
+
+// tupleEnd prints one end of a flow; an ICMP tuple's ports are none.
+func tupleEnd(t nat.Tuple, a netip.AddrPort) string {
+	if p := t.Proto(); p == 6 || p == 17 {
+		return a.String()
+	}
+	return a.Addr().String()
+}
+
+// printEnded prints flows that are over: `flows --ended`, and `run --show-flows`.
+func printEnded(w io.Writer, r api.FlowsResult) error {
+	t := newTable(w, "VERDICT", "PROTO", "SOURCE", "DESTINATION", "SENT", "RECEIVED", "DURATION", "RULE", "REASON", "NAMES")
+	for _, e := range r.Ended {
+		verdict := e.Verdict
+		if e.Count > 1 {
+			verdict += fmt.Sprintf(" ×%d", e.Count)
+		}
+		t.row(verdict, e.Proto, endText(e.OrigSrc), endText(e.OrigDst), size(int64(e.Orig.Bytes)), size(int64(e.Reply.Bytes)),
+			(time.Duration(e.Duration * float64(time.Second))).Round(time.Millisecond).String(), e.Rule, e.Reason, strings.Join(e.Names, ","))
+	}
+	if err := t.flush(); err != nil {
+		return err
+	}
+	if r.Dropped > 0 {
+		_, err := fmt.Fprintf(w, "and %d before them\n", r.Dropped)
+		return err
+	}
+	return nil
+}
+
+func endText(e api.Endpoint) string {
+	if e.Port == 0 {
+		return e.IP.String()
+	}
+	return netip.AddrPortFrom(e.IP, e.Port).String()
+}
+
+// watchFlows prints events until the sandbox ends or the user interrupts.
+func watchFlows(c *cli.Context, client api.Client, format string) error {
+	s, err := client.Open(c.Context, api.MethodFlowsWatch, nil, nil)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	out := c.App.Writer
+	lost := uint64(0)
+	for {
+		var e api.FlowEvent
+		if err := s.Next(&e); err != nil {
+			if errors.Is(err, io.EOF) || c.Context.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("watch the flows: %w", err)
+		}
+		if e.Lost > lost {
+			_, _ = fmt.Fprintf(c.App.ErrWriter, "sluice: %d events were lost: this reader is too slow\n", e.Lost-lost)
+			lost = e.Lost
+		}
+		switch format {
+		case "json":
+			err = api.WriteLine(out, e)
+		case "conntrack":
+			err = nat.WriteConntrackEvent(out, nat.Event{Type: eventType(e.Type), Time: e.Time, Flow: e.Flow}, nat.ConntrackOptions{})
+		default:
+			row := flowRow(e.Flow)
+			_, err = fmt.Fprintf(out, "%s %-7s %s\n", e.Time.Local().Format("15:04:05.000"), printable(e.Type), printable(strings.TrimRight(strings.Join(row, "  "), " ")))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func eventType(name string) nat.EventType {
+	for _, t := range []nat.EventType{nat.New, nat.Update} {
+		if t.String() == name {
+			return t
+		}
+	}
+	return nat.Destroy
+}

@@ -1,0 +1,88 @@
+// Command sluice gives a command or a container a network whose every byte passes
+// a gate: see `sluice --help`.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/forwarder/sandbox"
+	"sluice/forwarder/sandbox/guest"
+)
+
+// exitStatus carries CMD's status through the command line library.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+func main() {
+	// The stages that run and attach start of this same binary. They are told by
+	// their first argument and refuse to run for anybody else.
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case guest.StageCommand:
+			os.Exit(guest.Main(os.Args[2:]))
+		case sandbox.WorkerCommand:
+			os.Exit(sandbox.WorkerMain())
+		}
+	}
+	os.Exit(run(context.Background(), os.Args))
+}
+
+func run(ctx context.Context, args []string) int {
+	err := app().RunContext(ctx, args)
+	var status exitStatus
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	}
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(os.Stderr, "sluice: %s\n", strings.TrimRight(line, "\n"))
+	}
+	var own ownFailure
+	if errors.As(err, &own) {
+		return own.status
+	}
+	return guest.StatusOurs
+}
+
+// ownFailure is an error of run or attach with the status that goes with it.
+type ownFailure struct {
+	error
+	status int
+}
+
+func (f ownFailure) Unwrap() error { return f.error }
+
+func app() *cli.App {
+	return &cli.App{
+		Name:                 "sluice",
+		Usage:                "run commands and containers in a network whose every byte passes a policy",
+		Version:              buildVersion(),
+		HideVersion:          true, // there is a version command
+		EnableBashCompletion: true,
+		Suggest:              true,
+		Commands:             append([]*cli.Command{runCommand(), attachCommand()}, clientCommands()...),
+		// Errors are printed once, by run.
+		ExitErrHandler: func(*cli.Context, error) {},
+		OnUsageError:   usageError,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return fmt.Errorf("there is no command %q: see `sluice --help`", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+}
+
+// usageError names the help that has the right words, instead of printing it all.
+func usageError(c *cli.Context, err error, _ bool) error {
+	return fmt.Errorf("%w: see `%s --help`", err, c.Command.HelpName)
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/forwarder/sandbox"
+	"sluice/forwarder/sandbox/api"
+)
+
+func portCommand() *cli.Command {
+	const spec = "[ip:]host[-range]:guest[-range][/udp]"
+	return &cli.Command{
+		Name:  "port",
+		Usage: "publish ports of a running sandbox, or withdraw them",
+		Subcommands: []*cli.Command{
+			{
+				Name: "add", Usage: "publish ports", ArgsUsage: "[NAME] " + spec + "...",
+				Description:  "Host port 0 lets the kernel pick one; the ports that were opened are printed.",
+				BashComplete: completeNames,
+				Action:       func(c *cli.Context) error { return changePorts(c, api.MethodPortsAdd) },
+			},
+			{
+				Name: "rm", Usage: "withdraw ports", ArgsUsage: "[NAME] " + spec + "...",
+				Description:  "Connections through them go on.",
+				BashComplete: completeNames,
+				Action:       func(c *cli.Context) error { return changePorts(c, api.MethodPortsRm) },
+			},
+			{
+				Name: "ls", Usage: "list the published ports", ArgsUsage: "[NAME]",
+				Flags: []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames, Action: listPorts,
+			},
+		},
+	}
+}
+
+func changePorts(c *cli.Context, method string) error {
+	client, specs, err := target(c, func(s string) bool { return !strings.Contains(s, ":") })
+	if err != nil {
+		return err
+	}
+	if len(specs) == 0 {
+		return errors.New("want at least one port, for example 8080:80")
+	}
+	for _, s := range specs {
+		if _, err := sandbox.ParsePort(s); err != nil {
+			return err
+		}
+	}
+	for _, s := range specs {
+		var r api.PortsResult
+		if err := client.Call(c.Context, method, api.PortsParams{Spec: s}, &r); err != nil {
+			return err
+		}
+		if method == api.MethodPortsAdd {
+			for _, p := range r.Ports {
+				_, _ = fmt.Fprintln(c.App.Writer, sandbox.FormatPort(p))
+			}
+		}
+	}
+	return nil
+}
+
+func listPorts(c *cli.Context) error {
+	client, err := onlyTarget(c)
+	if err != nil {
+		return err
+	}
+	var r api.PortsResult
+	if err := client.Call(c.Context, api.MethodPorts, nil, &r); err != nil {
+		return err
+	}
+	if c.String("output") == "json" {
+		return printJSON(c.App.Writer, nonNil(r.Ports))
+	}
+	t := newTable(c.App.Writer, "PROTO", "HOST", "PORT", "SANDBOX", "MADE BY")
+	for _, p := range r.Ports {
+		host, by := "*", "hand"
+		if p.HostIP.IsValid() {
+			host = p.HostIP.String()
+		}
+		if p.Auto {
+			by = "--publish-auto"
+		}
+		t.row(p.Proto, host, strconv.Itoa(int(p.HostPort)), strconv.Itoa(int(p.GuestPort)), by)
+	}
+	return t.flush()
+}

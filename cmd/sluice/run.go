@@ -1,0 +1,268 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox"
+	"sluice/forwarder/sandbox/api"
+	"sluice/forwarder/sandbox/guest"
+	"sluice/tun"
+)
+
+// sandboxFlags are common to run and attach.
+func sandboxFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "name", Usage: "`NAME` of the sandbox for the other commands; generated if not given"},
+		&cli.StringFlag{Name: "policy", Usage: "policy `FILE` (docs/policy.md); default: all but the host's loopback, link-local and metadata addresses is open"},
+		&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `[IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]`; may be repeated"},
+		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 every port that the sandbox listens on, while it does"},
+		&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
+		&cli.StringSliceFlag{Name: "dns", Usage: "name server `ADDRESS[:PORT]` to ask instead of the host's; may be repeated"},
+		&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's; may be repeated"},
+		&cli.StringSliceFlag{Name: "add-host", Usage: "answer `NAME:ADDRESS`; may be repeated"},
+		&cli.StringFlag{Name: "flow-log", Usage: "append a JSON record of each ended flow to `FILE`, - for standard output"},
+		&cli.StringFlag{Name: "link", Value: "tap", Usage: "kind of device: `tap|tun`"},
+		&cli.StringFlag{Name: "interface", Usage: "`NAME` of the device inside (default: tap0 or tun0)"},
+		&cli.IntFlag{Name: "mtu", Value: tun.DefaultMTU, Usage: fmt.Sprintf("MTU of the device, %d to %d `BYTES`", tun.MinMTU, tun.MaxMTU)},
+		&cli.IntFlag{Name: "queues", Value: 1, Usage: fmt.Sprintf("queues of the device, 1 to %d", tun.MaxQueues)},
+		&cli.BoolFlag{Name: "no-offload", Usage: "a device without checksum and segmentation offloads"},
+		&cli.StringFlag{Name: "mac", Usage: "hardware `ADDRESS` of the device inside (default: the kernel's choice)"},
+		&cli.StringFlag{Name: "address", Usage: "IPv4 `ADDRESS/BITS` of the sandbox (default: 10.0.2.100/24; gateway and resolver are .2 and .3)"},
+		&cli.StringFlag{Name: "address6", Usage: "IPv6 `ADDRESS/BITS` of the sandbox"},
+		&cli.StringFlag{Name: "gateway", Usage: "IPv4 `ADDRESS` of the gateway"},
+		&cli.StringFlag{Name: "gateway6", Usage: "IPv6 `ADDRESS` of the gateway"},
+		&cli.BoolFlag{Name: "ipv4-only", Usage: "no IPv6 inside"},
+		&cli.BoolFlag{Name: "ipv6-only", Usage: "no IPv4 inside"},
+		&cli.StringSliceFlag{Name: "sysctl", Usage: "flow table setting `NAME=VALUE`, such as nf_conntrack_max=1000; may be repeated"},
+		&cli.BoolFlag{Name: "verbose", Usage: "say on standard error what happens"},
+	}
+}
+
+func runCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "run",
+		Usage:     "run a command in a sandboxed network",
+		ArgsUsage: "-- COMMAND [ARGUMENT…]",
+		Description: `Makes user, network and mount namespaces, puts a device into them, and carries
+each connection that the policy lets through to a socket of the caller's
+network. No privilege is needed but access to /dev/net/tun.
+
+The exit status is COMMAND's, 128+N if signal N ended it, 126 if it cannot be
+executed, 127 if there is no such command, and 125 if sluice itself failed,
+which it explains on standard error.
+
+   sluice run -- curl https://example.com
+   sluice run --policy policy.yaml -- ./agent
+   sluice run -p 8080:80 -- nginx -g 'daemon off;'`,
+		Flags: append(sandboxFlags(),
+			&cli.BoolFlag{Name: "root", Usage: "be root inside, with capabilities over the sandbox's namespaces only (default: the caller's own user)"},
+			&cli.BoolFlag{Name: "subids", Usage: "map the caller's /etc/subuid and /etc/subgid ranges too"},
+			&cli.BoolFlag{Name: "pid", Usage: "a PID namespace: everything inside ends with COMMAND"},
+			&cli.IntFlag{Name: "preserve-fds", Usage: "hand `N` more descriptors to COMMAND, from 3 on"},
+			&cli.BoolFlag{Name: "show-flows", Usage: "print the flows that were seen to standard error at the end"},
+		),
+		Before:       noStrayOptions,
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			cfg, err := sandboxConfig(c)
+			if err != nil {
+				return err
+			}
+			g := &cfg.Guest
+			g.Command = c.Args().Slice()
+			if len(g.Command) == 0 {
+				return errors.New("run: no command: sluice run [flags] -- COMMAND")
+			}
+			if c.Bool("root") {
+				g.User = guest.MapRoot
+			}
+			g.SubIDs, g.PIDNamespace = c.Bool("subids"), c.Bool("pid")
+			if g.Files, err = preserved(c.Int("preserve-fds")); err != nil {
+				return err
+			}
+			if c.Bool("show-flows") {
+				cfg.Ended = func(r api.FlowsResult) { _ = printEnded(os.Stderr, r) }
+			}
+			return finish(sandbox.Run(c.Context, cfg))
+		},
+	}
+}
+
+// finish turns the end of a sandbox into what main exits with.
+func finish(status int, err error) error {
+	switch {
+	case err != nil:
+		return ownFailure{err, status}
+	case status != 0:
+		return exitStatus(status)
+	}
+	return nil
+}
+
+// noStrayOptions refuses what would silently become part of COMMAND: the library
+// stops at the first word that is no flag, and so does a user's typing error.
+func noStrayOptions(c *cli.Context) error {
+	if a := c.Args().First(); strings.HasPrefix(a, "-") {
+		return fmt.Errorf("%s: flag %q stands where COMMAND is expected", c.Command.Name, a)
+	}
+	return nil
+}
+
+// sandboxConfig reads the common flags.
+func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
+	cfg := sandbox.Config{
+		Name: c.String("name"), Version: buildVersion(),
+		NoIPv4: c.Bool("ipv6-only"), NoIPv6: c.Bool("ipv4-only"),
+		HostLoopback: c.Bool("host-loopback"), PublishAuto: c.Bool("publish-auto"),
+		FlowLog: c.String("flow-log"), Verbose: c.Bool("verbose"),
+	}
+	g := &cfg.Guest
+	g.Link = tun.Config{
+		Name: c.String("interface"), MTU: c.Int("mtu"), Queues: c.Int("queues"), NoOffload: c.Bool("no-offload"),
+	}
+	var errs []error
+	try := func(name string, f func(string) error) {
+		if v := c.String(name); v != "" {
+			if err := f(v); err != nil {
+				errs = append(errs, fmt.Errorf("--%s: %w", name, err))
+			}
+		}
+	}
+	each := func(name string, f func(string) error) {
+		for _, v := range c.StringSlice(name) {
+			if err := f(v); err != nil {
+				errs = append(errs, fmt.Errorf("--%s: %w", name, err))
+			}
+		}
+	}
+	try("link", func(v string) error {
+		switch v {
+		case "tap":
+			g.Link.Kind = tun.TAP
+		case "tun":
+			g.Link.Kind = tun.TUN
+		default:
+			return fmt.Errorf("%q: want tap or tun", v)
+		}
+		if g.Link.Name == "" {
+			g.Link.Name = v + "0"
+		}
+		return nil
+	})
+	if m := g.Link.MTU; m < tun.MinMTU || m > tun.MaxMTU {
+		errs = append(errs, fmt.Errorf("--mtu: %d: want %d to %d", m, tun.MinMTU, tun.MaxMTU))
+	}
+	if q := g.Link.Queues; q < 1 || q > tun.MaxQueues {
+		errs = append(errs, fmt.Errorf("--queues: %d: want 1 to %d", q, tun.MaxQueues))
+	}
+	try("mac", func(v string) (err error) { g.MAC, err = net.ParseMAC(v); return err })
+	try("address", prefixOf(&g.Addr4, 4))
+	try("address6", prefixOf(&g.Addr6, 6))
+	try("gateway", addrOf(&g.Gateway4, 4))
+	try("gateway6", addrOf(&g.Gateway6, 6))
+	each("publish", func(v string) error {
+		p, err := sandbox.ParsePort(v)
+		cfg.Ports = append(cfg.Ports, p)
+		return err
+	})
+	each("dns", func(v string) error {
+		a, err := serverOf(v)
+		cfg.Servers = append(cfg.Servers, a)
+		return err
+	})
+	if s := c.StringSlice("dns-search"); len(s) > 0 {
+		cfg.Search = s
+	}
+	each("add-host", func(v string) error {
+		name, addr, ok := strings.Cut(v, ":")
+		if !ok || name == "" {
+			return fmt.Errorf("%q: want NAME:ADDRESS", v)
+		}
+		a, err := netip.ParseAddr(strings.Trim(addr, "[]"))
+		if err != nil {
+			return fmt.Errorf("%q: %w", v, err)
+		}
+		if cfg.Hosts == nil {
+			cfg.Hosts = make(map[string][]netip.Addr)
+		}
+		cfg.Hosts[name] = append(cfg.Hosts[name], a.Unmap())
+		return nil
+	})
+	each("sysctl", func(v string) error {
+		name, value, ok := strings.Cut(v, "=")
+		if !ok {
+			return fmt.Errorf("%q: want NAME=VALUE", v)
+		}
+		if cfg.Sysctls == nil {
+			cfg.Sysctls = make(map[string]string)
+		}
+		cfg.Sysctls[name] = value
+		return nil
+	})
+	try("policy", func(v string) (err error) {
+		cfg.PolicyName, cfg.Policy, err = readPolicy(v)
+		return err
+	})
+	return cfg, errors.Join(errs...)
+}
+
+func prefixOf(p *netip.Prefix, family int) func(string) error {
+	return func(v string) (err error) {
+		*p, err = netip.ParsePrefix(v)
+		if err == nil && p.Addr().Is4() != (family == 4) {
+			return fmt.Errorf("%q is not an IPv%d prefix", v, family)
+		}
+		return err
+	}
+}
+
+func addrOf(a *netip.Addr, family int) func(string) error {
+	return func(v string) (err error) {
+		*a, err = netip.ParseAddr(v)
+		if err == nil && a.Is4() != (family == 4) {
+			return fmt.Errorf("%q is not an IPv%d address", v, family)
+		}
+		return err
+	}
+}
+
+// serverOf reads a name server, whose port is 53 unless given.
+func serverOf(v string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(strings.Trim(v, "[]")); err == nil {
+		return netip.AddrPortFrom(a, 53), nil
+	}
+	a, err := netip.ParseAddrPort(v)
+	if err != nil {
+		return a, fmt.Errorf("%q is no ADDRESS or ADDRESS:PORT", v)
+	}
+	return a, nil
+}
+
+// preserved are the caller's descriptors from 3 on.
+func preserved(n int) ([]*os.File, error) {
+	if n < 0 {
+		return nil, fmt.Errorf("--preserve-fds: %d: want 0 or more", n)
+	}
+	var files []*os.File
+	for fd := 3; fd < 3+n; fd++ {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
+			return nil, fmt.Errorf("--preserve-fds: descriptor %d is not open", fd)
+		}
+		files = append(files, os.NewFile(uintptr(fd), fmt.Sprintf("preserved descriptor %d", fd)))
+	}
+	return files, nil
+}
+
+// attachTo is a sandbox.StartGuest for an existing namespace.
+func attachTo(t guest.Target) sandbox.StartGuest {
+	return func(ctx context.Context, cfg guest.Config) (*guest.Guest, error) { return guest.Attach(ctx, t, cfg) }
+}
