@@ -1,0 +1,70 @@
+package confine
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config says what the process may keep.
+type Config struct {
+	// KeepFDs are the descriptors that stay open. Of 0, 1 and 2 those not listed
+	// become /dev/null, all others are closed.
+	KeepFDs []int
+}
+
+// ErrCgo is returned in a binary built with cgo, where threads that the Go runtime
+// does not know of would keep their privileges.
+var ErrCgo = errors.New("the binary was built with cgo; build it with CGO_ENABLED=0")
+
+// Apply confines the calling process, all of its threads, for good. It is to be
+// called once, in a process freshly cloned into user and mount namespaces of its
+// own in which it is uid 0, before anything hostile is read and while nothing else
+// opens descriptors. After an error the process is half confined: it must end.
+//
+// Automatic changes of GOMAXPROCS end: the runtime could no longer read the
+// cgroup's limit.
+func Apply(cfg Config) error {
+	// The zone of log lines is read from a file, at first use.
+	_, _ = time.Now().Zone()
+	// The runtime keeps the cgroup's files open to follow its limit; with a number
+	// set by hand it does not look any more, and they can be closed.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+
+	for _, stage := range []struct {
+		what string
+		do   func() error
+	}{
+		{"close descriptors", func() error { return closeOthers(cfg.KeepFDs) }},
+		{"empty the root", emptyRoot},
+		{"set limits", limit},
+		{"drop privileges", dropPrivileges},
+		{"restrict by Landlock", landlock},
+		{"filter system calls", filter},
+	} {
+		if err := stage.do(); err != nil {
+			return fmt.Errorf("%s: %w", stage.what, err)
+		}
+	}
+	return nil
+}
+
+// limit sets what is per process. Not limited: RLIMIT_NPROC, which counts the
+// user's threads and not ours; RLIMIT_FSIZE, since the flow log and captures are
+// files; RLIMIT_NOFILE, which is the monitor's to choose.
+func limit() error {
+	for _, r := range []int{unix.RLIMIT_CORE, unix.RLIMIT_MSGQUEUE} {
+		if err := unix.Setrlimit(r, &unix.Rlimit{}); err != nil {
+			return fmt.Errorf("resource limit %d: %w", r, err)
+		}
+	}
+	// No core, no ptrace and no reading of /proc/PID/mem by processes of the same
+	// uid, such as those in the sandbox.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("make undumpable: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,25 @@
+// Package confine takes everything away from the worker process that it does not
+// need to move packets.
+//
+// The worker parses what a hostile sandbox sends. It is in the caller's network
+// namespace and holds the device, so a hole in it is a hole into the host, unless
+// there is nothing to be had in it:
+//
+//	cloned by the monitor:   user, mount, PID, IPC and UTS namespaces of its own
+//	Apply:  1 descriptors    only the listed ones (and the runtime's own)
+//	        2 root           an empty, read-only tmpfs; the host's tree is unmounted
+//	        3 limits         no core dump, no message queues; not dumpable, no ptrace
+//	        4 privileges     no_new_privs; no capability in any set, bounding included
+//	        5 Landlock       no file system at all; signals and abstract sockets stay inside
+//	        6 seccomp        an allow-list by call and argument; anything else kills
+//
+// Each stage alone would hold most attacks; they are in this order because each
+// takes away what the ones before needed. All of them hold for every thread of the
+// process: Linux keeps no_new_privs, capabilities, Landlock and seccomp per
+// thread, and a Go program has several by the time main runs. Hence
+// syscall.AllThreadsSyscall, which does not exist in a binary with cgo: such a
+// binary is refused.
+//
+// What is left: sockets of the Internet families, the descriptors handed over, and
+// memory. The package imports nothing of ours.
+package confine
