@@ -348,19 +348,44 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 	}
 }
 
+// startSocket makes a polled socket of a descriptor of the dialer's.
+func (d *dgramTable) startSocket(fd int, proto uint8) (*hostSocket, error) {
+	s := d.newHostSocket(fd, proto, d.f.dialer.close)
+	if err := s.start(); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
 // recheck asks the new rules about every flow and cuts those that they refuse or
 // would send elsewhere.
 func (d *dgramTable) recheck(r *policy.Rules) {
 	for _, fl := range d.list() {
-		if fl.query.Dst.Addr().IsValid() {
-			v := r.Decide(fl.query)
-			if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
-				fl.end("policy")
-				continue
-			}
-			fl.verdict.Store(&v)
-		}
+		fl.recheck(r)
 	}
+}
+
+// stillAllowed is asked once a flow is in the table. Rules that were replaced while it
+// was set up may have been applied to the table before it was there.
+func (d *dgramTable) stillAllowed(fl *dgramFlow, judged *policy.Rules) bool {
+	now := d.f.rules.Load()
+	return now == judged || fl.recheck(now)
+}
+
+// recheck reports whether the flow may go on, and ends it otherwise. Flows to our own
+// resolver are not policy's to judge.
+func (fl *dgramFlow) recheck(r *policy.Rules) bool {
+	if !fl.query.Dst.IsValid() {
+		return true
+	}
+	v := r.Decide(fl.query)
+	if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
+		fl.end("policy")
+		return false
+	}
+	fl.verdict.Store(&v)
+	return true
 }
 
 func (d *dgramTable) list() []*dgramFlow {

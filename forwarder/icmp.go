@@ -126,7 +126,8 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	}
 	peer := netip.AddrPortFrom(dst, 0)
 	q := policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request}
-	v := e.f.rules.Load().Decide(q)
+	rules := e.f.rules.Load()
+	v := rules.Decide(q)
 	if !v.Allowed() {
 		e.refuse(v, icmpAdminProhibited, pkt, q)
 		return nil
@@ -139,7 +140,9 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	err := e.install(fl, func() (*hostSocket, error) { return e.open(v, guest) })
 	switch {
 	case err == nil:
-		return fl
+		if e.stillAllowed(fl, rules) {
+			return fl
+		}
 	case errors.Is(err, errNoPingSocket):
 		fl.end("no-ping-socket")
 		e.noPing.drop(e.f, pkt)
@@ -170,8 +173,7 @@ func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocke
 		}
 		return nil, err
 	}
-	s := e.newHostSocket(fd, v.Proto(), e.f.dialer.close)
-	return s, s.start()
+	return e.startSocket(fd, v.Proto())
 }
 
 // echoPeer finds the flow that a message from a, or an error about a message to a, is of.

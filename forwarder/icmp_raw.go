@@ -51,6 +51,7 @@ func newRawEcho(e *echoForwarder, fd int, proto uint8) *rawEcho {
 	r.main = e.newHostSocket(fd, proto, func(fd int) { unix.Close(fd) })
 	r.main.raw, r.main.shared = r, true
 	if r.main.start() != nil {
+		r.main.close()
 		return nil
 	}
 	return r

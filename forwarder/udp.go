@@ -101,7 +101,8 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 		return fl
 	}
 	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
-	v := u.f.rules.Load().Decide(q)
+	rules := u.f.rules.Load()
+	v := rules.Decide(q)
 	if !v.Allowed() {
 		if u.f.isOwn(peer.Addr()) {
 			u.noPort.drop(u.f, pkt)
@@ -121,12 +122,14 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 		if err != nil {
 			return nil, err
 		}
-		s := u.newHostSocket(fd, protoUDP, u.f.dialer.close)
-		return s, s.start()
+		return u.startSocket(fd, protoUDP)
 	})
 	if err != nil {
 		fl.end("no-socket")
 		u.noSocket(err, pkt)
+		return nil
+	}
+	if !u.stillAllowed(fl, rules) {
 		return nil
 	}
 	return fl

@@ -65,11 +65,9 @@ func (d *datagrams) publish(l Listener) error {
 	p.sock = u.newHostSocket(l.FD, protoUDP, func(fd int) { unix.Close(fd) })
 	p.sock.shared = true
 	p.sock.client = p.client
-	tok, err := u.f.poll.add(l.FD, unix.EPOLLIN, p.sock)
-	if err != nil {
+	if err := p.sock.start(); err != nil {
 		return err
 	}
-	p.sock.token = tok
 	u.published[l.Host] = p.sock
 	return nil
 }
@@ -101,7 +99,8 @@ func (d *datagrams) unpublish(l Listener) {
 func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow {
 	u := p.u
 	q := policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest}
-	v := u.f.rules.Load().Decide(q)
+	rules := u.f.rules.Load()
+	v := rules.Decide(q)
 	if !v.Allowed() {
 		u.ingress.refused.Add(1)
 		u.f.noteRefused(protoUDP, from, p.guest, v)
@@ -146,6 +145,9 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	u.mu.Unlock()
 	if !ok {
 		fl.end("unpublished")
+		return nil
+	}
+	if !u.stillAllowed(fl, rules) {
 		return nil
 	}
 	return fl

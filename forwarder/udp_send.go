@@ -81,6 +81,12 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 
 // flush sends what was queued.
 func (d *dgramTable) flush() {
+	d.pendMu.Lock()
+	idle := len(d.pending) == 0
+	d.pendMu.Unlock()
+	if idle {
+		return // the batch was somebody else's
+	}
 	d.flushMu.Lock()
 	defer d.flushMu.Unlock()
 	d.pendMu.Lock()

@@ -72,12 +72,12 @@ func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostS
 	}
 }
 
-// start begins receiving. On failure the descriptor is closed.
+// start begins receiving. Nothing is received before the token is known.
 func (s *hostSocket) start() error {
+	s.rxMu.Lock()
+	defer s.rxMu.Unlock()
 	t, err := s.poll.add(s.fd, unix.EPOLLIN, s)
 	if err != nil {
-		s.close1(s.fd)
-		s.fd = -1
 		return err
 	}
 	s.token = t
