@@ -35,8 +35,15 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if builtIn != "" {
+		_ = os.RemoveAll(builtIn)
+	}
+	os.Exit(code)
 }
+
+// builtIn is the directory of a binary that was built for the tests, if one was.
+var builtIn string
 
 // nobody is who the worker is when root starts it.
 const nobody = 65534
@@ -52,7 +59,7 @@ var binary = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// Left behind in the temporary directory: it outlives each single test.
+	builtIn = dir
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", err
 	}
