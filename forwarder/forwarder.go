@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -119,17 +121,18 @@ type Forwarder struct {
 	dgram     *datagrams // UDP and ICMP
 	publish   *publisher
 	bandwidth bandwidth
-	limits    nat.Limits                      // the table's own, before any policy's
-	drop      func(reason string, pkt []byte) // never nil
-	inbound   stack.NetworkDispatcher         // behind the filter; set by link.Attach
+	limits    nat.Limits                               // the table's own, before any policy's
+	drop      func(reason string, pkt []byte)          // never nil
+	inbound   stack.NetworkDispatcher                  // behind the filter; set by link.Attach
+	network   atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
 
 	ctx    context.Context // ends when Run does; handlers get it
 	cancel context.CancelFunc
 	ruleMu sync.Mutex // serialises SetRules
 }
 
-// New sets up the stack and the forwarders. Nothing is read from the link's
-// reader before the stack is attached, and every flow is refused until SetRules.
+// New sets up the stack and the forwarders. Packets are taken from the link from
+// then on, and every flow is refused until SetRules. Run ends the link.
 func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
@@ -191,6 +194,16 @@ func (f *Forwarder) attach() error {
 		s.Destroy()
 		return err
 	}
+	var eps [2]stack.NetworkEndpoint
+	for i, proto := range []tcpip.NetworkProtocolNumber{header.IPv4ProtocolNumber, header.IPv6ProtocolNumber} {
+		ep, err := s.GetNetworkEndpoint(nicID, proto)
+		if err != nil {
+			s.Destroy()
+			return fmt.Errorf("finding the stack's network endpoint: %s", err)
+		}
+		eps[i] = ep
+	}
+	f.network.Store(&eps)
 	return nil
 }
 
@@ -217,6 +230,10 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.publish.close()
 	f.tcp.close()
 	f.dgram.close()
+	// In this order: Destroy waits for the link's readers with the stack's lock
+	// held, and a reader that is delivering may want that lock.
+	f.cfg.Link.Close()
+	f.cfg.Link.Wait()
 	f.stack.Destroy()
 	for _, sh := range f.shards {
 		sh.runq.close()

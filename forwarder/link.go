@@ -93,12 +93,32 @@ func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *st
 	}
 	switch why {
 	case reason{}:
-		t.NetworkDispatcher.DeliverNetworkPacket(proto, pkt)
+		t.deliver(proto, pkt)
 	case handled:
 	default:
 		why.Add(1)
 		t.f.noteDrop(why.name, pkt)
 	}
+}
+
+// KeepsRXChecksumValidated tells the device whether what it says of each packet's
+// checksum is respected (tun.ChecksumKeeper): as soon as the stack is set up.
+func (t *filter) KeepsRXChecksumValidated() bool { return t.f.network.Load() != nil }
+
+// deliver goes past the stack's NIC, which would replace the packet's
+// RXChecksumValidated by one flag for the whole link.
+func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	eps := t.f.network.Load()
+	switch {
+	case eps == nil:
+	case proto == header.IPv4ProtocolNumber:
+		eps[0].HandlePacket(pkt)
+		return
+	case proto == header.IPv6ProtocolNumber:
+		eps[1].HandlePacket(pkt)
+		return
+	}
+	t.NetworkDispatcher.DeliverNetworkPacket(proto, pkt)
 }
 
 // handled is the verdict on a packet that was answered here: neither passed on

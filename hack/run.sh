@@ -47,7 +47,7 @@ metadata:
 spec:
   defaultAction: reject
   egress:
-  - name: the server on this host
+  - name: host-server
     action: allow
     to: [{entity: host-loopback}]
     ports: [{protocol: TCP, port: $((port + 8))}]
