@@ -58,6 +58,9 @@ func driveAttachOwn(s scene) int {
 	tgt := Target{PID: target.Process.Pid}
 	if s.Target != nil {
 		tgt = Target{NetNS: fmt.Sprintf("/proc/%d/ns/net", target.Process.Pid)}
+		if s.Target.UserNS != "" {
+			tgt.UserNS = fmt.Sprintf("/proc/%d/ns/user", target.Process.Pid)
+		}
 	}
 	g, err := Attach(s.ctx(), tgt, s.Config)
 	must(err)
@@ -78,23 +81,24 @@ func driveAttachOwn(s scene) int {
 	return 0
 }
 
-func TestAttachByAnOrdinaryUser(t *testing.T) {
+func TestAttachToNamespacesOfTheSameUser(t *testing.T) {
 	needRoot(t)
 	for _, row := range []struct {
 		name   string
+		uid    int
 		user   UserMode
-		byPath bool
+		target *Target // nil: by PID
 	}{
-		{"to a process that is root in its user namespace", MapRoot, false},
-		{"to a process that kept its uid there", KeepCaller, false},
-		{"to the path of its namespace", MapRoot, true},
+		{"a process that is root in its user namespace", ordinary, MapRoot, nil},
+		{"a process that kept its uid there", ordinary, KeepCaller, nil},
+		{"the path of its namespace", ordinary, MapRoot, &Target{}},
+		{"the path, and the user namespace named", ordinary, KeepCaller, &Target{UserNS: "own"}},
+		{"by root, from outside the user namespace", 0, MapRoot, nil},
+		{"by root, through the user namespace named", 0, MapRoot, &Target{UserNS: "own"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			s := scene{UID: ordinary, Script: "attach to own", Config: baseConfig()}
+			s := scene{UID: row.uid, Target: row.target, Script: "attach to own", Config: baseConfig()}
 			s.Config.Command, s.Config.User = nil, row.user
-			if row.byPath {
-				s.Target = &Target{}
-			}
 			got := play(t, s)
 			want := "1\ntap0 UNKNOWN 10.0.2.100/24 fd00::100/64"
 			flat := strings.Join(strings.Fields(strings.ReplaceAll(got.stdout, "\n", " ; ")), " ")

@@ -122,7 +122,7 @@ func forkInto(spaces []joined, files []*os.File) (int, error) {
 	if plan.path, err = unix.BytePtrFromString("/proc/self/exe"); err != nil {
 		return 0, err
 	}
-	if plan.argv, err = syscall.SlicePtrFromStrings([]string{"sluice", stageName}); err != nil {
+	if plan.argv, err = syscall.SlicePtrFromStrings([]string{"sluice", StageCommand}); err != nil {
 		return 0, err
 	}
 	plan.envp = []*byte{nil}

@@ -82,8 +82,9 @@ type socketAnswer struct {
 	err  error
 }
 
-// Start makes a new sandbox up to its device. CMD waits for Release. The
-// calling goroutine's context only bounds the making.
+// Start makes a new sandbox up to its device. CMD waits for Release. The context
+// only bounds the making. Every descriptor of this process from 3 on becomes
+// close-on-exec.
 func Start(ctx context.Context, cfg Config) (*Guest, error) {
 	if err := cfg.validate(true); err != nil {
 		return nil, err
@@ -124,6 +125,11 @@ func Start(ctx context.Context, cfg Config) (*Guest, error) {
 func start(ctx context.Context, spec stageSpec, notes []string, spawn func([]*os.File) (*stageProcess, error)) (*Guest, error) {
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
+	// What the caller left open and nobody asked to keep ends here: the stage
+	// would hold it for as long as the sandbox lives.
+	if err := closeOnExecFrom(3); err != nil {
+		return nil, fmt.Errorf("marking inherited descriptors: %w", err)
+	}
 	ch, far, err := channelPair()
 	if err != nil {
 		return nil, err

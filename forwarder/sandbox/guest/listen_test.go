@@ -74,16 +74,11 @@ func TestListeningPortsAreFound(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
 		cmd.Stderr = os.Stderr
-		done := make(chan error, 1)
-		go func() { done <- runLocked(cmd) }()
+		r, done := launchReading(t, cmd)
 		lines := make(chan string, 64)
 		go func() {
-			sc := bufio.NewScanner(out)
+			sc := bufio.NewScanner(r)
 			for sc.Scan() {
 				lines <- sc.Text()
 			}

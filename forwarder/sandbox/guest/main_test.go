@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -32,7 +34,7 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
-		case stageName:
+		case StageCommand:
 			os.Exit(Main(os.Args[2:]))
 		case "stand":
 			os.Exit(stand(os.Args[2]))
@@ -58,6 +60,7 @@ type scene struct {
 	Hosts    string
 	Script   string // what the driver does, by name
 	Tun      string // "", "absent", "locked"
+	Nohup    bool   // as under nohup(1), with a low limit and a strict umask
 	NoUserNS bool   // run the driver where user namespaces are off
 }
 
@@ -122,7 +125,7 @@ func play(t *testing.T, s scene) outcome {
 	cmd := s.command(t)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := runLocked(cmd)
+	err := <-launch(t, cmd)
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		t.Fatal(err)
@@ -130,15 +133,40 @@ func play(t *testing.T, s scene) outcome {
 	return outcome{cmd.ProcessState.ExitCode(), out.String(), errs.String()}
 }
 
-// runLocked keeps the forking thread for the sake of the parent-death signal.
-func runLocked(cmd *exec.Cmd) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := cmd.Start(); err != nil {
-		return err
+// launch starts a driver and returns the channel that its end is reported on. One
+// goroutine keeps the forking thread, to which the parent-death signal is tied.
+func launch(t testing.TB, cmd *exec.Cmd) <-chan error {
+	t.Helper()
+	up, done := make(chan error), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		up <- err
+		if err == nil {
+			defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+			done <- cmd.Wait()
+		}
+	}()
+	if err := <-up; err != nil {
+		t.Fatal(err)
 	}
-	defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
-	return cmd.Wait()
+	return done
+}
+
+// launchReading is launch with the driver's output to read, which, unlike
+// exec's StdoutPipe, outlasts the driver.
+func launchReading(t testing.TB, cmd *exec.Cmd) (*bufio.Reader, <-chan error) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	cmd.Stdout = w
+	done := launch(t, cmd)
+	w.Close()
+	return bufio.NewReader(r), done
 }
 
 // playShell is play for a shell script as CMD that must succeed.
@@ -203,6 +231,11 @@ func stand(text string) int {
 		must(syscall.Setgroups(nil))
 		must(syscall.Setresgid(s.UID, s.UID, s.UID))
 		must(syscall.Setresuid(s.UID, s.UID, s.UID))
+	}
+	if s.Nohup {
+		signal.Ignore(unix.SIGHUP)
+		unix.Umask(0o027)
+		must(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 777, Max: 4096}))
 	}
 	if s.NoUserNS {
 		must(syscall.Exec("/usr/bin/unshare", []string{"unshare", "-Ur", "sh", "-c",
@@ -271,7 +304,7 @@ func driveOnce(s scene) int {
 		fmt.Printf("stage %d\n", g.PID())
 	}
 	if s.Relay {
-		defer g.Relay()()
+		defer relay(g)()
 	}
 	if err := g.Release(); err != nil {
 		defer g.Close()

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stageName is the hidden subcommand that Main implements.
-const stageName = "guest"
+// StageCommand is the hidden subcommand of this binary that must run Main.
+const StageCommand = "guest"
 
 // Descriptors of a stage, after 0, 1 and 2; Config.Files follow.
 const (
@@ -76,7 +76,7 @@ func awaitExit(pid int) {
 // thread until the stage is over.
 func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, error) {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{"sluice", stageName}
+	cmd.Args = []string{"sluice", StageCommand}
 	cmd.Env = []string{}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if cfg.Stdin != nil {

@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"os"
@@ -208,7 +207,9 @@ func capsOfRoot(t *testing.T) string {
 
 func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
-		s := scene{UID: uid, Config: baseConfig("sh", "-c", "ls /proc/$$/fd | tr '\\n' ' '; cat <&3"), Preserve: 1}
+		// Only root's CMD may look at the stage's too.
+		const ask = "ls /proc/$$/fd | tr '\\n' ' '; [ $(id -u) != 0 ] || ls -l /proc/$PPID/fd | grep -c '/dev/null'; cat <&3"
+		s := scene{UID: uid, Config: baseConfig("sh", "-c", ask), Preserve: 1}
 		cmd := s.command(t)
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -224,7 +225,11 @@ func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 		cmd.ExtraFiles = []*os.File{r, null, null, null} // 4, 5 and 6 are leaks of the caller
 		out, err := cmd.Output()
 		r.Close()
-		if err != nil || string(out) != "0 1 2 3 passed on" {
+		want := "0 1 2 3 passed on"
+		if uid == 0 {
+			want = "0 1 2 3 1\npassed on" // its standard input
+		}
+		if err != nil || string(out) != want {
 			t.Errorf("%q %v", out, err)
 		}
 	})
@@ -264,13 +269,8 @@ func TestNothingOutlivesAKilledMonitor(t *testing.T) {
 				s := scene{UID: uid, Config: baseConfig("sh", "-c", "setsid setsid sleep 1000 & readlink /proc/self/ns/net; sleep 1000")}
 				s.Config.PIDNamespace = pidns
 				cmd := s.command(t)
-				out, err := cmd.StdoutPipe()
-				if err != nil {
-					t.Fatal(err)
-				}
-				done := make(chan error, 1)
-				go func() { done <- runLocked(cmd) }()
-				ns, err := bufio.NewReader(out).ReadString('\n')
+				r, done := launchReading(t, cmd)
+				ns, err := r.ReadString('\n')
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -292,13 +292,7 @@ func TestAStageThatWasKilledIsToldAndClearedUp(t *testing.T) {
 		cmd := s.command(t)
 		var errs strings.Builder
 		cmd.Stderr = &errs
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		done := make(chan error, 1)
-		go func() { done <- runLocked(cmd) }()
-		r := bufio.NewReader(out)
+		r, done := launchReading(t, cmd)
 		var stage int
 		if _, err := fmt.Fscanf(r, "stage %d\n", &stage); err != nil {
 			t.Fatal(err)
@@ -328,13 +322,7 @@ func TestSignalsAreForwarded(t *testing.T) {
 			s := scene{UID: ordinary, Relay: true, Config: baseConfig("sh", "-c", script)}
 			cmd := s.command(t)
 			cmd.SysProcAttr.Setsid = true // no terminal: nothing but us could have sent it
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			done := make(chan error, 1)
-			go func() { done <- runLocked(cmd) }()
-			r := bufio.NewReader(out)
+			r, done := launchReading(t, cmd)
 			if line, err := r.ReadString('\n'); line != "ready\n" {
 				t.Fatal(line, err)
 			}
@@ -380,6 +368,16 @@ func TestHiddenDirectoriesAreEmpty(t *testing.T) {
 		s.Config.Dir = dir
 		if out := playShell(t, s, "ls -A; pwd"); out != dir+"\n" {
 			t.Errorf("as the working directory: %q", out)
+		}
+	})
+}
+
+func TestLimitsUmaskAndIgnoredSignalsAreTheCallers(t *testing.T) {
+	users(t, func(t *testing.T, uid int) {
+		out := playShell(t, scene{UID: uid, Nohup: true, Relay: true, Config: baseConfig()},
+			"ulimit -Sn; umask; grep SigIgn /proc/self/status | cut -f 2; grep SigBlk /proc/self/status | cut -f 2")
+		if want := "777\n0027\n0000000000000001\n0000000000000000\n"; out != want {
+			t.Errorf("got %q, want %q", out, want)
 		}
 	})
 }

@@ -44,7 +44,7 @@ var guestSignals = []os.Signal{
 func Main(args []string) int {
 	s, err := newStage()
 	if err != nil || len(args) != 0 {
-		fmt.Fprintf(os.Stderr, "sluice: %q is what sluice run and sluice attach start for themselves\n", stageName)
+		fmt.Fprintf(os.Stderr, "sluice: %q is what sluice run and sluice attach start for themselves\n", StageCommand)
 		return StatusOurs
 	}
 	return s.run()
@@ -87,11 +87,9 @@ func (s *stage) run() int {
 			signal.Notify(make(chan os.Signal, 1), sig)
 		}
 	}
-	// Whatever else the caller had open is neither ours nor CMD's.
-	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		if err := closeOnExecFrom(3); err != nil {
-			return s.fail(fmt.Errorf("closing inherited descriptors: %w", err))
-		}
+	// CMD's descriptors are passed on by number; nothing goes by itself.
+	if err := closeOnExecFrom(3); err != nil {
+		return s.fail(fmt.Errorf("marking inherited descriptors: %w", err))
 	}
 	sig := parentDeath(s.spec.Config.PIDNamespace || s.spec.Mode == modeAttach)
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(sig), 0, 0, 0); err != nil {
@@ -202,8 +200,11 @@ func (s *stage) clearUp() {
 	}
 }
 
-// closeOnExecFrom is close_range(2) for kernels before 5.11.
 func closeOnExecFrom(first int) error {
+	if err := unix.CloseRange(uint(first), ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err == nil {
+		return nil
+	}
+	// Before Linux 5.11.
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return err

@@ -76,8 +76,7 @@ tty -s && echo terminal; echo ready; while :; do sleep 0.02; done`
 				cmd := exec.Command("/proc/self/exe", "shell", s.text(t))
 				cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 				cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0, Pdeathsig: unix.SIGKILL}
-				done := make(chan error, 1)
-				go func() { done <- runLocked(cmd) }()
+				done := launch(t, cmd)
 				lines := make(chan string, 100)
 				go func() {
 					sc := bufio.NewScanner(master)

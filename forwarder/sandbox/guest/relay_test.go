@@ -8,14 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Relay passes the signals that this process gets on to CMD, until the function
-// that it returns is called. SIGINT and SIGQUIT typed at the terminal reach
-// CMD by themselves, as all of the foreground process group gets them; they are
-// passed on only if this process is not in it (no terminal, or in the
-// background), so that kill -INT works there. Signals that are ignored, as
-// under nohup, stay ignored for CMD too. Job control (Ctrl-Z, fg) is not
-// touched.
-func (g *Guest) Relay() (stop func()) {
+// relay is the monitor's part in signals, as sluice run does it: what arrives is
+// passed on, but for what the terminal has sent to CMD as well.
+func relay(g *Guest) (stop func()) {
 	ch := make(chan os.Signal, 16)
 	for _, sig := range guestSignals {
 		if !signal.Ignored(sig) {
