@@ -115,7 +115,8 @@ func flagsFirst(args []string) []string {
 	var flags, rest []string
 	for i := at; i < len(args); i++ {
 		a := args[i]
-		if a == "--" {
+		// The library looks for the completion flag as the last word.
+		if a == "--" || a == "--generate-bash-completion" {
 			rest = append(rest, args[i:]...)
 			break
 		}

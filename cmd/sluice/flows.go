@@ -33,18 +33,19 @@ func flowsCommand() *cli.Command {
 }
 
 func flows(c *cli.Context) error {
-	client, err := onlyTarget(c)
-	if err != nil {
-		return err
-	}
 	format := c.String("output")
 	switch {
 	case c.Bool("watch") && c.Bool("ended"):
 		return errors.New("--watch and --ended exclude each other")
-	case c.Bool("watch"):
-		return watchFlows(c, client, format)
 	case c.Bool("ended") && format == "conntrack":
 		return errors.New("--ended: conntrack has no format for flows that are over; want -o table or json")
+	}
+	client, err := onlyTarget(c)
+	if err != nil {
+		return err
+	}
+	if c.Bool("watch") {
+		return watchFlows(c, client, format)
 	}
 	var r api.FlowsResult
 	if err := client.Call(c.Context, api.MethodFlows, api.FlowsParams{Ended: c.Bool("ended")}, &r); err != nil {

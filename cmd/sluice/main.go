@@ -35,7 +35,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) int {
-	err := app().RunContext(ctx, args)
+	err := app().RunContext(ctx, flagsFirst(args))
 	var status exitStatus
 	switch {
 	case err == nil:

@@ -38,6 +38,10 @@ const (
 	stateFile   = "state.json"
 	maxNameLen  = 48
 	maxSockPath = 107 // sun_path without its NUL
+
+	// coveredMode is that of the empty directory which lies over RUNTIME inside
+	// a sandbox.
+	coveredMode = 0o555
 )
 
 // ErrNameInUse means that a sandbox of that name is alive.
@@ -106,6 +110,8 @@ func privateDir(path string, uid int) error {
 		return fmt.Errorf("%s is not a directory: remove it", path)
 	case ownerOf(fi) != uid:
 		return fmt.Errorf("%s belongs to uid %d, not to %d: remove it, or set XDG_RUNTIME_DIR to a directory of your own", path, ownerOf(fi), uid)
+	case fi.Mode().Perm() == coveredMode:
+		return fmt.Errorf("%s is covered here: from inside a sandbox, sandboxes cannot be controlled (set XDG_RUNTIME_DIR to nest one)", path)
 	case fi.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("%s is open to others (mode %#o): chmod 700 it", path, fi.Mode().Perm())
 	}
