@@ -62,7 +62,9 @@ func newStack() (*stack.Stack, error) {
 // attachLink gives the stack its NIC, addresses and routes.
 func attachLink(s *stack.Stack, l stack.LinkEndpoint, cfg *Config, linkLocal netip.Addr) error {
 	var opts stack.NICOptions
-	if q, ok := cfg.Link.(interface{ QDisc() stack.QueueingDiscipline }); ok {
+	if q, ok := cfg.Link.(interface {
+		QDisc() stack.QueueingDiscipline
+	}); ok {
 		opts.QDisc = q.QDisc() // the stack's own allocates for each packet
 	}
 	if err := s.CreateNICWithOptions(nicID, l, opts); err != nil {

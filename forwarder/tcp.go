@@ -68,9 +68,9 @@ type tcpForwarder struct {
 	wg         sync.WaitGroup
 	closed     bool
 
-	refused, limited, tooMany, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
-	dialTimeout, dialRefused, dialUnreachable, dialDescriptors               *atomic.Uint64
-	shortRead, lastHop                                                       *atomic.Uint64
+	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
+	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
+	shortRead, lastHop                                              *atomic.Uint64
 }
 
 func newTCPForwarder(f *Forwarder) *tcpForwarder {
