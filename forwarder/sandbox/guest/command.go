@@ -132,7 +132,12 @@ func forkCommand(spec stageSpec) (int, *ExecError) {
 				return 0, &ExecError{StatusNotFound, name + ": its interpreter or loader does not exist"}
 			}
 		case errors.Is(err, unix.EACCES):
-			worst = err
+			// As a shell, unlike execvp(3): a directory of PATH that is closed
+			// to this user says nothing about the name.
+			st, serr := os.Stat(path)
+			if strings.Contains(name, "/") || (serr == nil && !st.IsDir()) {
+				worst = err
+			}
 		default:
 			return 0, &ExecError{StatusNotExecutable, name + ": " + err.Error()}
 		}
@@ -146,7 +151,7 @@ func forkCommand(spec stageSpec) (int, *ExecError) {
 	return 0, &ExecError{StatusNotExecutable, name + ": " + worst.Error()}
 }
 
-// candidates are the paths that execvp(3) would try, with CMD's own PATH.
+// candidates are the paths to try, in the order of CMD's own PATH.
 func candidates(name string, env []string) []string {
 	if strings.Contains(name, "/") {
 		return []string{name}

@@ -28,6 +28,9 @@ func TestExitStatusIsTheShells(t *testing.T) {
 	}
 	plain := write("plain", "exit 3\n", 0o755)
 	locked := write("locked", "#!/bin/sh\n", 0o644)
+	if err := os.MkdirAll(filepath.Join(dir, "closed", "deeper"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	orphan := write("orphan", "#!/no/such/interpreter\n", 0o755)
 	users(t, func(t *testing.T, uid int) {
 		for _, row := range []struct {
@@ -46,6 +49,8 @@ func TestExitStatusIsTheShells(t *testing.T) {
 			{"an unknown path is 127", []string{"/no/such/command"}, 127, "sluice: /no/such/command: no such file or directory\n"},
 			{"a file that is not executable is 126", []string{locked}, 126, "sluice: " + locked + ": permission denied\n"},
 			{"a directory is 126", []string{"/usr"}, 126, "sluice: /usr: permission denied\n"},
+			{"a name whose only file is not executable is 126", []string{"locked"}, 126, "sluice: locked: permission denied\n"},
+			{"a directory in PATH is not a command", []string{"closed"}, 127, "sluice: closed: command not found\n"},
 			{"a missing interpreter is 127", []string{orphan}, 127, "sluice: " + orphan + ": its interpreter or loader does not exist\n"},
 			{"a file without a magic number is a shell script", []string{plain}, 3, ""},
 		} {
@@ -53,6 +58,7 @@ func TestExitStatusIsTheShells(t *testing.T) {
 				t.Run(fmt.Sprintf("%s, PID namespace %v", row.name, pidns), func(t *testing.T) {
 					s := scene{UID: uid, Config: baseConfig(row.command...)}
 					s.Config.PIDNamespace = pidns
+					s.Config.Env = []string{"PATH=/nowhere:" + dir + "/closed/deeper:" + dir + ":/usr/bin:/bin"}
 					got := play(t, s)
 					if got.code != row.code || got.stderr != row.stderr {
 						t.Errorf("status %d, stderr %q; want %d, %q", got.code, got.stderr, row.code, row.stderr)
