@@ -214,7 +214,7 @@ func capsOfRoot(t *testing.T) string {
 func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
 		// Only root's CMD may look at the stage's too.
-		const ask = "ls /proc/$$/fd | tr '\\n' ' '; [ $(id -u) != 0 ] || ls -l /proc/$PPID/fd | grep -c '/dev/null'; cat <&3"
+		const ask = "ls /proc/$$/fd; [ $(id -u) != 0 ] || ls -l /proc/$PPID/fd | grep -c '/dev/null'; cat <&3"
 		s := scene{UID: uid, Config: baseConfig("sh", "-c", ask), Preserve: 1}
 		cmd := s.command(t)
 		r, w, err := os.Pipe()
@@ -231,9 +231,9 @@ func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 		cmd.ExtraFiles = []*os.File{r, null, null, null} // 4, 5 and 6 are leaks of the caller
 		out, err := cmd.Output()
 		r.Close()
-		want := "0 1 2 3 passed on"
+		want := "0\n1\n2\n3\npassed on"
 		if uid == 0 {
-			want = "0 1 2 3 1\npassed on" // its standard input
+			want = "0\n1\n2\n3\n1\npassed on" // its standard input
 		}
 		if err != nil || string(out) != want {
 			t.Errorf("%q %v", out, err)
