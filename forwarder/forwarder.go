@@ -58,6 +58,9 @@ type Config struct {
 	Gateway []netip.Addr // ours on the link, at most one of a family
 	DNS     []netip.Addr // where DNSHandler listens, at most one of a family
 	Prefix4 netip.Prefix // the link's IPv4 prefix: tells the directed broadcast
+	// SelfConfigured is the prefix out of which a guest that configures itself may
+	// give itself addresses (RFC 4862); none when it is the zero value.
+	SelfConfigured netip.Prefix
 
 	Table       *nat.Table
 	DNSHandler  DNSHandler   // nil: nobody answers at the DNS address

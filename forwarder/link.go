@@ -247,7 +247,9 @@ func (t *filter) judgeARP(pkt *stack.PacketBuffer) reason {
 }
 
 // isGuest tells whether a is one of the sandbox's own addresses.
-func (f *Forwarder) isGuest(a netip.Addr) bool { return slices.Contains(f.cfg.Guest, a) }
+func (f *Forwarder) isGuest(a netip.Addr) bool {
+	return slices.Contains(f.cfg.Guest, a) || f.cfg.SelfConfigured.Contains(a) && !f.isOwn(a)
+}
 
 // isOwn tells whether a is an address of ours on the link: gateway or DNS.
 func (f *Forwarder) isOwn(a netip.Addr) bool {

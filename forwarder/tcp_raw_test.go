@@ -189,6 +189,28 @@ func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 	}
 }
 
+func TestAGuestThatConfiguresItselfMayUseItsPrefix(t *testing.T) {
+	chosen := netip.MustParseAddr("fd00::1234:5678")
+	for _, row := range []struct {
+		what   string
+		prefix netip.Prefix
+		src    netip.Addr
+		reason string
+	}{
+		{"an address of the prefix", netip.MustParsePrefix("fd00::/64"), chosen, "udp_refused"},
+		{"without a prefix", netip.Prefix{}, chosen, "drop_spoofed_source"},
+		{"the gateway's own address", netip.MustParsePrefix("fd00::/64"), gateway6, "drop_spoofed_source"},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			w := newWire(t, allowNone, func(c *Config) { c.SelfConfigured = row.prefix })
+			w.send(udpPacket(netip.AddrPortFrom(row.src, 1000), netip.AddrPortFrom(far6, 2000), []byte("x")))
+			if n := w.f.Stats()[row.reason]; n != 1 {
+				t.Errorf("%s is %d, want 1; counters: %v", row.reason, n, w.counters())
+			}
+		})
+	}
+}
+
 func TestBandwidthIsHeldAndShared(t *testing.T) {
 	now := time.Unix(1000, 0)
 	var b bucket
