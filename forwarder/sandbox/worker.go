@@ -343,7 +343,9 @@ func (w *worker) message(m message, fds []int) error {
 			return err
 		}
 		if m.Type == msgUnpublish {
-			w.fwd.Unpublish(protoNumber(p.Proto), p.Host)
+			if w.fwd.Unpublish(protoNumber(p.Proto), p.Host) && w.takesLoopback(p) {
+				w.stock.close(p.Host.Addr().Is6())
+			}
 			return nil
 		}
 		fd, err := oneFD()
@@ -410,16 +412,24 @@ func (w *worker) publish(p publishMessage, fd int) error {
 		_ = unix.Close(fd)
 		return fmt.Errorf("the sandbox has no address of the family of %s", p.Host)
 	}
-	if w.stock != nil && p.Proto == "tcp" {
-		w.stock.fill(p.Host.Addr().Is6())
-	}
 	err := w.fwd.Publish(forwarder.Listener{
 		Proto: protoNumber(p.Proto), FD: fd, Host: p.Host, Guest: netip.AddrPortFrom(w.cfg.Guest[i], p.Guest),
 	})
 	if err != nil {
 		_ = unix.Close(fd)
+		return err
 	}
-	return err
+	if w.takesLoopback(p) {
+		w.stock.open(p.Host.Addr().Is6())
+	}
+	return nil
+}
+
+// takesLoopback says whether clients on the host's loopback can come by a port
+// that serves them with a socket inside.
+func (w *worker) takesLoopback(p publishMessage) bool {
+	a := p.Host.Addr()
+	return w.stock != nil && p.Proto == "tcp" && (a.IsLoopback() || a.IsUnspecified())
 }
 
 func protoNumber(name string) uint8 {

@@ -56,14 +56,16 @@ func (d *upstreamDialer) Dial(ctx context.Context, network string, server netip.
 	return c, nil
 }
 
-// socketStock keeps a few sockets of the guest's network namespace at hand:
-// whoever needs one is on a run queue and cannot wait for the monitor to have
-// one made. Each that is taken is asked for again.
+// socketStock keeps a few sockets of the guest's network namespace at hand, for
+// as long as ports are published that a loopback client can reach: whoever
+// needs one is on a run queue and cannot wait for the monitor to have one made.
+// Each that is taken is asked for again.
 type socketStock struct {
-	want func(v6 bool) error
+	want func(v6 bool) error // asks the monitor for one; called without mu
 
 	mu    sync.Mutex
-	fds   [2][]int // v4, v6
+	ports [2]int   // v4, v6: published
+	fds   [2][]int // at hand
 	asked [2]int   // on their way
 }
 
@@ -80,12 +82,34 @@ func family(v6 bool) int {
 	return 0
 }
 
+// open counts a port in; close counts it out, and with the last one the sockets
+// are closed.
+func (s *socketStock) open(v6 bool) {
+	s.mu.Lock()
+	s.ports[family(v6)]++
+	s.mu.Unlock()
+	s.fill(v6)
+}
+
+func (s *socketStock) close(v6 bool) {
+	i := family(v6)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ports[i]--; s.ports[i] == 0 {
+		closeAll(s.fds[i])
+		s.fds[i] = nil
+	}
+}
+
 // fill asks for what is missing.
 func (s *socketStock) fill(v6 bool) {
 	i := family(v6)
 	s.mu.Lock()
-	n := stockSize - len(s.fds[i]) - s.asked[i]
-	s.asked[i] += max(n, 0)
+	n := 0
+	if s.ports[i] > 0 {
+		n = max(stockSize-len(s.fds[i])-s.asked[i], 0)
+	}
+	s.asked[i] += n
 	s.mu.Unlock()
 	for ; n > 0; n-- {
 		if s.want(v6) != nil {
@@ -103,6 +127,10 @@ func (s *socketStock) put(v6 bool, fds []int) {
 	defer s.mu.Unlock()
 	i := family(v6)
 	s.asked[i] = max(s.asked[i]-1, 0)
+	if s.ports[i] == 0 {
+		closeAll(fds)
+		return
+	}
 	s.fds[i] = append(s.fds[i], fds...)
 }
 

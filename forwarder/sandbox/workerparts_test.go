@@ -1,0 +1,81 @@
+package sandbox
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/dns"
+)
+
+func TestOnlyUpstreamServersAreDialled(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	at := netip.MustParseAddrPort(l.Addr().String())
+	d := newUpstreamDialer(dns.Upstreams{})
+	if _, err := d.Dial(t.Context(), "tcp", at); !errors.Is(err, errNotUpstream) {
+		t.Errorf("a server that is not on the list: %v", err)
+	}
+	d.allow(dns.Upstreams{Servers: []netip.AddrPort{at}})
+	c, err := d.Dial(t.Context(), "tcp", at)
+	if err != nil {
+		t.Fatalf("a server on the list: %v", err)
+	}
+	c.Close()
+	d.allow(dns.Upstreams{})
+	if _, err := d.Dial(t.Context(), "udp", at); !errors.Is(err, errNotUpstream) {
+		t.Errorf("a server that has left the list: %v", err)
+	}
+}
+
+func TestSocketStock(t *testing.T) {
+	before := openFDs(t)
+	asked := 0
+	s := newSocketStock(func(bool) error { asked++; return nil })
+	socket := func() int {
+		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		must(t, err)
+		return fd
+	}
+	if _, ok := s.Stream(false); ok || asked != 0 {
+		t.Errorf("without a port: ok=%v, asked %d", ok, asked)
+	}
+	s.open(false)
+	s.open(false)
+	if asked != stockSize {
+		t.Fatalf("asked for %d, want %d", asked, stockSize)
+	}
+	for range stockSize - 1 {
+		s.put(false, []int{socket()})
+	}
+	s.put(false, nil) // one could not be made
+	fd, ok := s.Stream(false)
+	if !ok || asked != stockSize+2 {
+		t.Errorf("ok=%v, asked %d; want the one taken and the one missing asked for", ok, asked)
+	}
+	unix.Close(fd)
+	s.close(false)
+	if _, ok := s.Stream(true); ok {
+		t.Error("an IPv4 socket for an IPv6 client")
+	}
+	s.close(false)
+	s.put(false, []int{socket()}) // was on its way
+	if _, ok := s.Stream(false); ok {
+		t.Error("a socket without a port")
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+
+	refused := newSocketStock(func(bool) error { return errTaken })
+	refused.open(true)
+	refused.fill(true)
+	if refused.asked[1] != 0 {
+		t.Errorf("%d counted as on their way after the channel failed", refused.asked[1])
+	}
+}
