@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -102,6 +101,8 @@ type shard struct {
 	gather  gather   // of the up pumps; run queue only
 	discard discard  // likewise
 	pipes   [][2]int // of the relays; likewise
+
+	dropPipes task // closes them when the last relay has ended
 }
 
 // Forwarder carries the traffic of one sandbox.
@@ -168,7 +169,9 @@ func New(cfg Config) (*Forwarder, error) {
 			f.closePollers()
 			return nil, fmt.Errorf("forwarder: %w", err)
 		}
-		f.shards = append(f.shards, &shard{poll: p, runq: newRunQueue()})
+		sh := &shard{poll: p, runq: newRunQueue()}
+		sh.dropPipes.run = sh.closePipes
+		f.shards = append(f.shards, sh)
 	}
 	f.poll = f.shards[0].poll
 	if err := f.attach(); err != nil {
@@ -244,10 +247,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.closePollers()
 	wg.Wait()
 	for _, sh := range f.shards {
-		for _, p := range sh.pipes {
-			unix.Close(p[0])
-			unix.Close(p[1])
-		}
+		sh.closePipes()
 	}
 	select {
 	case err := <-errs:

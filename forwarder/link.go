@@ -151,7 +151,7 @@ func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
 	switch {
 	case dst.IsMulticast():
 		return t.n.multicast
-	case dst.As4()[0] == 0, t.f.isGuest(dst):
+	case dst.IsUnspecified(), t.f.isGuest(dst):
 		return t.n.martian
 	}
 	switch proto {

@@ -206,7 +206,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 				d.filled -= n
 				budget -= n
 				progress = true
-				r.lease.Account(nat.Dir(i), int64(segmentsOf(n)), int64(n+segmentsOf(n)*tcpOverhead))
+				r.lease.Account(nat.Dir(i), int64(segmentsOf(n)), int64(n+segmentsOf(n)*tcpOverhead(r.client.Addr().Is4())))
 			}
 		}
 		if d.filled == 0 && (d.eof || !progress) {
@@ -280,7 +280,11 @@ func (r *relay) abort(reason string) {
 	r.mu.Unlock()
 	r.t.mu.Lock()
 	delete(r.t.relays, r)
+	last := len(r.t.relays) == 0
 	r.t.mu.Unlock()
+	if last {
+		r.shard.runq.put(&r.shard.dropPipes)
+	}
 	r.lease.SetState(nat.Close)
 	r.lease.Release(reason)
 }
@@ -289,8 +293,17 @@ func (r *relay) stillAllowed(rules *policy.Rules) bool {
 	return rules.Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: r.client, Dst: r.guest}).Allowed()
 }
 
-// sparePipes is how many empty pipes a shard keeps for the next relay.
+// sparePipes is how many empty pipes a shard keeps while there are relays.
 const sparePipes = 16
+
+// closePipes closes the spare pipes. It runs on the run queue, or after its end.
+func (s *shard) closePipes() {
+	for _, p := range s.pipes {
+		unix.Close(p[0])
+		unix.Close(p[1])
+	}
+	s.pipes = nil
+}
 
 // putPipe takes an empty pipe back.
 func (s *shard) putPipe(d *relayDir) {

@@ -34,9 +34,10 @@ const (
 	maxIovecs = 256
 	// downChunk is the most that one write hands to the stack.
 	downChunk = 256 << 10
-	// tcpOverhead is what the flow table adds for each segment's headers: IPv4
-	// and TCP with timestamps.
-	tcpOverhead = 52
+	// What the flow table adds for each segment's headers: IP, and TCP with
+	// timestamps.
+	tcpOverhead4 = 20 + 32
+	tcpOverhead6 = 40 + 32
 )
 
 // gather collects the slices of a peeked receive queue as iovecs.
@@ -155,13 +156,12 @@ func (fl *tcpFlow) runUp() (abort string) {
 		default:
 			return "reset_by_peer"
 		}
-		segments := g.n
 		short := n < g.bytes
 		fl.shard.discard.left = n
 		if _, terr := fl.ep.Read(&fl.shard.discard, tcpip.ReadOptions{}); terr != nil {
 			return "reset_by_sandbox"
 		}
-		fl.account(fl.dirUp(), segments, n)
+		fl.tallyUp(n)
 		budget -= n
 		if short {
 			// The socket is full: its EPOLLOUT will come.
@@ -242,7 +242,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		default:
 			return "reset_by_sandbox"
 		}
-		fl.account(fl.dirDown(), segmentsOf(int(n)), int(n))
+		fl.tallyDown(int(n))
 		budget -= int(n)
 		if int(n) == queued && fl.hostEvents.Load() == 0 {
 			// More can only have come after the event that brought us here was
@@ -284,6 +284,39 @@ func (fl *tcpFlow) halfClosed() {
 	fl.shard.runq.put(&fl.settling)
 }
 
+// tallyUp charges the segments that came from the sandbox since it was last called,
+// and payload of theirs that was passed on. The caller holds up.mu.
+func (fl *tcpFlow) tallyUp(payload int) {
+	fl.tally(fl.dirUp(), fl.up.tallied(&fl.counts.SegmentsReceived), payload)
+	// Of a flow that only sends, what goes the other way is acknowledgements, and
+	// its own pump never runs.
+	if fl.down.mu.TryLock() {
+		fl.tallyDown(0)
+		fl.down.mu.Unlock()
+	}
+}
+
+// tallyDown is the same for segments to the sandbox. The caller holds down.mu.
+func (fl *tcpFlow) tallyDown(payload int) {
+	fl.tally(fl.dirUp()^1, fl.down.tallied(&fl.counts.SegmentsSent), payload)
+}
+
+func (fl *tcpFlow) tally(d nat.Dir, segments, payload int) {
+	if segments == 0 && payload == 0 {
+		return
+	}
+	fl.lease.Account(d, int64(segments), int64(payload+segments*tcpOverhead(fl.id.RemoteAddress.Len() == 4)))
+}
+
+// tallied returns how far c has come since the last call.
+func (p *pump) tallied(c *tcpip.StatCounter) int {
+	now := c.Value()
+	n := now - p.counted
+	p.counted = now
+	return int(n)
+}
+
+// dirUp is the direction of what comes from the sandbox.
 func (fl *tcpFlow) dirUp() nat.Dir {
 	if fl.ingress {
 		return nat.Reply
@@ -291,15 +324,11 @@ func (fl *tcpFlow) dirUp() nat.Dir {
 	return nat.Original
 }
 
-func (fl *tcpFlow) dirDown() nat.Dir {
-	if fl.ingress {
-		return nat.Original
+func tcpOverhead(v4 bool) int {
+	if v4 {
+		return tcpOverhead4
 	}
-	return nat.Reply
-}
-
-func (fl *tcpFlow) account(d nat.Dir, segments, payload int) {
-	fl.lease.Account(d, int64(segments), int64(payload+segments*tcpOverhead))
+	return tcpOverhead6
 }
 
 // segmentsOf is how many segments of at most 64 KiB carry n bytes.

@@ -353,7 +353,7 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	fl.phase = phaseOpen
 	fl.cancel = cancel
 	fl.mu.Unlock()
-	t.f.cfg.DNSHandler.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease})
+	t.f.cfg.DNSHandler.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease, overhead: tcpOverhead(fl.id.RemoteAddress.Len() == 4)})
 	stop()
 	c.Close()
 	fl.abort("closed")
@@ -460,13 +460,14 @@ func (t *tcpForwarder) close() {
 // accountedConn charges what the DNS handler reads and writes to the flow.
 type accountedConn struct {
 	*gonet.TCPConn
-	lease *nat.Lease
+	lease    *nat.Lease
+	overhead int // of each segment
 }
 
 func (c *accountedConn) Read(p []byte) (int, error) {
 	n, err := c.TCPConn.Read(p)
 	if n > 0 {
-		c.lease.Account(nat.Original, 1, int64(n+tcpOverhead))
+		c.lease.Account(nat.Original, 1, int64(n+c.overhead))
 	}
 	return n, err
 }
@@ -474,7 +475,7 @@ func (c *accountedConn) Read(p []byte) (int, error) {
 func (c *accountedConn) Write(p []byte) (int, error) {
 	n, err := c.TCPConn.Write(p)
 	if n > 0 {
-		c.lease.Account(nat.Reply, 1, int64(n+tcpOverhead))
+		c.lease.Account(nat.Reply, 1, int64(n+c.overhead))
 	}
 	return n, err
 }

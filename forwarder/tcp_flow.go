@@ -73,6 +73,7 @@ type tcpFlow struct {
 	fd              int // written under mu and both pumps' locks
 	tok             pollToken
 	ep              tcpip.Endpoint
+	counts          *tcp.Stats // ep's
 	req             *tcp.ForwarderRequest
 	syn             []byte
 	cancel          context.CancelFunc
@@ -84,6 +85,8 @@ type pump struct {
 	mu    sync.Mutex
 	again atomic.Bool // asked to run while running
 	done  atomic.Bool // its end of stream was passed on, or the flow ended; set under mu
+
+	counted uint64 // segments charged to the flow so far; guarded by mu
 }
 
 // events are what the flow wants to hear of its endpoint.
@@ -112,7 +115,7 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 		}
 		return
 	}
-	fl.ep = ep
+	fl.ep, fl.counts = ep, ep.Stats().(*tcp.Stats)
 	fl.phase = phaseOpen
 	var err error
 	if fl.tok == (pollToken{}) {
@@ -296,8 +299,15 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	fl.fd, fl.tok = -1, pollToken{}
 	fl.up.done.Store(true)
 	fl.down.done.Store(true)
+	counts := fl.counts
 	fl.mu.Unlock()
+	if counts != nil {
+		fl.tallyDown(0)
+	}
 	fl.down.mu.Unlock()
+	if counts != nil {
+		fl.tallyUp(0)
+	}
 	fl.up.mu.Unlock()
 	if fd < 0 {
 		return

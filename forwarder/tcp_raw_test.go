@@ -171,7 +171,7 @@ func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 		{"IPv6 multicast", p("fd00::100", "ff02::fb", protoUDP), "drop_multicast"},
 		{"the limited broadcast", p("10.0.2.100", "255.255.255.255", protoUDP), "drop_broadcast"},
 		{"the subnet's broadcast", p("10.0.2.100", "10.0.2.255", protoUDP), "drop_broadcast"},
-		{"this network", p("10.0.2.100", "0.0.0.1", protoUDP), "drop_martian_destination"},
+		{"the unspecified address", p("10.0.2.100", "0.0.0.0", protoUDP), "drop_martian_destination"},
 		{"the sandbox itself", p("10.0.2.100", "10.0.2.100", protoUDP), "drop_martian_destination"},
 		{"a 4-in-6 destination", p("fd00::100", "::ffff:192.0.2.1", protoUDP), "drop_martian_destination"},
 		{"a foreign link-local", p("fd00::100", "fe80::1234", protoUDP), "drop_martian_destination"},
