@@ -131,7 +131,7 @@ func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) 
 	case api.MethodLogs:
 		return m.handleLogs(ctx, c, req)
 	case api.MethodFlows, api.MethodFlowsWatch, api.MethodStats, api.MethodSysctl, api.MethodCapture:
-		return m.handOver(c, req)
+		return m.handOver(ctx, c, req)
 	}
 	result, err := m.answer(ctx, req)
 	if err != nil {
@@ -180,22 +180,24 @@ func decoded[P any](req api.Request, f func(P) (any, error)) (any, error) {
 }
 
 // handOver gives the connection to the worker, which answers from here on.
-func (m *monitor) handOver(c *net.UnixConn, req api.Request) error {
-	l := m.worker()
-	if l == nil {
-		return errRestarting
-	}
+func (m *monitor) handOver(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	rc, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
-	var posted error
-	err = rc.Control(func(fd uintptr) { posted = l.post(msgControl, controlMessage{Request: req}, int(fd)) })
-	if err := errors.Join(err, posted); err != nil {
-		m.log.warnf("monitor", "hand %s to the worker: %v", req.Method, err)
-		return errRestarting
+	var dead *workerLink
+	for {
+		l := m.awaitWorker(ctx, dead)
+		if l == nil {
+			return errRestarting
+		}
+		var posted error
+		err := rc.Control(func(fd uintptr) { posted = l.post(msgControl, controlMessage{Request: req}, int(fd)) })
+		if err := errors.Join(err, posted); err == nil || !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+			return err
+		}
+		dead = l // and nobody has told us yet
 	}
-	return nil
 }
 
 var errRestarting = &api.Error{Code: api.CodeUnavailable, Message: "the worker is being restarted: try again in a moment"}

@@ -29,6 +29,31 @@ func hostAddrs() ([]netip.Addr, error) {
 	return slices.Compact(out), nil
 }
 
+// uplinkMTU is the MTU of the default route of a family, the route's own or its
+// device's; 0 when there is no such route.
+func uplinkMTU(family int) (int, error) {
+	routes, err := netlink.RouteListFiltered(family, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
+	if err != nil {
+		return 0, fmt.Errorf("list the host's default routes: %w", err)
+	}
+	best, mtu := -1, 0
+	for _, r := range routes {
+		if best >= 0 && r.Priority >= best {
+			continue
+		}
+		m := r.MTU
+		if m == 0 && r.LinkIndex > 0 {
+			link, err := netlink.LinkByIndex(r.LinkIndex)
+			if err != nil {
+				continue // the device went away since
+			}
+			m = link.Attrs().MTU
+		}
+		best, mtu = r.Priority, m
+	}
+	return mtu, nil
+}
+
 // addrSettle lets a burst of changes (an interface that comes up) pass before
 // rules are compiled once for all of it.
 const addrSettle = 100 * time.Millisecond

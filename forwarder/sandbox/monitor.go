@@ -51,7 +51,8 @@ type monitor struct {
 	sysctls    map[string]string
 
 	mu       sync.Mutex
-	link     *workerLink // nil while there is no worker
+	link     *workerLink   // nil while there is no worker
+	came     chan struct{} // closed when link is set, then replaced
 	state    api.State
 	restarts uint64
 	failure  string
@@ -68,6 +69,32 @@ func (m *monitor) worker() *workerLink {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.link
+}
+
+// workerWait bounds how long a client's request waits for a worker that is being
+// restarted.
+const workerWait = 2 * time.Second
+
+// awaitWorker returns the link to a running worker other than not, which the
+// caller found dead; nil if there is none in time.
+func (m *monitor) awaitWorker(ctx context.Context, not *workerLink) *workerLink {
+	t := time.NewTimer(workerWait)
+	defer t.Stop()
+	for {
+		m.mu.Lock()
+		l, came := m.link, m.came
+		m.mu.Unlock()
+		if l != nil && l != not {
+			return l
+		}
+		select {
+		case <-came:
+		case <-t.C:
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // ended and reason make a workerLink supervised.
@@ -93,6 +120,8 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 	}
 	m.mu.Lock()
 	m.link, m.state = l, api.StateRunning
+	close(m.came)
+	m.came = make(chan struct{})
 	m.mu.Unlock()
 	return l, nil
 }

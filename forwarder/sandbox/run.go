@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/dns"
@@ -33,7 +34,7 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	if err != nil {
 		return guest.StatusOurs, err
 	}
-	m := &monitor{cfg: cfg, state: api.StateStarting, sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, socketWants: make(chan struct{}, maxSocketWants)}
+	m := &monitor{cfg: cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, socketWants: make(chan struct{}, maxSocketWants)}
 	m.ports.open = listenOn
 	m.log = newLogRing(time.Now, m.echo)
 	exit, err = m.run(ctx)
@@ -143,6 +144,12 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 	m.setUpstreams(host, err)
 	g := &m.cfg.Guest
 	g.DNS = addrs(m.cfg.DNS4, m.cfg.DNS6)
+	if g.PathMTU4, err = uplinkMTU(netlink.FAMILY_V4); err != nil {
+		return watcher, err
+	}
+	if g.PathMTU6, err = uplinkMTU(netlink.FAMILY_V6); err != nil {
+		return watcher, err
+	}
 	g.Search, g.ResolvOptions = m.upstreams.Search, m.upstreams.StubOptions
 	for name, list := range m.cfg.Hosts {
 		for _, a := range list {

@@ -42,6 +42,21 @@ type Stream struct {
 // Open sends one request, decodes the first answer into result (which may be
 // nil) and returns the rest of the connection. The stream ends with ctx.
 func (c Client) Open(ctx context.Context, method string, params, result any) (*Stream, error) {
+	s, err := c.open(ctx, method, params, result)
+	// A worker that dies with the request in its hands gives no answer. Its
+	// successor does; what only reads is asked again, once.
+	if readOnly[method] && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+		return c.open(ctx, method, params, result)
+	}
+	return s, err
+}
+
+var readOnly = map[string]bool{
+	MethodInfo: true, MethodFlows: true, MethodFlowsWatch: true, MethodPolicyShow: true, MethodPorts: true,
+	MethodStats: true, MethodSysctl: true, MethodCapture: true, MethodLogs: true,
+}
+
+func (c Client) open(ctx context.Context, method string, params, result any) (*Stream, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.Path)
 	switch {

@@ -60,6 +60,10 @@ type Config struct {
 	MAC                net.HardwareAddr // the guest's; nil means one of the kernel's choice
 	Addr4, Addr6       netip.Prefix     // the invalid zero value means: none of that family
 	Gateway4, Gateway6 netip.Addr
+	// PathMTU4 and PathMTU6 are what the default routes say of the path beyond the
+	// gateway (RTAX_MTU), so that the guest's kernel knows what would otherwise cost
+	// it a lost packet per destination to learn; 0 says nothing.
+	PathMTU4, PathMTU6 int
 
 	DNS           []netip.Addr
 	Search        []string

@@ -116,11 +116,11 @@ func (s *stage) configure(name string) error {
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bringing %s up: %w", name, err)
 	}
-	if err := address(link, cfg.Addr4, cfg.Gateway4); err != nil {
+	if err := address(link, cfg.Addr4, cfg.Gateway4, cfg.PathMTU4); err != nil {
 		return err
 	}
 	if with6 {
-		return address(link, cfg.Addr6, cfg.Gateway6)
+		return address(link, cfg.Addr6, cfg.Gateway6, cfg.PathMTU6)
 	}
 	return nil
 }
@@ -146,7 +146,7 @@ func (s *stage) prepareIPv6(name string) bool {
 }
 
 // address gives the link an address and the default route of that family.
-func address(link netlink.Link, p netip.Prefix, gateway netip.Addr) error {
+func address(link netlink.Link, p netip.Prefix, gateway netip.Addr, pathMTU int) error {
 	if !p.IsValid() {
 		return nil
 	}
@@ -166,6 +166,9 @@ func address(link netlink.Link, p netip.Prefix, gateway netip.Addr) error {
 		LinkIndex: link.Attrs().Index,
 		Dst:       &net.IPNet{IP: make(net.IP, bits/8), Mask: net.CIDRMask(0, bits)},
 		Gw:        gateway.AsSlice(),
+	}
+	if pathMTU >= tun.MinMTU && pathMTU < link.Attrs().MTU {
+		r.MTU = pathMTU
 	}
 	if !p.Contains(gateway) && !gateway.IsLinkLocalUnicast() {
 		r.Flags = int(netlink.FLAG_ONLINK)
