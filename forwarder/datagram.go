@@ -7,10 +7,10 @@ package forwarder
 //
 // A hostSocket belongs to one endpoint of the sandbox (address and port, or echo
 // identifier) and serves every peer of it: endpoint-independent mapping, RFC 4787
-// section 4.1. What arrives on it is let in only if its source is in peers, that is
-// if the sandbox has addressed it: address-dependent filtering, section 5, here by
-// port as well. A flow lives exactly as long as its nat.Lease; a socket as long as
-// one of its flows.
+// section 4.1. What arrives on it is let in only if the sandbox has sent to that
+// address: address-dependent filtering, section 5. From a port that it has not sent
+// to, it begins a flow if the sandbox would be allowed to answer. A flow lives
+// exactly as long as its nat.Lease; a socket as long as one of its flows.
 //
 // Lock order: openMu, mu, hostSocket.mu. No lock is held while the flow table is
 // asked for a lease, because the table may end another flow to make room and then
@@ -300,6 +300,9 @@ func (d *dgramTable) install(fl *dgramFlow, open func() (*hostSocket, error)) er
 		return errFlowEnded
 	}
 	d.socks[fl.guest] = s
+	s.mu.Lock()
+	s.guest = fl.guest
+	s.mu.Unlock()
 	d.attachLocked(fl, s)
 	d.mu.Unlock()
 	return nil
@@ -310,7 +313,7 @@ func (d *dgramTable) attachLocked(fl *dgramFlow, s *hostSocket) {
 	fl.sock = s
 	d.flows[fl.tuple] = fl
 	s.mu.Lock()
-	s.peers[fl.target] = fl
+	s.addPeer(fl)
 	s.mu.Unlock()
 }
 
@@ -330,9 +333,7 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 	var last bool
 	if s != nil {
 		s.mu.Lock()
-		if s.peers[fl.target] == fl {
-			delete(s.peers, fl.target)
-		}
+		s.removePeer(fl)
 		last = len(s.peers) == 0 && !s.shared
 		s.mu.Unlock()
 		if last {

@@ -135,6 +135,43 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 	return fl
 }
 
+// otherPort begins a flow for a datagram that came to s from an address that the
+// sandbox has sent to, but from another port: address-dependent filtering (RFC 4787
+// REQ-8) lets it in if the sandbox may answer it.
+func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow {
+	s.mu.Lock()
+	k, ok := s.known[from.Addr()]
+	guest := s.guest
+	s.mu.Unlock()
+	if !ok || !guest.IsValid() {
+		return nil
+	}
+	peer := netip.AddrPortFrom(k.peer, from.Port())
+	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
+	rules := u.f.rules.Load()
+	v := rules.Decide(q)
+	if !v.Allowed() || v.Target() != from {
+		return nil
+	}
+	fl := &dgramFlow{d: &u.dgramTable, tuple: nat.NewTuple(protoUDP, guest, peer), guest: guest, peer: peer, target: from, query: q}
+	u.openMu.Lock()
+	defer u.openMu.Unlock()
+	if known := u.lookup(fl.tuple); known != nil {
+		return known // the sandbox was faster
+	}
+	if u.acquire(fl, fl.tuple, v) != nil {
+		return nil
+	}
+	if err := u.install(fl, func() (*hostSocket, error) { return nil, errFlowEnded }); err != nil {
+		fl.end("no-socket")
+		return nil
+	}
+	if !u.stillAllowed(fl, rules) {
+		return nil
+	}
+	return fl
+}
+
 // acquireLocal makes fl a flow that ends here.
 func (d *dgramTable) acquireLocal(fl *dgramFlow, rule string) error {
 	lease, err := d.f.table.Acquire(nat.Spec{Orig: fl.tuple, Rule: rule, Short: fl.short, Expire: fl.expire})

@@ -48,7 +48,9 @@ type hostSocket struct {
 	token pollToken
 
 	mu    sync.Mutex
+	guest netip.AddrPort                // the endpoint; invalid for a shared socket
 	peers map[netip.AddrPort]*dgramFlow // by host-side address; written with d.mu held too
+	known map[netip.Addr]knownPeer      // the addresses of peers, whatever the port; likewise
 
 	// txMu is held while sending, rxMu while receiving, and both while closing, so
 	// that no system call ever meets a descriptor that belongs to somebody else
@@ -68,7 +70,7 @@ type hostSocket struct {
 func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
 	return &hostSocket{
 		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.poll,
-		peers: make(map[netip.AddrPort]*dgramFlow, 1), lastDiscover: discover{mode: -1},
+		peers: make(map[netip.AddrPort]*dgramFlow, 1), known: make(map[netip.Addr]knownPeer, 1), lastDiscover: discover{mode: -1},
 	}
 }
 
@@ -189,6 +191,33 @@ func (s *hostSocket) rearm() {
 	_ = unix.EpollCtl(s.poll.epfd, unix.EPOLL_CTL_MOD, s.fd, &ev)
 }
 
+// knownPeer is an address that the sandbox has sent to.
+type knownPeer struct {
+	flows int        // of that address
+	peer  netip.Addr // the address as the sandbox sees it
+}
+
+// addPeer and removePeer keep both maps. They are called with d.mu and mu held.
+func (s *hostSocket) addPeer(fl *dgramFlow) {
+	s.peers[fl.target] = fl
+	k := s.known[fl.target.Addr()]
+	k.flows, k.peer = k.flows+1, fl.peer.Addr()
+	s.known[fl.target.Addr()] = k
+}
+
+func (s *hostSocket) removePeer(fl *dgramFlow) {
+	if s.peers[fl.target] != fl {
+		return
+	}
+	delete(s.peers, fl.target)
+	k := s.known[fl.target.Addr()]
+	if k.flows--; k.flows > 0 {
+		s.known[fl.target.Addr()] = k
+	} else {
+		delete(s.known, fl.target.Addr())
+	}
+}
+
 // peer finds the flow of a host-side address.
 func (s *hostSocket) peer(a netip.AddrPort) *dgramFlow {
 	s.mu.Lock()
@@ -212,6 +241,9 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		if fl == nil {
 			return // counted by client
 		}
+	}
+	if fl == nil {
+		fl = s.d.f.dgram.udp.otherPort(s, from)
 	}
 	if fl == nil {
 		s.d.n.unsolicited.Add(1)
