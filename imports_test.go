@@ -32,6 +32,7 @@ var allowed = map[string][]string{
 	"forwarder/sandbox/guest":   {"tun"},
 	"e2e":                       {},
 	"e2e/peer":                  {},
+	"e2e/bench":                 {},
 	"hack/report":               {},
 }
 

@@ -109,7 +109,7 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 		path := fmt.Sprintf("/proc/%d/ns/net", c.pid)
 		c.signal(syscall.SIGKILL)
 		<-c.done
-		w.host.sluiceRun(t, "attach", "--netns", path).wantMessage(t, "sluice: ", path, "no such")
+		w.host.sluiceRun(t, "attach", "--netns", path).wantMessage(t, "sluice: ", path, "gone")
 		w.host.sluiceRun(t, "attach", fmt.Sprint(c.pid)).wantMessage(t, "sluice: ", fmt.Sprint(c.pid))
 		plain := filepath.Join(w.host.dir, "not-a-netns")
 		os.WriteFile(plain, nil, 0o644)

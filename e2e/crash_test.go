@@ -10,7 +10,7 @@ import (
 )
 
 func TestWorkerKilledDuringTransfer(t *testing.T) {
-	area(t, "crash.worker")
+	area(t, "crash.worker", "bash")
 	w := newPair(t)
 	serve(t, w.far)
 	watch := w.far.watch(t, "f0")
@@ -27,10 +27,10 @@ ingress:
 		peerBin(), at(other4, portEcho), at(other6, portEcho)))
 	for i := range 3 {
 		t.Run(fmt.Sprintf("kill %d", i+1), func(t *testing.T) {
-			bulk := sb.start(t, peerBin(), "xfer", "-streams", "8", "-size", fmt.Sprint(int64(4)<<30), "-timeout", "20s", at(far4, portXfer))
-			eventually(t, 20*time.Second, func() (bool, string) {
+			bulk := sb.start(t, "bash", "-c", fmt.Sprintf("exec cat /dev/zero >/dev/tcp/%s/%d", far4, portWatch))
+			eventually(t, 10*time.Second, func() (bool, string) {
 				for _, f := range sb.flows(t) {
-					if f.orig.dport == portXfer && f.orig.bytes > 1<<20 {
+					if f.orig.dport == portWatch && f.orig.bytes > 1<<20 {
 						return true, ""
 					}
 				}

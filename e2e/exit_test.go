@@ -75,7 +75,7 @@ func TestInsideIsAsAsked(t *testing.T) {
 	}{
 		{"the caller's uid is kept", nil, "id -u", []string{uid}},
 		{"or root inside", []string{rootInside}, "id -u", []string{"0"}},
-		{"slirp4netns's addresses", nil, "ip -o addr; ip route; ip -6 route", []string{"10.0.2.100/24", "default via 10.0.2.2", "fd00"}},
+		{"slirp4netns's addresses", nil, "ip -o addr; ip route; ip -6 route", []string{"10.0.2.100/24", "default via 10.0.2.2", "default via fd"}},
 		{"loopback works", nil, "ping -c1 -W1 127.0.0.1 && ping -c1 -W1 ::1", []string{"1 received"}},
 		{"MTU", []string{"--mtu", "1400"}, "ip -o link", []string{"mtu 1400"}},
 		{"the default MTU", nil, "ip -o link", []string{"mtu 65520"}},

@@ -79,7 +79,9 @@ func enter() int {
 			attr.AmbientCaps = append(attr.AmbientCaps, c)
 		}
 	}
-	signal.Ignore(syscall.SIGINT, syscall.SIGQUIT) // the terminal sends them to the tests too
+	// The terminal sends these to the tests too. Caught, not ignored: that would be
+	// inherited by every command.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT, syscall.SIGQUIT)
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), stageEnv+"=init")

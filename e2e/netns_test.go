@@ -213,6 +213,15 @@ func (n *netns) startCmd(t *testing.T, on chan func(), cmd *exec.Cmd) *proc {
 	p.signal = func(s syscall.Signal) { syscall.Kill(-p.pid, s) }
 	go func() { p.finish(statusOf(cmd.Wait(), cmd)) }()
 	t.Cleanup(func() {
+		// A server would not end by itself, a sandbox whose test failed should:
+		// killed, it would leave its traces to the check that comes last.
+		p.closeInput()
+		if cmd.Args[0] == sluiceBin() {
+			select {
+			case <-p.done:
+			case <-time.After(3 * time.Second):
+			}
+		}
 		p.signal(syscall.SIGKILL)
 		<-p.done
 		p.show(t)

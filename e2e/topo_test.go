@@ -98,7 +98,7 @@ route add ::/0 via 2001:db8:1::1`)
 addr add 198.51.100.10/24 dev f0
 addr add 198.51.100.11/24 dev f0
 addr add 2001:db8:2::10/64 dev f0 nodad
-addr add 2001:db8:2::11/64 dev f0 nodad
+addr add 2001:db8:2::11/64 dev f0 nodad preferred_lft 0
 link set f0 up
 route add default via 198.51.100.1
 route add ::/0 via 2001:db8:2::1`)
@@ -119,7 +119,7 @@ link set h0 up`, w.far.tid))
 addr add 198.51.100.10/24 dev f0
 addr add 198.51.100.11/24 dev f0
 addr add 2001:db8:2::10/64 dev f0 nodad
-addr add 2001:db8:2::11/64 dev f0 nodad
+addr add 2001:db8:2::11/64 dev f0 nodad preferred_lft 0
 link set f0 up`)
 	w.ready(t)
 	return w

@@ -30,8 +30,8 @@ error_log stderr warn;
 worker_processes 1;
 events { worker_connections 512; }
 http {
-  access_log %[2]s/access.log plain;
   log_format plain '$remote_addr $request_method $uri $status';
+  access_log %[2]s/access.log plain;
   client_body_temp_path %[2]s/t1; proxy_temp_path %[2]s/t2; fastcgi_temp_path %[2]s/t3;
   uwsgi_temp_path %[2]s/t4; scgi_temp_path %[2]s/t5;
   server {
