@@ -89,7 +89,7 @@ const (
 	dnsPort   = 53
 	// ruleDNS is the rule name of flows to our own resolver.
 	ruleDNS = "builtin:dns"
-	// tick is how often the timer looks.
+	// tick is how often the timer looks while there is anything to look at.
 	tick = time.Second
 )
 
@@ -130,6 +130,8 @@ type Forwarder struct {
 	inbound   stack.NetworkDispatcher                  // behind the filter; set by link.Attach
 	network   atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
 
+	needTimer need
+
 	ctx    context.Context // ends when Run does; handlers get it
 	cancel context.CancelFunc
 	ruleMu sync.Mutex // serialises SetRules
@@ -141,7 +143,7 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
 	}
-	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, log: cfg.Log}
+	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
 	if f.now == nil {
 		f.now = time.Now
 	}
@@ -263,8 +265,9 @@ func (f *Forwarder) closePollers() {
 	}
 }
 
-// timer looks after what has no event of its own: handshakes that nobody
-// completes and listeners that ran out of descriptors. The flow table has its own.
+// timer looks after what has no event of its own: handshakes that nobody completes
+// and listeners that ran out of descriptors. It sleeps while there are none. The
+// flow table has a timer of its own.
 func (f *Forwarder) timer() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
@@ -272,10 +275,34 @@ func (f *Forwarder) timer() {
 		select {
 		case <-f.ctx.Done():
 			return
+		case <-f.needTimer.wake:
+			t.Reset(tick)
+			continue
 		case <-t.C:
-			f.tcp.expireHandshakes(f.now())
-			f.publish.retry()
 		}
+		f.needTimer.Store(false)
+		pending := f.tcp.expireHandshakes(f.now())
+		if f.publish.retry() || pending {
+			f.needTimer.Store(true)
+		} else if !f.needTimer.Load() {
+			t.Stop()
+		}
+	}
+}
+
+// need is a flag whose first raising wakes its owner.
+type need struct {
+	atomic.Bool
+	wake chan struct{} // capacity 1
+}
+
+func (n *need) raise() {
+	if n.Load() || n.Swap(true) {
+		return
+	}
+	select {
+	case n.wake <- struct{}{}:
+	default:
 	}
 }
 

@@ -143,16 +143,18 @@ func (p *publisher) find(proto uint8, host netip.AddrPort) *Listener {
 	return nil
 }
 
-// retry lets listeners that ran into a lack of descriptors try again. Called by
-// the forwarder's timer.
-func (p *publisher) retry() {
+// retry lets listeners that ran into a lack of descriptors try again, and tells
+// whether there were any. Called by the forwarder's timer.
+func (p *publisher) retry() (starved bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, t := range p.tcp {
 		if t.starved.Swap(false) {
 			t.shard.runq.put(&t.accepting)
+			starved = true
 		}
 	}
+	return starved
 }
 
 func (p *publisher) close() {
@@ -211,6 +213,7 @@ func (t *tcpListener) accept() {
 		default:
 			t.p.failed.Add(1)
 			t.starved.Store(true)
+			t.p.f.needTimer.raise()
 			return
 		}
 	}

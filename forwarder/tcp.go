@@ -369,6 +369,7 @@ func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
 	}
 	fl.halfOpen = t.handshakes.PushBack(fl)
 	t.mu.Unlock()
+	t.f.needTimer.raise()
 	if evict != nil {
 		t.handshakeEvicted.Add(1)
 		t.endHandshake(evict)
@@ -391,17 +392,19 @@ func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
 	t.f.injectReset(fl.id, fl.irs+1)
 }
 
-// expireHandshakes ends those whose time is over. Called by Forwarder's timer.
-func (t *tcpForwarder) expireHandshakes(now time.Time) {
+// expireHandshakes ends those whose time is over, and tells whether there are
+// others. Called by Forwarder's timer.
+func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
 	for {
 		t.mu.Lock()
 		var fl *tcpFlow
+		pending = t.handshakes.Len() > 0
 		if e := t.handshakes.Front(); e != nil && now.After(e.Value.(*tcpFlow).deadline) {
 			fl = e.Value.(*tcpFlow)
 		}
 		t.mu.Unlock()
 		if fl == nil {
-			return
+			return pending
 		}
 		t.handshakeExpired.Add(1)
 		t.endHandshake(fl)
