@@ -113,7 +113,7 @@ func (fl *tcpFlow) pumpUp() {
 
 // runUp returns a reason when the flow has to be aborted.
 func (fl *tcpFlow) runUp() (abort string) {
-	if fl.up.done.Load() || fl.fd < 0 {
+	if !fl.live.Load() || fl.up.done.Load() || fl.fd < 0 {
 		return ""
 	}
 	g := &fl.shard.gather
@@ -199,7 +199,7 @@ func (fl *tcpFlow) pumpDown() {
 
 // runDown returns a reason when the flow has to be aborted.
 func (fl *tcpFlow) runDown() (abort string) {
-	if fl.down.done.Load() || fl.fd < 0 || fl.ep == nil {
+	if !fl.live.Load() || fl.down.done.Load() || fl.fd < 0 {
 		return ""
 	}
 	for budget := pumpBudget; ; {

@@ -64,6 +64,7 @@ type tcpFlow struct {
 
 	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
+	live       atomic.Bool   // both sides are connected: the pumps may run
 
 	halfOpen *list.Element // guarded by t.mu
 	deadline time.Time     // of the handshake; set before halfOpen
@@ -117,6 +118,7 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 	}
 	fl.ep, fl.counts = ep, ep.Stats().(*tcp.Stats)
 	fl.phase = phaseOpen
+	fl.live.Store(true)
 	var err error
 	if fl.tok == (pollToken{}) {
 		fl.tok, err = fl.shard.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
