@@ -1,8 +1,10 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -29,27 +31,32 @@ func hostAddrs() ([]netip.Addr, error) {
 	return slices.Compact(out), nil
 }
 
-// uplinkMTU is the MTU of the default route of a family, the route's own or its
-// device's; 0 when there is no such route.
+// uplinkMTU is the MTU of a family's default route, the route's own or its device's;
+// without such a route the smallest of the devices that are up; 0 if there is none.
 func uplinkMTU(family int) (int, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return 0, fmt.Errorf("list the host's devices: %w", err)
+	}
+	smallest := 0
+	byIndex := make(map[int]int, len(links))
+	for _, l := range links {
+		a := l.Attrs()
+		byIndex[a.Index] = a.MTU
+		if a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && (smallest == 0 || a.MTU < smallest) {
+			smallest = a.MTU
+		}
+	}
 	routes, err := netlink.RouteListFiltered(family, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
 	if err != nil {
 		return 0, fmt.Errorf("list the host's default routes: %w", err)
 	}
-	best, mtu := -1, 0
+	metric, mtu := -1, smallest
 	for _, r := range routes {
-		if best >= 0 && r.Priority >= best {
-			continue
+		m := cmp.Or(r.MTU, byIndex[r.LinkIndex])
+		if m > 0 && (metric < 0 || r.Priority < metric) {
+			metric, mtu = r.Priority, m
 		}
-		m := r.MTU
-		if m == 0 && r.LinkIndex > 0 {
-			link, err := netlink.LinkByIndex(r.LinkIndex)
-			if err != nil {
-				continue // the device went away since
-			}
-			m = link.Attrs().MTU
-		}
-		best, mtu = r.Priority, m
 	}
 	return mtu, nil
 }
