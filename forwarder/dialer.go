@@ -9,8 +9,10 @@ package forwarder
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,10 +28,15 @@ type Dialer struct {
 	sockets  atomic.Int64   // open now
 	refused  *atomic.Uint64 // asked for without a verdict that allows it
 	exhausts *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
+	log      *slog.Logger
+	told     atomic.Int64 // when the last lack was logged, in Unix seconds
 }
 
-func newDialer(s *stats) *Dialer {
-	return &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors")}
+// tellEvery is how often a lack of descriptors is logged at most, in seconds.
+const tellEvery = 60
+
+func newDialer(s *stats, log *slog.Logger) *Dialer {
+	return &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors"), log: log}
 }
 
 // tcpConnect starts a connection to the verdict's target. connected tells that
@@ -133,11 +140,20 @@ func (d *Dialer) open(a netip.Addr, typ, proto int) (int, error) {
 		switch err {
 		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
 			d.exhausts.Add(1)
+			d.tellLack(err)
 		}
 		return -1, fmt.Errorf("opening a host socket: %w", err)
 	}
 	d.sockets.Add(1)
 	return fd, nil
+}
+
+// tellLack says what an operator can do about it, once in a while.
+func (d *Dialer) tellLack(err error) {
+	now, last := time.Now().Unix(), d.told.Load()
+	if now-last >= tellEvery && d.told.CompareAndSwap(last, now) {
+		d.log.Warn(fmt.Sprintf("out of descriptors: new flows fail, those that exist go on (%v; raise the limit on open files: ulimit -n)", err))
+	}
 }
 
 // close closes a descriptor that this dialer opened.

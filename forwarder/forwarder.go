@@ -155,10 +155,10 @@ func New(cfg Config) (*Forwarder, error) {
 	}
 	f.relayed = f.stats.counter("tcp_relayed_loopback")
 	f.rules.Store(new(policy.Rules))
-	f.dialer = newDialer(&f.stats)
+	f.dialer = newDialer(&f.stats, f.log)
 	f.broadcast = directedBroadcast(cfg.Prefix4)
 	if len(cfg.Gateway) > 0 {
-		f.linkLocal = linkLocalOf(cfg.Link.LinkAddress())
+		f.linkLocal = LinkLocal(cfg.Link.LinkAddress())
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	n := cfg.Shards
@@ -369,9 +369,9 @@ func directedBroadcast(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// linkLocalOf derives the EUI-64 link-local address (RFC 4291, appendix A) of a
-// MAC address; a link without one (TUN) gets fe80::1.
-func linkLocalOf[T ~string](mac T) netip.Addr {
+// LinkLocal derives the EUI-64 link-local address (RFC 4291, appendix A) of a MAC
+// address, which is the gateway's; a link without one (TUN) has fe80::1.
+func LinkLocal[T ~string | ~[]byte](mac T) netip.Addr {
 	b := [16]byte{0: 0xfe, 1: 0x80, 15: 1}
 	if len(mac) == 6 {
 		copy(b[8:], []byte{mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})

@@ -124,18 +124,27 @@ func (l *flowLog) close() {
 // run is the goroutine; it ends with close.
 func (l *flowLog) run() {
 	defer close(l.done)
+	// Runs only while refusals are folded: an idle worker does not wake up.
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
+	tick.Stop()
 	for {
 		select {
 		case e := <-l.queue:
+			before := len(l.folds)
 			l.take(e)
+			if before == 0 && len(l.folds) > 0 {
+				tick.Reset(time.Second)
+			}
 			if len(l.queue) == 0 || l.buf.Len() >= flowLogSize {
 				l.flush()
 			}
 		case <-tick.C:
 			l.unfold(l.now())
 			l.flush()
+			if len(l.folds) == 0 {
+				tick.Stop()
+			}
 		case <-l.stop:
 			for len(l.queue) > 0 { // this goroutine alone takes from it
 				l.take(<-l.queue)

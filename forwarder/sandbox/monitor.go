@@ -176,6 +176,9 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 	if c.Guest.Link.Kind == tun.TUN {
 		w.GatewayMAC = nil
 	}
+	if c.Guest.NoConfigure {
+		w.SelfConfigured = c.Guest.Addr6.Masked()
+	}
 	var fds []int
 	for _, f := range m.guest.Device() {
 		fds = append(fds, fdOf(f))

@@ -26,6 +26,8 @@ type workerConfig struct {
 	DNS     []netip.Addr `json:"dns"`
 	Prefix4 netip.Prefix `json:"prefix4,omitzero"`
 	Prefix6 netip.Prefix `json:"prefix6,omitzero"`
+	// SelfConfigured is where a guest that nobody configures may choose addresses.
+	SelfConfigured netip.Prefix `json:"self_configured,omitzero"`
 
 	Upstreams dns.Upstreams           `json:"upstreams"`
 	Hosts     map[string][]netip.Addr `json:"hosts,omitempty"`

@@ -208,7 +208,8 @@ func (m *monitor) serve(ctx context.Context, server *controlServer, first superv
 	return status.Code, nil
 }
 
-// command starts the command and waits for its end, or for that of ctx.
+// command starts the command and waits for its end, or for that of ctx. Without a
+// command, attached to somebody else's namespace, a signal to end ends the sandbox.
 func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, forwarded...)
@@ -240,6 +241,12 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 		case <-ctx.Done():
 			return guest.Status{}, nil
 		case s := <-signals:
+			if len(m.cfg.Guest.Command) == 0 {
+				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
+					continue // there is nobody they could be meant for
+				}
+				return guest.Status{}, nil
+			}
 			m.forward(s)
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"runtime/debug"
@@ -168,7 +167,6 @@ func (w *worker) run(fds []int) error {
 		return err
 	}
 	go w.watchLink()
-	go w.watchDescriptors()
 
 	answer, err := w.messages(ended)
 	cancel()
@@ -216,7 +214,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	}
 	fc := forwarder.Config{
 		Link: w.link, MTU: uint32(c.Device.MTU),
-		Guest: c.Guest, Gateway: c.Gateway, DNS: c.DNS, Prefix4: c.Prefix4,
+		Guest: c.Guest, Gateway: c.Gateway, DNS: c.DNS, Prefix4: c.Prefix4, SelfConfigured: c.SelfConfigured,
 		Table: w.table, DNSHandler: w.dns, DHCPHandler: leases,
 		RawICMP4: h.raw4, RawICMP6: h.raw6,
 		Drop: w.link.NoteDrop, Refused: w.refused, Log: w.log,
@@ -244,19 +242,9 @@ func (w *worker) dhcp() (*dhcp.Server, error) {
 		}
 	}
 	if c.Prefix6.IsValid() {
-		d.Gateway6 = linkLocal(c.GatewayMAC)
+		d.Gateway6 = forwarder.LinkLocal(w.link.LinkAddress())
 	}
 	return dhcp.New(d)
-}
-
-// linkLocal is the gateway's link-local address as package forwarder has it: the
-// EUI-64 of its MAC address (RFC 4291, appendix A), fe80::1 on a link without.
-func linkLocal(mac net.HardwareAddr) netip.Addr {
-	b := [16]byte{0: 0xfe, 1: 0x80, 15: 1}
-	if len(mac) == 6 {
-		copy(b[8:], []byte{mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})
-	}
-	return netip.AddrFrom16(b)
 }
 
 // refused takes a flow that policy refused down.
