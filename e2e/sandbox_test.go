@@ -51,6 +51,8 @@ func (n *netns) sandbox(t *testing.T, flags ...string) *sandbox {
 	t.Cleanup(func() {
 		if !t.Failed() {
 			sb.end(t)
+		} else if r := n.sluiceRun(t, "logs", sb.name); r.status == 0 {
+			t.Logf("what %s has to say:\n%s", sb, r.out)
 		}
 	})
 	return sb

@@ -114,7 +114,9 @@ func newPair(t *testing.T) *world {
 link add h0 type veth peer name f0 netns %d
 addr add 198.51.100.2/24 dev h0
 addr add 2001:db8:2::2/64 dev h0 nodad
-link set h0 up`, w.far.tid))
+link set h0 up
+route add default via 198.51.100.10
+route add ::/0 via 2001:db8:2::10`, w.far.tid))
 	w.far.ip(t, `
 addr add 198.51.100.10/24 dev f0
 addr add 198.51.100.11/24 dev f0
