@@ -111,6 +111,8 @@ func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuf
 	eps := t.f.network.Load()
 	switch {
 	case eps == nil:
+	case proto != header.ARPProtocolNumber && t.f.passUDP(proto, pkt):
+		return
 	case proto == header.IPv4ProtocolNumber:
 		eps[0].HandlePacket(pkt)
 		return
