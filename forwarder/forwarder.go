@@ -265,8 +265,8 @@ func (f *Forwarder) closePollers() {
 	}
 }
 
-// timer looks after what has no event of its own: handshakes that nobody completes
-// and listeners that ran out of descriptors. It sleeps while there are none. The
+// timer looks after what has no event of its own: handshakes that nobody completes,
+// dials that nobody waits for, and listeners that ran out of descriptors. It sleeps while there are none. The
 // flow table has a timer of its own.
 func (f *Forwarder) timer() {
 	t := time.NewTicker(tick)
@@ -281,8 +281,9 @@ func (f *Forwarder) timer() {
 		case <-t.C:
 		}
 		f.needTimer.Store(false)
-		pending := f.tcp.expireHandshakes(f.now())
-		if f.publish.retry() || pending {
+		now := f.now()
+		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
+		if f.publish.retry() || handshakes || dials {
 			f.needTimer.Store(true)
 		} else if !f.needTimer.Load() {
 			t.Stop()

@@ -12,8 +12,9 @@ package forwarder
 //	         │          └─ over a limit: dropped, counted
 //	         └─ reject: RST · drop: silence
 //
-// A sandbox that gives up during the dial says so by RST, which finds no
-// endpoint and therefore comes to handleTCP as well. One that never completes
+// A sandbox that gives up during the dial may say so by RST, which finds no
+// endpoint and therefore comes to handleTCP as well; more often it just stops
+// repeating its SYN, and the dial ends when the next one is overdue. One that never completes
 // the handshake is ended after handshakeTimeout, or earlier, oldest first, when
 // there are more than maxHandshakes of them, by the RST it did not send.
 //
@@ -48,6 +49,9 @@ const (
 	maxHandshakes = 1024
 	// handshakeTimeout bounds each of them.
 	handshakeTimeout = 10 * time.Second
+	// synSlack is how much later than after another doubling the next SYN may come
+	// before its sender is taken to have given up.
+	synSlack = 4 * time.Second
 	// stackTimeWait is how long an endpoint object outlives its tuple.
 	stackTimeWait = 20 * time.Millisecond
 	// tracerouteTTL is the largest hop limit that is taken to be meant: a SYN
@@ -65,6 +69,7 @@ type tcpForwarder struct {
 	flows      map[stack.TransportEndpointID]*tcpFlow
 	relays     map[*relay]struct{}
 	handshakes list.List // of *tcpFlow, oldest first
+	dials      list.List // of *tcpFlow, those that wait for the far side
 	wg         sync.WaitGroup
 	closed     bool
 
@@ -109,11 +114,14 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		return false
 	}
 	t.mu.Lock()
-	_, known := t.flows[id]
+	known := t.flows[id]
+	if known != nil {
+		// A repeated SYN while we dial, or while an old flow of the tuple still
+		// ends: the sandbox will ask again.
+		known.lastSYN = t.f.now()
+	}
 	t.mu.Unlock()
-	if known {
-		// A retransmitted SYN while we dial, or while an old flow of the tuple
-		// still ends: the sandbox will ask again.
+	if known != nil {
 		return true
 	}
 
@@ -162,6 +170,8 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	fl.syn = originalPacket(pkt)
 	fl.irs = h.SequenceNumber()
+	fl.firstSYN = t.f.now()
+	fl.lastSYN = fl.firstSYN
 	lease.SetState(nat.SynSent)
 	lease.Account(nat.Original, 1, int64(pkt.Size()))
 
@@ -213,6 +223,9 @@ func (t *tcpForwarder) dial(req *tcp.ForwarderRequest) {
 		fl.tok, err = fl.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	fl.mu.Unlock()
+	if err == nil && !connected {
+		t.enterDial(fl)
+	}
 	switch {
 	case err != nil:
 		fl.dialFailed(err)
@@ -286,23 +299,6 @@ func (fl *tcpFlow) dialFailed(err error) {
 	}
 }
 
-// cancelDial ends the dial of a tuple whose sandbox sent RST.
-func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
-	t.mu.Lock()
-	fl := t.flows[id]
-	t.mu.Unlock()
-	if fl == nil {
-		return
-	}
-	fl.mu.Lock()
-	dialing := fl.phase == phaseDialing
-	fl.mu.Unlock()
-	if dialing {
-		t.cancelled.Add(1)
-		fl.abort("cancelled")
-	}
-}
-
 // handshake completes the sandbox's side; it blocks until that ends.
 func (t *tcpForwarder) handshake(fl *tcpFlow) {
 	fl.mu.Lock()
@@ -359,58 +355,6 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	fl.abort("closed")
 }
 
-// enterHandshake counts fl among the half-open, at the cost of the oldest.
-func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
-	fl.deadline = t.f.now().Add(handshakeTimeout)
-	t.mu.Lock()
-	var evict *tcpFlow
-	if t.handshakes.Len() >= maxHandshakes {
-		evict = t.handshakes.Front().Value.(*tcpFlow)
-	}
-	fl.halfOpen = t.handshakes.PushBack(fl)
-	t.mu.Unlock()
-	t.f.needTimer.raise()
-	if evict != nil {
-		t.handshakeEvicted.Add(1)
-		t.endHandshake(evict)
-	}
-}
-
-func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
-	t.mu.Lock()
-	if fl.halfOpen != nil {
-		t.handshakes.Remove(fl.halfOpen)
-		fl.halfOpen = nil
-	}
-	t.mu.Unlock()
-}
-
-// endHandshake makes CreateEndpoint return, by delivering the reset that the
-// sandbox did not send. The stack has no other way to end one from outside.
-func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
-	t.leaveHandshake(fl)
-	t.f.injectReset(fl.id, fl.irs+1)
-}
-
-// expireHandshakes ends those whose time is over, and tells whether there are
-// others. Called by Forwarder's timer.
-func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
-	for {
-		t.mu.Lock()
-		var fl *tcpFlow
-		pending = t.handshakes.Len() > 0
-		if e := t.handshakes.Front(); e != nil && now.After(e.Value.(*tcpFlow).deadline) {
-			fl = e.Value.(*tcpFlow)
-		}
-		t.mu.Unlock()
-		if fl == nil {
-			return pending
-		}
-		t.handshakeExpired.Add(1)
-		t.endHandshake(fl)
-	}
-}
-
 // ender is a flow of either kind, as seen by those who end it.
 type ender interface {
 	abort(reason string)
@@ -446,6 +390,7 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	if t.flows[fl.id] == fl {
 		delete(t.flows, fl.id)
 	}
+	t.leaveDialLocked(fl)
 	t.mu.Unlock()
 }
 

@@ -66,8 +66,9 @@ type tcpFlow struct {
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
 
-	halfOpen *list.Element // guarded by t.mu
-	deadline time.Time     // of the handshake; set before halfOpen
+	halfOpen, dialing *list.Element // guarded by t.mu
+	firstSYN, lastSYN time.Time     // likewise
+	deadline          time.Time     // of the handshake; set before halfOpen
 
 	mu              sync.Mutex
 	phase           phase

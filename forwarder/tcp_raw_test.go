@@ -117,6 +117,29 @@ func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
 	})
 }
 
+func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
+	ns := inNetns(t)
+	routerNetns(t)
+	ns.run(t, "silent", func(t *testing.T) {
+		clock := newTestClock()
+		w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
+		syn := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80), header.TCPFlagSyn, 1000, 0)
+		w.send(syn)
+		eventually(t, "the dial has begun", func() bool { return w.f.dialer.sockets.Load() == 1 })
+		for _, gap := range []time.Duration{1, 2, 4, 8} { // as a patient sender repeats it
+			clock.advance(gap * time.Second)
+			w.send(syn)
+			if w.f.tcp.expireDials(clock.now()); w.f.dialer.sockets.Load() != 1 {
+				t.Fatalf("the dial ended %v s after its last SYN", gap)
+			}
+		}
+		clock.advance(15*time.Second + synSlack + time.Second)
+		eventually(t, "the dial has ended", func() bool {
+			return w.f.dialer.sockets.Load() == 0 && w.f.table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
+		})
+	})
+}
+
 func TestTCPWithAWrongChecksumOpensNothing(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	p := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(gateway4, listenHost(t)), header.TCPFlagSyn, 1, 0)

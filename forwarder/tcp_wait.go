@@ -1,0 +1,125 @@
+package forwarder
+
+// TCP flows that wait for somebody: dials for the far side, handshakes for the
+// sandbox. Both are bounded in number and time; the forwarder's timer looks after
+// them while there are any.
+
+import (
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// enterDial has the timer look at fl until leaveDial. A flow that ended meanwhile
+// leaves again, in whichever order the two come.
+func (t *tcpForwarder) enterDial(fl *tcpFlow) {
+	t.mu.Lock()
+	if t.flows[fl.id] == fl {
+		fl.dialing = t.dials.PushBack(fl)
+	}
+	t.mu.Unlock()
+	t.f.needTimer.raise()
+}
+
+// leaveDialLocked is called with mu held.
+func (t *tcpForwarder) leaveDialLocked(fl *tcpFlow) {
+	if fl.dialing != nil {
+		t.dials.Remove(fl.dialing)
+		fl.dialing = nil
+	}
+}
+
+// expireDials ends the dials whose sandbox has stopped asking, and tells whether
+// there are others. Called by Forwarder's timer.
+//
+// Retransmissions of a SYN come at intervals that double at most (RFC 6298
+// section 5.5), so the next is due before as much time again has passed as since
+// the first.
+func (t *tcpForwarder) expireDials(now time.Time) (pending bool) {
+	var over []*tcpFlow
+	t.mu.Lock()
+	for e := t.dials.Front(); e != nil; e = e.Next() {
+		fl := e.Value.(*tcpFlow)
+		if now.Sub(fl.lastSYN) > fl.lastSYN.Sub(fl.firstSYN)+synSlack {
+			over = append(over, fl)
+		}
+	}
+	pending = t.dials.Len() > len(over)
+	t.mu.Unlock()
+	for _, fl := range over {
+		t.cancelled.Add(1)
+		fl.abort("given_up")
+	}
+	return pending
+}
+
+// cancelDial ends the dial of a tuple whose sandbox sent RST.
+func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
+	t.mu.Lock()
+	fl := t.flows[id]
+	t.mu.Unlock()
+	if fl == nil {
+		return
+	}
+	fl.mu.Lock()
+	dialing := fl.phase == phaseDialing
+	fl.mu.Unlock()
+	if dialing {
+		t.cancelled.Add(1)
+		fl.abort("cancelled")
+	}
+}
+
+// enterHandshake counts fl among the half-open, at the cost of the oldest.
+func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
+	fl.deadline = t.f.now().Add(handshakeTimeout)
+	t.mu.Lock()
+	t.leaveDialLocked(fl)
+	var evict *tcpFlow
+	if t.handshakes.Len() >= maxHandshakes {
+		evict = t.handshakes.Front().Value.(*tcpFlow)
+	}
+	fl.halfOpen = t.handshakes.PushBack(fl)
+	t.mu.Unlock()
+	t.f.needTimer.raise()
+	if evict != nil {
+		t.handshakeEvicted.Add(1)
+		t.endHandshake(evict)
+	}
+}
+
+func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
+	t.mu.Lock()
+	if fl.halfOpen != nil {
+		t.handshakes.Remove(fl.halfOpen)
+		fl.halfOpen = nil
+	}
+	t.mu.Unlock()
+}
+
+// endHandshake makes CreateEndpoint return, by delivering the reset that the
+// sandbox did not send. The stack has no other way to end one from outside.
+func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
+	t.leaveHandshake(fl)
+	t.f.injectReset(fl.id, fl.irs+1)
+}
+
+// expireHandshakes ends those whose time is over, and tells whether there are
+// others. Called by Forwarder's timer.
+func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
+	for {
+		t.mu.Lock()
+		var fl *tcpFlow
+		pending = t.handshakes.Len() > 0
+		if e := t.handshakes.Front(); e != nil && now.After(e.Value.(*tcpFlow).deadline) {
+			fl = e.Value.(*tcpFlow)
+		}
+		t.mu.Unlock()
+		if fl == nil {
+			return pending
+		}
+		t.handshakeExpired.Add(1)
+		t.endHandshake(fl)
+	}
+}
+
