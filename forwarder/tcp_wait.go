@@ -122,4 +122,3 @@ func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
 		t.endHandshake(fl)
 	}
 }
-
