@@ -117,6 +117,25 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 	})
 }
 
+func TestAGuestMayConfigureItself(t *testing.T) {
+	area(t, "attach.self", "nsenter", "unshare", "ip")
+	w := newWorld(t)
+	serve(t, w.far)
+	c := container(t, w.host)
+	p := w.host.sluice(t, "attach", "--no-configure", fmt.Sprint(c.pid))
+	eventually(t, 10*time.Second, func() (bool, string) {
+		r := inContainer(t, w.host, c.pid, "ip", "link", "set", "tap0", "up")
+		return r.status == 0, "no device appears\n" + r.String() + "\n" + p.result("").String()
+	})
+	// The kernel asks for routers by itself, and takes prefix and route from the answer.
+	eventually(t, 15*time.Second, func() (bool, string) {
+		r := inContainer(t, w.host, c.pid, peerBin(), "dial", "-timeout", "2s", at(far6, portWhoami))
+		return strings.Contains(r.out, host6), "the self-given IPv6 address does not reach the far side\n" + r.String()
+	})
+	inContainer(t, w.host, c.pid, "ip", "-6", "-o", "addr", "show", "dev", "tap0", "scope", "global").wantOut(t, "mngtmpaddr")
+	p.stop(t, syscall.SIGTERM)
+}
+
 func TestAttachToABoundNetns(t *testing.T) {
 	area(t, "attach.bound", "ip", "nsenter")
 	asRoot(t, "a named network namespace is a mount on the machine")
