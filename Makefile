@@ -12,7 +12,7 @@ export CGO_ENABLED = 0
 # The recipes' own tools, wherever `go test` starts them from.
 export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build run test lint fuzz clean
+.PHONY: build run test bench lint fuzz clean
 
 # One static binary.
 build:
@@ -27,6 +27,12 @@ run: build
 # Installs what is missing as root, says what is missing otherwise.
 test: build
 	hack/test.sh
+
+# Sluice against every peer on PATH (docs/performance.md). SHORT=1: two minutes;
+# CELLS=REGEXP: only these.
+bench: build
+	$(GO) build -trimpath -o build/bench ./e2e/bench
+	build/bench $(if $(SHORT),-short) $(if $(CELLS),-cells '$(CELLS)') $(if $(SHORT)$(CELLS),,-svg docs/bench.svg) $(BENCHFLAGS)
 
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

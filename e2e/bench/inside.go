@@ -1,0 +1,193 @@
+package main
+
+// Inside: PID 1 of the run's namespaces. Builds the topology and goes over the rounds.
+//
+//	namespace "host" (this one)                       candidates' namespaces
+//	lo    127.0.0.1 ::1   ◄── far side, proxies' sockets
+//	up0 ═ up1 (192.0.2.2/24, 2001:db8:1::2/64): the default route, which pasta copies
+//	      its addresses from; nothing passes here
+//	cable ════════════════════════════════════════════ cable (veth candidate)
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+func inside() error {
+	begun := time.Now()
+	var o options
+	if err := json.Unmarshal([]byte(os.Getenv(insideEnv)), &o); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Unsetenv(insideEnv), prepareNamespaces(&o)); err != nil {
+		return fmt.Errorf("preparing the run's namespaces: %w", err)
+	}
+	f := newFleet(o)
+	defer f.close()
+	if err := f.startFarSide(); err != nil {
+		return fmt.Errorf("starting the far side: %w", err)
+	}
+	cells, err := regexp.Compile(o.Cells)
+	if err != nil {
+		return err
+	}
+	res := newResults(o)
+	probes := slices.DeleteFunc(allProbes(o.Short), func(p probe) bool { return !p.matches(cells) })
+	if len(probes) == 0 {
+		return fmt.Errorf("no cell matches %q", o.Cells)
+	}
+	for _, p := range probes {
+		res.Order = append(res.Order, p.cells...)
+	}
+	if o.Short {
+		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6 and %d connections in a row", manyConnects))
+	}
+	measure(f, res, probes, o, begun)
+	f.describe(res)
+	res.Seconds = time.Since(begun).Seconds()
+	if err := res.writeJSON(o.JSON); err != nil {
+		return err
+	}
+	if o.Chart != "" {
+		if err := writeChart(o.Chart, res); err != nil {
+			return err
+		}
+	}
+	return printTable(os.Stdout, res)
+}
+
+// measure goes over rounds, probes and candidates. Past the budget only cells that have
+// no sample yet are begun, and past one and a half of it none.
+func measure(f *fleet, res *results, probes []probe, o options, begun time.Time) {
+	left := map[string]int{}
+	for round := range o.Rounds {
+		for _, p := range probes {
+			if p.rounds > 0 && round >= p.rounds {
+				continue
+			}
+			spent := time.Since(begun)
+			if spent > o.Budget && (round > 0 || spent > o.Budget*3/2) {
+				left[p.name]++
+				continue
+			}
+			fmt.Fprintf(os.Stderr, "\r\033[K%4.0f s  round %d of %d  %s", spent.Seconds(), round+1, o.Rounds, p.name)
+			for i := range p.candidates {
+				c := p.candidates[(i+round)%len(p.candidates)]
+				got, err := f.measure(p, c)
+				if err != nil {
+					res.fail(p.name, c, err)
+					continue
+				}
+				for metric, v := range got {
+					res.add(metric, c, v)
+				}
+			}
+		}
+	}
+	fmt.Fprint(os.Stderr, "\r\033[K")
+	if len(left) > 0 {
+		res.Notes = append(res.Notes, fmt.Sprintf("%d probes lost rounds to the time budget of %v: medians are of fewer samples (-budget, -rounds)", len(left), o.Budget))
+	}
+}
+
+func prepareNamespaces(o *options) error {
+	err := errors.Join(
+		unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("proc", "/proc", "proc", 0, ""),
+	)
+	if err != nil {
+		return err
+	}
+	_ = os.WriteFile(congestionKey, []byte(congestion), 0) // what is in force is reported
+	if err := linkUp("lo"); err != nil {
+		return err
+	}
+	if err := cable("up0", "up1", 65520); err != nil {
+		return err
+	}
+	if err := errors.Join(linkUp("up1"), addresses("up0", "192.0.2.2/24", "2001:db8:1::2/64")); err != nil {
+		return err
+	}
+	up, err := netlink.LinkByName("up0")
+	if err != nil {
+		return err
+	}
+	for _, gw := range []string{"192.0.2.1", "2001:db8:1::1"} {
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: up.Attrs().Index, Gw: net.ParseIP(gw)}); err != nil {
+			return fmt.Errorf("default route by %s: %w", gw, err)
+		}
+	}
+	// Candidates have none of the capabilities that an ordinary user's run was given here.
+	if os.Getuid() != 0 {
+		_, _, e := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0)
+		if e != 0 {
+			return fmt.Errorf("dropping ambient capabilities: %w (built with cgo?)", e)
+		}
+	}
+	o.Notes = append(o.Notes, fmt.Sprintf("every candidate ran as uid %d", o.UID))
+	return nil
+}
+
+func linkUp(name string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return netlink.LinkSetUp(l)
+}
+
+func cable(a, b string, mtu int) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = a, mtu
+	v := &netlink.Veth{LinkAttrs: attrs, PeerName: b, PeerMTU: uint32(mtu)}
+	if err := netlink.LinkAdd(v); err != nil {
+		return fmt.Errorf("making the pair %s, %s: %w", a, b, err)
+	}
+	return nil
+}
+
+// addresses gives a link its addresses and brings it up.
+func addresses(name string, prefixes ...string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	for _, p := range prefixes {
+		a, err := netlink.ParseAddr(p)
+		if err != nil {
+			return err
+		}
+		if strings.Contains(p, ":") {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		if err := netlink.AddrAdd(l, a); err != nil {
+			return fmt.Errorf("%s on %s: %w", p, name, err)
+		}
+	}
+	return netlink.LinkSetUp(l)
+}
+
+// manyRules is a policy whose last rule is the one that lets the far side be reached.
+func manyRules(n int) []byte {
+	var b strings.Builder
+	b.WriteString("apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: many\nspec:\n  egress:\n")
+	for i := range n {
+		fmt.Fprintf(&b, "    - {name: r%d, action: allow, to: [{cidr: 10.%d.%d.%d/32}]}\n", i, 100+i>>14, i>>7&127, i&127)
+	}
+	b.WriteString("    - {name: far, action: allow, to: [{entity: host-loopback}]}\n")
+	return []byte(b.String())
+}
+
+func (f *fleet) path(name string) string { return filepath.Join(f.o.Dir, name) }
