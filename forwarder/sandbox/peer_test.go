@@ -75,7 +75,7 @@ func inUserNamespace() *syscall.SysProcAttr {
 // serveInfo runs a control server that answers with its name.
 func serveInfo(t *testing.T, peers peerPolicy) (socket string, log *logRing) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "s")
+	socket = filepath.Join(shortDir(t), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	must(t, err)
 	log = newLogRing(time.Now, nil)

@@ -58,7 +58,7 @@ func start(t *testing.T, cfg Config) *running {
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		t.Skipf("no device to be had: %v", err)
 	}
-	dir := t.TempDir()
+	dir := shortDir(t)
 	must(t, os.Chmod(dir, 0o700))
 	t.Setenv("XDG_RUNTIME_DIR", dir)
 	r, w, err := os.Pipe()
@@ -265,7 +265,7 @@ func TestControlMethodsOfTheWorker(t *testing.T) {
 }
 
 func TestRunFailsWithCauseAndStatus(t *testing.T) {
-	dir := t.TempDir()
+	dir := shortDir(t)
 	must(t, os.Chmod(dir, 0o700))
 	t.Setenv("XDG_RUNTIME_DIR", dir)
 	taken, err := net.Listen("tcp", "127.0.0.1:0")

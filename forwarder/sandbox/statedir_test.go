@@ -11,9 +11,21 @@ import (
 	"time"
 )
 
+// shortDir is a temporary directory whose path leaves room for a socket's name:
+// T.TempDir has the test's in it, and a unix socket's path ends at 107 bytes.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 func testRegistry(t *testing.T) *Registry {
 	t.Helper()
-	dir := t.TempDir()
+	dir := shortDir(t)
 	r, err := openRegistry(filepath.Join(dir, "sluice"), os.Geteuid())
 	if err != nil {
 		t.Fatal(err)
