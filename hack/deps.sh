@@ -1,16 +1,22 @@
 #!/bin/bash
-# Programs that the end-to-end tests use, and the Debian packages that have them. As root
+# Programs that the tests use, and the Debian packages that have them. As root
 # installs what is missing; otherwise says what to install and goes on: the tests that
 # need it are then skipped by name.
 set -euo pipefail
 
 # program=package
 needed='
+busybox=busybox
+conntrack=conntrack
 curl=curl
+dhclient=isc-dhcp-client
 dig=bind9-dnsutils
+dnsmasq=dnsmasq-base
 git=git
 ip=iproute2
 iperf3=iperf3
+newuidmap=uidmap
+nft=nftables
 nginx=nginx-light
 nsenter=util-linux
 ping=iputils-ping
