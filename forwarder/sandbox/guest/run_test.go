@@ -110,7 +110,7 @@ func TestNetworkIsConfigured(t *testing.T) {
 			{"ip link show tap0", "mtu 1500"},
 			{"ip route", "default via 10.0.2.2 dev tap0"},
 			{"ip -6 route", "default via fd00::2 dev tap0"},
-			{"ip -6 addr show dev tap0 tentative | wc -l", "0\n"},
+			{"ip -6 addr show dev tap0 scope global tentative | wc -l", "0\n"},
 			{"cat /proc/sys/net/ipv6/conf/tap0/accept_ra", "0\n"},
 			{"cat /proc/sys/net/ipv4/ip_unprivileged_port_start", "0\n"},
 			{"ls /sys/class/net | tr '\\n' ' '", "lo tap0 "},
