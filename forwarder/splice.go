@@ -293,6 +293,11 @@ func (fl *tcpFlow) tallyUp(payload int) {
 	if fl.down.mu.TryLock() {
 		fl.tallyDown(0)
 		fl.down.mu.Unlock()
+		if fl.down.again.Load() {
+			// The down pump was called meanwhile, found its lock taken, and left it
+			// to the holder to go round again.
+			fl.shard.runq.put(&fl.downTask)
+		}
 	}
 }
 

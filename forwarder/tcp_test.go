@@ -289,3 +289,66 @@ func TestTCPManyShortConnectionsLeaveNothing(t *testing.T) {
 	wg.Wait()
 	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.sockets.Load() == 0 })
 }
+
+// Each byte is answered by one byte, so a wake-up that is lost anywhere between the
+// two sides leaves a connection silent for good.
+func TestTCPNoRoundTripIsLost(t *testing.T) {
+	g := newGuest(t, allowAll, nil)
+	addr := g.listen("tcp4", echo)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			c, err := g.dial(addr)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			b := make([]byte, 1)
+			for i := range 6000 {
+				_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+				if _, err := c.Write(b); err != nil {
+					t.Errorf("round trip %d: %v", i, err)
+					return
+				}
+				if _, err := io.ReadFull(c, b); err != nil {
+					t.Errorf("round trip %d: %v", i, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// The up pump looks at the down pump's counters under the down pump's lock. Data that
+// come meanwhile must not stay where they are.
+func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
+	g := newGuest(t, allowAll, nil)
+	conns := make(chan *net.TCPConn, 1)
+	done := make(chan struct{})
+	defer close(done)
+	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) { conns <- c; <-done }))
+	host := <-conns
+	var fl *tcpFlow
+	eventually(t, "the flow is live", func() bool {
+		all := g.f.tcp.all()
+		if len(all) == 1 {
+			fl = all[0].(*tcpFlow)
+		}
+		return fl != nil && fl.live.Load()
+	})
+	fl.down.mu.Lock() // as a tally does
+	if _, err := host.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the down pump was called", fl.down.again.Load)
+	fl.down.mu.Unlock()
+	fl.up.mu.Lock()
+	fl.tallyUp(0)
+	fl.up.mu.Unlock()
+	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatalf("the byte stayed at the host: %v", err)
+	}
+}
