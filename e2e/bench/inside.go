@@ -49,7 +49,11 @@ func inside() error {
 		return fmt.Errorf("no cell matches %q", o.Cells)
 	}
 	for _, p := range probes {
-		res.Order = append(res.Order, p.cells...)
+		for _, c := range p.cells {
+			if !slices.Contains(res.Order, c) {
+				res.Order = append(res.Order, c)
+			}
+		}
 	}
 	if o.Short {
 		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6 and %d connections in a row, and measures the limits once", manyConnects))

@@ -204,7 +204,8 @@ func shortOne(fam int, to *sockaddr, b []byte) (string, error) {
 // holder keeps idle connections.
 type holder struct{ fds []int }
 
-// hold opens q.Count connections, each of which has carried a byte both ways.
+// hold opens q.Count connections, each of which has carried a byte both ways; it gives up
+// when three have failed.
 func (h *holder) hold(q request) (r reply, err error) {
 	a, err := addrPort(q.Addr, echoPort)
 	if err != nil {
@@ -213,7 +214,7 @@ func (h *holder) hold(q request) (r reply, err error) {
 	reserve(1)
 	b := []byte{1}
 	_, end := q.window()
-	for i := 0; i < q.Count && monotonic() < end && r.failures() < 100; i++ {
+	for i := 0; i < q.Count && monotonic() < end && r.failures() < 3; i++ {
 		fd, err := dialTCP(netip.AddrPortFrom(a.Addr(), uint16(echoPort+i%echoPorts)), nil)
 		if err != nil {
 			r.fail("dial", err)
