@@ -55,7 +55,7 @@ func allProbes(short bool) []probe {
 	t := timing{warm: 400, bulk: 2000, small: 1500, idle: 20 * time.Second, settle: 5 * time.Second, starts: 10}
 	families, flows := []string{"v4", "v6"}, []int{1, 8, 64}
 	if short {
-		t = timing{warm: 250, bulk: 450, small: 450, idle: 5 * time.Second, settle: 2 * time.Second, starts: 4}
+		t = timing{warm: 200, bulk: 350, small: 400, idle: 4 * time.Second, settle: time.Second, starts: 4}
 		families, flows = families[:1], flows[:2]
 	}
 	peers := []string{ours, pasta, slirp, veth, host}
