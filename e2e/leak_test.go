@@ -36,6 +36,18 @@ func (sb *sandbox) usage(t *testing.T) usage {
 	return u
 }
 
+// settled is usage once the descriptors stay as they are: a worker with published
+// ports is given a stock of sockets after its command has started.
+func (sb *sandbox) settled(t *testing.T) (u usage) {
+	t.Helper()
+	eventually(t, 5*time.Second, func() (bool, string) {
+		before := u
+		u = sb.usage(t)
+		return u.workerFDs == before.workerFDs && u.monitorFDs == before.monitorFDs, fmt.Sprintf("the sandbox's descriptors do not come to rest: %+v, then %+v", before, u)
+	})
+	return u
+}
+
 func descriptors(pid int) int { return len(descriptorList(pid)) }
 
 func descriptorList(pid int) (all []string) {

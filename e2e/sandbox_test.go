@@ -47,7 +47,7 @@ func (n *netns) sandbox(t *testing.T, flags ...string) *sandbox {
 	case <-time.After(20 * time.Second):
 		t.Fatalf("the sandbox's command did not run within 20 s\n%s", sb.run.result("still running"))
 	}
-	sb.before = sb.usage(t)
+	sb.before = sb.settled(t)
 	t.Cleanup(func() {
 		if !t.Failed() {
 			sb.end(t)

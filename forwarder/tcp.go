@@ -220,12 +220,10 @@ func (t *tcpForwarder) dial(req *tcp.ForwarderRequest) {
 	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops)
 	fl.fd = fd
 	if err == nil && !connected {
+		t.enterDial(fl)
 		fl.tok, err = fl.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	fl.mu.Unlock()
-	if err == nil && !connected {
-		t.enterDial(fl)
-	}
 	switch {
 	case err != nil:
 		fl.dialFailed(err)

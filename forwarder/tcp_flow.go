@@ -258,6 +258,23 @@ func (fl *tcpFlow) expire(reason string) { fl.abort(reason) }
 // may be called from any goroutine that holds no lock, and more than once.
 func (fl *tcpFlow) abort(reason string) {
 	fl.mu.Lock()
+	fl.abortLocked(reason)
+}
+
+// abortDial is abort for those who look at the dial only, which may succeed at
+// the same moment: it tells whether it came in time.
+func (fl *tcpFlow) abortDial(reason string) bool {
+	fl.mu.Lock()
+	if fl.phase != phaseDialing {
+		fl.mu.Unlock()
+		return false
+	}
+	fl.abortLocked(reason)
+	return true
+}
+
+// abortLocked is called with mu held, and releases it.
+func (fl *tcpFlow) abortLocked(reason string) {
 	ph, ep, req, cancel := fl.phase, fl.ep, fl.req, fl.cancel
 	if ph == phaseClosed {
 		fl.mu.Unlock()

@@ -290,6 +290,31 @@ func TestTCPManyShortConnectionsLeaveNothing(t *testing.T) {
 	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.sockets.Load() == 0 })
 }
 
+// The timer that ends hopeless dials may have chosen one that succeeds before its
+// turn comes.
+func TestTCPADialThatSucceededIsNotGivenUp(t *testing.T) {
+	g := newGuest(t, allowAll, nil)
+	addr := g.listen("tcp4", echo)
+	for range 200 {
+		c := g.mustDial(addr)
+		defer c.Close()
+	}
+	tf := g.f.tcp
+	tf.mu.Lock()
+	waiting, flows := tf.dials.Len(), len(tf.flows)
+	for _, fl := range tf.flows {
+		fl.dialing = tf.dials.PushBack(fl)
+	}
+	tf.mu.Unlock()
+	if waiting != 0 || flows != 200 {
+		t.Fatalf("%d of %d connected flows are among the dials", waiting, flows)
+	}
+	tf.expireDials(time.Now().Add(time.Hour))
+	if n := g.table.Len(); n != 200 || g.f.Stats()["tcp_dial_cancelled"] != 0 {
+		t.Fatalf("%d of 200 connected flows are left, %d were given up", n, g.f.Stats()["tcp_dial_cancelled"])
+	}
+}
+
 // Each byte is answered by one byte, so a wake-up that is lost anywhere between the
 // two sides leaves a connection silent for good.
 func TestTCPNoRoundTripIsLost(t *testing.T) {

@@ -10,13 +10,11 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// enterDial has the timer look at fl until leaveDial. A flow that ended meanwhile
-// leaves again, in whichever order the two come.
+// enterDial has the timer look at fl until leaveDialLocked. It is called while
+// nobody else can end the dial or learn of its success.
 func (t *tcpForwarder) enterDial(fl *tcpFlow) {
 	t.mu.Lock()
-	if t.flows[fl.id] == fl {
-		fl.dialing = t.dials.PushBack(fl)
-	}
+	fl.dialing = t.dials.PushBack(fl)
 	t.mu.Unlock()
 	t.f.needTimer.raise()
 }
@@ -47,8 +45,9 @@ func (t *tcpForwarder) expireDials(now time.Time) (pending bool) {
 	pending = t.dials.Len() > len(over)
 	t.mu.Unlock()
 	for _, fl := range over {
-		t.cancelled.Add(1)
-		fl.abort("given_up")
+		if fl.abortDial("given_up") {
+			t.cancelled.Add(1)
+		}
 	}
 	return pending
 }
@@ -58,15 +57,8 @@ func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
 	t.mu.Lock()
 	fl := t.flows[id]
 	t.mu.Unlock()
-	if fl == nil {
-		return
-	}
-	fl.mu.Lock()
-	dialing := fl.phase == phaseDialing
-	fl.mu.Unlock()
-	if dialing {
+	if fl != nil && fl.abortDial("cancelled") {
 		t.cancelled.Add(1)
-		fl.abort("cancelled")
 	}
 }
 
