@@ -58,9 +58,9 @@ type datagrams struct {
 // newDatagrams is called when the stack exists and before the link is attached to it.
 func newDatagrams(f *Forwarder) *datagrams {
 	d := &datagrams{emit: newEmitter(f), errs: newICMPErrors(f), udp: newUDPForwarder(f), echo: newEchoForwarder(f)}
-	if b, ok := f.cfg.Link.(interface{ SetBatchEnd(func()) }); ok {
+	if _, ok := f.cfg.Link.(polledLink); ok {
 		d.udp.batched, d.echo.batched = true, true
-		b.SetBatchEnd(d.flush)
+		f.tcp.inline.batched = true
 	}
 	return d
 }

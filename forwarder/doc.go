@@ -5,8 +5,8 @@
 //	  │ frames
 //	  ▼
 //	link.go        source, version and destination are checked before the stack sees a packet
-//	  │
-//	  ▼
+//	  │            (inline.go, shortcut.go: segments of established flows, and plain UDP,
+//	  ▼             go straight to their endpoints)
 //	gVisor netstack    reassembly, ARP, NDP, TCP
 //	  │ first segment or datagram of an unknown tuple
 //	  ▼
@@ -14,6 +14,9 @@
 //	                                                                          │
 //	splice.go  ◄── stack readiness by waiter callbacks (runq.go)              ▼
 //	           ◄── host readiness by epoll (poller.go) ─────────────── host sockets
+//
+// engine.go runs all of it: one goroutine sleeps in epoll for the device and the host
+// sockets alike and runs what it finds to completion; others help when there is much.
 //
 // The package knows nothing of devices, processes or configuration files: it
 // is given a link, a flow table and a snapshot of rules, and it is the only

@@ -79,31 +79,19 @@ type Config struct {
 	Now func() time.Time
 	// Log receives what an operator has to know; nothing is logged per packet.
 	Log *slog.Logger
-	// Shards is how many poller and run-queue pairs share the flows; 0 means
-	// one for each processor, at most maxShards.
-	Shards int
+	// Threads is how many goroutines move bytes when there is much to move; 0 means
+	// one for each processor, at most maxThreads.
+	Threads int
 }
 
 const (
-	maxShards = 4
-	dnsPort   = 53
+	maxThreads = 4
+	dnsPort    = 53
 	// ruleDNS is the rule name of flows to our own resolver.
 	ruleDNS = "builtin:dns"
 	// tick is how often the timer looks while there is anything to look at.
 	tick = time.Second
 )
-
-// shard is what a share of the flows is served by.
-type shard struct {
-	poll *poller
-	runq *runQueue
-
-	gather  gather   // of the up pumps; run queue only
-	discard discard  // likewise
-	pipes   [][2]int // of the relays; likewise
-
-	dropPipes task // closes them when the last relay has ended
-}
 
 // Forwarder carries the traffic of one sandbox.
 type Forwarder struct {
@@ -112,8 +100,8 @@ type Forwarder struct {
 	table     *nat.Table
 	rules     atomic.Pointer[policy.Rules]
 	dialer    *Dialer
-	shards    []*shard
-	poll      *poller // shard 0's, for UDP and ICMP
+	engine    *engine
+	pipes     pipeStock // of the relays
 	stats     stats
 	relayed   *atomic.Uint64 // flows that took the loopback short cut
 	now       func() time.Time
@@ -161,23 +149,16 @@ func New(cfg Config) (*Forwarder, error) {
 		f.linkLocal = LinkLocal(cfg.Link.LinkAddress())
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
-	n := cfg.Shards
+	n := cfg.Threads
 	if n <= 0 {
-		n = runtime.GOMAXPROCS(0)
+		n = min(runtime.GOMAXPROCS(0), maxThreads)
 	}
-	for range min(n, maxShards) {
-		p, err := newPoller()
-		if err != nil {
-			f.closePollers()
-			return nil, fmt.Errorf("forwarder: %w", err)
-		}
-		sh := &shard{poll: p, runq: newRunQueue()}
-		sh.dropPipes.run = sh.closePipes
-		f.shards = append(f.shards, sh)
+	var err error
+	if f.engine, err = newEngine(n); err != nil {
+		return nil, fmt.Errorf("forwarder: %w", err)
 	}
-	f.poll = f.shards[0].poll
 	if err := f.attach(); err != nil {
-		f.closePollers()
+		f.engine.free()
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	return f, nil
@@ -212,6 +193,10 @@ func (f *Forwarder) attach() error {
 		eps[i] = ep
 	}
 	f.network.Store(&eps)
+	if err := f.pollDevice(); err != nil {
+		s.Destroy()
+		return fmt.Errorf("polling the device: %w", err)
+	}
 	return nil
 }
 
@@ -219,17 +204,14 @@ func (f *Forwarder) attach() error {
 func (f *Forwarder) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, f.cancel)
 	defer stop()
-	errs := make(chan error, len(f.shards))
+	errs := make(chan error, 1)
 	var wg sync.WaitGroup
-	for _, sh := range f.shards {
-		wg.Go(func() {
-			if err := sh.poll.run(); err != nil {
-				errs <- err
-				f.cancel()
-			}
-		})
-		wg.Go(sh.runq.work)
-	}
+	wg.Go(func() {
+		if err := f.engine.run(); err != nil {
+			errs <- err
+			f.cancel()
+		}
+	})
 	wg.Go(f.timer)
 	wg.Go(func() { f.table.Run(f.ctx) })
 	<-f.ctx.Done()
@@ -243,25 +225,15 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.cfg.Link.Close()
 	f.cfg.Link.Wait()
 	f.stack.Destroy()
-	for _, sh := range f.shards {
-		sh.runq.close()
-	}
-	f.closePollers()
+	f.engine.close()
 	wg.Wait()
-	for _, sh := range f.shards {
-		sh.closePipes()
-	}
+	f.engine.free()
+	f.pipes.close()
 	select {
 	case err := <-errs:
 		return err
 	default:
 		return nil
-	}
-}
-
-func (f *Forwarder) closePollers() {
-	for _, sh := range f.shards {
-		sh.poll.close()
 	}
 }
 

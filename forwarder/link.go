@@ -111,7 +111,7 @@ func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuf
 	eps := t.f.network.Load()
 	switch {
 	case eps == nil:
-	case proto != header.ARPProtocolNumber && t.f.passUDP(proto, pkt):
+	case proto != header.ARPProtocolNumber && (t.f.passUDP(proto, pkt) || t.f.passTCP(proto, pkt)):
 		return
 	case proto == header.IPv4ProtocolNumber:
 		eps[0].HandlePacket(pkt)

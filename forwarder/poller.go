@@ -1,31 +1,28 @@
 package forwarder
 
-// Host readiness.
+// Readiness of descriptors: the device's queues and host sockets.
 //
-// A poller is an epoll instance whose own descriptor sits in the Go runtime's
-// poller: while nothing is ready the goroutine is parked and holds no thread,
-// and when a host socket becomes ready the runtime wakes it like any other
-// network goroutine, with no hand-off to a second thread. Registrations are
-// edge-triggered; a handler therefore works until EAGAIN or until its budget is
-// spent, and in the latter case puts itself on a run queue.
+// Registrations are edge-triggered: a handler works until EAGAIN or until its
+// budget is spent, and in the latter case puts itself on the run queue. Several
+// goroutines may take events from one poller; a handler is called by one of them
+// at a time, and what comes meanwhile is kept for it.
 //
 // A token names a slot and the slot's generation, so that an event that epoll
 // had already returned for a descriptor removed meanwhile finds a newer
 // generation and is dropped.
 
 import (
+	"encoding/binary"
 	"fmt"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// pollHandler is told what epoll reported for its descriptor. It runs on the
-// poller's goroutine and must not block.
+// pollHandler is told what epoll reported for its descriptor, one call at a time.
+// It runs on the engine and must not block.
 type pollHandler interface {
 	pollReady(events uint32)
 }
@@ -39,40 +36,38 @@ type pollToken struct {
 type pollSlot struct {
 	gen     uint32
 	handler pollHandler
+	busy    bool   // a handler of this slot runs
+	pending uint32 // events for handler that came meanwhile
 }
 
 type poller struct {
-	file *os.File
-	raw  syscall.RawConn
-	epfd int
+	epfd, wakefd int
+	onWake       func() // called by who is woken by wake
 
-	closed atomic.Bool // run is to return
+	closed atomic.Bool
 
 	mu    sync.Mutex
-	slots []pollSlot
-	free  []uint32
+	slots []pollSlot // slot 0 is wakefd's and has no handler
+	spare []uint32
 }
-
-// pollBatch is how many events one epoll_wait may return.
-const pollBatch = 128
 
 func newPoller() (*poller, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("creating an epoll instance: %w", err)
 	}
-	if err := unix.SetNonblock(epfd, true); err != nil {
-		unix.Close(epfd)
-		return nil, fmt.Errorf("making epoll non-blocking: %w", err)
-	}
-	f := os.NewFile(uintptr(epfd), "epoll")
-	raw, err := f.SyscallConn()
+	wakefd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("registering epoll with the runtime: %w", err)
+		unix.Close(epfd)
+		return nil, fmt.Errorf("creating an eventfd: %w", err)
 	}
-	// Slot 0 stays unused so that the zero token names nothing.
-	return &poller{file: f, raw: raw, epfd: epfd, slots: make([]pollSlot, 1)}, nil
+	p := &poller{epfd: epfd, wakefd: wakefd, slots: make([]pollSlot, 1)}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET}
+	if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wakefd, &ev); err != nil {
+		p.free()
+		return nil, fmt.Errorf("adding an eventfd to epoll: %w", err)
+	}
+	return p, nil
 }
 
 // add registers fd, edge-triggered, for events (EPOLLIN, EPOLLOUT, …). An error
@@ -80,16 +75,16 @@ func newPoller() (*poller, error) {
 func (p *poller) add(fd int, events uint32, h pollHandler) (pollToken, error) {
 	p.mu.Lock()
 	var slot uint32
-	if n := len(p.free); n > 0 {
-		slot = p.free[n-1]
-		p.free = p.free[:n-1]
+	if n := len(p.spare); n > 0 {
+		slot = p.spare[n-1]
+		p.spare = p.spare[:n-1]
 	} else {
 		slot = uint32(len(p.slots))
 		p.slots = append(p.slots, pollSlot{})
 	}
 	s := &p.slots[slot]
 	s.gen++
-	s.handler = h
+	s.handler, s.pending = h, 0
 	t := pollToken{slot: slot, gen: s.gen}
 	p.mu.Unlock()
 
@@ -121,63 +116,78 @@ func (p *poller) release(t pollToken) {
 		return
 	}
 	s.handler = nil
-	p.free = append(p.free, t.slot)
+	p.spare = append(p.spare, t.slot)
 }
 
-func (p *poller) lookup(t pollToken) pollHandler {
+// dispatch has the handler that ev is for called, here or, if it is running, where
+// it runs.
+func (p *poller) dispatch(ev *unix.EpollEvent) {
+	t := *(*pollToken)(unsafe.Pointer(&ev.Fd))
+	if t.slot == 0 {
+		p.onWake()
+		return
+	}
+	events := ev.Events
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if int(t.slot) >= len(p.slots) || p.slots[t.slot].gen != t.gen {
-		return nil
+	s := &p.slots[t.slot]
+	if s.gen != t.gen || s.handler == nil {
+		p.mu.Unlock()
+		return
 	}
-	return p.slots[t.slot].handler
+	if s.busy {
+		s.pending |= events
+		p.mu.Unlock()
+		return
+	}
+	s.busy = true
+	for h := s.handler; h != nil && events != 0; {
+		p.mu.Unlock()
+		h.pollReady(events)
+		p.mu.Lock()
+		s = &p.slots[t.slot] // which may have moved, and be another's by now
+		h, events, s.pending = s.handler, s.pending, 0
+	}
+	s.busy = false
+	p.mu.Unlock()
 }
 
-// run dispatches events until close. It is the body of one goroutine, owned by
-// Forwarder.Run.
-func (p *poller) run() error {
-	events := make([]unix.EpollEvent, pollBatch)
-	for {
-		var n int
-		var werr error
-		err := p.raw.Read(func(fd uintptr) bool {
-			n, werr = epollWaitNow(int(fd), events)
-			return n != 0 || werr != nil
-		})
-		switch {
-		case p.closed.Load():
-			return nil
-		case err != nil:
-			return fmt.Errorf("waiting for host sockets: %w", err)
-		case werr == unix.EINTR:
-			continue
-		case werr != nil:
-			return fmt.Errorf("waiting for host sockets: %w", werr)
-		}
-		for i := range events[:n] {
-			ev := &events[i]
-			t := *(*pollToken)(unsafe.Pointer(&ev.Fd))
-			if h := p.lookup(t); h != nil {
-				h.pollReady(ev.Events)
-			}
-		}
+// wait asks epoll for events, for at most timeout milliseconds; -1 is for ever.
+func (p *poller) wait(events []unix.EpollEvent, timeout int) (int, error) {
+	var n uintptr
+	var errno unix.Errno
+	if timeout == 0 {
+		// It cannot block, so the scheduler need not know.
+		n, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd),
+			uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), 0, 0, 0)
+	} else {
+		n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd),
+			uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), uintptr(timeout), 0, 0)
 	}
+	switch errno {
+	case 0:
+		return int(n), nil
+	case unix.EINTR:
+		return 0, nil
+	}
+	return 0, errno
 }
 
-// close makes run return and frees the epoll instance.
+// wake ends a wait. The eventfd is never read: each write makes a new edge.
+func (p *poller) wake() {
+	var one [8]byte
+	binary.NativeEndian.PutUint64(one[:], 1)
+	// It can only fail when 2^64 wakes have come, and then it is readable.
+	_, _ = unix.Write(p.wakefd, one[:])
+}
+
+// close makes everybody stop who waits.
 func (p *poller) close() {
 	p.closed.Store(true)
-	// Nothing was written to it: there is no error to report.
-	_ = p.file.Close()
+	p.wake()
 }
 
-// epollWaitNow is epoll_wait with a zero timeout. It cannot block, so it is made without
-// telling the scheduler, which saves the hand-off of the processor.
-func epollWaitNow(epfd int, events []unix.EpollEvent) (int, error) {
-	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epfd),
-		uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), 0, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
+// free closes the descriptors.
+func (p *poller) free() {
+	unix.Close(p.wakefd)
+	unix.Close(p.epfd)
 }

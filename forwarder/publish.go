@@ -81,9 +81,9 @@ func (f *Forwarder) Publish(l Listener) error {
 	case l.Proto != unix.IPPROTO_TCP:
 		return fmt.Errorf("publishing %s: protocol %d has no ports", l.Host, l.Proto)
 	}
-	t := &tcpListener{p: p, l: l, shard: f.shards[0]}
+	t := &tcpListener{p: p, l: l}
 	t.accepting.run = t.accept
-	tok, err := t.shard.poll.add(l.FD, unix.EPOLLIN, t)
+	tok, err := t.p.f.engine.poll.add(l.FD, unix.EPOLLIN, t)
 	if err != nil {
 		return fmt.Errorf("publishing %s: %w", l.Host, err)
 	}
@@ -150,7 +150,7 @@ func (p *publisher) retry() (starved bool) {
 	defer p.mu.Unlock()
 	for _, t := range p.tcp {
 		if t.starved.Swap(false) {
-			t.shard.runq.put(&t.accepting)
+			t.p.f.engine.put(&t.accepting)
 			starved = true
 		}
 	}
@@ -170,11 +170,10 @@ func (p *publisher) close() {
 	p.tcp, p.udp = nil, nil
 }
 
-// tcpListener accepts from one listening socket, on its shard's run queue.
+// tcpListener accepts from one listening socket, on the run queue.
 type tcpListener struct {
 	p         *publisher
 	l         Listener
-	shard     *shard
 	tok       pollToken
 	accepting task
 	starved   atomic.Bool // accept(2) failed for want of descriptors
@@ -183,10 +182,10 @@ type tcpListener struct {
 	closed bool
 }
 
-func (t *tcpListener) pollReady(uint32) { t.shard.runq.put(&t.accepting) }
+func (t *tcpListener) pollReady(uint32) { t.p.f.engine.put(&t.accepting) }
 
 func (t *tcpListener) close() {
-	t.shard.poll.remove(t.tok, t.l.FD)
+	t.p.f.engine.poll.remove(t.tok, t.l.FD)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.closed = true
@@ -217,7 +216,7 @@ func (t *tcpListener) accept() {
 			return
 		}
 	}
-	t.shard.runq.put(&t.accepting)
+	t.p.f.engine.put(&t.accepting)
 }
 
 // ingress carries an accepted connection into the sandbox. It owns fd.
@@ -248,7 +247,6 @@ func (t *tcpForwarder) ingressThroughStack(fd int, client, guest netip.AddrPort,
 	}
 	fl := &tcpFlow{
 		t: t, fd: fd, ingress: true, verdict: v, phase: phaseHandshake,
-		shard: t.f.shards[t.next.Add(1)%uint32(len(t.f.shards))],
 		id: stack.TransportEndpointID{
 			LocalAddress: tcpipAddr(source.Addr()), LocalPort: source.Port(),
 			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),

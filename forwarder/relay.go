@@ -26,11 +26,10 @@ import (
 // relayPipe is the capacity asked for each pipe; the kernel may grant less.
 const relayPipe = 1 << 20
 
-// relay is one flow between two sockets. Its fields are used by the shard's run
-// queue only, except those that mu guards.
+// relay is one flow between two sockets. Its fields are used by its task
+// only, except those that mu guards.
 type relay struct {
 	t             *tcpForwarder
-	shard         *shard
 	lease         *nat.Lease
 	verdict       policy.Verdict
 	client, guest netip.AddrPort
@@ -62,7 +61,7 @@ func (t *tcpForwarder) relayLoopback(fd int, client, guest netip.AddrPort, v pol
 		return false
 	}
 	t.f.dialer.sockets.Add(1)
-	r := &relay{t: t, shard: t.f.shards[0], verdict: v, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
+	r := &relay{t: t, verdict: v, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
 	lease, err := t.f.table.Acquire(nat.Spec{
 		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: r.abort,
@@ -108,17 +107,17 @@ func (r *relay) connect() bool {
 		}
 	}
 	for i, fd := range r.fds {
-		tok, err := r.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
+		tok, err := r.t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
 		if err != nil {
 			return false
 		}
 		r.toks[i] = tok
 	}
-	r.shard.runq.put(&r.work)
+	r.t.f.engine.put(&r.work)
 	return true
 }
 
-func (r *relay) pollReady(uint32) { r.shard.runq.put(&r.work) }
+func (r *relay) pollReady(uint32) { r.t.f.engine.put(&r.work) }
 
 func (r *relay) run() {
 	r.mu.Lock()
@@ -157,7 +156,7 @@ func (r *relay) run() {
 	case reason != "":
 		r.abort(reason)
 	case again:
-		r.shard.runq.put(&r.work)
+		r.t.f.engine.put(&r.work)
 	}
 }
 
@@ -210,7 +209,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 			}
 		}
 		if d.filled == 0 && (d.eof || !progress) {
-			r.shard.putPipe(d)
+			r.t.f.pipes.put(d)
 		}
 		if d.filled == 0 && d.eof {
 			d.done = true
@@ -227,9 +226,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 }
 
 func (r *relay) openPipe(d *relayDir) bool {
-	if n := len(r.shard.pipes); n > 0 {
-		d.pipe = r.shard.pipes[n-1]
-		r.shard.pipes = r.shard.pipes[:n-1]
+	if r.t.f.pipes.get(d) {
 		return true
 	}
 	if err := unix.Pipe2(d.pipe[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
@@ -245,7 +242,7 @@ func (r *relay) openPipe(d *relayDir) bool {
 func (r *relay) fallback() {
 	r.mu.Lock()
 	fd := r.fds[0]
-	r.shard.poll.remove(r.toks[0], fd)
+	r.t.f.engine.poll.remove(r.toks[0], fd)
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
@@ -264,7 +261,7 @@ func (r *relay) abort(reason string) {
 		if fd < 0 {
 			continue
 		}
-		r.shard.poll.remove(r.toks[i], fd)
+		r.t.f.engine.poll.remove(r.toks[i], fd)
 		if reason == "closed" {
 			r.t.f.dialer.close(fd)
 		} else {
@@ -283,7 +280,7 @@ func (r *relay) abort(reason string) {
 	last := len(r.t.relays) == 0
 	r.t.mu.Unlock()
 	if last {
-		r.shard.runq.put(&r.shard.dropPipes)
+		r.t.f.pipes.close()
 	}
 	r.lease.SetState(nat.Close)
 	r.lease.Release(reason)
@@ -293,11 +290,19 @@ func (r *relay) stillAllowed(rules *policy.Rules) bool {
 	return rules.Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: r.client, Dst: r.guest}).Allowed()
 }
 
-// sparePipes is how many empty pipes a shard keeps while there are relays.
+// sparePipes is how many empty pipes are kept while there are relays.
 const sparePipes = 16
 
-// closePipes closes the spare pipes. It runs on the run queue, or after its end.
-func (s *shard) closePipes() {
+// pipeStock is the empty pipes at hand.
+type pipeStock struct {
+	mu    sync.Mutex
+	pipes [][2]int
+}
+
+// close closes the pipes, when the last relay has ended.
+func (s *pipeStock) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, p := range s.pipes {
 		unix.Close(p[0])
 		unix.Close(p[1])
@@ -305,11 +310,25 @@ func (s *shard) closePipes() {
 	s.pipes = nil
 }
 
-// putPipe takes an empty pipe back.
-func (s *shard) putPipe(d *relayDir) {
+func (s *pipeStock) get(d *relayDir) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.pipes)
+	if n == 0 {
+		return false
+	}
+	d.pipe = s.pipes[n-1]
+	s.pipes = s.pipes[:n-1]
+	return true
+}
+
+// put takes an empty pipe back.
+func (s *pipeStock) put(d *relayDir) {
 	if d.pipe == ([2]int{}) {
 		return
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if len(s.pipes) < sparePipes {
 		s.pipes = append(s.pipes, d.pipe)
 	} else {

@@ -1,41 +1,64 @@
 package forwarder
 
 // The run queue carries work from places that must not block or take an
-// endpoint's lock (waiter callbacks run under it) to a goroutine that may.
+// endpoint's lock (waiter callbacks run under it) to the engine, which may.
 // It is intrusive: a task is queued at most once, whatever the number of
 // events that ask for it, and queueing allocates nothing.
 
 import "sync"
 
-// task is one piece of work that can be queued; embed it. run is called by the
-// queue's goroutine, never twice at once for one task.
+// task is one piece of work that can be queued; embed it. run is never called
+// twice at once for one task; who asks for it meanwhile has it run once more.
 type task struct {
-	next   *task
-	queued bool
-	run    func()
+	next  *task
+	state taskState // guarded by the queue's mu
+	run   func()
+	then  func() // called after run, without its exclusion; may be nil
 }
+
+type taskState uint8
+
+const (
+	taskIdle taskState = iota
+	taskQueued
+	taskRunning
+	taskAgain // running, and asked for meanwhile
+)
 
 type runQueue struct {
+	wake func() // ends the rest of the engine's leader
+
 	mu         sync.Mutex
 	head, tail *task
-	waiting    bool
-	closed     bool
-	wake       chan struct{} // capacity 1; written under mu when the worker waits
+	resting    bool // the leader waits for events
+	waking     bool // wake was called, and has woken nobody yet
 }
 
-func newRunQueue() *runQueue {
-	return &runQueue{wake: make(chan struct{}, 1)}
-}
+func newRunQueue(wake func()) *runQueue { return &runQueue{wake: wake} }
 
 // put queues t unless it is queued already. A task that is running may be put
 // again and then runs once more.
 func (q *runQueue) put(t *task) {
 	q.mu.Lock()
-	if t.queued || q.closed {
-		q.mu.Unlock()
-		return
+	switch t.state {
+	case taskRunning:
+		t.state = taskAgain
+	case taskIdle:
+		q.append(t)
 	}
-	t.queued = true
+	wake := q.resting && q.head != nil && !q.waking
+	if wake {
+		q.waking = true
+	}
+	q.mu.Unlock()
+	if wake {
+		q.wake()
+	}
+}
+
+// append is called with mu held.
+func (q *runQueue) append(t *task) {
+	t.state = taskQueued
 	t.next = nil
 	if q.tail == nil {
 		q.head = t
@@ -43,59 +66,59 @@ func (q *runQueue) put(t *task) {
 		q.tail.next = t
 	}
 	q.tail = t
-	wake := q.waiting
-	q.waiting = false
-	q.mu.Unlock()
-	if wake {
-		q.wake <- struct{}{}
-	}
 }
 
-// take returns the next task, or nil when the queue was closed. Only one
-// goroutine may call it.
-func (q *runQueue) take() *task {
-	for {
-		q.mu.Lock()
-		if t := q.head; t != nil {
-			q.head = t.next
-			if q.head == nil {
-				q.tail = nil
-			}
-			t.next = nil
-			t.queued = false
-			q.mu.Unlock()
-			return t
-		}
-		if q.closed {
-			q.mu.Unlock()
-			return nil
-		}
-		q.waiting = true
-		q.mu.Unlock()
-		<-q.wake
-	}
-}
-
-// work runs tasks until close. It is the body of one goroutine, owned by
-// Forwarder.Run.
-func (q *runQueue) work() {
-	for {
-		t := q.take()
-		if t == nil {
-			return
-		}
-		t.run()
-	}
-}
-
-// close makes work return once the queue is empty; later puts are ignored.
-func (q *runQueue) close() {
+// next takes the first task, which the caller must run; nil when there is none.
+func (q *runQueue) next() *task {
 	q.mu.Lock()
-	wake := q.waiting && !q.closed
-	q.waiting = false
-	q.closed = true
-	q.mu.Unlock()
-	if wake {
-		q.wake <- struct{}{}
+	defer q.mu.Unlock()
+	t := q.head
+	if t == nil {
+		return nil
 	}
+	q.head = t.next
+	if q.head == nil {
+		q.tail = nil
+	}
+	t.next = nil
+	t.state = taskRunning
+	return t
+}
+
+// run runs what next returned.
+func (q *runQueue) run(t *task) {
+	t.run()
+	q.mu.Lock()
+	if t.state == taskAgain {
+		q.append(t)
+	} else {
+		t.state = taskIdle
+	}
+	q.mu.Unlock()
+	if t.then != nil {
+		t.then()
+	}
+}
+
+// woken is called by who was woken by wake, which may be a helper: the leader then
+// rests on, and the next put wakes again.
+func (q *runQueue) woken() {
+	q.mu.Lock()
+	q.waking = false
+	q.mu.Unlock()
+}
+
+// rest tells whether the queue is empty; if so, the next put wakes the leader.
+func (q *runQueue) rest() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.resting = q.head == nil
+	return q.resting
+}
+
+// wakened ends what rest began.
+func (q *runQueue) wakened() {
+	q.mu.Lock()
+	q.resting = false
+	q.mu.Unlock()
 }

@@ -17,7 +17,7 @@ import (
 // passUDP tells whether pkt, whose data begin with the IP header and which the
 // filter has let through, was a plain UDP packet, and is dealt with.
 func (f *Forwarder) passUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
-	hl, total := plainUDP(proto, pkt)
+	hl, total := plainPacket(proto, pkt, uint8(header.UDPProtocolNumber), header.UDPMinimumSize)
 	if total == 0 {
 		return false
 	}
@@ -34,9 +34,9 @@ func (f *Forwarder) passUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	return true
 }
 
-// plainUDP returns the lengths of the IP header and of the packet, or 0 and 0 for
+// plainPacket returns the lengths of the IP header and of the packet, or 0 and 0 for
 // one that is not plain.
-func plainUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) (hl, total int) {
+func plainPacket(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer, transport uint8, least int) (hl, total int) {
 	size := pkt.Data().Size()
 	if proto == header.IPv4ProtocolNumber {
 		b, ok := pkt.Data().PullUp(header.IPv4MinimumSize)
@@ -44,7 +44,7 @@ func plainUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) (hl, t
 			return 0, 0
 		}
 		h := header.IPv4(b)
-		if h.Protocol() != uint8(header.UDPProtocolNumber) || h.More() || h.FragmentOffset() != 0 ||
+		if h.Protocol() != transport || h.More() || h.FragmentOffset() != 0 ||
 			!pkt.RXChecksumValidated && !h.IsChecksumValid() {
 			return 0, 0
 		}
@@ -55,12 +55,12 @@ func plainUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) (hl, t
 			return 0, 0
 		}
 		h := header.IPv6(b)
-		if h.NextHeader() != uint8(header.UDPProtocolNumber) {
+		if h.NextHeader() != transport {
 			return 0, 0
 		}
 		hl, total = header.IPv6MinimumSize, header.IPv6MinimumSize+int(h.PayloadLength())
 	}
-	if total > size || total < hl+header.UDPMinimumSize {
+	if total > size || total < hl+least {
 		return 0, 0
 	}
 	return hl, total

@@ -4,10 +4,11 @@ package forwarder
 // for an idle flow, and none of its calls blocks:
 //
 //	up    stack → host   peek at the queued segments, one writev(2) of all of them, then discard
-//	                     exactly what the kernel took. Runs on the shard's run queue.
+//	                     exactly what the kernel took.
 //	down  host → stack   ask how much is queued, read it straight into the stack's own chunks.
-//	                     Runs on the shard's poller, or on its run queue when it was the stack
-//	                     that had no room.
+//
+// Both run on whichever of the engine's goroutines learned that there is something to
+// move: the one that read the segments, that epoll told, or that took the task.
 //
 // Backpressure is the two sides' own: data that the host socket does not take
 // stays in the stack's receive queue, whose window closes; data that the stack's
@@ -18,6 +19,7 @@ package forwarder
 import (
 	"errors"
 	"io"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -39,6 +41,14 @@ const (
 	tcpOverhead4 = 20 + 32
 	tcpOverhead6 = 40 + 32
 )
+
+// upScratch is what one run of an up pump needs.
+type upScratch struct {
+	gather  gather
+	discard discard
+}
+
+var upScratches = sync.Pool{New: func() any { return new(upScratch) }}
 
 // gather collects the slices of a peeked receive queue as iovecs.
 type gather struct {
@@ -101,13 +111,25 @@ func (d *discard) Write(p []byte) (int, error) {
 	return n, errFull
 }
 
-// pumpUp moves what the sandbox sent. Only the run queue calls it.
-func (fl *tcpFlow) pumpUp() {
-	fl.up.mu.Lock()
-	abort := fl.runUp()
-	fl.up.mu.Unlock()
-	if abort != "" {
-		fl.abort(abort)
+// pumpUp moves what the sandbox sent, and pumpDown what the far side sent. Several
+// goroutines may call them: whoever comes second leaves a note, and the first goes
+// round again.
+func (fl *tcpFlow) pumpUp()   { fl.run(&fl.up, (*tcpFlow).runUp) }
+func (fl *tcpFlow) pumpDown() { fl.run(&fl.down, (*tcpFlow).runDown) }
+
+func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
+	p.again.Store(true)
+	for p.again.Load() {
+		if !p.mu.TryLock() {
+			return
+		}
+		p.again.Store(false)
+		abort := once(fl)
+		p.mu.Unlock()
+		if abort != "" {
+			fl.abort(abort)
+			return
+		}
 	}
 }
 
@@ -116,8 +138,12 @@ func (fl *tcpFlow) runUp() (abort string) {
 	if !fl.live.Load() || fl.up.done.Load() || fl.fd < 0 {
 		return ""
 	}
-	g := &fl.shard.gather
-	defer g.reset()
+	scratch := upScratches.Get().(*upScratch)
+	g := &scratch.gather
+	defer func() {
+		g.reset()
+		upScratches.Put(scratch)
+	}()
 	for budget := pumpBudget; ; {
 		g.reset()
 		_, terr := fl.ep.Read(g, tcpip.ReadOptions{Peek: true})
@@ -134,13 +160,13 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return ""
 		}
 		if budget <= 0 {
-			fl.shard.runq.put(&fl.upTask)
+			fl.t.f.engine.put(&fl.upTask)
 			return ""
 		}
 		limit := &fl.t.f.bandwidth.up
 		granted := g.bytes
 		if limit.limited() {
-			if granted = limit.take(g.bytes, fl.t.f.now(), &fl.upTask, fl.shard.runq); granted == 0 {
+			if granted = limit.take(g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 			g.trim(granted)
@@ -157,8 +183,8 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return "reset_by_peer"
 		}
 		short := n < g.bytes
-		fl.shard.discard.left = n
-		if _, terr := fl.ep.Read(&fl.shard.discard, tcpip.ReadOptions{}); terr != nil {
+		scratch.discard.left = n
+		if _, terr := fl.ep.Read(&scratch.discard, tcpip.ReadOptions{}); terr != nil {
 			return "reset_by_sandbox"
 		}
 		fl.tallyUp(n)
@@ -177,24 +203,6 @@ func (fl *tcpFlow) upEOF() string {
 	fl.up.done.Store(true)
 	fl.halfClosed()
 	return ""
-}
-
-// pumpDown moves what the far side sent. The poller and the run queue may both
-// call it: whoever comes second leaves a note, and the first goes round again.
-func (fl *tcpFlow) pumpDown() {
-	fl.down.again.Store(true)
-	for fl.down.again.Load() {
-		if !fl.down.mu.TryLock() {
-			return
-		}
-		fl.down.again.Store(false)
-		abort := fl.runDown()
-		fl.down.mu.Unlock()
-		if abort != "" {
-			fl.abort(abort)
-			return
-		}
-	}
 }
 
 // runDown returns a reason when the flow has to be aborted.
@@ -218,13 +226,13 @@ func (fl *tcpFlow) runDown() (abort string) {
 			continue
 		}
 		if budget <= 0 {
-			fl.shard.runq.put(&fl.downTask)
+			fl.t.f.engine.put(&fl.downTask)
 			return ""
 		}
 		limit := &fl.t.f.bandwidth.down
 		granted := min(queued, downChunk)
 		if limit.limited() {
-			if granted = limit.take(granted, fl.t.f.now(), &fl.downTask, fl.shard.runq); granted == 0 {
+			if granted = limit.take(granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 		}
@@ -281,7 +289,7 @@ func (fl *tcpFlow) probeHost() (again bool, abort string) {
 // halfClosed notes that one more end of stream was passed on.
 func (fl *tcpFlow) halfClosed() {
 	fl.lease.SetState(nat.CloseWait)
-	fl.shard.runq.put(&fl.settling)
+	fl.t.f.engine.put(&fl.settling)
 }
 
 // tallyUp charges the segments that came from the sandbox since it was last called,
@@ -296,7 +304,7 @@ func (fl *tcpFlow) tallyUp(payload int) {
 		if fl.down.again.Load() {
 			// The down pump was called meanwhile, found its lock taken, and left it
 			// to the holder to go round again.
-			fl.shard.runq.put(&fl.downTask)
+			fl.t.f.engine.put(&fl.downTask)
 		}
 	}
 }

@@ -2,10 +2,10 @@ package forwarder
 
 // TCP from the sandbox: admission, dial, handshake.
 //
-// A SYN of an unknown tuple is judged and charged on the device's own
-// goroutine, so that a flood of refused ones costs neither a goroutine nor an
-// endpoint. Only then does the stack's forwarder keep the SYN, and the dial
-// starts; the sandbox's handshake is answered when the far side's has been:
+// A SYN of an unknown tuple is judged and charged where it was read, and the dial
+// starts there too, so that a flood costs neither a goroutine nor an endpoint. Only
+// when the far side has answered does the stack get the SYN, and answers the
+// sandbox's handshake:
 //
 //	SYN ─► Decide ─► Acquire ─► connect(2) ──ok──► SYN/ACK … ACK ─► splice
 //	         │          │           └─ refused: RST · unreachable: ICMP · no answer: silence
@@ -61,9 +61,10 @@ const (
 
 // tcpForwarder owns the TCP flows of one sandbox.
 type tcpForwarder struct {
-	f    *Forwarder
-	fwd  *tcp.Forwarder
-	next atomic.Uint32 // shard of the next flow
+	f       *Forwarder
+	fwd     *tcp.Forwarder
+	refuser *tcp.Forwarder // answers SYNs with RST
+	inline  inlineTCP
 
 	mu         sync.Mutex
 	flows      map[stack.TransportEndpointID]*tcpFlow
@@ -75,7 +76,7 @@ type tcpForwarder struct {
 
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
-	shortRead, lastHop                                              *atomic.Uint64
+	shortRead, lastHop, malformed                                   *atomic.Uint64
 }
 
 func newTCPForwarder(f *Forwarder) *tcpForwarder {
@@ -92,12 +93,15 @@ func newTCPForwarder(f *Forwarder) *tcpForwarder {
 		dialRefused:      f.stats.counter("tcp_dial_refused"),
 		dialUnreachable:  f.stats.counter("tcp_dial_unreachable"),
 		dialDescriptors:  f.stats.counter("tcp_dial_out_of_descriptors"),
+		malformed:        f.stats.counter("tcp_malformed"),
 		lastHop:          f.stats.counter("tcp_time_exceeded"),
 		shortRead:        f.stats.counter("tcp_short_read"),
 	}
 	// The flow table bounds what is in flight; the stack's own bound only has
 	// to be out of its way.
-	t.fwd = tcp.NewForwarder(f.stack, tcpBufferDefault, 1<<20, t.dial)
+	t.inline.queue = segmentQueueOf(f.stack)
+	t.fwd = tcp.NewForwarder(f.stack, tcpBufferDefault, 1<<20, t.accept)
+	t.refuser = tcp.NewForwarder(f.stack, 0, 1<<20, func(r *tcp.ForwarderRequest) { r.Complete(true) })
 	return t
 }
 
@@ -112,6 +116,11 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		return true
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
 		return false
+	}
+	if _, intact, ok := header.TCPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),
+		id.RemoteAddress, id.LocalAddress, pkt.RXChecksumValidated); !ok || !intact {
+		t.malformed.Add(1)
+		return true
 	}
 	t.mu.Lock()
 	known := t.flows[id]
@@ -137,7 +146,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		t.f.tell(icmpTimeExceeded, 0, pkt)
 		return true
 	}
-	fl := &tcpFlow{t: t, id: id, shard: t.f.shards[t.next.Add(1)%uint32(len(t.f.shards))], fd: -1}
+	fl := &tcpFlow{t: t, id: id, fd: -1}
 	if own && dst.Port() == dnsPort && t.f.isDNS(dst.Addr()) && t.f.cfg.DNSHandler != nil {
 		fl.local = true
 	} else {
@@ -168,7 +177,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if a.meta.ttl <= tracerouteTTL && !own {
 		fl.hops.ttl = a.meta.ttl - 1
 	}
-	fl.syn = originalPacket(pkt)
+	fl.syn = pkt.IncRef()
 	fl.irs = h.SequenceNumber()
 	fl.firstSYN = t.f.now()
 	fl.lastSYN = fl.firstSYN
@@ -178,57 +187,40 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	t.mu.Lock()
 	if t.closed {
 		t.mu.Unlock()
+		fl.syn.DecRef()
 		lease.Release("stopped")
 		return true
 	}
 	t.flows[id] = fl
-	t.wg.Add(1) // for dial
 	t.mu.Unlock()
-	if !t.fwd.HandlePacket(id, pkt) {
-		// Malformed, or its checksum is wrong: the stack would not have it.
-		t.wg.Done()
-		t.forget(fl)
-		lease.Release("malformed")
+	if fl.local {
+		fl.answer()
+	} else {
+		fl.dial()
 	}
 	return true
 }
 
-// dial runs on a goroutine of its own, started by the stack for each SYN that
-// handleTCP admitted, and ends when the attempt has been started or, for a local
-// target, when the handshake is over.
-func (t *tcpForwarder) dial(req *tcp.ForwarderRequest) {
-	defer t.wg.Done()
-	t.mu.Lock()
-	fl := t.flows[req.ID()]
-	t.mu.Unlock()
-	if fl == nil {
-		req.Complete(false)
-		return
-	}
+// dial starts the connection to the far side.
+func (fl *tcpFlow) dial() {
+	t := fl.t
 	fl.mu.Lock()
 	if fl.phase != phaseDialing {
 		fl.mu.Unlock()
-		req.Complete(false)
-		return
-	}
-	fl.req = req
-	if fl.local {
-		fl.mu.Unlock()
-		t.handshake(fl)
 		return
 	}
 	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops)
 	fl.fd = fd
 	if err == nil && !connected {
 		t.enterDial(fl)
-		fl.tok, err = fl.shard.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+		fl.tok, err = t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	fl.mu.Unlock()
 	switch {
 	case err != nil:
 		fl.dialFailed(err)
 	case connected:
-		t.handshake(fl)
+		fl.answer()
 	}
 }
 
@@ -249,19 +241,43 @@ func (fl *tcpFlow) dialReady() {
 		fl.dialFailed(err)
 		return
 	}
+	fl.answer()
+}
+
+// answer lets the sandbox's side be completed, on a goroutine of its own that lasts
+// as long as the handshake.
+func (fl *tcpFlow) answer() {
 	t := fl.t
+	fl.mu.Lock()
+	if fl.phase != phaseDialing {
+		fl.mu.Unlock()
+		return
+	}
+	fl.phase = phaseHandshake
+	syn := fl.syn
+	fl.syn = nil
+	fl.mu.Unlock()
+	defer syn.DecRef()
+
+	fl.lease.SetState(nat.SynRecv)
+	t.enterHandshake(fl)
 	t.mu.Lock()
-	if t.closed {
-		t.mu.Unlock()
+	closed := t.closed
+	if !closed {
+		t.wg.Add(1) // for accept
+	}
+	t.mu.Unlock()
+	if closed {
 		fl.abort("stopped")
 		return
 	}
-	t.wg.Add(1)
-	t.mu.Unlock()
-	go func() {
-		defer t.wg.Done()
-		t.handshake(fl)
-	}()
+	if !t.fwd.HandlePacket(fl.id, syn) {
+		// The stack is answering a SYN of this tuple already.
+		t.wg.Done()
+		fl.abort("handshake_failed")
+		return
+	}
+	t.f.engine.yield()
 }
 
 // dialFailed tells the sandbox what the far side's network said.
@@ -285,7 +301,7 @@ func (fl *tcpFlow) dialFailed(err error) {
 	default:
 		t.dialUnreachable.Add(1)
 		fl.mu.Lock()
-		syn := fl.syn
+		syn := originalPacket(fl.syn)
 		var e extendedErr
 		fromNetwork := false
 		if fl.fd >= 0 {
@@ -297,25 +313,19 @@ func (fl *tcpFlow) dialFailed(err error) {
 	}
 }
 
-// handshake completes the sandbox's side; it blocks until that ends.
-func (t *tcpForwarder) handshake(fl *tcpFlow) {
-	fl.mu.Lock()
-	if fl.phase != phaseDialing {
-		fl.mu.Unlock()
+// accept completes the sandbox's side; it blocks until that ends. The stack starts
+// it for each SYN that answer has given it.
+func (t *tcpForwarder) accept(req *tcp.ForwarderRequest) {
+	defer t.wg.Done()
+	t.mu.Lock()
+	fl := t.flows[req.ID()]
+	t.mu.Unlock()
+	if fl == nil || !fl.inHandshake() {
+		req.Complete(false)
 		return
 	}
-	fl.phase = phaseHandshake
-	req := fl.req
-	fl.syn = nil
-	fl.mu.Unlock()
-
-	fl.lease.SetState(nat.SynRecv)
-	t.enterHandshake(fl)
 	ep, terr := req.CreateEndpoint(&fl.wq)
 	t.leaveHandshake(fl)
-	fl.mu.Lock()
-	fl.req = nil
-	fl.mu.Unlock()
 	req.Complete(false)
 	if terr != nil {
 		fl.abort("handshake_failed")

@@ -10,8 +10,8 @@ package forwarder
 //	closed         gone                  gone                  nobody
 //
 // Locks: up.mu and down.mu are held by the pumps while they run, in that order
-// by whoever needs both; mu guards the fields below it and is innermost. None is
-// taken by a waiter callback, which runs under the endpoint's own lock.
+// by whoever needs both; mu guards the fields below it, and under it only the
+// forwarder's mu may be taken. None is taken by a waiter callback, which runs under the endpoint's own lock.
 
 import (
 	"container/list"
@@ -45,7 +45,6 @@ const (
 type tcpFlow struct {
 	t       *tcpForwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
-	shard   *shard
 	verdict policy.Verdict
 	lease   *nat.Lease
 	hops    ipMeta // for the dial; ttl 0: the host's default
@@ -62,6 +61,10 @@ type tcpFlow struct {
 	down     pump       // host → stack
 	reader   hostReader // of the down pump, kept here so that a write allocates nothing
 
+	inBatch bool          // among inlineTCP.flows; guarded by its mu
+	inlined atomic.Bool   // the device's reader processes the endpoint
+	wanted  atomic.Uint32 // and has this to do then
+
 	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
@@ -75,9 +78,8 @@ type tcpFlow struct {
 	fd              int // written under mu and both pumps' locks
 	tok             pollToken
 	ep              tcpip.Endpoint
-	counts          *tcp.Stats // ep's
-	req             *tcp.ForwarderRequest
-	syn             []byte
+	counts          *tcp.Stats          // ep's
+	syn             *stack.PacketBuffer // while dialing
 	cancel          context.CancelFunc
 	resetOnComplete bool
 }
@@ -122,7 +124,7 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 	fl.live.Store(true)
 	var err error
 	if fl.tok == (pollToken{}) {
-		fl.tok, err = fl.shard.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+		fl.tok, err = fl.t.f.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	fl.mu.Unlock()
 	if err != nil {
@@ -133,21 +135,21 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 		fl.wq.EventRegister(&fl.entry)
 	}
 	// What happened before the registration was told to nobody.
-	fl.shard.runq.put(&fl.upTask)
-	fl.shard.runq.put(&fl.downTask)
+	fl.t.f.engine.put(&fl.upTask)
+	fl.t.f.engine.put(&fl.downTask)
 }
 
 // NotifyEvent is the stack's word on the endpoint. It runs under the endpoint's
 // lock: it only queues.
 func (fl *tcpFlow) NotifyEvent(mask waiter.EventMask) {
-	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 {
-		fl.shard.runq.put(&fl.upTask)
+	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 && !fl.want(wantUp) {
+		fl.t.f.engine.put(&fl.upTask)
 	}
-	if mask&waiter.WritableEvents != 0 {
-		fl.shard.runq.put(&fl.downTask)
+	if mask&waiter.WritableEvents != 0 && !fl.want(wantDown) {
+		fl.t.f.engine.put(&fl.downTask)
 	}
 	if mask&(waiter.EventHUp|waiter.EventErr) != 0 || fl.connecting.Load() {
-		fl.shard.runq.put(&fl.settling)
+		fl.t.f.engine.put(&fl.settling)
 	}
 }
 
@@ -170,12 +172,18 @@ func (fl *tcpFlow) pollReady(events uint32) {
 			fl.pumpDown()
 		}
 		if events&unix.EPOLLOUT != 0 {
-			fl.shard.runq.put(&fl.upTask)
+			fl.t.f.engine.put(&fl.upTask)
 		}
 	}
 }
 
-// settle looks at how far the endpoint has come. It runs on the run queue.
+func (fl *tcpFlow) inHandshake() bool {
+	fl.mu.Lock()
+	defer fl.mu.Unlock()
+	return fl.phase == phaseHandshake
+}
+
+// settle looks at how far the endpoint has come. It is a task.
 func (fl *tcpFlow) settle() {
 	finished := fl.up.done.Load() && fl.down.done.Load()
 	fl.mu.Lock()
@@ -197,8 +205,8 @@ func (fl *tcpFlow) settle() {
 	case ph == phaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
 		// pumps find out, pass on what is left, and abort.
-		fl.shard.runq.put(&fl.upTask)
-		fl.shard.runq.put(&fl.downTask)
+		fl.t.f.engine.put(&fl.upTask)
+		fl.t.f.engine.put(&fl.downTask)
 		return
 	}
 	switch endpointState(ep) {
@@ -275,24 +283,25 @@ func (fl *tcpFlow) abortDial(reason string) bool {
 
 // abortLocked is called with mu held, and releases it.
 func (fl *tcpFlow) abortLocked(reason string) {
-	ph, ep, req, cancel := fl.phase, fl.ep, fl.req, fl.cancel
+	ph, ep, syn, cancel := fl.phase, fl.ep, fl.syn, fl.cancel
 	if ph == phaseClosed {
 		fl.mu.Unlock()
 		return
 	}
 	fl.phase = phaseClosed
 	reset := fl.resetOnComplete
-	if ph == phaseDialing {
-		fl.req = nil
-	}
+	fl.syn = nil
 	fl.mu.Unlock()
 
 	if cancel != nil {
 		cancel()
 	}
 	switch {
-	case ph == phaseDialing && req != nil:
-		req.Complete(reset)
+	case syn != nil:
+		if reset {
+			fl.t.refuser.HandlePacket(fl.id, syn)
+		}
+		syn.DecRef()
 	case ph == phaseHandshake && !fl.ingress:
 		fl.t.endHandshake(fl)
 	}
@@ -332,7 +341,7 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	if fd < 0 {
 		return
 	}
-	fl.shard.poll.remove(tok, fd)
+	fl.t.f.engine.poll.remove(tok, fd)
 	if reset {
 		fl.t.f.dialer.reset(fd)
 	} else {

@@ -5,7 +5,7 @@ package forwarder
 //
 // Readiness comes from the poller, edge-triggered, so reading goes on until EAGAIN;
 // a socket that still has datagrams after rxRounds batches is armed again and waits
-// behind the others. A batch is received into one scratch area per poller, from
+// behind the others. A batch is received into a scratch area of its own, from
 // which datagrams are copied into views of their own size: large buffers are never
 // held by small datagrams.
 
@@ -69,7 +69,7 @@ type hostSocket struct {
 // newHostSocket takes over fd and has it polled. closer closes it.
 func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
 	return &hostSocket{
-		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.poll,
+		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.engine.poll,
 		peers: make(map[netip.AddrPort]*dgramFlow, 1), known: make(map[netip.Addr]knownPeer, 1), lastDiscover: discover{mode: -1},
 	}
 }

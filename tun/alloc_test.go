@@ -38,7 +38,7 @@ func TestPacketPathDoesNotAllocate(t *testing.T) {
 			q.to = &dispatcher{NetworkDispatcher: discard{}, keeper: discard{}}
 			if n := testing.AllocsPerRun(200, func() {
 				send(t, peer, test.frame)
-				if more, ended := q.readFrame(uintptr(q.fd)); !more || ended {
+				if more, ended := q.readFrame(); !more || ended {
 					t.Fatal("no frame was read")
 				}
 			}); n != 0 {

@@ -67,7 +67,7 @@ func BenchmarkKernel(b *testing.B) {
 				}
 				b.StopTimer()
 				st := e.Stats()
-				b.ReportMetric(float64(st.RxFrames)/float64(max(st.RxWakeups, 1)), "frames/wakeup")
+				b.ReportMetric(float64(st.RxFrames)/float64(max(st.RxBatches, 1)), "frames/batch")
 			})
 		}
 	}

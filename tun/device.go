@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -108,17 +107,16 @@ type Features struct {
 }
 
 // Device owns the descriptors of one TUN/TAP interface, one per queue. All are
-// non-blocking and close-on-exec. They are not registered with Go's poller until
-// an Endpoint is made: a process that only keeps a Device for another one is
-// then not woken by every packet.
+// non-blocking and close-on-exec. None is registered with Go's poller: a process
+// that only keeps a Device for another one is then not woken by every packet.
 type Device struct {
 	name     string
 	cfg      Config
 	features Features
 
 	mu     sync.Mutex
-	fds    []int // until startQueues; guarded by mu
-	queues []*os.File
+	fds    []int
+	taken  bool // by an endpoint
 	closed bool
 }
 
@@ -161,9 +159,8 @@ func (d *Device) HardwareAddr() (net.HardwareAddr, error) {
 }
 
 // Close gives the descriptors up. The interface itself vanishes with the last
-// descriptor to it in any process. A reader blocked in the Endpoint is woken.
-// Close waits for readers and must not be called from one of them, that is, from
-// within packet delivery. Closing twice is allowed.
+// descriptor to it in any process. A Device with an Endpoint is closed by that.
+// Closing twice is allowed.
 func (d *Device) Close() error {
 	d.mu.Lock()
 	if d.closed {
@@ -171,36 +168,28 @@ func (d *Device) Close() error {
 		return nil
 	}
 	d.closed = true
-	fds, queues := d.fds, d.queues
-	d.fds, d.queues = nil, nil
+	fds := d.fds
+	d.fds = nil
 	d.mu.Unlock()
 
 	var errs []error
-	if queues != nil {
-		for _, f := range queues {
-			errs = append(errs, f.Close())
-		}
-		return errors.Join(errs...)
-	}
 	for _, fd := range fds {
 		errs = append(errs, unix.Close(fd))
 	}
 	return errors.Join(errs...)
 }
 
-// startQueues registers every descriptor with Go's poller. The files own the
-// descriptors from then on.
-func (d *Device) startQueues() ([]*os.File, error) {
+// take hands the descriptors over to an endpoint, which must not close them: Close
+// does.
+func (d *Device) take() ([]int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	switch {
 	case d.closed:
 		return nil, ErrClosed
-	case d.queues != nil:
+	case d.taken:
 		return nil, errors.New("the device already has an endpoint")
 	}
-	for _, fd := range d.fds {
-		d.queues = append(d.queues, os.NewFile(uintptr(fd), d.name))
-	}
-	return d.queues, nil
+	d.taken = true
+	return d.fds, nil
 }

@@ -4,11 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -17,9 +15,10 @@ import (
 
 // Endpoint joins a Device to a netstack NIC.
 //
-// Reading: one goroutine per queue (read.go) takes frames until the queue is
-// empty, hands each to the stack inline, and then parks in Go's poller. Writing:
-// whoever has a packet writes it, with no queue or thread between (write.go).
+// Reading: the endpoint has no goroutine. Whoever waits for its descriptors
+// (PollQueues) reads a batch of frames, each of which is handed to the stack inline
+// (read.go). Writing: whoever has a packet writes it, with no queue or thread between
+// (write.go).
 //
 // Link addresses: in TAP mode the endpoint is the gateway, the only other host on
 // the wire. It answers to its own address and to groups; it sends everything to the
@@ -41,7 +40,6 @@ type Endpoint struct {
 	noted   atomic.Uint64
 
 	dispatcher atomic.Pointer[dispatcher]
-	batchEnd   atomic.Pointer[func()]
 	captures   atomic.Pointer[[]*Capture] // copied on write under mu
 
 	closing atomic.Bool
@@ -49,8 +47,7 @@ type Endpoint struct {
 	onClose func()
 	err     error
 
-	readers sync.WaitGroup
-	done    chan struct{} // closed by fail or Close, whichever is first, under mu
+	done chan struct{} // closed by fail or Close, whichever is first, under mu
 }
 
 var (
@@ -82,20 +79,18 @@ type EndpointConfig struct {
 	GuestAddr net.HardwareAddr // the container's until it has sent something; nil means ask the device
 }
 
-// queue is one descriptor of the device with its reader.
+// queue is one descriptor of the device.
 type queue struct {
-	e    *Endpoint
-	file *os.File
-	raw  syscall.RawConn
+	e *Endpoint
 
-	// fd is file's, for writing without the poller's lock. Writers hold fdMu for
-	// reading while they use it; Close holds it for writing while it retires it (-1).
+	// Users of fd hold fdMu for reading; Close holds it for writing while it
+	// retires it (-1).
 	fdMu sync.RWMutex
 	fd   int
 
-	reading  sync.Mutex // held by the reader for its life; guards what follows
+	reading  sync.Mutex // held while a batch is read; guards what follows
 	rx       rxbuf
-	to       *dispatcher // the reader's; it ends when the endpoint's is another
+	to       *dispatcher // the batch's
 	readErr  error
 	badReads int
 
@@ -122,21 +117,12 @@ func NewEndpoint(d *Device, cfg EndpointConfig) (*Endpoint, error) {
 			return nil, fmt.Errorf("making a link endpoint: %w", err)
 		}
 	}
-	files, err := d.startQueues()
+	fds, err := d.take()
 	if err != nil {
 		return nil, fmt.Errorf("making a link endpoint: %w", err)
 	}
-	for _, f := range files {
-		raw, err := f.SyscallConn()
-		if err != nil {
-			return nil, fmt.Errorf("making a link endpoint: %w", err)
-		}
-		q := &queue{e: e, file: f, raw: raw}
-		// Fd must not be used: it would make the descriptor blocking.
-		if err := raw.Control(func(fd uintptr) { q.fd = int(fd) }); err != nil {
-			return nil, fmt.Errorf("making a link endpoint: %w", err)
-		}
-		e.queues = append(e.queues, q)
+	for _, fd := range fds {
+		e.queues = append(e.queues, &queue{e: e, fd: fd})
 	}
 	return e, nil
 }
@@ -161,10 +147,18 @@ func (e *Endpoint) setAddresses(cfg EndpointConfig) error {
 	return nil
 }
 
-// SetBatchEnd has f called by each reader after it has emptied its queue or used
-// up its budget, for flushing what the batch gave rise to. With several queues f
-// may be called by several goroutines at once. It must not block.
-func (e *Endpoint) SetBatchEnd(f func()) { e.batchEnd.Store(&f) }
+// PollQueues calls add for each queue, with the descriptor to wait for and what to do
+// when it is readable: read delivers a batch of frames and tells whether there may be
+// more. Frames wait while the endpoint is not attached, so read has to be called once
+// after that, too. Nobody may wait for the descriptor once Close has been called.
+func (e *Endpoint) PollQueues(add func(fd int, read func() (more bool)) error) error {
+	for _, q := range e.queues {
+		if err := add(q.fd, q.read); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // USO says whether UDP may be sent as one large segment, by setting
 // GSOOptions.MSS, and may arrive so.
@@ -201,8 +195,8 @@ func (e *Endpoint) end(cause error) {
 	}
 }
 
-// Close implements stack.LinkEndpoint: the device is closed, readers are woken and
-// captures end. It must not be called from within packet delivery.
+// Close implements stack.LinkEndpoint: the device is closed and captures end, after
+// the batches that are being read. It must not be called from within packet delivery.
 func (e *Endpoint) Close() {
 	if e.closing.Swap(true) {
 		return
@@ -215,6 +209,9 @@ func (e *Endpoint) Close() {
 		onClose()
 	}
 	for _, q := range e.queues {
+		q.reading.Lock()
+		q.rx.release()
+		q.reading.Unlock()
 		q.fdMu.Lock()
 		q.fd = -1
 		q.fdMu.Unlock()
@@ -226,33 +223,31 @@ func (e *Endpoint) Close() {
 	}
 }
 
-// Attach implements stack.LinkEndpoint. An attachment starts a reader per queue, a
-// nil one stops them (Wait waits for that); in between, frames wait in the device.
+// Attach implements stack.LinkEndpoint. While nobody is attached frames wait in the
+// device.
 func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
 	if d == nil {
 		e.dispatcher.Store(nil)
-		for _, q := range e.queues {
-			// Wakes the reader. It fails only on a closed file, which has no reader.
-			_ = q.file.SetReadDeadline(time.Unix(1, 0))
-		}
 		return
 	}
 	to := &dispatcher{NetworkDispatcher: d}
 	to.keeper, _ = d.(ChecksumKeeper)
 	e.dispatcher.Store(to)
-	for _, q := range e.queues {
-		e.readers.Add(1)
-		go q.read(to) // owned by e; ends by Attach(nil), Close, or with the device
-	}
 }
 
 // IsAttached implements stack.LinkEndpoint.
 func (e *Endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
 
-// Wait implements stack.LinkEndpoint: it returns after the last reader. Close and
-// Wait must come before stack.Destroy, which waits with the stack's lock held while a
-// reader that is delivering may want that lock.
-func (e *Endpoint) Wait() { e.readers.Wait() }
+// Wait implements stack.LinkEndpoint: it returns after the batches that are being
+// read. Close and Wait must come before stack.Destroy, which waits with the stack's
+// lock held while a reader that is delivering may want that lock.
+func (e *Endpoint) Wait() {
+	for _, q := range e.queues {
+		q.reading.Lock()
+		//lint:ignore SA2001 the lock was had: nobody is reading
+		q.reading.Unlock()
+	}
+}
 
 // SetOnCloseAction implements stack.LinkEndpoint.
 func (e *Endpoint) SetOnCloseAction(f func()) {

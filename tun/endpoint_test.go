@@ -316,20 +316,6 @@ func TestCloseUnblocksAWriter(t *testing.T) {
 	}
 }
 
-func TestBatchEndIsCalledBehindTheFrames(t *testing.T) {
-	e, peer := newTwinEndpoint(t, Config{}, allOffloads)
-	s := newSink(true)
-	seen := make(chan int, 8)
-	e.SetBatchEnd(func() { seen <- len(s.frames) })
-	for range 3 {
-		send(t, peer, withVnet(vnetHeader{}, udpFrame))
-	}
-	e.Attach(s)
-	if n := <-seen; n != 3 {
-		t.Errorf("called after %d of 3 frames", n)
-	}
-}
-
 // A datagram whose checksum is wrong never reaches a socket, one left open by offload
 // does, with and without a dispatcher that keeps checksum states.
 func TestCorruptedChecksumIsRejected(t *testing.T) {

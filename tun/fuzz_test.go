@@ -23,7 +23,7 @@ func FuzzInbound(f *testing.F) {
 		e, peer := newTwinEndpoint(f, Config{Kind: kind}, allOffloads)
 		newStack(f, e, true)
 		to := e.dispatcher.Load()
-		e.Attach(nil) // this goroutine is the reader
+		e.Attach(nil) // this goroutine delivers
 		e.Wait()
 		e.queues[0].to = to
 		go func() { // takes the stack's answers until the endpoint is closed

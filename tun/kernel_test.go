@@ -110,6 +110,7 @@ func kernelEndpoint(t testing.TB, d *Device) *Endpoint {
 		e.Close()
 		e.Wait()
 	})
+	poll(t, e)
 	return e
 }
 

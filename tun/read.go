@@ -2,9 +2,7 @@ package tun
 
 import (
 	"fmt"
-	"runtime"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -12,87 +10,53 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The read path. All of a queue's frames are read, inspected and delivered on one
-// goroutine, so that a frame costs no hand-over between threads, and the order of
-// the wire is kept. The system calls are raw ones: the descriptor never blocks, so
-// telling Go's scheduler about each would only cost time and invite it to move the
-// processor to another thread.
+// The read path. A batch of a queue's frames is read, inspected and delivered on the
+// caller's goroutine, so that a frame costs no hand-over between threads, and the
+// order of the wire is kept. The system calls are raw ones: the descriptor never
+// blocks, so telling Go's scheduler about each would only cost time and invite it to
+// move the processor to another thread.
 
 const (
-	// batchBudget is how many frames a reader takes before it lets other
-	// goroutines run. At 64 KiB a frame that is 4 MiB, some hundreds of microseconds.
-	batchBudget = 64
+	// batchFrames and batchBytes are how much a batch holds. What was read is still
+	// in the processor's cache when the batch is passed on.
+	batchFrames = 64
+	batchBytes  = 512 << 10
 	// maxBadReads bounds consecutive failures of a queue that is not gone by its
 	// own account; past it the device is given up rather than spun on.
 	maxBadReads = 64
 )
 
-// read delivers to to until that is detached, the queue is closed, or it fails.
-func (q *queue) read(to *dispatcher) {
-	defer q.e.readers.Done()
-	q.reading.Lock() // an earlier reader may still be on its way out
+// read delivers a batch of frames and tells whether there may be more.
+func (q *queue) read() (more bool) {
+	q.reading.Lock()
 	defer q.reading.Unlock()
-	defer q.rx.release()
-	// Attach(nil) first changes the dispatcher, then sets a deadline. So either the
-	// check in onReadable, which comes after this, sees the change, or the deadline
-	// comes after this one.
-	err := q.file.SetReadDeadline(time.Time{})
-	if err == nil {
-		q.to, q.readErr = to, nil
-		err = q.raw.Read(q.onReadable)
+	q.to = q.e.dispatcher.Load()
+	if q.to == nil || q.e.closing.Load() || q.readErr != nil {
+		return false
 	}
-	if q.readErr != nil {
-		err = q.readErr
-	}
-	if err == nil || q.stopped() {
-		return
-	}
-	q.e.end(fmt.Errorf("reading from %s: %w", q.e.device.name, err))
-}
-
-// stopped says that somebody wants the reader to end.
-func (q *queue) stopped() bool { return q.e.closing.Load() || q.e.dispatcher.Load() != q.to }
-
-// onReadable takes frames until the queue is empty (false: the poller parks us) or
-// has ended (true). After each batch it lets other goroutines run and looks once
-// more: what they did often made the container answer already, and finding that
-// costs a read, while parking costs a wake-up. An idle queue is never polled.
-func (q *queue) onReadable(fd uintptr) bool {
-	for woken := true; ; woken = false {
-		n := 0
-		for more := true; more && n < batchBudget; {
-			if q.stopped() {
-				return true
-			}
-			var ended bool
-			if more, ended = q.readFrame(fd); ended {
-				return true
-			}
-			if more {
-				n++
-			}
-		}
-		if n == 0 {
+	before := q.count.rxBytes.Load()
+	n := 0
+	for n < batchFrames && q.count.rxBytes.Load()-before < batchBytes {
+		more, ended := q.readFrame()
+		if ended {
+			q.e.end(fmt.Errorf("reading from %s: %w", q.e.device.name, q.readErr))
 			return false
 		}
-		if woken {
-			q.count.rxWakeups.Add(1)
+		if !more {
+			break
 		}
-		q.endBatch()
-		runtime.Gosched()
+		n++
 	}
-}
-
-func (q *queue) endBatch() {
-	if f := q.e.batchEnd.Load(); f != nil {
-		(*f)()
+	if n > 0 {
+		q.count.rxBatches.Add(1)
 	}
+	return n == batchFrames || q.count.rxBytes.Load()-before >= batchBytes
 }
 
 // readFrame reads and handles one frame.
-func (q *queue) readFrame(fd uintptr) (more, ended bool) {
+func (q *queue) readFrame() (more, ended bool) {
 	q.rx.refill()
-	n, _, errno := syscall.RawSyscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&q.rx.iov[0])), uintptr(len(q.rx.iov)))
+	n, _, errno := syscall.RawSyscall(unix.SYS_READV, uintptr(q.fd), uintptr(unsafe.Pointer(&q.rx.iov[0])), uintptr(len(q.rx.iov)))
 	switch {
 	case errno == 0 && n == 0:
 		q.readErr = fmt.Errorf("%w (%w)", ErrDeviceGone, errUnexpectedEnd)

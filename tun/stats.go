@@ -78,9 +78,8 @@ type Stats struct {
 	RxFrames uint64 `json:"rxFrames"` // delivered to the stack
 	RxBytes  uint64 `json:"rxBytes"`
 	RxGSO    uint64 `json:"rxGSO"` // of RxFrames, segments larger than the container's MSS
-	// RxWakeups counts how often a reader found frames after having waited.
-	// RxFrames/RxWakeups is the mean batch.
-	RxWakeups uint64 `json:"rxWakeups"`
+	// RxBatches counts the batches; RxFrames/RxBatches is the mean one.
+	RxBatches uint64 `json:"rxBatches"`
 	// RxChecksumsFilled counts checksums that had to be computed here, because
 	// they belong to an inner header or because the dispatcher is no ChecksumKeeper.
 	RxChecksumsFilled uint64 `json:"rxChecksumsFilled"`
@@ -100,7 +99,7 @@ type Stats struct {
 // counters is one queue's share of Stats. A queue's reader and writers touch only
 // their own, so that queues do not fight over cache lines.
 type counters struct {
-	rxFrames, rxBytes, rxGSO, rxWakeups, rxFilled, rxErrors atomic.Uint64
+	rxFrames, rxBytes, rxGSO, rxBatches, rxFilled, rxErrors atomic.Uint64
 
 	_ [64]byte // readers and writers run on different cores
 
@@ -120,7 +119,7 @@ func (e *Endpoint) Stats() Stats {
 		s.RxFrames += c.rxFrames.Load()
 		s.RxBytes += c.rxBytes.Load()
 		s.RxGSO += c.rxGSO.Load()
-		s.RxWakeups += c.rxWakeups.Load()
+		s.RxBatches += c.rxBatches.Load()
 		s.RxChecksumsFilled += c.rxFilled.Load()
 		s.RxErrors += c.rxErrors.Load()
 		s.TxFrames += c.txFrames.Load()

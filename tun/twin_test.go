@@ -3,6 +3,7 @@ package tun
 import (
 	"encoding/binary"
 	"net"
+	"sync"
 	"testing"
 	"time"
 
@@ -72,7 +73,41 @@ func newTwinEndpoint(t testing.TB, cfg Config, features Features) (*Endpoint, in
 		e.Close()
 		e.Wait()
 	})
+	poll(t, e)
 	return e, peer
+}
+
+// poll does for a test what an endpoint's user does: it waits for the queues, and
+// reads them.
+func poll(t testing.TB, e *Endpoint) {
+	t.Helper()
+	err := e.PollQueues(func(fd int, read func() bool) error {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		var wg sync.WaitGroup
+		wg.Go(func() { // ends with the endpoint
+			for {
+				select {
+				case <-e.Done():
+					return
+				default:
+				}
+				if n, _ := unix.Poll(fds, 20); n <= 0 || !e.IsAttached() {
+					time.Sleep(time.Millisecond)
+					continue
+				}
+				for read() {
+				}
+			}
+		})
+		t.Cleanup(func() {
+			e.Close()
+			wg.Wait()
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // sink is a dispatcher that reports what it got.

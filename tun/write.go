@@ -19,7 +19,7 @@ import (
 // all, so writers need no lock between them. With several queues the flow picks the
 // queue, and the kernel then answers on the same one.
 //
-// A full queue makes the writer wait in Go's poller. The frames that are
+// A full queue makes the writer wait in poll(2). The frames that are
 // lost are those that no wait would save: the interface is down (EIO), the device
 // is gone (EBADFD), the kernel refused the frame. They are counted and, as on any
 // wire, not reported to the sender.
@@ -106,7 +106,7 @@ func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
 func (q *queue) writev(iov []unix.Iovec) syscall.Errno {
 	for {
 		q.fdMu.RLock()
-		if q.fd < 0 {
+		if q.fd < 0 || q.e.closing.Load() {
 			q.fdMu.RUnlock()
 			return unix.EBADFD
 		}
@@ -120,28 +120,34 @@ func (q *queue) writev(iov []unix.Iovec) syscall.Errno {
 
 // writeSlowly writes a frame that is in one piece, waiting for room as long as the
 // device lives.
-func (q *queue) writeSlowly(frame []byte) (errno syscall.Errno) {
-	waited := false
-	err := q.raw.Write(func(fd uintptr) bool {
-		for {
-			_, _, errno = syscall.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&frame[0])), uintptr(len(frame)))
-			switch errno {
-			case unix.EINTR:
-				continue
-			case unix.EAGAIN:
-				if !waited {
-					waited = true
-					q.count.txWaits.Add(1)
-				}
-				return false
-			}
-			return true
+func (q *queue) writeSlowly(frame []byte) syscall.Errno {
+	iov := []unix.Iovec{{Base: &frame[0]}}
+	iov[0].SetLen(len(frame))
+	for waited := false; ; {
+		errno := q.writev(iov)
+		if errno != unix.EAGAIN {
+			return errno
 		}
-	})
-	if err != nil {
-		return unix.EBADFD // closed while waiting
+		if !waited {
+			waited = true
+			q.count.txWaits.Add(1)
+		}
+		q.awaitRoom()
 	}
-	return errno
+}
+
+// roomWait bounds one wait for room, in milliseconds, so that Close need not wait
+// longer for a writer.
+const roomWait = 50
+
+// awaitRoom waits until the queue may take a frame again, or was closed.
+func (q *queue) awaitRoom() {
+	q.fdMu.RLock()
+	defer q.fdMu.RUnlock()
+	if q.fd >= 0 && !q.e.closing.Load() {
+		// Whatever it says, the next attempt finds out.
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(q.fd), Events: unix.POLLOUT}}, roomWait)
+	}
 }
 
 // gather lists the packet's pieces in iov. It returns a negative count if there are

@@ -1,0 +1,53 @@
+package forwarder
+
+// The device's queues are read by the engine: a batch of frames, then what the batch
+// gave rise to. Another of the engine's goroutines may read the next batch meanwhile.
+
+import "golang.org/x/sys/unix"
+
+// polledLink is a link that leaves the waiting for frames to its user.
+type polledLink interface {
+	// PollQueues calls add for each of the link's queues, with the descriptor to
+	// wait for and what to do when it is readable: read delivers a batch of frames
+	// and tells whether there may be more. It must not be called twice at once.
+	PollQueues(add func(fd int, read func() (more bool)) error) error
+}
+
+type deviceQueue struct {
+	task task
+	f    *Forwarder
+	read func() (more bool)
+}
+
+// pollDevice has the engine read the link, if the link wants that.
+func (f *Forwarder) pollDevice() error {
+	l, ok := f.cfg.Link.(polledLink)
+	if !ok {
+		return nil
+	}
+	return l.PollQueues(func(fd int, read func() bool) error {
+		q := &deviceQueue{f: f, read: read}
+		q.task.run, q.task.then = q.run, f.flush
+		// It stays registered until its descriptor is closed.
+		if _, err := f.engine.poll.add(fd, unix.EPOLLIN, q); err != nil {
+			return err
+		}
+		f.engine.put(&q.task) // for what came before
+		return nil
+	})
+}
+
+func (q *deviceQueue) pollReady(uint32) { q.f.engine.put(&q.task) }
+
+func (q *deviceQueue) run() {
+	if q.read() {
+		q.f.engine.put(&q.task)
+	}
+}
+
+// flush does what waits for the end of a batch. Of several readers each may flush
+// what another has read.
+func (f *Forwarder) flush() {
+	f.dgram.flush()
+	f.tcp.inline.flush()
+}

@@ -1,0 +1,176 @@
+package forwarder
+
+// The engine runs everything that moves bytes: what epoll reports of the device's
+// queues and of host sockets, and the tasks that this gives rise to.
+//
+// One goroutine, the leader, sleeps in epoll_wait(2) itself, not in the Go
+// runtime's poller, and runs what it finds to completion: a packet that comes in on
+// the device leaves through its socket, and the answer returns, with no other
+// thread involved. On a machine whose processors client and server want themselves,
+// a hand-over to a thread costs more than the work.
+//
+// When the leader has been busy for a while without a pause it calls helpers, which
+// take events and tasks from the same two places until there are none:
+//
+//	             ┌─ leader: epoll_wait ─► dispatch ─► tasks ─┐ busy for helpAfter
+//	epoll, runq ─┤                                           ▼
+//	             └─ helpers: the same, until nothing is left
+//
+// Neither handlers nor tasks block, none of either runs twice at once (poller.go,
+// runq.go), and an idle engine is one thread asleep.
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// pollBatch is how many events one epoll_wait may return.
+	pollBatch = 64
+	// taskBatch is how many tasks are run before epoll is asked again.
+	taskBatch = 64
+	// helpAfter is how long the leader works without a pause, and helpRound how long
+	// the last round of it took, before it calls help. Requests and responses that
+	// follow each other closely make short rounds, and are better off with one thread.
+	helpAfter = 100 * time.Microsecond
+	helpRound = 30 * time.Microsecond
+	// pause is how long an epoll_wait takes that found nothing at first.
+	pause = 2 * time.Microsecond
+	// helpRounds is how often a helper finds nothing to do before it goes.
+	helpRounds = 4
+)
+
+type engine struct {
+	poll *poller
+	runq *runQueue
+
+	helpers int
+	idle    atomic.Int32  // helpers that wait to be called
+	help    chan struct{} // capacity helpers; closed by the leader
+	start   time.Time
+	yields  atomic.Bool
+}
+
+// newEngine returns an engine with at most threads goroutines at work.
+func newEngine(threads int) (*engine, error) {
+	p, err := newPoller()
+	if err != nil {
+		return nil, err
+	}
+	n := max(threads-1, 0)
+	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), start: time.Now()}
+	p.onWake = e.runq.woken
+	return e, nil
+}
+
+// put queues t; see runQueue.
+func (e *engine) put(t *task) { e.runq.put(t) }
+
+// yield has the leader let other goroutines run before it rests: one was started,
+// and would have to wait for another thread.
+func (e *engine) yield() { e.yields.Store(true) }
+
+// run works until close, and returns after its helpers have.
+func (e *engine) run() error {
+	var wg sync.WaitGroup
+	for range e.helpers {
+		wg.Go(e.assist) // ends when help is closed
+	}
+	err := e.lead()
+	close(e.help)
+	wg.Wait()
+	return err
+}
+
+func (e *engine) lead() error {
+	events := make([]unix.EpollEvent, pollBatch)
+	var busySince, worked time.Duration
+	for {
+		if e.yields.Load() {
+			e.yields.Store(false)
+			runtime.Gosched()
+		}
+		rest := e.runq.rest()
+		timeout := 0
+		if rest {
+			timeout = -1
+		}
+		before := time.Since(e.start)
+		n, err := e.poll.wait(events, timeout)
+		if err != nil {
+			return fmt.Errorf("waiting for descriptors: %w", err)
+		}
+		e.runq.wakened()
+		if e.poll.closed.Load() {
+			return nil
+		}
+		now := time.Since(e.start)
+		switch {
+		case rest && now-before > pause:
+			busySince = now
+		case now-busySince > helpAfter && before-worked > helpRound && e.idle.Load() > 0:
+			select {
+			case e.help <- struct{}{}:
+			default:
+			}
+		}
+		worked = now
+		e.work(events[:n])
+	}
+}
+
+// assist helps when it is called.
+func (e *engine) assist() {
+	events := make([]unix.EpollEvent, pollBatch)
+	for {
+		e.idle.Add(1)
+		_, more := <-e.help
+		e.idle.Add(-1)
+		if !more {
+			return
+		}
+		for idle := 0; idle < helpRounds; {
+			n, err := e.poll.wait(events, 0)
+			if err != nil {
+				break // the leader says so
+			}
+			if e.poll.closed.Load() {
+				e.poll.wake() // what woke us was meant for the leader
+				break
+			}
+			if e.work(events[:n]) {
+				idle = 0
+				continue
+			}
+			idle++
+			runtime.Gosched()
+		}
+	}
+}
+
+// work dispatches events and runs tasks. It tells whether there were any.
+func (e *engine) work(events []unix.EpollEvent) (did bool) {
+	for i := range events {
+		e.poll.dispatch(&events[i])
+	}
+	for range taskBatch {
+		t := e.runq.next()
+		if t == nil {
+			return did || len(events) > 0
+		}
+		e.runq.run(t)
+		did = true
+	}
+	return true
+}
+
+// close makes run return. Tasks that are queued are not run.
+func (e *engine) close() { e.poll.close() }
+
+// free releases the engine's descriptors. No goroutine may be in it.
+func (e *engine) free() { e.poll.free() }
