@@ -37,10 +37,10 @@ const (
 	// helpAfter is how long the leader works without a pause, and helpRound how long
 	// the last round of it took, before it calls help. Requests and responses that
 	// follow each other closely make short rounds, and are better off with one thread.
-	helpAfter = 100 * time.Microsecond
-	helpRound = 30 * time.Microsecond
+	helpAfter = 40 * time.Microsecond
+	helpRound = 20 * time.Microsecond
 	// pause is how long an epoll_wait takes that found nothing at first.
-	pause = 2 * time.Microsecond
+	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
 	helpRounds = 4
 )
