@@ -66,6 +66,14 @@ type Config struct {
 	DHCPHandler DHCPHandler  // nil: guests are configured from outside
 	Guests      GuestSockets // nil: loopback clients appear as the gateway
 
+	// Inbound is a second link for traffic from outside to the Guest addresses, which
+	// passes as packets (inbound.go); nil where there is none. It must offer the same
+	// offloads as Link. Owned by the forwarder.
+	Inbound stack.LinkEndpoint
+	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
+	// neighbour solicitation is answered, but for the Guest addresses.
+	OnlyHost bool
+
 	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
 	// no ping sockets; each is -1 or zero when there is none. Owned by the forwarder.
 	RawICMP4, RawICMP6 int
@@ -124,6 +132,7 @@ type Forwarder struct {
 	tcp       *tcpForwarder
 	dgram     *datagrams // UDP and ICMP
 	publish   *publisher
+	outside   *outside // nil without Config.Inbound
 	bandwidth bandwidth
 	limits    nat.Limits                               // the table's own, before any policy's
 	drop      func(reason string, pkt []byte)          // never nil
@@ -194,6 +203,9 @@ func (f *Forwarder) attach() error {
 	f.tcp = newTCPForwarder(f)
 	f.dgram = newDatagrams(f)
 	f.publish = newPublisher(f)
+	if f.cfg.Inbound != nil {
+		f.outside = newOutside(f)
+	}
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)
 	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.handleICMPv4)
@@ -212,6 +224,9 @@ func (f *Forwarder) attach() error {
 		eps[i] = ep
 	}
 	f.network.Store(&eps)
+	if f.outside != nil {
+		f.outside.attach()
+	}
 	return nil
 }
 
@@ -240,8 +255,14 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.dgram.close()
 	// In this order: Destroy waits for the link's readers with the stack's lock
 	// held, and a reader that is delivering may want that lock.
+	if f.outside != nil {
+		f.outside.detach()
+	}
 	f.cfg.Link.Close()
 	f.cfg.Link.Wait()
+	if f.outside != nil {
+		f.outside.close()
+	}
 	f.stack.Destroy()
 	for _, sh := range f.shards {
 		sh.runq.close()
@@ -321,6 +342,9 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.table.SetLimits(tableLimits(f.limits, l))
 	f.tcp.recheck(r)
 	f.dgram.recheck(r)
+	if f.outside != nil {
+		f.outside.recheck(r)
+	}
 }
 
 // tableLimits lays the policy's limits over those that the table was made with;

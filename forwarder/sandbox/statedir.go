@@ -56,6 +56,9 @@ type State struct {
 	PID     int       `json:"pid"`
 	Command []string  `json:"command"`
 	Started time.Time `json:"started"`
+	// Start is when the process started, in clock ticks since boot: with it PID is
+	// no other process's. 0 where nobody is to be signalled.
+	Start uint64 `json:"start,omitempty"`
 }
 
 // Registry is the runtime directory of one user.
@@ -305,16 +308,21 @@ func (r *Registry) List() ([]State, error) {
 		if err != nil || !alive {
 			continue
 		}
-		s := State{}
-		// A sandbox that is just starting has no state yet: its name is enough.
-		if b, err := os.ReadFile(filepath.Join(r.path, e.Name(), stateFile)); err == nil {
-			_ = json.Unmarshal(b, &s)
-		}
-		s.Name = e.Name()
-		out = append(out, s)
+		out = append(out, r.state(e.Name()))
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Started.Before(out[j].Started) })
 	return out, nil
+}
+
+// state reads state.json. A sandbox that is just starting has none yet: its name
+// is enough.
+func (r *Registry) state(name string) State {
+	var s State
+	if b, err := os.ReadFile(filepath.Join(r.path, name, stateFile)); err == nil {
+		_ = json.Unmarshal(b, &s)
+	}
+	s.Name = name
+	return s
 }
 
 // reap says whether the sandbox called name is alive, and removes what a dead

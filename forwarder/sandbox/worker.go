@@ -40,12 +40,15 @@ type worker struct {
 	ch    *channel
 	log   *slog.Logger
 	link  *tun.Endpoint
+	in0   *tun.Endpoint // nil but in an attachment
 	table *nat.Table
 	fwd   *forwarder.Forwarder
 	dns   *dns.Resolver
 	dial  *upstreamDialer
 	stock *socketStock
 	flows *flowLog
+
+	inbound *tun.Device // in0's, until that is made
 
 	ctx     context.Context // of control connections; ends with the worker
 	clients chan struct{}   // a token per control connection
@@ -96,14 +99,15 @@ func runWorker(log *slog.Logger) error {
 // handed sorts the descriptors that came with the configuration.
 type handed struct {
 	device     []int
-	raw4, raw6 int // -1 if there is none
+	inbound    []int // one or none
+	raw4, raw6 int   // -1 if there is none
 	flowLog    *os.File
 }
 
 func (c *workerConfig) sort(fds []int) (handed, error) {
 	h := handed{raw4: -1, raw6: -1}
 	want := c.Queues
-	for _, has := range []bool{c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
+	for _, has := range []bool{c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
 		if has {
 			want++
 		}
@@ -116,6 +120,9 @@ func (c *workerConfig) sort(fds []int) (handed, error) {
 		fd := fds[0]
 		fds = fds[1:]
 		return fd
+	}
+	if c.Inbound != nil {
+		h.inbound = []int{next()}
 	}
 	if c.HasRaw4 {
 		h.raw4 = next()
@@ -149,6 +156,11 @@ func (w *worker) run(fds []int) error {
 	if err != nil {
 		return err
 	}
+	if w.cfg.Inbound != nil {
+		if w.inbound, err = tun.Adopt(h.inbound, *w.cfg.Inbound); err != nil {
+			return fmt.Errorf("adopt the inbound device: %w", err)
+		}
+	}
 	if err := confine.Apply(confine.Config{KeepFDs: append([]int{0, 1, 2, workerChannelFD}, fds...)}); err != nil {
 		return fmt.Errorf("confine the worker: %w", err)
 	}
@@ -180,6 +192,9 @@ func (w *worker) run(fds []int) error {
 		w.farewell(answer)
 	}
 	w.link.Close()
+	if w.in0 != nil {
+		w.in0.Close()
+	}
 	return err
 }
 
@@ -222,6 +237,13 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	if c.GuestSockets {
 		w.stock = newSocketStock(w.wantSocket)
 		fc.Guests = w.stock
+	}
+	if w.inbound != nil {
+		if w.in0, err = tun.NewEndpoint(w.inbound, tun.EndpointConfig{MTU: c.Inbound.MTU}); err != nil {
+			return fmt.Errorf("take over the inbound device: %w", err)
+		}
+		// Who is told of the pod's addresses is told by its runtime.
+		fc.Inbound, fc.OnlyHost, fc.DHCPHandler, fc.DNSHandler = w.in0, true, nil, nil
 	}
 	if w.fwd, err = forwarder.New(fc); err != nil {
 		return err

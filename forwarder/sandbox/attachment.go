@@ -1,0 +1,336 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
+	"sluice/tun"
+)
+
+// The monitor of an attachment: a pod that a CNI plugin has put behind sluice.
+//
+//	pod netns          │ uplink netns, one per pod         │ host's netns
+//	eth0 = tap ═══════ worker ═ sockets with the pod's IP  │ monitor ── control.sock
+//	                     ╚═════ in0, traffic from outside  │   holds tap, in0, lock, flow log
+//
+// It differs from the monitor of `sluice run` in what it does not do: whoever
+// starts it has made the namespaces, devices, addresses and rules, and takes them
+// away again. There is no command to run, no resolver of ours, no port to publish
+// (every port of the pod is reached by the pod's own address), and no loopback of
+// the host behind the gateway.
+
+// AttachmentConfig describes one attachment. Name, UplinkNetNS, Link, Addrs and the
+// descriptors are required.
+type AttachmentConfig struct {
+	// Name is what `sluice ps` and the other commands call it; see CheckName.
+	Name string `json:"name"`
+	// RuntimeDir is the registry that Name is claimed in; "" means the caller's own,
+	// /run/sluice for root.
+	RuntimeDir string `json:"runtimeDir,omitempty"`
+	// Describe is shown by `sluice ps` in the place of a command: what the attachment is for.
+	Describe []string `json:"describe,omitempty"`
+	Version  string   `json:"version,omitempty"`
+
+	// UplinkNetNS is the path of the network namespace that the worker lives in.
+	UplinkNetNS string `json:"uplinkNetns"`
+	// Link is the device in the pod: kind, name, MTU and number of queues.
+	Link tun.Config `json:"link"`
+	// Inbound is the device by which traffic from outside comes, always a TUN; its
+	// MTU defaults to the largest.
+	Inbound tun.Config `json:"inbound"`
+	// GatewayMAC is our address on the pod's link; default 52:55:a9:fe:01:01.
+	GatewayMAC net.HardwareAddr `json:"gatewayMAC,omitempty"`
+	// Addrs are the pod's own addresses with the lengths of their prefixes, any
+	// number of each family.
+	Addrs []netip.Prefix `json:"addrs"`
+	// Gateways are our addresses on the pod's link, at most one of a family; default
+	// 169.254.1.1 and fe80::1 for the families that the pod has.
+	Gateways []netip.Addr `json:"gateways,omitempty"`
+
+	// Policy is the policy file's text, PolicyName its name. Without one the pod is
+	// open in both directions, as in a cluster without policies: policy.DefaultPod.
+	PolicyName string            `json:"policyName,omitempty"`
+	Policy     []byte            `json:"policy,omitempty"`
+	FlowLog    string            `json:"flowLog,omitempty"` // a file to append to
+	Sysctls    map[string]string `json:"sysctls,omitempty"`
+
+	// MonitorCgroups and WorkerCgroups are cgroup directories, one of each mounted
+	// hierarchy, that the monitor and its workers move to. None: they stay where
+	// the caller is.
+	MonitorCgroups []string `json:"monitorCgroups,omitempty"`
+	WorkerCgroups  []string `json:"workerCgroups,omitempty"`
+	// LogFile gets the monitor's warnings and last words; "" means that only
+	// `sluice logs` has them.
+	LogFile string `json:"logFile,omitempty"`
+
+	// Device are the queues of the pod's device, In0 the descriptor of the inbound
+	// one. They stay the caller's to close, after RunAttachment has returned.
+	Device []*os.File `json:"-"`
+	In0    *os.File   `json:"-"`
+	// Ready, if set, is called once traffic flows.
+	Ready func(api.Info) error `json:"-"`
+	// Stderr gets warnings; nil means os.Stderr.
+	Stderr io.Writer `json:"-"`
+}
+
+// The gateway that a pod sees: addresses that mean nothing beyond the link, so that
+// no pod network can have them.
+var (
+	podGateway4   = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+	podGateway6   = netip.MustParseAddr("fe80::1")
+	podGatewayMAC = net.HardwareAddr{0x52, 0x55, 169, 254, 1, 1}
+)
+
+func (c AttachmentConfig) withDefaults() (AttachmentConfig, error) {
+	if err := CheckName(c.Name); err != nil {
+		return c, err
+	}
+	switch {
+	case c.UplinkNetNS == "":
+		return c, errors.New("an attachment needs the uplink network namespace")
+	case len(c.Addrs) == 0:
+		return c, errors.New("an attachment needs an address of the pod")
+	case len(c.Device) == 0 || c.In0 == nil:
+		return c, errors.New("an attachment needs the descriptors of the pod's device and of the inbound one")
+	}
+	has4, has6 := false, false
+	for _, p := range c.Addrs {
+		if !p.IsValid() || p.Addr().Is4In6() || p.Addr().Zone() != "" {
+			return c, fmt.Errorf("the pod's address %v: want an IPv4 or IPv6 address with its prefix length", p)
+		}
+		has4, has6 = has4 || p.Addr().Is4(), has6 || p.Addr().Is6()
+	}
+	if len(c.Gateways) == 0 {
+		if has4 {
+			c.Gateways = append(c.Gateways, podGateway4)
+		}
+		if has6 {
+			c.Gateways = append(c.Gateways, podGateway6)
+		}
+	}
+	seen := make(map[bool]bool)
+	for _, g := range c.Gateways {
+		if !g.IsValid() || seen[g.Is4()] {
+			return c, fmt.Errorf("the gateways %v: want at most one of a family", c.Gateways)
+		}
+		seen[g.Is4()] = true
+	}
+	if c.GatewayMAC == nil {
+		c.GatewayMAC = podGatewayMAC
+	}
+	if c.Link.MTU == 0 {
+		c.Link.MTU = tun.DefaultMTU
+	}
+	c.Link.Queues = len(c.Device)
+	c.Inbound.Kind, c.Inbound.Queues = tun.TUN, 1
+	if c.Inbound.MTU == 0 {
+		c.Inbound.MTU = tun.MaxMTU
+	}
+	if c.Stderr == nil {
+		c.Stderr = os.Stderr
+	}
+	return c, nil
+}
+
+// guest lists the pod's addresses.
+func (c *AttachmentConfig) guest() []netip.Addr {
+	var out []netip.Addr
+	for _, p := range c.Addrs {
+		out = append(out, p.Addr())
+	}
+	return out
+}
+
+// environment is where the rules apply. The node's addresses are nothing special
+// to a pod, which must reach the kubelet and the API's services.
+func (c *AttachmentConfig) environment() policy.Environment {
+	env := policy.Environment{Guest: c.guest()}
+	for _, g := range c.Gateways {
+		if g.Is4() {
+			env.Gateway4 = g
+		} else {
+			env.Gateway6 = g
+		}
+	}
+	return env
+}
+
+// workerConfig is what a worker of the attachment gets, but for what every monitor
+// keeps, with the devices' descriptors.
+func (c *AttachmentConfig) workerConfig() (workerConfig, []int) {
+	w := workerConfig{
+		Name: c.Name, Device: c.Link, GatewayMAC: c.GatewayMAC, Queues: len(c.Device),
+		Guest: c.guest(), Gateway: c.Gateways, Inbound: &c.Inbound,
+	}
+	if c.Link.Kind == tun.TUN {
+		w.GatewayMAC = nil
+	}
+	for _, p := range c.Addrs {
+		if p.Addr().Is4() && !w.Prefix4.IsValid() {
+			w.Prefix4 = p
+		}
+	}
+	var fds []int
+	for _, f := range append(slices.Clone(c.Device), c.In0) {
+		fds = append(fds, fdOf(f))
+	}
+	return w, fds
+}
+
+func (c *AttachmentConfig) info(started time.Time) api.Info {
+	return api.Info{
+		Name: c.Name, PID: os.Getpid(), Command: c.Describe, Started: started, Version: c.Version,
+		Link: c.Link.Kind.String(), Interface: c.Link.Name, MTU: c.Link.MTU,
+		Guest: c.Addrs, Gateway: c.Gateways,
+	}
+}
+
+// RunAttachment is the monitor's whole life: it serves the attachment until ctx
+// ends, and returns once nothing of it is left but what it was given.
+func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
+	cfg, err = cfg.withDefaults()
+	if err != nil {
+		return fmt.Errorf("attachment: %w", err)
+	}
+	m := &monitor{
+		cfg: Config{Name: cfg.Name, Version: cfg.Version, FlowLog: cfg.FlowLog, Stderr: cfg.Stderr},
+		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1},
+	}
+	m.log = newLogRing(time.Now, m.echo)
+	if err := m.runAttachment(ctx); err != nil {
+		return fmt.Errorf("attachment %s: %w", cfg.Name, err)
+	}
+	return nil
+}
+
+func (m *monitor) runAttachment(ctx context.Context) (err error) {
+	cfg := m.att
+	if err := joinCgroups(cfg.MonitorCgroups, os.Getpid()); err != nil {
+		m.log.warnf("monitor", "%v", err)
+	}
+	started := time.Now()
+	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Env: cfg.environment(), Pod: true}
+	if m.rules.Source == "" {
+		m.rules.Name = defaultPolicyName
+	}
+	if _, err := m.rules.compile(); err != nil {
+		return err
+	}
+	m.base = cfg.info(started)
+	registry, err := registryAt(cfg.RuntimeDir)
+	if err != nil {
+		return err
+	}
+	if m.dir, err = registry.Claim(cfg.Name); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.dir.Remove()) }()
+	start, err := processStart(os.Getpid())
+	if err != nil {
+		return err
+	}
+	if err := m.dir.WriteState(State{Name: cfg.Name, PID: os.Getpid(), Start: start, Command: cfg.Describe, Started: started}); err != nil {
+		return err
+	}
+	if m.flowLog, err = openFlowLog(cfg.FlowLog); err != nil {
+		return err
+	}
+	defer m.release()
+	if m.spawner, err = newSpawnerIn(cfg.UplinkNetNS); err != nil {
+		return err
+	}
+	defer m.spawner.close()
+	// Ping sockets and raw ones are the uplink namespace's, as all others.
+	m.spawner.do(func() { m.raw = rawICMP(workerIDs().gid) })
+
+	server, err := m.listenControl(nil)
+	if err != nil {
+		return err
+	}
+	first, err := m.startWorker(ctx)
+	if err != nil {
+		server.close()
+		return err
+	}
+	return m.serveAttachment(ctx, server, first)
+}
+
+// serveAttachment keeps a worker running until ctx ends, or until a new binary is
+// to take over.
+func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, first supervised) error {
+	// Everything started here is owned by serveAttachment and stopped by inner.
+	inner, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { server.serve(inner) })
+	last := make(chan supervised, 1)
+	wg.Go(func() {
+		s := supervisor{start: m.startWorker, lost: m.lost, failed: m.startFailed, now: time.Now, sleep: sleepContext}
+		last <- s.run(inner, first)
+	})
+	defer wg.Wait()
+	defer cancel()
+
+	if m.att.Ready != nil {
+		if err := m.att.Ready(m.info()); err != nil {
+			return err
+		}
+	}
+	<-ctx.Done()
+	m.setState(api.StateStopping)
+	cancel()
+	if l, ok := (<-last).(*workerLink); ok && l != nil {
+		m.stopWorker(l)
+	}
+	return nil
+}
+
+// joinCgroups moves a process to the cgroups whose directories are given.
+func joinCgroups(dirs []string, pid int) error {
+	var errs []error
+	for _, dir := range dirs {
+		if err := os.WriteFile(strings.TrimRight(dir, "/")+"/cgroup.procs", fmt.Appendf(nil, "%d", pid), 0); err != nil {
+			errs = append(errs, fmt.Errorf("move process %d to its cgroup: %w", pid, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// newSpawnerIn makes a spawner whose thread is in the network namespace at path,
+// so that what it starts is there too.
+func newSpawnerIn(path string) (*spawner, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the uplink network namespace %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	s := newSpawner()
+	s.do(func() { err = unix.Setns(fd, unix.CLONE_NEWNET) })
+	if err != nil {
+		s.close()
+		return nil, fmt.Errorf("enter the uplink network namespace %s: %w", path, err)
+	}
+	return s, nil
+}
+
+// do runs f on the spawner's thread and waits for it.
+func (s *spawner) do(f func()) {
+	done := make(chan struct{})
+	s.requests <- func() {
+		defer close(done)
+		f()
+	}
+	<-done
+}
