@@ -1,0 +1,184 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+)
+
+// The steps of DEL that a test may fail at, beside the names of ADD.
+const (
+	stepStopped = "stopped" // the monitor is gone, and the devices with it
+	stepGiven   = "given"   // the pod has the main plugin's interface again
+	stepUnbound = "unbound" // the uplink namespace is gone
+)
+
+// DelSteps are all of them in their order.
+var DelSteps = []string{stepStopped, stepGiven, stepUnbound}
+
+func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
+	s, err := openStore(c.StateDir)
+	if err != nil {
+		return err
+	}
+	h, err := s.hold(ctx, attachmentName(c.Name, args.ContainerID, args.IfName))
+	if err != nil {
+		return err
+	}
+	defer h.release()
+	a, err := h.read()
+	if err != nil && !errors.Is(err, errNoRecord) && !errors.Is(err, errTorn) {
+		return fmt.Errorf("sluice: DEL: %w", err)
+	}
+	if err := p.teardown(ctx, c, args, h, a, true); err != nil {
+		return fmt.Errorf("sluice: DEL: %w", err)
+	}
+	return nil
+}
+
+// teardown takes an attachment away, whatever there is of it: a is its record, or nil
+// if there is none that can be read. Every step is tried; if one fails the record stays,
+// so that the call can be repeated. final is false when an ADD is about to begin anew in
+// the same directory.
+func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h *held, a *Attachment, final bool) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	uplinkPath := h.store.netns(h.name)
+	delegated := c.prevResult == nil || len(c.Delegate) > 0
+	podPath, podID := args.Netns, ""
+	if a != nil {
+		delegated, podPath, podID = a.Delegated, a.NetNS, a.NetNSID
+	}
+	var errs []error
+	// Of another boot, pids and namespaces mean nothing: only files are left.
+	sameBoot := a == nil || a.BootID == boot
+	if sameBoot && (a == nil || a.State != StatePassed) {
+		spec := LaunchSpec{Name: h.name, RuntimeDir: h.store.runtimeDir()}
+		if a != nil && a.Launch != nil {
+			spec = *a.Launch
+		}
+		if err := p.Launcher.Stop(ctx, spec); err != nil {
+			// With the monitor alive nothing else can be taken from under it.
+			return err
+		}
+		removeCgroups(spec.Cgroups)
+	}
+	p.reached(stepStopped)
+
+	uplink, err := openNetns(uplinkPath)
+	if err != nil {
+		return err
+	}
+	if uplink != nil {
+		defer uplink.Close()
+	}
+	if !delegated && uplink != nil && sameBoot {
+		errs = append(errs, p.handBack(uplink, podPath, podID, args.IfName, a))
+	}
+	p.reached(stepGiven)
+
+	if delegated {
+		errs = append(errs, p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath))
+	}
+	errs = append(errs, removeNetns(uplinkPath))
+	p.reached(stepUnbound)
+	if err := errors.Join(errs...); err != nil || !final {
+		return err
+	}
+	return h.remove()
+}
+
+// handBack gives the pod its interface again, if the pod is still there.
+func (p *Plugin) handBack(uplink ns.NetNS, podPath, podID, ifName string, a *Attachment) error {
+	pod, err := openNetns(podPath)
+	if err != nil || pod == nil {
+		return err
+	}
+	defer pod.Close()
+	if id, err := netnsID(podPath); err != nil || podID != "" && id != podID {
+		return err // another pod's now
+	}
+	var state *linkState
+	if a != nil {
+		state = a.Link
+	}
+	return giveBack(uplink, pod, ifName, state)
+}
+
+// giveBack moves the main interface to the pod, where it gets state; nil is what it has
+// in the uplink namespace. It is no error if it is not there.
+func giveBack(uplink, pod ns.NetNS, ifName string, state *linkState) error {
+	uplinkH, err := handle(uplink)
+	if err != nil {
+		return err
+	}
+	defer uplinkH.Close()
+	link, err := uplinkH.LinkByName(ifName)
+	if err != nil {
+		var gone netlink.LinkNotFoundError
+		if errors.As(err, &gone) {
+			return nil
+		}
+		return fmt.Errorf("find %s in the uplink namespace: %w", ifName, err)
+	}
+	if state == nil {
+		if _, state, err = readLink(uplinkH, ifName); err != nil {
+			return err
+		}
+	}
+	podH, err := handle(pod)
+	if err != nil {
+		return err
+	}
+	defer podH.Close()
+	if err := removeOurs(podH, ifName); err != nil {
+		return err
+	}
+	if err := moveLink(uplinkH, link, pod); err != nil {
+		return fmt.Errorf("give the pod its interface back: %w", err)
+	}
+	back, err := podH.LinkByName(ifName)
+	if err != nil {
+		return fmt.Errorf("find %s after giving it back: %w", ifName, err)
+	}
+	if err := state.apply(podH, back, true); err != nil {
+		return fmt.Errorf("give the pod its interface back: %w", err)
+	}
+	return nil
+}
+
+// delDelegated runs the delegates' DEL, on the namespace that they were added to if it
+// is still there.
+func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs, a *Attachment, haveUplink bool, uplinkPath string) error {
+	delegates, err := newChain(c, args, p.Exec)
+	if err != nil {
+		return err
+	}
+	netns := ""
+	switch {
+	case a != nil && a.State == StatePassed:
+		netns = args.Netns
+	case haveUplink:
+		netns = uplinkPath
+	}
+	prev, err := asResult(c.prevResult, c.CNIVersion)
+	if a != nil && len(a.Result) > 0 {
+		prev, err = resultOf(a.Result, c.CNIVersion)
+	}
+	if err != nil {
+		return err
+	}
+	err = delegates.run(ctx, "DEL", netns, prev)
+	if a == nil && len(c.Delegate) == 0 {
+		// Nothing says that there ever was an attachment, nor that the delegates that we
+		// would have used are installed.
+		return nil
+	}
+	return err
+}
