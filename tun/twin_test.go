@@ -86,7 +86,7 @@ type delivered struct {
 	pktType   tcpip.PacketType
 	validated bool
 	segment   uint16
-	open      bool // the checksum is, and the packet says where it is
+	open      bool   // the checksum is, and the packet says where it is
 	data      []byte // from the network header on
 }
 
