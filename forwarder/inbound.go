@@ -172,6 +172,9 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 	if fl == nil {
 		var why reason
 		if fl, why = o.begin(tuple, pkt, &p); fl == nil {
+			if p.frag == fragFirst {
+				o.frags.forget(&p) // an earlier packet had the same identifier
+			}
 			return why
 		}
 	}

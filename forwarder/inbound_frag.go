@@ -67,6 +67,16 @@ func (t *fragTable) note(p *datum, fl *inboundFlow, now time.Time) {
 	t.entries[k] = fragEntry{fl: fl, since: now}
 }
 
+// forget closes the way again. The key stays in the ring, and goes in its turn.
+func (t *fragTable) forget(p *datum) {
+	t.mu.Lock()
+	if e, ok := t.entries[p.fragKey()]; ok {
+		e.fl = nil
+		t.entries[p.fragKey()] = e
+	}
+	t.mu.Unlock()
+}
+
 // find returns the flow of a later fragment, or nil.
 func (t *fragTable) find(p *datum, now time.Time) *inboundFlow {
 	if p.fragOff < headerLenOf(p.proto) {
@@ -75,7 +85,7 @@ func (t *fragTable) find(p *datum, now time.Time) *inboundFlow {
 	t.mu.Lock()
 	e, ok := t.entries[p.fragKey()]
 	t.mu.Unlock()
-	if !ok || now.Sub(e.since) > fragTimeout || e.fl.lease.Ended() {
+	if !ok || e.fl == nil || now.Sub(e.since) > fragTimeout || e.fl.lease.Ended() {
 		return nil
 	}
 	return e.fl
