@@ -146,7 +146,7 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 		return o.n.martian
 	}
 	if p.frag == fragLater {
-		fl := o.frags.find(&p, o.f.now())
+		fl := o.frags.find(nat.Original, &p, o.f.now())
 		if fl == nil {
 			return o.n.fragment
 		}
@@ -173,13 +173,13 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 		var why reason
 		if fl, why = o.begin(tuple, pkt, &p); fl == nil {
 			if p.frag == fragFirst {
-				o.frags.forget(&p) // an earlier packet had the same identifier
+				o.frags.forget(nat.Original, &p) // an earlier packet had the same identifier
 			}
 			return why
 		}
 	}
 	if p.frag == fragFirst {
-		o.frags.note(&p, fl, o.f.now())
+		o.frags.note(nat.Original, &p, fl, o.f.now())
 	}
 	return o.pass(fl, nat.Original, pkt, &p)
 }
@@ -197,7 +197,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 	}
 	var fl *inboundFlow
 	if p.frag == fragLater {
-		fl = o.frags.find(&p, o.f.now())
+		fl = o.frags.find(nat.Reply, &p, o.f.now())
 	} else {
 		if why := o.parseTransport(pkt, &p); why.Uint64 != nil {
 			return false
@@ -221,7 +221,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 		}
 	}
 	if p.frag == fragFirst {
-		o.frags.note(&p, fl, o.f.now())
+		o.frags.note(nat.Reply, &p, fl, o.f.now())
 	}
 	if why := o.pass(fl, nat.Reply, pkt, &p); why.Uint64 != nil {
 		why.Add(1)

@@ -14,6 +14,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"sluice/nat"
 )
 
 const (
@@ -28,6 +30,9 @@ type fragKey struct {
 	src, dst netip.Addr
 	id       uint32
 	proto    uint8
+	// dir keeps the sides apart: the sandbox must not be able to continue, in the
+	// client's name, what the client has begun.
+	dir nat.Dir
 }
 
 type fragEntry struct {
@@ -35,8 +40,7 @@ type fragEntry struct {
 	since time.Time
 }
 
-// fragTable maps packets in fragments to their flows. Both directions share it: their
-// addresses differ.
+// fragTable maps packets in fragments, of both directions, to their flows.
 type fragTable struct {
 	mu      sync.Mutex
 	entries map[fragKey]fragEntry
@@ -46,13 +50,13 @@ type fragTable struct {
 
 func newFragTable() fragTable { return fragTable{entries: make(map[fragKey]fragEntry)} }
 
-func (p *datum) fragKey() fragKey {
-	return fragKey{src: p.src, dst: p.dst, id: p.fragID, proto: p.proto}
+func (p *datum) fragKey(d nat.Dir) fragKey {
+	return fragKey{src: p.src, dst: p.dst, id: p.fragID, proto: p.proto, dir: d}
 }
 
 // note opens the way for the fragments that follow p.
-func (t *fragTable) note(p *datum, fl *inboundFlow, now time.Time) {
-	k := p.fragKey()
+func (t *fragTable) note(d nat.Dir, p *datum, fl *inboundFlow, now time.Time) {
+	k := p.fragKey(d)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, known := t.entries[k]; !known {
@@ -68,22 +72,23 @@ func (t *fragTable) note(p *datum, fl *inboundFlow, now time.Time) {
 }
 
 // forget closes the way again. The key stays in the ring, and goes in its turn.
-func (t *fragTable) forget(p *datum) {
+func (t *fragTable) forget(d nat.Dir, p *datum) {
+	k := p.fragKey(d)
 	t.mu.Lock()
-	if e, ok := t.entries[p.fragKey()]; ok {
+	if e, ok := t.entries[k]; ok {
 		e.fl = nil
-		t.entries[p.fragKey()] = e
+		t.entries[k] = e
 	}
 	t.mu.Unlock()
 }
 
 // find returns the flow of a later fragment, or nil.
-func (t *fragTable) find(p *datum, now time.Time) *inboundFlow {
+func (t *fragTable) find(d nat.Dir, p *datum, now time.Time) *inboundFlow {
 	if p.fragOff < headerLenOf(p.proto) {
 		return nil
 	}
 	t.mu.Lock()
-	e, ok := t.entries[p.fragKey()]
+	e, ok := t.entries[p.fragKey(d)]
 	t.mu.Unlock()
 	if !ok || e.fl == nil || now.Sub(e.since) > fragTimeout || e.fl.lease.Ended() {
 		return nil

@@ -162,6 +162,9 @@ func TestHostileFragments(t *testing.T) {
 	now = now.Add(fragTimeout + time.Second)
 	drop("one that comes too late", fragment4(part(2, data.l4[48:]), 48, false), "inbound_fragment")
 
+	pass("another first fragment", fragment4(part(4, data.l4[:48]), 0, true))
+	w.sendBytes(fragment4(part(4, data.l4[48:]), 48, false), 0)
+	w.out.silent("what the sandbox says in the client's name")
 	for id := range 3 * maxFragmented {
 		pass("one of many first fragments", fragment4(part(uint16(id), data.l4[:48]), 0, true))
 	}
