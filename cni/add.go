@@ -232,15 +232,14 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 // interfaceAsExpected: chained, the main plugin's interface is in the pod; alone, there
 // is none of that name.
 func (ad *adding) interfaceAsExpected() error {
-	link, err := ad.podH.LinkByName(ad.args.IfName)
-	var none netlink.LinkNotFoundError
+	link, err := findLink(ad.podH, ad.args.IfName)
 	switch {
-	case errors.As(err, &none) && ad.a.Delegated:
-		return nil
-	case errors.As(err, &none):
-		return fmt.Errorf("the pod has no interface %s: the plugin before sluice must make it", ad.args.IfName)
 	case err != nil:
-		return fmt.Errorf("find the interface %s: %w", ad.args.IfName, err)
+		return err
+	case link == nil && ad.a.Delegated:
+		return nil
+	case link == nil:
+		return fmt.Errorf("the pod has no interface %s: the plugin before sluice must make it", ad.args.IfName)
 	case ad.a.Delegated:
 		return fmt.Errorf("the pod has an interface %s already", ad.args.IfName)
 	case link.Type() == "tuntap" || link.Type() == "tun":
@@ -268,10 +267,13 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 		return nil, err
 	}
 	ad.undo.done(stepSaved, nil)
-	if err := moveLink(ad.podH, link, ad.uplink); err != nil {
+	if err := moveLink(ad.pod, link, ad.uplink, ad.args.IfName); err != nil {
 		return nil, err
 	}
-	ad.undo.done(stepMoved, func() error { return giveBack(ad.uplink, ad.pod, ad.args.IfName, state) })
+	ad.undo.done(stepMoved, func() error {
+		back := &giving{uplink: ad.uplink, pod: ad.pod, ifName: ad.args.IfName, state: state}
+		return errors.Join(back.take(), back.give())
+	})
 	moved, err := ad.uplinkH.LinkByName(ad.args.IfName)
 	if err != nil {
 		return nil, fmt.Errorf("find %s after moving it: %w", ad.args.IfName, err)

@@ -134,13 +134,9 @@ func ipv6Off(n ns.NetNS, name string) (off bool, err error) {
 // removeOurs deletes an interface called name if it is a TUN or TAP device: a worker's
 // that has not let go of it.
 func removeOurs(h *netlink.Handle, name string) error {
-	link, err := h.LinkByName(name)
-	if err != nil {
-		var gone netlink.LinkNotFoundError
-		if errors.As(err, &gone) {
-			return nil
-		}
-		return fmt.Errorf("find %s: %w", name, err)
+	link, err := findLink(h, name)
+	if err != nil || link == nil {
+		return err
 	}
 	if link.Type() != "tuntap" && link.Type() != "tun" {
 		return nil

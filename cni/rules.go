@@ -15,21 +15,18 @@ import (
 //	table inet sluice {
 //	  set pod4 { type ipv4_addr; elements = { … } }
 //	  set pod6 { type ipv6_addr; elements = { … } }
-//	  map hops { type integer : integer; elements = { 1 : 2, 2 : 3, … } }
 //	  chain steer { type filter hook prerouting priority mangle
-//	    iifname "in0" jump from_pod
 //	    iifname != MAIN accept
 //	    meta nfproto ipv4 ip daddr != @pod4 accept
 //	    meta nfproto ipv6 ip6 daddr != @pod6 accept
 //	    socket transparent <any> accept
 //	    meta l4proto icmp jump icmp4
 //	    meta l4proto icmpv6 jump icmp6
-//	    meta mark set IN
-//	    hop limit 1: set 2, meta mark set IN|LAST
+//	    meta mark set MARK
+//	    ip ttl 1 ip ttl set 2
+//	    ip6 hoplimit 1 ip6 hoplimit set 2
 //	  }
-//	  chain from_pod { … meta mark set OUT, the same for hop limits … accept }
 //	  chain icmp4, icmp6 { what the kernel and the worker's ping sockets need: accept }
-//	  chain hops { type filter hook postrouting priority mangle; what forwarding took }
 //	  chain defragment { never matches, but makes the kernel reassemble: below }
 //	}
 
@@ -51,7 +48,10 @@ func steerRules(main string, addrs []netip.Prefix) error {
 		return err
 	}
 	r := &ruleset{conn: conn}
+	// A table that is there is replaced: the first line is for the second not to fail.
 	r.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: tableName})
+	conn.DelTable(r.table)
+	conn.AddTable(r.table)
 	if err := r.load(main, addrs); err != nil {
 		return err
 	}
@@ -86,54 +86,35 @@ func (r *ruleset) load(main string, addrs []netip.Prefix) error {
 			pod6 = append(pod6, e)
 		}
 	}
-	var raised []nftables.SetElement
-	for n := range byte(254) {
-		raised = append(raised, nftables.SetElement{Key: []byte{n + 1}, Val: []byte{n + 2}})
-	}
-	integer := nftables.SetDatatype{Name: "integer", Bytes: 1}
 	set4 := &nftables.Set{Table: r.table, Name: "pod4", KeyType: nftables.TypeIPAddr}
 	set6 := &nftables.Set{Table: r.table, Name: "pod6", KeyType: nftables.TypeIP6Addr}
-	hops := &nftables.Set{Table: r.table, Name: "hops", IsMap: true, KeyType: integer, DataType: integer}
 	for _, s := range []struct {
 		set      *nftables.Set
 		elements []nftables.SetElement
-	}{{set4, pod4}, {set6, pod6}, {hops, raised}} {
+	}{{set4, pod4}, {set6, pod6}} {
 		if err := r.conn.AddSet(s.set, s.elements); err != nil {
 			return err
 		}
 	}
 
 	prerouting := r.base("steer", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle)
-	postrouting := r.base("hops", nftables.ChainHookPostrouting, *nftables.ChainPriorityMangle)
-	fromPod := r.chain("from_pod")
 	icmp4, icmp6 := r.chain("icmp4"), r.chain("icmp6")
 
-	r.rule(prerouting, iifname(expr.CmpOpEq, inboundName), jump(fromPod))
 	r.rule(prerouting, iifname(expr.CmpOpNeq, main), accept())
 	r.rule(prerouting, family(unix.NFPROTO_IPV4), notIn(set4, 16, 4), accept())
 	r.rule(prerouting, family(unix.NFPROTO_IPV6), notIn(set6, 24, 16), accept())
 	r.rule(prerouting, anySocket(), accept())
 	r.rule(prerouting, l4proto(unix.IPPROTO_ICMP), jump(icmp4))
 	r.rule(prerouting, l4proto(unix.IPPROTO_ICMPV6), jump(icmp6))
-	r.mark(prerouting, markIn)
-	r.mark(fromPod, markOut)
-	r.rule(fromPod, accept())
+	r.rule(prerouting, setMark(steerMark))
+	// Forwarding to in0 must not be the end of a packet that may go no further than here.
+	r.rule(prerouting, family(unix.NFPROTO_IPV4), hopIs(ttlOffset, 1), immediate([]byte{2}), writeTTL())
+	r.rule(prerouting, family(unix.NFPROTO_IPV6), hopIs(hopLimitOffset, 1), immediate([]byte{2}), writeHopLimit())
 	r.icmp(icmp4, icmpKinds{reply: []byte{0}, errors: []byte{3, 11, 12}, request: 8, proto: unix.IPPROTO_ICMP, innerProto: 9, innerLen: 20})
 	r.icmp(icmp6, icmpKinds{reply: []byte{129, 133, 134, 135, 136, 137}, errors: []byte{1, 2, 3, 4}, request: 128, proto: unix.IPPROTO_ICMPV6, innerProto: 6, innerLen: 40})
 
-	for _, m := range []uint32{markIn, markOut} {
-		r.rule(postrouting, markIs(m), family(unix.NFPROTO_IPV4), raise(hops, ttlOffset), writeTTL(), accept())
-		r.rule(postrouting, markIs(m), family(unix.NFPROTO_IPV6), raise(hops, hopLimitOffset), writeHopLimit(), accept())
-	}
 	r.defragment()
 	return nil
-}
-
-// mark tells the packet's way to the rest of the path.
-func (r *ruleset) mark(c *nftables.Chain, m uint32) {
-	r.rule(c, setMark(m))
-	r.rule(c, family(unix.NFPROTO_IPV4), hopIs(ttlOffset, 1), immediate([]byte{2}), writeTTL(), setMark(m|markLast))
-	r.rule(c, family(unix.NFPROTO_IPV6), hopIs(hopLimitOffset, 1), immediate([]byte{2}), writeHopLimit(), setMark(m|markLast))
 }
 
 type icmpKinds struct {
@@ -207,10 +188,6 @@ func iifname(op expr.CmpOp, name string) []expr.Any {
 
 func family(f byte) []expr.Any  { return load(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{f}) }
 func l4proto(p byte) []expr.Any { return load(expr.MetaKeyL4PROTO, expr.CmpOpEq, []byte{p}) }
-func markIs(m uint32) []expr.Any {
-	return load(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(m))
-}
-
 func setMark(m uint32) []expr.Any {
 	return append(immediate(binaryutil.NativeEndian.PutUint32(m)),
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1})
@@ -245,14 +222,6 @@ func hopIs(offset uint32, value byte) []expr.Any {
 	return []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{value}},
-	}
-}
-
-// raise loads the hop limit at offset and looks up what it was before forwarding.
-func raise(hops *nftables.Set, offset uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 1},
-		&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: hops.Name, SetID: hops.ID},
 	}
 }
 

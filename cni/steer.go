@@ -20,20 +20,17 @@ import (
 //	in0 ──► prerouting ─► main plugin's routes ─► eth0
 //
 // The rule for marked packets must go before the kernel's own for local addresses,
-// which therefore moves from preference 0 to a later one. Behind in0's route is one
-// that discards: when in0 ends with its monitor, packets for the pod end too, and are
-// not taken for the uplink namespace's own.
+// which therefore moves from preference 0 to a later one. When in0's monitor is gone,
+// packets for the pod end there; and were in0 gone too, the route behind its own would
+// discard them, so that they are never taken for the uplink namespace's own.
 //
-// Forwarding takes one from the hop limit, which neither side shall see: it is given
-// back on the way out. One that arrives with 1 is first raised, or it would end here.
+// Forwarding takes one from the hop limit, which the worker gives back.
 
 const (
 	inboundName = "in0"
 
-	// The marks live in the uplink namespace only; a packet loses its mark on the way out.
-	markIn   = 0x51c1 // for the pod
-	markOut  = 0x51c2 // from the pod
-	markLast = 0x51c4 // either, with a hop limit of 1 that is 2 while it is forwarded
+	// The mark lives in the uplink namespace only: packets lose it on the way out.
+	steerMark = 0x51c
 
 	steerTable    = 0x51c
 	steerPriority = 10
@@ -48,7 +45,10 @@ func openInbound(uplink ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
 		if dev, err = tun.Create(cfg); err != nil {
 			return err
 		}
-		err = errors.Join(
+		// It ends with the namespace, not with its descriptor: the kernel removes it then
+		// in its own time, where whoever stops a monitor would have to wait for it.
+		err = unix.IoctlSetInt(dev.FDs()[0], unix.TUNSETPERSIST, 1)
+		err = errors.Join(err,
 			writeSysctl("ipv4/conf/"+cfg.Name+"/accept_local", "1"),
 			writeSysctl("ipv4/conf/"+cfg.Name+"/rp_filter", "0"),
 		)
@@ -119,11 +119,8 @@ func steerRoutes(h *netlink.Handle, in0 netlink.Link, family int) error {
 	first := netlink.NewRule()
 	first.Family, first.Priority, first.Table = family, 0, unix.RT_TABLE_LOCAL
 	marked := netlink.NewRule()
-	mask := uint32(0xffff)
-	marked.Family, marked.Priority, marked.Table, marked.Mark, marked.Mask = family, steerPriority, steerTable, markIn, &mask
-	last := netlink.NewRule()
-	last.Family, last.Priority, last.Table, last.Mark, last.Mask = family, steerPriority, steerTable, markIn|markLast, &mask
-	for _, r := range []*netlink.Rule{local, marked, last} {
+	marked.Family, marked.Priority, marked.Table, marked.Mark = family, steerPriority, steerTable, steerMark
+	for _, r := range []*netlink.Rule{local, marked} {
 		if err := h.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -161,10 +162,34 @@ func openNetns(path string) (ns.NetNS, error) {
 	return nil, fmt.Errorf("open the namespace %s: %w", path, err)
 }
 
-// moveLink moves an interface to another namespace, where it is called the same.
-func moveLink(from *netlink.Handle, link netlink.Link, to ns.NetNS) error {
-	if err := from.LinkSetNsFd(link, int(to.Fd())); err != nil {
+// moveLink moves an interface to another namespace, where it is called name.
+func moveLink(from ns.NetNS, link netlink.Link, to ns.NetNS, name string) error {
+	err := from.Do(func(ns.NetNS) error {
+		// One request, for the name may be taken where it goes.
+		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		msg.Index = int32(link.Attrs().Index)
+		req.AddData(msg)
+		req.AddData(nl.NewRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(uint32(to.Fd()))))
+		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+		_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("move %s to the namespace %s: %w", link.Attrs().Name, to.Path(), err)
 	}
 	return nil
+}
+
+// findLink is LinkByName, with nil for an interface that is not there.
+func findLink(h *netlink.Handle, name string) (netlink.Link, error) {
+	link, err := h.LinkByName(name)
+	var gone netlink.LinkNotFoundError
+	if errors.As(err, &gone) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find the interface %s: %w", name, err)
+	}
+	return link, nil
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -197,6 +198,7 @@ func AttachmentMain() int {
 		defer stop()
 		err = RunAttachment(ctx, cfg)
 	}
+	closeDevices(cfg)
 	if err == nil {
 		return 0
 	}
@@ -206,6 +208,18 @@ func AttachmentMain() int {
 		_ = ready.Close()
 	}
 	return 1
+}
+
+// closeDevices ends the interfaces at the same time: the kernel waits some 20 ms for each,
+// and whoever stops us waits for both.
+func closeDevices(cfg AttachmentConfig) {
+	var wg sync.WaitGroup
+	for _, f := range append([]*os.File{cfg.In0}, cfg.Device...) {
+		if f != nil {
+			wg.Go(func() { _ = f.Close() })
+		}
+	}
+	wg.Wait()
 }
 
 // readStart takes over what the process was started with.
