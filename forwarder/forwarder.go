@@ -68,7 +68,8 @@ type Config struct {
 
 	// Inbound is a second link for traffic from outside to the Guest addresses, which
 	// passes as packets (inbound.go); nil where there is none. It must offer the same
-	// offloads as Link. Owned by the forwarder.
+	// offloads as Link, and the Guest addresses must be this network namespace's own:
+	// host sockets are bound to them (dialer_pod.go). Owned by the forwarder.
 	Inbound stack.LinkEndpoint
 	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
 	// neighbour solicitation is answered, but for the Guest addresses.
@@ -152,6 +153,9 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
 	}
+	if cfg.Inbound != nil && gsoOf(cfg.Inbound) != gsoOf(cfg.Link) {
+		return nil, errors.New("forwarder: the inbound link must offer the same offloads as the sandbox's")
+	}
 	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
 	if f.now == nil {
 		f.now = time.Now
@@ -165,6 +169,7 @@ func New(cfg Config) (*Forwarder, error) {
 	f.relayed = f.stats.counter("tcp_relayed_loopback")
 	f.rules.Store(new(policy.Rules))
 	f.dialer = newDialer(&f.stats, f.log)
+	f.dialer.pod = cfg.Inbound != nil
 	f.broadcast = directedBroadcast(cfg.Prefix4)
 	if len(cfg.Gateway) > 0 {
 		f.linkLocal = LinkLocal(cfg.Link.LinkAddress())

@@ -16,6 +16,14 @@ import (
 	"sluice/policy"
 )
 
+// gsoOf is what segments a link takes.
+func gsoOf(l stack.LinkEndpoint) stack.SupportedGSO {
+	if g, ok := l.(stack.GSOEndpoint); ok {
+		return g.SupportedGSO()
+	}
+	return stack.GSONotSupported
+}
+
 // outlet is a link to send on.
 type outlet struct {
 	link  stack.LinkEndpoint

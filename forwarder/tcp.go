@@ -217,7 +217,7 @@ func (t *tcpForwarder) dial(req *tcp.ForwarderRequest) {
 		t.handshake(fl)
 		return
 	}
-	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops)
+	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
 	if err == nil && !connected {
 		t.enterDial(fl)

@@ -64,6 +64,7 @@ type AttachmentConfig struct {
 	// open in both directions, as in a cluster without policies: policy.DefaultPod.
 	PolicyName string            `json:"policyName,omitempty"`
 	Policy     []byte            `json:"policy,omitempty"`
+	Limits     policy.Limits     `json:"limits,omitzero"`   // where the policy's own leave something open
 	FlowLog    string            `json:"flowLog,omitempty"` // a file to append to
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 
@@ -222,7 +223,7 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 		m.log.warnf("monitor", "%v", err)
 	}
 	started := time.Now()
-	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Env: cfg.environment(), Pod: true}
+	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Env: cfg.environment(), Pod: true, Limits: cfg.Limits}
 	if m.rules.Source == "" {
 		m.rules.Name = defaultPolicyName
 	}

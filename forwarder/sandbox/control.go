@@ -254,7 +254,8 @@ func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 	}
 	m.change.Lock()
 	defer m.change.Unlock()
-	r := rulesMessage{Name: p.Name, Source: p.Source, Env: m.rules.Env, Pod: m.rules.Pod}
+	r := m.rules
+	r.Name, r.Source = p.Name, p.Source
 	if err := m.applyRules(r); err != nil {
 		m.log.infof("monitor", "policy %s refused: %v", p.Name, err)
 		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Name)

@@ -53,6 +53,8 @@ type rulesMessage struct {
 	Source string             `json:"source"`
 	Env    policy.Environment `json:"env"`
 	Pod    bool               `json:"pod,omitempty"`
+	// Limits hold where the policy's own leave something open.
+	Limits policy.Limits `json:"limits,omitzero"`
 }
 
 // builtin is the policy that an empty Source stands for.
@@ -73,6 +75,7 @@ func (r rulesMessage) compile() (*policy.Rules, error) {
 			return nil, err
 		}
 	}
+	p.Spec.Limits = p.Spec.Limits.Or(r.Limits)
 	return policy.Compile(p, r.Env)
 }
 
