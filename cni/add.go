@@ -53,10 +53,14 @@ func (p *Plugin) add(ctx context.Context, c *Config, args *skel.CmdArgs) (types.
 	defer h.release()
 	ad := &adding{p: p, c: c, args: args, h: h, undo: undo{reached: p.Reached}}
 	defer ad.close()
-	if err := ad.begin(ctx); err != nil {
-		return nil, fmt.Errorf("sluice: ADD: %w", err)
+	err = ad.begin(ctx)
+	if err == nil {
+		err = ad.undo.rollback(ad.run(ctx))
 	}
-	if err := ad.undo.rollback(ad.run(ctx)); err != nil {
+	if err != nil {
+		if _, none := h.read(); errors.Is(none, errNoRecord) {
+			_ = h.remove() // only the lock was there
+		}
 		return nil, fmt.Errorf("sluice: ADD: %w", err)
 	}
 	return ad.result, nil
@@ -135,13 +139,17 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	ad.undo.done(stepRecorded, ad.h.remove)
+	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+		return err
+	}
 
 	path := ad.h.store.netns(ad.h.name)
 	if ad.uplink, err = makeNetns(path); err != nil {
 		return err
 	}
-	ad.undo.done(stepNamespace, func() error { return removeNetns(path) })
+	if err := ad.undo.done(stepNamespace, func() error { return removeNetns(path) }); err != nil {
+		return err
+	}
 	if ad.uplinkH, err = handle(ad.uplink); err != nil {
 		return err
 	}
@@ -164,7 +172,9 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	ad.undo.done(stepCommitted, nil)
+	if err := ad.undo.done(stepCommitted, nil); err != nil {
+		return err
+	}
 	return nil
 }
 
@@ -174,12 +184,14 @@ func (ad *adding) pass(ctx context.Context) error {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	ad.undo.done(stepRecorded, ad.h.remove)
+	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+		return err
+	}
 	ad.result = ad.c.prevResult
 	if !ad.a.Delegated {
 		return nil
 	}
-	ad.undo.done(stepDelegated, func() error { return ad.delDelegates(ad.args.Netns) })
+	ad.undo.push(func() error { return ad.delDelegates(ad.args.Netns) })
 	r, err := ad.delegates.add(ctx, ad.args.Netns)
 	if err != nil {
 		return err
@@ -266,14 +278,18 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return nil, err
 	}
-	ad.undo.done(stepSaved, nil)
+	if err := ad.undo.done(stepSaved, nil); err != nil {
+		return nil, err
+	}
 	if err := moveLink(ad.pod, link, ad.uplink, ad.args.IfName); err != nil {
 		return nil, err
 	}
-	ad.undo.done(stepMoved, func() error {
+	if err := ad.undo.done(stepMoved, func() error {
 		back := &giving{uplink: ad.uplink, pod: ad.pod, ifName: ad.args.IfName, state: state}
 		return errors.Join(back.take(), back.give())
-	})
+	}); err != nil {
+		return nil, err
+	}
 	moved, err := ad.uplinkH.LinkByName(ad.args.IfName)
 	if err != nil {
 		return nil, fmt.Errorf("find %s after moving it: %w", ad.args.IfName, err)
@@ -281,16 +297,20 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 	if err := state.apply(ad.uplinkH, moved, true); err != nil {
 		return nil, fmt.Errorf("in the uplink namespace: %w", err)
 	}
-	ad.undo.done(stepRestored, nil)
+	if err := ad.undo.done(stepRestored, nil); err != nil {
+		return nil, err
+	}
 	return state, nil
 }
 
 func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 	path := ad.uplink.Path()
-	// Its reversal first: a chain that fails half-way has done something.
-	ad.undo.done(stepDelegated, func() error { return ad.delDelegates(path) })
+	ad.undo.push(func() error { return ad.delDelegates(path) })
 	r, err := ad.delegates.add(ctx, path)
 	if err != nil {
+		return nil, err
+	}
+	if err := ad.undo.done(stepDelegated, nil); err != nil {
 		return nil, err
 	}
 	if ad.a.Result, err = json.Marshal(r); err != nil {
@@ -319,7 +339,9 @@ func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *n
 	if err := steer(uplink, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
 		return err
 	}
-	u.done(stepSteered, nil)
+	if err := u.done(stepSteered, nil); err != nil {
+		return err
+	}
 	device, err := openDevice(pod, a.Launch.Device)
 	if err != nil {
 		return err
@@ -327,11 +349,15 @@ func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *n
 	defer device.Close()
 	// A device ends with its descriptors, but the interface's name must be free before
 	// the main plugin's goes back.
-	u.done(stepDevice, device.Close)
+	if err := u.done(stepDevice, device.Close); err != nil {
+		return err
+	}
 	if err := setUpDevice(pod, podH, a.Launch.Device, a.Link); err != nil {
 		return err
 	}
-	u.done(stepAddressed, nil)
+	if err := u.done(stepAddressed, nil); err != nil {
+		return err
+	}
 	spec := *a.Launch
 	if spec.DeviceFDs, err = duplicate(device); err != nil {
 		return err
@@ -348,12 +374,14 @@ func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *n
 		return err
 	}
 	a.MonitorPID, a.MonitorStart = pid, start
-	u.done(stepLaunched, func() error {
+	if err := u.done(stepLaunched, func() error {
 		// In a rollback ours are still open or were closed before; either way the
 		// device ends when the monitor has.
 		ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 		defer cancel()
 		return p.Launcher.Stop(ctx, spec)
-	})
+	}); err != nil {
+		return err
+	}
 	return nil
 }

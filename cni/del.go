@@ -82,15 +82,15 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 		// With the monitor alive nothing else can be taken from under it.
 		return errors.Join(append(errs, err)...)
 	}
-	p.reached(stepStopped)
-	errs = append(errs, back.give())
-	p.reached(stepGiven)
+	if err := p.reached(stepStopped); err != nil {
+		return err
+	}
+	errs = append(errs, back.give(), p.reached(stepGiven))
 
 	if delegated {
 		errs = append(errs, p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath))
 	}
-	errs = append(errs, removeNetns(uplinkPath))
-	p.reached(stepUnbound)
+	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
 	if err := errors.Join(errs...); err != nil || !final {
 		return err
 	}

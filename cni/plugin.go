@@ -24,8 +24,8 @@ type Plugin struct {
 	// Exec runs delegates; nil is CNI's own.
 	Exec invoke.Exec
 	// Reached, if set, is told each step of ADD and DEL once it is done, by its name in
-	// Steps and DelSteps. Tests fail there.
-	Reached func(step string)
+	// Steps and DelSteps; with an error the verb fails there. It is for tests.
+	Reached func(step string) error
 }
 
 // verbTimeout bounds a verb; runtimes give up after minutes at the latest.
@@ -62,10 +62,11 @@ func (p *Plugin) Funcs() skel.CNIFuncs {
 	}
 }
 
-func (p *Plugin) reached(step string) {
-	if p.Reached != nil {
-		p.Reached(step)
+func (p *Plugin) reached(step string) error {
+	if p.Reached == nil {
+		return nil
 	}
+	return p.Reached(step)
 }
 
 // resultOf reads a recorded result back, in the version that it was written in.

@@ -6,8 +6,9 @@ import "errors"
 // decides is passed in, not read from a variable that an inner scope may shadow.
 type undo struct {
 	steps []func() error
-	// reached, if set, is told the name of every step that has been done.
-	reached func(step string)
+	// reached, if set, is told the name of every step that has been done, and may say
+	// that it shall be the last.
+	reached func(step string) error
 }
 
 // The steps of ADD in their order, as tests name the points to fail at.
@@ -31,14 +32,18 @@ var Steps = []string{
 	stepSteered, stepDevice, stepAddressed, stepLaunched, stepCommitted,
 }
 
+// push notes the reversal of what is about to be done and may fail half-way.
+func (u *undo) push(reverse func() error) { u.steps = append(u.steps, reverse) }
+
 // done notes a step and its reversal, which may be nil.
-func (u *undo) done(step string, reverse func() error) {
+func (u *undo) done(step string, reverse func() error) error {
 	if reverse != nil {
 		u.steps = append(u.steps, reverse)
 	}
 	if u.reached != nil {
-		u.reached(step)
+		return u.reached(step)
 	}
+	return nil
 }
 
 // rollback takes everything back, last step first, going on after failures. With a

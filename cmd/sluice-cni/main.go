@@ -26,7 +26,7 @@ func main() {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case sandbox.AttachmentCommand:
-			os.Exit(sandbox.AttachmentMain())
+			os.Exit(sandbox.AttachmentMain(version))
 		case sandbox.WorkerCommand:
 			os.Exit(sandbox.WorkerMain())
 		}
