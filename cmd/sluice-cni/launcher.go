@@ -15,14 +15,14 @@ import (
 type launcher struct{}
 
 func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, error) {
-	_, err := limitsOf(a)
+	limits, err := limitsOf(a)
 	if err != nil {
 		return 0, 0, err
 	}
 	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
-		PolicyName: a.PolicyName, Policy: a.Policy, Sysctls: a.Sysctls, FlowLog: a.FlowLog,
+		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
 		Device: a.DeviceFDs, In0: a.InboundFD,
 	})
