@@ -85,6 +85,8 @@ type AttachmentConfig struct {
 	Ready func(api.Info) error `json:"-"`
 	// Stderr gets warnings; nil means os.Stderr.
 	Stderr io.Writer `json:"-"`
+
+	resume *resumption // what the binary before this one left, or nil
 }
 
 // The gateway that a pod sees: addresses that mean nothing beyond the link, so that
@@ -195,7 +197,7 @@ func (c *AttachmentConfig) info(started time.Time) api.Info {
 	return api.Info{
 		Name: c.Name, PID: os.Getpid(), Command: c.Describe, Started: started, Version: c.Version,
 		Link: c.Link.Kind.String(), Interface: c.Link.Name, MTU: c.Link.MTU,
-		Guest: c.Addrs, Gateway: c.Gateways,
+		Guest: c.Addrs, Gateway: c.Gateways, Attachment: true,
 	}
 }
 
@@ -209,6 +211,7 @@ func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
 	m := &monitor{
 		cfg: Config{Name: cfg.Name, Version: cfg.Version, FlowLog: cfg.FlowLog, Stderr: cfg.Stderr},
 		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1},
+		takeovers: make(chan takeover),
 	}
 	m.log = newLogRing(time.Now, m.echo)
 	if err := m.runAttachment(ctx); err != nil {
@@ -222,23 +225,27 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if err := joinCgroups(cfg.MonitorCgroups, os.Getpid()); err != nil {
 		m.log.warnf("monitor", "%v", err)
 	}
-	started := time.Now()
 	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Env: cfg.environment(), Pod: true, Limits: cfg.Limits}
 	if m.rules.Source == "" {
 		m.rules.Name = defaultPolicyName
+	}
+	started := time.Now()
+	if cfg.resume != nil {
+		started = cfg.resume.Started
+		err = m.resume(cfg.resume)
+	} else {
+		err = m.claim()
+	}
+	if m.dir != nil {
+		defer func() { err = errors.Join(err, m.dir.Remove()) }()
+	}
+	if err != nil {
+		return err
 	}
 	if _, err := m.rules.compile(); err != nil {
 		return err
 	}
 	m.base = cfg.info(started)
-	registry, err := registryAt(cfg.RuntimeDir)
-	if err != nil {
-		return err
-	}
-	if m.dir, err = registry.Claim(cfg.Name); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, m.dir.Remove()) }()
 	start, err := processStart(os.Getpid())
 	if err != nil {
 		return err
@@ -257,11 +264,20 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	// Ping sockets and raw ones are the uplink namespace's, as all others.
 	m.spawner.do(func() { m.raw = rawICMP(workerIDs().gid) })
 
-	server, err := m.listenControl(nil)
-	if err != nil {
+	var server *controlServer
+	if m.listener != nil {
+		server = m.serverOn(m.listener, nil)
+	} else if server, err = m.listenControl(nil); err != nil {
 		return err
 	}
+	m.listener = server.l
 	first, err := m.startWorker(ctx)
+	if cfg.resume != nil {
+		m.tookOver(cfg.resume, err)
+		if err != nil {
+			first, err = stillborn(err.Error()), nil
+		}
+	}
 	if err != nil {
 		server.close()
 		return err
@@ -269,33 +285,90 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	return m.serveAttachment(ctx, server, first)
 }
 
-// serveAttachment keeps a worker running until ctx ends, or until a new binary is
-// to take over.
+// claim takes the attachment's name.
+func (m *monitor) claim() error {
+	registry, err := registryAt(m.att.RuntimeDir)
+	if err != nil {
+		return err
+	}
+	m.dir, err = registry.Claim(m.att.Name)
+	return err
+}
+
+// stillborn is a worker that never came up, for a supervisor to replace.
+type stillborn string
+
+func (s stillborn) reason() string { return string(s) }
+
+func (stillborn) ended() <-chan struct{} {
+	over := make(chan struct{})
+	close(over)
+	return over
+}
+
+// serveAttachment keeps a worker running until ctx ends.
 func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, first supervised) error {
 	// Everything started here is owned by serveAttachment and stopped by inner.
 	inner, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
-	wg.Go(func() { server.serve(inner) })
-	last := make(chan supervised, 1)
-	wg.Go(func() {
-		s := supervisor{start: m.startWorker, lost: m.lost, failed: m.startFailed, now: time.Now, sleep: sleepContext}
-		last <- s.run(inner, first)
-	})
 	defer wg.Wait()
 	defer cancel()
+	wg.Go(func() { server.serve(inner) })
 
 	if m.att.Ready != nil {
 		if err := m.att.Ready(m.info()); err != nil {
+			m.endWorker(m.supervise(inner, first)())
 			return err
 		}
 	}
-	<-ctx.Done()
-	m.setState(api.StateStopping)
-	cancel()
-	if l, ok := (<-last).(*workerLink); ok && l != nil {
-		m.stopWorker(l)
+	for {
+		stop := m.supervise(inner, first)
+		select {
+		case <-ctx.Done():
+			m.setState(api.StateStopping)
+			cancel()
+			m.endWorker(stop())
+			return nil
+		case t := <-m.takeovers:
+			last := stop()
+			// Whoever would change something waits for whoever serves then.
+			m.change.Lock()
+			m.endWorker(last)
+			m.setState(api.StateRestarting)
+			err := m.takeOver(t.exe, resumption{}, t.client)
+			m.change.Unlock()
+			t.failed <- err
+			first = stillborn("it made way for another binary")
+		}
 	}
-	return nil
+}
+
+// supervise looks after workers until the function that it returns is called, which
+// says which one is running then.
+func (m *monitor) supervise(ctx context.Context, first supervised) (stop func() supervised) {
+	ctx, cancel := context.WithCancel(ctx)
+	last := make(chan supervised, 1)
+	// Owned by whoever calls stop.
+	go func() {
+		s := supervisor{start: m.startWorker, lost: m.lost, failed: m.startFailed, now: time.Now, sleep: sleepContext}
+		last <- s.run(ctx, first)
+	}()
+	return func() supervised {
+		cancel()
+		return <-last
+	}
+}
+
+// endWorker ends the worker that was running when supervision ended, in order.
+func (m *monitor) endWorker(last supervised) {
+	l, ok := last.(*workerLink)
+	if !ok || l == nil {
+		return
+	}
+	m.stopWorker(l)
+	m.mu.Lock()
+	m.link = nil
+	m.mu.Unlock()
 }
 
 // joinCgroups moves a process to the cgroups whose directories are given.

@@ -37,13 +37,18 @@ func (m *monitor) listenControl(sandbox *os.File) (*controlServer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the control socket: %w", err)
 	}
-	l.SetUnlinkOnClose(false) // the directory goes as a whole
-	s := &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid(), sandbox: sandbox}, handle: m.handle, log: m.log}
+	s := m.serverOn(l, sandbox)
 	if err := os.Chmod(m.dir.Socket(), 0o600); err != nil {
 		s.close()
 		return nil, fmt.Errorf("protect the control socket: %w", err)
 	}
 	return s, nil
+}
+
+// serverOn makes the server of a listener, and owns that.
+func (m *monitor) serverOn(l *net.UnixListener, sandbox *os.File) *controlServer {
+	l.SetUnlinkOnClose(false) // the directory goes as a whole
+	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid(), sandbox: sandbox}, handle: m.handle, log: m.log}
 }
 
 // sandboxNamespace opens the guest's user namespace, or returns nil if that is
@@ -128,6 +133,8 @@ func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) 
 	switch req.Method {
 	case api.MethodLogs:
 		return m.handleLogs(ctx, c, req)
+	case api.MethodUpgrade:
+		return m.handleUpgrade(ctx, c, req)
 	case api.MethodFlows, api.MethodFlowsWatch, api.MethodStats, api.MethodSysctl, api.MethodCapture:
 		return m.handOver(ctx, c, req)
 	}

@@ -46,6 +46,8 @@ type attachmentStart struct {
 	Device []int            `json:"device"`
 	In0    int              `json:"in0"`
 	Ready  int              `json:"ready,omitempty"`
+	// Resume is set when a binary has taken another's place (upgrade.go).
+	Resume *resumption `json:"resume,omitempty"`
 }
 
 // launchTimeout bounds a launch: the worker's own start and some.
@@ -179,9 +181,14 @@ func awaitReady(ctx context.Context, r *os.File) error {
 }
 
 // AttachmentMain is the main function of an attachment's monitor; it returns the
-// exit status.
-func AttachmentMain() int {
+// exit status. version is the program's, for people to see.
+func AttachmentMain(version string) int {
+	if len(os.Args) > 2 && os.Args[2] == probeArgument {
+		fmt.Println(takeoverVersion)
+		return 0
+	}
 	cfg, ready, err := readStart()
+	cfg.Version = version
 	if err == nil {
 		cfg.Ready = func(api.Info) error {
 			if ready == nil {
@@ -222,11 +229,18 @@ func closeDevices(cfg AttachmentConfig) {
 	wg.Wait()
 }
 
-// readStart takes over what the process was started with.
+// readStart takes over what the process was started with. Whoever executed it in its
+// own place names the configuration's descriptor in a last argument.
 func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
-	unix.CloseOnExec(attachmentConfigFD)
-	b, err := readBody(attachmentConfigFD)
-	_ = unix.Close(attachmentConfigFD)
+	config := attachmentConfigFD
+	if len(os.Args) > 3 {
+		if config, err = strconv.Atoi(os.Args[3]); err != nil {
+			return cfg, nil, fmt.Errorf("the configuration's descriptor: %w: this command is for sluice itself", err)
+		}
+	}
+	unix.CloseOnExec(config)
+	b, err := readBody(config)
+	_ = unix.Close(config)
 	if err != nil {
 		return cfg, nil, fmt.Errorf("read the configuration: %w: this command is for sluice itself", err)
 	}
@@ -234,7 +248,7 @@ func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return cfg, nil, fmt.Errorf("decode the configuration: %w", err)
 	}
-	cfg = s.Config
+	cfg, cfg.resume = s.Config, s.Resume
 	if s.Ready != 0 {
 		ready = guest.PlainFile(s.Ready)
 	}

@@ -15,7 +15,7 @@ func TestMain(m *testing.M) {
 		case WorkerCommand:
 			os.Exit(WorkerMain())
 		case AttachmentCommand:
-			os.Exit(AttachmentMain())
+			os.Exit(AttachmentMain("test"))
 		case "guest":
 			os.Exit(guest.Main(os.Args[2:]))
 		case "test-worker":

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -31,13 +32,18 @@ type monitor struct {
 	cfg     Config
 	log     *logRing
 	dir     *Dir
-	guest   *guest.Guest      // nil in an attachment
-	att     *AttachmentConfig // nil but in an attachment
+	guest   *guest.Guest // nil in an attachment
 	spawner *spawner
 	ports   portTable
 	base    api.Info // what does not change
 	flowLog *os.File // nil without one
 	raw     [2]int   // raw ICMP and ICMPv6, or -1
+
+	// An attachment's only.
+	att       *AttachmentConfig
+	listener  *net.UnixListener // the control server's
+	takeovers chan takeover
+
 	// socketWants holds a token per socket being made for the worker.
 	socketWants chan struct{}
 
