@@ -71,6 +71,9 @@ type Config struct {
 	// offloads as Link, and the Guest addresses must be this network namespace's own:
 	// host sockets are bound to them (dialer_pod.go). Owned by the forwarder.
 	Inbound stack.LinkEndpoint
+	// Memory outlives this forwarder: in it the flows of Inbound are noted for the
+	// next one, MemorySize bytes of zeroes at first. It may be nil.
+	Memory []byte
 	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
 	// neighbour solicitation is answered, but for the Guest addresses.
 	OnlyHost bool
@@ -348,6 +351,7 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.tcp.recheck(r)
 	f.dgram.recheck(r)
 	if f.outside != nil {
+		f.outside.restore(r)
 		f.outside.recheck(r)
 	}
 }

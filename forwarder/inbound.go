@@ -60,6 +60,9 @@ type outside struct {
 	flows map[nat.Tuple]*inboundFlow // by original tuple: from outside to the sandbox
 	// closed: no flow may begin any more.
 	closed bool
+	memory flowMemory
+	// waiting: there are no rules yet to judge by what the worker before has left.
+	waiting atomic.Bool
 
 	beginMu sync.Mutex // serialises begin: one flow for one tuple
 }
@@ -68,13 +71,13 @@ type outsideCounters struct {
 	short, version, length, headers, family, foreign, martian, protocol reason
 	tcpFlags, tcpStray, icmpType, icmpUnrelated, icmpQuote              reason
 	fragment, fragmentShort                                             reason
-	refused, flow, bandwidth                                            reason
-	began, pickedUp, related, rejected, limited, writeFailed            *atomic.Uint64
+	refused, flow, bandwidth, waiting                                   reason
+	began, restored, pickedUp, related, rejected, limited, writeFailed  *atomic.Uint64
 }
 
 func newOutside(f *Forwarder) *outside {
 	r, c := f.reason, f.stats.counter
-	return &outside{
+	o := &outside{
 		f:       f,
 		in0:     newOutlet(f.cfg.Inbound),
 		sandbox: newOutlet(f.cfg.Link),
@@ -100,7 +103,9 @@ func newOutside(f *Forwarder) *outside {
 			refused:       r("inbound_refused"),
 			flow:          r("inbound_no_flow"), // the flow table has no room
 			bandwidth:     r("inbound_bandwidth"),
+			waiting:       r("inbound_not_ready"), // no rules yet
 			began:         c("inbound_flows"),
+			restored:      c("inbound_flows_restored"),  // from the worker before
 			pickedUp:      c("inbound_flows_picked_up"), // in mid-stream
 			related:       c("inbound_icmp_related"),
 			rejected:      c("inbound_rejected"), // resets and errors sent outside
@@ -108,6 +113,11 @@ func newOutside(f *Forwarder) *outside {
 			writeFailed:   c("inbound_write_failed"),
 		},
 	}
+	if len(f.cfg.Memory) >= 2*memorySlot {
+		o.memory.data = f.cfg.Memory
+		o.waiting.Store(true)
+	}
+	return o
 }
 
 // attach begins to take packets from the inbound link. Called once the stack works.
@@ -188,12 +198,16 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 // there; otherwise it is not for here, and answer returns false. The packet has been
 // through no check but the device's.
 func (o *outside) answer(pkt *stack.PacketBuffer) bool {
-	if o.count.Load() == 0 {
+	if o.count.Load() == 0 && !o.waiting.Load() {
 		return false
 	}
 	var p datum
 	if why := o.parse(pkt, &p); why.Uint64 != nil {
 		return false
+	}
+	if o.waiting.Load() {
+		o.n.waiting.Add(1)
+		return true
 	}
 	var fl *inboundFlow
 	if p.frag == fragLater {

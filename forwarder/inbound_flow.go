@@ -28,7 +28,40 @@ type inboundFlow struct {
 	mu  sync.Mutex
 	tcp tcpTrack
 
-	gone bool // not, or no longer, in the table; guarded by outside.mu
+	// Guarded by outside.mu.
+	gone bool // not, or no longer, in the table
+	slot int  // in outside.memory, or noSlot
+}
+
+func (o *outside) newFlow(tuple nat.Tuple, q policy.Query) *inboundFlow {
+	return &inboundFlow{o: o, tuple: tuple, query: q, gone: true, slot: noSlot}
+}
+
+// queryOf is what policy is asked about a flow.
+func queryOf(tuple nat.Tuple) policy.Query {
+	q := policy.Query{Ingress: true, Proto: tuple.Proto(), Src: tuple.Src(), Dst: tuple.Dst()}
+	if q.Proto == protoICMP || q.Proto == protoICMPv6 {
+		q.ICMPType, q.ICMPCode = uint8(q.Dst.Port()>>8), uint8(q.Dst.Port())
+		q.Dst = netip.AddrPortFrom(q.Dst.Addr(), 0)
+	}
+	return q
+}
+
+// admit charges the flow table for a flow and makes it findable.
+func (o *outside) admit(fl *inboundFlow, v policy.Verdict) error {
+	lease, err := o.f.table.Acquire(nat.Spec{
+		Orig: fl.tuple, Rule: v.Rule(), Ingress: true, Forwarded: true,
+		Short: fl.tuple.Proto() == protoUDP && fl.tuple.Dst().Port() == dnsPort, Expire: fl.expire,
+	})
+	if err != nil {
+		return err
+	}
+	fl.lease = lease
+	if !o.install(fl) {
+		lease.Release("stopped")
+		return errFlowEnded
+	}
+	return nil
 }
 
 // begin judges the first packet of a flow and lets it in, or returns why not. A
@@ -39,11 +72,7 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 	if known := o.lookup(tuple); known != nil {
 		return known, reason{} // another reader was faster
 	}
-	q := policy.Query{Ingress: true, Proto: p.proto, Src: tuple.Src(), Dst: tuple.Dst()}
-	if p.icmp != icmpIsNot {
-		q.ICMPType, q.ICMPCode = uint8(p.dport>>8), uint8(p.dport)
-		q.Dst = netip.AddrPortFrom(p.dst, 0)
-	}
+	q := queryOf(tuple)
 	rules := o.f.rules.Load()
 	v := rules.Decide(q)
 	if !v.Allowed() {
@@ -61,17 +90,8 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 			return nil, reason{}
 		}
 	}
-	fl := &inboundFlow{o: o, tuple: tuple, query: q, gone: true}
-	lease, err := o.f.table.Acquire(nat.Spec{
-		Orig: tuple, Rule: v.Rule(), Ingress: true, Forwarded: true,
-		Short: p.proto == protoUDP && p.dport == dnsPort, Expire: fl.expire,
-	})
-	if err != nil {
-		return nil, o.n.flow
-	}
-	fl.lease = lease
-	if !o.install(fl) {
-		lease.Release("stopped")
+	fl := o.newFlow(tuple, q)
+	if o.admit(fl, v) != nil {
 		return nil, o.n.flow
 	}
 	o.n.began.Add(1)
@@ -82,7 +102,8 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		if flags&header.TCPFlagFin != 0 {
 			// Late, of a flow that is over: not to be taken for one that lives.
 			fl.tcp.state = nat.LastAck
-			lease.SetState(nat.LastAck)
+			fl.lease.SetState(nat.LastAck)
+			fl.remember(nat.LastAck)
 		} else {
 			fl.track(nat.Original, p)
 		}
@@ -103,6 +124,7 @@ func (o *outside) install(fl *inboundFlow) bool {
 		return false
 	}
 	fl.gone = false
+	fl.slot = o.memory.note(fl.tuple, nat.SynSent)
 	o.flows[fl.tuple] = fl
 	o.count.Store(int32(len(o.flows)))
 	return true
@@ -117,6 +139,9 @@ func (fl *inboundFlow) remove() bool {
 		return false
 	}
 	fl.gone = true
+	if !o.closed { // what ends with the worker only is for the next one to know
+		o.memory.forget(fl.slot)
+	}
 	delete(o.flows, fl.tuple)
 	o.count.Store(int32(len(o.flows)))
 	return true

@@ -159,6 +159,7 @@ func (fl *inboundFlow) track(d nat.Dir, p *datum) (reopened bool) {
 	fl.mu.Unlock()
 	if before != after {
 		fl.lease.SetState(after)
+		fl.remember(after)
 	}
 	return reopened
 }

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 	"sluice/tun"
@@ -245,6 +246,12 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if _, err := m.rules.compile(); err != nil {
 		return err
 	}
+	if m.memory == nil {
+		if m.memory, err = flowMemory(); err != nil {
+			return err
+		}
+	}
+	defer m.memory.Close()
 	m.base = cfg.info(started)
 	start, err := processStart(os.Getpid())
 	if err != nil {
@@ -283,6 +290,24 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 		return err
 	}
 	return m.serveAttachment(ctx, server, first)
+}
+
+// flowMemory makes the memory in which a worker notes flows. Its size is sealed: a
+// worker that could shrink it could make its successor die of it.
+func flowMemory() (*os.File, error) {
+	fd, err := unix.MemfdCreate("flows", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("make the memory for flows: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "flows")
+	if err = f.Truncate(forwarder.MemorySize); err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("make the memory for flows: %w", err)
+	}
+	return f, nil
 }
 
 // claim takes the attachment's name.
@@ -337,8 +362,11 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 			m.setState(api.StateRestarting)
 			err := m.takeOver(t.exe, resumption{}, t.client)
 			m.change.Unlock()
+			var failed error
+			if first, failed = m.startWorker(inner); failed != nil {
+				first = stillborn(failed.Error())
+			}
 			t.failed <- err
-			first = stillborn("it made way for another binary")
 		}
 	}
 }

@@ -212,9 +212,8 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 	in := newTalk(t, p.outside, p.inside, podAddr4.Addr().String())
 	out := newTalk(t, p.inside, p.outside, outside4)
 	dir := shortDir(t)
-	script := func(text string) string {
-		path := filepath.Join(dir, "script")
-		_ = os.Remove(path)
+	script := func(name, text string) string {
+		path := filepath.Join(dir, name)
 		must(t, os.WriteFile(path, []byte(text), 0o755))
 		return path
 	}
@@ -227,8 +226,8 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 		{"not a program of ours", "/bin/true", "cannot take over"},
 		{"only root may read it", broken, "chmod 755"},
 		{"a directory", dir, "no regular file"},
-		{"one that cannot be executed after all", script("#!/bin/sh\n[ \"$2\" = --version ] && echo " + takeoverVersion + " && rm $0\n"), "execute"},
-		{"one whose worker does not start", script("#!/bin/sh\n[ \"$2\" = --version ] && echo " + takeoverVersion + " && exit\nexec " + broken + " \"$@\"\n"), "the old binary serves again"},
+		{"one that cannot be executed after all", script("vanishing", "#!/bin/sh\n[ \"$2\" = --version ] && echo "+takeoverVersion+" && rm $0\n"), "execute"},
+		{"one whose worker does not start", script("failing", "#!/bin/sh\n[ \"$2\" = --version ] && echo "+takeoverVersion+" && exit\nexec "+broken+" \"$@\"\n"), "the old binary serves again"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)

@@ -42,6 +42,7 @@ type monitor struct {
 	// An attachment's only.
 	att       *AttachmentConfig
 	listener  *net.UnixListener // the control server's
+	memory    *os.File          // where workers note flows for their successors
 	takeovers chan takeover
 
 	// socketWants holds a token per socket being made for the worker.
@@ -171,6 +172,7 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 	var fds []int
 	if m.att != nil {
 		w, fds = m.att.workerConfig()
+		fds = append(fds, fdOf(m.memory))
 	} else {
 		w, fds = m.sandboxConfig()
 	}

@@ -13,8 +13,8 @@ import (
 // The bodies of the channel's messages.
 
 // workerConfig is all a worker needs to know. The descriptors that come with
-// it, in this order: the device's queues, the inbound device's, then raw ICMP, raw
-// ICMPv6 and the flow log for those of the four that are said to be there.
+// it, in this order: the device's queues, the inbound device's and the memory for its
+// flows, then raw ICMP, raw ICMPv6 and the flow log, for those that are said to be there.
 type workerConfig struct {
 	Name       string           `json:"name"`
 	Device     tun.Config       `json:"device"`

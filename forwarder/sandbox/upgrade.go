@@ -60,6 +60,7 @@ type resumption struct {
 	Log        []api.LogLine     `json:"log,omitempty"`
 	Lock       int               `json:"lock"`
 	Listener   int               `json:"listener"`
+	Memory     int               `json:"memory"` // of flows
 	// Client is the connection that asked; 0 once it was answered.
 	Client int `json:"client,omitempty"`
 	// Previous is the binary to go back to; 0 on the way back itself, and Failure
@@ -153,6 +154,7 @@ func (m *monitor) takeOver(exe string, r resumption, client *net.UnixConn) error
 	m.mu.Unlock()
 	r.Log, _ = m.log.last(0)
 	r.Lock, r.Listener = fds.keep(m.dir.lock), fds.keep(m.listener)
+	r.Memory = fds.keep(m.memory)
 	if client != nil {
 		r.Client = fds.keep(client)
 	}
@@ -215,6 +217,8 @@ func (m *monitor) resume(r *resumption) error {
 	}
 	m.dir = &Dir{path: filepath.Join(registry.path, m.att.Name), lock: os.NewFile(uintptr(r.Lock), lockFile)}
 	unix.CloseOnExec(r.Lock)
+	unix.CloseOnExec(r.Memory)
+	m.memory = os.NewFile(uintptr(r.Memory), "flows")
 	f := os.NewFile(uintptr(r.Listener), socketFile)
 	defer f.Close()
 	l, err := net.FileListener(f)

@@ -49,6 +49,7 @@ type worker struct {
 	flows *flowLog
 
 	inbound *tun.Device // in0's, until that is made
+	memory  []byte      // of its flows; never unmapped
 
 	ctx     context.Context // of control connections; ends with the worker
 	clients chan struct{}   // a token per control connection
@@ -100,6 +101,7 @@ func runWorker(log *slog.Logger) error {
 type handed struct {
 	device     []int
 	inbound    []int // one or none
+	memory     int   // with inbound
 	raw4, raw6 int   // -1 if there is none
 	flowLog    *os.File
 }
@@ -107,7 +109,7 @@ type handed struct {
 func (c *workerConfig) sort(fds []int) (handed, error) {
 	h := handed{raw4: -1, raw6: -1}
 	want := c.Queues
-	for _, has := range []bool{c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
+	for _, has := range []bool{c.Inbound != nil, c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
 		if has {
 			want++
 		}
@@ -122,7 +124,7 @@ func (c *workerConfig) sort(fds []int) (handed, error) {
 		return fd
 	}
 	if c.Inbound != nil {
-		h.inbound = []int{next()}
+		h.inbound, h.memory = []int{next()}, next()
 	}
 	if c.HasRaw4 {
 		h.raw4 = next()
@@ -159,6 +161,9 @@ func (w *worker) run(fds []int) error {
 	if w.cfg.Inbound != nil {
 		if w.inbound, err = tun.Adopt(h.inbound, *w.cfg.Inbound); err != nil {
 			return fmt.Errorf("adopt the inbound device: %w", err)
+		}
+		if w.memory, err = unix.Mmap(h.memory, 0, forwarder.MemorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+			return fmt.Errorf("map the memory for flows: %w", err)
 		}
 	}
 	if err := confine.Apply(confine.Config{KeepFDs: append([]int{0, 1, 2, workerChannelFD}, fds...)}); err != nil {
@@ -244,6 +249,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		}
 		// Who is told of the pod's addresses is told by its runtime.
 		fc.Inbound, fc.OnlyHost, fc.DHCPHandler, fc.DNSHandler = w.in0, true, nil, nil
+		fc.Memory = w.memory
 	}
 	if w.fwd, err = forwarder.New(fc); err != nil {
 		return err
