@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 
 	"github.com/containernetworking/cni/pkg/skel"
 )
@@ -33,6 +35,9 @@ func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 		return fmt.Errorf("sluice: DEL: %w", err)
 	}
 	if err := p.teardown(ctx, c, args, h, a, true); err != nil {
+		if _, statErr := os.Lstat(s.netns(h.name)); a == nil && errors.Is(statErr, fs.ErrNotExist) {
+			_ = h.remove() // the delegates', who are not at home: nothing of ours is left
+		}
 		return fmt.Errorf("sluice: DEL: %w", err)
 	}
 	return nil
