@@ -1,6 +1,7 @@
 package forwarder
 
 import (
+	"sync/atomic"
 	"testing"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -13,13 +14,13 @@ import (
 // sink is a link that swallows what is written, as directly as the device does.
 type sink struct {
 	*channel.Endpoint
-	written int
+	written atomic.Int64
 }
 
 func (s *sink) QDisc() stack.QueueingDiscipline { return s }
 func (s *sink) Close()                          {}
 func (s *sink) WritePacket(*stack.PacketBuffer) tcpip.Error {
-	s.written++
+	s.written.Add(1)
 	return nil
 }
 
@@ -60,8 +61,8 @@ func TestInboundAllocatesNothingPerPacket(t *testing.T) {
 		if n := testing.AllocsPerRun(500, out); n > 0 {
 			t.Errorf("%v allocations for a segment of %d bytes from the sandbox", n, size)
 		}
-		if inside.written != 601 || outside.written != 601 {
-			t.Errorf("%d segments reached the sandbox, %d the outside", inside.written, outside.written)
+		if in, out := inside.written.Load(), outside.written.Load(); in != 601 || out != 601 {
+			t.Errorf("%d segments reached the sandbox, %d the outside", in, out)
 		}
 	}
 }

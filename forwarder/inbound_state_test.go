@@ -1,8 +1,10 @@
 package forwarder
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -186,4 +188,50 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 	}
 	w.silent("an end by timeout, inside")
 	w.out.silent("an end by timeout, outside")
+}
+
+// Both links' readers, policy and the table work at the same time; the wire's clean-up
+// holds that nothing is left.
+func TestInboundUnderLoadFromAllSides(t *testing.T) {
+	w := newPodWire(t, allowAll, func(c *Config) {
+		c.Memory, c.Table = make([]byte, MemorySize), nat.NewTable(nat.Config{Limits: nat.Limits{Max: 32}})
+	})
+	inside, outside := &sink{Endpoint: w.ep}, &sink{Endpoint: w.out.ep}
+	w.f.outside.sandbox, w.f.outside.in0 = newOutlet(inside), newOutlet(outside)
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			random := rand.New(rand.NewPCG(uint64(g), 7))
+			flags := []header.TCPFlags{header.TCPFlagSyn, header.TCPFlagSyn | header.TCPFlagAck, header.TCPFlagAck, header.TCPFlagFin | header.TCPFlagAck, header.TCPFlagRst}
+			for range 3000 {
+				client, server := at(client4, uint16(1+random.IntN(64))), at(guest4, uint16(80+random.IntN(2)))
+				from, src, dst := w.out, client, server
+				if g%2 == 1 {
+					from, src, dst = w.wire, server, client
+				}
+				switch random.IntN(4) {
+				case 0:
+					from.send(udpPacket(src, dst, nil))
+				case 1:
+					from.sendBytes(fragment4(udpPacket(src, dst, pattern(64)), 0, true), 0)
+				default:
+					from.send(segment(src, dst, flags[random.IntN(len(flags))], random.Uint32N(100), random.Uint32N(100)))
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		for i := range 60 {
+			text := allowAll
+			if i%2 == 0 {
+				text = strings.Replace(onlyHTTP, "%s", "drop", 1)
+			}
+			w.f.SetRules(compile(t, text))
+			w.table.Expire(time.Now())
+		}
+	})
+	wg.Wait()
+	if n, m := w.table.Len(), int(w.f.outside.count.Load()); m > n || n > 32 {
+		t.Errorf("%d flows, %d inbound ones", n, m)
+	}
 }
