@@ -254,7 +254,7 @@ func (ad *adding) interfaceAsExpected() error {
 		return fmt.Errorf("the pod has no interface %s: the plugin before sluice must make it", ad.args.IfName)
 	case ad.a.Delegated:
 		return fmt.Errorf("the pod has an interface %s already", ad.args.IfName)
-	case link.Type() == "tuntap" || link.Type() == "tun":
+	case isDevice(link):
 		return fmt.Errorf("the interface %s is a TUN or TAP device: sluice must be chained once only", ad.args.IfName)
 	}
 	return nil

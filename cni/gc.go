@@ -159,7 +159,7 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	if err := p.Launcher.Stop(ctx, *a.Launch); err != nil {
 		return err
 	}
-	if err := errors.Join(removeOurs(podH, a.IfName), removeOurs(uplinkH, inboundName)); err != nil {
+	if err := errors.Join(removeDevice(podH, a.IfName), removeDevice(uplinkH, inboundName)); err != nil {
 		return err
 	}
 	var u undo

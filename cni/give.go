@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
 )
 
 // giving is the main interface on its way back from the uplink namespace to the pod.
@@ -89,7 +90,7 @@ func (g *giving) give() error {
 	if err != nil || link == nil {
 		return err
 	}
-	if err := removeOurs(h, g.ifName); err != nil {
+	if err := g.clearName(h); err != nil {
 		return err
 	}
 	if err := h.LinkSetName(link, g.ifName); err != nil {
@@ -107,3 +108,20 @@ func (g *giving) give() error {
 	}
 	return nil
 }
+
+// clearName takes the name from our device. A device that is ending takes the kernel some
+// 20 ms, which only its name makes worth waiting for; kernels before 6.2 rename none that
+// is up, so there it is waited for.
+func (g *giving) clearName(h *netlink.Handle) error {
+	link, err := findLink(h, g.ifName)
+	if err != nil || link == nil || !isDevice(link) {
+		return err
+	}
+	if h.LinkSetName(link, g.ending()) == nil {
+		return nil
+	}
+	return removeDevice(h, g.ifName)
+}
+
+// ending is what our device is called while it ends.
+func (g *giving) ending() string { return "end" + g.onTheWay()[len("end"):] }

@@ -17,7 +17,8 @@ type Launcher interface {
 	// and cgroup, and returns when its worker serves. It is given duplicates of what it
 	// needs: the descriptors stay the caller's to close.
 	Launch(ctx context.Context, a LaunchSpec) (pid int, start uint64, err error)
-	// Stop ends the monitor and waits until it is gone; it is no error if it is.
+	// Stop ends the monitor and waits until neither it nor its worker serves; it is no
+	// error if that is so. Its devices may end a little later.
 	Stop(ctx context.Context, a LaunchSpec) error
 	// Alive says whether the monitor and its worker serve.
 	Alive(ctx context.Context, a LaunchSpec) error

@@ -131,17 +131,18 @@ func ipv6Off(n ns.NetNS, name string) (off bool, err error) {
 	return off, nil
 }
 
-// removeOurs deletes an interface called name if it is a TUN or TAP device: a worker's
-// that has not let go of it.
-func removeOurs(h *netlink.Handle, name string) error {
+// isDevice says whether an interface is a TUN or TAP device, as ours are and no main
+// plugin's is that has a sluice after it.
+func isDevice(link netlink.Link) bool { return link.Type() == "tuntap" || link.Type() == "tun" }
+
+// removeDevice deletes an interface called name if it is a device: a worker's that has not
+// let go of it.
+func removeDevice(h *netlink.Handle, name string) error {
 	link, err := findLink(h, name)
-	if err != nil || link == nil {
+	if err != nil || link == nil || !isDevice(link) {
 		return err
 	}
-	if link.Type() != "tuntap" && link.Type() != "tun" {
-		return nil
-	}
-	if err := h.LinkDel(link); err != nil {
+	if err := h.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("delete the device %s: %w", name, err)
 	}
 	return nil

@@ -262,8 +262,9 @@ func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
 }
 
 // StopAttachment ends the monitor of an attachment in order, or by force if that
-// takes longer than ctx allows, and waits until it is gone. That nobody serves name
-// is no error. runtimeDir is AttachmentConfig.RuntimeDir.
+// takes longer than ctx allows, and waits until it serves no more and its worker is gone;
+// its devices end a moment later. That nobody serves name is no error. runtimeDir is
+// AttachmentConfig.RuntimeDir.
 func StopAttachment(ctx context.Context, runtimeDir, name string) error {
 	r, err := registryAt(runtimeDir)
 	if err != nil {
@@ -288,20 +289,18 @@ func (r *Registry) stop(ctx context.Context, name string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, stopGrace)
 	defer cancel()
-	var last State
 	for sig := unix.SIGTERM; ; {
 		// Its lock goes with the process, so reap clears up what that could not.
 		alive, err := r.reap(name)
 		if err != nil {
 			return err
 		}
-		if alive {
-			last = r.state(name)
-			err = signalMonitor(last, sig)
-		} else if !last.running() {
+		if !alive {
+			// Its worker is gone, and it has only its devices to end, which takes the
+			// kernel longer than all else.
 			return nil
 		}
-		if err != nil {
+		if err := signalMonitor(r.state(name), sig); err != nil {
 			return err
 		}
 		sleepContext(ctx, stopPoll)
@@ -361,20 +360,6 @@ func processStart(pid int) (uint64, error) {
 		return 0, fmt.Errorf("/proc/%d/stat is too short", pid)
 	}
 	return strconv.ParseUint(fields[startTime], 10, 64)
-}
-
-// running says whether the process that wrote s is there, and no mere zombie.
-func (s State) running() bool {
-	if s.PID == 0 {
-		return false
-	}
-	fd, err := unix.PidfdOpen(s.PID, 0)
-	if err != nil {
-		return false
-	}
-	defer unix.Close(fd)
-	start, err := processStart(s.PID)
-	return err == nil && start == s.Start && processAlive(fd)
 }
 
 // signalMonitor sends a signal to the monitor that wrote s, and to no other process
