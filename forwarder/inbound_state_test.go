@@ -190,10 +190,19 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 	w.out.silent("an end by timeout, outside")
 }
 
+const openIn = `
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata: {name: open-in}
+spec:
+  defaultAction: drop
+  ingress: [{name: any, action: allow}]
+`
+
 // Both links' readers, policy and the table work at the same time; the wire's clean-up
 // holds that nothing is left.
 func TestInboundUnderLoadFromAllSides(t *testing.T) {
-	w := newPodWire(t, allowAll, func(c *Config) {
+	w := newPodWire(t, openIn, func(c *Config) {
 		c.Memory, c.Table = make([]byte, MemorySize), nat.NewTable(nat.Config{Limits: nat.Limits{Max: 32}})
 	})
 	inside, outside := &sink{Endpoint: w.ep}, &sink{Endpoint: w.out.ep}
@@ -222,7 +231,7 @@ func TestInboundUnderLoadFromAllSides(t *testing.T) {
 	}
 	wg.Go(func() {
 		for i := range 60 {
-			text := allowAll
+			text := openIn
 			if i%2 == 0 {
 				text = strings.Replace(onlyHTTP, "%s", "drop", 1)
 			}
