@@ -91,6 +91,10 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		}
 	}
 	fl := o.newFlow(tuple, q)
+	late := flags&header.TCPFlagFin != 0 // of a flow that is over: not to be taken for one that lives
+	if late {
+		fl.tcp.state = nat.LastAck
+	}
 	if o.admit(fl, v) != nil {
 		return nil, o.n.flow
 	}
@@ -99,9 +103,7 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		if flags != header.TCPFlagSyn {
 			o.n.pickedUp.Add(1)
 		}
-		if flags&header.TCPFlagFin != 0 {
-			// Late, of a flow that is over: not to be taken for one that lives.
-			fl.tcp.state = nat.LastAck
+		if late {
 			fl.lease.SetState(nat.LastAck)
 			fl.remember(nat.LastAck)
 		} else {

@@ -152,11 +152,11 @@ func (fl *inboundFlow) track(d nat.Dir, p *datum) (reopened bool) {
 	if flags&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
 		end++
 	}
-	fl.mu.Lock()
+	fl.mu.Lock() // before the table's locks, so that its word and ours stay the same
+	defer fl.mu.Unlock()
 	before := fl.tcp.leaseState()
 	reopened = fl.tcp.see(d, flags, t.SequenceNumber(), t.AckNumber(), end)
 	after := fl.tcp.leaseState()
-	fl.mu.Unlock()
 	if before != after {
 		fl.lease.SetState(after)
 		fl.remember(after)
