@@ -123,8 +123,8 @@ func fragment4(p packet, off int, more bool) []byte {
 }
 
 func TestHostileFragments(t *testing.T) {
-	now := time.Now()
-	w := newPodWire(t, allowAll, func(c *Config) { c.Now = func() time.Time { return now } })
+	clock := newTestClock()
+	w := newPodWire(t, allowAll, func(c *Config) { c.Now = clock.now })
 	w.connect(at(client4, 40000), at(guest4, 80))
 	data := dataSegment(at(client4, 40000), at(guest4, 80), header.TCPFlagAck, 1001, 5001, pattern(100))
 	part := func(id uint16, l4 []byte) packet {
@@ -159,7 +159,7 @@ func TestHostileFragments(t *testing.T) {
 	drop("a fragment over the TCP header", fragment4(part(2, data.l4[8:]), 8, false), "inbound_fragment")
 	pass("an honest one", fragment4(part(2, data.l4[48:]), 48, false))
 	drop("one of another packet", fragment4(part(3, data.l4[48:]), 48, false), "inbound_fragment")
-	now = now.Add(fragTimeout + time.Second)
+	clock.advance(fragTimeout + time.Second)
 	drop("one that comes too late", fragment4(part(2, data.l4[48:]), 48, false), "inbound_fragment")
 
 	pass("another first fragment", fragment4(part(4, data.l4[:48]), 0, true))

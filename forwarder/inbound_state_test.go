@@ -168,10 +168,9 @@ func TestAByteBudgetEndsInboundFlows(t *testing.T) {
 }
 
 func TestInboundFlowsTimeOut(t *testing.T) {
-	now := time.Now()
-	clock := func() time.Time { return now }
-	table := nat.NewTable(nat.Config{Now: clock})
-	w := newPodWire(t, allowAll, func(c *Config) { c.Table, c.Now = table, clock })
+	clock := newTestClock()
+	table := nat.NewTable(nat.Config{Now: clock.now})
+	w := newPodWire(t, allowAll, func(c *Config) { c.Table, c.Now = table, clock.now })
 	arrives(t, w.out, w.wire, udpPacket(at(client4, 1), at(guest4, 53), nil)) // a question to a resolver
 	arrives(t, w.out, w.wire, udpPacket(at(client4, 1), at(guest4, 99), nil))
 	w.connect(at(client4, 1), at(guest4, 80))
@@ -179,8 +178,8 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 		after time.Duration
 		left  int
 	}{{11 * time.Second, 2}, {20 * time.Second, 1}, {100 * time.Hour, 1}, {432000 * time.Second, 0}} {
-		now = now.Add(step.after)
-		table.Expire(now)
+		clock.advance(step.after)
+		table.Expire(clock.now())
 		w.wantFlows(step.left)
 		if n := int(w.f.outside.count.Load()); n != step.left {
 			t.Errorf("%d inbound flows are left, want %d", n, step.left)

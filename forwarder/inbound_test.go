@@ -154,8 +154,7 @@ func TestInboundRefusals(t *testing.T) {
 
 func TestInboundRefusalsAreLimitedInRate(t *testing.T) {
 	w := newPodWire(t, fmt.Sprintf(onlyHTTP, "reject"), func(c *Config) {
-		now := time.Now()
-		c.Now = func() time.Time { return now }
+		c.Now = newTestClock().now // which stands still
 	})
 	for i := range icmpErrorsBurst + 50 {
 		w.out.send(segment(at(client4, uint16(i+1)), at(guest4, 81), header.TCPFlagSyn, 1, 0))
@@ -337,9 +336,9 @@ func TestHopLimitsArePutBack(t *testing.T) {
 }
 
 func TestInboundBandwidthIsLimited(t *testing.T) {
-	now := time.Now()
+	clock := newTestClock()
 	const limits = "\n  limits: {ingressBandwidth: 8M, egressBandwidth: 8M}\n"
-	w := newPodWire(t, allowAll[:len(allowAll)-1]+limits, func(c *Config) { c.Now = func() time.Time { return now } })
+	w := newPodWire(t, allowAll[:len(allowAll)-1]+limits, func(c *Config) { c.Now = clock.now })
 	client, server := at(client4, 1), at(guest4, 2)
 	send := func(from, to *wire, p packet) (passed int) {
 		for range 200 { // of 1000 bytes, with a bucket of 64 KiB
@@ -361,7 +360,7 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 	if n := w.f.Stats()["inbound_bandwidth"]; n != 2*134 {
 		t.Errorf("%d drops were counted", n)
 	}
-	now = now.Add(10 * time.Millisecond) // 10 000 bytes
+	clock.advance(10 * time.Millisecond) // 10 000 bytes
 	if n := send(w.out, w.wire, udpPacket(client, server, pattern(972))); n != 10 {
 		t.Errorf("%d packets came in 10 ms later", n)
 	}
