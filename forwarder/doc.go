@@ -15,6 +15,13 @@
 //	splice.go  ◄── stack readiness by waiter callbacks (runq.go)              ▼
 //	           ◄── host readiness by epoll (poller.go) ─────────────── host sockets
 //
+// A pod is also reached from outside by its own address. That traffic comes on a
+// second link and passes as packets, judged and tracked but not terminated:
+//
+//	second link ◄══► inbound.go ◄══► link
+//	                    │ new flow
+//	                    └──► policy.Rules.Decide ──► nat.Table.Acquire
+//
 // The package knows nothing of devices, processes or configuration files: it
 // is given a link, a flow table and a snapshot of rules, and it is the only
 // place of the program that opens outbound host sockets (dialer.go).

@@ -183,7 +183,10 @@ func (w *worker) run(fds []int) error {
 	if err := w.ch.Send(msgReady, 0, nil); err != nil {
 		return err
 	}
-	go w.watchLink()
+	go w.watchLink("device", w.link)
+	if w.in0 != nil {
+		go w.watchLink("inbound device", w.in0)
+	}
 
 	answer, err := w.messages(ended)
 	cancel()
