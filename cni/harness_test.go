@@ -290,7 +290,7 @@ func (l *procLauncher) Stop(_ context.Context, a LaunchSpec) error {
 }
 
 func (l *procLauncher) Alive(_ context.Context, a LaunchSpec) error {
-	if pid := l.pid(a.Name); pid == 0 || unix.Kill(pid, 0) != nil {
+	if !lives(l.pid(a.Name)) {
 		return errors.New("the monitor is dead")
 	}
 	return nil
@@ -306,7 +306,7 @@ func (l *procLauncher) Check(a LaunchSpec) error {
 func (l *procLauncher) living() (out []int) {
 	entries, _ := os.ReadDir(l.dir)
 	for _, e := range entries {
-		if pid := l.pid(e.Name()); pid != 0 && unix.Kill(pid, 0) == nil {
+		if pid := l.pid(e.Name()); lives(pid) {
 			out = append(out, pid)
 		}
 	}
@@ -317,6 +317,20 @@ func (l *procLauncher) stopAll(*testing.T) {
 	for _, pid := range l.living() {
 		endProcess(pid)
 	}
+}
+
+// lives says whether a process is there and has not ended; a zombie has.
+func lives(pid int) bool {
+	if pid == 0 {
+		return false
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return n == 0 && err == nil
 }
 
 // endProcess kills a process and waits until it is gone, or waits only for its parent.
