@@ -1,6 +1,7 @@
 package forwarder
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 
@@ -120,7 +121,7 @@ func checkSide(t *testing.T, pkt *stack.PacketBuffer, inside, mended bool) {
 	v := pkt.ToView()
 	defer v.Release()
 	b := v.AsSlice()
-	src, dst := client4, client4
+	var src, dst netip.Addr
 	switch {
 	case pkt.NetworkProtocolNumber == header.ARPProtocolNumber:
 		return

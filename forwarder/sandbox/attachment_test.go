@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -92,14 +91,13 @@ func (n namespace) do(f func()) {
 	must(n.t, err)
 	defer unix.Close(fd)
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
+	onOwnThread(func() {
 		err := unix.Setns(fd, unix.CLONE_NEWNET)
 		if err == nil {
 			f()
 		}
 		done <- err
-	}()
+	})
 	must(n.t, <-done)
 }
 
@@ -194,6 +192,11 @@ func (p *pod) config(t *testing.T) AttachmentConfig {
 	dup, err := unix.FcntlInt(uintptr(p.in0.FDs()[0]), unix.F_DUPFD_CLOEXEC, 3)
 	must(t, err)
 	cfg.In0 = guest.PlainFile(dup)
+	t.Cleanup(func() {
+		for _, f := range append(cfg.Device, cfg.In0) {
+			_ = f.Close()
+		}
+	})
 	return cfg
 }
 
@@ -211,7 +214,7 @@ func attach(t *testing.T, cfg AttachmentConfig) (pid int, client api.Client) {
 		if err := StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name); err != nil {
 			t.Error(err)
 		}
-		if _, err := processStart(pid); err == nil {
+		if (State{PID: pid, Start: start}).running() {
 			t.Errorf("the monitor %d is still there", pid)
 		}
 		if entries, _ := os.ReadDir(cfg.RuntimeDir); len(entries) > 0 {
