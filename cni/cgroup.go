@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Where a monitor belongs. The runtime starts us in its own cgroup, and a service
@@ -67,14 +69,21 @@ func (h hierarchy) target(podPath string) (string, error) {
 	return mkdir(filepath.Join(h.mount, ownCgroup))
 }
 
+// mkdir makes a cgroup. Where the hierarchy is not ours to change, as inside a container,
+// there is no service manager to escape from either.
 func mkdir(dir string) (string, error) {
-	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return "", err
+	err := os.Mkdir(dir, 0o755)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrExist):
+		return dir, nil
+	case errors.Is(err, unix.EROFS), errors.Is(err, fs.ErrPermission), errors.Is(err, fs.ErrNotExist):
+		return "", nil
 	}
-	return dir, nil
+	return "", err
 }
 
-// removeCgroups removes what cgroupDirs made, unless others are in there.
+// removeCgroups removes what cgroupDirs made, if nobody is in there: the monitor that is
+// just ending may be. One inside a pod's cgroup goes with that; the other is there once.
 func removeCgroups(dirs []string) {
 	for _, dir := range dirs {
 		if filepath.Base(dir) == ownCgroup {

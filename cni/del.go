@@ -79,8 +79,12 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	// one: done together they take half the time.
 	taken := make(chan error, 1)
 	go func() { taken <- back.take() }()
+	spec := LaunchSpec{Name: h.name, RuntimeDir: h.store.runtimeDir()}
+	if a != nil && a.Launch != nil {
+		spec = *a.Launch
+	}
 	if sameBoot && (a == nil || a.State != StatePassed) {
-		err = p.stop(ctx, h, a)
+		err = p.Launcher.Stop(ctx, spec)
 	}
 	errs = append(errs, <-taken)
 	if err != nil {
@@ -96,23 +100,11 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 		errs = append(errs, p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath))
 	}
 	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
+	removeCgroups(spec.Cgroups)
 	if err := errors.Join(errs...); err != nil || !final {
 		return err
 	}
 	return h.remove()
-}
-
-// stop ends the monitor, and takes away what was made for it alone.
-func (p *Plugin) stop(ctx context.Context, h *held, a *Attachment) error {
-	spec := LaunchSpec{Name: h.name, RuntimeDir: h.store.runtimeDir()}
-	if a != nil && a.Launch != nil {
-		spec = *a.Launch
-	}
-	if err := p.Launcher.Stop(ctx, spec); err != nil {
-		return err
-	}
-	removeCgroups(spec.Cgroups)
-	return nil
 }
 
 // delDelegated runs the delegates' DEL, on the namespace that they were added to if it
