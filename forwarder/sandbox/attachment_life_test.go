@@ -29,6 +29,19 @@ func call(t *testing.T, c api.Client, method string, params, result any) {
 	}
 }
 
+// isGone waits until a process is collected.
+func isGone(t *testing.T, pid int) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for _, err := processStart(pid); err == nil; _, err = processStart(pid) {
+		if time.Now().After(deadline) {
+			t.Errorf("process %d is still there", pid)
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
 // talk is a connection whose server echoes.
 type talk struct {
 	net.Conn
@@ -286,15 +299,8 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
 	must(t, syscall.Kill(pid, syscall.SIGKILL))
-	deadline := time.Now().Add(5 * time.Second)
-	for _, pid := range []int{pid, info.WorkerPID} {
-		for _, err := processStart(pid); err == nil; _, err = processStart(pid) {
-			if time.Now().After(deadline) {
-				t.Fatalf("process %d is still there", pid)
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
-	}
+	isGone(t, pid)
+	isGone(t, info.WorkerPID)
 	if err := AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name); !errors.Is(err, ErrNoSandbox) {
 		t.Errorf("alive: %v", err)
 	}
