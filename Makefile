@@ -14,9 +14,10 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: build run test bench lint fuzz clean
 
-# One static binary.
+# One static binary for people, and one that is a CNI plugin.
 build:
 	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice ./cmd/sluice
+	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice-cni ./cmd/sluice-cni
 	$(GO) build -trimpath -o build/peer ./e2e/peer
 
 # A sandboxed request that is answered, one that policy refuses, and the flow table.

@@ -30,6 +30,7 @@ var allowed = map[string][]string{
 	"forwarder/sandbox/api":     {"nat", "policy"},
 	"forwarder/sandbox/confine": {},
 	"forwarder/sandbox/guest":   {"tun"},
+	"cni":                       {"tun"},
 	"e2e":                       {},
 	"e2e/peer":                  {},
 	"e2e/bench":                 {},

@@ -1,9 +1,12 @@
 package forwarder
 
-// The device's queues are read by the engine: a batch of frames, then what the batch
+// The devices' queues are read by the engine: a batch of frames, then what the batch
 // gave rise to. Another of the engine's goroutines may read the next batch meanwhile.
 
-import "golang.org/x/sys/unix"
+import (
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
 
 // polledLink is a link that leaves the waiting for frames to its user.
 type polledLink interface {
@@ -19,9 +22,9 @@ type deviceQueue struct {
 	read func() (more bool)
 }
 
-// pollDevice has the engine read the link, if the link wants that.
-func (f *Forwarder) pollDevice() error {
-	l, ok := f.cfg.Link.(polledLink)
+// pollLink has the engine read link, if link wants that.
+func (f *Forwarder) pollLink(link stack.LinkEndpoint) error {
+	l, ok := link.(polledLink)
 	if !ok {
 		return nil
 	}

@@ -29,6 +29,7 @@ type Dialer struct {
 	refused  *atomic.Uint64 // asked for without a verdict that allows it
 	exhausts *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
 	log      *slog.Logger
+	pod      bool         // see dialer_pod.go
 	told     atomic.Int64 // when the last lack was logged, in Unix seconds
 }
 
@@ -41,8 +42,9 @@ func newDialer(s *stats, log *slog.Logger) *Dialer {
 
 // tcpConnect starts a connection to the verdict's target. connected tells that
 // it is established already, as it is for most local targets; otherwise the
-// descriptor becomes writable when the attempt ends, and SO_ERROR says how.
-func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta) (fd int, connected bool, err error) {
+// descriptor becomes writable when the attempt ends, and SO_ERROR says how. src is
+// the sandbox's address, which only a pod's sockets have too.
+func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta, src netip.Addr) (fd int, connected bool, err error) {
 	to := v.Target()
 	if !v.Allowed() || v.Proto() != unix.IPPROTO_TCP {
 		d.refused.Add(1)
@@ -57,6 +59,10 @@ func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta) (fd int, connected bool,
 		return -1, false, err
 	}
 	if err := setHops(fd, to.Addr().Is6(), h); err != nil {
+		d.close(fd)
+		return -1, false, err
+	}
+	if err := d.prepareStream(fd, src); err != nil {
 		d.close(fd)
 		return -1, false, err
 	}

@@ -18,6 +18,13 @@
 // engine.go runs all of it: one goroutine sleeps in epoll for the device and the host
 // sockets alike and runs what it finds to completion; others help when there is much.
 //
+// A pod is also reached from outside by its own address. That traffic comes on a
+// second link and passes as packets, judged and tracked but not terminated:
+//
+//	second link ◄══► inbound.go ◄══► link
+//	                    │ new flow
+//	                    └──► policy.Rules.Decide ──► nat.Table.Acquire
+//
 // The package knows nothing of devices, processes or configuration files: it
 // is given a link, a flow table and a snapshot of rules, and it is the only
 // place of the program that opens outbound host sockets (dialer.go).

@@ -66,6 +66,18 @@ type Config struct {
 	DHCPHandler DHCPHandler  // nil: guests are configured from outside
 	Guests      GuestSockets // nil: loopback clients appear as the gateway
 
+	// Inbound is a second link for traffic from outside to the Guest addresses, which
+	// passes as packets (inbound.go); nil where there is none. It must offer the same
+	// offloads as Link, and the Guest addresses must be this network namespace's own:
+	// host sockets are bound to them (dialer_pod.go). Owned by the forwarder.
+	Inbound stack.LinkEndpoint
+	// Memory outlives this forwarder: in it the flows of Inbound are noted for the
+	// next one, MemorySize bytes of zeroes at first. It may be nil.
+	Memory []byte
+	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
+	// neighbour solicitation is answered, but for the Guest addresses.
+	OnlyHost bool
+
 	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
 	// no ping sockets; each is -1 or zero when there is none. Owned by the forwarder.
 	RawICMP4, RawICMP6 int
@@ -112,6 +124,7 @@ type Forwarder struct {
 	tcp       *tcpForwarder
 	dgram     *datagrams // UDP and ICMP
 	publish   *publisher
+	outside   *outside // nil without Config.Inbound
 	bandwidth bandwidth
 	limits    nat.Limits                               // the table's own, before any policy's
 	drop      func(reason string, pkt []byte)          // never nil
@@ -131,6 +144,9 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
 	}
+	if cfg.Inbound != nil && gsoOf(cfg.Inbound) != gsoOf(cfg.Link) {
+		return nil, errors.New("forwarder: the inbound link must offer the same offloads as the sandbox's")
+	}
 	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
 	if f.now == nil {
 		f.now = time.Now
@@ -144,6 +160,7 @@ func New(cfg Config) (*Forwarder, error) {
 	f.relayed = f.stats.counter("tcp_relayed_loopback")
 	f.rules.Store(new(policy.Rules))
 	f.dialer = newDialer(&f.stats, f.log)
+	f.dialer.pod = cfg.Inbound != nil
 	f.broadcast = directedBroadcast(cfg.Prefix4)
 	if len(cfg.Gateway) > 0 {
 		f.linkLocal = LinkLocal(cfg.Link.LinkAddress())
@@ -175,6 +192,9 @@ func (f *Forwarder) attach() error {
 	f.tcp = newTCPForwarder(f)
 	f.dgram = newDatagrams(f)
 	f.publish = newPublisher(f)
+	if f.cfg.Inbound != nil {
+		f.outside = newOutside(f)
+	}
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)
 	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
 	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.handleICMPv4)
@@ -193,9 +213,16 @@ func (f *Forwarder) attach() error {
 		eps[i] = ep
 	}
 	f.network.Store(&eps)
-	if err := f.pollDevice(); err != nil {
-		s.Destroy()
-		return fmt.Errorf("polling the device: %w", err)
+	links := []stack.LinkEndpoint{f.cfg.Link}
+	if f.outside != nil {
+		f.outside.attach()
+		links = append(links, f.cfg.Inbound)
+	}
+	for _, l := range links {
+		if err := f.pollLink(l); err != nil {
+			s.Destroy()
+			return fmt.Errorf("polling the device: %w", err)
+		}
 	}
 	return nil
 }
@@ -222,8 +249,14 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.dgram.close()
 	// In this order: Destroy waits for the link's readers with the stack's lock
 	// held, and a reader that is delivering may want that lock.
+	if f.outside != nil {
+		f.outside.detach()
+	}
 	f.cfg.Link.Close()
 	f.cfg.Link.Wait()
+	if f.outside != nil {
+		f.outside.close()
+	}
 	f.stack.Destroy()
 	f.engine.close()
 	wg.Wait()
@@ -293,6 +326,10 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.table.SetLimits(tableLimits(f.limits, l))
 	f.tcp.recheck(r)
 	f.dgram.recheck(r)
+	if f.outside != nil {
+		f.outside.restore(r)
+		f.outside.recheck(r)
+	}
 }
 
 // tableLimits lays the policy's limits over those that the table was made with;

@@ -161,7 +161,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 
 // open makes the socket of one echo identifier.
 func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocket, error) {
-	fd, err := e.f.dialer.EchoSocket(v)
+	fd, err := e.f.dialer.podEchoSocket(v, guest.Addr())
 	if err != nil {
 		for _, refusal := range []error{unix.EACCES, unix.EPERM, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EINVAL} {
 			if errors.Is(err, refusal) {

@@ -80,6 +80,9 @@ type filter struct {
 
 // DeliverNetworkPacket is called by the device's reader for each packet.
 func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	if t.f.outside != nil && t.f.outside.answer(pkt) {
+		return
+	}
 	var why reason
 	switch proto {
 	case header.IPv4ProtocolNumber:
@@ -215,6 +218,9 @@ func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) re
 			return t.n.short
 		}
 		target := netip.AddrFrom16([16]byte(b[nsTarget-header.IPv6AddressSize : nsTarget]))
+		if t.f.cfg.OnlyHost {
+			return t.judgeSolicitation(pkt, src, target)
+		}
 		if !t.f.isOwn(target) {
 			return t.n.neighbour
 		}
@@ -236,12 +242,39 @@ func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) re
 	return reason{}
 }
 
+// judgeSolicitation answers neighbour solicitations where all neighbours are behind
+// us. What the stack would have checked is checked here (RFC 4861 section 7.1.1).
+func (t *filter) judgeSolicitation(pkt *stack.PacketBuffer, src, target netip.Addr) reason {
+	b, ok := pkt.Data().PullUp(pkt.Data().Size())
+	if !ok {
+		return t.n.short
+	}
+	h := header.IPv6(b)
+	size := header.IPv6MinimumSize + int(h.PayloadLength())
+	if size > len(b) || h.HopLimit() != header.NDPHopLimit {
+		return t.n.neighbour
+	}
+	m := header.ICMPv6(b[header.IPv6MinimumSize:size])
+	sum := header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: m, Src: h.SourceAddress(), Dst: h.DestinationAddress()})
+	if len(m) < header.ICMPv6NeighborSolicitMinimumSize || m.Code() != 0 || m.Checksum() != sum ||
+		!t.f.answerSolicitation(src, target, header.NDPNeighborSolicit(m.MessageBody())) {
+		return t.n.neighbour
+	}
+	return handled
+}
+
 func (t *filter) judgeARP(pkt *stack.PacketBuffer) reason {
 	b, ok := pkt.Data().PullUp(header.ARPSize)
 	if !ok {
 		return t.n.short
 	}
 	h := header.ARP(b)
+	if t.f.cfg.OnlyHost {
+		if h.IsValid() && t.f.answerARP(h) {
+			return handled
+		}
+		return t.n.arp
+	}
 	if !h.IsValid() || !t.f.isOwn(netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))) {
 		return t.n.arp
 	}

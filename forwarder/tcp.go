@@ -209,7 +209,7 @@ func (fl *tcpFlow) dial() {
 		fl.mu.Unlock()
 		return
 	}
-	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops)
+	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
 	if err == nil && !connected {
 		t.enterDial(fl)

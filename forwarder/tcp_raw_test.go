@@ -10,8 +10,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-const protoTCP = uint8(header.TCPProtocolNumber)
-
 // segment is a TCP segment without data.
 func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) packet {
 	l4 := make([]byte, header.TCPMinimumSize)

@@ -118,7 +118,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 		return nil
 	}
 	err := u.install(fl, func() (*hostSocket, error) {
-		fd, err := u.f.dialer.PacketSocket(v)
+		fd, err := u.f.dialer.podPacketSocket(v, guest.Addr())
 		if err != nil {
 			return nil, err
 		}

@@ -59,6 +59,14 @@ func (l *Lease) Orig() Tuple { return l.spec.Orig }
 // Rule is the policy rule that let the flow in.
 func (l *Lease) Rule() string { return l.spec.Rule }
 
+// Ended says whether the flow is over.
+func (l *Lease) Ended() bool { return l.load()&dead != 0 }
+
+// evictable says whether a new flow may push this one out when its status is s.
+func (l *Lease) evictable(s status) bool {
+	return s.evictable() || l.spec.Forwarded && s&assured == 0
+}
+
 // State is where the flow stands.
 func (l *Lease) State() State { return l.load().state() }
 

@@ -30,7 +30,12 @@ type Spec struct {
 	Rule    string   // the policy rule that let it in
 	Names   []string // names of the far side, if known
 	Ingress bool     // a flow towards the container: Orig.Src is the far side
-	Short   bool     // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
+	// Forwarded: its packets pass, and both ends are elsewhere. The handshake is then
+	// theirs to bound: it is not charged to Limits.HalfOpen. As in the kernel, such a
+	// flow may give way to a new one until it is ASSURED, answered or not, or a flood
+	// from outside could fill the table.
+	Forwarded bool
+	Short     bool // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
 
 	// Expire is called once when the table ends the flow (timeout, early drop, byte
 	// budget, Kill), without locks held and after its budgets were repaid. It is
@@ -126,7 +131,7 @@ func (t *Table) Acquire(s Spec) (*Lease, error) {
 			return l, nil
 		}
 		l.mu.Unlock()
-		victim.end(now, ReasonEarlyDrop, true, func(s status, _ int64) bool { return s.evictable() })
+		victim.end(now, ReasonEarlyDrop, true, func(s status, _ int64) bool { return victim.evictable(s) })
 	}
 	t.mu.Lock()
 	t.stats.TableFull++
@@ -146,7 +151,7 @@ func initialStatus(proto uint8) status {
 func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
 	orig := l.spec.Orig
 	full := len(t.byTuple) >= t.limits.Max
-	halfOpen := l.load().state().halfOpen()
+	halfOpen := l.load().state().halfOpen() && !l.spec.Forwarded
 	switch {
 	case t.byTuple[orig] != nil:
 		t.stats.Exists++
@@ -190,12 +195,12 @@ func (t *Table) place(l *Lease) {
 	switch {
 	case s.state().closing():
 		t.file(l, &t.over)
-	case s.evictable():
+	case l.evictable(s):
 		t.file(l, &t.mute)
 	default:
 		t.file(l, nil)
 	}
-	if half := l.spec.Orig.proto == protoTCP && s.state().halfOpen(); half != l.halfOpen {
+	if half := l.spec.Orig.proto == protoTCP && s.state().halfOpen() && !l.spec.Forwarded; half != l.halfOpen {
 		l.halfOpen = half
 		if half {
 			t.halfOpen++

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 )
@@ -77,6 +78,18 @@ type Limits struct {
 	IngressBandwidth    Bandwidth `json:"ingressBandwidth,omitempty"`
 	TotalBytes          Bytes     `json:"totalBytes,omitempty"`
 	FlowsPerDestination int       `json:"flowsPerDestination,omitempty"`
+}
+
+// Or lays l over other: what l leaves open is as in other.
+func (l Limits) Or(other Limits) Limits {
+	return Limits{
+		Flows:               cmp.Or(l.Flows, other.Flows),
+		NewFlowsPerSecond:   cmp.Or(l.NewFlowsPerSecond, other.NewFlowsPerSecond),
+		EgressBandwidth:     cmp.Or(l.EgressBandwidth, other.EgressBandwidth),
+		IngressBandwidth:    cmp.Or(l.IngressBandwidth, other.IngressBandwidth),
+		TotalBytes:          cmp.Or(l.TotalBytes, other.TotalBytes),
+		FlowsPerDestination: cmp.Or(l.FlowsPerDestination, other.FlowsPerDestination),
+	}
 }
 
 // Action is what happens to a flow. The zero value denies.

@@ -39,6 +39,12 @@ func (b Bandwidth) String() string { return formatQuantity(int64(b), siUnits) }
 // MarshalText gives the shortest exact form that Parse reads back.
 func (b Bandwidth) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
 
+// UnmarshalText reads what MarshalText gave.
+func (b *Bandwidth) UnmarshalText(text []byte) (err error) {
+	*b, err = parseBandwidth(string(text))
+	return err
+}
+
 func (b Bytes) String() string {
 	si, iec := formatQuantity(int64(b), siUnits), formatQuantity(int64(b), iecUnits)
 	if len(iec) < len(si) {
@@ -49,6 +55,12 @@ func (b Bytes) String() string {
 
 // MarshalText gives the shortest exact form that Parse reads back.
 func (b Bytes) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
+
+// UnmarshalText reads what MarshalText gave.
+func (b *Bytes) UnmarshalText(text []byte) (err error) {
+	*b, err = parseBytes(string(text))
+	return err
+}
 
 func formatQuantity(v int64, units []unit) string {
 	for _, u := range units {

@@ -45,10 +45,10 @@ type verdict struct {
 	// is 0 if there is none. fill: it has to be filled in before anybody looks.
 	fill              bool
 	fillStart, fillAt int
-	// udpSegment is the datagram size of a UDP segment, 0 otherwise.
-	udpSegment uint16
-	gso        bool
-	source     mac // of a TAP frame
+	// segment is the payload size of the packets that a GSO segment stands for.
+	segment uint16
+	gso     bool
+	source  mac // of a TAP frame
 }
 
 // packet is the outcome of parsing the IP headers.
@@ -242,11 +242,10 @@ func (f *filter) inspectOffload(h vnetHeader, length int, p packet, v *verdict) 
 	case gsoUDPL4:
 		network, transport = v.proto, header.UDPProtocolNumber
 		offered = f.features.USO
-		v.udpSegment = h.gsoSize
 	default:
 		return unknownGSOType
 	}
-	v.gso = true
+	v.gso, v.segment = true, h.gsoSize
 	switch {
 	case !offered:
 		return gsoNotOffered

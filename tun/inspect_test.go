@@ -153,20 +153,21 @@ func TestGoodFrames(t *testing.T) {
 		validated bool
 		pktType   tcpip.PacketType
 		segment   uint16
+		open      bool
 	}{
-		{"a plain datagram is to be verified", vnetHeader{}, udpFrame, false, tcpip.PacketHost, 0},
-		{"a verified one is not", vnetHeader{flags: vnetDataValid}, udpFrame, true, tcpip.PacketHost, 0},
-		{"a verified fragment says nothing of the datagram", vnetHeader{flags: vnetDataValid}, refixIPv4(edit(udpFrame, 20, 0x20)), false, tcpip.PacketHost, 0},
-		{"an open UDP checksum is fine", vnetHeader{flags: vnetNeedsChecksum, csumStart: 34, csumOffset: 6}, udpFrame, true, tcpip.PacketHost, 0},
-		{"an open TCP checksum is fine", open4, tcpFrame, true, tcpip.PacketHost, 0},
-		{"a TCPv4 segment, whatever its hdr_len", segment(gsoTCPv4, 34, 16), tcpFrame, true, tcpip.PacketHost, 0},
-		{"a TCPv6 segment", segment(gsoTCPv6, 54, 16), tcp6Frame, true, tcpip.PacketHost, 0},
-		{"a TCPv4 segment with CWR", segment(gsoTCPv4|gsoECN, 34, 16), tcpFrame, true, tcpip.PacketHost, 0},
-		{"TCP behind an IPv6 extension header", vnetHeader{flags: vnetNeedsChecksum, csumStart: 62, csumOffset: 16}, toGateway(etherIPv6, options), true, tcpip.PacketHost, 0},
-		{"a UDP segment names its datagrams' size", segment(gsoUDPL4, 34, 6), udpFrame, true, tcpip.PacketHost, 1400},
-		{"Ethernet padding", vnetHeader{}, padded, false, tcpip.PacketHost, 0},
-		{"a broadcast", vnetHeader{}, append(bytes.Repeat([]byte{0xff}, 6), udpFrame[6:]...), false, tcpip.PacketBroadcast, 0},
-		{"a multicast", vnetHeader{}, append([]byte{0x33, 0x33, 0, 0, 0, 1}, tcp6Frame[6:]...), false, tcpip.PacketMulticast, 0},
+		{"a plain datagram is to be verified", vnetHeader{}, udpFrame, false, tcpip.PacketHost, 0, false},
+		{"a verified one is not", vnetHeader{flags: vnetDataValid}, udpFrame, true, tcpip.PacketHost, 0, false},
+		{"a verified fragment says nothing of the datagram", vnetHeader{flags: vnetDataValid}, refixIPv4(edit(udpFrame, 20, 0x20)), false, tcpip.PacketHost, 0, false},
+		{"an open UDP checksum is fine", vnetHeader{flags: vnetNeedsChecksum, csumStart: 34, csumOffset: 6}, udpFrame, true, tcpip.PacketHost, 0, true},
+		{"an open TCP checksum is fine", open4, tcpFrame, true, tcpip.PacketHost, 0, true},
+		{"a TCPv4 segment, whatever its hdr_len", segment(gsoTCPv4, 34, 16), tcpFrame, true, tcpip.PacketHost, 1400, true},
+		{"a TCPv6 segment", segment(gsoTCPv6, 54, 16), tcp6Frame, true, tcpip.PacketHost, 1400, true},
+		{"a TCPv4 segment with CWR", segment(gsoTCPv4|gsoECN, 34, 16), tcpFrame, true, tcpip.PacketHost, 1400, true},
+		{"TCP behind an IPv6 extension header", vnetHeader{flags: vnetNeedsChecksum, csumStart: 62, csumOffset: 16}, toGateway(etherIPv6, options), true, tcpip.PacketHost, 0, true},
+		{"a UDP segment", segment(gsoUDPL4, 34, 6), udpFrame, true, tcpip.PacketHost, 1400, true},
+		{"Ethernet padding", vnetHeader{}, padded, false, tcpip.PacketHost, 0, false},
+		{"a broadcast", vnetHeader{}, append(bytes.Repeat([]byte{0xff}, 6), udpFrame[6:]...), false, tcpip.PacketBroadcast, 0, false},
+		{"a multicast", vnetHeader{}, append([]byte{0x33, 0x33, 0, 0, 0, 1}, tcp6Frame[6:]...), false, tcpip.PacketMulticast, 0, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			e, peer := newTwinEndpoint(t, Config{}, allOffloads)
@@ -174,8 +175,8 @@ func TestGoodFrames(t *testing.T) {
 			e.Attach(s)
 			send(t, peer, withVnet(test.h, test.frame))
 			got := s.next(t)
-			if got.validated != test.validated || got.pktType != test.pktType || got.segment != test.segment {
-				t.Errorf("delivered with validated %v, type %v, segment %d", got.validated, got.pktType, got.segment)
+			if got.validated != test.validated || got.pktType != test.pktType || got.segment != test.segment || got.open != test.open {
+				t.Errorf("delivered with validated %v, type %v, segment %d, open %v", got.validated, got.pktType, got.segment, got.open)
 			}
 			if !bytes.Equal(got.data, test.frame[ethernetHeaderLen:]) {
 				t.Error("the packet was changed")

@@ -140,7 +140,14 @@ func (q *queue) deliver(n int, v *verdict) {
 	}
 	pkt.PktType = v.pktType
 	pkt.NetworkProtocolNumber = v.proto
-	pkt.GSOOptions.MSS = v.udpSegment
+	pkt.GSOOptions.MSS = v.segment
+	if v.fillAt != 0 && !v.fill {
+		// Still open. Type stays GSONone: to the stack this is a packet like any other;
+		// who passes it on has to say so again.
+		pkt.GSOOptions.NeedsCsum = true
+		pkt.GSOOptions.L3HdrLen = uint16(v.fillStart - v.linkLen)
+		pkt.GSOOptions.CsumOffset = uint16(v.fillAt - v.fillStart)
+	}
 	pkt.RXChecksumValidated = v.validated
 	q.to.DeliverNetworkPacket(v.proto, pkt)
 }

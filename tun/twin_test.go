@@ -121,6 +121,7 @@ type delivered struct {
 	pktType   tcpip.PacketType
 	validated bool
 	segment   uint16
+	open      bool   // the checksum is, and the packet says where it is
 	data      []byte // from the network header on
 }
 
@@ -129,7 +130,11 @@ func newSink(keeps bool) *sink { return &sink{frames: make(chan delivered, 64), 
 func (s *sink) KeepsRXChecksumValidated() bool { return s.keeps }
 
 func (s *sink) DeliverNetworkPacket(p tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	s.frames <- delivered{p, pkt.PktType, pkt.RXChecksumValidated, pkt.GSOOptions.MSS, stack.PayloadSince(pkt.NetworkHeader()).AsSlice()}
+	data, gso := stack.PayloadSince(pkt.NetworkHeader()).AsSlice(), pkt.GSOOptions
+	if gso.NeedsCsum && int(gso.L3HdrLen)+int(gso.CsumOffset)+2 > len(data) {
+		panic("a checksum outside of the packet")
+	}
+	s.frames <- delivered{p, pkt.PktType, pkt.RXChecksumValidated, gso.MSS, gso.NeedsCsum, data}
 }
 
 func (*sink) DeliverLinkPacket(tcpip.NetworkProtocolNumber, *stack.PacketBuffer) {}

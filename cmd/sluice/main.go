@@ -29,6 +29,8 @@ func main() {
 			os.Exit(guest.Main(os.Args[2:]))
 		case sandbox.WorkerCommand:
 			os.Exit(sandbox.WorkerMain())
+		case sandbox.AttachmentCommand:
+			os.Exit(sandbox.AttachmentMain(buildVersion()))
 		}
 	}
 	os.Exit(run(context.Background(), os.Args))

@@ -86,7 +86,7 @@ func TestChannelCarriesLargeMessages(t *testing.T) {
 	if err := json.Unmarshal(m.Body, &r); err != nil || r.Source != source {
 		t.Errorf("a body of %d bytes came as %d, %v", len(source), len(r.Source), err)
 	}
-	if after := openFDs(t); after != before {
+	if after := openFDs(t); after > before { // an earlier test's may still be on their way out
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 	if err := monitor.Send(msgRules, 1, rulesMessage{Source: strings.Repeat("x", maxMessage)}); err == nil {

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/api"
-	"sluice/policy"
 )
 
 // maxControlConns bounds the connections being served by the monitor; those
@@ -30,22 +29,26 @@ type controlServer struct {
 
 // listenControl opens the control socket. The directory it is in is private;
 // that peers are checked one by one is the second lock on the door.
-func (m *monitor) listenControl() (*controlServer, error) {
+//
+// sandbox is the user namespace whose processes are refused, or nil; the server
+// owns it.
+func (m *monitor) listenControl(sandbox *os.File) (*controlServer, error) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: m.dir.Socket(), Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("open the control socket: %w", err)
 	}
-	l.SetUnlinkOnClose(false) // the directory goes as a whole
-	s := &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid()}, handle: m.handle, log: m.log}
-	if s.peers.sandbox, err = sandboxNamespace(m.guest.PID()); err != nil {
-		s.close()
-		return nil, err
-	}
+	s := m.serverOn(l, sandbox)
 	if err := os.Chmod(m.dir.Socket(), 0o600); err != nil {
 		s.close()
 		return nil, fmt.Errorf("protect the control socket: %w", err)
 	}
 	return s, nil
+}
+
+// serverOn makes the server of a listener, and owns that.
+func (m *monitor) serverOn(l *net.UnixListener, sandbox *os.File) *controlServer {
+	l.SetUnlinkOnClose(false) // the directory goes as a whole
+	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid(), sandbox: sandbox}, handle: m.handle, log: m.log}
 }
 
 // sandboxNamespace opens the guest's user namespace, or returns nil if that is
@@ -130,6 +133,8 @@ func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) 
 	switch req.Method {
 	case api.MethodLogs:
 		return m.handleLogs(ctx, c, req)
+	case api.MethodUpgrade:
+		return m.handleUpgrade(ctx, c, req)
 	case api.MethodFlows, api.MethodFlowsWatch, api.MethodStats, api.MethodSysctl, api.MethodCapture:
 		return m.handOver(ctx, c, req)
 	}
@@ -161,6 +166,9 @@ func (m *monitor) answer(ctx context.Context, req api.Request) (any, error) {
 	case api.MethodPorts:
 		return api.PortsResult{Ports: apiPorts(m.ports.list())}, nil
 	case api.MethodPortsAdd:
+		if m.att != nil {
+			return nil, &api.Error{Code: api.CodeInvalid, Message: "a pod's ports need no publishing: every one is reached at the pod's own address, as far as the policy lets it"}
+		}
 		return decoded(req, m.addPort)
 	case api.MethodPortsRm:
 		return decoded(req, m.removePort)
@@ -234,7 +242,7 @@ func (m *monitor) callWorker(ctx context.Context, method string, result any) err
 func (m *monitor) policyResult() (any, error) {
 	r := api.PolicyResult{Name: m.rules.Name, Source: m.rules.Source, Generation: m.generation}
 	if r.Source == "" {
-		text, err := policy.Default(true).YAML()
+		text, err := m.rules.builtin().YAML()
 		if err != nil {
 			return nil, err
 		}
@@ -253,7 +261,8 @@ func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 	}
 	m.change.Lock()
 	defer m.change.Unlock()
-	r := rulesMessage{Name: p.Name, Source: p.Source, Env: m.rules.Env}
+	r := m.rules
+	r.Name, r.Source = p.Name, p.Source
 	if err := m.applyRules(r); err != nil {
 		m.log.infof("monitor", "policy %s refused: %v", p.Name, err)
 		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Name)

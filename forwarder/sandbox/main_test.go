@@ -14,6 +14,8 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case WorkerCommand:
 			os.Exit(WorkerMain())
+		case AttachmentCommand:
+			os.Exit(AttachmentMain("test"))
 		case "guest":
 			os.Exit(guest.Main(os.Args[2:]))
 		case "test-worker":

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -31,12 +32,19 @@ type monitor struct {
 	cfg     Config
 	log     *logRing
 	dir     *Dir
-	guest   *guest.Guest
+	guest   *guest.Guest // nil in an attachment
 	spawner *spawner
 	ports   portTable
 	base    api.Info // what does not change
 	flowLog *os.File // nil without one
 	raw     [2]int   // raw ICMP and ICMPv6, or -1
+
+	// An attachment's only.
+	att       *AttachmentConfig
+	listener  *net.UnixListener // the control server's
+	memory    *os.File          // where workers note flows for their successors
+	takeovers chan takeover
+
 	// socketWants holds a token per socket being made for the worker.
 	socketWants chan struct{}
 
@@ -110,6 +118,12 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 		return nil, err
 	}
 	l := newWorkerLink(p, m.giveSocket)
+	if m.att != nil {
+		// Before it is told anything: its memory is the pod's from the first page on.
+		if err := joinCgroups(m.att.WorkerCgroups, p.cmd.Pid); err != nil {
+			m.log.warnf("monitor", "%v", err)
+		}
+	}
 	if err := m.introduce(ctx, l); err != nil {
 		p.kill()
 		// Its own words explain more than a broken channel does.
@@ -154,6 +168,31 @@ func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
 
 // workerConfig collects what a new worker gets. Called with change held.
 func (m *monitor) workerConfig() (workerConfig, []int) {
+	var w workerConfig
+	var fds []int
+	if m.att != nil {
+		w, fds = m.att.workerConfig()
+		fds = append(fds, fdOf(m.memory))
+	} else {
+		w, fds = m.sandboxConfig()
+	}
+	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
+	w.HasRaw4, w.HasRaw6, w.HasFlowLog = m.raw[0] >= 0, m.raw[1] >= 0, m.flowLog != nil
+	w.MemoryLimit = cgroupMemory() / 10 * 9
+	for _, fd := range m.raw {
+		if fd >= 0 {
+			fds = append(fds, fd)
+		}
+	}
+	if m.flowLog != nil {
+		fds = append(fds, fdOf(m.flowLog))
+	}
+	return w, fds
+}
+
+// sandboxConfig is the part of workerConfig that a sandbox with a guest has, with
+// the device's descriptors.
+func (m *monitor) sandboxConfig() (workerConfig, []int) {
 	c := &m.cfg
 	w := workerConfig{
 		Name:       c.Name,
@@ -163,15 +202,8 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 		Gateway:    addrs(c.Guest.Gateway4, c.Guest.Gateway6),
 		DNS:        addrs(c.DNS4, c.DNS6),
 		Prefix4:    c.Guest.Addr4, Prefix6: c.Guest.Addr6,
-		Upstreams:    m.upstreams,
 		Hosts:        c.Hosts,
-		Rules:        m.rules,
-		Sysctls:      maps.Clone(m.sysctls),
 		GuestSockets: true,
-		HasRaw4:      m.raw[0] >= 0,
-		HasRaw6:      m.raw[1] >= 0,
-		HasFlowLog:   m.flowLog != nil,
-		MemoryLimit:  cgroupMemory() / 10 * 9,
 	}
 	if c.Guest.Link.Kind == tun.TUN {
 		w.GatewayMAC = nil
@@ -184,14 +216,6 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 		fds = append(fds, fdOf(f))
 	}
 	w.Queues = len(fds)
-	for _, fd := range m.raw {
-		if fd >= 0 {
-			fds = append(fds, fd)
-		}
-	}
-	if m.flowLog != nil {
-		fds = append(fds, fdOf(m.flowLog))
-	}
 	return w, fds
 }
 

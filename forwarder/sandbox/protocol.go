@@ -13,13 +13,15 @@ import (
 // The bodies of the channel's messages.
 
 // workerConfig is all a worker needs to know. The descriptors that come with
-// it, in this order: the device's queues, then raw ICMP, raw ICMPv6 and the
-// flow log for those of the three that are said to be there.
+// it, in this order: the device's queues, the inbound device's and the memory for its
+// flows, then raw ICMP, raw ICMPv6 and the flow log, for those that are said to be there.
 type workerConfig struct {
 	Name       string           `json:"name"`
 	Device     tun.Config       `json:"device"`
 	Queues     int              `json:"queues"`
 	GatewayMAC net.HardwareAddr `json:"gateway_mac,omitempty"`
+	// Inbound is the device for traffic from outside; only an attachment has one.
+	Inbound *tun.Config `json:"inbound,omitempty"`
 
 	Guest   []netip.Addr `json:"guest"`
 	Gateway []netip.Addr `json:"gateway"`
@@ -45,23 +47,35 @@ type workerConfig struct {
 }
 
 // rulesMessage is a policy and where it applies. An empty Source is the
-// built-in default policy.
+// built-in default policy, a sandbox's or a pod's.
 type rulesMessage struct {
 	Name   string             `json:"name"`
 	Source string             `json:"source"`
 	Env    policy.Environment `json:"env"`
+	Pod    bool               `json:"pod,omitempty"`
+	// Limits hold where the policy's own leave something open.
+	Limits policy.Limits `json:"limits,omitzero"`
+}
+
+// builtin is the policy that an empty Source stands for.
+func (r rulesMessage) builtin() *policy.Policy {
+	if r.Pod {
+		return policy.DefaultPod()
+	}
+	return policy.Default(true)
 }
 
 // compile makes the rules; monitor and worker both do, the one to answer with
 // the errors, the other because rules do not travel.
 func (r rulesMessage) compile() (*policy.Rules, error) {
-	p := policy.Default(true)
+	p := r.builtin()
 	if r.Source != "" {
 		var err error
 		if p, err = policy.Parse(r.Name, []byte(r.Source)); err != nil {
 			return nil, err
 		}
 	}
+	p.Spec.Limits = p.Spec.Limits.Or(r.Limits)
 	return policy.Compile(p, r.Env)
 }
 

@@ -100,7 +100,11 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	}
 	m.base.GuestPID = m.guest.PID()
 
-	server, err := m.listenControl()
+	inside, err := sandboxNamespace(m.guest.PID())
+	if err != nil {
+		return 0, err
+	}
+	server, err := m.listenControl(inside)
 	if err != nil {
 		return 0, err
 	}

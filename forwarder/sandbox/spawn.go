@@ -54,13 +54,33 @@ func newSpawner() *spawner {
 	s := &spawner{requests: make(chan func())}
 	// Owned by the spawner, ended by close. The thread is never given back: it
 	// ends with the goroutine, after the last worker.
-	go func() {
-		runtime.LockOSThread()
+	onOwnThread(func() {
 		for f := range s.requests {
 			f()
 		}
-	}()
+	})
 	return s
+}
+
+// onOwnThread runs f on a goroutine with a thread that nobody else gets, neither now
+// nor later: it ends with f. It is never the process's first thread, whose namespaces
+// are those that /proc/self shows and that cannot end before the process.
+func onOwnThread(f func()) {
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		other := make(chan struct{})
+		go func() { // while we hold the first thread, this one has another
+			runtime.LockOSThread()
+			close(other)
+			f()
+		}()
+		<-other
+		runtime.UnlockOSThread()
+	}()
 }
 
 func (s *spawner) close() { close(s.requests) }

@@ -56,19 +56,42 @@ type State struct {
 	PID     int       `json:"pid"`
 	Command []string  `json:"command"`
 	Started time.Time `json:"started"`
+	// Start is when the process started, in clock ticks since boot: with it PID is
+	// no other process's. 0 where nobody is to be signalled.
+	Start uint64 `json:"start,omitempty"`
 }
 
 // Registry is the runtime directory of one user.
 type Registry struct {
 	path string
 	uid  int
+	// system is looked into as well: root's sandboxes that no session has started,
+	// as those of pods, where a session has a directory of its own. nil if there is none.
+	system *Registry
 }
+
+// systemDir is root's own runtime directory.
+const systemDir = "/run/sluice"
 
 // OpenRegistry finds the caller's runtime directory, makes it if need be, and
 // checks that it is safe to use.
 func OpenRegistry() (*Registry, error) {
 	uid := os.Geteuid()
-	return openRegistry(runtimeDir(uid, os.Getenv("XDG_RUNTIME_DIR")), uid)
+	return openRegistries(runtimeDir(uid, os.Getenv("XDG_RUNTIME_DIR")), systemDir, uid)
+}
+
+// openRegistries opens the registry at path and, for root, sees to it that what is at
+// system is found too.
+func openRegistries(path, system string, uid int) (*Registry, error) {
+	r, err := openRegistry(path, uid)
+	if err != nil || uid != 0 || path == system {
+		return r, err
+	}
+	if _, err := os.Lstat(system); errors.Is(err, fs.ErrNotExist) {
+		return r, nil
+	}
+	r.system, err = openRegistry(system, uid)
+	return r, err
 }
 
 // runtimeDir says where sandboxes of uid keep their state. An XDG_RUNTIME_DIR
@@ -80,7 +103,7 @@ func runtimeDir(uid int, xdg string) string {
 		}
 	}
 	if uid == 0 {
-		return "/run/sluice"
+		return systemDir
 	}
 	return "/tmp/sluice-" + strconv.Itoa(uid)
 }
@@ -284,6 +307,9 @@ func (r *Registry) Socket(name string) (string, error) {
 		return "", err
 	}
 	if !alive {
+		if r.system != nil {
+			return r.system.Socket(name)
+		}
 		return "", fmt.Errorf("%q: %w", name, ErrNoSandbox)
 	}
 	return filepath.Join(r.path, name, socketFile), nil
@@ -292,6 +318,17 @@ func (r *Registry) Socket(name string) (string, error) {
 // List returns the sandboxes that are alive, oldest first, and cleans up after
 // those that are not.
 func (r *Registry) List() ([]State, error) {
+	out, err := r.list()
+	if err == nil && r.system != nil {
+		var more []State
+		more, err = r.system.list()
+		out = append(out, more...)
+	}
+	sort.SliceStable(out, func(i, j int) bool { return out[i].Started.Before(out[j].Started) })
+	return out, err
+}
+
+func (r *Registry) list() ([]State, error) {
 	entries, err := os.ReadDir(r.path)
 	if err != nil {
 		return nil, fmt.Errorf("list the sandboxes: %w", err)
@@ -305,16 +342,20 @@ func (r *Registry) List() ([]State, error) {
 		if err != nil || !alive {
 			continue
 		}
-		s := State{}
-		// A sandbox that is just starting has no state yet: its name is enough.
-		if b, err := os.ReadFile(filepath.Join(r.path, e.Name(), stateFile)); err == nil {
-			_ = json.Unmarshal(b, &s)
-		}
-		s.Name = e.Name()
-		out = append(out, s)
+		out = append(out, r.state(e.Name()))
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].Started.Before(out[j].Started) })
 	return out, nil
+}
+
+// state reads state.json. A sandbox that is just starting has none yet: its name
+// is enough.
+func (r *Registry) state(name string) State {
+	var s State
+	if b, err := os.ReadFile(filepath.Join(r.path, name, stateFile)); err == nil {
+		_ = json.Unmarshal(b, &s)
+	}
+	s.Name = name
+	return s
 }
 
 // reap says whether the sandbox called name is alive, and removes what a dead

@@ -268,3 +268,41 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+func TestRootFindsWhatNoSessionHasStarted(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root has a directory beside its session's")
+	}
+	system, session := testRegistry(t), testRegistry(t)
+	claim := func(r *Registry, name string, age time.Duration) {
+		d, err := r.Claim(name)
+		must(t, err)
+		must(t, d.WriteState(State{Name: name, PID: os.Getpid(), Started: time.Now().Add(-age)}))
+		t.Cleanup(func() { must(t, d.Remove()) })
+	}
+	claim(session, "mine", time.Hour)
+	claim(system, "pod", 2*time.Hour)
+	claim(system, "younger-pod", time.Minute)
+	r, err := openRegistries(session.path, system.path, 0)
+	must(t, err)
+	all, err := r.List()
+	must(t, err)
+	var names []string
+	for _, s := range all {
+		names = append(names, s.Name)
+	}
+	if strings.Join(names, " ") != "pod mine younger-pod" {
+		t.Errorf("it lists %q", names)
+	}
+	for name, dir := range map[string]string{"mine": session.path, "pod": system.path} {
+		if got, err := r.Socket(name); err != nil || got != filepath.Join(dir, name, socketFile) {
+			t.Errorf("%s is at %s, %v", name, got, err)
+		}
+	}
+	if _, err := r.Socket("nobody"); !errors.Is(err, ErrNoSandbox) {
+		t.Errorf("nobody: %v", err)
+	}
+	if r, err = openRegistries(session.path, filepath.Join(system.path, "none"), 0); err != nil || r.system != nil {
+		t.Errorf("without a system directory: %v, %v", r, err)
+	}
+}

@@ -1,9 +1,11 @@
 package sandbox
 
-// watchLink says why the device stopped; it ends with it.
-func (w *worker) watchLink() {
-	<-w.link.Done()
-	if err := w.link.Err(); err != nil && w.ctx.Err() == nil {
-		w.log.Warn("the device: " + err.Error())
+import "sluice/tun"
+
+// watchLink says why a device stopped; it ends with it.
+func (w *worker) watchLink(what string, l *tun.Endpoint) {
+	<-l.Done()
+	if err := l.Err(); err != nil && w.ctx.Err() == nil {
+		w.log.Warn("the " + what + ": " + err.Error())
 	}
 }

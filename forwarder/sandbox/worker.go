@@ -40,12 +40,16 @@ type worker struct {
 	ch    *channel
 	log   *slog.Logger
 	link  *tun.Endpoint
+	in0   *tun.Endpoint // nil but in an attachment
 	table *nat.Table
 	fwd   *forwarder.Forwarder
 	dns   *dns.Resolver
 	dial  *upstreamDialer
 	stock *socketStock
 	flows *flowLog
+
+	inbound *tun.Device // in0's, until that is made
+	memory  []byte      // of its flows; never unmapped
 
 	ctx     context.Context // of control connections; ends with the worker
 	clients chan struct{}   // a token per control connection
@@ -96,14 +100,16 @@ func runWorker(log *slog.Logger) error {
 // handed sorts the descriptors that came with the configuration.
 type handed struct {
 	device     []int
-	raw4, raw6 int // -1 if there is none
+	inbound    []int // one or none
+	memory     int   // with inbound
+	raw4, raw6 int   // -1 if there is none
 	flowLog    *os.File
 }
 
 func (c *workerConfig) sort(fds []int) (handed, error) {
 	h := handed{raw4: -1, raw6: -1}
 	want := c.Queues
-	for _, has := range []bool{c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
+	for _, has := range []bool{c.Inbound != nil, c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
 		if has {
 			want++
 		}
@@ -116,6 +122,9 @@ func (c *workerConfig) sort(fds []int) (handed, error) {
 		fd := fds[0]
 		fds = fds[1:]
 		return fd
+	}
+	if c.Inbound != nil {
+		h.inbound, h.memory = []int{next()}, next()
 	}
 	if c.HasRaw4 {
 		h.raw4 = next()
@@ -149,6 +158,14 @@ func (w *worker) run(fds []int) error {
 	if err != nil {
 		return err
 	}
+	if w.cfg.Inbound != nil {
+		if w.inbound, err = tun.Adopt(h.inbound, *w.cfg.Inbound); err != nil {
+			return fmt.Errorf("adopt the inbound device: %w", err)
+		}
+		if w.memory, err = unix.Mmap(h.memory, 0, forwarder.MemorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+			return fmt.Errorf("map the memory for flows: %w", err)
+		}
+	}
 	if err := confine.Apply(confine.Config{KeepFDs: append([]int{0, 1, 2, workerChannelFD}, fds...)}); err != nil {
 		return fmt.Errorf("confine the worker: %w", err)
 	}
@@ -166,7 +183,10 @@ func (w *worker) run(fds []int) error {
 	if err := w.ch.Send(msgReady, 0, nil); err != nil {
 		return err
 	}
-	go w.watchLink()
+	go w.watchLink("device", w.link)
+	if w.in0 != nil {
+		go w.watchLink("inbound device", w.in0)
+	}
 
 	answer, err := w.messages(ended)
 	cancel()
@@ -180,6 +200,9 @@ func (w *worker) run(fds []int) error {
 		w.farewell(answer)
 	}
 	w.link.Close()
+	if w.in0 != nil {
+		w.in0.Close()
+	}
 	return err
 }
 
@@ -222,6 +245,14 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	if c.GuestSockets {
 		w.stock = newSocketStock(w.wantSocket)
 		fc.Guests = w.stock
+	}
+	if w.inbound != nil {
+		if w.in0, err = tun.NewEndpoint(w.inbound, tun.EndpointConfig{MTU: c.Inbound.MTU}); err != nil {
+			return fmt.Errorf("take over the inbound device: %w", err)
+		}
+		// Who is told of the pod's addresses is told by its runtime.
+		fc.Inbound, fc.OnlyHost, fc.DHCPHandler, fc.DNSHandler = w.in0, true, nil, nil
+		fc.Memory = w.memory
 	}
 	if w.fwd, err = forwarder.New(fc); err != nil {
 		return err

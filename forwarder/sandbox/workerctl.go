@@ -179,13 +179,17 @@ func (w *worker) watchFlows(c client) error {
 // stats collects the counters of every part.
 func (w *worker) stats() (api.StatsResult, error) {
 	r := api.StatsResult{Stats: make(map[string]json.RawMessage)}
-	for part, v := range map[string]any{
+	parts := map[string]any{
 		"link":      w.link.Stats(),
 		"table":     w.table.Stats(),
 		"dns":       w.dns.Stats(),
 		"forwarder": w.fwd.Stats(),
 		"log":       map[string]uint64{"lost": w.flows.lost.Load(), "unwritten": w.flows.unlog.Load()},
-	} {
+	}
+	if w.in0 != nil {
+		parts["inbound"] = w.in0.Stats()
+	}
+	for part, v := range parts {
 		b, err := json.Marshal(v)
 		if err != nil {
 			return r, fmt.Errorf("stats of %s: %w", part, err)

@@ -35,6 +35,7 @@ const (
 	MethodSysctlSet  = "sysctl.set"
 	MethodCapture    = "capture"
 	MethodLogs       = "logs"
+	MethodUpgrade    = "upgrade"
 	// MethodFlowCount is what the monitor asks the worker to answer info.
 	MethodFlowCount = "flows.count"
 )
@@ -106,6 +107,8 @@ type Info struct {
 	DNS       []netip.Addr   `json:"dns"`
 	Upstreams []string       `json:"upstreams"`
 	Version   string         `json:"version"`
+	// Attachment: a pod's, which a CNI plugin has made.
+	Attachment bool `json:"attachment,omitempty"`
 }
 
 // FlowsParams selects what MethodFlows lists.
@@ -202,6 +205,13 @@ type PolicyResult struct {
 	Name       string `json:"name"`
 	Source     string `json:"source"`
 	Generation uint64 `json:"generation"` // counts policy.set since the start
+}
+
+// UpgradeParams names the binary that is to take an attachment over; empty means what
+// is now at the path that the running one was started from. The answer is Info, by the
+// new binary.
+type UpgradeParams struct {
+	Binary string `json:"binary,omitempty"`
 }
 
 // Port is a published port or, in requests, a range of them.

@@ -140,16 +140,16 @@ func parseRights(oob []byte) ([]*os.File, error) {
 			continue // not SCM_RIGHTS: holds nothing to close
 		}
 		for _, fd := range fds {
-			files = append(files, plainFile(fd))
+			files = append(files, PlainFile(fd))
 		}
 	}
 	return files, nil
 }
 
-// plainFile wraps a descriptor without registering it with Go's poller, which
+// PlainFile wraps a descriptor without registering it with Go's poller, which
 // os.NewFile does to a non-blocking one: the monitor would then be woken by
 // every packet of a device that it only keeps.
-func plainFile(fd int) *os.File {
+func PlainFile(fd int) *os.File {
 	unix.CloseOnExec(fd)
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	nonblocking := err == nil && flags&unix.O_NONBLOCK != 0

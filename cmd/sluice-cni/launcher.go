@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"sluice/cni"
+	"sluice/forwarder/sandbox"
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// launcher wires the plugin to package sandbox.
+type launcher struct{}
+
+func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, error) {
+	limits, err := limitsOf(a)
+	if err != nil {
+		return 0, 0, err
+	}
+	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
+		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
+		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
+		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog,
+		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
+		Device: a.DeviceFDs, In0: a.InboundFD,
+	})
+}
+
+func (launcher) Stop(ctx context.Context, a cni.LaunchSpec) error {
+	return sandbox.StopAttachment(ctx, a.RuntimeDir, a.Name)
+}
+
+func (launcher) Alive(ctx context.Context, a cni.LaunchSpec) error {
+	return sandbox.AttachmentAlive(ctx, a.RuntimeDir, a.Name)
+}
+
+func (launcher) Check(a cni.LaunchSpec) error {
+	var errs []error
+	if len(a.Policy) > 0 {
+		if _, err := policy.Parse(a.PolicyName, a.Policy); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	_, err := limitsOf(a)
+	errs = append(errs, err)
+	table := nat.NewTable(nat.Config{})
+	for name, value := range a.Sysctls {
+		errs = append(errs, table.SetSysctl(name, value))
+	}
+	return errors.Join(errs...)
+}
+
+// limitsOf reads limits as a policy would have them.
+func limitsOf(a cni.LaunchSpec) (policy.Limits, error) {
+	if len(a.Limits) == 0 {
+		return policy.Limits{}, nil
+	}
+	text := fmt.Appendf(nil, `{"apiVersion": %q, "kind": %q, "metadata": {"name": "limits"}, "spec": {"limits": %s}}`, policy.APIVersion, policy.Kind, a.Limits)
+	p, err := policy.Parse("limits", text)
+	if err != nil {
+		return policy.Limits{}, fmt.Errorf("the limits %s: %w", a.Limits, err)
+	}
+	return p.Spec.Limits, nil
+}

@@ -1,0 +1,124 @@
+// Command sluice-cni is the CNI plugin: a runtime calls it with the verb in the
+// environment and the configuration on standard input. Called by a person it installs
+// itself into a network configuration list, or says what it is.
+//
+// The binary is also the monitor and the worker of each attachment, so that one file
+// is all a node needs.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/urfave/cli/v2"
+
+	"sluice/cni"
+	"sluice/forwarder/sandbox"
+)
+
+// version is the release's; the linker sets it (-X main.version=…).
+var version = "devel"
+
+func main() {
+	// The stages that an attachment starts of this same binary.
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case sandbox.AttachmentCommand:
+			os.Exit(sandbox.AttachmentMain(version))
+		case sandbox.WorkerCommand:
+			os.Exit(sandbox.WorkerMain())
+		}
+	}
+	if os.Getenv("CNI_COMMAND") != "" {
+		plugin := &cni.Plugin{Launcher: launcher{}, Reached: reached}
+		skel.PluginMainFuncs(plugin.Funcs(), cni.Versions, "sluice-cni "+version)
+		return
+	}
+	if err := app().Run(os.Args); err != nil {
+		fmt.Fprintf(os.Stderr, "sluice-cni: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func app() *cli.App {
+	return &cli.App{
+		Name:           "sluice-cni",
+		Usage:          "puts pods and containers behind sluice, as a CNI plugin",
+		Description:    "A container runtime calls it without arguments, with CNI_COMMAND in the environment.\nPeople call it to install it.",
+		Version:        version,
+		HideVersion:    true,
+		Suggest:        true,
+		ExitErrHandler: func(*cli.Context, error) {},
+		Commands: []*cli.Command{
+			{
+				Name: "install", Usage: "add sluice to a network configuration list",
+				Description: "Adds itself as the last plugin of the list, in one step; nothing changes if it is there.\n" +
+					"CHECK is switched off in the list, as plugins before sluice look in the container for what sluice has moved.",
+				Flags: []cli.Flag{
+					conflistFlag(),
+					&cli.StringFlag{Name: "config", Usage: "`FILE` with keys for the plugin's own configuration, as JSON"},
+					&cli.StringFlag{Name: "bin-dir", Usage: "also copy this binary into `DIR`, where the runtime looks for plugins"},
+				},
+				Action: func(c *cli.Context) error {
+					if err := noArguments(c); err != nil {
+						return err
+					}
+					return install(c.String("conflist"), c.String("config"), c.String("bin-dir"))
+				},
+			},
+			{
+				Name: "uninstall", Usage: "remove sluice from a network configuration list",
+				Description: "Containers that are attached stay so until the runtime deletes them: keep the binary until then.",
+				Flags:       []cli.Flag{conflistFlag()},
+				Action: func(c *cli.Context) error {
+					if err := noArguments(c); err != nil {
+						return err
+					}
+					return cni.Uninstall(c.String("conflist"))
+				},
+			},
+			{
+				Name: "version", Usage: "print the version",
+				Action: func(c *cli.Context) error {
+					fmt.Println(version)
+					return nil
+				},
+			},
+		},
+	}
+}
+
+func conflistFlag() cli.Flag {
+	return &cli.StringFlag{Name: "conflist", Required: true, Usage: "the `FILE` that the runtime reads, such as /etc/cni/net.d/10-main.conflist"}
+}
+
+func noArguments(c *cli.Context) error {
+	if c.Args().Present() {
+		return fmt.Errorf("%s takes no arguments, only flags", c.Command.Name)
+	}
+	return nil
+}
+
+// install adds the plugin to a list; the binary goes first, for a runtime follows its
+// configuration at once.
+func install(conflist, config, binDir string) error {
+	var keys []byte
+	if config != "" {
+		var err error
+		if keys, err = os.ReadFile(config); err != nil {
+			return fmt.Errorf("read the plugin's configuration: %w", err)
+		}
+	}
+	if binDir != "" {
+		self, err := os.Executable()
+		if err != nil {
+			return errors.New("find this binary: it was deleted; start it from where it is now")
+		}
+		if err := cni.InstallBinary(self, binDir); err != nil {
+			return err
+		}
+	}
+	return cni.Install(conflist, keys)
+}

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/forwarder/sandbox"
+	"sluice/forwarder/sandbox/api"
+)
+
+// upgradeTimeout bounds one attachment's upgrade: the old worker's end and the new
+// one's start.
+const upgradeTimeout = 30 * time.Second
+
+func upgradeCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "upgrade",
+		Usage:     "have a new binary take over the attachments of running pods",
+		ArgsUsage: "[NAME...]",
+		Description: `Replaces the binary behind the attachments named, or behind all of them, one by one,
+while their pods run: devices, addresses, policy, flow log and the flows from outside stay.
+Connections that a pod has opened to the outside are reset. The first one that fails
+goes on with the binary it had, and ends the command.
+
+Without --binary it is what is now at the path that each was started from: install the
+new one there first, by renaming it into place.`,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "binary", Usage: "`PATH` of the new binary (the CNI plugin's, or sluice's own)"},
+		},
+		BashComplete: completeNames,
+		Action:       upgrade,
+	}
+}
+
+func upgrade(c *cli.Context) error {
+	binary := c.String("binary")
+	if binary != "" {
+		var err error
+		if binary, err = filepath.Abs(binary); err != nil {
+			return err
+		}
+	}
+	registry, err := sandbox.OpenRegistry()
+	if err != nil {
+		return err
+	}
+	names := c.Args().Slice()
+	if len(names) == 0 {
+		if names, err = attachments(c.Context, registry); err != nil {
+			return err
+		}
+	}
+	for i, name := range names {
+		began := time.Now()
+		before, after, err := upgradeOne(c.Context, registry, name, binary)
+		if err != nil {
+			err = fmt.Errorf("upgrade %s: %w", name, err)
+			if rest := names[i+1:]; len(rest) > 0 {
+				err = errors.Join(err, fmt.Errorf("not tried any more: %q", rest))
+			}
+			return err
+		}
+		_, _ = fmt.Fprintf(c.App.Writer, "%s: %s took over from %s in %s\n", name, after.Version, before.Version, time.Since(began).Round(time.Millisecond))
+	}
+	return nil
+}
+
+// attachments lists the attachments that run, oldest first.
+func attachments(ctx context.Context, registry *sandbox.Registry) ([]string, error) {
+	states, err := registry.List()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, s := range states {
+		if describe(ctx, registry, s).Attachment {
+			out = append(out, s.Name)
+		}
+	}
+	return slices.Clip(out), nil
+}
+
+func upgradeOne(ctx context.Context, registry *sandbox.Registry, name, binary string) (before, after api.Info, err error) {
+	ctx, cancel := context.WithTimeout(ctx, upgradeTimeout)
+	defer cancel()
+	socket, err := registry.Socket(name)
+	if err != nil {
+		return before, after, err
+	}
+	client := api.Client{Path: socket}
+	if err := client.Call(ctx, api.MethodInfo, nil, &before); err != nil {
+		return before, after, err
+	}
+	err = client.Call(ctx, api.MethodUpgrade, api.UpgradeParams{Binary: binary}, &after)
+	return before, after, err
+}

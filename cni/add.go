@@ -1,0 +1,387 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+
+	"sluice/tun"
+)
+
+// adding is an ADD under way.
+type adding struct {
+	p    *Plugin
+	c    *Config
+	args *skel.CmdArgs
+	h    *held
+	a    *Attachment
+	undo undo
+
+	pod, uplink   ns.NetNS
+	podH, uplinkH *netlink.Handle
+	delegates     *chain
+	result        *types100.Result
+}
+
+func (p *Plugin) add(ctx context.Context, c *Config, args *skel.CmdArgs) (types.Result, error) {
+	if c.prevResult != nil && len(c.Delegate) > 0 {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, "sluice is chained after a plugin and has a delegate too", "remove one of them")
+	}
+	if own, err := sameAsOurs(args.Netns); err != nil {
+		return nil, types.NewError(types.ErrInvalidNetNS, "sluice: CNI_NETNS", err.Error())
+	} else if own {
+		return nil, types.NewError(types.ErrInvalidNetNS, "sluice: CNI_NETNS is the host's own namespace", "")
+	}
+	s, err := openStore(c.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	name := attachmentName(c.Name, args.ContainerID, args.IfName)
+	h, err := s.hold(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer h.release()
+	ad := &adding{p: p, c: c, args: args, h: h, undo: undo{reached: p.Reached}}
+	defer ad.close()
+	err = ad.begin(ctx)
+	if err == nil {
+		err = ad.undo.rollback(ad.run(ctx))
+	}
+	if err != nil {
+		if _, none := h.read(); errors.Is(none, errNoRecord) {
+			_ = h.remove() // only the lock was there
+		}
+		return nil, fmt.Errorf("sluice: ADD: %w", err)
+	}
+	return ad.result, nil
+}
+
+// close lets go of what the process holds; the attachment does not need it.
+func (ad *adding) close() {
+	for _, h := range []*netlink.Handle{ad.podH, ad.uplinkH} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	for _, n := range []ns.NetNS{ad.pod, ad.uplink} {
+		if n != nil {
+			_ = n.Close()
+		}
+	}
+}
+
+// begin clears up after an ADD of the same attachment that did not end, refuses one
+// that did, and opens the pod's namespace.
+func (ad *adding) begin(ctx context.Context) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	podID, err := netnsID(ad.args.Netns)
+	if err != nil {
+		return err
+	}
+	_, statErr := os.Lstat(ad.h.store.netns(ad.h.name))
+	switch old, err := ad.h.read(); {
+	case errors.Is(err, errNoRecord) && statErr != nil:
+	case err == nil && old.State != StateAdding && old.BootID == boot && old.NetNSID == podID:
+		return fmt.Errorf("the container %s has %s in this network already", ad.args.ContainerID, ad.args.IfName)
+	case err == nil || errors.Is(err, errTorn) || errors.Is(err, errNoRecord):
+		if err := ad.p.teardown(ctx, ad.c, ad.args, ad.h, old, false); err != nil {
+			return fmt.Errorf("clear up after an earlier call: %w", err)
+		}
+	default:
+		return err
+	}
+	if ad.pod, err = ns.GetNS(ad.args.Netns); err != nil {
+		return types.NewError(types.ErrInvalidNetNS, "sluice: CNI_NETNS", err.Error())
+	}
+	if ad.podH, err = handle(ad.pod); err != nil {
+		return err
+	}
+	ad.a = &Attachment{
+		Version: recordVersion, Network: ad.c.Name, ContainerID: ad.args.ContainerID, IfName: ad.args.IfName,
+		NetNS: ad.args.Netns, NetNSID: podID, BootID: boot, State: StateAdding, Since: time.Now(),
+		Pod: podOf(ad.args.Args, ad.c.RuntimeConfig.Annotations), Delegated: !ad.c.chained(),
+	}
+	return nil
+}
+
+func (ad *adding) run(ctx context.Context) (err error) {
+	if ad.a.Delegated {
+		if ad.delegates, err = newChain(ad.c, ad.args, ad.p.Exec); err != nil {
+			return err
+		}
+	}
+	if !ad.c.Select.matches(ad.a.Pod) {
+		return ad.pass(ctx)
+	}
+	spec, err := ad.spec()
+	if err != nil {
+		return err
+	}
+	if err := ad.p.Launcher.Check(*spec); err != nil {
+		return err
+	}
+	if err := ad.interfaceAsExpected(); err != nil {
+		return err
+	}
+	if err := ad.h.write(ad.a); err != nil {
+		return err
+	}
+	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+		return err
+	}
+
+	path := ad.h.store.netns(ad.h.name)
+	if ad.uplink, err = makeNetns(path); err != nil {
+		return err
+	}
+	if err := ad.undo.done(stepNamespace, func() error { return removeNetns(path) }); err != nil {
+		return err
+	}
+	if ad.uplinkH, err = handle(ad.uplink); err != nil {
+		return err
+	}
+	link, err := ad.bringUplink(ctx)
+	if err != nil {
+		return err
+	}
+	if spec.Addrs = link.prefixes(); len(spec.Addrs) == 0 {
+		return fmt.Errorf("%s has no address: the main plugin must give it one", ad.args.IfName)
+	}
+	if spec.Device.MTU == 0 {
+		spec.Device.MTU = min(max(link.MTU, tun.MinMTU), tun.MaxMTU)
+	}
+	spec.Inbound.MTU = min(max(link.MTU, tun.MinMTU), tun.MaxMTU)
+	ad.a.Link, ad.a.Launch = link, spec
+	if err := ad.p.serve(ctx, ad.a, ad.pod, ad.podH, ad.uplink, ad.uplinkH, &ad.undo); err != nil {
+		return err
+	}
+	ad.a.State = StateReady
+	if err := ad.h.write(ad.a); err != nil {
+		return err
+	}
+	if err := ad.undo.done(stepCommitted, nil); err != nil {
+		return err
+	}
+	return nil
+}
+
+// pass leaves a container to the main plugin.
+func (ad *adding) pass(ctx context.Context) error {
+	ad.a.State = StatePassed
+	if err := ad.h.write(ad.a); err != nil {
+		return err
+	}
+	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+		return err
+	}
+	ad.result = ad.c.prevResult
+	if !ad.a.Delegated {
+		return nil
+	}
+	ad.undo.push(func() error { return ad.delDelegates(ad.args.Netns) })
+	r, err := ad.delegates.add(ctx, ad.args.Netns)
+	if err != nil {
+		return err
+	}
+	if ad.a.Result, err = json.Marshal(r); err != nil {
+		return err
+	}
+	if ad.result, err = types100.NewResultFromResult(r); err != nil {
+		return err
+	}
+	return ad.h.write(ad.a)
+}
+
+func (ad *adding) delDelegates(netns string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
+	defer cancel()
+	return ad.delegates.run(ctx, "DEL", netns, nil)
+}
+
+// spec is what the configuration says about the monitor.
+func (ad *adding) spec() (*LaunchSpec, error) {
+	c, a := ad.c, ad.a
+	s := &LaunchSpec{
+		Name:        ad.h.name,
+		RuntimeDir:  ad.h.store.runtimeDir(),
+		UplinkNetNS: ad.h.store.netns(ad.h.name),
+		PodNetNS:    ad.args.Netns,
+		Device:      tun.Config{Name: ad.args.IfName, Kind: c.kind, MTU: int(c.MTU)},
+		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
+		Sysctls:     c.Sysctl,
+		FlowLog:     c.FlowLog,
+		Describe:    []string{"container", a.ContainerID, a.IfName, "network", a.Network},
+	}
+	if a.Pod.Name != "" {
+		s.Describe = []string{"pod", a.Pod.Namespace + "/" + a.Pod.Name, a.IfName, "network", a.Network}
+	}
+	var err error
+	if s.PolicyName, s.Policy, err = c.policyFor(a.Pod); err != nil {
+		return nil, err
+	}
+	if s.Limits, err = c.limits(); err != nil {
+		return nil, err
+	}
+	if s.Cgroups, err = cgroupDirs(c.RuntimeConfig.CgroupPath); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// interfaceAsExpected: chained, the main plugin's interface is in the pod; alone, there
+// is none of that name.
+func (ad *adding) interfaceAsExpected() error {
+	link, err := findLink(ad.podH, ad.args.IfName)
+	switch {
+	case err != nil:
+		return err
+	case link == nil && ad.a.Delegated:
+		return nil
+	case link == nil:
+		return fmt.Errorf("the pod has no interface %s: the plugin before sluice must make it", ad.args.IfName)
+	case ad.a.Delegated:
+		return fmt.Errorf("the pod has an interface %s already", ad.args.IfName)
+	case isDevice(link):
+		return fmt.Errorf("the interface %s is a TUN or TAP device: sluice must be chained once only", ad.args.IfName)
+	}
+	return nil
+}
+
+// bringUplink gets the main interface into the uplink namespace, with everything that
+// belongs to it.
+func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
+	if ad.a.Delegated {
+		return ad.runDelegates(ctx)
+	}
+	ad.result = ad.c.prevResult
+	link, state, err := readLink(ad.podH, ad.args.IfName)
+	if err != nil {
+		return nil, err
+	}
+	if state.NoIPv6, err = ipv6Off(ad.pod, ad.args.IfName); err != nil {
+		return nil, err
+	}
+	ad.a.Link = state
+	if err := ad.h.write(ad.a); err != nil {
+		return nil, err
+	}
+	if err := ad.undo.done(stepSaved, nil); err != nil {
+		return nil, err
+	}
+	if err := moveLink(ad.pod, link, ad.uplink, ad.args.IfName); err != nil {
+		return nil, err
+	}
+	if err := ad.undo.done(stepMoved, func() error {
+		back := &giving{uplink: ad.uplink, pod: ad.pod, ifName: ad.args.IfName, state: state}
+		return errors.Join(back.take(), back.give())
+	}); err != nil {
+		return nil, err
+	}
+	moved, err := ad.uplinkH.LinkByName(ad.args.IfName)
+	if err != nil {
+		return nil, fmt.Errorf("find %s after moving it: %w", ad.args.IfName, err)
+	}
+	if err := state.apply(ad.uplinkH, moved, true); err != nil {
+		return nil, fmt.Errorf("in the uplink namespace: %w", err)
+	}
+	if err := ad.undo.done(stepRestored, nil); err != nil {
+		return nil, err
+	}
+	return state, nil
+}
+
+func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
+	path := ad.uplink.Path()
+	ad.undo.push(func() error { return ad.delDelegates(path) })
+	r, err := ad.delegates.add(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	if err := ad.undo.done(stepDelegated, nil); err != nil {
+		return nil, err
+	}
+	if ad.a.Result, err = json.Marshal(r); err != nil {
+		return nil, err
+	}
+	if ad.result, err = inPod(r, path, ad.args.Netns); err != nil {
+		return nil, err
+	}
+	_, state, err := readLink(ad.uplinkH, ad.args.IfName)
+	if err != nil {
+		return nil, err
+	}
+	state.NoIPv6 = !state.has(netlink.FAMILY_V6)
+	return state, nil
+}
+
+// serve makes the devices and rules of an attachment whose main interface is in the
+// uplink namespace, and starts its monitor. ADD and repair share it.
+func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplink ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
+	inbound, err := openInbound(uplink, a.Launch.Inbound)
+	if err != nil {
+		return err
+	}
+	// The monitor has duplicates; ours end with this call.
+	defer inbound.Close()
+	if err := steer(uplink, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
+		return err
+	}
+	if err := u.done(stepSteered, nil); err != nil {
+		return err
+	}
+	device, err := openDevice(pod, a.Launch.Device)
+	if err != nil {
+		return err
+	}
+	defer device.Close()
+	// A device ends with its descriptors, but the interface's name must be free before
+	// the main plugin's goes back.
+	if err := u.done(stepDevice, device.Close); err != nil {
+		return err
+	}
+	if err := setUpDevice(pod, podH, a.Launch.Device, a.Link); err != nil {
+		return err
+	}
+	if err := u.done(stepAddressed, nil); err != nil {
+		return err
+	}
+	spec := *a.Launch
+	if spec.DeviceFDs, err = duplicate(device); err != nil {
+		return err
+	}
+	defer closeAll(spec.DeviceFDs)
+	in, err := duplicate(inbound)
+	if err != nil {
+		return err
+	}
+	defer closeAll(in)
+	spec.InboundFD = in[0]
+	pid, start, err := p.Launcher.Launch(ctx, spec)
+	if err != nil {
+		return err
+	}
+	a.MonitorPID, a.MonitorStart = pid, start
+	if err := u.done(stepLaunched, func() error {
+		// In a rollback ours are still open or were closed before; either way the
+		// device ends when the monitor has.
+		ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
+		defer cancel()
+		return p.Launcher.Stop(ctx, spec)
+	}); err != nil {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,200 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// check fails if anything of an attachment is missing: the worker, the device with its
+// addresses and routes, the uplink namespace with the main interface, the rules.
+func (p *Plugin) check(ctx context.Context, c *Config, args *skel.CmdArgs) error {
+	s, err := openStore(c.StateDir)
+	if err != nil {
+		return err
+	}
+	name := attachmentName(c.Name, args.ContainerID, args.IfName)
+	h, err := s.hold(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer h.release()
+	a, err := h.read()
+	if errors.Is(err, errNoRecord) {
+		_ = h.remove()
+		return types.NewError(types.ErrUnknownContainer, "sluice: CHECK", fmt.Sprintf("there is no attachment %s of the container %s", args.IfName, args.ContainerID))
+	}
+	if err == nil {
+		err = p.checkAttachment(ctx, c, args, a)
+	}
+	if err != nil {
+		return fmt.Errorf("sluice: CHECK: %w", err)
+	}
+	return nil
+}
+
+func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdArgs, a *Attachment) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	if a.BootID != boot {
+		return errors.New("the attachment is of before the last reboot: delete the container and add it again")
+	}
+	id, err := netnsID(args.Netns)
+	if err != nil {
+		return err
+	}
+	if id != a.NetNSID {
+		return fmt.Errorf("the namespace %s is not the one that was attached: delete the container and add it again", args.Netns)
+	}
+	netns := args.Netns
+	switch a.State {
+	case StateAdding:
+		return errors.New("the attachment was never completed: delete the container and add it again")
+	case StateReady:
+		if err := p.checkReady(ctx, a); err != nil {
+			return err
+		}
+		netns = a.Launch.UplinkNetNS
+	}
+	if !a.Delegated {
+		return nil
+	}
+	delegates, err := newChain(c, args, p.Exec)
+	if err != nil {
+		return err
+	}
+	prev, err := resultOf(a.Result, c.CNIVersion)
+	if err != nil {
+		return err
+	}
+	return delegates.run(ctx, "CHECK", netns, prev)
+}
+
+func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
+	if err := checkNamespace(a.NetNS, func(pod ns.NetNS, h *netlink.Handle) error {
+		if err := checkLink(h, a.Link, a.Launch.Device.MTU); err != nil {
+			return fmt.Errorf("in the pod: %w", err)
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	if err := checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
+		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
+			return fmt.Errorf("in the uplink namespace: %w", err)
+		}
+		if _, err := h.LinkByName(inboundName); err != nil {
+			return fmt.Errorf("in the uplink namespace: find %s: %w", inboundName, err)
+		}
+		return uplink.Do(func(ns.NetNS) error {
+			there, err := haveRules()
+			if err == nil && !there {
+				err = errors.New("the rules for traffic from outside are gone from the uplink namespace")
+			}
+			return err
+		})
+	}); err != nil {
+		return err
+	}
+	return p.Launcher.Alive(ctx, *a.Launch)
+}
+
+func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error {
+	n, err := ns.GetNS(path)
+	if err != nil {
+		return fmt.Errorf("open the namespace %s: %w", path, err)
+	}
+	defer n.Close()
+	h, err := handle(n)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return f(n, h)
+}
+
+// checkLink compares an interface with what it should have. It may have more.
+func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
+	link, got, err := readLink(h, want.Name)
+	if err != nil {
+		return err
+	}
+	if link.Attrs().Flags&unix.IFF_UP == 0 {
+		return fmt.Errorf("%s is down", want.Name)
+	}
+	if got.MTU != mtu {
+		return fmt.Errorf("%s has the MTU %d, not %d", want.Name, got.MTU, mtu)
+	}
+	if got.MAC != "" && want.MAC != "" && got.MAC != want.MAC {
+		return fmt.Errorf("%s has the address %s, not %s", want.Name, got.MAC, want.MAC)
+	}
+	for _, p := range want.prefixes() {
+		if !slices.ContainsFunc(got.Addrs, func(a addrState) bool { return a.Prefix == p }) {
+			return fmt.Errorf("%s has not the address %s", want.Name, p)
+		}
+	}
+	type way struct {
+		family, table int
+		dst           netip.Prefix
+		gateway       netip.Addr
+	}
+	for _, r := range want.Routes {
+		same := func(g routeState) bool {
+			return way{g.Family, g.Table, g.Dst, g.Gateway} == way{r.Family, r.Table, r.Dst, r.Gateway}
+		}
+		if !slices.ContainsFunc(got.Routes, same) {
+			return fmt.Errorf("the route %s by %s is gone", r, want.Name)
+		}
+	}
+	return nil
+}
+
+// The specification's error codes of STATUS.
+const (
+	errPluginNotAvailable  = 50
+	errLimitedConnectivity = 51
+)
+
+// status says whether an ADD could work now, and puts monitors that died to work again.
+func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) error {
+	notAvailable := func(what string, err error) error {
+		return types.NewError(errPluginNotAvailable, "sluice: "+what, err.Error())
+	}
+	if _, err := openStore(c.StateDir); err != nil {
+		return notAvailable("the state directory", err)
+	}
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return notAvailable("/dev/net/tun (load the tun module)", err)
+	}
+	_ = unix.Close(fd)
+	if _, err := haveRules(); err != nil {
+		return notAvailable("nf_tables", err)
+	}
+	if _, _, err := c.policyFor(Pod{}); err != nil {
+		return notAvailable("the policy", err)
+	}
+	if len(c.Delegate) > 0 {
+		delegates, err := newChain(c, args, p.Exec)
+		if err != nil {
+			return err
+		}
+		if err := delegates.run(ctx, "STATUS", "", nil); err != nil {
+			return notAvailable("a delegate", err)
+		}
+	}
+	if err := p.Repair(ctx, c.StateDir); err != nil {
+		return types.NewError(errLimitedConnectivity, "sluice: containers without their worker", err.Error())
+	}
+	return nil
+}

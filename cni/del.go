@@ -1,0 +1,138 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/containernetworking/cni/pkg/skel"
+)
+
+// The steps of DEL that a test may fail at, beside the names of ADD.
+const (
+	stepStopped = "stopped" // the monitor is gone, and the devices with it
+	stepGiven   = "given"   // the pod has the main plugin's interface again
+	stepUnbound = "unbound" // the uplink namespace is gone
+)
+
+// DelSteps are all of them in their order.
+var DelSteps = []string{stepStopped, stepGiven, stepUnbound}
+
+func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
+	s, err := openStore(c.StateDir)
+	if err != nil {
+		return err
+	}
+	h, err := s.hold(ctx, attachmentName(c.Name, args.ContainerID, args.IfName))
+	if err != nil {
+		return err
+	}
+	defer h.release()
+	a, err := h.read()
+	if err != nil && !errors.Is(err, errNoRecord) && !errors.Is(err, errTorn) {
+		return fmt.Errorf("sluice: DEL: %w", err)
+	}
+	if err := p.teardown(ctx, c, args, h, a, true); err != nil {
+		if _, statErr := os.Lstat(s.netns(h.name)); a == nil && errors.Is(statErr, fs.ErrNotExist) {
+			_ = h.remove() // the delegates', who are not at home: nothing of ours is left
+		}
+		return fmt.Errorf("sluice: DEL: %w", err)
+	}
+	return nil
+}
+
+// teardown takes an attachment away, whatever there is of it: a is its record, or nil
+// if there is none that can be read. Every step is tried; if one fails the record stays,
+// so that the call can be repeated. final is false when an ADD is about to begin anew in
+// the same directory.
+func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h *held, a *Attachment, final bool) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	uplinkPath := h.store.netns(h.name)
+	delegated := c.prevResult == nil || len(c.Delegate) > 0
+	podPath, podID := args.Netns, ""
+	if a != nil {
+		delegated, podPath, podID = a.Delegated, a.NetNS, a.NetNSID
+	}
+	var errs []error
+	// Of another boot, pids and namespaces mean nothing: only files are left.
+	sameBoot := a == nil || a.BootID == boot
+	uplink, err := openNetns(uplinkPath)
+	if err != nil {
+		return err
+	}
+	if uplink != nil {
+		defer uplink.Close()
+	}
+	var back *giving
+	if !delegated && uplink != nil && sameBoot {
+		if back, err = newGiving(uplink, podPath, podID, args.IfName, a); err != nil {
+			return err
+		}
+		defer back.close()
+	}
+	// The kernel waits out grace periods when it moves an interface and when it removes
+	// one: done together they take half the time.
+	taken := make(chan error, 1)
+	go func() { taken <- back.take() }()
+	spec := LaunchSpec{Name: h.name, RuntimeDir: h.store.runtimeDir()}
+	if a != nil && a.Launch != nil {
+		spec = *a.Launch
+	}
+	if sameBoot && (a == nil || a.State != StatePassed) {
+		err = p.Launcher.Stop(ctx, spec)
+	}
+	errs = append(errs, <-taken)
+	if err != nil {
+		// With the monitor alive nothing else can be taken from under it.
+		return errors.Join(append(errs, err)...)
+	}
+	if err := p.reached(stepStopped); err != nil {
+		return err
+	}
+	errs = append(errs, back.give(), p.reached(stepGiven))
+
+	if delegated {
+		errs = append(errs, p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath))
+	}
+	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
+	removeCgroups(spec.Cgroups)
+	if err := errors.Join(errs...); err != nil || !final {
+		return err
+	}
+	return h.remove()
+}
+
+// delDelegated runs the delegates' DEL, on the namespace that they were added to if it
+// is still there.
+func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs, a *Attachment, haveUplink bool, uplinkPath string) error {
+	delegates, err := newChain(c, args, p.Exec)
+	if err != nil {
+		return err
+	}
+	netns := ""
+	switch {
+	case a != nil && a.State == StatePassed:
+		netns = args.Netns
+	case haveUplink:
+		netns = uplinkPath
+	}
+	prev, err := asResult(c.prevResult, c.CNIVersion)
+	if a != nil && len(a.Result) > 0 {
+		prev, err = resultOf(a.Result, c.CNIVersion)
+	}
+	if err != nil {
+		return err
+	}
+	err = delegates.run(ctx, "DEL", netns, prev)
+	if a == nil && len(c.Delegate) == 0 {
+		// Nothing says that there ever was an attachment, nor that the delegates that we
+		// would have used are installed.
+		return nil
+	}
+	return err
+}

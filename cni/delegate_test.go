@@ -1,0 +1,234 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/version"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+)
+
+// fakeExec plays delegates. "main" makes a dummy interface in the namespace that it is
+// given; the others only pass on what they got.
+type fakeExec struct {
+	version.PluginDecoder
+	t     *testing.T
+	calls []call
+	fail  string // "TYPE VERB" fails
+}
+
+type call struct {
+	plugin, verb, netns, stdin string
+}
+
+func (f *fakeExec) FindInPath(plugin string, _ []string) (string, error) {
+	if plugin == "missing" {
+		return "", errors.New("failed to find plugin \"missing\" in path")
+	}
+	return plugin, nil
+}
+
+func (f *fakeExec) ExecPlugin(_ context.Context, plugin string, stdin []byte, environ []string) ([]byte, error) {
+	env := make(map[string]string)
+	for _, pair := range environ {
+		key, value, _ := strings.Cut(pair, "=")
+		env[key] = value
+	}
+	c := call{plugin, env["CNI_COMMAND"], env["CNI_NETNS"], string(stdin)}
+	f.calls = append(f.calls, c)
+	if f.fail == plugin+" "+c.verb {
+		return nil, errors.New("no, says " + f.fail)
+	}
+	if c.verb != "ADD" {
+		return nil, nil
+	}
+	if plugin == "main" {
+		if err := makeMain(c.netns); err != nil {
+			return nil, err
+		}
+		return fmt.Appendf(nil, `{"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": %q}], "ips": [{"address": "%s/24", "interface": 0}]}`, c.netns, pod4), nil
+	}
+	var conf struct{ PrevResult json.RawMessage }
+	err := json.Unmarshal(stdin, &conf)
+	return conf.PrevResult, err
+}
+
+// makeMain plays a main plugin with a veth whose other end is in the namespace too: there
+// is nobody to talk to.
+func makeMain(path string) error {
+	n, err := ns.GetNS(path)
+	if err != nil {
+		return err
+	}
+	defer n.Close()
+	h, err := handle(n)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "far"}); err != nil {
+		return err
+	}
+	link, err := h.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	return errors.Join(h.LinkSetUp(link), h.AddrAdd(link, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix(pod4 + "/24"))}))
+}
+
+// verbs lists "TYPE VERB" of the calls since the last time.
+func (f *fakeExec) verbs() (out []string) {
+	for _, c := range f.calls {
+		out = append(out, c.plugin+" "+c.verb)
+	}
+	f.calls = nil
+	return out
+}
+
+// alone is a node without a main plugin's interface, and the configuration of one that
+// delegates.
+func alone(t *testing.T) (*node, *fakeExec, func(verb string, more ...string) error) {
+	n := newNode(t)
+	link, err := n.podH.LinkByName("eth0")
+	must(t, err)
+	must(t, n.podH.LinkDel(link))
+	exec := &fakeExec{t: t}
+	n.plugin.Exec = exec
+	run := func(verb string, more ...string) error {
+		text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "type": "sluice-cni", "stateDir": %q,
+			"delegate": [{"type": "main", "key": [1, 2]}, {"type": "meta", "capabilities": {"portMappings": true}}],
+			"runtimeConfig": {"portMappings": [{"hostPort": 8080}], "mac": "02:00:00:00:00:01"}`, testNet, n.state)
+		for _, m := range more {
+			text += ", " + m
+		}
+		args := n.args()
+		args.StdinData = []byte(text + "}")
+		c, err := loadConfig(args.StdinData)
+		must(t, err)
+		switch verb {
+		case "ADD":
+			_, err = n.plugin.add(t.Context(), c, args)
+		case "DEL":
+			err = n.plugin.del(t.Context(), c, args)
+		case "CHECK":
+			err = n.plugin.check(t.Context(), c, args)
+		case "GC":
+			err = n.plugin.gc(t.Context(), c, args)
+		case "STATUS":
+			err = n.plugin.status(t.Context(), c, args)
+		}
+		return err
+	}
+	return n, exec, run
+}
+
+func same(t *testing.T, what string, got []string, want ...string) {
+	t.Helper()
+	if !slices.Equal(got, want) {
+		t.Errorf("%s: %q, want %q", what, got, want)
+	}
+}
+
+func TestDelegates(t *testing.T) {
+	n, exec, run := alone(t)
+	must(t, run("ADD"))
+	uplink := n.state + "/netns/" + n.name()
+	for _, c := range exec.calls {
+		if c.netns != uplink {
+			t.Errorf("%s was run on %s, not on the uplink namespace", c.plugin, c.netns)
+		}
+	}
+	if first := exec.calls[0].stdin; !strings.Contains(first, `"key":[1,2]`) || strings.Contains(first, "runtimeConfig") || !strings.Contains(first, `"name":"testnet"`) {
+		t.Errorf("the main delegate was told %s", first)
+	}
+	if second := exec.calls[1].stdin; !strings.Contains(second, `"runtimeConfig":{"portMappings":[{"hostPort":8080}]}`) || !strings.Contains(second, "prevResult") {
+		t.Errorf("the second delegate was told %s", second)
+	}
+	same(t, "ADD", exec.verbs(), "main ADD", "meta ADD")
+	if link, err := n.podH.LinkByName("eth0"); err != nil || !isDevice(link) {
+		t.Errorf("the pod's eth0: %v, %v", link, err)
+	}
+	must(t, run("CHECK"))
+	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, uplink) || exec.calls[0].netns != uplink {
+		t.Errorf("CHECK called %+v", exec.calls)
+	}
+	same(t, "CHECK", exec.verbs(), "main CHECK", "meta CHECK")
+	must(t, run("STATUS"))
+	same(t, "STATUS", exec.verbs(), "main STATUS", "meta STATUS")
+	must(t, run("GC", fmt.Sprintf(`"cni.dev/valid-attachments": [{"containerID": %q, "ifname": "eth0"}]`, testID)))
+	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, testID) {
+		t.Errorf("GC called %+v", exec.calls)
+	}
+	same(t, "GC", exec.verbs(), "main GC", "meta GC")
+	must(t, run("DEL"))
+	same(t, "DEL", exec.verbs(), "meta DEL", "main DEL")
+	n.clean()
+	must(t, run("DEL"))
+	same(t, "DEL again", exec.verbs(), "meta DEL", "main DEL") // their leases may be left
+	n.clean()
+}
+
+func TestADelegateThatFailsIsTakenBack(t *testing.T) {
+	n, exec, run := alone(t)
+	for _, fail := range []string{"main ADD", "meta ADD"} {
+		exec.fail = fail
+		if err := run("ADD"); err == nil || !strings.Contains(err.Error(), "no, says "+fail) {
+			t.Errorf("with %s failing: %v", fail, err)
+		}
+		calls := exec.verbs()
+		same(t, "with "+fail+" failing", calls[len(calls)-2:], "meta DEL", "main DEL")
+		n.clean()
+	}
+	exec.fail = "meta DEL"
+	must(t, run("ADD"))
+	if err := run("DEL"); err == nil {
+		t.Error("a delegate's failing DEL is no error")
+	}
+	exec.fail = ""
+	must(t, run("DEL"))
+	n.clean()
+}
+
+func TestAContainerThatIsNotSelectedHasItsDelegatesInThePod(t *testing.T) {
+	n, exec, run := alone(t)
+	selector := `"select": {"namespaces": ["other"]}`
+	must(t, run("ADD", selector))
+	for _, c := range exec.calls {
+		if c.netns != n.podNS {
+			t.Errorf("%s was run on %s", c.plugin, c.netns)
+		}
+	}
+	exec.calls = nil
+	must(t, run("DEL", selector))
+	if len(exec.calls) != 2 || exec.calls[0].netns != n.podNS {
+		t.Errorf("DEL called %+v", exec.calls)
+	}
+	link, err := n.podH.LinkByName("eth0")
+	must(t, err) // the fake leaves it
+	must(t, n.podH.LinkDel(link))
+	n.clean()
+}
+
+func TestTheDefaultDelegates(t *testing.T) {
+	args := (&node{podNS: "/x"}).args()
+	args.StdinData = conf(`"runtimeConfig": {"portMappings": [], "ips": ["10.212.0.9"]}`)
+	c, err := loadConfig(args.StdinData)
+	must(t, err)
+	list, err := newChain(c, args, nil)
+	must(t, err)
+	var types []string
+	for _, d := range list.plugins {
+		types = append(types, d.Type)
+	}
+	same(t, "the delegates", types, "ptp", "portmap")
+	if !strings.Contains(string(list.plugins[0].conf["runtimeConfig"]), "10.212.0.9") {
+		t.Errorf("ptp is not told the wanted address: %s", asJSON(list.plugins[0].conf))
+	}
+}

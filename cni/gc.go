@@ -1,0 +1,170 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containernetworking/cni/pkg/skel"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+)
+
+// gc removes the attachments to this network that the runtime does not know any more,
+// and repairs those that it knows and whose monitor is dead. It goes on after errors.
+func (p *Plugin) gc(ctx context.Context, c *Config, args *skel.CmdArgs) error {
+	s, err := openStore(c.StateDir)
+	if err != nil {
+		return err
+	}
+	valid := make(map[string]bool)
+	for _, v := range c.ValidAttachments {
+		valid[attachmentName(c.Name, v.ContainerID, v.IfName)] = true
+	}
+	names, err := s.names()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	alone := len(c.Delegate) > 0
+	for _, name := range names {
+		if !ofNetwork(name, c.Name) {
+			continue
+		}
+		delegated, err := p.sweep(ctx, c, args, s, name, valid[name])
+		alone = alone || delegated
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	// Without one of ours left, only the configuration can say whether delegates have
+	// leases of their own to sweep.
+	if alone {
+		delegates, err := newChain(c, args, p.Exec)
+		if err == nil {
+			delegates.withAttachments(c.ValidAttachments)
+			err = delegates.run(ctx, "GC", "", nil)
+		}
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("sluice: GC: %w", err)
+	}
+	return nil
+}
+
+// sweep removes or repairs one attachment.
+func (p *Plugin) sweep(ctx context.Context, c *Config, args *skel.CmdArgs, s store, name string, valid bool) (delegated bool, err error) {
+	h, err := s.hold(ctx, name)
+	if err != nil {
+		return false, err
+	}
+	defer h.release()
+	a, err := h.read()
+	if err != nil && !errors.Is(err, errNoRecord) && !errors.Is(err, errTorn) {
+		return false, err
+	}
+	delegated = a != nil && a.Delegated
+	if valid {
+		if a == nil {
+			// Its container lives, and DEL will clear up: nothing to go by until then.
+			return delegated, nil
+		}
+		return delegated, p.repair(ctx, h, a)
+	}
+	// The delegates are told whose remains these are.
+	mine := *args
+	if a != nil {
+		mine.ContainerID, mine.IfName, mine.Netns = a.ContainerID, a.IfName, a.NetNS
+	}
+	return delegated, p.teardown(ctx, c, &mine, h, a, true)
+}
+
+// Repair starts the monitors of all attachments that should have one and do not, in the
+// state directory given. The node's agent calls it; STATUS and GC do too.
+func (p *Plugin) Repair(ctx context.Context, stateDir string) error {
+	s, err := openStore(stateDir)
+	if err != nil {
+		return err
+	}
+	names, err := s.names()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, name := range names {
+		if err := p.repairNamed(ctx, s, name); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (p *Plugin) repairNamed(ctx context.Context, s store, name string) error {
+	h, err := s.tryHold(name)
+	if err != nil {
+		return nil // a verb is at work on it, or it is gone
+	}
+	defer h.release()
+	a, err := h.read()
+	if errors.Is(err, errNoRecord) {
+		// tryHold made the directory, or a DEL left it: there is nothing in it. What
+		// else there may be of it is GC's, which knows what is valid.
+		return h.remove()
+	}
+	if err != nil {
+		return nil // torn: DEL and GC know what to do
+	}
+	return p.repair(ctx, h, a)
+}
+
+// repair replaces the monitor of an attachment, if it is dead and everything else is
+// there: the pod's interface comes back with the same addresses. What policy was set
+// by hand is lost with the monitor; the agent sets its own anew.
+func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	if a.State != StateReady || a.BootID != boot || a.Launch == nil || a.Link == nil {
+		return nil
+	}
+	if p.Launcher.Alive(ctx, *a.Launch) == nil {
+		return nil
+	}
+	id, err := netnsID(a.NetNS)
+	if err != nil || id != a.NetNSID {
+		return nil // the pod is gone
+	}
+	pod, err := ns.GetNS(a.NetNS)
+	if err != nil {
+		return err
+	}
+	defer pod.Close()
+	uplink, err := ns.GetNS(a.Launch.UplinkNetNS)
+	if err != nil {
+		return fmt.Errorf("the uplink namespace is gone, and with it the pod's interface: delete the pod: %w", err)
+	}
+	defer uplink.Close()
+	podH, err := handle(pod)
+	if err != nil {
+		return err
+	}
+	defer podH.Close()
+	uplinkH, err := handle(uplink)
+	if err != nil {
+		return err
+	}
+	defer uplinkH.Close()
+	if err := p.Launcher.Stop(ctx, *a.Launch); err != nil {
+		return err
+	}
+	if err := errors.Join(removeDevice(podH, a.IfName), removeDevice(uplinkH, inboundName)); err != nil {
+		return err
+	}
+	var u undo
+	if err := u.rollback(p.serve(ctx, a, pod, podH, uplink, uplinkH, &u)); err != nil {
+		return fmt.Errorf("repair: %w", err)
+	}
+	return h.write(a)
+}

@@ -1,0 +1,127 @@
+package cni
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+)
+
+// giving is the main interface on its way back from the uplink namespace to the pod.
+// It goes in two steps, because its name is our device's for as long as the monitor
+// lives: first it is moved, down and under a name of its own, then, with the monitor
+// gone, it gets its name, addresses and routes. A DEL that was killed in between is
+// repeated from there. A nil giving has nothing to do.
+type giving struct {
+	uplink, pod ns.NetNS
+	ifName      string
+	state       *linkState // nil: what it has in the uplink namespace
+}
+
+// newGiving is nil if the pod's namespace is gone, or another's by now.
+func newGiving(uplink ns.NetNS, podPath, podID, ifName string, a *Attachment) (*giving, error) {
+	pod, err := openNetns(podPath)
+	if err != nil || pod == nil {
+		return nil, err
+	}
+	id, err := netnsID(podPath)
+	if err != nil || podID != "" && id != podID {
+		return nil, errors.Join(err, pod.Close())
+	}
+	g := &giving{uplink: uplink, pod: pod, ifName: ifName}
+	if a != nil {
+		g.state = a.Link
+	}
+	return g, nil
+}
+
+// close lets go of the pod's namespace.
+func (g *giving) close() {
+	if g != nil {
+		_ = g.pod.Close()
+	}
+}
+
+// onTheWay is what the interface is called between the steps.
+func (g *giving) onTheWay() string {
+	sum := sha256.Sum256([]byte(g.ifName))
+	return "sluice" + hex.EncodeToString(sum[:])[:8]
+}
+
+// take moves the interface out of the uplink namespace. It is no error if it is not there.
+func (g *giving) take() error {
+	if g == nil {
+		return nil
+	}
+	h, err := handle(g.uplink)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := findLink(h, g.ifName)
+	if err != nil || link == nil {
+		return err
+	}
+	if g.state == nil {
+		if _, g.state, err = readLink(h, g.ifName); err != nil {
+			return err
+		}
+	}
+	if err := moveLink(g.uplink, link, g.pod, g.onTheWay()); err != nil {
+		return fmt.Errorf("give the pod its interface back: %w", err)
+	}
+	return nil
+}
+
+// give makes the interface what it was before ADD. What is left of our device goes.
+func (g *giving) give() error {
+	if g == nil {
+		return nil
+	}
+	h, err := handle(g.pod)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := findLink(h, g.onTheWay())
+	if err != nil || link == nil {
+		return err
+	}
+	if err := g.clearName(h); err != nil {
+		return err
+	}
+	if err := h.LinkSetName(link, g.ifName); err != nil {
+		return fmt.Errorf("give the pod its interface back: rename it to %s: %w", g.ifName, err)
+	}
+	link, err = h.LinkByName(g.ifName)
+	if err != nil {
+		return fmt.Errorf("find %s after giving it back: %w", g.ifName, err)
+	}
+	if g.state == nil {
+		return nil // killed in between, and without a record: nobody knows what it had
+	}
+	if err := g.state.apply(h, link, true); err != nil {
+		return fmt.Errorf("give the pod its interface back: %w", err)
+	}
+	return nil
+}
+
+// clearName takes the name from our device. A device that is ending takes the kernel some
+// 20 ms, which only its name makes worth waiting for; kernels before 6.2 rename none that
+// is up, so there it is waited for.
+func (g *giving) clearName(h *netlink.Handle) error {
+	link, err := findLink(h, g.ifName)
+	if err != nil || link == nil || !isDevice(link) {
+		return err
+	}
+	if h.LinkSetName(link, g.ending()) == nil {
+		return nil
+	}
+	return removeDevice(h, g.ifName)
+}
+
+// ending is what our device is called while it ends.
+func (g *giving) ending() string { return "end" + g.onTheWay()[len("end"):] }

@@ -1,0 +1,54 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"net/netip"
+	"os"
+
+	"sluice/tun"
+)
+
+// Launcher starts, finds and ends the monitors of attachments. All methods know an
+// attachment by Name and RuntimeDir; the rest of the specification may be missing from
+// Stop when the record is.
+type Launcher interface {
+	// Launch starts the monitor of a prepared attachment, outside the caller's session
+	// and cgroup, and returns when its worker serves. It is given duplicates of what it
+	// needs: the descriptors stay the caller's to close.
+	Launch(ctx context.Context, a LaunchSpec) (pid int, start uint64, err error)
+	// Stop ends the monitor and waits until neither it nor its worker serves; it is no
+	// error if that is so. Its devices may end a little later.
+	Stop(ctx context.Context, a LaunchSpec) error
+	// Alive says whether the monitor and its worker serve.
+	Alive(ctx context.Context, a LaunchSpec) error
+	// Check says whether the specification's policy, limits and tunables are sound,
+	// before anything is made for it.
+	Check(a LaunchSpec) error
+}
+
+// LaunchSpec is everything that a monitor is told. It is kept in the record, so that
+// a dead one can be replaced.
+type LaunchSpec struct {
+	Name string `json:"name"`
+	// RuntimeDir is where the monitor keeps its control socket.
+	RuntimeDir string   `json:"runtimeDir"`
+	Describe   []string `json:"describe,omitempty"` // what `sluice ps` shows
+
+	UplinkNetNS string         `json:"uplinkNetns"`
+	PodNetNS    string         `json:"podNetns"`
+	Device      tun.Config     `json:"device"`  // in the pod
+	Inbound     tun.Config     `json:"inbound"` // in the uplink namespace
+	Addrs       []netip.Prefix `json:"addrs"`   // the pod's
+
+	PolicyName string            `json:"policyName,omitempty"`
+	Policy     []byte            `json:"policy,omitempty"`
+	Limits     json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
+	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	FlowLog    string            `json:"flowLog,omitempty"`
+	// Cgroups are the directories that the monitor and its workers move to.
+	Cgroups []string `json:"cgroups,omitempty"`
+
+	DeviceFDs []*os.File `json:"-"` // one per queue
+	InboundFD *os.File   `json:"-"`
+}

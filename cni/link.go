@@ -1,0 +1,331 @@
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// An interface that changes namespaces loses its addresses, routes and neighbours:
+// the kernel takes it down on the way. linkState is what it had, as a value that can
+// be written to the record and given to any other interface.
+
+// linkState is an interface and what hangs on it.
+type linkState struct {
+	Name     string       `json:"name"`
+	MTU      int          `json:"mtu"`
+	MAC      string       `json:"mac,omitempty"` // "" if it has none
+	NoIPv6   bool         `json:"noIPv6,omitempty"`
+	Addrs    []addrState  `json:"addrs,omitempty"`
+	Routes   []routeState `json:"routes,omitempty"`
+	Neighs   []neighState `json:"neighs,omitempty"`
+	Promisc  bool         `json:"promisc,omitempty"`
+	Allmulti bool         `json:"allmulti,omitempty"`
+}
+
+type addrState struct {
+	Prefix    netip.Prefix `json:"prefix"`
+	Peer      netip.Prefix `json:"peer,omitzero"`
+	Broadcast netip.Addr   `json:"broadcast,omitzero"`
+	Label     string       `json:"label,omitempty"`
+	Flags     int          `json:"flags,omitempty"`
+	Scope     int          `json:"scope,omitempty"`
+	Valid     int          `json:"valid,omitempty"` // seconds; 0 is for ever
+	Preferred int          `json:"preferred,omitempty"`
+}
+
+type routeState struct {
+	Family   int          `json:"family"`
+	Dst      netip.Prefix `json:"dst,omitzero"` // invalid is the default route
+	Gateway  netip.Addr   `json:"gateway,omitzero"`
+	Via      netip.Addr   `json:"via,omitzero"` // a gateway of the other family
+	Source   netip.Addr   `json:"source,omitzero"`
+	Table    int          `json:"table"`
+	Metric   int          `json:"metric,omitempty"`
+	Scope    int          `json:"scope,omitempty"`
+	Protocol int          `json:"protocol,omitempty"`
+	Type     int          `json:"type,omitempty"`
+	TOS      int          `json:"tos,omitempty"`
+	OnLink   bool         `json:"onlink,omitempty"`
+	MTU      int          `json:"mtu,omitempty"`
+	MTULock  bool         `json:"mtuLock,omitempty"`
+	AdvMSS   int          `json:"advmss,omitempty"`
+	HopLimit int          `json:"hoplimit,omitempty"`
+	InitCwnd int          `json:"initcwnd,omitempty"`
+	InitRwnd int          `json:"initrwnd,omitempty"`
+	Congctl  string       `json:"congctl,omitempty"`
+}
+
+type neighState struct {
+	Addr      netip.Addr `json:"addr"`
+	MAC       string     `json:"mac"`
+	Permanent bool       `json:"permanent,omitempty"`
+}
+
+// keptAddrFlags are those of an address that somebody chose; the others are its state.
+const keptAddrFlags = unix.IFA_F_NOPREFIXROUTE | unix.IFA_F_HOMEADDRESS | unix.IFA_F_MANAGETEMPADDR
+
+// readLink takes the state of the interface called name.
+func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return nil, nil, fmt.Errorf("find the interface %s: %w", name, err)
+	}
+	attrs := link.Attrs()
+	s := &linkState{Name: name, MTU: attrs.MTU, Promisc: attrs.Promisc > 0, Allmulti: attrs.Allmulti > 0}
+	if len(attrs.HardwareAddr) == 6 {
+		s.MAC = attrs.HardwareAddr.String()
+	}
+	addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, nil, fmt.Errorf("list the addresses of %s: %w", name, err)
+	}
+	for _, a := range addrs {
+		s.Addrs = append(s.Addrs, addrOf(a, name))
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return nil, nil, fmt.Errorf("list the routes of %s: %w", name, err)
+		}
+		for _, r := range routes {
+			if r.LinkIndex == attrs.Index && keepRoute(r) {
+				s.Routes = append(s.Routes, routeOf(r, family))
+			}
+		}
+		neighs, err := h.NeighList(attrs.Index, family)
+		if err != nil {
+			return nil, nil, fmt.Errorf("list the neighbours of %s: %w", name, err)
+		}
+		for _, n := range neighs {
+			ip, ok := netip.AddrFromSlice(n.IP)
+			// Without a hardware address, or without a use for one, there is nothing to know.
+			if !ok || len(n.HardwareAddr) == 0 || n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE|netlink.NUD_NOARP) != 0 {
+				continue
+			}
+			s.Neighs = append(s.Neighs, neighState{ip.Unmap(), n.HardwareAddr.String(), n.State&netlink.NUD_PERMANENT != 0})
+		}
+	}
+	return link, s, nil
+}
+
+// keepRoute passes over what the kernel makes of the addresses by itself.
+func keepRoute(r netlink.Route) bool {
+	return r.Table != unix.RT_TABLE_LOCAL && r.Protocol != unix.RTPROT_KERNEL && r.Type == unix.RTN_UNICAST && len(r.MultiPath) == 0
+}
+
+func addrOf(a netlink.Addr, name string) addrState {
+	s := addrState{Prefix: prefixOf(a.IPNet), Flags: a.Flags & keptAddrFlags, Scope: a.Scope}
+	if p := prefixOf(a.Peer); p.IsValid() && p != s.Prefix {
+		s.Peer = p
+	}
+	s.Broadcast, _ = netip.AddrFromSlice(a.Broadcast.To4())
+	if a.Label != name {
+		s.Label = a.Label
+	}
+	if a.Flags&unix.IFA_F_PERMANENT == 0 {
+		s.Valid, s.Preferred = a.ValidLft, a.PreferedLft
+	}
+	return s
+}
+
+func routeOf(r netlink.Route, family int) routeState {
+	s := routeState{
+		Family: family, Dst: prefixOf(r.Dst), Gateway: addrOfIP(r.Gw), Source: addrOfIP(r.Src),
+		Table: r.Table, Metric: r.Priority, Scope: int(r.Scope), Protocol: int(r.Protocol), Type: r.Type, TOS: r.Tos,
+		OnLink: r.Flags&int(netlink.FLAG_ONLINK) != 0,
+		MTU:    r.MTU, MTULock: r.MTULock, AdvMSS: r.AdvMSS, HopLimit: r.Hoplimit,
+		InitCwnd: r.InitCwnd, InitRwnd: r.InitRwnd, Congctl: r.Congctl,
+	}
+	if v, ok := r.Via.(*netlink.Via); ok {
+		s.Via = addrOfIP(v.Addr)
+	}
+	if s.Dst.IsValid() && s.Dst.Bits() == 0 {
+		s.Dst = netip.Prefix{}
+	}
+	return s
+}
+
+// isDefault says whether the route is its family's default in the main table.
+func (r routeState) isDefault() bool { return !r.Dst.IsValid() && r.Table == unix.RT_TABLE_MAIN }
+
+func (r routeState) netlink(index int) *netlink.Route {
+	out := &netlink.Route{
+		LinkIndex: index, Family: r.Family, Dst: ipNet(r.Dst), Gw: r.Gateway.AsSlice(), Src: r.Source.AsSlice(),
+		Table: r.Table, Priority: r.Metric, Scope: netlink.Scope(r.Scope), Protocol: netlink.RouteProtocol(r.Protocol),
+		Type: r.Type, Tos: r.TOS, MTU: r.MTU, MTULock: r.MTULock, AdvMSS: r.AdvMSS, Hoplimit: r.HopLimit,
+		InitCwnd: r.InitCwnd, InitRwnd: r.InitRwnd, Congctl: r.Congctl,
+	}
+	if r.OnLink {
+		out.Flags = int(netlink.FLAG_ONLINK)
+	}
+	if out.Dst == nil {
+		out.Dst = ipNet(netip.PrefixFrom(unspecified(r.Family), 0))
+	}
+	if r.Via.IsValid() {
+		family := netlink.FAMILY_V4
+		if r.Via.Is6() {
+			family = netlink.FAMILY_V6
+		}
+		out.Via = &netlink.Via{AddrFamily: family, Addr: r.Via.AsSlice()}
+	}
+	return out
+}
+
+// prefixes are the addresses that packets from elsewhere may be sent to.
+func (s *linkState) prefixes() []netip.Prefix {
+	var out []netip.Prefix
+	for _, a := range s.Addrs {
+		if !(a.Prefix.Addr().Is6() && a.Prefix.Addr().IsLinkLocalUnicast()) {
+			out = append(out, a.Prefix)
+		}
+	}
+	return out
+}
+
+func (s *linkState) has(family int) bool {
+	return slices.ContainsFunc(s.prefixes(), func(p netip.Prefix) bool { return familyOf(p.Addr()) == family })
+}
+
+func (s *linkState) hasDefault(family int) bool {
+	return slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Family == family && r.isDefault() })
+}
+
+// apply gives an interface the addresses and routes of s and brings it up. withNeighs
+// is for the main plugin's own interface; behind ours the neighbours are not the same.
+func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool) error {
+	name, index := link.Attrs().Name, link.Attrs().Index
+	// Up first: IPv6 routes need a link that is.
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring %s up: %w", name, err)
+	}
+	for _, a := range s.Addrs {
+		if s.NoIPv6 && a.Prefix.Addr().Is6() {
+			continue
+		}
+		if err := h.AddrReplace(link, a.netlink(name)); err != nil {
+			return fmt.Errorf("add the address %s to %s: %w", a.Prefix, name, err)
+		}
+	}
+	// A gateway is accepted once the route to it is there.
+	routes := slices.Clone(s.Routes)
+	slices.SortStableFunc(routes, func(a, b routeState) int { return boolOrder(a.Gateway.IsValid(), b.Gateway.IsValid()) })
+	for tries := 0; len(routes) > 0; tries++ {
+		var failed []routeState
+		var errs []error
+		for _, r := range routes {
+			if err := h.RouteReplace(r.netlink(index)); err != nil {
+				failed = append(failed, r)
+				errs = append(errs, fmt.Errorf("add the route %s to %s: %w", r, name, err))
+			}
+		}
+		if len(failed) == len(routes) {
+			return errors.Join(errs...)
+		}
+		routes = failed
+	}
+	if !withNeighs {
+		return nil
+	}
+	for _, n := range s.Neighs {
+		mac, err := net.ParseMAC(n.MAC)
+		if err != nil {
+			continue
+		}
+		state := netlink.NUD_STALE
+		if n.Permanent {
+			state = netlink.NUD_PERMANENT
+		}
+		err = h.NeighSet(&netlink.Neigh{LinkIndex: index, Family: familyOf(n.Addr), State: state, IP: n.Addr.AsSlice(), HardwareAddr: mac})
+		if err != nil && n.Permanent {
+			return fmt.Errorf("add the neighbour %s to %s: %w", n.Addr, name, err)
+		}
+	}
+	return nil
+}
+
+func (a addrState) netlink(name string) *netlink.Addr {
+	out := &netlink.Addr{IPNet: ipNet(a.Prefix), Flags: a.Flags, Scope: a.Scope, ValidLft: a.Valid, PreferedLft: a.Preferred}
+	if a.Peer.IsValid() {
+		out.Peer = ipNet(a.Peer)
+	}
+	if a.Prefix.Addr().Is6() {
+		// The other end of either link is ours or was checked by the main plugin.
+		out.Flags |= unix.IFA_F_NODAD
+		return out
+	}
+	out.Broadcast = net.IPv4zero.To4() // none, where the library would make one up
+	if a.Broadcast.IsValid() {
+		out.Broadcast = a.Broadcast.AsSlice()
+	}
+	if out.Label = a.Label; out.Label != "" && !strings.HasPrefix(out.Label, name) {
+		out.Label = ""
+	}
+	return out
+}
+
+func (r routeState) String() string {
+	text := "default"
+	if r.Dst.IsValid() {
+		text = r.Dst.String()
+	}
+	if r.Gateway.IsValid() {
+		text += " via " + r.Gateway.String()
+	}
+	return text
+}
+
+func boolOrder(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
+
+func familyOf(a netip.Addr) int {
+	if a.Is4() {
+		return netlink.FAMILY_V4
+	}
+	return netlink.FAMILY_V6
+}
+
+func unspecified(family int) netip.Addr {
+	if family == netlink.FAMILY_V4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+func addrOfIP(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}
+
+// prefixOf is a valid prefix, or the zero one.
+func prefixOf(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.Prefix{}
+	}
+	bits, _ := n.Mask.Size()
+	a := addrOfIP(n.IP)
+	if !a.IsValid() {
+		return netip.Prefix{}
+	}
+	return netip.PrefixFrom(a, bits)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	if !p.IsValid() {
+		return nil
+	}
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}

@@ -1,0 +1,292 @@
+package cni
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The state directory.
+//
+//	STATE/attachments/NAME/lock         flock held by the verb that works on it
+//	STATE/attachments/NAME/record.json  the Attachment
+//	STATE/netns/NAME                    the uplink namespace, a bind mount
+//
+// NAME begins with the container's id, for people, and goes on with hashes of the
+// network's name and of the whole identity: it can be computed from what DEL is
+// given, and GC can tell whose remains something is without a readable record.
+//
+// A record is replaced by renaming, so it is there whole or not at all. It is not
+// synced to disk: after a power cut nothing it describes exists, and one that cannot
+// be read is treated as remains.
+
+const (
+	attachmentsDir = "attachments"
+	netnsDir       = "netns"
+	recordFile     = "record.json"
+	lockFile       = "lock"
+
+	// recordVersion changes when an older binary could misread a record.
+	recordVersion = 1
+
+	idPrefix = 12 // characters of the container's id in a name
+	netHash  = 6  // hexadecimal digits of the network's hash
+	allHash  = 10 // and of the identity's
+)
+
+// State says how far an attachment has come.
+type State string
+
+// An attachment is StateAdding until ADD has succeeded; what is there of it is then
+// unknown. StatePassed is a container that Select left to the main plugin.
+const (
+	StateAdding State = "adding"
+	StateReady  State = "ready"
+	StatePassed State = "passed"
+)
+
+// Attachment is the durable record of one interface of one container.
+type Attachment struct {
+	Version     int    `json:"version"`
+	Network     string `json:"network"`
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifname"`
+	// NetNS is the pod's namespace, and NetNSID tells it from another that has its path now.
+	NetNS   string `json:"netns"`
+	NetNSID string `json:"netnsID"`
+	// BootID is the kernel's boot_id: of another boot, only the record is left.
+	BootID string    `json:"bootID"`
+	State  State     `json:"state"`
+	Since  time.Time `json:"since"`
+	Pod    Pod       `json:"pod,omitzero"`
+
+	// Delegated says that our delegates made the interface, in the uplink namespace.
+	Delegated bool `json:"delegated,omitempty"`
+	// Result is the delegates', as they gave it, in the version of the configuration.
+	Result json.RawMessage `json:"result,omitempty"`
+	// Link is the main interface as it was before it was moved.
+	Link *linkState `json:"link,omitempty"`
+	// Launch is all that the monitor is started with, but for the descriptors.
+	Launch *LaunchSpec `json:"launch,omitempty"`
+	// Monitor is the process that serves, by its pid and start time in clock ticks since boot.
+	MonitorPID   int    `json:"monitorPID,omitempty"`
+	MonitorStart uint64 `json:"monitorStart,omitempty"`
+}
+
+// attachmentName is the name of an attachment's identity.
+func attachmentName(network, containerID, ifName string) string {
+	all := sha256.Sum256([]byte(network + "\x00" + containerID + "\x00" + ifName))
+	id := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, containerID[:min(len(containerID), idPrefix)])
+	return id + "-" + hashOfNetwork(network) + hex.EncodeToString(all[:])[:allHash]
+}
+
+func hashOfNetwork(network string) string {
+	sum := sha256.Sum256([]byte(network))
+	return hex.EncodeToString(sum[:])[:netHash]
+}
+
+// ofNetwork says whether name is that of an attachment to network.
+func ofNetwork(name, network string) bool {
+	i := strings.LastIndexByte(name, '-')
+	return i >= 0 && strings.HasPrefix(name[i+1:], hashOfNetwork(network))
+}
+
+// bootID names this boot of the machine.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read the boot id: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// store is a state directory.
+type store struct{ path string }
+
+// held is an attachment's directory with its lock.
+type held struct {
+	store store
+	name  string
+	lock  *os.File
+}
+
+var (
+	errNoRecord = errors.New("no record of this attachment")
+	errTorn     = errors.New("the attachment's record cannot be read")
+)
+
+// lockWait bounds the wait for another verb that works on the same attachment.
+const lockWait = 30 * time.Second
+
+// openStore makes the state directory if need be. It is root's alone: records say
+// what DEL removes.
+func openStore(path string) (store, error) {
+	for _, dir := range []string{path, filepath.Join(path, attachmentsDir), filepath.Join(path, netnsDir)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return store{}, fmt.Errorf("make the state directory: %w", err)
+		}
+	}
+	fi, err := os.Stat(path)
+	if err != nil {
+		return store{}, fmt.Errorf("the state directory: %w", err)
+	}
+	if fi.Mode().Perm()&0o022 != 0 {
+		return store{}, fmt.Errorf("the state directory %s is writable for others (mode %#o): chmod 700 it", path, fi.Mode().Perm())
+	}
+	return store{path}, nil
+}
+
+func (s store) dir(name string) string   { return filepath.Join(s.path, attachmentsDir, name) }
+func (s store) netns(name string) string { return filepath.Join(s.path, netnsDir, name) }
+
+// runtimeDir is where monitors keep their control sockets: where the other commands look
+// for those of root, or, for a state directory of its own, below that: with
+// XDG_RUNTIME_DIR set to it, they look there.
+func (s store) runtimeDir() string {
+	if s.path == DefaultStateDir {
+		return "/run/sluice"
+	}
+	return filepath.Join(s.path, "sluice")
+}
+
+// names lists everything of which there are remains, records or namespaces.
+func (s store) names() ([]string, error) {
+	seen := make(map[string]bool)
+	var out []string
+	for _, dir := range []string{attachmentsDir, netnsDir} {
+		entries, err := os.ReadDir(filepath.Join(s.path, dir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("list the attachments: %w", err)
+		}
+		for _, e := range entries {
+			if !seen[e.Name()] {
+				seen[e.Name()] = true
+				out = append(out, e.Name())
+			}
+		}
+	}
+	return out, nil
+}
+
+// hold takes an attachment's lock, and makes its directory. A verb that was killed
+// has lost the lock with its life.
+func (s store) hold(ctx context.Context, name string) (*held, error) {
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	for {
+		h, err := s.tryHold(name)
+		if err == nil {
+			return h, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("lock the attachment %s: %w", name, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("lock the attachment %s: another call holds it: %w", name, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func (s store) tryHold(name string) (*held, error) {
+	if err := os.Mkdir(s.dir(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	path := filepath.Join(s.dir(name), lockFile)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	// Whoever removed the directory held the lock of a file that is gone.
+	mine, err := f.Stat()
+	if err == nil {
+		var there fs.FileInfo
+		if there, err = os.Lstat(path); err == nil && !os.SameFile(mine, there) {
+			err = fs.ErrNotExist
+		}
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return &held{s, name, f}, nil
+}
+
+// release gives the lock back; the record stays.
+func (h *held) release() { _ = h.lock.Close() }
+
+// read returns the record: errNoRecord if there is none, errTorn if it makes no sense.
+func (h *held) read() (*Attachment, error) {
+	b, err := os.ReadFile(filepath.Join(h.store.dir(h.name), recordFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errNoRecord
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the record: %w", err)
+	}
+	a := &Attachment{}
+	if err := json.Unmarshal(b, a); err != nil {
+		return nil, fmt.Errorf("%w: %w", errTorn, err)
+	}
+	if a.Version != recordVersion || attachmentName(a.Network, a.ContainerID, a.IfName) != h.name {
+		return nil, fmt.Errorf("%w: it is of version %d and names %s/%s/%s", errTorn, a.Version, a.Network, a.ContainerID, a.IfName)
+	}
+	return a, nil
+}
+
+// write replaces the record in one step.
+func (h *held) write(a *Attachment) error {
+	b, err := json.MarshalIndent(a, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write the record: %w", err)
+	}
+	path := filepath.Join(h.store.dir(h.name), recordFile)
+	if err := os.WriteFile(path+".new", append(b, '\n'), 0o600); err != nil {
+		return fmt.Errorf("write the record: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("write the record: %w", err)
+	}
+	return nil
+}
+
+// remove ends the record, and the lock with it: the last step of DEL.
+func (h *held) remove() error {
+	dir := h.store.dir(h.name)
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the record: %w", err)
+	}
+	for _, e := range entries {
+		if e.Name() != lockFile {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the record: %w", err)
+	}
+	_ = os.Remove(filepath.Join(dir, lockFile))
+	// One who waits for the lock may have made a lock file anew; then the directory is theirs.
+	_ = os.Remove(dir)
+	return nil
+}

@@ -1,0 +1,372 @@
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
+	for _, mode := range []string{"tap", "tun"} {
+		t.Run(mode, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add(`"mode": "`+mode+`"`))
+
+			link, err := n.podH.LinkByName("eth0")
+			must(t, err)
+			if tap, ok := link.(*netlink.Tuntap); !ok || (tap.Mode == netlink.TUNTAP_MODE_TAP) != (mode == "tap") {
+				t.Fatalf("the pod's eth0 is %v", link)
+			}
+			inside := n.inside()
+			if mode == "tun" {
+				inside.MAC = before.MAC // it has none
+			}
+			inside.Neighs = before.Neighs // they are not the pod's any more
+			if !reflect.DeepEqual(before, inside) {
+				t.Errorf("the device has not what the interface had:\nbefore %s\nafter  %s", asJSON(before), asJSON(inside))
+			}
+
+			up, upH := n.uplink()
+			_, main, err := readLink(upH, "eth0")
+			must(t, err)
+			main.Addrs, main.Neighs = withoutLinkLocal(main.Addrs), permanent(main.Neighs)
+			if !reflect.DeepEqual(before, main) {
+				t.Errorf("in the uplink namespace the interface has not what it had:\nbefore %s\nafter  %s", asJSON(before), asJSON(main))
+			}
+			for name, want := range map[string]string{
+				"ipv4/ip_forward": "1", "ipv4/conf/all/rp_filter": "0", "ipv4/conf/eth0/rp_filter": "0",
+				"ipv4/conf/in0/accept_local": "1", "ipv6/conf/all/forwarding": "1", "ipv6/conf/eth0/accept_ra": "0",
+			} {
+				var got []byte
+				must(t, up.Do(func(ns.NetNS) (err error) { got, err = os.ReadFile("/proc/sys/net/" + name); return err }))
+				if strings.TrimSpace(string(got)) != want {
+					t.Errorf("%s is %q in the uplink namespace, not %s", name, got, want)
+				}
+			}
+			must(t, n.check())
+			if err := n.add(); err == nil || !strings.Contains(err.Error(), "already") {
+				t.Errorf("a second ADD: %v", err)
+			}
+			must(t, n.del())
+			n.unchanged(before)
+			n.clean()
+			must(t, n.del()) // again
+			n.unchanged(before)
+			n.clean()
+		})
+	}
+}
+
+func TestADefaultRouteIsAlwaysThere(t *testing.T) {
+	n := newNode(t)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		must(t, n.podH.RouteDel(&netlink.Route{Family: family, Dst: ipNet(netip.PrefixFrom(unspecified(family), 0))}))
+	}
+	before := n.inside()
+	must(t, n.add())
+	for family, gateway := range map[int]string{netlink.FAMILY_V4: "169.254.1.1", netlink.FAMILY_V6: "fe80::1"} {
+		i := slices.IndexFunc(n.inside().Routes, func(r routeState) bool { return r.Family == family && r.isDefault() })
+		if i < 0 || n.inside().Routes[i].Gateway.String() != gateway {
+			t.Errorf("the pod's routes %s lack a default by %s", asJSON(n.inside().Routes), gateway)
+		}
+	}
+	must(t, n.del())
+	n.unchanged(before)
+}
+
+func TestAFailureAtAnyStepTakesEverythingBack(t *testing.T) {
+	n := newNode(t)
+	before := n.inside()
+	reached := 0
+	for _, step := range Steps {
+		if step == stepDelegated {
+			continue // TestDelegates
+		}
+		fault := errors.New("a fault at " + step)
+		n.plugin.Reached = func(s string) error {
+			if s == step {
+				reached++
+				return fault
+			}
+			return nil
+		}
+		if err := n.add(); !errors.Is(err, fault) {
+			t.Fatalf("ADD with a fault at %s: %v", step, err)
+		}
+		t.Run(step, func(t *testing.T) {
+			at := *n
+			at.t = t
+			at.unchanged(before)
+			at.clean()
+		})
+	}
+	if reached != len(Steps)-1 {
+		t.Errorf("%d of the steps were reached", reached)
+	}
+	n.plugin.Reached = nil
+	n.procs.fail = errors.New("no monitor today")
+	if err := n.add(); !errors.Is(err, n.procs.fail) {
+		t.Errorf("ADD without a monitor: %v", err)
+	}
+	n.unchanged(before)
+	n.clean()
+	if err := n.add(`"policy": {"mistake": true}`); err == nil || !strings.Contains(err.Error(), "mistake") {
+		t.Errorf("ADD with a policy that is none: %v", err)
+	}
+	n.unchanged(before)
+	n.clean()
+}
+
+func TestDelOfWhateverIsLeft(t *testing.T) {
+	for _, row := range []struct {
+		name    string
+		spoil   func(*node)
+		podGone bool
+	}{
+		{name: "the monitor was killed", spoil: func(n *node) { endProcess(n.procs.pid(n.name())) }},
+		{name: "the pod is gone", spoil: (*node).closePod, podGone: true},
+		{name: "the record is half-written", spoil: func(n *node) {
+			must(n.t, os.Truncate(filepath.Join(n.state, attachmentsDir, n.name(), recordFile), 100))
+		}},
+		{name: "the record is gone", spoil: func(n *node) {
+			must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
+		}},
+		{name: "the attachment's directory is gone", spoil: func(n *node) {
+			must(n.t, os.RemoveAll(filepath.Join(n.state, attachmentsDir, n.name())))
+		}},
+		{name: "the device is gone from the pod", spoil: func(n *node) {
+			link, err := n.podH.LinkByName("eth0")
+			must(n.t, err)
+			must(n.t, n.podH.LinkDel(link))
+		}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add())
+			row.spoil(n)
+			must(t, n.del())
+			if !row.podGone {
+				n.unchanged(before)
+			}
+			n.clean()
+			must(t, n.del())
+			n.clean()
+		})
+	}
+}
+
+func TestDelWithoutTheUplinkNamespace(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	must(t, unix.Unmount(filepath.Join(n.state, netnsDir, n.name()), unix.MNT_DETACH))
+	must(t, n.del())
+	n.clean()
+}
+
+func TestAnotherPodsNamespaceIsLeftAlone(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	n.closePod()
+	bindNetns(t, n.podNS) // by the same path
+	must(t, n.del())
+	other, err := ns.GetNS(n.podNS)
+	must(t, err)
+	h, err := handle(other)
+	must(t, err)
+	links, err := h.LinkList()
+	must(t, err)
+	if len(links) != 1 {
+		t.Errorf("the other pod has got interfaces: %v", links)
+	}
+	h.Close()
+	must(t, other.Close())
+	must(t, unix.Unmount(n.podNS, unix.MNT_DETACH))
+	n.clean()
+}
+
+func TestAnAttachmentOfAnotherBoot(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	n.edit(func(a *Attachment) { a.BootID = "00000000-0000-0000-0000-000000000000" })
+	if err := n.check(); err == nil || !strings.Contains(err.Error(), "reboot") {
+		t.Errorf("CHECK: %v", err)
+	}
+	n.procs.stopAll(t)
+	must(t, n.gc(false))
+	n.clean()
+}
+
+// edit changes the record.
+func (n *node) edit(f func(*Attachment)) {
+	n.t.Helper()
+	path := filepath.Join(n.state, attachmentsDir, n.name(), recordFile)
+	b, err := os.ReadFile(path)
+	must(n.t, err)
+	var a Attachment
+	must(n.t, json.Unmarshal(b, &a))
+	f(&a)
+	b, err = json.Marshal(a)
+	must(n.t, err)
+	must(n.t, os.WriteFile(path, b, 0o600))
+}
+
+func TestCheckMissesWhateverIsMissing(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		spoil func(*node)
+		says  string
+	}{
+		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "eth0"},
+		{"the monitor behind a device that stays", func(n *node) { must(n.t, os.Remove(n.procs.file(n.name()))) }, "dead"},
+		{"an address", func(n *node) { n.ip("addr", "del", pod4+"/24", "dev", "eth0") }, pod4},
+		{"a route", func(n *node) { n.ip("route", "del", "192.0.2.0/24") }, "192.0.2.0/24"},
+		{"the IPv6 address", func(n *node) { n.ip("addr", "del", pod6+"/64", "dev", "eth0") }, pod6},
+		{"the link's state", func(n *node) { n.ip("link", "set", "eth0", "down") }, "down"},
+		{"the MTU", func(n *node) { n.ip("link", "set", "eth0", "mtu", "1400") }, "1400"},
+		{"the main interface", func(n *node) {
+			_, h := n.uplink()
+			link, err := h.LinkByName("eth0")
+			must(n.t, err)
+			must(n.t, h.LinkDel(link))
+		}, "uplink"},
+		{"the rules", func(n *node) {
+			up, _ := n.uplink()
+			must(n.t, up.Do(func(ns.NetNS) error { return dropRules() }))
+		}, "rules"},
+		{"the record", func(n *node) {
+			must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
+		}, "no attachment"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n := newNode(t)
+			must(t, n.add())
+			must(t, n.check())
+			pid := n.procs.pid(n.name())
+			row.spoil(n)
+			if err := n.check(); err == nil || !strings.Contains(err.Error(), row.says) {
+				t.Errorf("CHECK without it: %v", err)
+			}
+			endProcess(pid)
+			must(t, n.del())
+		})
+	}
+}
+
+func TestGCRemovesWhatIsNotValid(t *testing.T) {
+	n := newNode(t)
+	before := n.inside()
+	must(t, n.add())
+	must(t, n.gc(true))
+	must(t, n.check())
+	// Another network's GC leaves it alone.
+	c, args := n.config()
+	c.Name, c.prevResult = "othernet", nil
+	must(t, n.plugin.gc(t.Context(), c, args))
+	must(t, n.check())
+	must(t, n.gc(false))
+	n.unchanged(before)
+	n.clean()
+	must(t, n.gc(false))
+}
+
+func TestADeadMonitorIsReplaced(t *testing.T) {
+	for name, repair := range map[string]func(*node) error{
+		"by GC":     func(n *node) error { return n.gc(true) },
+		"by repair": func(n *node) error { return n.plugin.Repair(n.t.Context(), n.state) },
+		"by STATUS": func(n *node) error {
+			c, args := n.config()
+			return n.plugin.status(n.t.Context(), c, args)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add())
+			first := n.procs.pid(n.name())
+			endProcess(first)
+			eventually(t, "the device ends with its monitor", func() bool {
+				_, err := n.podH.LinkByName("eth0")
+				return err != nil
+			})
+			must(t, repair(n))
+			must(t, n.check())
+			second := n.procs.pid(n.name())
+			if second == first {
+				t.Fatal("there is no other monitor")
+			}
+			must(t, repair(n))
+			if n.procs.pid(n.name()) != second {
+				t.Error("a monitor that lives was replaced")
+			}
+			must(t, n.del())
+			n.unchanged(before)
+			n.clean()
+		})
+	}
+}
+
+func TestAContainerThatIsNotSelectedPasses(t *testing.T) {
+	n := newNode(t)
+	before := n.inside()
+	selector := `"select": {"namespaces": ["other"]}`
+	must(t, n.add(selector))
+	n.unchanged(before)
+	must(t, n.check())
+	must(t, n.del(selector))
+	n.unchanged(before)
+	n.clean()
+}
+
+func TestAddRefuses(t *testing.T) {
+	n := newNode(t)
+	c, args := n.config()
+	args.IfName = "eth7"
+	if _, err := n.plugin.add(t.Context(), c, args); err == nil || !strings.Contains(err.Error(), "no interface eth7") {
+		t.Errorf("an interface that is not there: %v", err)
+	}
+	c, args = n.config()
+	args.Netns = fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
+	if _, err := n.plugin.add(t.Context(), c, args); err == nil || !strings.Contains(err.Error(), "own namespace") {
+		t.Errorf("the host's namespace: %v", err)
+	}
+	if err := n.add(`"delegate": {"type": "ptp"}`); err == nil || !strings.Contains(err.Error(), "delegate too") {
+		t.Errorf("chained and with a delegate: %v", err)
+	}
+	n.clean()
+}
+
+// ip runs ip(8) in the pod.
+func (n *node) ip(args ...string) {
+	n.t.Helper()
+	must(n.t, n.pod.Do(func(ns.NetNS) error {
+		out, err := exec.Command("ip", args...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("ip %v: %w: %s", args, err, out)
+		}
+		return nil
+	}))
+}
+
+func dropRules() error {
+	conn, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	conn.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: tableName})
+	return conn.Flush()
+}

@@ -1,0 +1,182 @@
+package forwarder
+
+// What a worker remembers for its successor.
+//
+// The flows of the inbound path have both their ends elsewhere, so they can outlive
+// a worker, be it killed or replaced by another binary. A flow that the outside
+// continues is picked up by its next packet. One that the sandbox continues is not: a
+// segment of it looks like one of a connection that the old worker terminated, which
+// the stack answers with a reset. So the tuples are noted in memory that whoever
+// starts workers keeps (Config.Memory), and taken from there when the first rules
+// come. Until then the sandbox's packets are dropped: its kernel sends them again.
+//
+// What is found there is believed no more than a packet: it was written by a worker
+// that may have been taken over. Each flow is judged anew.
+//
+//	0   magic, high-water mark (slots that were ever used)
+//	64  slot 0: used, protocol, state, family, ports, addresses
+//	128 slot 1 …
+//
+// A slot is written before it is marked as used, and unmarked before it is written
+// again, so that a worker may die at any time.
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"sync/atomic"
+	"unsafe"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+const (
+	memorySlot  = 64
+	memorySlots = nat.DefaultMax
+	memoryMagic = 0x31464c53 // "SLF1", little endian
+	// MemorySize is what Config.Memory should have, in bytes. Only what is used of it
+	// is ever touched.
+	MemorySize = memorySlot * (1 + memorySlots)
+)
+
+// flowMemory notes flows. Guarded by outside.mu.
+type flowMemory struct {
+	data []byte // nil: nothing is remembered
+	free []int
+	next int // never used from here on, in this process
+}
+
+// noSlot is the place of a flow that is not noted.
+const noSlot = -1
+
+// remembered is a flow as the worker before left it.
+type remembered struct {
+	tuple nat.Tuple
+	state nat.State
+}
+
+func (m *flowMemory) slot(i int) []byte { return m.data[memorySlot*(1+i):][:memorySlot:memorySlot] }
+
+func (m *flowMemory) capacity() int { return len(m.data)/memorySlot - 1 }
+
+// word is a word of b that others may look at after our death at any moment.
+func word(b []byte) *uint32 { return (*uint32)(unsafe.Pointer(&b[0])) }
+
+// recall returns what is noted, and empties the memory.
+func (m *flowMemory) recall() []remembered {
+	if m.data == nil {
+		return nil
+	}
+	var all []remembered
+	if atomic.LoadUint32(word(m.data)) == memoryMagic {
+		used := min(int(atomic.LoadUint32(word(m.data[4:]))), m.capacity())
+		for i := range used {
+			if b := m.slot(i); atomic.SwapUint32(word(b), 0) == 1 {
+				if r, ok := readSlot(b); ok {
+					all = append(all, r)
+				}
+			}
+		}
+	}
+	atomic.StoreUint32(word(m.data[4:]), 0)
+	atomic.StoreUint32(word(m.data), memoryMagic)
+	return all
+}
+
+func readSlot(b []byte) (remembered, bool) {
+	src, dst := netip.AddrFrom16([16]byte(b[16:32])), netip.AddrFrom16([16]byte(b[32:48]))
+	if b[6] == 4 {
+		src, dst = src.Unmap(), dst.Unmap()
+	}
+	r := remembered{
+		tuple: nat.NewTuple(b[4], netip.AddrPortFrom(src, binary.LittleEndian.Uint16(b[8:])), netip.AddrPortFrom(dst, binary.LittleEndian.Uint16(b[10:]))),
+		state: nat.State(b[5]),
+	}
+	return r, src.Is4() == dst.Is4() && !src.Is4In6() && (b[4] != protoTCP || nat.SynSent <= r.state && r.state <= nat.Close)
+}
+
+// note finds a place for a flow.
+func (m *flowMemory) note(tuple nat.Tuple, s nat.State) int {
+	i := m.next
+	switch n := len(m.free); {
+	case n > 0:
+		i, m.free = m.free[n-1], m.free[:n-1]
+	case m.data == nil || i >= m.capacity():
+		return noSlot
+	default:
+		m.next++
+		atomic.StoreUint32(word(m.data[4:]), uint32(m.next))
+	}
+	b := m.slot(i)
+	src, dst := tuple.Src(), tuple.Dst()
+	b[4], b[5], b[6] = tuple.Proto(), uint8(s), 6
+	if src.Addr().Is4() {
+		b[6] = 4
+	}
+	binary.LittleEndian.PutUint16(b[8:], src.Port())
+	binary.LittleEndian.PutUint16(b[10:], dst.Port())
+	a, c := src.Addr().As16(), dst.Addr().As16()
+	copy(b[16:], a[:])
+	copy(b[32:], c[:])
+	atomic.StoreUint32(word(b), 1)
+	return i
+}
+
+func (m *flowMemory) forget(i int) {
+	if i == noSlot {
+		return
+	}
+	atomic.StoreUint32(word(m.slot(i)), 0)
+	m.free = append(m.free, i)
+}
+
+// remember notes a flow's state.
+func (fl *inboundFlow) remember(s nat.State) {
+	o := fl.o
+	o.mu.RLock()
+	if !fl.gone && fl.slot != noSlot {
+		o.memory.slot(fl.slot)[5] = uint8(s)
+	}
+	o.mu.RUnlock()
+}
+
+// restore takes over the flows of the worker before, as far as r allows them. It does
+// so once.
+func (o *outside) restore(r *policy.Rules) {
+	if !o.waiting.Load() {
+		return
+	}
+	o.mu.Lock()
+	all := o.memory.recall()
+	o.mu.Unlock()
+	for _, was := range all {
+		o.restoreFlow(r, was)
+	}
+	o.waiting.Store(false)
+}
+
+func (o *outside) restoreFlow(r *policy.Rules, was remembered) {
+	t := was.tuple
+	if !o.isPod(t.Dst().Addr()) || o.isPod(t.Src().Addr()) || o.f.isOwn(t.Src().Addr()) || t.Proto() == protoTCP && was.state == nat.Close {
+		return
+	}
+	q := queryOf(t)
+	v := r.Decide(q)
+	if !v.Allowed() {
+		o.n.refused.Add(1)
+		return
+	}
+	fl := o.newFlow(t, q)
+	fl.tcp.state = was.state
+	if was.state == nat.SynSent {
+		fl.tcp.state = nat.None // who sent it may send it again, or may be further by now
+	}
+	if o.admit(fl, v) != nil {
+		return
+	}
+	if t.Proto() == protoTCP {
+		fl.lease.SetState(fl.tcp.leaseState())
+		fl.remember(fl.tcp.leaseState())
+	}
+	o.n.restored.Add(1)
+}

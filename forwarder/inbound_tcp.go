@@ -1,0 +1,165 @@
+package forwarder
+
+// TCP flows of the inbound path, tracked by flags as nf_conntrack does
+// (net/netfilter/nf_conntrack_proto_tcp.c, the table tcp_conntracks), with
+// nf_conntrack_tcp_be_liberal and nf_conntrack_tcp_loose on: what is out of window
+// passes, since the two ends check that themselves, and a flow may be picked up in
+// mid-stream, which is what lets it survive a new worker.
+//
+// One thing differs. A flow that was picked up is not ESTABLISHED before the sandbox
+// has answered: a flood of forged segments would otherwise fill the table with
+// flows that may stay for days.
+
+import (
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice/nat"
+)
+
+// tcpTrack is what is known of one connection. Guarded by its flow's mu.
+type tcpTrack struct {
+	state nat.State // None: picked up in mid-stream and not answered yet
+	// both: SYNs came from both sides (nf_conntrack's SYN_SENT2).
+	both bool
+	// ack is the highest acknowledgement each side has sent; acked whether it has.
+	ack   [2]uint32
+	acked [2]bool
+	// The last segment but for resets: whose, and where its data ended.
+	lastDir nat.Dir
+	lastEnd uint32
+	last    bool
+}
+
+const tcpFlagsMask = header.TCPFlagFin | header.TCPFlagSyn | header.TCPFlagRst | header.TCPFlagAck
+
+// sane tells whether a segment's flags can be those of an honest sender: the
+// combinations that nf_conntrack takes as valid.
+func sane(flags header.TCPFlags) bool {
+	switch flags & tcpFlagsMask {
+	case header.TCPFlagSyn, header.TCPFlagSyn | header.TCPFlagAck,
+		header.TCPFlagRst, header.TCPFlagRst | header.TCPFlagAck,
+		header.TCPFlagFin | header.TCPFlagAck, header.TCPFlagAck:
+		return true
+	}
+	return false
+}
+
+// see moves the connection by one segment from a side. reopened means that the
+// segment begins another connection with the same tuple; nothing has changed then.
+func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (reopened bool) {
+	switch flags & tcpFlagsMask {
+	case header.TCPFlagSyn:
+		if reopened = t.syn(d); reopened {
+			return true
+		}
+	case header.TCPFlagSyn | header.TCPFlagAck:
+		if d == nat.Reply && t.state == nat.SynSent || t.both {
+			t.state, t.both = nat.SynRecv, false
+		}
+	case header.TCPFlagFin | header.TCPFlagAck:
+		t.fin(d)
+	case header.TCPFlagAck:
+		t.acknowledge(d)
+	default:
+		if t.believes(d, seq) {
+			t.state, t.both = nat.Close, false
+		}
+		return false
+	}
+	if flags&header.TCPFlagAck != 0 && (!t.acked[d] || int32(ack-t.ack[d]) > 0) {
+		t.ack[d], t.acked[d] = ack, true
+	}
+	t.lastDir, t.lastEnd, t.last = d, end, true
+	return false
+}
+
+func (t *tcpTrack) syn(d nat.Dir) (reopened bool) {
+	switch t.state {
+	case nat.None:
+		if d == nat.Original {
+			t.state = nat.SynSent
+		}
+	case nat.SynSent:
+		t.both = t.both || d == nat.Reply
+	case nat.TimeWait, nat.Close:
+		return true
+	}
+	return false
+}
+
+func (t *tcpTrack) fin(d nat.Dir) {
+	switch t.state {
+	case nat.None:
+		if d == nat.Reply {
+			t.state = nat.FinWait
+		}
+	case nat.SynRecv, nat.Established:
+		t.state = nat.FinWait
+	case nat.FinWait, nat.CloseWait:
+		t.state = nat.LastAck
+	}
+}
+
+func (t *tcpTrack) acknowledge(d nat.Dir) {
+	switch t.state {
+	case nat.None:
+		if d == nat.Reply {
+			t.state = nat.Established
+		}
+	case nat.SynRecv:
+		if d == nat.Original {
+			t.state = nat.Established
+		}
+	case nat.FinWait:
+		t.state = nat.CloseWait
+	case nat.LastAck:
+		t.state = nat.TimeWait
+	}
+}
+
+// believes tells whether a reset ends the connection. One from the past does not; in
+// an established connection only one whose number is exactly what the other side
+// expects, or that follows its sender's last data: the other side answers any
+// other with a challenge (RFC 5961), and the connection goes on.
+func (t *tcpTrack) believes(d nat.Dir, seq uint32) bool {
+	other := d ^ 1
+	if !t.acked[other] {
+		return true
+	}
+	established := t.state != nat.SynSent && t.state != nat.SynRecv && t.state != nat.None
+	switch {
+	case seq == 0 && !established:
+		return true // the answer to a SYN
+	case int32(seq-t.ack[other]) < 0:
+		return false
+	}
+	return !established || seq == t.ack[other] || t.last && t.lastDir == d && t.lastEnd == seq
+}
+
+// leaseState is what the flow table calls the state.
+func (t *tcpTrack) leaseState() nat.State {
+	if t.state == nat.None {
+		return nat.SynSent
+	}
+	return t.state
+}
+
+// track moves a TCP flow by a segment.
+func (fl *inboundFlow) track(d nat.Dir, p *datum) (reopened bool) {
+	t := p.tcp
+	flags := t.Flags()
+	end := t.SequenceNumber() + uint32(p.size-p.l4-len(t))
+	if flags&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
+		end++
+	}
+	fl.mu.Lock() // before the table's locks, so that its word and ours stay the same
+	defer fl.mu.Unlock()
+	before := fl.tcp.leaseState()
+	reopened = fl.tcp.see(d, flags, t.SequenceNumber(), t.AckNumber(), end)
+	after := fl.tcp.leaseState()
+	if before != after {
+		fl.lease.SetState(after)
+		fl.remember(after)
+	}
+	return reopened
+}

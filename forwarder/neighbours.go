@@ -1,0 +1,90 @@
+package forwarder
+
+// Neighbours of a sandbox that has none but us.
+//
+// A pod keeps the prefix of its network's main plugin, so to its kernel the other
+// pods of the node are on link, and it asks for their hardware addresses. All of
+// them are behind us: every request is answered with our own address, but for the
+// sandbox's own addresses, which would look like a conflict (RFC 5227, RFC 4862
+// section 5.4.3). The stack, which knows only its own addresses, is not asked.
+
+import (
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// answerARP answers a request for any address but the sandbox's. It says whether the
+// packet was such a request.
+func (f *Forwarder) answerARP(h header.ARP) bool {
+	sender, target := netip.AddrFrom4([4]byte(h.ProtocolAddressSender())), netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))
+	// A probe (RFC 5227) has no sender's address: it asks whether its target is
+	// taken, and nobody but the sandbox has an address here for it to collide with.
+	if h.Op() != header.ARPRequest || sender.IsUnspecified() || sender == target || f.isGuest(target) ||
+		target.IsUnspecified() || target.IsMulticast() || target == ipv4Broadcast {
+		return false
+	}
+	to := tcpip.LinkAddress(h.HardwareAddressSender())
+	v := buffer.NewViewSize(header.ARPSize)
+	reply := header.ARP(v.AsSlice())
+	reply.SetIPv4OverEthernet()
+	reply.SetOp(header.ARPReply)
+	copy(reply.HardwareAddressSender(), f.cfg.Link.LinkAddress())
+	copy(reply.ProtocolAddressSender(), h.ProtocolAddressTarget())
+	copy(reply.HardwareAddressTarget(), to)
+	copy(reply.ProtocolAddressTarget(), h.ProtocolAddressSender())
+	f.sendFrame(v, header.ARPProtocolNumber, to)
+	return true
+}
+
+// answerSolicitation answers a neighbour solicitation, whose options follow the
+// target, for any address but the sandbox's. It says whether it was for us to answer.
+func (f *Forwarder) answerSolicitation(src, target netip.Addr, ns header.NDPNeighborSolicit) bool {
+	if src.IsUnspecified() || target.IsMulticast() || target.IsUnspecified() || f.isGuest(target) || src == target {
+		return false // without a source it is duplicate address detection
+	}
+	var to tcpip.LinkAddress
+	if it, err := ns.Options().Iter(true); err == nil {
+		for {
+			o, done, err := it.Next()
+			if err != nil || done {
+				break
+			}
+			if a, ok := o.(header.NDPSourceLinkLayerAddressOption); ok {
+				to = a.EthernetAddress()
+			}
+		}
+	}
+	own := header.NDPTargetLinkLayerAddressOption(f.cfg.Link.LinkAddress())
+	options := header.NDPOptionsSerializer{own}
+	size := header.ICMPv6NeighborAdvertMinimumSize + options.Length()
+	v, l4 := begin(target, src, protoICMPv6, ipMeta{ttl: header.NDPHopLimit}, size)
+	l4[0] = uint8(header.ICMPv6NeighborAdvert)
+	na := header.NDPNeighborAdvert(header.ICMPv6(l4).MessageBody())
+	na.SetTargetAddress(tcpipAddr(target))
+	na.SetSolicitedFlag(true)
+	na.SetOverrideFlag(true)
+	na.SetRouterFlag(f.isOwn(target))
+	na.Options().Serialize(options)
+	finishICMP(target, src, l4)
+	f.sendFrame(v, header.IPv6ProtocolNumber, to)
+	return true
+}
+
+// sendFrame sends what is no traffic of a flow to a neighbour; to may be empty.
+func (f *Forwarder) sendFrame(v *buffer.View, proto tcpip.NetworkProtocolNumber, to tcpip.LinkAddress) {
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{
+		ReserveHeaderBytes: int(f.cfg.Link.MaxHeaderLength()),
+		Payload:            buffer.MakeWithView(v),
+	})
+	defer pkt.DecRef()
+	pkt.NetworkProtocolNumber = proto
+	pkt.EgressRoute.RemoteLinkAddress = to
+	f.cfg.Link.AddHeader(pkt)
+	var list stack.PacketBufferList
+	list.PushBack(pkt)
+	_, _ = f.cfg.Link.WritePackets(list) // a link that is gone ends the forwarder anyway
+}

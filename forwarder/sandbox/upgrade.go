@@ -1,0 +1,283 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/api"
+)
+
+// A new binary takes a running attachment over.
+//
+//	client ── upgrade ─► old monitor: asks the binary whether it knows how
+//	                       stops the worker in order: proxied connections are reset
+//	                       execve, in the same process
+//	                     new monitor: the same pid, lock, socket and devices
+//	                       starts its own worker
+//	client ◄── result ── and answers
+//
+// What stays: the devices with whatever waits in them, the pod's addresses, the
+// control socket (a client that connects meanwhile waits), the policy in force, its
+// generation and the tunables, the flows of the inbound path (they pass as packets,
+// and are remembered: forwarder.Config.Memory), the log's lines and the flow log.
+// What does not: connections that the worker terminates; both their ends are told by
+// a reset. The process is the same to whoever has noted its pid and start time.
+//
+// If the new binary's worker does not come up, the binary before it is executed
+// again, which still is what the pod had. From then on it is the supervisor's to
+// try: a pod is never given up.
+
+// takeoverVersion is that of resumption and attachmentStart: a binary takes over
+// from one of the same version.
+const takeoverVersion = "sluice attachment 1"
+
+// probeArgument, in the place of a name, makes AttachmentMain print takeoverVersion.
+const probeArgument = "--version"
+
+// probeTimeout bounds that.
+const probeTimeout = 5 * time.Second
+
+// resumption is what one binary leaves to the next, beside the configuration. The
+// numbers are descriptors.
+type resumption struct {
+	Started    time.Time         `json:"started"`
+	Rules      rulesMessage      `json:"rules"`
+	Generation uint64            `json:"generation"`
+	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	Restarts   uint64            `json:"restarts"`
+	Log        []api.LogLine     `json:"log,omitempty"`
+	Lock       int               `json:"lock"`
+	Listener   int               `json:"listener"`
+	Memory     int               `json:"memory"` // of flows
+	// Client is the connection that asked; 0 once it was answered.
+	Client int `json:"client,omitempty"`
+	// Previous is the binary to go back to; 0 on the way back itself, and Failure
+	// says then why.
+	Previous int    `json:"previous,omitempty"`
+	Failure  string `json:"failure,omitempty"`
+}
+
+// takeover is a request for an upgrade that was found good.
+type takeover struct {
+	exe    string
+	client *net.UnixConn
+	// failed gets the error that kept the old binary in place.
+	failed chan error
+}
+
+// handleUpgrade answers a request for an upgrade, unless it succeeds: then the new
+// binary does.
+func (m *monitor) handleUpgrade(ctx context.Context, c *net.UnixConn, req api.Request) error {
+	var p api.UpgradeParams
+	if err := api.DecodeStrict(req.Params, &p); err != nil {
+		return &api.Error{Code: api.CodeBadRequest, Message: "upgrade: parameters: " + err.Error()}
+	}
+	if m.att == nil {
+		return &api.Error{Code: api.CodeInvalid, Message: "only the attachments of pods can be upgraded: end this sandbox and start it anew"}
+	}
+	exe, err := newBinary(ctx, p.Binary)
+	if err != nil {
+		return &api.Error{Code: api.CodeInvalid, Message: "upgrade: " + err.Error()}
+	}
+	t := takeover{exe: exe, client: c, failed: make(chan error, 1)}
+	select {
+	case m.takeovers <- t:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// Nobody but the worker's end and the exec stands between here and an answer.
+	select {
+	case err := <-t.failed:
+		return &api.Error{Code: api.CodeFailed, Message: "upgrade: " + err.Error()}
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// newBinary finds the binary that is to take over, by default what is now at the
+// path that this one was started from, and makes sure that it can.
+func newBinary(ctx context.Context, path string) (string, error) {
+	if path == "" {
+		own, err := os.Readlink("/proc/self/exe")
+		if err != nil {
+			return "", err
+		}
+		path = strings.TrimSuffix(own, " (deleted)")
+	}
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("the binary %q: want an absolute path", path)
+	}
+	fi, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("there is no binary %s: install it first, or name another", path)
+	}
+	if err != nil {
+		return "", err
+	}
+	owner := ownerOf(fi)
+	switch mode := fi.Mode(); {
+	case !mode.IsRegular():
+		return "", fmt.Errorf("%s is no regular file", path)
+	case owner != 0 && owner != os.Geteuid() || mode.Perm()&0o022 != 0:
+		return "", fmt.Errorf("%s can be changed by others than root (owner %d, mode %#o): chown and chmod it", path, owner, mode.Perm())
+	case mode.Perm()&0o005 != 0o005:
+		return "", fmt.Errorf("%s must be readable and executable for everyone, as its worker is nobody: chmod 755 it", path)
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, AttachmentCommand, probeArgument).Output()
+	if word := strings.TrimSpace(string(out)); err != nil || word != takeoverVersion {
+		return "", fmt.Errorf("%s cannot take over: asked for %q it says %q (%v)", path, takeoverVersion, cleanLine(word), err)
+	}
+	return path, nil
+}
+
+// takeOver has another binary take the place of this one. It returns only if that
+// could not be. There is no worker, and change is held.
+func (m *monitor) takeOver(exe string, r resumption, client *net.UnixConn) error {
+	var fds inherited
+	defer fds.close()
+	m.mu.Lock()
+	r.Started, r.Rules, r.Generation, r.Sysctls, r.Restarts = m.base.Started, m.rules, m.generation, m.sysctls, m.restarts
+	m.mu.Unlock()
+	r.Log, _ = m.log.last(0)
+	r.Lock, r.Listener = fds.keep(m.dir.lock), fds.keep(m.listener)
+	r.Memory = fds.keep(m.memory)
+	if client != nil {
+		r.Client = fds.keep(client)
+	}
+	s := attachmentStart{Config: *m.att, In0: fds.keep(m.att.In0), Resume: &r}
+	for _, f := range m.att.Device {
+		s.Device = append(s.Device, fds.keep(f))
+	}
+	if r.Failure == "" {
+		own, err := os.Open("/proc/self/exe")
+		if err != nil {
+			return err
+		}
+		defer own.Close()
+		r.Previous = fds.keep(own)
+	}
+	mem, err := s.file()
+	if err != nil {
+		return err
+	}
+	defer mem.Close()
+	config := fds.keep(mem)
+	if fds.err != nil {
+		return fmt.Errorf("keep the descriptors: %w", fds.err)
+	}
+	args := []string{os.Args[0], AttachmentCommand, m.att.Name, strconv.Itoa(config)}
+	return fmt.Errorf("execute %s: %w", exe, syscall.Exec(exe, args, os.Environ()))
+}
+
+// inherited are duplicates of descriptors that the next program gets.
+type inherited struct {
+	fds []int
+	err error
+}
+
+func (h *inherited) keep(f syscall.Conn) int {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		h.err = errors.Join(h.err, err)
+		return 0
+	}
+	fd := -1
+	cerr := rc.Control(func(n uintptr) { fd, err = unix.FcntlInt(n, unix.F_DUPFD, 3) })
+	if err = errors.Join(err, cerr); err != nil {
+		h.err = errors.Join(h.err, err)
+		return 0
+	}
+	h.fds = append(h.fds, fd)
+	return fd
+}
+
+func (h *inherited) close() { closeAll(h.fds) }
+
+// resume continues what the binary before this one did.
+func (m *monitor) resume(r *resumption) error {
+	m.rules, m.generation, m.sysctls, m.restarts = r.Rules, r.Generation, r.Sysctls, r.Restarts
+	m.log.lines = r.Log
+	registry, err := registryAt(m.att.RuntimeDir)
+	if err != nil {
+		return err
+	}
+	m.dir = &Dir{path: filepath.Join(registry.path, m.att.Name), lock: os.NewFile(uintptr(r.Lock), lockFile)}
+	unix.CloseOnExec(r.Lock)
+	unix.CloseOnExec(r.Memory)
+	m.memory = os.NewFile(uintptr(r.Memory), "flows")
+	f := os.NewFile(uintptr(r.Listener), socketFile)
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return fmt.Errorf("take the control socket over: %w", err)
+	}
+	m.listener = l.(*net.UnixListener)
+	return nil
+}
+
+// tookOver ends the story: with a worker, or on the way back to the old binary.
+func (m *monitor) tookOver(r *resumption, started error) {
+	defer func() {
+		if r.Previous != 0 {
+			_ = unix.Close(r.Previous)
+		}
+	}()
+	if started != nil && r.Previous != 0 {
+		unix.CloseOnExec(r.Previous)
+		back := resumption{Failure: fmt.Sprintf("the new binary's worker did not start: %v", started)}
+		m.log.warnf("monitor", "%s: going back", back.Failure)
+		m.change.Lock()
+		err := m.takeOver(fmt.Sprintf("/proc/self/fd/%d", r.Previous), back, r.client())
+		m.change.Unlock()
+		m.log.warnf("monitor", "go back to the old binary: %v", err)
+	}
+	c := r.client()
+	if c == nil {
+		return
+	}
+	defer c.Close()
+	_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
+	switch {
+	case r.Failure != "":
+		_ = api.WriteError(c, &api.Error{Code: api.CodeFailed, Message: "upgrade: " + r.Failure + ": the old binary serves again"})
+	case started != nil:
+		_ = api.WriteError(c, &api.Error{Code: api.CodeFailed, Message: "upgrade: " + started.Error()})
+	default:
+		m.log.infof("monitor", "version %s has taken over", m.att.Version)
+		_ = api.WriteResult(c, m.info())
+	}
+}
+
+// client is the connection of who asked for the upgrade, once.
+func (r *resumption) client() *net.UnixConn {
+	if r.Client == 0 {
+		return nil
+	}
+	f := os.NewFile(uintptr(r.Client), "client")
+	defer f.Close()
+	r.Client = 0
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		_ = c.Close()
+		return nil
+	}
+	return u
+}
