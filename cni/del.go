@@ -18,9 +18,6 @@ const (
 	stepUnbound = "unbound" // the uplink namespace is gone
 )
 
-// DelSteps are all of them in their order.
-var DelSteps = []string{stepStopped, stepGiven, stepUnbound}
-
 func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	s, err := openStore(c.StateDir)
 	if err != nil {
