@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/skel"
 )
@@ -16,9 +17,6 @@ const (
 	stepGiven   = "given"   // the pod has the main plugin's interface again
 	stepUnbound = "unbound" // the uplink namespace is gone
 )
-
-// DelSteps are all of them in their order.
-var DelSteps = []string{stepStopped, stepGiven, stepUnbound}
 
 func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	s, err := openStore(c.StateDir)
@@ -107,9 +105,20 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	return h.remove()
 }
 
+// hostLocalDir is where host-local keeps the addresses that it has given, unless told
+// otherwise.
+const hostLocalDir = "/var/lib/cni/networks"
+
 // delDelegated runs the delegates' DEL, on the namespace that they were added to if it
 // is still there.
 func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs, a *Attachment, haveUplink bool, uplinkPath string) error {
+	if a == nil && len(c.Delegate) == 0 {
+		// Nothing says that the default delegates were ever run for this container; but
+		// if they were, before a reboot, an address is still taken.
+		if _, err := os.Stat(filepath.Join(hostLocalDir, c.Name)); err != nil {
+			return nil
+		}
+	}
 	delegates, err := newChain(c, args, p.Exec)
 	if err != nil {
 		return err
@@ -128,11 +137,5 @@ func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs
 	if err != nil {
 		return err
 	}
-	err = delegates.run(ctx, "DEL", netns, prev)
-	if a == nil && len(c.Delegate) == 0 {
-		// Nothing says that there ever was an attachment, nor that the delegates that we
-		// would have used are installed.
-		return nil
-	}
-	return err
+	return delegates.run(ctx, "DEL", netns, prev)
 }

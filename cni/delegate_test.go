@@ -216,6 +216,17 @@ func TestAContainerThatIsNotSelectedHasItsDelegatesInThePod(t *testing.T) {
 	n.clean()
 }
 
+func TestDelOfNothingRunsNoDefaultDelegates(t *testing.T) {
+	n, exec, _ := alone(t)
+	args := n.args()
+	args.StdinData = fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": %q, "type": "sluice-cni", "stateDir": %q}`, testNet, n.state)
+	c, err := loadConfig(args.StdinData)
+	must(t, err)
+	must(t, n.plugin.del(t.Context(), c, args))
+	same(t, "DEL", exec.verbs())
+	n.clean()
+}
+
 func TestTheDefaultDelegates(t *testing.T) {
 	args := (&node{podNS: "/x"}).args()
 	args.StdinData = conf(`"runtimeConfig": {"portMappings": [], "ips": ["10.212.0.9"]}`)

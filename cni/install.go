@@ -22,8 +22,13 @@ import (
 // PluginType is the binary's name, by which runtimes find it.
 const PluginType = "sluice-cni"
 
-// ourCapabilities are declared by an installed plugin.
-const ourCapabilities = `{"bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}`
+// What an installed plugin declares. Bandwidth is for the plugin of that name where the
+// list has it.
+const (
+	bandwidthPlugin = "bandwidth"
+	ourCapabilities = `{"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}`
+	andBandwidth    = `{"bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}`
+)
 
 // Install adds sluice to the end of a conflist: plugins before it then find the main
 // plugin's interface where they expect it. keys are further keys of its configuration,
@@ -58,7 +63,11 @@ type member struct {
 }
 
 func (l *list) add(keys []byte) error {
-	own, err := ownPlugin(keys)
+	capabilities := andBandwidth
+	if slices.ContainsFunc(l.plugins, func(p json.RawMessage) bool { return marksOf(p).Type == bandwidthPlugin }) {
+		capabilities = ourCapabilities
+	}
+	own, err := ownPlugin(keys, capabilities)
 	if err != nil {
 		return err
 	}
@@ -79,10 +88,10 @@ func (l *list) add(keys []byte) error {
 }
 
 // ownPlugin is our own entry.
-func ownPlugin(keys []byte) (object, error) {
+func ownPlugin(keys []byte, capabilities string) (object, error) {
 	own := object{
 		{"type", json.RawMessage(`"` + PluginType + `"`)},
-		{"capabilities", json.RawMessage(ourCapabilities)},
+		{"capabilities", json.RawMessage(capabilities)},
 	}
 	if len(bytes.TrimSpace(keys)) > 0 {
 		extra, err := decodeObject(keys)

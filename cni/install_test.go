@@ -93,6 +93,19 @@ func TestInstallKeepsWhatOthersSwitchedOff(t *testing.T) {
 	}
 }
 
+func TestBandwidthIsDeclaredByOne(t *testing.T) {
+	for list, want := range map[string]bool{
+		`{"name": "x", "plugins": [{"type": "ptp"}]}`:                        true,
+		`{"name": "x", "plugins": [{"type": "ptp"}, {"type": "bandwidth"}]}`: false,
+	} {
+		path := conflist(t, list)
+		must(t, Install(path, nil))
+		if got := strings.Contains(contents(t, path), `"bandwidth": true`); got != want {
+			t.Errorf("installed into %s, sluice declares it: %v", list, got)
+		}
+	}
+}
+
 func TestInstallFollowsALink(t *testing.T) {
 	path := conflist(t, someList)
 	link := path + ".link"

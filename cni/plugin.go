@@ -24,7 +24,7 @@ type Plugin struct {
 	// Exec runs delegates; nil is CNI's own.
 	Exec invoke.Exec
 	// Reached, if set, is told each step of ADD and DEL once it is done, by its name in
-	// Steps and DelSteps; with an error the verb fails there. It is for tests.
+	// undo.go and del.go; with an error the verb fails there. It is for tests.
 	Reached func(step string) error
 }
 

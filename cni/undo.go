@@ -26,12 +26,6 @@ const (
 	stepCommitted = "committed" // the record says that the attachment is ready
 )
 
-// Steps are all of them.
-var Steps = []string{
-	stepRecorded, stepNamespace, stepDelegated, stepSaved, stepMoved, stepRestored,
-	stepSteered, stepDevice, stepAddressed, stepLaunched, stepCommitted,
-}
-
 // push notes the reversal of what is about to be done and may fail half-way.
 func (u *undo) push(reverse func() error) { u.steps = append(u.steps, reverse) }
 

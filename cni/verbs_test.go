@@ -92,7 +92,7 @@ func TestAFailureAtAnyStepTakesEverythingBack(t *testing.T) {
 	n := newNode(t)
 	before := n.inside()
 	reached := 0
-	for _, step := range Steps {
+	for _, step := range addSteps {
 		if step == stepDelegated {
 			continue // TestDelegates
 		}
@@ -114,7 +114,7 @@ func TestAFailureAtAnyStepTakesEverythingBack(t *testing.T) {
 			at.clean()
 		})
 	}
-	if reached != len(Steps)-1 {
+	if reached != len(addSteps)-1 {
 		t.Errorf("%d of the steps were reached", reached)
 	}
 	n.plugin.Reached = nil

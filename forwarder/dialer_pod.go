@@ -14,8 +14,9 @@ import (
 
 // The UDP ports that our sockets take in a pod's uplink namespace: above Linux's
 // ephemeral ports (net.ipv4.ip_local_port_range), because a datagram for a port that
-// one of our sockets has never reaches a server of the pod's on that port. A pod that
-// uses them all falls back on the rest.
+// one of our sockets has never reaches a server of the pod's on that port. The kernel
+// honours this only within the namespace's own range, which whoever makes the uplink
+// has to widen to 65535. A pod that uses them all falls back on the rest.
 const podPortsFirst, podPortsLast = 61000, 65535
 
 // prepareUDP binds a fresh UDP socket to one of the pod's addresses and to a port that

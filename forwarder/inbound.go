@@ -50,6 +50,8 @@ type outside struct {
 	f       *Forwarder
 	in0     outlet // to the outside
 	sandbox outlet
+	// in and out are the queues of flows' packets, while their bandwidth is limited.
+	in, out shaper
 	frags   fragTable
 	replies tokenBucket // bounds resets and errors that are made here
 	n       outsideCounters
@@ -113,6 +115,8 @@ func newOutside(f *Forwarder) *outside {
 			writeFailed:   c("inbound_write_failed"),
 		},
 	}
+	o.in = shaper{o: o, bucket: &f.bandwidth.down, to: &o.sandbox}
+	o.out = shaper{o: o, bucket: &f.bandwidth.up, to: &o.in0}
 	if len(f.cfg.Memory) >= 2*memorySlot {
 		o.memory.data = f.cfg.Memory
 		o.waiting.Store(true)
@@ -246,21 +250,24 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 
 // pass accounts for a packet of a flow and sends it on.
 func (o *outside) pass(fl *inboundFlow, d nat.Dir, pkt *stack.PacketBuffer, p *datum) reason {
-	bucket, to := &o.f.bandwidth.down, &o.sandbox
+	way := &o.in
 	if d == nat.Reply {
-		bucket, to = &o.f.bandwidth.up, &o.in0
+		way = &o.out
 	}
-	if bucket.limited() && !bucket.admit(p.size, o.f.now()) {
+	restoreHop(p)
+	if !way.send(way.to.prepare(pkt, p), p.size) {
 		return o.n.bandwidth
 	}
 	fl.lease.Account(d, 1, int64(p.size))
-	o.forward(to, pkt, p)
 	return reason{}
 }
 
+// forward sends on a packet that belongs to no flow of its own.
 func (o *outside) forward(to *outlet, pkt *stack.PacketBuffer, p *datum) {
 	restoreHop(p)
-	if !to.forward(pkt, p) {
+	next := to.prepare(pkt, p)
+	defer next.DecRef()
+	if !to.write(next) {
 		o.n.writeFailed.Add(1)
 	}
 }
@@ -292,6 +299,8 @@ func (o *outside) close() {
 	for _, fl := range o.list() {
 		fl.end("stopped")
 	}
+	o.in.close()
+	o.out.close()
 }
 
 // isPod tells whether a is one of the sandbox's addresses.

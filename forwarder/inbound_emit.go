@@ -40,16 +40,15 @@ func newOutlet(l stack.LinkEndpoint) outlet {
 	return out
 }
 
-// forward sends a packet that came by the other link. Its data begin with the IP
-// header; they are shared, not copied.
-func (out *outlet) forward(pkt *stack.PacketBuffer, p *datum) bool {
+// prepare makes of a packet that came by the other link one to be written on this
+// one. Its data begin with the IP header; they are shared, not copied.
+func (out *outlet) prepare(pkt *stack.PacketBuffer, p *datum) *stack.PacketBuffer {
 	data := pkt.Data()
 	data.CapLength(p.size)
 	next := stack.NewPacketBuffer(stack.PacketBufferOptions{
 		ReserveHeaderBytes: int(out.link.MaxHeaderLength()),
 		Payload:            data.ToBuffer(),
 	})
-	defer next.DecRef()
 	if gso := pkt.GSOOptions; gso.NeedsCsum {
 		gso.Type = stack.GSOTCPv4 // any type but none: it says only that there is one
 		if p.v6 {
@@ -66,15 +65,20 @@ func (out *outlet) forward(pkt *stack.PacketBuffer, p *datum) bool {
 		}
 		next.TransportHeader().Consume(l4)
 	}
-	return out.write(next, p.v6)
+	out.address(next, p.v6)
+	return next
 }
 
-func (out *outlet) write(pkt *stack.PacketBuffer, v6 bool) bool {
+// address puts the link's header before a packet.
+func (out *outlet) address(pkt *stack.PacketBuffer, v6 bool) {
 	pkt.NetworkProtocolNumber = header.IPv4ProtocolNumber
 	if v6 {
 		pkt.NetworkProtocolNumber = header.IPv6ProtocolNumber
 	}
 	out.link.AddHeader(pkt)
+}
+
+func (out *outlet) write(pkt *stack.PacketBuffer) bool {
 	if out.qdisc != nil {
 		return out.qdisc.WritePacket(pkt) == nil
 	}
@@ -195,7 +199,8 @@ func (o *outside) send(to *outlet, v *buffer.View, v6 bool) {
 		Payload:            buffer.MakeWithView(v),
 	})
 	defer pkt.DecRef()
-	if !to.write(pkt, v6) {
+	to.address(pkt, v6)
+	if !to.write(pkt) {
 		o.n.writeFailed.Add(1)
 	}
 }

@@ -340,28 +340,59 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 	const limits = "\n  limits: {ingressBandwidth: 8M, egressBandwidth: 8M}\n"
 	w := newPodWire(t, allowAll[:len(allowAll)-1]+limits, func(c *Config) { c.Now = clock.now })
 	client, server := at(client4, 1), at(guest4, 2)
-	send := func(from, to *wire, p packet) (passed int) {
-		for range 200 { // of 1000 bytes, with a bucket of 64 KiB
-			from.send(p)
-		}
+	received := func(to *wire, wait time.Duration) (n int) {
 		for {
-			if _, ok := to.tryRecv(time.Millisecond); !ok {
-				return passed
+			p, ok := to.tryRecv(wait)
+			if !ok {
+				return n
 			}
-			passed++
+			if p.l4[8] != byte(n) {
+				t.Fatalf("packet %d comes in the place of %d", p.l4[8], n)
+			}
+			n++
 		}
 	}
-	if n := send(w.out, w.wire, udpPacket(client, server, pattern(972))); n != 66 {
-		t.Errorf("%d packets of 200 came in", n)
+	// Packets of 1000 bytes: 66 pass by the bucket of 64 KiB, 131 wait in the queue of
+	// 128 KiB, and the rest is dropped.
+	for _, way := range []struct {
+		from, to *wire
+		src, dst netip.AddrPort
+	}{{w.out, w.wire, client, server}, {w.wire, w.out, server, client}} {
+		for i := range 200 {
+			data := pattern(972)
+			data[0] = byte(i)
+			way.from.send(udpPacket(way.src, way.dst, data))
+		}
 	}
-	if n := send(w.wire, w.out, udpPacket(server, client, pattern(972))); n != 66 {
-		t.Errorf("%d packets of 200 went out", n)
-	}
-	if n := w.f.Stats()["inbound_bandwidth"]; n != 2*134 {
+	if n := w.f.Stats()["inbound_bandwidth"]; n != 2*3 {
 		t.Errorf("%d drops were counted", n)
 	}
-	clock.advance(10 * time.Millisecond) // 10 000 bytes
-	if n := send(w.out, w.wire, udpPacket(client, server, pattern(972))); n != 10 {
-		t.Errorf("%d packets came in 10 ms later", n)
+	for _, to := range []*wire{w.wire, w.out} {
+		if n := received(to, 20*time.Millisecond); n != 66 {
+			t.Errorf("%d packets passed at once", n)
+		}
+	}
+	clock.advance(time.Second)
+	n := 66
+	eventually(t, "what waited for its time has passed", func() bool {
+		if p, ok := w.tryRecv(time.Millisecond); ok {
+			if p.l4[8] != byte(n) {
+				t.Fatalf("packet %d comes in the place of %d", p.l4[8], n)
+			}
+			n++
+		}
+		if n == 130 { // a second is worth no more than the bucket holds
+			clock.advance(time.Second)
+		}
+		return n == 197
+	})
+	w.f.SetRules(compile(t, allowAll))
+	eventually(t, "without a limit nothing waits", func() bool {
+		_, _ = w.out.tryRecv(time.Millisecond)
+		return w.f.outside.out.waits.Load() == 0
+	})
+	arrives(t, w.out, w.wire, udpPacket(client, server, []byte("x")))
+	if f := w.flow(); f.OrigPackets != 198 || f.ReplyPackets != 197 {
+		t.Errorf("%d and %d packets were counted", f.OrigPackets, f.ReplyPackets)
 	}
 }

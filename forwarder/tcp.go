@@ -66,9 +66,12 @@ type tcpForwarder struct {
 	refuser *tcp.Forwarder // answers SYNs with RST
 	inline  inlineTCP
 
-	mu         sync.Mutex
-	flows      map[stack.TransportEndpointID]*tcpFlow
-	relays     map[*relay]struct{}
+	mu     sync.Mutex
+	flows  map[stack.TransportEndpointID]*tcpFlow
+	relays map[*relay]struct{}
+	// accepting is the tuples for which accept runs: meanwhile the stack swallows
+	// another SYN of theirs.
+	accepting  map[stack.TransportEndpointID]struct{}
 	handshakes list.List // of *tcpFlow, oldest first
 	dials      list.List // of *tcpFlow, those that wait for the far side
 	wg         sync.WaitGroup
@@ -84,6 +87,7 @@ func newTCPForwarder(f *Forwarder) *tcpForwarder {
 		f:                f,
 		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
 		relays:           make(map[*relay]struct{}),
+		accepting:        make(map[stack.TransportEndpointID]struct{}),
 		refused:          f.stats.counter("tcp_refused_by_policy"),
 		limited:          f.stats.counter("tcp_refused_by_limit"),
 		cancelled:        f.stats.counter("tcp_dial_cancelled"),
@@ -124,13 +128,14 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	t.mu.Lock()
 	known := t.flows[id]
+	_, accepting := t.accepting[id]
 	if known != nil {
-		// A repeated SYN while we dial, or while an old flow of the tuple still
-		// ends: the sandbox will ask again.
 		known.lastSYN = t.f.now()
 	}
 	t.mu.Unlock()
-	if known != nil {
+	if known != nil || accepting {
+		// A repeated SYN while we dial, or while an old flow of the tuple still
+		// ends: the sandbox will ask again.
 		return true
 	}
 
@@ -265,6 +270,7 @@ func (fl *tcpFlow) answer() {
 	closed := t.closed
 	if !closed {
 		t.wg.Add(1) // for accept
+		t.accepting[fl.id] = struct{}{}
 	}
 	t.mu.Unlock()
 	if closed {
@@ -272,8 +278,8 @@ func (fl *tcpFlow) answer() {
 		return
 	}
 	if !t.fwd.HandlePacket(fl.id, syn) {
-		// The stack is answering a SYN of this tuple already.
-		t.wg.Done()
+		// Malformed, which handleTCP has seen to.
+		t.accepted(fl.id)
 		fl.abort("handshake_failed")
 		return
 	}
@@ -316,7 +322,7 @@ func (fl *tcpFlow) dialFailed(err error) {
 // accept completes the sandbox's side; it blocks until that ends. The stack starts
 // it for each SYN that answer has given it.
 func (t *tcpForwarder) accept(req *tcp.ForwarderRequest) {
-	defer t.wg.Done()
+	defer t.accepted(req.ID())
 	t.mu.Lock()
 	fl := t.flows[req.ID()]
 	t.mu.Unlock()
@@ -340,6 +346,13 @@ func (t *tcpForwarder) accept(req *tcp.ForwarderRequest) {
 		return
 	}
 	fl.start(ep)
+}
+
+func (t *tcpForwarder) accepted(id stack.TransportEndpointID) {
+	t.mu.Lock()
+	delete(t.accepting, id)
+	t.mu.Unlock()
+	t.wg.Done()
 }
 
 // serveLocal hands the connection to the DNS handler, which owns it from here.

@@ -8,6 +8,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
 // segment is a TCP segment without data.
@@ -293,4 +294,28 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
 	clock.advance(handshakeTimeout + time.Second)
 	eventually(t, "the half-open flow is gone", func() bool { return w.f.table.Len() == 0 })
+}
+
+// While the stack still ends a tuple's handshake it swallows a SYN of that tuple, so
+// nothing may be dialled for it.
+func TestTCPATupleWhoseHandshakeStillEndsWaits(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	dst := netip.AddrPortFrom(gateway4, listenHost(t))
+	src := netip.AddrPortFrom(guest4, 10001)
+	id := stack.TransportEndpointID{
+		LocalAddress: tcpipAddr(dst.Addr()), LocalPort: dst.Port(), RemoteAddress: tcpipAddr(src.Addr()), RemotePort: src.Port(),
+	}
+	w.f.tcp.mu.Lock()
+	w.f.tcp.accepting[id] = struct{}{}
+	w.f.tcp.mu.Unlock()
+	syn := segment(src, dst, header.TCPFlagSyn, 1000, 0)
+	w.send(syn)
+	if n := w.f.dialer.sockets.Load(); n != 0 || w.table.Len() != 0 {
+		t.Errorf("%d sockets and %d flows for a tuple that still ends", n, w.table.Len())
+	}
+	w.f.tcp.mu.Lock()
+	delete(w.f.tcp.accepting, id)
+	w.f.tcp.mu.Unlock()
+	w.send(syn)
+	w.recvTCP(src.Port(), header.TCPFlagSyn)
 }

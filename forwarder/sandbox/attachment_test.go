@@ -3,6 +3,7 @@ package sandbox
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +31,7 @@ import (
 //	                   ╚══════ in0                  │
 var (
 	podAddr4 = netip.MustParsePrefix("10.99.0.2/24")
+	podAlso4 = netip.MustParsePrefix("10.99.0.3/24") // a second address
 	podAddr6 = netip.MustParsePrefix("fd99::2/64")
 )
 
@@ -113,7 +115,7 @@ table inet sluice {
 	chain prerouting {
 		type filter hook prerouting priority mangle; policy accept;
 		iifname "in0" return
-		ip daddr != 10.99.0.2 return
+		ip daddr != { 10.99.0.2, 10.99.0.3 } return
 		ip6 daddr != fd99::2 return
 		ct state invalid,new,established,related counter
 		icmp type { echo-reply } return
@@ -129,6 +131,11 @@ table inet sluice {
 
 func newPod(t *testing.T, kind tun.Kind) *pod {
 	t.Helper()
+	for _, tool := range []string{"ip", "nft", "ping", "sysctl", "unshare", "nsenter"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs the program %s", tool)
+		}
+	}
 	p := &pod{inside: newNamespace(t), uplink: newNamespace(t), outside: newNamespace(t)}
 	up, in := strconv.Itoa(p.uplink.pid), p.inside
 	p.outside.ip("link add out0 type veth peer name eth0 netns " + up)
@@ -136,12 +143,14 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 	p.outside.ip("addr add " + outside6 + "/64 dev out0 nodad")
 	p.outside.ip("link set out0 up")
 	p.uplink.ip("addr add " + podAddr4.String() + " dev eth0")
+	p.uplink.ip("addr add " + podAlso4.String() + " dev eth0")
 	p.uplink.ip("addr add " + podAddr6.String() + " dev eth0 nodad")
 	p.uplink.ip("link set eth0 up")
 	p.uplink.ip("route add default via " + outside4)
 	p.uplink.ip("-6 route add default via " + outside6)
 	p.uplink.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.conf.all.rp_filter=0",
-		"net.ipv4.conf.all.accept_local=1", "net.ipv4.ping_group_range=0 2147483647")
+		"net.ipv4.conf.all.accept_local=1", "net.ipv4.ping_group_range=0 2147483647",
+		"net.ipv4.ip_local_port_range=32768 65535")
 
 	p.uplink.do(func() {
 		var err error
@@ -170,6 +179,7 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 	})
 	t.Cleanup(func() { _ = p.tap.Close() })
 	in.ip("addr add " + podAddr4.String() + " dev eth0")
+	in.ip("addr add " + podAlso4.String() + " dev eth0")
 	in.ip("addr add " + podAddr6.String() + " dev eth0 nodad")
 	in.ip("link set eth0 up")
 	in.ip("route add default via 169.254.1.1 dev eth0 onlink")
@@ -180,7 +190,7 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 func (p *pod) config(t *testing.T) AttachmentConfig {
 	cfg := AttachmentConfig{
 		Name: "pod", RuntimeDir: shortDir(t), Describe: []string{"pod", "default/web"},
-		UplinkNetNS: p.uplink.path(), Addrs: []netip.Prefix{podAddr4, podAddr6},
+		UplinkNetNS: p.uplink.path(), Addrs: []netip.Prefix{podAddr4, podAlso4, podAddr6},
 		Link:    tun.Config{Kind: p.tap.Kind(), MTU: p.tap.MTU()},
 		Inbound: tun.Config{MTU: tun.MaxMTU},
 	}
@@ -237,17 +247,81 @@ func TestAttachmentCarriesBothWays(t *testing.T) {
 					p.exchange(t, "tcp", p.inside, p.outside, family.far, family.pod)
 					p.exchange(t, "udp", p.outside, p.inside, family.pod, family.far)
 					p.exchange(t, "udp", p.inside, p.outside, family.far, family.pod)
-					p.outside.run("ping", "-c1", "-W2", family.pod)
-					p.inside.run("ping", "-c1", "-W2", family.far)
+					for _, size := range []string{"56", "6000"} { // the latter in fragments
+						p.outside.run("ping", "-c1", "-W2", "-s", size, family.pod)
+						p.inside.run("ping", "-c1", "-W2", "-s", size, family.far)
+					}
+					if out := p.outside.run("ping", "-c1", "-W2", family.pod); !strings.Contains(out, "ttl=64") {
+						t.Errorf("somebody before the pod takes a hop:\n%s", out)
+					}
 					if _, err := p.outside.dial("tcp", net.JoinHostPort(family.pod, "9")); !errors.Is(err, unix.ECONNREFUSED) {
 						t.Errorf("a closed port of the pod: %v, want that it is refused", err)
 					}
 				})
 			}
+			// Each address of the pod is itself, in both directions.
+			p.exchange(t, "tcp", p.outside, p.inside, podAlso4.Addr().String(), outside4)
+			for _, network := range []string{"tcp", "udp"} {
+				p.speakAs(t, network, podAlso4.Addr().String(), outside4)
+			}
 			var stats api.StatsResult
-			must(t, client.Call(context.Background(), api.MethodStats, nil, &stats))
-			t.Logf("%s", stats.Stats["forwarder"])
+			call(t, client, api.MethodStats, nil, &stats)
+			for _, part := range []string{"link", "inbound"} {
+				var s tun.Stats
+				must(t, json.Unmarshal(stats.Stats[part], &s))
+				if s.RxGSO == 0 || s.TxGSO == 0 {
+					t.Errorf("no segments larger than the MTU passed the %s: %+v", part, s)
+				}
+			}
 		})
+	}
+}
+
+// speakAs has the pod speak from one of its addresses, and the outside see that.
+func (p *pod) speakAs(t *testing.T, network, own, server string) {
+	t.Helper()
+	seen := make(chan string, 1)
+	var at string
+	if network == "udp" {
+		c := p.outside.packet(net.JoinHostPort(server, "0"))
+		defer c.Close()
+		at = c.LocalAddr().String()
+		go func() {
+			if _, peer, err := c.ReadFrom(make([]byte, 10)); err == nil {
+				seen <- peer.String()
+			}
+		}()
+	} else {
+		l := p.outside.listen(net.JoinHostPort(server, "0"))
+		defer l.Close()
+		at = l.Addr().String()
+		go func() {
+			if c, err := l.Accept(); err == nil {
+				seen <- c.RemoteAddr().String()
+				_ = c.Close()
+			}
+		}()
+	}
+	var c net.Conn
+	var err error
+	p.inside.do(func() {
+		d := net.Dialer{Timeout: 3 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(own)}}
+		if network == "udp" {
+			d.LocalAddr = &net.UDPAddr{IP: net.ParseIP(own)}
+		}
+		c, err = d.Dial(network, at)
+	})
+	must(t, err)
+	defer c.Close()
+	_, _ = c.Write([]byte("hello"))
+	select {
+	case peer := <-seen:
+		host, port, _ := net.SplitHostPort(peer)
+		if n, _ := strconv.Atoi(port); host != own || network == "udp" && n < 61000 {
+			t.Errorf("%s from %s is seen as from %s", network, own, peer)
+		}
+	case <-time.After(5 * time.Second):
+		t.Errorf("%s from %s: nothing arrived", network, own)
 	}
 }
 
