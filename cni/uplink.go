@@ -78,6 +78,9 @@ func uplinkSysctls() error {
 		{"conf/default/rp_filter", "0"},
 		{"conf/all/send_redirects", "0"},
 		{"conf/default/send_redirects", "0"},
+		// The worker takes ports for UDP from above the default range, which the
+		// kernel would cut off; the pod's own servers are below.
+		{"ip_local_port_range", "32768 65535"},
 		// The worker pings as a user that is nobody.
 		{"ping_group_range", "0 2147483647"},
 	}

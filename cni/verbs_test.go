@@ -48,7 +48,7 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 				t.Errorf("in the uplink namespace the interface has not what it had:\nbefore %s\nafter  %s", asJSON(before), asJSON(main))
 			}
 			for name, want := range map[string]string{
-				"ipv4/ip_forward": "1", "ipv4/conf/all/rp_filter": "0", "ipv4/conf/eth0/rp_filter": "0",
+				"ipv4/ip_forward": "1", "ipv4/ip_local_port_range": "32768 65535", "ipv4/conf/all/rp_filter": "0", "ipv4/conf/eth0/rp_filter": "0",
 				"ipv4/conf/in0/accept_local": "1", "ipv6/conf/all/forwarding": "1", "ipv6/conf/eth0/accept_ra": "0",
 			} {
 				var got []byte
