@@ -213,6 +213,7 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 			return fmt.Errorf("add the address %s to %s: %w", a.Prefix, name, err)
 		}
 	}
+	s.dropReplacedPrefixRoutes(h, index)
 	// A gateway is accepted once the route to it is there.
 	routes := slices.Clone(s.Routes)
 	slices.SortStableFunc(routes, func(a, b routeState) int { return boolOrder(a.Gateway.IsValid(), b.Gateway.IsValid()) })
@@ -248,6 +249,19 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 		}
 	}
 	return nil
+}
+
+// dropReplacedPrefixRoutes removes the routes that the kernel makes with IPv6 addresses
+// where the main plugin has one of its own to the same prefix (ptp has, for its pods are
+// not on one link): the kernel's would win by its metric. IPv4's are replaced by the plugin's.
+func (s *linkState) dropReplacedPrefixRoutes(h *netlink.Handle, index int) {
+	for _, a := range s.Addrs {
+		p := a.Prefix.Masked()
+		if p.Addr().Is6() && slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Dst == p }) {
+			// There is none if the address is without one by its flags.
+			_ = h.RouteDel(&netlink.Route{Family: netlink.FAMILY_V6, LinkIndex: index, Dst: ipNet(p), Protocol: unix.RTPROT_KERNEL, Priority: 256})
+		}
+	}
 }
 
 func (a addrState) netlink(name string) *netlink.Addr {

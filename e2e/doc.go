@@ -23,6 +23,10 @@
 // Each test declares the area it proves (areas.txt); `make test` fails when an area
 // that could run did not.
 //
-// Settings by environment: SLUICE_BIN and PEER_BIN (the binaries; built if unset),
+// The CNI tests (cni_node_test.go) run the plugin as container runtimes do.
+//
+// Settings by environment: SLUICE_BIN, SLUICE_CNI_BIN, SLUICE_CNI_FAULTS_BIN (with the
+// build tag faults) and PEER_BIN (the binaries; built if unset), CNI_PLUGINS (what
+// hack/cni-plugins.sh builds; without it the CNI tests are skipped),
 // SLUICE_E2E_KEEP=1 (show all output of every command).
 package e2e

@@ -62,11 +62,17 @@ func enter() int {
 	defer os.RemoveAll(dir)
 	os.Setenv("SLUICE_E2E_DIR", dir)
 	os.Setenv("TMPDIR", dir) // whatever a test that was killed left goes with it
-	for name, pkg := range map[string]string{"SLUICE_BIN": "sluice/cmd/sluice", "PEER_BIN": "sluice/e2e/peer"} {
-		if err := provide(name, pkg, dir); err != nil {
+	for _, b := range []struct{ name, pkg, tags string }{
+		{"SLUICE_BIN", "sluice/cmd/sluice", ""},
+		{"PEER_BIN", "sluice/e2e/peer", ""},
+		{"SLUICE_CNI_BIN", "sluice/cmd/sluice-cni", ""},
+		{"SLUICE_CNI_FAULTS_BIN", "sluice/cmd/sluice-cni", "faults"},
+	} {
+		if err := provide(b.name, b.pkg, filepath.Join(dir, b.tags), b.tags); err != nil {
 			return complain(err)
 		}
 	}
+	os.Chmod(dir, 0o755)
 	attr := &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
 		Pdeathsig:  syscall.SIGKILL, // of the main thread, which waits below
@@ -106,11 +112,11 @@ func complain(err error) int {
 }
 
 // provide sees to it that the variable names a binary.
-func provide(name, pkg, dir string) error {
+func provide(name, pkg, dir, tags string) error {
 	path := os.Getenv(name)
 	if path == "" {
 		path = filepath.Join(dir, filepath.Base(pkg))
-		build := exec.Command("go", "build", "-o", path, pkg)
+		build := exec.Command("go", "build", "-tags", tags, "-o", path, pkg)
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {
 			return fmt.Errorf("building %s: %w\n%s", pkg, err, out)
@@ -123,7 +129,6 @@ func provide(name, pkg, dir string) error {
 	if err := unix.Access(path, unix.X_OK); err != nil {
 		return fmt.Errorf("%s=%s: %w", name, path, err)
 	}
-	os.Chmod(dir, 0o755)
 	return os.Setenv(name, path)
 }
 

@@ -6,6 +6,7 @@ set -euo pipefail
 
 # program=package
 needed='
+/usr/lib/cni/ptp=containernetworking-plugins
 busybox=busybox
 conntrack=conntrack
 curl=curl
@@ -14,6 +15,7 @@ dig=bind9-dnsutils
 dnsmasq=dnsmasq-base
 git=git
 ip=iproute2
+iptables=iptables
 iperf3=iperf3
 newuidmap=uidmap
 nft=nftables

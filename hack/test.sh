@@ -47,7 +47,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 chmod 755 "$work"
 "$go" test -c -o "$work/e2e.test" ./e2e
-cp build/sluice build/peer "$work/"
+cp build/sluice build/sluice-cni build/peer "$work/"
+"$go" build -trimpath -tags faults -o "$work/faults/sluice-cni" ./cmd/sluice-cni
+hack/cni-plugins.sh "$work/cni"
 
 e2e() {
 	local name=$1
@@ -59,6 +61,7 @@ e2e() {
 }
 
 export SLUICE_BIN=$work/sluice PEER_BIN=$work/peer
+export SLUICE_CNI_BIN=$work/sluice-cni SLUICE_CNI_FAULTS_BIN=$work/faults/sluice-cni CNI_PLUGINS=$work/cni
 if [ "$(id -u)" = 0 ]; then
 	if [ ! -e "$tun" ]; then
 		modprobe tun 2>/dev/null || true

@@ -24,6 +24,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -86,7 +87,8 @@ func serve(args []string) error {
 func ownAddresses() (hosts []string) {
 	all, _ := net.InterfaceAddrs()
 	for _, a := range all {
-		if n, ok := a.(*net.IPNet); ok && !n.IP.IsLinkLocalUnicast() {
+		// A node may have one address on several interfaces.
+		if n, ok := a.(*net.IPNet); ok && !n.IP.IsLinkLocalUnicast() && !slices.Contains(hosts, n.IP.String()) {
 			hosts = append(hosts, n.IP.String())
 		}
 	}
