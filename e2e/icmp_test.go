@@ -57,9 +57,15 @@ func TestTracerouteSeesTheRouter(t *testing.T) {
 		{"by tracepath over IPv6", "tracepath -6 -n -m 6 " + far6, "2001:db8:1::1", far6},
 	} {
 		t.Run(row.what, func(t *testing.T) {
-			r := ok(t, sb, 30*time.Second, strings.Fields(row.argv)...)
-			router := regexp.MustCompile(`(?m)^ *\d+:? +` + regexp.QuoteMeta(row.router) + `\s`).FindStringIndex(r.out)
-			far := regexp.MustCompile(`(?m)^ *\d+:? +` + regexp.QuoteMeta(row.host) + `\s`).FindStringIndex(r.out)
+			var r result
+			var router, far []int
+			// traceroute -I overlooks replies that it finds behind an error on its socket,
+			// once in some hundred runs; a capture shows them delivered.
+			for try := 0; try < 3 && far == nil; try++ {
+				r = ok(t, sb, 30*time.Second, strings.Fields(row.argv)...)
+				router = regexp.MustCompile(`(?m)^ *\d+:? +` + regexp.QuoteMeta(row.router) + `\s`).FindStringIndex(r.out)
+				far = regexp.MustCompile(`(?m)^ *\d+:? +` + regexp.QuoteMeta(row.host) + `\s`).FindStringIndex(r.out)
+			}
 			if far == nil {
 				t.Fatalf("the far host is no hop\n%s", r)
 			}
