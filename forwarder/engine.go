@@ -16,8 +16,9 @@ package forwarder
 //	epoll, runq ─┤                                           ▼
 //	             └─ helpers: the same, until nothing is left
 //
-// Neither handlers nor tasks block, none of either runs twice at once (poller.go,
-// runq.go), and an idle engine is one thread asleep.
+// Neither handlers nor tasks block, but for a device that is full, which its writer
+// waits for; none of either runs twice at once (poller.go, runq.go), and an idle engine
+// is one thread asleep.
 
 import (
 	"fmt"
@@ -39,7 +40,7 @@ const (
 	// follow each other closely make short rounds, and are better off with one thread.
 	helpAfter = 40 * time.Microsecond
 	helpRound = 20 * time.Microsecond
-	// pause is how long an epoll_wait takes that found nothing at first.
+	// pause is the least rest after which the leader counts as idle until then.
 	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
 	helpRounds = 4
@@ -53,7 +54,7 @@ type engine struct {
 	idle    atomic.Int32  // helpers that wait to be called
 	help    chan struct{} // capacity helpers; closed by the leader
 	start   time.Time
-	yields  atomic.Bool
+	yields  atomic.Bool // yield was called, and the leader has not yet
 }
 
 // newEngine returns an engine with at most threads goroutines at work.
@@ -102,10 +103,10 @@ func (e *engine) lead() error {
 		}
 		before := time.Since(e.start)
 		n, err := e.poll.wait(events, timeout)
+		e.runq.wakened()
 		if err != nil {
 			return fmt.Errorf("waiting for descriptors: %w", err)
 		}
-		e.runq.wakened()
 		if e.poll.closed.Load() {
 			return nil
 		}
