@@ -24,6 +24,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+func init() {
+	// The main thread never changes its namespaces: /proc/PID/ns/net speaks of it, and a
+	// test that made it a pod's would find the pod to be the host.
+	runtime.LockOSThread()
+}
+
 // A node of namespaces: the test's thread is in the host's, and the pod's is bound as a
 // runtime would bind it. The main plugin is played by hand.
 //

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/urfave/cli/v2"
@@ -20,6 +21,14 @@ import (
 
 // version is the release's; the linker sets it (-X main.version=…).
 var version = "devel"
+
+func init() {
+	// As in every plugin: the threads that change their namespace are others than the
+	// main one, so that /proc/PID/ns/net stays the host's.
+	if len(os.Args) == 1 {
+		runtime.LockOSThread()
+	}
+}
 
 func main() {
 	// The stages that an attachment starts of this same binary.
