@@ -65,6 +65,9 @@ type tcpForwarder struct {
 	acceptor *acceptor
 	refuser  *tcp.Forwarder // answers SYNs with RST
 	inline   inlineTCP
+	// gsoPayload is the payload of the largest packet that the stack makes of a write,
+	// gso_max_size less MAX_TCP_HEADER as in Linux.
+	gsoPayload int
 
 	mu         sync.Mutex
 	flows      map[stack.TransportEndpointID]*tcpFlow
@@ -98,6 +101,10 @@ func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
 		shortRead:        f.stats.counter("tcp_short_read"),
 	}
 	t.inline.queue = segmentQueueOf(f.stack)
+	t.gsoPayload = downChunk
+	if g, ok := f.cfg.Link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
+		t.gsoPayload = int(g.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
+	}
 	// The flow table bounds what is in flight; the stack's own bound only has
 	// to be out of its way.
 	t.refuser = tcp.NewForwarder(f.stack, 0, 1<<20, func(r *tcp.ForwarderRequest) { r.Complete(true) })
