@@ -288,10 +288,7 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 	for name, repair := range map[string]func(*node) error{
 		"by GC":     func(n *node) error { return n.gc(true) },
 		"by repair": func(n *node) error { return n.plugin.Repair(n.t.Context(), n.state) },
-		"by STATUS": func(n *node) error {
-			c, args := n.config()
-			return n.plugin.status(n.t.Context(), c, args)
-		},
+		"by STATUS": func(n *node) error { return n.status() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -318,6 +315,46 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 			n.clean()
 		})
 	}
+}
+
+func TestAMonitorThatDoesNotAnswerIsNotReplaced(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	first := n.procs.pid(n.name())
+	n.procs.mute = true
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	must(t, n.gc(true))
+	must(t, n.status())
+	if now := n.procs.pid(n.name()); now != first {
+		t.Errorf("the monitor %d has taken the place of %d, which lives", now, first)
+	}
+	n.procs.mute = false
+	must(t, n.del())
+	n.clean()
+}
+
+// A runtime that is told of an error by STATUS takes the node to be without network.
+func TestStatusDoesNotFailForOneContainer(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	endProcess(n.procs.pid(n.name()))
+	var told strings.Builder
+	n.plugin.Stderr = &told
+	n.procs.fail = errors.New("no room for a monitor")
+	must(t, n.status())
+	if !strings.Contains(told.String(), n.name()) || !strings.Contains(told.String(), "no room for a monitor") {
+		t.Errorf("it says %q", told.String())
+	}
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	n.procs.fail = nil
+	must(t, n.status())
+	must(t, n.check())
+	must(t, n.del())
+	n.clean()
 }
 
 func TestAContainerThatIsNotSelectedPasses(t *testing.T) {

@@ -155,23 +155,33 @@ every_pod_on_tap() {
 		done
 	done
 }
-# Runtimes that pass cgroupPath have monitor and worker charged to the pod.
+# serving NODE: the pods with the processes of each.
+serving() { in_node "$1" "$sluice" ps -o json | jq -r '.[] | "\(.command[1]) \(.pid) \(.worker_pid)"'; }
+# Runtimes that pass cgroupPath have monitor and worker charged to the pod: its own share
+# is then what is charged to the pod's cgroup itself, beside those of its containers.
 every_pod_charged() {
-	local n line dir pid
+	local n pod monitor worker dir pid
 	for n in "${nodes[@]}"; do
-		while read -r pid line; do
-			for dir in $line; do
-				in_node "$n" grep -qx "$pid" "$dir/cgroup.procs" || { echo "$n: process $pid is not in $dir"; return 1; }
-			done
-		done < <(records "$n" | jq -r '"\(.monitorPID) \(.launch.cgroups // [] | join(" "))"')
+		records "$n" >"$work/records"
+		while read -r pod monitor worker; do
+			jq -r --arg pod "$pod" 'select("\(.pod.namespace)/\(.pod.name)" == $pod) | .launch.cgroups[]?' "$work/records" >"$work/cgroups"
+			while read -r dir; do
+				for pid in "$monitor" "$worker"; do
+					in_node "$n" grep -qx "$pid" "$dir/cgroup.procs" </dev/null || { echo "$n: process $pid of $pod is not in $dir"; return 1; }
+				done
+				case $dir in
+				*/memory/*) in_node "$n" awk -v pod="$pod" '$1 == "rss" || $1 == "cache" {n += $2} END {printf "%s %d KiB\n", pod, n / 1024}' "$dir/memory.stat" </dev/null ;;
+				esac
+			done <"$work/cgroups"
+		done < <(serving "$n")
 	done
-	records "${nodes[0]}" | jq -r '.launch.cgroups // ["the runtime passes no cgroupPath"] | .[0]' | head -1
+	jq -se 'any(.[]; .launch.cgroups)' "$work/records" >/dev/null || echo 'not at all: this runtime passes no cgroupPath'
 }
 memory() {
 	local n
 	for n in "${nodes[@]}"; do
-		in_node "$n" "$sluice" ps -o json | jq -r '.[] | "\(.pid) \(.worker_pid)"' | while read -r monitor worker; do
-			in_node "$n" cat "/proc/$monitor/smaps_rollup" "/proc/$worker/smaps_rollup" | awk '/^Private/ {n += $2} END {print n}'
+		serving "$n" | while read -r _ monitor worker; do
+			in_node "$n" cat "/proc/$monitor/smaps_rollup" "/proc/$worker/smaps_rollup" </dev/null | awk '/^Private/ {n += $2} END {print n}'
 		done
 	done | sort -n | awk '{v[NR] = $1} END {printf "%d pods, from %d to %d KiB private\n", NR, v[1], v[NR]; exit !NR}'
 }
@@ -229,7 +239,8 @@ seen_from_node() {
 	local to got
 	to=$(address web "$1")
 	got=$(in_node "${nodes[1]}" curl -gsS -m 5 "http://$(bracket "$to"):8080/clientip")
-	in_node "${nodes[1]}" ip -o addr show | grep -qF " $(echo "${got%:*}" | tr -d '[]')/" || { echo "the server saw $got, which is not of ${nodes[1]}"; return 1; }
+	in_node "${nodes[1]}" ip -o addr show >"$work/own"
+	grep -qF " $(echo "${got%:*}" | tr -d '[]')/" "$work/own" || { echo "the server saw $got, which is not of ${nodes[1]}"; return 1; }
 	echo "$got"
 }
 # policy_holds: a policy on one pod closes it to what it asked before, and no other pod.
@@ -349,14 +360,14 @@ eventually kubectl exec asker -- curl -sS -m 2 "http://$(address web 4):8080/hos
 
 check 'every pod is attached' every_pod_attached
 check 'every pod is on a TAP' every_pod_on_tap
-check 'the pods are charged' every_pod_charged
 for family in 4 6; do
 	check "the server sees the pod, IPv$family" seen_from_pod $family
 	check "the server sees the node, IPv$family" seen_from_node $family
 done
 check 'a policy on one pod' policy_holds
 smoke 'at first'
-check 'memory' memory
+check 'memory of monitor and worker' memory
+check 'charged to the pods' every_pod_charged
 
 processes >"$work/processes"
 containers >"$work/containers"
