@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -355,6 +356,35 @@ func TestStatusDoesNotFailForOneContainer(t *testing.T) {
 	must(t, n.check())
 	must(t, n.del())
 	n.clean()
+}
+
+// Who is root in a pod can name interfaces as they like, and give lo the names that DEL needs.
+func TestDelIsNotHinderedByNames(t *testing.T) {
+	onTheWay := (&giving{ifName: "eth0"}).onTheWay()
+	for _, row := range []struct {
+		name  string
+		steps [][]string
+	}{
+		{"the pod has an eth0 of its own", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "add", "eth0", "type", "veth", "peer", "name", "other"}}},
+		{"another interface is called eth0 too", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "property", "add", "dev", "lo", "altname", "eth0"}}},
+		{"lo is called eth0", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "set", "lo", "down"}, {"link", "set", "lo", "name", "eth0"}}},
+		{"the name on the way is taken", [][]string{{"link", "add", onTheWay, "type", "veth", "peer", "name", "other"}}},
+		{"lo has the name on the way", [][]string{{"link", "property", "add", "dev", "lo", "altname", onTheWay}}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add())
+			for _, step := range row.steps {
+				n.ip(step...)
+			}
+			must(t, n.del())
+			n.unchanged(before)
+			if _, err := os.Lstat(filepath.Join(n.state, attachmentsDir, n.name())); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("left: the record: %v", err)
+			}
+		})
+	}
 }
 
 func TestAContainerThatIsNotSelectedPasses(t *testing.T) {
