@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 sluice=${SLUICE_BIN:-$PWD/build/sluice} plugin=${SLUICE_CNI_BIN:-$PWD/build/sluice-cni}
 tools=${KUBE_TOOLS:-}
 image=${KUBE_IMAGE:-registry.k8s.io/e2e-test-images/agnhost:2.63.0}
+plugins=${KUBE_CNI_PLUGINS:-}
 
 if [ -z "$tools" ]; then
 	cat >&2 <<'NEEDS'
@@ -25,6 +26,9 @@ their own:
                   counts, and the exit status
 Its nodes must have the image of KUBE_IMAGE (default: Kubernetes' agnhost), with sh, awk, curl,
 ss and OpenBSD's nc. This machine must have jq and /dev/net/tun; the caller must be root.
+With KUBE_CNI_PLUGINS=DIR, a directory that hack/cni-plugins.sh has made, the nodes get the
+main plugins from there and a list of CNI 1.1.0: a runtime that calls STATUS (containerd 2)
+must then bring a killed monitor back.
 NEEDS
 	exit 2
 fi
@@ -274,6 +278,19 @@ kubelets_answer() {
 	kubectl exec held-server -c v4 -- true && kubectl exec held-client -c v4 -- true
 }
 
+# replaced: the runtime's STATUS finds a monitor that was killed. The pod has no network
+# until then, and the same address afterwards.
+replaced() {
+	local before after to start=$SECONDS
+	to=$(address web 4)
+	before=$(serving "${nodes[0]}" | awk '$1 == "default/web" {print $2}')
+	in_node "${nodes[0]}" kill -9 "$before" || return 1
+	eventually in_node "${nodes[1]}" curl -sS -m 1 -o /dev/null "http://$to:8080/hostname" >/dev/null || return 1
+	after=$(serving "${nodes[0]}" | awk '$1 == "default/web" {print $2}')
+	[ "$after" != "$before" ] || { echo "$before was not killed"; return 1; }
+	echo "after $((SECONDS - start)) s"
+}
+
 no_pod() {
 	local left
 	left=$(kubectl get pods -A -o name) || return 1
@@ -296,6 +313,17 @@ clean() {
 		echo "$left"
 		[ -z "$left" ]
 IN
+}
+# remains: clean sees all that there is to see, while there are pods.
+remains() {
+	local kind
+	if clean "$1" >"$work/remains"; then
+		echo 'nothing found'
+		return 1
+	fi
+	for kind in file device mount process cgroup rule; do
+		grep -q "^$kind " "$work/remains" || { echo "no $kind found"; return 1; }
+	done
 }
 no_failures() {
 	kubectl get events -A -o json | jq -r '.items[] | select(.reason == "FailedCreatePodSandBox" or .reason == "FailedKillPod") | "\(.involvedObject.name): \(.message)"' >"$work/events" || return 1
@@ -331,6 +359,9 @@ conflist=$(in_node "${nodes[0]}" bash -c 'set -- /etc/cni/net.d/*.conflist; echo
 
 check 'no pod is attached before' no_attachment
 for n in "${nodes[@]}"; do
+	if [ -n "$plugins" ]; then
+		in_node "$n" bash -c 'cp "$1"/* /opt/cni/bin/ && jq ".cniVersion = \"1.1.0\"" "$2" >"$2.new" && mv "$2.new" "$2"' - "$plugins" "$conflist"
+	fi
 	in_node "$n" cat "$conflist" | jq -S . >"$work/conflist-$n"
 	check "install on $n" in_node "$n" "$plugin" install --conflist "$conflist" --bin-dir /opt/cni/bin
 	in_node "$n" stat -c %d:%i /opt/cni/bin/sluice-cni >>"$work/binaries"
@@ -389,7 +420,14 @@ check 'every pod is attached' every_pod_attached
 check 'an open connection goes on, IPv4' held 4 "$before4"
 check 'an open connection goes on, IPv6' held 6 "$before6"
 
+if [ -n "$plugins" ]; then
+	check 'a killed monitor is replaced' replaced
+fi
+
 for n in "${nodes[@]}"; do pods "$n"; done | cut -d' ' -f2- | tr ' ' '\n' >>"$work/addresses"
+for n in "${nodes[@]}"; do
+	check "what pods have is found on $n" remains "$n"
+done
 kubectl delete deployments,pods -A --all --wait >/dev/null
 check 'all pods deleted' eventually no_pod
 for n in "${nodes[@]}"; do
