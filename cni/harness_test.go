@@ -303,7 +303,10 @@ func (l *procLauncher) Stop(_ context.Context, a LaunchSpec) error {
 }
 
 func (l *procLauncher) Alive(_ context.Context, a LaunchSpec) error {
-	if l.mute || !lives(l.pid(a.Name)) {
+	switch {
+	case !lives(l.pid(a.Name)):
+		return errors.New("the monitor is dead")
+	case l.mute:
 		return errors.New("the monitor does not answer")
 	}
 	return nil
