@@ -353,6 +353,9 @@ gone() {
 NODES=2 "$tools/up" >"$work/up" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 KUBECONFIG=$(tail -1 "$work/up")
 export KUBECONFIG PATH=$PATH:${KUBECONFIG%/*}/bin
+# kubectl loses what a command says at once if its websocket is not ready for it ("Unknown
+# stream id"); its older way to a command does not.
+export KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false
 mapfile -t nodes < <(kubectl get nodes -o name | sed 's,^node/,,' | sort)
 kubectl get nodes -o json | jq -r '.items[].status.nodeInfo | "      \(.kubeletVersion), \(.containerRuntimeVersion), kernel \(.kernelVersion)"' | sort -u
 conflist=$(in_node "${nodes[0]}" bash -c 'set -- /etc/cni/net.d/*.conflist; echo "$1"')
