@@ -56,12 +56,17 @@ func (n *node) conflistFile(t *testing.T, path string, w network) {
 	if !w.bare {
 		return
 	}
-	keys, err := json.Marshal(w.sluice)
+	ok(t, n, 10*time.Second, filepath.Join(n.bin, "sluice-cni"), "install", "--conflist", path,
+		"--config", write(t, "keys.json", jsonText(t, w.sluice)), "--bin-dir", filepath.Join(n.dir, "bin"))
+}
+
+func jsonText(t *testing.T, v any) string {
+	t.Helper()
+	b, err := json.Marshal(v)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ok(t, n, 10*time.Second, filepath.Join(n.bin, "sluice-cni"), "install", "--conflist", path,
-		"--config", write(t, "keys.json", string(keys)), "--bin-dir", filepath.Join(n.dir, "bin"))
+	return string(b)
 }
 
 // rootfs is a container's file system as a tar: the peer, static, by the path that it
@@ -107,8 +112,11 @@ func gatedPolicy(from ...string) map[string]any {
 		"name": "pods", "action": "allow", "to": out, "ports": []any{map[string]any{"protocol": "TCP", "port": portHTTP}},
 	}}}
 	if in != nil {
-		spec["ingress"] = []any{map[string]any{"name": "friends", "action": "allow", "from": in, "ports": []any{
-			map[string]any{"protocol": "TCP", "port": portHTTP}, map[string]any{"protocol": "UDP", "port": portWhoami}}}}
+		ports := []any{map[string]any{"protocol": "UDP", "port": portWhoami}}
+		for _, port := range []int{portHTTP, portEcho, portXfer} {
+			ports = append(ports, map[string]any{"protocol": "TCP", "port": port})
+		}
+		spec["ingress"] = []any{map[string]any{"name": "friends", "action": "allow", "from": in, "ports": ports}}
 	}
 	return map[string]any{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": map[string]any{"name": "gate"}, "spec": spec}
 }
@@ -120,11 +128,7 @@ func (n *node) setPolicy(t *testing.T, attachment string, friends ...string) {
 	for _, a := range friends {
 		cidrs = append(cidrs, a+map[bool]string{false: "/32", true: "/128"}[strings.Contains(a, ":")])
 	}
-	text, err := json.Marshal(gatedPolicy(cidrs...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.sluice(t, "policy", "set", attachment, write(t, "policy.json", string(text)))
+	n.sluice(t, "policy", "set", attachment, write(t, "policy.json", jsonText(t, gatedPolicy(cidrs...))))
 }
 
 // attachments are those that `sluice ps` lists of one container.
