@@ -107,6 +107,7 @@ func TestCNIContainerd(t *testing.T) {
 			held.stop(t, syscall.SIGKILL)
 			traffic(t)
 
+			friend.die(t)
 			for range 2 { // a kubelet repeats what it is not sure of
 				for _, p := range []*criPod{server, friend, other} {
 					p.stop(t)

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -232,6 +233,21 @@ func (p *criPod) remove(t *testing.T) {
 	if _, err := p.c.RemovePodSandbox(p.c.ctx(t), &cri.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {
 		t.Errorf("RemovePodSandbox: %v\n%s", err, p.c.daemon.result(""))
 	}
+}
+
+// die kills the process that holds the pod's namespaces, as the kernel does when memory
+// runs out.
+func (p *criPod) die(t *testing.T) {
+	t.Helper()
+	r, err := p.c.PodSandboxStatus(p.c.ctx(t), &cri.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+	if err != nil {
+		t.Fatalf("PodSandboxStatus: %v", err)
+	}
+	var info struct{ PID int }
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
+		t.Fatalf("PodSandboxStatus: %v: %q", err, r.Info)
+	}
+	kill(t, info.PID)
 }
 
 // start is ExecSync. It has no input, and no signal reaches what it started.
