@@ -12,7 +12,7 @@ export CGO_ENABLED = 0
 # The recipes' own tools, wherever `go test` starts them from.
 export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build run test e2e-kube bench lint fuzz clean
+.PHONY: build run demo-cni test e2e-kube bench lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -23,6 +23,10 @@ build:
 # A sandboxed request that is answered, one that policy refuses, and the flow table.
 run: build
 	hack/run.sh
+
+# Two containers of podman behind sluice-cni, one of which may reach the other. As root.
+demo-cni: build
+	hack/demo-cni.sh
 
 # Everything: vet, unit tests, end-to-end tests as root and as an ordinary user.
 # Installs what is missing as root, says what is missing otherwise.

@@ -214,14 +214,18 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 		}
 	}
 	s.dropReplacedPrefixRoutes(h, index)
-	// A gateway is accepted once the route to it is there.
+	// A gateway is accepted once the route to it is there. Of routes that are alike the
+	// newest goes first, so the first of ours is added last.
 	routes := slices.Clone(s.Routes)
+	slices.Reverse(routes)
 	slices.SortStableFunc(routes, func(a, b routeState) int { return boolOrder(a.Gateway.IsValid(), b.Gateway.IsValid()) })
 	for tries := 0; len(routes) > 0; tries++ {
 		var failed []routeState
 		var errs []error
 		for _, r := range routes {
-			if err := h.RouteReplace(r.netlink(index)); err != nil {
+			// Added, not replaced: another interface of the pod may have one like it, such
+			// as the default route of a second network.
+			if err := h.RouteAddEcmp(r.netlink(index)); err != nil && !errors.Is(err, unix.EEXIST) {
 				failed = append(failed, r)
 				errs = append(errs, fmt.Errorf("add the route %s to %s: %w", r, name, err))
 			}
@@ -251,16 +255,21 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 	return nil
 }
 
-// dropReplacedPrefixRoutes removes the routes that the kernel makes with IPv6 addresses
-// where the main plugin has one of its own to the same prefix (ptp has, for its pods are
-// not on one link): the kernel's would win by its metric. IPv4's are replaced by the plugin's.
+// dropReplacedPrefixRoutes removes the routes that the kernel makes with addresses where
+// the main plugin has one of its own to the same prefix (ptp has, for its pods are not on
+// one link): IPv6's would win by its metric, and IPv4's would be there beside the plugin's.
 func (s *linkState) dropReplacedPrefixRoutes(h *netlink.Handle, index int) {
 	for _, a := range s.Addrs {
 		p := a.Prefix.Masked()
-		if p.Addr().Is6() && slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Dst == p }) {
-			// There is none if the address is without one by its flags.
-			_ = h.RouteDel(&netlink.Route{Family: netlink.FAMILY_V6, LinkIndex: index, Dst: ipNet(p), Protocol: unix.RTPROT_KERNEL, Priority: 256})
+		if !slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Dst == p }) {
+			continue
 		}
+		made := &netlink.Route{Family: familyOf(p.Addr()), LinkIndex: index, Dst: ipNet(p), Protocol: unix.RTPROT_KERNEL, Scope: netlink.SCOPE_LINK}
+		if p.Addr().Is6() {
+			made.Scope, made.Priority = netlink.SCOPE_UNIVERSE, 256
+		}
+		// There is none if the address is without one by its flags.
+		_ = h.RouteDel(made)
 	}
 }
 

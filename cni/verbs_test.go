@@ -89,6 +89,55 @@ func TestADefaultRouteIsAlwaysThere(t *testing.T) {
 	n.unchanged(before)
 }
 
+// TestASecondNetworkLeavesTheRoutesOfTheFirst has a container in two networks, as podman
+// makes them: both main plugins give a default route, the last one's goes first.
+func TestASecondNetworkLeavesTheRoutesOfTheFirst(t *testing.T) {
+	n := newNode(t)
+	must(t, n.podH.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "first"}, PeerName: "far"}))
+	for _, command := range []string{
+		"link set far up", "link set first up", "addr add 10.99.0.5/24 dev first",
+		"route append default via 10.99.0.1 dev first", // bridge of the second network came before it
+	} {
+		n.ip(strings.Fields(command)...)
+	}
+	defaults := func() (via []string) {
+		all, err := n.podH.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		must(t, err)
+		for _, r := range all {
+			via = append(via, r.Gw.String())
+		}
+		return via
+	}
+	same(t, "the default routes of a pod in two networks", defaults(), host4, "10.99.0.1")
+	must(t, n.add())
+	same(t, "the default routes after ADD", defaults(), host4, "10.99.0.1")
+	must(t, n.del())
+	same(t, "the default routes after DEL", defaults(), host4, "10.99.0.1")
+}
+
+// TestAPrefixIsReachedAsTheMainPluginSays has routes as ptp makes them: its pods are not
+// on one link, so what the kernel makes of an address and its prefix must not come back.
+func TestAPrefixIsReachedAsTheMainPluginSays(t *testing.T) {
+	n := newNode(t)
+	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
+		n.ip("route", "del", p[0], "dev", "eth0", "proto", "kernel")
+		n.ip("route", "add", p[1], "dev", "eth0")
+		n.ip("route", "add", p[0], "via", p[1], "dev", "eth0")
+	}
+	before := n.inside()
+	must(t, n.add())
+	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
+		dst := network(p[0])
+		list, err := n.podH.RouteListFiltered(familyOf(prefixOf(dst).Addr()), &netlink.Route{Dst: dst}, netlink.RT_FILTER_DST)
+		must(t, err)
+		if len(list) != 1 || list[0].Gw.String() != p[1] {
+			t.Errorf("the routes to %s are %v, not one by %s", p[0], list, p[1])
+		}
+	}
+	must(t, n.del())
+	n.unchanged(before)
+}
+
 func TestAFailureAtAnyStepTakesEverythingBack(t *testing.T) {
 	n := newNode(t)
 	before := n.inside()

@@ -58,6 +58,7 @@ type node struct {
 	before string
 	cache  string
 	leases string
+	varLib string   // what a runtime in the node has as /var/lib (cni_runtime_test.go)
 	bin    string   // directory of the plugin under test
 	env    []string // more of the plugins' environment
 }
@@ -99,7 +100,7 @@ func (n *node) state(t *testing.T) string {
 			lines = append(lines, "mount "+f[4])
 		}
 	}
-	for _, pattern := range []string{n.leases + "/*/[0-9a-f]*.*", n.leases + "/*/*:*", cniState + "/*/*", "/run/sluice/*"} {
+	for _, pattern := range []string{n.leases + "/*/[0-9a-f]*.*", n.leases + "/*/*:*", n.varLib + "/cni/results/*", cniState + "/*/*", "/run/sluice/*"} {
 		files, _ := filepath.Glob(pattern)
 		for _, f := range files {
 			if !strings.HasPrefix(filepath.Base(f), ".") {
@@ -140,7 +141,9 @@ type network struct {
 	main    string   // ptp or bridge
 	subnets []string // of the pods
 	alone   bool     // sluice delegates to the main plugin instead of following it
+	bare    bool     // without sluice, for `sluice-cni install`
 	portmap bool
+	after   bool // portmap follows sluice
 	sluice  map[string]any
 }
 
@@ -163,7 +166,7 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		routes = append(routes, map[string]any{"dst": map[bool]string{true: "::/0", false: "0.0.0.0/0"}[strings.Contains(s, ":")]})
 	}
 	main := map[string]any{
-		"type": w.main,
+		"type": w.main, "capabilities": map[string]any{"ips": true},
 		"ipam": map[string]any{"type": "host-local", "dataDir": n.leases, "ranges": ranges, "routes": routes},
 	}
 	if w.main == "bridge" {
@@ -171,18 +174,24 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		main["ipam"].(map[string]any)["routes"] = []any{}
 	}
 	mains := []any{main}
-	if w.portmap {
-		mains = append(mains, map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}})
+	portmap := map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}}
+	if w.portmap && !w.after {
+		mains = append(mains, portmap)
 	}
-	sluice := map[string]any{"type": "sluice-cni", "capabilities": map[string]any{"portMappings": w.alone, "bandwidth": true}}
+	sluice := map[string]any{"type": "sluice-cni", "capabilities": map[string]any{"portMappings": w.alone, "ips": w.alone, "bandwidth": true}}
 	maps.Copy(sluice, w.sluice)
 	conf := map[string]any{"cniVersion": w.version, "name": cniNetwork}
-	if w.alone {
+	if w.bare {
+		conf["plugins"] = mains
+	} else if w.alone {
 		sluice["delegate"] = mains
 		conf["plugins"] = []any{sluice}
 	} else {
 		conf["plugins"] = append(mains, sluice)
 		conf["disableCheck"] = true // as `sluice-cni install` does
+	}
+	if w.after {
+		conf["plugins"] = append(conf["plugins"].([]any), portmap)
 	}
 	b, err := json.Marshal(conf)
 	if err != nil {
@@ -343,10 +352,15 @@ func (n *node) Decode(b []byte) (version.PluginInfo, error) {
 	return (&version.PluginDecoder{}).Decode(b)
 }
 
-// sluiceJSON asks a control command, which finds attachments by the runtime directory.
+// sluice runs a control command, which finds attachments by the runtime directory.
+func (n *node) sluice(t *testing.T, args ...string) result {
+	t.Helper()
+	return ok(t, n, 10*time.Second, append([]string{"env", "XDG_RUNTIME_DIR=/run", sluiceBin()}, args...)...)
+}
+
 func (n *node) sluiceJSON(t *testing.T, v any, args ...string) {
 	t.Helper()
-	r := ok(t, n, 10*time.Second, append([]string{"env", "XDG_RUNTIME_DIR=/run", sluiceBin()}, args...)...)
+	r := n.sluice(t, args...)
 	if err := json.Unmarshal([]byte(r.out), v); err != nil {
 		t.Fatalf("%v\n%s", err, r)
 	}
