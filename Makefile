@@ -12,7 +12,9 @@ export CGO_ENABLED = 0
 # The recipes' own tools, wherever `go test` starts them from.
 export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build run test bench lint fuzz clean
+KILLS   ?= 500
+
+.PHONY: build run test bench soak-cni lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -34,6 +36,11 @@ test: build
 bench: build
 	$(GO) build -trimpath -o build/bench ./e2e/bench
 	build/bench $(if $(SHORT),-short) $(if $(CELLS),-cells '$(CELLS)') $(if $(SHORT)$(CELLS),,-svg docs/bench.svg) $(BENCHFLAGS)
+
+# As root: KILLS random `kill -9` of plugin, monitor and worker under load. SEED=N: the
+# same ones again.
+soak-cni: build
+	hack/e2e-cni.sh 40m TestCNISoak SLUICE_SOAK_KILLS=$(KILLS) $(if $(SEED),SLUICE_SOAK_SEED=$(SEED))
 
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

@@ -150,6 +150,9 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.undo.done(stepNamespace, func() error { return removeNetns(path) }); err != nil {
 		return err
 	}
+	if err := ad.uplink.Do(func(ns.NetNS) error { return closedRules(ad.args.IfName) }); err != nil {
+		return fmt.Errorf("close the uplink namespace until all is in place (the kernel needs nf_tables): %w", err)
+	}
 	if ad.uplinkH, err = handle(ad.uplink); err != nil {
 		return err
 	}
@@ -192,7 +195,7 @@ func (ad *adding) pass(ctx context.Context) error {
 		return nil
 	}
 	ad.undo.push(func() error { return ad.delDelegates(ad.args.Netns) })
-	r, err := ad.delegates.add(ctx, ad.args.Netns)
+	r, err := ad.addDelegates(ctx, ad.args.Netns)
 	if err != nil {
 		return err
 	}
@@ -205,10 +208,18 @@ func (ad *adding) pass(ctx context.Context) error {
 	return ad.h.write(ad.a)
 }
 
+func (ad *adding) addDelegates(ctx context.Context, netns string) (r types.Result, err error) {
+	err = ad.h.lend(func() error {
+		r, err = ad.delegates.add(ctx, netns)
+		return err
+	})
+	return r, err
+}
+
 func (ad *adding) delDelegates(netns string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
-	return ad.delegates.run(ctx, "DEL", netns, nil)
+	return ad.h.lend(func() error { return ad.delegates.run(ctx, "DEL", netns, nil) })
 }
 
 // spec is what the configuration says about the monitor.
@@ -306,7 +317,7 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 	path := ad.uplink.Path()
 	ad.undo.push(func() error { return ad.delDelegates(path) })
-	r, err := ad.delegates.add(ctx, path)
+	r, err := ad.addDelegates(ctx, path)
 	if err != nil {
 		return nil, err
 	}

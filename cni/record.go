@@ -232,6 +232,17 @@ func (s store) tryHold(name string) (*held, error) {
 	return &held{s, name, f}, nil
 }
 
+// lend has the processes that f starts hold the lock too. A delegate may outlive a
+// plugin that is killed, and what it makes then must be there before the next verb
+// looks for it.
+func (h *held) lend(f func() error) error {
+	if _, err := unix.FcntlInt(h.lock.Fd(), unix.F_SETFD, 0); err != nil {
+		return fmt.Errorf("lend the lock: %w", err)
+	}
+	defer unix.CloseOnExec(int(h.lock.Fd()))
+	return f()
+}
+
 // release gives the lock back; the record stays.
 func (h *held) release() { _ = h.lock.Close() }
 

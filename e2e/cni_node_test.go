@@ -60,6 +60,8 @@ type node struct {
 	leases string
 	bin    string   // directory of the plugin under test
 	env    []string // more of the plugins' environment
+	// killAfter, if set, is told the process of each call of the plugin under test.
+	killAfter func(pid int)
 }
 
 func newNode(t *testing.T) *node {
@@ -319,6 +321,10 @@ func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, enviro
 	n.do(func() { err = cmd.Start() })
 	if err != nil {
 		return nil, err
+	}
+	if n.killAfter != nil && filepath.Dir(path) == n.bin {
+		cmd.WaitDelay = 200 * time.Millisecond // its delegates may live on and have its output
+		go n.killAfter(cmd.Process.Pid)
 	}
 	if err := cmd.Wait(); err != nil {
 		var told types.Error
