@@ -238,7 +238,11 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 		err = m.claim()
 	}
 	if m.dir != nil {
-		defer func() { err = errors.Join(err, m.dir.Remove()) }()
+		defer func() {
+			if err == nil || !cfg.resume.fails(err) { // else all of it is the guardian's
+				err = errors.Join(err, m.dir.Remove())
+			}
+		}()
 	}
 	if err != nil {
 		return err
@@ -279,15 +283,16 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	}
 	m.listener = server.l
 	first, err := m.startWorker(ctx)
-	if cfg.resume != nil {
-		m.tookOver(cfg.resume, err)
-		if err != nil {
-			first, err = stillborn(err.Error()), nil
-		}
+	if err != nil && cfg.resume != nil && cfg.resume.failure != "" {
+		// There is nobody behind us any more.
+		first, err = stillborn(err.Error()), nil
 	}
 	if err != nil {
 		server.close()
 		return err
+	}
+	if cfg.resume != nil {
+		m.tookOver(cfg.resume)
 	}
 	return m.serveAttachment(ctx, server, first)
 }
@@ -360,7 +365,7 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 			m.change.Lock()
 			m.endWorker(last)
 			m.setState(api.StateRestarting)
-			err := m.takeOver(t.exe, resumption{}, t.client)
+			err := m.takeOver(t.exe, t.client)
 			m.change.Unlock()
 			var failed error
 			if first, failed = m.startWorker(inner); failed != nil {
