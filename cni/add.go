@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -234,6 +235,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
 		Sysctls:     c.Sysctl,
 		FlowLog:     c.FlowLog,
+		Keep:        filepath.Join(ad.h.store.dir(ad.h.name), keepFile),
 		Describe:    []string{"container", a.ContainerID, a.IfName, "network", a.Network},
 	}
 	if a.Pod.Name != "" {

@@ -20,6 +20,7 @@ import (
 //
 //	STATE/attachments/NAME/lock         flock held by the verb that works on it
 //	STATE/attachments/NAME/record.json  the Attachment
+//	STATE/attachments/NAME/set.json     what was set while it ran: the monitor's
 //	STATE/netns/NAME                    the uplink namespace, a bind mount
 //
 // NAME begins with the container's id, for people, and goes on with hashes of the
@@ -34,6 +35,7 @@ const (
 	attachmentsDir = "attachments"
 	netnsDir       = "netns"
 	recordFile     = "record.json"
+	keepFile       = "set.json"
 	lockFile       = "lock"
 
 	// recordVersion changes when an older binary could misread a record.

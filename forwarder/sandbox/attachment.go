@@ -68,6 +68,9 @@ type AttachmentConfig struct {
 	Limits     policy.Limits     `json:"limits,omitzero"`   // where the policy's own leave something open
 	FlowLog    string            `json:"flowLog,omitempty"` // a file to append to
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	// Keep is a file for what is set later: the next monitor of the same attachment
+	// starts with that. "" keeps nothing.
+	Keep string `json:"keep,omitempty"`
 
 	// MonitorCgroups and WorkerCgroups are cgroup directories, one of each mounted
 	// hierarchy, that the monitor and its workers move to. None: they stay where
@@ -234,8 +237,8 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if cfg.resume != nil {
 		started = cfg.resume.Started
 		err = m.resume(cfg.resume)
-	} else {
-		err = m.claim()
+	} else if err = m.claim(); err == nil {
+		err = m.remember()
 	}
 	if m.dir != nil {
 		defer func() {
