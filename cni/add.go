@@ -280,11 +280,8 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 		return ad.runDelegates(ctx)
 	}
 	ad.result = ad.c.prevResult
-	link, state, err := readLink(ad.podH, ad.args.IfName)
+	link, state, err := readMain(ad.pod, ad.podH, ad.args.IfName)
 	if err != nil {
-		return nil, err
-	}
-	if state.NoIPv6, err = ipv6Off(ad.pod, ad.args.IfName); err != nil {
 		return nil, err
 	}
 	ad.a.Link = state
@@ -308,6 +305,9 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 		return nil, fmt.Errorf("find %s after moving it: %w", ad.args.IfName, err)
 	}
 	if err := state.apply(ad.uplinkH, moved, true); err != nil {
+		return nil, fmt.Errorf("in the uplink namespace: %w", err)
+	}
+	if err := state.applyRules(ad.uplinkH); err != nil {
 		return nil, fmt.Errorf("in the uplink namespace: %w", err)
 	}
 	if err := ad.undo.done(stepRestored, nil); err != nil {

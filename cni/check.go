@@ -93,6 +93,9 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
+		if err := a.Link.checkRules(h); err != nil {
+			return fmt.Errorf("in the uplink namespace: %w", err)
+		}
 		if _, err := h.LinkByName(inboundName); err != nil {
 			return fmt.Errorf("in the uplink namespace: find %s: %w", inboundName, err)
 		}
@@ -106,7 +109,10 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 	}); err != nil {
 		return err
 	}
-	return p.Launcher.Alive(ctx, *a.Launch)
+	if err := p.Launcher.Alive(ctx, *a.Launch); err != nil {
+		return fmt.Errorf("nothing serves the pod, so it has no network (GC and STATUS start its monitor anew): %w", err)
+	}
+	return nil
 }
 
 func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error {

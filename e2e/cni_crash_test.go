@@ -249,8 +249,8 @@ func TestCNIRepair(t *testing.T) {
 					t.Errorf("the pod still reaches port %d", port)
 				}
 			}
-			if err := p.check(); err == nil {
-				t.Error("CHECK does not mind")
+			if err := p.check(); err == nil || !strings.Contains(err.Error(), "nothing serves the pod") {
+				t.Errorf("CHECK says %v", err)
 			}
 			if err := row.repair(); err != nil {
 				t.Fatalf("%s: %v", row.name, err)
