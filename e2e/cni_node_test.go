@@ -144,6 +144,9 @@ type network struct {
 	alone   bool     // sluice delegates to the main plugin instead of following it
 	portmap bool
 	sluice  map[string]any
+	keys    map[string]any // of the main plugin's configuration, over what is made up
+	before  map[string]any // a plugin between the main one and sluice
+	after   map[string]any // a plugin behind sluice
 }
 
 var dual = []string{pods4, pods6}
@@ -172,7 +175,11 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		main["bridge"], main["isDefaultGateway"], main["hairpinMode"] = "cni0", true, true
 		main["ipam"].(map[string]any)["routes"] = []any{}
 	}
+	maps.Copy(main, w.keys)
 	mains := []any{main}
+	if w.before != nil {
+		mains = append(mains, w.before)
+	}
 	if w.portmap {
 		mains = append(mains, map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}})
 	}
@@ -183,7 +190,11 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		sluice["delegate"] = mains
 		conf["plugins"] = []any{sluice}
 	} else {
-		conf["plugins"] = append(mains, sluice)
+		all := append(mains, sluice)
+		if w.after != nil {
+			all = append(all, w.after)
+		}
+		conf["plugins"] = all
 		conf["disableCheck"] = true // as `sluice-cni install` does
 	}
 	b, err := json.Marshal(conf)
