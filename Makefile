@@ -14,7 +14,7 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build run test bench soak-cni lint fuzz clean
+.PHONY: build run test bench soak-cni bench-cni lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -41,6 +41,10 @@ bench: build
 # same ones again.
 soak-cni: build
 	hack/e2e-cni.sh 40m TestCNISoak SLUICE_SOAK_KILLS=$(KILLS) $(if $(SEED),SLUICE_SOAK_SEED=$(SEED))
+
+# As root, on a machine that does nothing else: what the plugin costs a pod (docs/cni.md).
+bench-cni: build
+	hack/e2e-cni.sh 5m TestCNICosts SLUICE_BENCH_CNI=1
 
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

@@ -151,10 +151,10 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.undo.done(stepNamespace, func() error { return removeNetns(path) }); err != nil {
 		return err
 	}
-	if err := ad.uplink.Do(func(ns.NetNS) error { return closedRules(ad.args.IfName) }); err != nil {
-		return fmt.Errorf("close the uplink namespace until all is in place (the kernel needs nf_tables): %w", err)
-	}
 	if ad.uplinkH, err = handle(ad.uplink); err != nil {
+		return err
+	}
+	if err := closeUplink(ad.uplinkH, ad.args.IfName); err != nil {
 		return err
 	}
 	link, err := ad.bringUplink(ctx)

@@ -29,16 +29,6 @@ import (
 //	  chain icmp4, icmp6 { what the kernel and the worker's ping sockets need: accept }
 //	  chain defragment { never matches, but makes the kernel reassemble: below }
 //	}
-//
-// Until the pod's addresses and in0 are there, the table is another: whatever comes by
-// the main interface is dropped, but for what finds neighbours. The namespace's own
-// kernel would else answer for the pod in that time, and refuse what is to be silent.
-//
-//	  chain closed { type filter hook prerouting priority mangle
-//	    iifname != MAIN accept
-//	    icmpv6 type { 133-137 } accept
-//	    drop
-//	  }
 
 const tableName = "sluice"
 
@@ -51,36 +41,18 @@ type ruleset struct {
 	table *nftables.Table
 }
 
-// steerRules loads the rules into the calling thread's namespace.
+// steerRules loads the rules into the calling thread's namespace, in one transaction.
 func steerRules(main string, addrs []netip.Prefix) error {
-	return replaceRules(func(r *ruleset) error { return r.load(main, addrs) })
-}
-
-// closedRules loads those that hold until steerRules takes their place.
-func closedRules(main string) error {
-	return replaceRules(func(r *ruleset) error {
-		c := r.base("closed", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle)
-		r.rule(c, iifname(expr.CmpOpNeq, main), accept())
-		for kind := byte(133); kind <= 137; kind++ {
-			r.rule(c, l4proto(unix.IPPROTO_ICMPV6), transportByte(0, kind), accept())
-		}
-		r.rule(c, []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}})
-		return nil
-	})
-}
-
-// replaceRules puts a table in the place of the one that is there, in one transaction.
-func replaceRules(load func(*ruleset) error) error {
 	conn, err := nftables.New()
 	if err != nil {
 		return err
 	}
 	r := &ruleset{conn: conn}
-	// The first line is for the second not to fail.
+	// A table that is there is replaced: the first line is for the second not to fail.
 	r.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: tableName})
 	conn.DelTable(r.table)
 	conn.AddTable(r.table)
-	if err := load(r); err != nil {
+	if err := r.load(main, addrs); err != nil {
 		return err
 	}
 	return conn.Flush()

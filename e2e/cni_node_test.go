@@ -60,6 +60,8 @@ type node struct {
 	leases string
 	bin    string   // directory of the plugin under test
 	env    []string // more of the plugins' environment
+	// timed, if set, is told how long each call of the plugin under test took.
+	timed func(time.Duration)
 	// killAfter, if set, is told the process of each call of the plugin under test.
 	killAfter func(pid int)
 }
@@ -328,6 +330,9 @@ func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, enviro
 	var stdout, stderr bytes.Buffer
 	cmd.Env = append(environ, n.env...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
+	if begun := time.Now(); n.timed != nil && filepath.Dir(path) == n.bin {
+		defer func() { n.timed(time.Since(begun)) }()
+	}
 	var err error
 	n.do(func() { err = cmd.Start() })
 	if err != nil {

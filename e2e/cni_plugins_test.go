@@ -104,7 +104,7 @@ func TestCNIBandwidth(t *testing.T) {
 					from place
 					to   string
 				}{{"out", p, far4}, {"in", n.far, p.addr(true)}} {
-					r := ok(t, way.from, 20*time.Second, peerBin(), "xfer", "-streams", "1", "-size", "4000000", at(way.to, portXfer))
+					r := ok(t, way.from, 20*time.Second, peerBin(), "xfer", "-streams", "1", "-size", "2500000", at(way.to, portXfer))
 					var x struct {
 						OK   int
 						Gbps float64 `json:"gbit_per_s"`
