@@ -14,7 +14,7 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build run test bench soak-cni bench-cni lint fuzz clean
+.PHONY: build run test bench soak-cni bench-cni e2e-kube lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -30,6 +30,11 @@ run: build
 # Installs what is missing as root, says what is missing otherwise.
 test: build
 	hack/test.sh
+
+# A Kubernetes of two nodes with every pod behind Sluice, in one to three minutes. KUBE_TOOLS
+# is the directory of the programs that start one; unset, what it must hold is said.
+e2e-kube: build
+	hack/kube.sh
 
 # Sluice against every peer on PATH (docs/performance.md). SHORT=1: two minutes;
 # CELLS=REGEXP: only these.

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -163,13 +165,15 @@ func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
 	return nil
 }
 
-// The specification's error codes of STATUS.
-const (
-	errPluginNotAvailable  = 50
-	errLimitedConnectivity = 51
-)
+// errPluginNotAvailable is the specification's error code of STATUS.
+const errPluginNotAvailable = 50
 
-// status says whether an ADD could work now, and puts monitors that died to work again.
+// statusRepair bounds what STATUS spends on containers: runtimes call it every few seconds.
+const statusRepair = 20 * time.Second
+
+// status says whether an ADD could work now, and puts monitors that died to work again. If
+// one of those cannot be replaced, that is no answer: a node without STATUS takes no pods
+// any more and loses those that it has, for the sake of one, which may have wanted just that.
 func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	notAvailable := func(what string, err error) error {
 		return types.NewError(errPluginNotAvailable, "sluice: "+what, err.Error())
@@ -197,8 +201,14 @@ func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) erro
 			return notAvailable("a delegate", err)
 		}
 	}
+	ctx, cancel := context.WithTimeout(ctx, statusRepair)
+	defer cancel()
 	if err := p.Repair(ctx, c.StateDir); err != nil {
-		return types.NewError(errLimitedConnectivity, "sluice: containers without their worker", err.Error())
+		stderr := p.Stderr
+		if stderr == nil {
+			stderr = os.Stderr
+		}
+		fmt.Fprintf(stderr, "sluice: STATUS: containers without their monitor: %v\n", err)
 	}
 	return nil
 }

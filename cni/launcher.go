@@ -22,6 +22,9 @@ type Launcher interface {
 	Stop(ctx context.Context, a LaunchSpec) error
 	// Alive says whether the monitor and its worker serve.
 	Alive(ctx context.Context, a LaunchSpec) error
+	// Gone says whether there is no monitor, without asking one: a monitor that is slow
+	// to answer, or that is just replacing its worker, is not gone.
+	Gone(a LaunchSpec) (bool, error)
 	// Check says whether the specification's policy, limits and tunables are sound,
 	// before anything is made for it.
 	Check(a LaunchSpec) error

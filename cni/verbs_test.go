@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -288,10 +289,7 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 	for name, repair := range map[string]func(*node) error{
 		"by GC":     func(n *node) error { return n.gc(true) },
 		"by repair": func(n *node) error { return n.plugin.Repair(n.t.Context(), n.state) },
-		"by STATUS": func(n *node) error {
-			c, args := n.config()
-			return n.plugin.status(n.t.Context(), c, args)
-		},
+		"by STATUS": func(n *node) error { return n.status() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -316,6 +314,75 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 			must(t, n.del())
 			n.unchanged(before)
 			n.clean()
+		})
+	}
+}
+
+func TestAMonitorThatDoesNotAnswerIsNotReplaced(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	first := n.procs.pid(n.name())
+	n.procs.mute = true
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	must(t, n.gc(true))
+	must(t, n.status())
+	if now := n.procs.pid(n.name()); now != first {
+		t.Errorf("the monitor %d has taken the place of %d, which lives", now, first)
+	}
+	n.procs.mute = false
+	must(t, n.del())
+	n.clean()
+}
+
+// A runtime that is told of an error by STATUS takes the node to be without network.
+func TestStatusDoesNotFailForOneContainer(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	endProcess(n.procs.pid(n.name()))
+	var told strings.Builder
+	n.plugin.Stderr = &told
+	n.procs.fail = errors.New("no room for a monitor")
+	must(t, n.status())
+	if !strings.Contains(told.String(), n.name()) || !strings.Contains(told.String(), "no room for a monitor") {
+		t.Errorf("it says %q", told.String())
+	}
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	n.procs.fail = nil
+	must(t, n.status())
+	must(t, n.check())
+	must(t, n.del())
+	n.clean()
+}
+
+// Who is root in a pod can name interfaces as they like, and give lo the names that DEL needs.
+func TestDelIsNotHinderedByNames(t *testing.T) {
+	onTheWay := (&giving{ifName: "eth0"}).onTheWay()
+	for _, row := range []struct {
+		name  string
+		steps [][]string
+	}{
+		{"the pod has an eth0 of its own", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "add", "eth0", "type", "veth", "peer", "name", "other"}}},
+		{"another interface is called eth0 too", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "property", "add", "dev", "lo", "altname", "eth0"}}},
+		{"lo is called eth0", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "set", "lo", "down"}, {"link", "set", "lo", "name", "eth0"}}},
+		{"the name on the way is taken", [][]string{{"link", "add", onTheWay, "type", "veth", "peer", "name", "other"}}},
+		{"lo has the name on the way", [][]string{{"link", "property", "add", "dev", "lo", "altname", onTheWay}}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add())
+			for _, step := range row.steps {
+				n.ip(step...)
+			}
+			must(t, n.del())
+			n.unchanged(before)
+			if _, err := os.Lstat(filepath.Join(n.state, attachmentsDir, n.name())); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("left: the record: %v", err)
+			}
 		})
 	}
 }

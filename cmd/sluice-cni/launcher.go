@@ -36,6 +36,10 @@ func (launcher) Alive(ctx context.Context, a cni.LaunchSpec) error {
 	return sandbox.AttachmentAlive(ctx, a.RuntimeDir, a.Name)
 }
 
+func (launcher) Gone(a cni.LaunchSpec) (bool, error) {
+	return sandbox.AttachmentGone(a.RuntimeDir, a.Name)
+}
+
 func (launcher) Check(a cni.LaunchSpec) error {
 	var errs []error
 	if len(a.Policy) > 0 {

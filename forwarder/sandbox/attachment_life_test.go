@@ -305,9 +305,17 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	pid, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
+	// One that cannot answer is not gone.
+	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); gone || err != nil {
+		t.Errorf("a stopped monitor: gone %v, %v", gone, err)
+	}
 	must(t, syscall.Kill(pid, syscall.SIGKILL))
 	isGone(t, pid)
 	isGone(t, info.WorkerPID)
+	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); !gone || err != nil {
+		t.Errorf("a killed monitor: gone %v, %v", gone, err)
+	}
 	if err := AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name); !errors.Is(err, ErrNoSandbox) {
 		t.Errorf("alive: %v", err)
 	}

@@ -341,6 +341,20 @@ func AttachmentAlive(ctx context.Context, runtimeDir, name string) error {
 	return nil
 }
 
+// AttachmentGone says whether an attachment has no monitor, by its lock, which ends with
+// the process: one that does not answer is not gone.
+func AttachmentGone(runtimeDir, name string) (bool, error) {
+	r, err := registryAt(runtimeDir)
+	if err != nil {
+		return false, err
+	}
+	if err := CheckName(name); err != nil {
+		return false, err
+	}
+	alive, err := r.reap(name)
+	return !alive, err
+}
+
 // registryAt opens the registry in a directory, or the caller's own.
 func registryAt(dir string) (*Registry, error) {
 	if dir == "" {
