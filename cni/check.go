@@ -83,6 +83,10 @@ func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdA
 }
 
 func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
+	// First, as a monitor that died took the pod's device along.
+	if err := p.Launcher.Alive(ctx, *a.Launch); err != nil {
+		return fmt.Errorf("nothing serves the pod, so it has no network (GC and STATUS start its monitor anew): %w", err)
+	}
 	if err := checkNamespace(a.NetNS, func(pod ns.NetNS, h *netlink.Handle) error {
 		if err := checkLink(h, a.Link, a.Launch.Device.MTU); err != nil {
 			return fmt.Errorf("in the pod: %w", err)
@@ -91,8 +95,11 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 	}); err != nil {
 		return err
 	}
-	if err := checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
+	return checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
 		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
+			return fmt.Errorf("in the uplink namespace: %w", err)
+		}
+		if err := a.Link.checkRules(h); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
 		if _, err := h.LinkByName(inboundName); err != nil {
@@ -105,10 +112,7 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 			}
 			return err
 		})
-	}); err != nil {
-		return err
-	}
-	return p.Launcher.Alive(ctx, *a.Launch)
+	})
 }
 
 func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error {

@@ -133,8 +133,8 @@ func (p *Plugin) repairNamed(ctx context.Context, s store, name string) error {
 }
 
 // repair replaces the monitor of an attachment, if it is dead and everything else is
-// there: the pod's interface comes back with the same addresses. What policy was set
-// by hand is lost with the monitor; the agent sets its own anew.
+// there: the pod's interface comes back with the same addresses, and the policy is the
+// one that was set last.
 func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	boot, err := bootID()
 	if err != nil {

@@ -281,7 +281,7 @@ func TestCheckMissesWhateverIsMissing(t *testing.T) {
 		spoil func(*node)
 		says  string
 	}{
-		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "eth0"},
+		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "nothing serves the pod"},
 		{"the monitor behind a device that stays", func(n *node) { must(n.t, os.Remove(n.procs.file(n.name()))) }, "dead"},
 		{"an address", func(n *node) { n.ip("addr", "del", pod4+"/24", "dev", "eth0") }, pod4},
 		{"a route", func(n *node) { n.ip("route", "del", "192.0.2.0/24") }, "192.0.2.0/24"},

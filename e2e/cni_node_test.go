@@ -61,6 +61,10 @@ type node struct {
 	varLib string   // what a runtime in the node has as /var/lib (cni_runtime_test.go)
 	bin    string   // directory of the plugin under test
 	env    []string // more of the plugins' environment
+	// timed, if set, is told how long each call of the plugin under test took.
+	timed func(time.Duration)
+	// killAfter, if set, is told the process of each call of the plugin under test.
+	killAfter func(pid int)
 }
 
 func newNode(t *testing.T) *node {
@@ -137,14 +141,17 @@ func (n *node) runtime(ver string) *libcni.CNIConfig {
 
 // network describes a configuration list.
 type network struct {
-	version string
-	main    string   // ptp or bridge
-	subnets []string // of the pods
-	alone   bool     // sluice delegates to the main plugin instead of following it
-	bare    bool     // without sluice, for `sluice-cni install`
-	portmap bool
-	after   bool // portmap follows sluice
-	sluice  map[string]any
+	version     string
+	main        string   // ptp or bridge
+	subnets     []string // of the pods
+	alone       bool     // sluice delegates to the main plugin instead of following it
+	bare        bool     // without sluice, for `sluice-cni install`
+	portmap     bool
+	portmapLast bool // portmap follows sluice
+	sluice      map[string]any
+	keys        map[string]any // of the main plugin's configuration, over what is made up
+	before      map[string]any // a plugin between the main one and sluice
+	after       map[string]any // a plugin behind sluice
 }
 
 var dual = []string{pods4, pods6}
@@ -173,9 +180,13 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		main["bridge"], main["isDefaultGateway"], main["hairpinMode"] = "cni0", true, true
 		main["ipam"].(map[string]any)["routes"] = []any{}
 	}
+	maps.Copy(main, w.keys)
 	mains := []any{main}
+	if w.before != nil {
+		mains = append(mains, w.before)
+	}
 	portmap := map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}}
-	if w.portmap && !w.after {
+	if w.portmap && !w.portmapLast {
 		mains = append(mains, portmap)
 	}
 	sluice := map[string]any{"type": "sluice-cni", "capabilities": map[string]any{"portMappings": w.alone, "ips": w.alone, "bandwidth": true}}
@@ -187,10 +198,14 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		sluice["delegate"] = mains
 		conf["plugins"] = []any{sluice}
 	} else {
-		conf["plugins"] = append(mains, sluice)
+		all := append(mains, sluice)
+		if w.after != nil {
+			all = append(all, w.after)
+		}
+		conf["plugins"] = all
 		conf["disableCheck"] = true // as `sluice-cni install` does
 	}
-	if w.after {
+	if w.portmapLast {
 		conf["plugins"] = append(conf["plugins"].([]any), portmap)
 	}
 	b, err := json.Marshal(conf)
@@ -324,10 +339,17 @@ func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, enviro
 	var stdout, stderr bytes.Buffer
 	cmd.Env = append(environ, n.env...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
+	if begun := time.Now(); n.timed != nil && filepath.Dir(path) == n.bin {
+		defer func() { n.timed(time.Since(begun)) }()
+	}
 	var err error
 	n.do(func() { err = cmd.Start() })
 	if err != nil {
 		return nil, err
+	}
+	if n.killAfter != nil && filepath.Dir(path) == n.bin {
+		cmd.WaitDelay = 200 * time.Millisecond // its delegates may live on and have its output
+		go n.killAfter(cmd.Process.Pid)
 	}
 	if err := cmd.Wait(); err != nil {
 		var told types.Error

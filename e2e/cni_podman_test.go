@@ -123,7 +123,7 @@ func TestCNIPodman(t *testing.T) {
 		{"installed after bridge and portmap", network{version: "1.0.0", main: "bridge", subnets: dual, portmap: true, bare: true}},
 		// portmap is not a delegate here: given an address, as at `network reload`, podman
 		// tells the first plugin of a list of nothing but that.
-		{"with bridge as delegate and portmap after", network{version: "1.0.0", main: "bridge", subnets: dual, portmap: true, alone: true, after: true}},
+		{"with bridge as delegate and portmap after", network{version: "1.0.0", main: "bridge", subnets: dual, portmap: true, alone: true, portmapLast: true}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			n, lists := newRuntimeNode(t)

@@ -29,6 +29,7 @@ var commands = map[string]func(args []string) error{
 	"get":     get,
 	"short":   short,
 	"hold":    hold,
+	"knock":   knock,
 	"xfer":    xfer,
 	"synrst":  synrst,
 	"eat-fds": eatDescriptors,
