@@ -153,7 +153,7 @@ func TestChannelRefusesWhatAWorkerMustNotSend(t *testing.T) {
 			if !errors.Is(err, errProtocol) {
 				t.Errorf("got %v, want a protocol violation", err)
 			}
-			if len(fds) != 0 || openFDs(t) != before {
+			if len(fds) != 0 || openFDs(t) > before { // fewer: an earlier test's were collected
 				t.Errorf("%d descriptors kept; %d open before, %d after", len(fds), before, openFDs(t))
 			}
 		})

@@ -34,6 +34,7 @@ type monitor struct {
 	dir     *Dir
 	guest   *guest.Guest // nil in an attachment
 	spawner *spawner
+	early   *process // spawned for the first startWorker; nil afterwards
 	ports   portTable
 	base    api.Info // what does not change
 	flowLog *os.File // nil without one
@@ -109,13 +110,22 @@ func (m *monitor) awaitWorker(ctx context.Context, not *workerLink) *workerLink 
 func (l *workerLink) ended() <-chan struct{} { return l.p.done }
 func (l *workerLink) reason() string         { return l.p.why }
 
+// spawnWorker starts a worker's process, which then waits for its configuration.
+func (m *monitor) spawnWorker() (*process, error) {
+	return m.spawner.start("/proc/self/exe", []string{os.Args[0], WorkerCommand}, workerAttr(workerIDs()), m.workerLine)
+}
+
 // startWorker brings up a worker with all that the monitor holds.
 func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 	m.change.Lock()
 	defer m.change.Unlock()
-	p, err := m.spawner.start("/proc/self/exe", []string{os.Args[0], WorkerCommand}, workerAttr(workerIDs()), m.workerLine)
-	if err != nil {
-		return nil, err
+	p := m.early
+	m.early = nil
+	if p == nil {
+		var err error
+		if p, err = m.spawnWorker(); err != nil {
+			return nil, err
+		}
 	}
 	l := newWorkerLink(p, m.giveSocket)
 	if m.att != nil {

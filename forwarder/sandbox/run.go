@@ -86,6 +86,18 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 		return 0, err
 	}
 
+	// The first worker confines itself while the guest is made. If it cannot be had, the
+	// guest, which needs the same, says why first.
+	m.spawner = newSpawner()
+	defer m.spawner.close()
+	if p, err := m.spawnWorker(); err == nil {
+		m.early = p
+	}
+	defer func() {
+		if m.early != nil {
+			m.early.kill()
+		}
+	}()
 	m.cfg.Guest.HideDirs = append(m.cfg.Guest.HideDirs, registry.path)
 	start := m.cfg.Start
 	if start == nil {
@@ -108,8 +120,6 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	m.spawner = newSpawner()
-	defer m.spawner.close()
 	first, err := m.startWorker(ctx)
 	if err != nil {
 		server.close()

@@ -28,9 +28,10 @@ import (
 
 // worker is the process that parses packets. Its order of life:
 //
+//	nearly everything is given up (package confine)
 //	configuration and descriptors come in by the channel
 //	the device is adopted
-//	everything is given up (package confine)
+//	what system calls are left is filtered
 //	the endpoint is made, the stack attached: the first packet is read here
 //	rules are set: until now every flow was dropped
 //	ready; then the monitor's messages, one at a time, until stop or the end
@@ -39,6 +40,7 @@ type worker struct {
 	cfg   workerConfig
 	ch    *channel
 	log   *slog.Logger
+	seal  func() error
 	link  *tun.Endpoint
 	in0   *tun.Endpoint // nil but in an attachment
 	table *nat.Table
@@ -78,6 +80,10 @@ func runWorker(log *slog.Logger) error {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("ask for the parent-death signal: %w", err)
 	}
+	seal, err := confine.Enter(confine.Config{KeepFDs: []int{0, 1, 2, workerChannelFD}})
+	if err != nil {
+		return fmt.Errorf("confine the worker: %w", err)
+	}
 	unix.CloseOnExec(workerChannelFD)
 	ch := newChannel(os.NewFile(workerChannelFD, "channel"), true)
 	m, fds, err := ch.Receive()
@@ -90,7 +96,7 @@ func runWorker(log *slog.Logger) error {
 	if m.Type != msgConfig {
 		return fmt.Errorf("the first message is %q, not the configuration: this command is for sluice itself", m.Type)
 	}
-	w := &worker{ch: ch, log: log, clients: make(chan struct{}, maxClients), sysctls: make(map[string]string)}
+	w := &worker{ch: ch, log: log, seal: seal, clients: make(chan struct{}, maxClients), sysctls: make(map[string]string)}
 	if err := json.Unmarshal(m.Body, &w.cfg); err != nil {
 		return fmt.Errorf("decode the configuration: %w", err)
 	}
@@ -166,7 +172,7 @@ func (w *worker) run(fds []int) error {
 			return fmt.Errorf("map the memory for flows: %w", err)
 		}
 	}
-	if err := confine.Apply(confine.Config{KeepFDs: append([]int{0, 1, 2, workerChannelFD}, fds...)}); err != nil {
+	if err := w.seal(); err != nil {
 		return fmt.Errorf("confine the worker: %w", err)
 	}
 

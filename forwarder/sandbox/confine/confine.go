@@ -3,10 +3,12 @@ package confine
 import (
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/seccomp"
 )
 
 // Config says what the process may keep.
@@ -20,14 +22,18 @@ type Config struct {
 // does not know of would keep their privileges.
 var ErrCgo = errors.New("the binary was built with cgo; build it with CGO_ENABLED=0")
 
-// Apply confines the calling process, all of its threads, for good. It is to be
+// Enter confines the calling process, all of its threads, for good. It is to be
 // called once, in a process freshly cloned into user and mount namespaces of its
 // own in which it is uid 0, before anything hostile is read and while nothing else
 // opens descriptors. After an error the process is half confined: it must end.
 //
+// What is left are the calls of the kernel that the process may make: seal filters
+// them, when what is handed over later has been set up and still before anything
+// hostile is read.
+//
 // Automatic changes of GOMAXPROCS end: the runtime could no longer read the
 // cgroup's limit.
-func Apply(cfg Config) error {
+func Enter(cfg Config) (seal func() error, err error) {
 	// The zone of log lines is read from a file, at first use.
 	_, _ = time.Now().Zone()
 	// The runtime keeps the cgroup's files open to follow its limit; with a number
@@ -43,13 +49,22 @@ func Apply(cfg Config) error {
 		{"set limits", limit},
 		{"drop privileges", dropPrivileges},
 		{"restrict by Landlock", landlock},
-		{"filter system calls", filter},
 	} {
 		if err := stage.do(); err != nil {
-			return fmt.Errorf("%s: %w", stage.what, err)
+			return nil, fmt.Errorf("%s: %w", stage.what, err)
 		}
 	}
-	return nil
+	p := program(os.Getpid())
+	filter, _, err := p.Build()
+	if err != nil {
+		return nil, fmt.Errorf("build the filter of system calls: %w", err)
+	}
+	return func() error {
+		if err := seccomp.SetFilter(filter); err != nil {
+			return fmt.Errorf("filter system calls: %w", err)
+		}
+		return nil
+	}, nil
 }
 
 // limit sets what is per process. Not limited: RLIMIT_NPROC, which counts the

@@ -6,12 +6,15 @@
 // there is nothing to be had in it:
 //
 //	cloned by the monitor:   user, mount, PID, IPC and UTS namespaces of its own
-//	Apply:  1 descriptors    only the listed ones (and the runtime's own)
+//	Enter:  1 descriptors    only the listed ones (and the runtime's own)
 //	        2 root           an empty, read-only tmpfs; the host's tree is unmounted
 //	        3 limits         no core dump, no message queues; not dumpable, no ptrace
 //	        4 privileges     no_new_privs; no capability in any set, bounding included
 //	        5 Landlock       no file system at all; signals and abstract sockets stay inside
-//	        6 seccomp        an allow-list by call and argument; anything else kills
+//	seal:   6 seccomp        an allow-list by call and argument; anything else kills
+//
+// Enter takes longest of all that a worker does before it serves, so it comes before
+// the configuration and the device do, while the sandbox is being made.
 //
 // Each stage alone would hold most attacks; they are in this order because each
 // takes away what the ones before needed. All of them hold for every thread of the

@@ -1,8 +1,6 @@
 package confine
 
 import (
-	"fmt"
-	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -152,14 +150,4 @@ func program(pid int) seccomp.Program {
 		HotSyscalls: []uintptr{unix.SYS_FUTEX, unix.SYS_EPOLL_PWAIT, unix.SYS_WRITEV, unix.SYS_READV,
 			unix.SYS_RECVMMSG, unix.SYS_SENDMMSG, unix.SYS_READ, unix.SYS_WRITE},
 	}}
-}
-
-// filter builds the program and puts it on every thread.
-func filter() error {
-	p := program(os.Getpid())
-	instructions, _, err := p.Build()
-	if err != nil {
-		return fmt.Errorf("build the program: %w", err)
-	}
-	return seccomp.SetFilter(instructions)
 }

@@ -32,6 +32,15 @@ var helpers = map[string]func() error{
 var stdio = []int{0, 1, 2}
 
 // crowd makes threads that exist before Apply: some asleep, some in a system call.
+// apply is all of it at once.
+func apply(cfg Config) error {
+	seal, err := Enter(cfg)
+	if err != nil {
+		return err
+	}
+	return seal()
+}
+
 func crowd() {
 	var up sync.WaitGroup
 	for range 6 {
@@ -57,7 +66,7 @@ func crowd() {
 func helpWait() error {
 	crowd()
 	began := time.Now()
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	fmt.Println("Apply took", time.Since(began).Round(time.Millisecond))
@@ -125,7 +134,7 @@ func call(nr uintptr, args ...uintptr) {
 func ptr(s string) uintptr { return uintptr(unsafe.Pointer(unsafe.StringData(s + "\x00"))) }
 
 func helpForbidden() error {
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	fmt.Println("confined")
@@ -136,7 +145,7 @@ func helpForbidden() error {
 
 // helpAnswered tries what fails without harm.
 func helpAnswered() error {
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	for _, name := range []string{"/", ".", "..", "/etc/passwd", "/proc/self/status", "/dev/null", "/etc/localtime"} {
@@ -207,7 +216,7 @@ func helpFDs() error {
 	if err != nil {
 		return err
 	}
-	if err := Apply(Config{KeepFDs: append([]int{4}, stdio...)}); err != nil {
+	if err := apply(Config{KeepFDs: append([]int{4}, stdio...)}); err != nil {
 		return err
 	}
 	var open []int
@@ -225,7 +234,7 @@ func helpFDs() error {
 
 // helpNull keeps only descriptor 1.
 func helpNull() error {
-	if err := Apply(Config{KeepFDs: []int{1}}); err != nil {
+	if err := apply(Config{KeepFDs: []int{1}}); err != nil {
 		return err
 	}
 	if n, err := unix.Read(0, make([]byte, 10)); n != 0 || err != nil {
@@ -240,7 +249,7 @@ func helpNull() error {
 
 // helpAbstract is given an unconnected unix socket and an abstract name.
 func helpAbstract() error {
-	if err := Apply(Config{KeepFDs: append([]int{3}, stdio...)}); err != nil {
+	if err := apply(Config{KeepFDs: append([]int{3}, stdio...)}); err != nil {
 		return err
 	}
 	fmt.Println(unix.Connect(3, &unix.SockaddrUnix{Name: os.Args[1]}))
@@ -250,7 +259,7 @@ func helpAbstract() error {
 // helpBusy does what a worker's runtime and network code do, for a while.
 func helpBusy() error {
 	crowd()
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
@@ -310,14 +319,14 @@ func helpBusy() error {
 
 // helpPanic and helpFault end as a worker with a bug would.
 func helpPanic() error {
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	panic("last words")
 }
 
 func helpFault() error {
-	if err := Apply(Config{KeepFDs: stdio}); err != nil {
+	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
 	}
 	var none *Config
