@@ -38,7 +38,7 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 
 		{"an unknown field near a known one", head + "spec:\n  egres: []\n", []string{`f:5:3: spec has no field "egres"; did you mean egress?`}},
 		{"a known field in the wrong case", head + "spec:\n  defaultaction: drop\n", []string{"did you mean defaultAction?"}},
-		{"an unknown field near nothing", head + "spec:\n  podSelector: {}\n", []string{"f:5:3: spec has no field \"podSelector\"; expected one of defaultAction, egress, ingress, limits"}},
+		{"an unknown field near nothing", head + "spec:\n  podSelector: {}\n", []string{"f:5:3: spec has no field \"podSelector\"; expected one of mode, defaultAction, egress, ingress, dns, limits"}},
 		{"a field given twice", head + "spec:\n  egress: []\n  egress: []\n", []string{"f:6:3: egress is given twice in spec, first on line 5"}},
 		{"an alias", head + "spec:\n  egress: &e []\n  ingress: *e\n", []string{"f:6:12: ingress is an alias (*e), which policies do not support: write the value out"}},
 		{"a merge key", head + "spec:\n  <<: {egress: []}\n", []string{`f:5:3: spec has no field "<<"`}},
@@ -69,7 +69,7 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"an exception without a CIDR", rule("to: [{except: [10.0.0.0/8]}]"), []string{"except without cidr"}},
 		{"CIDR and entity", rule("to: [{cidr: 10.0.0.0/8, entity: host}]"), []string{"f:6:53: a peer has cidr and entity; expected one of them"}},
 		{"an empty peer", rule("to: [{}]"), []string{"a peer in to is empty; expected cidr or entity"}},
-		{"no peers", rule("to: []"), []string{"f:6:25: to is an empty list; expected at least one of {cidr, except} or {entity} (leave to out to match all)"}},
+		{"no peers", rule("to: []"), []string{"f:6:25: to is an empty list; expected at least one of {domain}, {cidr, except} or {entity} (leave to out to match all)"}},
 		{"an unknown entity", rule("to: [{entity: metdata}]"), []string{`entity is "metdata"; did you mean metadata?`}},
 		{"an allow rule for what is never open", rule("to: [{entity: host}, {cidr: 0.0.0.0/8}]"), []string{"f:6:42: cidr 0.0.0.0/8 can not be allowed: it is this-network, which is always refused"}},
 

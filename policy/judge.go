@@ -1,0 +1,172 @@
+package policy
+
+import "net/netip"
+
+// One address is judged by the lowest of two rules: the first by address, from
+// the tree of ranges (compile.go), and the first by domain, from the names under
+// which the address is granted (domains.go). A special address that is not open
+// is never reached by a name.
+//
+// A rule by domain that wants to see the name is a candidate until the first
+// bytes were read. The verdict asks for them then, and does not allow; the same
+// question with the answer is decided for good.
+type judgement struct {
+	rules *Rules
+	table *table
+	query *Query
+	key   uint32
+}
+
+// match is the rule by domain that matches, or may once the first bytes are
+// read.
+type match struct {
+	rule    int32
+	name    string
+	pending bool
+	tried   int32 // the candidate that did not match what was seen, else noRule
+	reason  Reason
+}
+
+// judge finds the first rule for one address. The verdict has no target yet;
+// the node says what kind of address it was (nil only if refused).
+func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
+	r, t, q := j.rules, j.table, j.query
+	i, ok := t.trie.Lookup(peer)
+	if !ok {
+		return r.refuse(*q, ruleInvalid), nil
+	}
+	at := &t.nodes[i]
+	info := &classes[at.class]
+	if q.Ingress && info.martian || !q.Ingress && info.lock == never {
+		return r.refuse(*q, info.rule), at
+	}
+	first := t.first(i, j.key)
+	m := match{rule: noRule, tried: noRule}
+	if !q.Ingress && info.lock == open && r.GatesNames() {
+		if m = j.byName(isPrivate(peer), first); m.rule != noRule {
+			first = m.rule
+		}
+	}
+
+	v := Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback}
+	switch {
+	case first != noRule:
+		v = j.verdict(&t.rules[first], m)
+	case !q.Ingress && info.lock != open:
+		return r.refuse(*q, info.rule), at
+	}
+	if v.verify == VerifyNone && v.action != Allow {
+		if m.tried != noRule {
+			v.tried, v.reason = t.rules[m.tried].name, m.reason
+		}
+		if r.audit && (q.Ingress || info.lock == open) {
+			v.action, v.audited = Allow, true
+		}
+	}
+	return v, at
+}
+
+// verdict is what a rule that was found says. The match tells how, if it was
+// found by domain.
+func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
+	r, seen := j.rules, &j.query.Seen
+	v := Verdict{rule: info.name, proto: j.query.Proto, action: info.action, name: m.name}
+	byName := m.rule != noRule
+	switch {
+	case byName && info.noQUIC && v.proto == uint8(UDP):
+		v.action, v.name, v.tried, v.reason = Reject, "", info.name, ReasonQUIC
+	case m.pending, info.http != nil && seen.Kind == SeenNone:
+		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonUnread, verify: VerifyFirstBytes}
+		if info.http != nil {
+			v.verify = VerifyRequest
+		}
+	case info.action != Allow:
+		v.name = ""
+	case info.http != nil:
+		v.requests = true
+		switch {
+		case seen.Kind != SeenHTTP && seen.Kind != SeenHTTP2:
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonNotHTTP}
+		case !requestMatches(info.http, seen.Method, seen.Path):
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
+		}
+	default:
+		v.requests = byName && m.name == seen.Name && (seen.Kind == SeenHTTP || seen.Kind == SeenHTTP2)
+	}
+	return v
+}
+
+// byName finds the lowest rule by domain below best. Names are granted for the
+// destination; what is judged may be an address inside it.
+func (j *judgement) byName(private bool, best int32) match {
+	q, d := j.query, j.rules.domains
+	dst, said := q.Dst.Addr(), q.Seen.Name
+	m := match{rule: noRule, tried: noRule}
+	if q.Seen.Kind == SeenNone {
+		same := true // every name leads to the same rule
+		q.Names.each(dst, q.Now, q.Held, func(name string) {
+			i := d.first(name, viewCandidate, private, j.key, best)
+			same = same && (m.name == "" || i == m.rule)
+			if m.name == "" || i < m.rule {
+				m.rule, m.name = i, name
+			}
+		})
+		if m.rule >= best {
+			return match{rule: noRule, tried: noRule}
+		}
+		byGrant := d.first(m.name, viewGrant, private, j.key, best) == m.rule
+		m.pending = !byGrant && (!same || j.table.rules[m.rule].action == Allow)
+		return m
+	}
+
+	candidate, others := best, viewNameless
+	held := false
+	if said != "" {
+		others = viewGrant
+		held = said == q.Held || q.Names.Holds(said, dst, q.Now)
+		own := viewSaid
+		switch {
+		case held && q.Seen.ECH:
+			own = viewECH
+		case held:
+			own = viewCandidate
+		}
+		if i := d.first(said, own, private, j.key, best); i < best {
+			m.rule, m.name = i, said
+		}
+	}
+	q.Names.each(dst, q.Now, q.Held, func(name string) {
+		if i := d.first(name, others, private, j.key, min(best, m.rule)); i < min(best, m.rule) {
+			m.rule, m.name = i, name
+		}
+		if i := d.first(name, viewCandidate, private, j.key, candidate); i < candidate {
+			candidate = i
+		}
+	})
+	if candidate < min(best, m.rule) {
+		m.tried = candidate
+		switch {
+		case said == "":
+			m.reason = ReasonNoName
+		case held && q.Seen.ECH && d.first(said, viewCandidate, private, j.key, best) == candidate:
+			m.reason = ReasonECH
+		default:
+			m.reason = ReasonMismatch
+		}
+	}
+	return m
+}
+
+// judgeInner judges an address that was found inside the destination. The
+// gateway means the host's loopback only to a packet addressed to it, not to
+// some translator on the way.
+func (j *judgement) judgeInner(inner netip.Addr) Verdict {
+	if !inner.IsValid() {
+		return Verdict{action: Allow} // the range embeds only one address
+	}
+	v, at := j.judge(inner)
+	if v.action == Allow && at.class == hostLoopback {
+		return j.rules.refuse(*j.query, classes[gateway].rule)
+	}
+	return v
+}
