@@ -50,6 +50,10 @@ type ruleInfo struct {
 	action Action
 	noQUIC bool // it refuses UDP that it would allow by domain
 	http   []HTTPMatch
+
+	// Ways around the gate that it names on purpose (bypass.go).
+	listsDNSOverTLS bool
+	resolvers       *bart.Lite
 }
 
 type node struct {
@@ -159,7 +163,9 @@ func compileTable(rules []Rule, env Environment, ingress bool) (*table, *domains
 		if err := r.check(ingress); err != nil {
 			return nil, nil, fmt.Errorf("%s: %w", name, err)
 		}
-		t.rules = append(t.rules, ruleInfo{name, r.Action, r.QUIC == SettingRefuse, r.HTTP})
+		info := ruleInfo{name: name, action: r.Action, noQUIC: r.QUIC == SettingRefuse, http: r.HTTP}
+		info.nameBypass(r)
+		t.rules = append(t.rules, info)
 		spans[i] = ruleSpans(r)
 		if err := b.addRule(int32(i), r); err != nil {
 			return nil, nil, fmt.Errorf("%s: %w", name, err)

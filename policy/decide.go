@@ -94,6 +94,9 @@ func (r *Rules) Decide(q Query) Verdict {
 		if port = q.Dst.Port(); port == 0 {
 			return r.refuse(q, rulePortZero)
 		}
+		if r.plainDNS(&q) {
+			return r.refuse(q, rulePlainDNS)
+		}
 		key = portKey(p, port)
 	case p == ICMPv4 || p == ICMPv6:
 		key = portKey(p, uint16(q.ICMPType)<<8|uint16(q.ICMPCode))

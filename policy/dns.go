@@ -93,6 +93,7 @@ type NameVerdict struct {
 	Rule    string  // what decided, as in Verdict.Rule
 	Refusal Refusal // how to refuse, if not allowed
 	Grants  bool    // the addresses in the answer are to be granted: some rule matches by this name
+	Pattern string  // the closest domain pattern that let it be asked; empty if none did
 	ECH     bool    // answers may tell how to encrypt a ClientHello
 }
 
@@ -128,6 +129,9 @@ func (r *Rules) DecideName(name string) NameVerdict {
 		i = min(i, s.asked)
 		v.Grants = v.Grants || s.grants
 		v.ECH = v.ECH || s.ech
+		if s.asked == i {
+			v.Pattern = s.pattern // the closest comes last
+		}
 	})
 	if i != noRule {
 		v.Rule, v.Allowed = r.egress.rules[i].name, r.egress.rules[i].action == Allow
@@ -136,7 +140,7 @@ func (r *Rules) DecideName(name string) NameVerdict {
 		v.Allowed, v.Audited, v.Grants = true, true, true
 	}
 	if !v.Allowed {
-		v.Refusal, v.Grants, v.ECH = r.dns.Refusal, false, false
+		v.Refusal, v.Grants, v.ECH, v.Pattern = r.dns.Refusal, false, false, ""
 	}
 	return v
 }

@@ -37,13 +37,14 @@ type settled struct {
 	// To public addresses first, then to private ones.
 	lines [2][numViews]*line
 
+	pattern string
 	asked   int32 // the first rule that settles whether the name may be asked
 	grants  bool  // some rule matches by it
 	ech     bool  // a rule that allows it puts up with encrypted hellos
 	private bool  // a rule that allows it reaches private addresses
 }
 
-// each yields the entries whose pattern matches a name.
+// each yields the entries whose pattern matches a name, the closest one last.
 func (d *domains) each(name string, yield func(*settled)) {
 	if d == nil || len(d.at) == 0 || name == "" {
 		return
@@ -62,11 +63,11 @@ func (d *domains) each(name string, yield func(*settled)) {
 				yield(e[exact])
 			}
 		default:
-			if e[oneLabel] != nil && strings.IndexByte(name[:start], '.') < 0 {
-				yield(e[oneLabel])
-			}
 			if e[manyLabels] != nil {
 				yield(e[manyLabels])
+			}
+			if e[oneLabel] != nil && strings.IndexByte(name[:start], '.') < 0 {
+				yield(e[oneLabel])
 			}
 		}
 	}
@@ -84,6 +85,16 @@ func (d *domains) first(name string, v view, private bool, key uint32, best int3
 		}
 	})
 	return best
+}
+
+// exactly reports whether a rule names a name by itself, not by a wider pattern.
+func (d *domains) exactly(name string, rule int32, key uint32) bool {
+	e := d.at[name]
+	if e == nil || e[exact] == nil {
+		return false
+	}
+	l := e[exact].lines[0][viewCandidate]
+	return l != nil && l.first(key) == rule
 }
 
 // serverFirst are the ports on which the client waits for the server to speak,
@@ -139,6 +150,10 @@ type pattern struct {
 	depth  depth
 }
 
+func (p pattern) String() string {
+	return [...]string{exact: "", oneLabel: "*.", manyLabels: "**."}[p.depth] + p.suffix
+}
+
 // compileDomains makes the index of the rules by name. spans are those of the
 // rules.
 func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
@@ -177,6 +192,7 @@ func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
 		if err != nil {
 			return nil, err
 		}
+		s.pattern = p.String()
 		e := d.at[p.suffix]
 		if e == nil {
 			e = new([3]*settled)

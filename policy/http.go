@@ -9,7 +9,8 @@ import (
 
 // HTTPMatch matches requests of clear-text HTTP: one of the methods (none
 // listed: every method), and a path: exact, or, if it ends in *, by what comes
-// before that (empty: every path). The query is not looked at.
+// before that (empty: every path). The query is not looked at. CONNECT, which
+// has no path, is matched only where it is listed, with no path.
 //
 // Paths are compared as they were sent. What a server might resolve to another
 // path than the one that was compared – dot segments, encoded dots and slashes,
@@ -20,6 +21,9 @@ type HTTPMatch struct {
 }
 
 func (m HTTPMatch) matches(method, path string) bool {
+	if method == methodConnect {
+		return m.Path == "" && slices.Contains(m.Methods, method)
+	}
 	if len(m.Methods) > 0 && !slices.Contains(m.Methods, method) {
 		return false
 	}
@@ -32,7 +36,7 @@ func (m HTTPMatch) matches(method, path string) bool {
 // requestMatches judges the request that was seen.
 func requestMatches(list []HTTPMatch, method, path string) bool {
 	path, _, _ = strings.Cut(path, "?")
-	if ambiguousPath(path) {
+	if method != methodConnect && ambiguousPath(path) {
 		return false
 	}
 	for i := range list {
@@ -84,5 +88,7 @@ func (m HTTPMatch) check() error {
 	}
 	return nil
 }
+
+const methodConnect = "CONNECT"
 
 const methodBytes = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-"

@@ -49,11 +49,18 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	}
 
 	v := Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback}
+	var decided *ruleInfo
 	switch {
 	case first != noRule:
-		v = j.verdict(&t.rules[first], m)
+		decided = &t.rules[first]
+		v = j.verdict(decided, m)
 	case !q.Ingress && info.lock != open:
 		return r.refuse(*q, info.rule), at
+	}
+	if v.action == Allow {
+		if rule := j.bypass(peer, decided, m); rule != "" {
+			v = r.refuse(*q, rule)
+		}
 	}
 	if v.verify == VerifyNone && v.action != Allow {
 		if m.tried != noRule {
@@ -90,6 +97,9 @@ func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
 		case !requestMatches(info.http, seen.Method, seen.Path):
 			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
 		}
+	case byName && seen.Method == methodConnect:
+		// A tunnel through a proxy leads to where nobody looks.
+		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
 	default:
 		v.requests = byName && m.name == seen.Name && (seen.Kind == SeenHTTP || seen.Kind == SeenHTTP2)
 	}

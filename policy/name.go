@@ -184,5 +184,5 @@ func NormalizePattern(s string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return [...]string{exact: "", oneLabel: "*.", manyLabels: "**."}[d] + suffix, nil
+	return pattern{suffix, d}.String(), nil
 }

@@ -90,6 +90,26 @@ func (n *Names) Grant(name string, addrs []netip.Addr, ttl time.Duration, now ti
 	return nil
 }
 
+// Pin grants addresses to a name for good: the host entries that the sandbox was
+// started with, which nobody asks for.
+func (n *Names) Pin(name string, addrs []netip.Addr) error {
+	if checkName(name) != nil {
+		return ErrGrant
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, a := range addrs {
+		if !a.IsValid() || a.Zone() != "" {
+			return ErrGrant
+		}
+		n.grant(name, a.Unmap(), forever)
+	}
+	return nil
+}
+
+// forever is later than any time that a TTL leads to.
+var forever = time.Unix(1<<40, 0)
+
 func (n *Names) grant(name string, addr netip.Addr, until time.Time) {
 	for _, g := range n.byName[name] {
 		if g.addr == addr {
