@@ -2,6 +2,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/gaissmai/bart"
 )
@@ -42,10 +43,21 @@ func (j *judgement) bypass(peer netip.Addr, info *ruleInfo, m match) string {
 	if !isPublicResolver(peer) || info != nil && info.resolvers != nil && info.resolvers.Contains(peer) {
 		return ""
 	}
-	if m.rule != noRule && j.rules.domains.exactly(m.name, m.rule, j.key) {
+	if m.rule != noRule && j.namedExactly(m.rule) {
 		return ""
 	}
 	return ruleDoH
+}
+
+// namedExactly reports whether a rule has a name of the destination as such, not
+// as part of a wider pattern.
+func (j *judgement) namedExactly(rule int32) bool {
+	found := false
+	j.query.Names.each(j.query.Dst.Addr(), j.query.Now, j.query.Held, func(name string) {
+		e := j.rules.domains.at[name]
+		found = found || e != nil && e[exact] != nil && slices.Contains(e[exact].rules, rule)
+	})
+	return found
 }
 
 // nameBypass notes what a rule names on purpose.

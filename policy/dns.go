@@ -127,7 +127,7 @@ func (r *Rules) DecideName(name string) NameVerdict {
 	i := r.domains.everyName
 	r.domains.each(name, func(s *settled) {
 		i = min(i, s.asked)
-		v.Grants = v.Grants || s.grants
+		v.Grants = true
 		v.ECH = v.ECH || s.ech
 		if s.asked == i {
 			v.Pattern = s.pattern // the closest comes last

@@ -38,10 +38,10 @@ type settled struct {
 	lines [2][numViews]*line
 
 	pattern string
-	asked   int32 // the first rule that settles whether the name may be asked
-	grants  bool  // some rule matches by it
-	ech     bool  // a rule that allows it puts up with encrypted hellos
-	private bool  // a rule that allows it reaches private addresses
+	rules   []int32 // that name it
+	asked   int32   // the first rule that settles whether the name may be asked
+	ech     bool    // a rule that allows it puts up with encrypted hellos
+	private bool    // a rule that allows it reaches private addresses
 }
 
 // each yields the entries whose pattern matches a name, the closest one last.
@@ -85,16 +85,6 @@ func (d *domains) first(name string, v view, private bool, key uint32, best int3
 		}
 	})
 	return best
-}
-
-// exactly reports whether a rule names a name by itself, not by a wider pattern.
-func (d *domains) exactly(name string, rule int32, key uint32) bool {
-	e := d.at[name]
-	if e == nil || e[exact] == nil {
-		return false
-	}
-	l := e[exact].lines[0][viewCandidate]
-	return l != nil && l.first(key) == rule
 }
 
 // serverFirst are the ports on which the client waits for the server to speak,
@@ -231,7 +221,7 @@ func (b *domainsBuilder) view(i int32, all []span) {
 
 // settle makes the entry of one pattern.
 func (b *domainsBuilder) settle(list []int32) (*settled, error) {
-	s := &settled{asked: noRule, grants: true}
+	s := &settled{rules: list, asked: noRule}
 	var private []int32
 	for _, i := range list {
 		r := &b.rules[i]
