@@ -3,8 +3,8 @@ package policy
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 )
@@ -45,6 +45,9 @@ func NormalizeName(s string) (string, error) {
 		return "", errNameLong
 	}
 	if !ascii {
+		if !utf8.ValidString(s) {
+			return "", errNameIDN
+		}
 		// The Lookup profile maps case, width and the ideographic full stops, and
 		// refuses what two labels could be confused by: bidi and joiners out of place.
 		a, err := idna.Lookup.ToASCII(strings.TrimSuffix(s, "."))
@@ -89,9 +92,6 @@ func checkName(s string) error {
 		}
 	}
 	if numeric(s[start:]) {
-		return errNameAddress
-	}
-	if _, err := netip.ParseAddr(s); err == nil {
 		return errNameAddress
 	}
 	return nil
