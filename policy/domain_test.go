@@ -140,7 +140,7 @@ func TestWhatTheFirstBytesMustSay(t *testing.T) {
 		{"and for it", []Rule{with(byDomain("other.org"), func(r *Rule) { r.Action = Drop }), byDomain("other.org")}, TCP, netip.AddrPortFrom(shared, 443), tls("other.org"), "drop TCP by egress[0]"},
 		{"a name that is refused is refused at every address", []Rule{with(byDomain("bad.org"), func(r *Rule) { r.Action = Drop }), pypi, {Action: Allow}}, TCP, netip.AddrPortFrom(shared, 443), tls("bad.org"), "drop TCP by egress[0]"},
 
-		{"a private address is not reached by a name", []Rule{byDomain("intranet.test")}, TCP, netip.AddrPortFrom(athome, 443), tls("intranet.test"), "reject TCP by default"},
+		{"a private address is not reached by a name", []Rule{byDomain("intranet.test")}, TCP, netip.AddrPortFrom(athome, 443), tls("intranet.test"), "reject TCP by default (private-address)"},
 		{"unless settled so", []Rule{with(byDomain("intranet.test"), func(r *Rule) { r.PrivateAddresses = SettingAllow })}, TCP, netip.AddrPortFrom(athome, 443), tls("intranet.test"), "allow TCP to 10.1.1.1:443 by egress[0]"},
 	}
 	for _, tt := range tests {

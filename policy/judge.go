@@ -63,6 +63,9 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 		}
 	}
 	if v.verify == VerifyNone && v.action != Allow {
+		if m.tried == noRule && !q.Ingress && info.lock == open && isPrivate(peer) {
+			m.tried, m.reason = j.candidate(false, first), ReasonPrivate
+		}
 		if m.tried != noRule {
 			v.tried, v.reason = t.rules[m.tried].name, m.reason
 		}
@@ -129,7 +132,7 @@ func (j *judgement) byName(private bool, best int32) match {
 		return m
 	}
 
-	candidate, others := best, viewNameless
+	others := viewNameless
 	held := false
 	if said != "" {
 		others = viewGrant
@@ -149,22 +152,31 @@ func (j *judgement) byName(private bool, best int32) match {
 		if i := d.first(name, others, private, j.key, min(best, m.rule)); i < min(best, m.rule) {
 			m.rule, m.name = i, name
 		}
-		if i := d.first(name, viewCandidate, private, j.key, candidate); i < candidate {
-			candidate = i
-		}
 	})
-	if candidate < min(best, m.rule) {
-		m.tried = candidate
+	if m.tried = j.candidate(private, min(best, m.rule)); m.tried != noRule {
 		switch {
 		case said == "":
 			m.reason = ReasonNoName
-		case held && q.Seen.ECH && d.first(said, viewCandidate, private, j.key, best) == candidate:
+		case held && q.Seen.ECH && d.first(said, viewCandidate, private, j.key, best) == m.tried:
 			m.reason = ReasonECH
 		default:
 			m.reason = ReasonMismatch
 		}
 	}
 	return m
+}
+
+// candidate gives the lowest rule by domain below best that is right but for what
+// was said, else noRule.
+func (j *judgement) candidate(private bool, best int32) int32 {
+	q, lowest := j.query, best
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(name string) {
+		lowest = j.rules.domains.first(name, viewCandidate, private, j.key, lowest)
+	})
+	if lowest == best {
+		return noRule
+	}
+	return lowest
 }
 
 // judgeInner judges an address that was found inside the destination. The

@@ -64,5 +64,6 @@ const (
 	ReasonQUIC     Reason = "quic"            // the rule wants TCP instead
 	ReasonNotHTTP  Reason = "not-http"        // the rule judges requests, and this is none
 	ReasonRequest  Reason = "http-request"    // the rule does not list this method and path
+	ReasonPrivate  Reason = "private-address" // the name resolves to a private address, which the rule does not want
 	ReasonUnread   Reason = "unread"          // not yet: the first bytes were not read
 )

@@ -145,6 +145,24 @@ func (w twin) says(i int, r Rule, q Query, m twinMatch) twinVerdict {
 	return v
 }
 
+// tried is the first rule that was right but for what was said, else one that was
+// right but for the address being private.
+func (w twin) tried(rules []Rule, q Query, a netip.Addr, v twinVerdict) (string, Reason) {
+	for i, r := range rules {
+		if q.Seen.Kind != SeenNone && w.candidate(i, q, a) {
+			return ruleName(false, i, r.Name), w.whyNot(r, q, a)
+		}
+	}
+	for i, r := range rules {
+		r.PrivateAddresses = "allow"
+		named := func(n string) bool { return twinMatches(r, n) }
+		if w.fits(w.p.Spec.Egress[i], q, a) != w.fits(r, q, a) && slices.ContainsFunc(twinGranted(q), named) {
+			return ruleName(false, i, r.Name), ReasonPrivate
+		}
+	}
+	return v.tried, v.reason
+}
+
 // whyNot says why a candidate did not match.
 func (w twin) whyNot(r Rule, q Query, a netip.Addr) Reason {
 	switch {

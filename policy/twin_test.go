@@ -176,13 +176,8 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 		v = twinVerdict{action: w.deny(), rule: w.around(rules, decided, q, a, byName.hit)}
 	}
 	if v.verify == VerifyNone && v.action != Allow {
-		if named && q.Seen.Kind != SeenNone {
-			for i := range decided {
-				if w.candidate(i, q, a) {
-					v.tried, v.reason = ruleName(false, i, rules[i].Name), w.whyNot(rules[i], q, a)
-					break
-				}
-			}
+		if named {
+			v.tried, v.reason = w.tried(rules[:decided], q, a, v)
 		}
 		if w.p.Spec.Mode == Audit && (q.Ingress || info.lock == open) {
 			v.action, v.audited = Allow, true
