@@ -79,6 +79,7 @@ func (d *datagrams) recheck(r *policy.Rules) {
 
 // close ends every flow. The emitter must still work, and is closed last.
 func (d *datagrams) close() {
+	d.udp.held.close()
 	d.udp.close()
 	d.echo.close()
 	d.emit.close()
@@ -262,7 +263,8 @@ func (d *dgramTable) lookup(t nat.Tuple) *dgramFlow {
 // acquire charges the flow table. On success fl must be given to install or ended.
 func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) error {
 	lease, err := d.f.table.Acquire(nat.Spec{
-		Orig: orig, Rule: v.Rule(), Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
+		Orig: orig, Rule: v.Rule(), Names: names(v), About: About{Verdict: v, Seen: fl.query.Seen},
+		Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
 	})
 	if err != nil {
 		return err
@@ -380,7 +382,7 @@ func (fl *dgramFlow) recheck(r *policy.Rules) bool {
 	if !fl.query.Dst.IsValid() {
 		return true
 	}
-	v := r.Decide(fl.query)
+	v := fl.d.f.judge(r, fl.query)
 	if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
 		fl.end("policy")
 		return false
@@ -420,7 +422,7 @@ func (d *dgramTable) close() {
 // what a reject rule of nftables sends by default.
 func (d *dgramTable) refuse(v policy.Verdict, kind icmpKind, pkt *stack.PacketBuffer, q policy.Query) {
 	d.n.refused.drop(d.f, pkt)
-	d.f.noteRefused(q.Proto, q.Src, q.Dst, v)
+	d.f.noteRefused(Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
 	if v.Action() == policy.Reject {
 		d.f.tell(kind, 0, pkt)
 	}

@@ -62,9 +62,10 @@ type Config struct {
 	SelfConfigured netip.Prefix
 
 	Table       *nat.Table
-	DNSHandler  DNSHandler   // nil: nobody answers at the DNS address
-	DHCPHandler DHCPHandler  // nil: guests are configured from outside
-	Guests      GuestSockets // nil: loopback clients appear as the gateway
+	DNSHandler  DNSHandler    // nil: nobody answers at the DNS address, nor elsewhere in its place
+	Names       *policy.Names // what the sandbox was told of names; nil: no rule by domain matches
+	DHCPHandler DHCPHandler   // nil: guests are configured from outside
+	Guests      GuestSockets  // nil: loopback clients appear as the gateway
 
 	// Inbound is a second link for traffic from outside to the Guest addresses, which
 	// passes as packets (inbound.go); nil where there is none. It must offer the same
@@ -85,8 +86,8 @@ type Config struct {
 	// Drop is told of each packet dropped here, with its counted reason. It must
 	// not block, and may not keep pkt. It may be nil.
 	Drop func(reason string, pkt []byte)
-	// Refused is told of each flow that policy refused. It must not block. It may be nil.
-	Refused func(proto uint8, src, dst netip.AddrPort, v policy.Verdict)
+	// Refused is told of each flow, and each request, that policy refused. It must not block. It may be nil.
+	Refused func(Refusal)
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 	// Log receives what an operator has to know; nothing is logged per packet.
@@ -288,7 +289,8 @@ func (f *Forwarder) timer() {
 		f.needTimer.Store(false)
 		now := f.now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
-		if f.publish.retry() || handshakes || dials {
+		checks, held := f.tcp.checks.expire(now), f.dgram.udp.held.list.expire(now)
+		if f.publish.retry() || handshakes || dials || checks || held {
 			f.needTimer.Store(true)
 		} else if !f.needTimer.Load() {
 			t.Stop()
@@ -356,6 +358,16 @@ func (f *Forwarder) Stats() map[string]uint64 {
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m
+}
+
+// forResolver tells whether a query to dst is answered by DNSHandler: at the DNS
+// address always, and at every address while the policy gates names, so that the
+// sandbox cannot ask anybody else.
+func (f *Forwarder) forResolver(dst netip.AddrPort) bool {
+	if f.cfg.DNSHandler == nil || dst.Port() != dnsPort {
+		return false
+	}
+	return f.isDNS(dst.Addr()) || f.rules.Load().GatesNames()
 }
 
 // isDNS tells whether a is the resolver's address.

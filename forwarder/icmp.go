@@ -127,12 +127,13 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	peer := netip.AddrPortFrom(dst, 0)
 	q := policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request}
 	rules := e.f.rules.Load()
-	v := rules.Decide(q)
+	v := e.f.judge(rules, q)
 	if !v.Allowed() {
 		e.refuse(v, icmpAdminProhibited, pkt, q)
 		return nil
 	}
 	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: v.Target(), query: q}
+	fl.query.Held = v.Name()
 	if err := e.acquire(fl, tuple, v); err != nil {
 		e.n.flow.drop(e.f, pkt)
 		return nil

@@ -225,7 +225,7 @@ func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
 	v := t.f.rules.Load().Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
 	if !v.Allowed() {
 		p.refused.Add(1)
-		t.f.noteRefused(unix.IPPROTO_TCP, client, guest, v)
+		t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: client, Dst: guest, Verdict: v})
 		t.f.dialer.reset(fd)
 		return
 	}

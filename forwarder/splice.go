@@ -136,7 +136,7 @@ func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
 // runUp returns a reason when the flow has to be aborted.
 func (fl *tcpFlow) runUp() (abort string) {
 	if !fl.live.Load() || fl.up.done.Load() || fl.fd < 0 {
-		return ""
+		return fl.beforeOpen()
 	}
 	scratch := upScratches.Get().(*upScratch)
 	g := &scratch.gather
@@ -163,6 +163,13 @@ func (fl *tcpFlow) runUp() (abort string) {
 			fl.t.f.engine.put(&fl.upTask)
 			return ""
 		}
+		if fl.gate != nil {
+			n, abort := fl.gate.admit(g)
+			if n == 0 {
+				return abort
+			}
+			g.trim(n)
+		}
 		limit := &fl.t.f.bandwidth.up
 		granted := g.bytes
 		if limit.limited() {
@@ -181,6 +188,9 @@ func (fl *tcpFlow) runUp() (abort string) {
 			continue
 		default:
 			return "reset_by_peer"
+		}
+		if fl.gate != nil {
+			fl.gate.passed(g, n)
 		}
 		short := n < g.bytes
 		scratch.discard.left = n
@@ -236,7 +246,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 				return ""
 			}
 		}
-		fl.reader = hostReader{fd: fl.fd, left: granted}
+		fl.reader = hostReader{fd: fl.fd, left: granted, gate: fl.gate}
 		n, terr := fl.ep.Write(&fl.reader, tcpip.WriteOptions{})
 		limit.untake(granted - int(n))
 		switch terr.(type) {
@@ -352,6 +362,7 @@ func segmentsOf(n int) int { return (n + 65535) / 65536 }
 type hostReader struct {
 	fd   int
 	left int
+	gate *requestGate // follows what is read; may be nil
 }
 
 // Len is a promise to the stack.
@@ -378,6 +389,9 @@ func (r *hostReader) Read(p []byte) (int, error) {
 			return 0, io.ErrUnexpectedEOF
 		}
 		r.left -= int(n)
+		if r.gate != nil {
+			r.gate.answered(p[:n])
+		}
 		return int(n), nil
 	}
 }

@@ -57,7 +57,19 @@ func (l *Lease) load() status { return status(l.status.Load()) }
 func (l *Lease) Orig() Tuple { return l.spec.Orig }
 
 // Rule is the policy rule that let the flow in.
-func (l *Lease) Rule() string { return l.spec.Rule }
+func (l *Lease) Rule() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.spec.Rule
+}
+
+// Describe replaces what Spec said of the rule, the names, and of whatever else, for a
+// flow that was judged once more.
+func (l *Lease) Describe(rule string, names []string, about any) {
+	l.mu.Lock()
+	l.spec.Rule, l.spec.Names, l.spec.About = rule, names, about
+	l.mu.Unlock()
+}
 
 // Ended says whether the flow is over.
 func (l *Lease) Ended() bool { return l.load()&dead != 0 }

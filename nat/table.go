@@ -29,6 +29,7 @@ type Spec struct {
 	Orig    Tuple
 	Rule    string   // the policy rule that let it in
 	Names   []string // names of the far side, if known
+	About   any      // whatever else the owner knows; comes back in Flow
 	Ingress bool     // a flow towards the container: Orig.Src is the far side
 	// Forwarded: its packets pass, and both ends are elsewhere. The handshake is then
 	// theirs to bound: it is not charged to Limits.HalfOpen. As in the kernel, such a

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
 	"sluice/policy"
@@ -100,10 +101,11 @@ func (l *flowLog) onEvent(e nat.Event) {
 }
 
 // refused is forwarder.Config.Refused.
-func (l *flowLog) refused(proto uint8, src, dst netip.AddrPort, ingress bool, v policy.Verdict) {
-	now := l.now()
+func (l *flowLog) refused(r forwarder.Refusal, ingress bool) {
+	now, v := l.now(), r.Verdict
 	l.put(flowEnd{action: v.Action(), flow: nat.Flow{
-		Orig: nat.NewTuple(proto, src, dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+		Orig: nat.NewTuple(r.Proto, r.Src, r.Dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+		About: forwarder.About{Verdict: v, Seen: r.Seen},
 	}})
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
 	"sluice/policy"
@@ -77,10 +78,10 @@ func TestRefusalsAreRecordedAndTheirRepeatsFolded(t *testing.T) {
 	l := testFlowLog(&out)
 	src, dst := netip.MustParseAddrPort("10.0.2.100:40000"), netip.MustParseAddrPort("169.254.169.254:80")
 	for range 5 {
-		l.refused(unix.IPPROTO_TCP, src, dst, false, policy.Verdict{})
+		l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst}, false)
 	}
-	l.refused(unix.IPPROTO_TCP, netip.MustParseAddrPort("10.0.2.100:40001"), dst, false, policy.Verdict{})
-	l.refused(unix.IPPROTO_ICMP, netip.MustParseAddrPort("10.0.2.100:99"), netip.MustParseAddrPort("192.0.2.1:2048"), false, policy.Verdict{})
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: netip.MustParseAddrPort("10.0.2.100:40001"), Dst: dst}, false)
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_ICMP, Src: netip.MustParseAddrPort("10.0.2.100:99"), Dst: netip.MustParseAddrPort("192.0.2.1:2048")}, false)
 	got := drain(t, l, &out)
 	if len(got) != 4 {
 		t.Fatalf("%d records, want 4 (two clients, one echo, one for the repeats): %s", len(got), out.String())

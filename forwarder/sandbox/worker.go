@@ -279,9 +279,8 @@ func (w *worker) dhcp() (*dhcp.Server, error) {
 }
 
 // refused takes a flow that policy refused down.
-func (w *worker) refused(proto uint8, src, dst netip.AddrPort, v policy.Verdict) {
-	ingress := slices.Contains(w.cfg.Guest, dst.Addr().Unmap())
-	w.flows.refused(proto, src, dst, ingress, v)
+func (w *worker) refused(r forwarder.Refusal) {
+	w.flows.refused(r, slices.Contains(w.cfg.Guest, r.Dst.Addr().Unmap()))
 }
 
 // messages serves the monitor until stop, the end of the channel, or that of
