@@ -7,12 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
@@ -66,6 +63,9 @@ type flowLog struct {
 	out io.Writer // nil without a flow log
 	now func() time.Time
 	log *slog.Logger
+	// Set before run, if at all.
+	names  func(netip.Addr) []string // under which an address is granted
+	policy func() string             // the name of the one in force
 
 	queue chan flowEnd
 	stop  chan struct{} // closed by close
@@ -95,9 +95,17 @@ func newFlowLog(out io.Writer, now func() time.Time, log *slog.Logger) *flowLog 
 
 // onEvent is nat.Config.OnEvent.
 func (l *flowLog) onEvent(e nat.Event) {
-	if e.Type == nat.Destroy {
-		l.put(flowEnd{flow: e.Flow, action: policy.Allow})
+	if e.Type != nat.Destroy {
+		return
 	}
+	action := policy.Allow
+	if about, ok := e.Flow.About.(forwarder.About); ok && !about.Verdict.Allowed() && about.Verdict.Rule() != "" {
+		if about.Verdict.Verify() == policy.VerifyNone {
+			return // refused after its first bytes, and told
+		}
+		action = policy.Drop // it ended before it had said whom it wants
+	}
+	l.put(flowEnd{flow: e.Flow, action: action})
 }
 
 // refused is forwarder.Config.Refused.
@@ -159,7 +167,7 @@ func (l *flowLog) run() {
 }
 
 func (l *flowLog) take(e flowEnd) {
-	r := record(e)
+	r := l.record(e)
 	if e.action == policy.Allow {
 		l.add(r)
 		return
@@ -241,56 +249,4 @@ func (l *flowLog) ended() ([]api.FlowRecord, uint64) {
 	out := make([]api.FlowRecord, 0, len(l.ring))
 	out = append(out, l.ring[l.next:]...)
 	return append(out, l.ring[:l.next]...), l.dropped + l.lost.Load()
-}
-
-// record describes a flow that is over.
-func record(e flowEnd) api.FlowRecord {
-	f := e.flow
-	r := api.FlowRecord{
-		Time: f.End, Start: f.Start, Duration: f.End.Sub(f.Start).Seconds(),
-		ID: f.ID, Proto: protoName(f.Orig.Proto()), Direction: "egress",
-		Verdict: api.VerdictForwarded, Rule: f.Rule, Reason: f.Reason, Names: f.Names,
-		Orig:  api.Counter{Packets: uint64(f.OrigPackets), Bytes: uint64(f.OrigBytes)},
-		Reply: api.Counter{Packets: uint64(f.ReplyPackets), Bytes: uint64(f.ReplyBytes)},
-	}
-	if f.Ingress {
-		r.Direction = "ingress"
-	}
-	reply := f.Reply
-	switch e.action {
-	case policy.Allow:
-		r.State = f.State.String()
-	case policy.Reject:
-		r.Verdict = api.VerdictRejected
-		reply = f.Orig.Reverse()
-	default:
-		r.Verdict = api.VerdictDropped
-		reply = f.Orig.Reverse()
-	}
-	r.OrigSrc, r.OrigDst = endpoint(f.Orig.Src()), endpoint(f.Orig.Dst())
-	r.ReplySrc, r.ReplyDst = endpoint(reply.Src()), endpoint(reply.Dst())
-	if p := f.Orig.Proto(); p == unix.IPPROTO_ICMP || p == unix.IPPROTO_ICMPV6 {
-		kind := f.Orig.Dst().Port()
-		r.ICMP = &api.ICMP{Type: uint8(kind >> 8), Code: uint8(kind), ID: f.Orig.Src().Port()}
-		for _, e := range []*api.Endpoint{&r.OrigSrc, &r.OrigDst, &r.ReplySrc, &r.ReplyDst} {
-			e.Port = 0
-		}
-	}
-	return r
-}
-
-func endpoint(a netip.AddrPort) api.Endpoint { return api.Endpoint{IP: a.Addr(), Port: a.Port()} }
-
-func protoName(p uint8) string {
-	switch p {
-	case unix.IPPROTO_TCP:
-		return "tcp"
-	case unix.IPPROTO_UDP:
-		return "udp"
-	case unix.IPPROTO_ICMP:
-		return "icmp"
-	case unix.IPPROTO_ICMPV6:
-		return "icmpv6"
-	}
-	return strconv.Itoa(int(p))
 }
