@@ -2,6 +2,8 @@ package policy
 
 import (
 	"cmp"
+	"iter"
+	"maps"
 	"net/netip"
 	"time"
 )
@@ -56,12 +58,13 @@ func (r *Rules) Limits() Limits {
 	return r.limits
 }
 
-// RuleLimits are the limits of the rule that a verdict names.
-func (r *Rules) RuleLimits(rule string) RuleLimits {
+// RuleLimits yields the rules that have limits of their own, by the name that
+// verdicts give.
+func (r *Rules) RuleLimits() iter.Seq2[string, RuleLimits] {
 	if r == nil {
-		return RuleLimits{}
+		return maps.All[map[string]RuleLimits](nil)
 	}
-	return r.ruleLimits[rule]
+	return maps.All(r.ruleLimits)
 }
 
 // Audit reports whether the policy is in audit mode.
