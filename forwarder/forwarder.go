@@ -355,6 +355,9 @@ func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 // Stats returns the counters by name.
 func (f *Forwarder) Stats() map[string]uint64 {
 	m := f.stats.snapshot()
+	ip := f.stack.Stats().IP
+	m["stack_malformed_packets"] = ip.MalformedPacketsReceived.Value()
+	m["stack_malformed_fragments"] = ip.MalformedFragmentsReceived.Value()
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m

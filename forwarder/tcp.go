@@ -81,7 +81,7 @@ type tcpForwarder struct {
 
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
-	shortRead, lastHop, malformed                                   *atomic.Uint64
+	shortRead, lastHop, malformed, noConnection                     *atomic.Uint64
 	refusedFirst, refusedRequest, firstMalformed                    *atomic.Uint64
 }
 
@@ -101,6 +101,7 @@ func newTCPForwarder(f *Forwarder) *tcpForwarder {
 		dialUnreachable:  f.stats.counter("tcp_dial_unreachable"),
 		dialDescriptors:  f.stats.counter("tcp_dial_out_of_descriptors"),
 		malformed:        f.stats.counter("tcp_malformed"),
+		noConnection:     f.stats.counter("tcp_no_connection"), // answered by RST
 		lastHop:          f.stats.counter("tcp_time_exceeded"),
 		shortRead:        f.stats.counter("tcp_short_read"),
 		refusedFirst:     f.stats.counter("tcp_refused_by_first_bytes"),
@@ -126,6 +127,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		t.cancelDial(id)
 		return true
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
+		t.noConnection.Add(1)
 		return false
 	}
 	if _, intact, ok := header.TCPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),

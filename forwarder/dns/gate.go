@@ -50,6 +50,15 @@ type gated struct {
 	verdict policy.NameVerdict
 }
 
+// inForce returns the rules, and whether they gate names.
+func (r *Resolver) inForce() (rules *policy.Rules, gates bool) {
+	if r.rules == nil {
+		return nil, false
+	}
+	rules = r.rules()
+	return rules, rules == nil || rules.GatesNames()
+}
+
 // judgeName decides about a question that was well formed and is not ours to answer.
 func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
 	name, err := policy.NormalizeWire([]byte(qy.q.name))
@@ -101,7 +110,7 @@ func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule strin
 	if how == policy.RefuseNXDOMAIN {
 		code = rcodeNXDomain
 	}
-	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: codeName(code), Rule: rule})
+	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: int(code), Rule: rule})
 	if how == policy.RefuseDrop {
 		return verdict{}
 	}
@@ -121,7 +130,7 @@ func (r *Resolver) forwardGated(qy *query) answer {
 	switch {
 	case errors.Is(err, errEmptied):
 		// As if the name did not exist: there is nothing behind it for the sandbox.
-		e.Forwarded, e.Rule, e.Code, e.Reason = false, ruleRebind, codeName(rcodeNXDomain), err.Error()
+		e.Forwarded, e.Rule, e.Code, e.Reason = false, ruleRebind, int(rcodeNXDomain), err.Error()
 		out = qy.failBecause(qy.asked, rcodeNXDomain, ruleRebind)
 	case err != nil:
 		r.stats.ServFail.Add(1)
@@ -129,11 +138,11 @@ func (r *Resolver) forwardGated(qy *query) answer {
 		if errors.Is(err, errGrant) {
 			e.Rule = ruleBounds
 		}
-		e.Forwarded, e.Code, e.Reason = false, codeName(rcodeServFail), err.Error()
+		e.Forwarded, e.Code, e.Reason = false, int(rcodeServFail), err.Error()
 		out = qy.failBecause(qy.asked, rcodeServFail, e.Rule)
 	default:
 		r.stats.Forwarded.Add(1)
-		e.Code, e.Addrs, e.Names, e.TTL = codeName(rcode(s.code)), s.addrs, s.names, s.ttl
+		e.Code, e.Addrs, e.Names, e.TTL = int(s.code), s.addrs, s.names, s.ttl
 	}
 	r.record(e)
 	return answer{msg: r.fit(out, qy), release: func() {}}
@@ -149,7 +158,7 @@ func (r *Resolver) askGated(qy *query) (*sifted, error) {
 		return nil, err
 	}
 	defer a.release()
-	rules := r.rules()
+	rules, _ := r.inForce()
 	name, dns := qy.gated.name, rules.DNS()
 	verdict := rules.DecideName(name) // the rules of now: they may have changed
 	s, err := sift(a.msg, qy.q, siftRules{
@@ -209,25 +218,6 @@ func typeName(t uint16) string {
 		return s
 	}
 	return "TYPE" + strconv.Itoa(int(t))
-}
-
-// codeName is a response code's name as RFC 1035 and RFC 2136 have it.
-func codeName(c rcode) string {
-	switch c {
-	case rcodeSuccess:
-		return "NOERROR"
-	case rcodeFormErr:
-		return "FORMERR"
-	case rcodeServFail:
-		return "SERVFAIL"
-	case rcodeNXDomain:
-		return "NXDOMAIN"
-	case rcodeNotImp:
-		return "NOTIMP"
-	case rcodeRefused:
-		return "REFUSED"
-	}
-	return "RCODE" + strconv.Itoa(int(c))
 }
 
 // quoted shows a name that may hold any byte.

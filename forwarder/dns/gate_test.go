@@ -149,6 +149,36 @@ func TestNamesAreJudgedBeforeAnythingIsAsked(t *testing.T) {
 	}
 }
 
+func TestBeforeThereAreRulesNothingIsAsked(t *testing.T) {
+	g := newGate(t, gatedPolicy, says(), func(c *Config) { c.Rules = func() *policy.Rules { return nil } })
+	a := unpack(t, packet(g.Resolver, ask(t, "pypi.test", dns.TypeA)))
+	if a.Rcode != dns.RcodeRefused || len(g.net.dialled()) != 0 || len(g.events) != 1 || g.events[0].Rule != "no-policy" {
+		t.Errorf("got %v, dialled %v, told %+v", a, g.net.dialled(), g.events)
+	}
+}
+
+func TestAuditLetsThroughAndSaysSo(t *testing.T) {
+	g := newGate(t, gatedPolicy+"  mode: audit\n", says("an other.test. 60 A 198.51.100.1"))
+	for _, row := range []struct {
+		name  string
+		qtype uint16
+		rule  string
+	}{
+		{"other.test", dns.TypeA, "default"},
+		{"pypi.test", dns.TypeTXT, ruleType},
+		{strings.Repeat("x", 63) + ".files.test", dns.TypeA, string(tunnelTooLong)},
+	} {
+		a := unpack(t, packet(g.Resolver, ask(t, row.name, row.qtype)))
+		e := g.events[len(g.events)-1]
+		if a.Rcode != dns.RcodeSuccess || !e.Forwarded || !e.Audited || e.Rule != row.rule {
+			t.Errorf("%s: got %v, told %+v", row.name, a, e)
+		}
+	}
+	if !g.granted("other.test", "198.51.100.1") {
+		t.Error("what was let through is not granted")
+	}
+}
+
 func TestTheRefusalIsThePolicys(t *testing.T) {
 	for _, row := range []struct {
 		refusal string

@@ -63,7 +63,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		return verdict{answer: qy.fail(msg, code)}
 	}
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
-	rules := r.rules()
+	rules, gates := r.inForce()
 	if !r.rate.take(queryRate(rules), time.Now()) {
 		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
 	}
@@ -81,7 +81,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		}
 		return verdict{answer: r.fit(out, &qy)}
 	}
-	if rules.GatesNames() {
+	if gates {
 		return r.judgeName(rules, &qy)
 	}
 	qy.msg = append([]byte(nil), msg...)

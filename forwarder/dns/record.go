@@ -14,7 +14,7 @@ type Event struct {
 	Stream    bool          // over TCP
 	Name      string        // in policy's normal form; quoted if it has none
 	Type      string        // A, AAAA, …
-	Code      string        // NOERROR, NXDOMAIN, REFUSED, …, as the client was told
+	Code      int           // the response code that the client was told (RFC 1035)
 	Forwarded bool          // upstream's word was passed on; else Rule refused
 	Rule      string        // what decided
 	Audited   bool          // Rule would have refused, but the policy is in audit mode

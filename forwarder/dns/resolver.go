@@ -66,7 +66,8 @@ type Config struct {
 	Limits    Limits
 	Log       *slog.Logger // nil discards
 
-	// Rules returns the rules in force; nil: no policy gates names (gate.go).
+	// Rules returns the rules in force, nil while there are none and every name is
+	// refused. Without it no policy gates names (gate.go).
 	// Addresses of allowed names are granted in Names, which must not be nil then.
 	Rules func() *policy.Rules
 	Names *policy.Names
@@ -83,7 +84,7 @@ type Resolver struct {
 	log    *slog.Logger
 	stats  counters
 
-	rules   func() *policy.Rules // never nil
+	rules   func() *policy.Rules // nil: no policy gates names
 	names   *policy.Names
 	tell    func(Event)
 	tunnels tunnels
@@ -111,9 +112,6 @@ func New(cfg Config) (*Resolver, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Rules == nil {
-		cfg.Rules = func() *policy.Rules { return nil }
 	}
 	limits := cfg.Limits.withDefaults()
 	r := &Resolver{

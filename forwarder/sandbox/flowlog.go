@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"sluice/forwarder"
+	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
 	"sluice/policy"
@@ -39,10 +40,12 @@ const (
 	flowLogSize = 32 << 10
 )
 
-// flowEnd is a flow that is over: ended, or refused if it has no ID.
+// flowEnd is a flow that is over: ended, or refused if it has no ID. Or it is a
+// question that the resolver decided.
 type flowEnd struct {
-	flow   nat.Flow
-	action policy.Action
+	flow     nat.Flow
+	action   policy.Action
+	question *dns.Event
 }
 
 // foldKey identifies repeats of one refusal.
@@ -64,8 +67,9 @@ type flowLog struct {
 	now func() time.Time
 	log *slog.Logger
 	// Set before run, if at all.
-	names  func(netip.Addr) []string // under which an address is granted
-	policy func() string             // the name of the one in force
+	names     func(netip.Addr) []string // under which an address is granted
+	policy    func() string             // the name of the one in force
+	resolvers []netip.Addr              // of the sandbox, at most one of a family
 
 	queue chan flowEnd
 	stop  chan struct{} // closed by close
@@ -167,6 +171,10 @@ func (l *flowLog) run() {
 }
 
 func (l *flowLog) take(e flowEnd) {
+	if e.question != nil {
+		l.write(l.questionRecord(e.question, e.flow.End))
+		return
+	}
 	r := l.record(e)
 	if e.action == policy.Allow {
 		l.add(r)
@@ -199,7 +207,7 @@ func (l *flowLog) unfold(now time.Time) {
 	}
 }
 
-// add puts a record in the ring and in the log's buffer.
+// add puts a record in the ring and in the log.
 func (l *flowLog) add(r api.FlowRecord) {
 	l.mu.Lock()
 	if len(l.ring) < endedFlows {
@@ -210,6 +218,11 @@ func (l *flowLog) add(r api.FlowRecord) {
 		l.dropped++
 	}
 	l.mu.Unlock()
+	l.write(r)
+}
+
+// write puts a record in the log's buffer.
+func (l *flowLog) write(r api.FlowRecord) {
 	if l.out == nil {
 		return
 	}

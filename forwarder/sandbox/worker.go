@@ -222,6 +222,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		out = h.flowLog
 	}
 	w.flows = newFlowLog(out, time.Now, w.log)
+	w.flows.resolvers = c.DNS
 	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
 	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
@@ -234,7 +235,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	w.names = newNames(c.Hosts, w.log)
 	w.dns, err = dns.New(dns.Config{
 		Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log,
-		Rules: w.rules.Load, Names: w.names,
+		Rules: w.rules.Load, Names: w.names, Tell: w.flows.asked,
 	})
 	if err != nil {
 		return err
