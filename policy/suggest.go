@@ -91,10 +91,11 @@ func (f *Observed) said() string {
 	return ""
 }
 
-// target is the name that a flow is allowed by, else its address.
+// target is the name that a flow is allowed by, else its address. No name opens a
+// special address.
 func (s *suggester) target(f Observed) (name string, addr netip.Addr) {
 	addr = f.Peer.Unmap().WithZone("")
-	if f.Ingress {
+	if f.Ingress || classes[classOf(netip.PrefixFrom(addr, addr.BitLen()))].lock != open {
 		return "", addr
 	}
 	if n := f.said(); n != "" {
@@ -127,16 +128,20 @@ func (s *suggester) add(f Observed) {
 		how.icmpType, how.port.Port = int16(f.ICMPType), 0
 	}
 	to := netip.PrefixFrom(a, a.BitLen())
-	if !f.Ingress && name == "" {
-		if c := classOf(to); classes[c].lock == never && c != loopback {
-			s.skip(fmt.Sprintf("%v, which is %s and never allowed", a, strings.TrimPrefix(classes[c].rule, "special:")))
-			return
+	if c := classOf(to); !f.Ingress && classes[c].lock == never {
+		s.skip(fmt.Sprintf("%v, which is %s and never allowed", a, strings.TrimPrefix(classes[c].rule, "special:")))
+		return
+	}
+	targets := []string{to.String()}
+	carried := carriedBy(a)
+	if name == "" && !f.Ingress {
+		for _, inner := range carried { // it must be allowed as well
+			targets = append(targets, netip.PrefixFrom(inner, inner.BitLen()).String())
 		}
 	}
-	target := to.String()
 	if name != "" {
-		target = name
-		if isPrivate(a) {
+		targets = []string{name}
+		if isPrivate(a) || slices.ContainsFunc(carried, isPrivate) {
 			how.private = SettingAllow
 		}
 		if f.ECH {
@@ -150,10 +155,22 @@ func (s *suggester) add(f Observed) {
 			}
 		}
 	}
-	if s.reached[target] == nil {
-		s.reached[target] = make(map[access]bool)
+	for _, target := range targets {
+		if s.reached[target] == nil {
+			s.reached[target] = make(map[access]bool)
+		}
+		s.reached[target][how] = true
 	}
-	s.reached[target][how] = true
+}
+
+// carriedBy gives the addresses inside an address.
+func carriedBy(a netip.Addr) []netip.Addr {
+	embeds := classes[classOf(netip.PrefixFrom(a, a.BitLen()))].embeds
+	if embeds == nil {
+		return nil
+	}
+	list := embeds(a.As16())
+	return slices.DeleteFunc(list[:], func(a netip.Addr) bool { return !a.IsValid() })
 }
 
 func (s *suggester) skip(why string) {
@@ -269,6 +286,9 @@ func nameRules(rules []Rule) {
 
 // replay says why a flow would not pass again, or nothing.
 func (s *suggester) replay(rules *Rules, f Observed) string {
+	if !Protocol(f.Proto).known() {
+		return "" // told already
+	}
 	name, a := s.target(f)
 	q := Query{Ingress: f.Ingress, Proto: f.Proto, Dst: netip.AddrPortFrom(a, f.Port), ICMPType: f.ICMPType, ICMPCode: f.ICMPCode, Names: NewNames(NamesConfig{}), Now: time.Unix(1, 0)}
 	if f.Ingress {
