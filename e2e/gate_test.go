@@ -36,11 +36,11 @@ egress:
 
 // gateZone is what far's name server says.
 var gateZone = []string{
-	"pypi.test. pypi.test. 60 CNAME cdn.test.", "pypi.test. cdn.test. 60 A " + far4, "pypi.test. cdn.test. 60 AAAA " + far6,
-	"a.files.test. a.files.test. 60 A " + far4, "a.files.test. a.files.test. 60 AAAA " + far6,
-	"git.test. git.test. 60 A " + far4, "git.test. git.test. 60 AAAA " + far6,
-	"evil.test. evil.test. 60 A " + far4, "evil.test. evil.test. 60 AAAA " + far6,
-	"pypi.test.evil.io. pypi.test.evil.io. 60 A " + far4, "evilpypi.test. evilpypi.test. 60 A " + far4,
+	"pypi.test. pypi.test. 3600 CNAME cdn.test.", "pypi.test. cdn.test. 3600 A " + far4, "pypi.test. cdn.test. 3600 AAAA " + far6,
+	"a.files.test. a.files.test. 3600 A " + far4, "a.files.test. a.files.test. 3600 AAAA " + far6,
+	"git.test. git.test. 3600 A " + far4, "git.test. git.test. 3600 AAAA " + far6,
+	"evil.test. evil.test. 3600 A " + far4, "evil.test. evil.test. 3600 AAAA " + far6,
+	"pypi.test.evil.io. pypi.test.evil.io. 3600 A " + far4, "evilpypi.test. evilpypi.test. 3600 A " + far4,
 }
 
 // zone starts far's name server with the records given.

@@ -45,7 +45,7 @@ func dnsServe(args []string) error {
 		if len(q.Question) == 1 {
 			name := strings.ToLower(q.Question[0].Name)
 			for _, rr := range records[name] {
-				if t := rr.Header().Rrtype; t == q.Question[0].Qtype || t == dns.TypeCNAME || rr.Header().Name != name {
+				if t := rr.Header().Rrtype; t == q.Question[0].Qtype || t == dns.TypeCNAME {
 					m.Answer = append(m.Answer, rr)
 				}
 			}
