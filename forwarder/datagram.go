@@ -151,6 +151,7 @@ type dgramFlow struct {
 	ingress bool           // begun by a client of a published port
 	lease   *nat.Lease
 	verdict atomic.Pointer[policy.Verdict]
+	shape   atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
 	sent    atomic.Uint64              // header fields of the last packet, see noteSent
@@ -262,8 +263,10 @@ func (d *dgramTable) lookup(t nat.Tuple) *dgramFlow {
 
 // acquire charges the flow table. On success fl must be given to install or ended.
 func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) error {
+	shape := d.f.limited.of(v)
+	fl.shape.Store(shape)
 	lease, err := d.f.table.Acquire(nat.Spec{
-		Orig: orig, Rule: v.Rule(), Names: names(v), About: About{Verdict: v, Seen: fl.query.Seen},
+		Budget: shape.budgetOf(), Orig: orig, Rule: v.Rule(), Names: names(v), About: About{Verdict: v, Seen: fl.query.Seen},
 		Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
 	})
 	if err != nil {
@@ -388,6 +391,10 @@ func (fl *dgramFlow) recheck(r *policy.Rules) bool {
 		return false
 	}
 	fl.verdict.Store(&v)
+	shape := fl.d.f.limited.of(v)
+	fl.shape.Store(shape)
+	_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
+	fl.lease.Describe(v.Rule(), names(v), About{Verdict: v, Seen: fl.query.Seen})
 	return true
 }
 

@@ -127,6 +127,7 @@ type Forwarder struct {
 	publish   *publisher
 	outside   *outside // nil without Config.Inbound
 	bandwidth bandwidth
+	limited   limited                                  // rules with limits of their own
 	limits    nat.Limits                               // the table's own, before any policy's
 	drop      func(reason string, pkt []byte)          // never nil
 	inbound   stack.NetworkDispatcher                  // behind the filter; set by link.Attach
@@ -245,6 +246,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	<-f.ctx.Done()
 
 	f.bandwidth.stop()
+	f.limited.set(f.table, nil)
 	f.publish.close()
 	f.tcp.close()
 	f.dgram.close()
@@ -325,6 +327,7 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.rules.Store(r)
 	l := r.Limits()
 	f.bandwidth.set(l)
+	f.limited.set(f.table, r)
 	f.table.SetLimits(tableLimits(f.limits, l))
 	f.tcp.recheck(r)
 	f.dgram.recheck(r)
@@ -339,6 +342,9 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 	if l.Flows > 0 {
 		base.Max = l.Flows
+	}
+	if l.HalfOpen > 0 {
+		base.HalfOpen = l.HalfOpen
 	}
 	if l.FlowsPerDestination > 0 {
 		base.PerDestination = l.FlowsPerDestination

@@ -207,7 +207,7 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 	}
 	binary.BigEndian.PutUint16(data[4:], fl.guest.Port())
 	size := ipHeaderLen(fl.guest.Addr()) + len(data)
-	if !s.d.admitDown(size) {
+	if !fl.admitDown(size) {
 		return
 	}
 	fl.lease.Account(nat.Reply, 1, int64(size))

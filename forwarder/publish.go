@@ -252,8 +252,11 @@ func (t *tcpForwarder) ingressThroughStack(fd int, client, guest netip.AddrPort,
 			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
 		},
 	}
+	shape := t.f.limited.of(v)
+	fl.shape.Store(shape)
 	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: fl.expire,
+		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true,
+		Budget: shape.budgetOf(), About: About{Verdict: v}, Expire: fl.expire,
 	})
 	if err != nil {
 		t.f.publish.limited.Add(1)

@@ -170,16 +170,16 @@ func (fl *tcpFlow) runUp() (abort string) {
 			}
 			g.trim(n)
 		}
-		limit := &fl.t.f.bandwidth.up
+		limit, rule := &fl.t.f.bandwidth.up, fl.ruleUp()
 		granted := g.bytes
-		if limit.limited() {
-			if granted = limit.take(g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
+		if limit.limited() || rule != nil {
+			if granted = take(rule, limit, g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 			g.trim(granted)
 		}
 		n, errno := writev(fl.fd, g.iov[:g.n])
-		limit.untake(granted - n)
+		untake(rule, limit, granted-n)
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
@@ -239,16 +239,16 @@ func (fl *tcpFlow) runDown() (abort string) {
 			fl.t.f.engine.put(&fl.downTask)
 			return ""
 		}
-		limit := &fl.t.f.bandwidth.down
+		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
 		granted := min(queued, downChunk)
-		if limit.limited() {
-			if granted = limit.take(granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
+		if limit.limited() || rule != nil {
+			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 		}
 		fl.reader = hostReader{fd: fl.fd, left: granted, gate: fl.gate}
 		n, terr := fl.ep.Write(&fl.reader, tcpip.WriteOptions{})
-		limit.untake(granted - int(n))
+		untake(rule, limit, granted-int(n))
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:

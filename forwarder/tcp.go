@@ -180,11 +180,14 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if fl.local {
 		rule = ruleDNS
 	}
+	shape := t.f.limited.of(fl.verdict)
+	fl.shape.Store(shape)
 	lease, err := t.f.table.Acquire(nat.Spec{
 		Orig:   nat.NewTuple(unix.IPPROTO_TCP, src, dst),
 		Rule:   rule,
 		Names:  names(fl.verdict),
 		About:  About{Verdict: fl.verdict},
+		Budget: shape.budgetOf(),
 		Expire: fl.expire,
 	})
 	if err != nil {

@@ -61,10 +61,11 @@ type tcpFlow struct {
 	upTask   task
 	downTask task
 	settling task
-	up       pump         // stack → host
-	down     pump         // host → stack
-	gate     *requestGate // nil: requests are not judged; set before live
-	reader   hostReader   // of the down pump, kept here so that a write allocates nothing
+	up       pump                       // stack → host
+	down     pump                       // host → stack
+	shape    atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	gate     *requestGate               // nil: requests are not judged; set before live
+	reader   hostReader                 // of the down pump, kept here so that a write allocates nothing
 
 	inBatch bool          // among inlineTCP.flows; guarded by its mu
 	inlined atomic.Bool   // the device's reader processes the endpoint
@@ -372,7 +373,8 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	}
 }
 
-// stillAllowed asks rules about the flow as it stands.
+// stillAllowed asks rules about the flow as it stands, which from then on is the rule's
+// that allows it.
 func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 	if fl.local {
 		return true
@@ -386,8 +388,15 @@ func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 		return false
 	}
 	fl.mu.Lock()
-	defer fl.mu.Unlock()
-	return fl.ingress || fl.verdict.Target() == v.Target()
+	same := fl.ingress || fl.verdict.Target() == v.Target()
+	fl.mu.Unlock()
+	if same {
+		shape := fl.t.f.limited.of(v)
+		fl.shape.Store(shape)
+		_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
+		fl.lease.Describe(v.Rule(), names(v), About{Verdict: v, Seen: q.Seen})
+	}
+	return same
 }
 
 // errnoOf finds the system's error number in err, or 0.

@@ -170,6 +170,12 @@ func (fl *tcpFlow) decide(seen policy.Seen) (abort string) {
 	if !v.Allowed() {
 		return fl.refuse(v, seen)
 	}
+	shape := t.f.limited.of(v)
+	if err := fl.lease.Charge(shape.budgetOf(), false); err != nil {
+		t.limited.Add(1)
+		return err.Error()
+	}
+	fl.shape.Store(shape)
 	fl.mu.Lock()
 	if fl.phase != phaseVerifying {
 		fl.mu.Unlock()

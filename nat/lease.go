@@ -21,9 +21,10 @@ type Lease struct {
 	id    uint64
 	began int64 // ns since Table.epoch
 
-	status atomic.Uint32 // a status; written under mu, read anywhere
-	seen   atomic.Int64  // ns since Table.epoch of the last packet
-	count  [2]counter    // by Dir
+	status atomic.Uint32          // a status; written under mu, read anywhere
+	seen   atomic.Int64           // ns since Table.epoch of the last packet
+	count  [2]counter             // by Dir
+	budget atomic.Pointer[Budget] // may hold nil; written under Table.mu
 
 	mu     sync.Mutex // taken before Table.mu
 	reply  Tuple
@@ -105,6 +106,9 @@ func (l *Lease) Account(d Dir, packets, bytes int64) {
 	}
 	if t.budget.Load() > 0 {
 		t.charge(bytes)
+	}
+	if b := l.budget.Load(); b != nil {
+		b.charge(t, bytes)
 	}
 	if s&settled == 0 {
 		l.observe(s, d, now)

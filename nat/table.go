@@ -36,7 +36,8 @@ type Spec struct {
 	// flow may give way to a new one until it is ASSURED, answered or not, or a flood
 	// from outside could fill the table.
 	Forwarded bool
-	Short     bool // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
+	Budget    *Budget // beside the table's limits; may be nil
+	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
 
 	// Expire is called once when the table ends the flow (timeout, early drop, byte
 	// budget, Kill), without locks held and after its budgets were repaid. It is
@@ -59,11 +60,12 @@ type Table struct {
 	busy    atomic.Bool      // some flow saw a packet since the last expire
 	wake    chan struct{}    // holds one: Run has slept too long by now
 
-	timeouts atomic.Pointer[Timeouts]
-	budget   atomic.Int64 // Limits.TotalBytes
-	used     atomic.Int64 // bytes charged to budget; only kept up while there is one
-	onEvent  func(Event)
-	subs     subscribers
+	timeouts  atomic.Pointer[Timeouts]
+	budget    atomic.Int64 // Limits.TotalBytes
+	overspent atomic.Bool  // some Budget's bytes were used up since the last expire
+	used      atomic.Int64 // bytes charged to budget; only kept up while there is one
+	onEvent   func(Event)
+	subs      subscribers
 
 	mu       sync.RWMutex // the rest
 	limits   Limits
@@ -177,6 +179,10 @@ func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
 		t.stats.RateLimit++
 		return nil, ErrRate
 	}
+	if err := t.room(l.spec.Budget, now); err != nil {
+		return nil, err
+	}
+	l.recharge(l.spec.Budget)
 	t.lastID++
 	l.id = t.lastID
 	t.byTuple[orig] = l
@@ -252,6 +258,7 @@ func (t *Table) file(l *Lease, to *list) {
 func (t *Table) remove(l *Lease) {
 	orig := l.spec.Orig
 	delete(t.byTuple, orig)
+	l.recharge(nil)
 	if !l.spec.Ingress {
 		if t.perDest[orig.dst]--; t.perDest[orig.dst] == 0 {
 			delete(t.perDest, orig.dst)

@@ -61,6 +61,7 @@ func (w *worker) setSysctl(p api.SysctlParams) error {
 func (w *worker) policySets(name string) bool {
 	limit := map[string]int64{
 		"nf_conntrack_max":                 int64(w.limits.Flows),
+		"nf_conntrack_max_half_open":       int64(w.limits.HalfOpen),
 		"nf_conntrack_max_per_destination": int64(w.limits.FlowsPerDestination),
 		"nf_conntrack_max_new_per_second":  int64(w.limits.NewFlowsPerSecond),
 		"nf_conntrack_max_total_bytes":     int64(w.limits.TotalBytes),
