@@ -7,7 +7,7 @@ import (
 
 // gatedRate is how many questions a second are taken while the policy gates names
 // and sets no limit of its own.
-const gatedRate = 200
+const gatedRate = 1000
 
 // bucket is a token bucket that holds one second's worth. Its zero value is full.
 type bucket struct {

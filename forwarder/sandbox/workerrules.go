@@ -36,6 +36,9 @@ func newNames(hosts map[string][]netip.Addr, log *slog.Logger) *policy.Names {
 func (w *worker) setRules(r *policy.Rules) {
 	d := r.DNS()
 	w.names.Configure(policy.NamesConfig{TTLFloor: time.Duration(d.TTLFloor), TTLCap: time.Duration(d.TTLCap)})
+	if w.in0 != nil && r.GatesNames() {
+		w.log.Warn(fmt.Sprintf("the policy %s has rules by domain, which match nothing here, and closes DNS: no resolver of ours serves a pod; use rules by cidr", r.Name()))
+	}
 	w.rules.Store(r)
 	w.fwd.SetRules(r)
 	w.limits = r.Limits()
