@@ -24,6 +24,7 @@ func TestWhichNamesMayBeAsked(t *testing.T) {
 		{"a name off the list", []Rule{pypi}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
 		{"not even beside rules by address", []Rule{pypi, {Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
 		{"any name where the internet is open", []Rule{pypi, {Action: Allow, To: []Peer{{Entity: EntityWorld}}}}, "other.org", NameVerdict{Allowed: true, Rule: "egress[1]"}},
+		{"not where only ping is", []Rule{pypi, {Action: Allow, ICMP: []ICMP{{Family: IPv4}}}}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
 		{"but one that is refused before", []Rule{refuse(byDomain("other.org")), {Action: Allow}}, "other.org", NameVerdict{Rule: "egress[0]", Refusal: RefuseNXDOMAIN}},
 		{"unless for some ports only", []Rule{with(refuse(byDomain("other.org")), func(r *Rule) { r.Ports = web }), {Action: Allow}}, "other.org", NameVerdict{Allowed: true, Rule: "egress[1]", Grants: true}},
 		{"a refusal of everything before the list", []Rule{{Action: Reject}, pypi}, "pypi.org", NameVerdict{Rule: "egress[0]", Refusal: RefuseNXDOMAIN}},

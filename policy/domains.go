@@ -1,6 +1,9 @@
 package policy
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // The rules by name of the egress list. Each pattern of some rule is an entry
 // under its suffix; the entry holds the rules that name it, as painted lines
@@ -256,8 +259,9 @@ func (b *domainsBuilder) settle(list []int32) (*settled, error) {
 }
 
 // settlesEveryName reports whether a rule says of every name whether it may be
-// asked: an allow rule that reaches every address of a family, or a refusal of
-// every address, protocol and port.
+// asked: an allow rule that reaches every address of a family over TCP or UDP (a
+// ping of anything is no reason to ask for everything), or a refusal of every
+// address, protocol and port.
 func settlesEveryName(r *Rule) bool {
 	all4, all6 := len(r.To) == 0, len(r.To) == 0
 	for _, p := range r.To {
@@ -265,7 +269,8 @@ func settlesEveryName(r *Rule) bool {
 		all6 = all6 || p.Entity == EntityWorld || p.CIDR == everyIPv6
 	}
 	if r.Action == Allow {
-		return all4 || all6
+		reach := len(r.Ports) == 0 && len(r.ICMP) == 0 || slices.ContainsFunc(r.Ports, func(p Port) bool { return p.Protocol == TCP || p.Protocol == UDP })
+		return reach && (all4 || all6)
 	}
 	return all4 && all6 && len(r.Ports) == 0 && len(r.ICMP) == 0
 }

@@ -217,7 +217,11 @@ func (w twin) decideName(name string) NameVerdict {
 			every6 = every6 || p.Entity == "world" || p.CIDR == everyIPv6
 		}
 		always := len(r.Ports) == 0 && len(r.ICMP) == 0
-		if r.Action == Allow && (twinMatches(r, name) || every4 || every6) ||
+		reach := always
+		for _, p := range r.Ports {
+			reach = reach || p.Protocol == TCP || p.Protocol == UDP
+		}
+		if r.Action == Allow && (twinMatches(r, name) || reach && (every4 || every6)) ||
 			r.Action != Allow && always && (twinMatches(r, name) || every4 && every6) {
 			v.Rule, v.Allowed = ruleName(false, i, r.Name), r.Action == Allow
 			break

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
 
+	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 )
 
@@ -97,62 +98,34 @@ const (
 	maxFlowLines = 1 << 20
 )
 
-// flowLine is what suggest wants of a record of the flow log.
-type flowLine struct {
-	Verdict   string `json:"verdict"`
-	Direction string `json:"traffic_direction"`
-	IP        struct {
-		Source      netip.Addr `json:"source"`
-		Destination netip.Addr `json:"destination"`
-	} `json:"IP"`
-	L4 struct {
-		TCP    *ports    `json:"TCP"`
-		UDP    *ports    `json:"UDP"`
-		SCTP   *ports    `json:"SCTP"`
-		ICMPv4 *icmpLine `json:"ICMPv4"`
-		ICMPv6 *icmpLine `json:"ICMPv6"`
-	} `json:"l4"`
-	L7    json.RawMessage `json:"l7"`
-	Names []string        `json:"destination_names"`
-	SNI   string          `json:"sni"`
-	ECH   bool            `json:"ech"`
-}
-
-type ports struct {
-	Destination uint16 `json:"destination_port"`
-}
-
-type icmpLine struct {
-	Type uint8 `json:"type"`
-	Code uint8 `json:"code"`
-}
-
 // observed gives the flow of a record; none for what did not pass or is no flow.
-func (l *flowLine) observed() (policy.Observed, bool) {
-	o := policy.Observed{Ingress: l.Direction == "INGRESS", Peer: l.IP.Destination, Said: l.SNI, ECH: l.ECH, Names: l.Names}
+func observed(r *api.FlowRecord) (policy.Observed, bool) {
+	o := policy.Observed{Ingress: r.TrafficDirection == api.Ingress, Peer: r.IP.Destination, Said: r.SNI, Names: r.DestinationNames}
 	if o.Ingress {
-		o.Peer = l.IP.Source
+		o.Peer = r.IP.Source
 	}
-	if l.Verdict != "FORWARDED" && l.Verdict != "AUDIT" {
-		return o, false
-	}
-	for proto, p := range map[policy.Protocol]*ports{policy.TCP: l.L4.TCP, policy.UDP: l.L4.UDP, policy.SCTP: l.L4.SCTP} {
-		if p != nil {
-			o.Proto, o.Port = uint8(proto), p.Destination
+	if r.L7 != nil && r.L7.HTTP != nil {
+		if u, err := url.Parse(r.L7.HTTP.URL); err == nil {
+			o.Said = u.Hostname()
 		}
 	}
-	for proto, m := range map[policy.Protocol]*icmpLine{policy.ICMPv4: l.L4.ICMPv4, policy.ICMPv6: l.L4.ICMPv6} {
-		if m != nil {
-			o.Proto, o.ICMPType, o.ICMPCode = uint8(proto), m.Type, m.Code
-		}
+	l := &r.L4
+	switch {
+	case l.TCP != nil:
+		o.Proto, o.Port = uint8(policy.TCP), l.TCP.Destination
+	case l.UDP != nil:
+		o.Proto, o.Port = uint8(policy.UDP), l.UDP.Destination
+	case l.SCTP != nil:
+		o.Proto, o.Port = uint8(policy.SCTP), l.SCTP.Destination
+	case l.ICMPv4 != nil:
+		o.Proto, o.ICMPType, o.ICMPCode = uint8(policy.ICMPv4), l.ICMPv4.Type, l.ICMPv4.Code
+	case l.ICMPv6 != nil:
+		o.Proto, o.ICMPType, o.ICMPCode = uint8(policy.ICMPv6), l.ICMPv6.Type, l.ICMPv6.Code
+	default:
+		o.Proto = l.Other
 	}
-	var l7 struct {
-		DNS json.RawMessage `json:"dns"`
-	}
-	if l.L7 != nil && json.Unmarshal(l.L7, &l7) == nil && l7.DNS != nil {
-		return o, false // a question to the resolver, which the gate answers
-	}
-	return o, o.Proto != 0
+	question := r.L7 != nil && r.L7.DNS != nil // to the resolver, which the gate answers
+	return o, (r.Verdict == api.VerdictForwarded || r.Verdict == api.VerdictAudit) && o.Proto != 0 && !question
 }
 
 // readFlows reads records, one after the other or in lists.
@@ -168,7 +141,7 @@ func readFlows(r io.Reader) ([]policy.Observed, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read the flow log: byte %d: %w", d.InputOffset(), err)
 		}
-		lines := make([]flowLine, 1)
+		lines := make([]api.FlowRecord, 1)
 		if raw[0] == '[' {
 			err = json.Unmarshal(raw, &lines)
 		} else {
@@ -178,7 +151,7 @@ func readFlows(r io.Reader) ([]policy.Observed, error) {
 			return nil, fmt.Errorf("read the flow log: before byte %d: %w", d.InputOffset(), err)
 		}
 		for i := range lines {
-			if o, ok := lines[i].observed(); ok {
+			if o, ok := observed(&lines[i]); ok {
 				out = append(out, o)
 			}
 		}
