@@ -35,11 +35,12 @@ const (
 	pollBatch = 64
 	// taskBatch is how many tasks are run before epoll is asked again.
 	taskBatch = 64
-	// helpAfter is how long the leader works without a pause, and helpRound how long
-	// the last round of it took, before it calls help. Requests and responses that
-	// follow each other closely make short rounds, and are better off with one thread.
+	// helpAfter is how long the leader works without a pause, and helpBytes how much it
+	// moves towards the sandbox meanwhile, before it calls help. All else is better off
+	// with one thread: requests and responses, new connections, and bulk from the
+	// sandbox, which the device's one queue brings in order.
 	helpAfter = 40 * time.Microsecond
-	helpRound = 20 * time.Microsecond
+	helpBytes = 256 << 10
 	// pause is the least rest after which the leader counts as idle until then.
 	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
@@ -54,7 +55,7 @@ type engine struct {
 	idle    atomic.Int32  // helpers that wait to be called
 	help    chan struct{} // capacity helpers; closed by the leader
 	start   time.Time
-	yields  atomic.Bool // yield was called, and the leader has not yet
+	bulk    atomic.Int64 // bytes moved towards the sandbox
 }
 
 // newEngine returns an engine with at most threads goroutines at work.
@@ -72,10 +73,6 @@ func newEngine(threads int) (*engine, error) {
 // put queues t; see runQueue.
 func (e *engine) put(t *task) { e.runq.put(t) }
 
-// yield has the leader let other goroutines run before it rests: one was started,
-// and would have to wait for another thread.
-func (e *engine) yield() { e.yields.Store(true) }
-
 // run works until close, and returns after its helpers have.
 func (e *engine) run() error {
 	var wg sync.WaitGroup
@@ -90,18 +87,15 @@ func (e *engine) run() error {
 
 func (e *engine) lead() error {
 	events := make([]unix.EpollEvent, pollBatch)
-	var busySince, worked time.Duration
+	var busySince time.Duration
+	var before int64 // bulk at busySince
 	for {
-		if e.yields.Load() {
-			e.yields.Store(false)
-			runtime.Gosched()
-		}
 		rest := e.runq.rest()
 		timeout := 0
 		if rest {
 			timeout = -1
 		}
-		before := time.Since(e.start)
+		waited := time.Since(e.start)
 		n, err := e.poll.wait(events, timeout)
 		e.runq.wakened()
 		if err != nil {
@@ -112,15 +106,14 @@ func (e *engine) lead() error {
 		}
 		now := time.Since(e.start)
 		switch {
-		case rest && now-before > pause:
-			busySince = now
-		case now-busySince > helpAfter && before-worked > helpRound && e.idle.Load() > 0:
+		case rest && now-waited > pause:
+			busySince, before = now, e.bulk.Load()
+		case now-busySince > helpAfter && e.bulk.Load()-before > helpBytes && e.idle.Load() > 0:
 			select {
 			case e.help <- struct{}{}:
 			default:
 			}
 		}
-		worked = now
 		e.work(events[:n])
 	}
 }

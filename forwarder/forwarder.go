@@ -191,7 +191,10 @@ func (f *Forwarder) attach() error {
 		return err
 	}
 	f.stack = s
-	f.tcp = newTCPForwarder(f)
+	if f.tcp, err = newTCPForwarder(f); err != nil {
+		s.Destroy()
+		return err
+	}
 	f.dgram = newDatagrams(f)
 	f.publish = newPublisher(f)
 	if f.cfg.Inbound != nil {

@@ -80,9 +80,7 @@ func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	} else if ep, _ = f.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, id, nicID).(*tcp.Endpoint); ep == nil {
 		return false
 	}
-	switch endpointState(ep) {
-	case tcp.StateEstablished, tcp.StateSynRecv:
-	default:
+	if state := endpointState(ep); state != tcp.StateSynRecv && !connected(state) {
 		return false
 	}
 	pkt.NetworkProtocolNumber = proto
@@ -139,16 +137,34 @@ func (in *inlineTCP) flush() {
 // process has the stack take in what is queued, and moves on what came of it.
 func (b batched) process() {
 	b.fl.inlined.Store(true)
-	if endpointState(b.ep) == tcp.StateSynRecv {
+	shaking := endpointState(b.ep) == tcp.StateSynRecv
+	if shaking {
 		handleConnecting(b.ep)
-		b.fl.t.f.engine.yield() // to whoever waits for the handshake
-	} else {
-		handleConnected(b.ep)
 	}
+	handleConnected(b.ep) // does nothing if it is not
 	b.ep.LockUser()
 	b.ep.UnlockUser()
 	b.fl.inlined.Store(false)
 	b.fl.runWanted(true)
+	if !shaking {
+		return
+	}
+	switch endpointState(b.ep) {
+	case tcp.StateSynRecv:
+	case tcp.StateError, tcp.StateClose:
+		b.fl.abort("handshake_failed")
+	default:
+		b.fl.t.acceptor.accept()
+	}
+}
+
+// connected tells whether segments in this state are for handleConnected.
+func connected(state tcp.EndpointState) bool {
+	switch state {
+	case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2, tcp.StateCloseWait, tcp.StateLastAck, tcp.StateClosing:
+		return true
+	}
+	return false
 }
 
 // Work that was asked for while the reader is about to do it.

@@ -21,6 +21,11 @@ func handleConnected(ep *tcp.Endpoint)
 //go:linkname handleConnecting gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleConnecting
 func handleConnecting(ep *tcp.Endpoint)
 
+// handleListen is the same for a listening endpoint.
+//
+//go:linkname handleListen gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleListen
+func handleListen(ep *tcp.Endpoint)
+
 // segmentQueue is the part of the stack's TCP that queues a segment at an endpoint.
 type segmentQueue interface {
 	QueuePacket(stack.TransportEndpoint, stack.TransportEndpointID, *stack.PacketBuffer)

@@ -22,6 +22,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
 
 	"sluice/nat"
 	"sluice/policy"
@@ -286,13 +287,13 @@ func (fl *tcpFlow) connectGuest() error {
 	if fl.id.RemoteAddress.Len() == header.IPv4AddressSize {
 		proto = header.IPv4ProtocolNumber
 	}
-	ep, terr := fl.t.f.stack.NewEndpoint(tcp.ProtocolNumber, proto, &fl.wq)
+	fl.wq = new(waiter.Queue)
+	ep, terr := fl.t.f.stack.NewEndpoint(tcp.ProtocolNumber, proto, fl.wq)
 	if terr != nil {
 		return errors.New(terr.String())
 	}
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
-	opts.SetDelayOption(false)
 	opts.SetKeepAlive(true)
 	from := tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort}
 	if terr := ep.Bind(from); terr != nil {

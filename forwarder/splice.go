@@ -34,7 +34,7 @@ const (
 	pumpBudget = 1 << 20
 	// maxIovecs is how many pieces one writev takes (the kernel's UIO_MAXIOV is 1024).
 	maxIovecs = 256
-	// downChunk is the most that one write hands to the stack.
+	// downChunk is about the most that one write hands to the stack.
 	downChunk = 256 << 10
 	// What the flow table adds for each segment's headers: IP, and TCP with
 	// timestamps.
@@ -240,7 +240,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return ""
 		}
 		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
-		granted := min(queued, downChunk)
+		granted := fl.t.downSize(queued)
 		if limit.limited() || rule != nil {
 			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
@@ -261,6 +261,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return "reset_by_sandbox"
 		}
 		fl.tallyDown(int(n))
+		fl.t.f.engine.bulk.Add(n)
 		budget -= int(n)
 		if int(n) == queued && fl.hostEvents.Load() == 0 {
 			// More can only have come after the event that brought us here was
@@ -268,6 +269,17 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return ""
 		}
 	}
+}
+
+// downSize is how much of what is queued one write hands to the stack. A write that is
+// no multiple of what the stack sends in one packet ends in a small packet, which costs
+// the sandbox as much as a large one.
+func (t *tcpForwarder) downSize(queued int) int {
+	n := min(queued, downChunk)
+	if n > t.gsoPayload {
+		n -= n % t.gsoPayload
+	}
+	return n
 }
 
 // probeHost finds out what a hang-up or error event meant, now that nothing is

@@ -43,7 +43,7 @@ func newStack() (*stack.Stack, error) {
 		},
 	})
 	sack := tcpip.TCPSACKEnabled(true)
-	cubic := tcpip.CongestionControlOption("cubic")
+	cubic := tcpip.CongestionControlOption("reno")
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)

@@ -62,21 +62,21 @@ const (
 
 // tcpForwarder owns the TCP flows of one sandbox.
 type tcpForwarder struct {
-	f       *Forwarder
-	fwd     *tcp.Forwarder
-	refuser *tcp.Forwarder // answers SYNs with RST
-	inline  inlineTCP
+	f        *Forwarder
+	acceptor *acceptor
+	refuser  *tcp.Forwarder // answers SYNs with RST
+	inline   inlineTCP
+	// gsoPayload is the payload of the largest packet that the stack makes of a write,
+	// gso_max_size less MAX_TCP_HEADER as in Linux.
+	gsoPayload int
 
-	mu     sync.Mutex
-	flows  map[stack.TransportEndpointID]*tcpFlow
-	relays map[*relay]struct{}
-	// accepting is the tuples for which accept runs: meanwhile the stack swallows
-	// another SYN of theirs.
-	accepting  map[stack.TransportEndpointID]struct{}
+	mu         sync.Mutex
+	flows      map[stack.TransportEndpointID]*tcpFlow
+	relays     map[*relay]struct{}
 	handshakes list.List // of *tcpFlow, oldest first
 	dials      list.List // of *tcpFlow, those that wait for the far side
 	checks     *checkList
-	wg         sync.WaitGroup
+	wg         sync.WaitGroup // of the DNS handler's connections
 	closed     bool
 
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
@@ -85,12 +85,11 @@ type tcpForwarder struct {
 	refusedFirst, refusedRequest, firstMalformed                    *atomic.Uint64
 }
 
-func newTCPForwarder(f *Forwarder) *tcpForwarder {
+func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
 	t := &tcpForwarder{
 		f:                f,
 		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
 		relays:           make(map[*relay]struct{}),
-		accepting:        make(map[stack.TransportEndpointID]struct{}),
 		refused:          f.stats.counter("tcp_refused_by_policy"),
 		limited:          f.stats.counter("tcp_refused_by_limit"),
 		cancelled:        f.stats.counter("tcp_dial_cancelled"),
@@ -109,12 +108,17 @@ func newTCPForwarder(f *Forwarder) *tcpForwarder {
 		firstMalformed:   f.stats.counter("tcp_first_bytes_malformed"),
 		checks:           newCheckList(f, "tcp"),
 	}
+	t.inline.queue = segmentQueueOf(f.stack)
+	t.gsoPayload = downChunk
+	if g, ok := f.cfg.Link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
+		t.gsoPayload = int(g.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
+	}
 	// The flow table bounds what is in flight; the stack's own bound only has
 	// to be out of its way.
-	t.inline.queue = segmentQueueOf(f.stack)
-	t.fwd = tcp.NewForwarder(f.stack, tcpBufferDefault, 1<<20, t.accept)
 	t.refuser = tcp.NewForwarder(f.stack, 0, 1<<20, func(r *tcp.ForwarderRequest) { r.Complete(true) })
-	return t
+	var err error
+	t.acceptor, err = newAcceptor(t)
+	return t, err
 }
 
 // handleTCP receives each segment that belongs to no endpoint. It runs on the
@@ -137,12 +141,11 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	t.mu.Lock()
 	known := t.flows[id]
-	_, accepting := t.accepting[id]
 	if known != nil {
 		known.lastSYN = t.f.now()
 	}
 	t.mu.Unlock()
-	if known != nil || accepting {
+	if known != nil {
 		// A repeated SYN while we dial, or while an old flow of the tuple still
 		// ends: the sandbox will ask again.
 		return true
@@ -252,7 +255,11 @@ func (fl *tcpFlow) dial() {
 }
 
 // dialReady is called by the poller when the attempt has ended.
-func (fl *tcpFlow) dialReady() {
+func (fl *tcpFlow) dialReady(events uint32) {
+	if events&(unix.EPOLLERR|unix.EPOLLHUP) == 0 {
+		fl.answer()
+		return
+	}
 	err := fl.dialResult(phaseDialing)
 	switch {
 	case err == errNotDialing:
@@ -281,8 +288,7 @@ func (fl *tcpFlow) dialResult(ph phase) error {
 	return err
 }
 
-// answer lets the sandbox's side be completed, on a goroutine of its own that lasts
-// as long as the handshake.
+// answer lets the sandbox's side be completed.
 func (fl *tcpFlow) answer() {
 	t := fl.t
 	fl.mu.Lock()
@@ -294,28 +300,15 @@ func (fl *tcpFlow) answer() {
 	syn := fl.syn
 	fl.syn = nil
 	fl.mu.Unlock()
-	defer syn.DecRef()
 
 	fl.lease.SetState(nat.SynRecv)
 	t.enterHandshake(fl)
-	t.mu.Lock()
-	closed := t.closed
-	if !closed {
-		t.wg.Add(1) // for accept
-		t.accepting[fl.id] = struct{}{}
+	t.acceptor.offer(fl.id, syn)
+	syn.DecRef()
+	if !fl.inHandshake() {
+		// It was ended meanwhile, perhaps before the stack knew of it.
+		t.endHandshake(fl)
 	}
-	t.mu.Unlock()
-	if closed {
-		fl.abort("stopped")
-		return
-	}
-	if !t.fwd.HandlePacket(fl.id, syn) {
-		// Malformed, which handleTCP has seen to.
-		t.accepted(fl.id)
-		fl.abort("handshake_failed")
-		return
-	}
-	t.f.engine.yield()
 }
 
 // dialFailed tells the sandbox what the far side's network said.
@@ -360,44 +353,40 @@ func (fl *tcpFlow) dialReason(err error) string {
 	return "unreachable"
 }
 
-// accept completes the sandbox's side; it blocks until that ends. The stack starts
-// it for each SYN that answer has given it.
-func (t *tcpForwarder) accept(req *tcp.ForwarderRequest) {
-	defer t.accepted(req.ID())
+// accepted receives an endpoint whose handshake the sandbox has completed.
+func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 	t.mu.Lock()
-	fl := t.flows[req.ID()]
+	fl := t.flows[ep.TransportEndpointInfo.ID]
+	local := fl != nil && fl.local && !t.closed
+	if local {
+		t.wg.Add(1) // for serveLocal
+	}
 	t.mu.Unlock()
 	if fl == nil || !fl.inHandshake() {
-		req.Complete(false)
+		ep.Abort()
+		ep.Close()
+		if local {
+			t.wg.Done()
+		}
 		return
 	}
-	ep, terr := req.CreateEndpoint(&fl.wq)
 	t.leaveHandshake(fl)
-	req.Complete(false)
-	if terr != nil {
-		fl.abort("handshake_failed")
-		return
-	}
-	opts := ep.SocketOptions()
-	opts.SetDelayOption(false)
-	opts.SetKeepAlive(true)
+	ep.SocketOptions().SetKeepAlive(true)
 	if fl.check != nil {
+		fl.wq = wq
 		fl.verify(ep)
 		return
 	}
 	fl.lease.SetState(nat.Established)
-	if fl.local {
-		t.serveLocal(fl, gonet.NewTCPConn(&fl.wq, ep))
+	if local {
+		go func() { // ends with the connection, which close closes
+			defer t.wg.Done()
+			t.serveLocal(fl, gonet.NewTCPConn(wq, ep))
+		}()
 		return
 	}
+	fl.wq = wq
 	fl.start(ep)
-}
-
-func (t *tcpForwarder) accepted(id stack.TransportEndpointID) {
-	t.mu.Lock()
-	delete(t.accepting, id)
-	t.mu.Unlock()
-	t.wg.Done()
 }
 
 // serveLocal hands the connection to the DNS handler, which owns it from here.
@@ -463,7 +452,7 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	}
 }
 
-// close aborts every flow and waits for the goroutines that handshakes borrow.
+// close aborts every flow and waits for the DNS handler's goroutines.
 func (t *tcpForwarder) close() {
 	t.mu.Lock()
 	t.closed = true
@@ -472,6 +461,7 @@ func (t *tcpForwarder) close() {
 		fl.abort("stopped")
 	}
 	t.wg.Wait()
+	t.acceptor.close()
 }
 
 // accountedConn charges what the DNS handler reads and writes to the flow.

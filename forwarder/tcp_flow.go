@@ -4,7 +4,7 @@ package forwarder
 //
 //	phase          stack side            host side             who may act
 //	dialing        a held SYN            connect(2) under way  poller, cancel
-//	handshake      SYN/ACK sent          connected             the handshake's goroutine
+//	handshake      SYN/ACK sent          connected             the acceptor
 //	open           an endpoint           connected             the pumps (splice.go)
 //	closing        closed, not acked     closed                nobody: waits for the stack
 //	closed         gone                  gone                  nobody
@@ -56,7 +56,7 @@ type tcpFlow struct {
 	local   bool   // served by ourselves: DNS over TCP
 	irs     uint32
 
-	wq       waiter.Queue
+	wq       *waiter.Queue // ep's
 	entry    waiter.Entry
 	upTask   task
 	downTask task
@@ -72,6 +72,7 @@ type tcpFlow struct {
 	wanted  atomic.Uint32 // and has this to do then
 
 	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
+	early      atomic.Bool   // the far side spoke before the flow was live
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
 
@@ -137,7 +138,9 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 	}
 	// What happened before the registration was told to nobody.
 	fl.t.f.engine.put(&fl.upTask)
-	fl.t.f.engine.put(&fl.downTask)
+	if fl.early.Load() {
+		fl.t.f.engine.put(&fl.downTask)
+	}
 }
 
 // openLocked lets the pumps run, which nothing tells to yet. mu is held.
@@ -170,13 +173,16 @@ func (fl *tcpFlow) pollReady(events uint32) {
 	if ended := events & (unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR); ended != 0 {
 		fl.hostEvents.Or(ended)
 	}
+	if !fl.live.Load() && events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		fl.early.Store(true)
+	}
 	fl.mu.Lock()
 	ph := fl.phase
 	fl.mu.Unlock()
 	switch ph {
 	case phaseDialing:
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
-			fl.dialReady()
+			fl.dialReady(events)
 		}
 	case phaseConnecting:
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
@@ -365,7 +371,7 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	if fd < 0 {
 		return
 	}
-	fl.t.f.engine.poll.remove(tok, fd)
+	fl.t.f.engine.poll.release(tok) // closing takes it out of epoll
 	if reset {
 		fl.t.f.dialer.reset(fd)
 	} else {

@@ -8,7 +8,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // segment is a TCP segment without data.
@@ -301,26 +301,20 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	eventually(t, "the half-open flow is gone", func() bool { return w.f.table.Len() == 0 })
 }
 
-// While the stack still ends a tuple's handshake it swallows a SYN of that tuple, so
-// nothing may be dialled for it.
-func TestTCPATupleWhoseHandshakeStillEndsWaits(t *testing.T) {
+// What accepts handshakes listens at no address of the stack's own: a segment for its
+// port comes to the policy like any other.
+func TestTCPAcceptorIsOutOfReach(t *testing.T) {
 	w := newWire(t, allowAll, nil)
-	dst := netip.AddrPortFrom(gateway4, listenHost(t))
-	src := netip.AddrPortFrom(guest4, 10001)
-	id := stack.TransportEndpointID{
-		LocalAddress: tcpipAddr(dst.Addr()), LocalPort: dst.Port(), RemoteAddress: tcpipAddr(src.Addr()), RemotePort: src.Port(),
+	for _, l := range []*tcp.Endpoint{w.f.tcp.acceptor.v4, w.f.tcp.acceptor.v6} {
+		id := l.TransportEndpointInfo.ID
+		if id.LocalPort == 0 {
+			t.Fatal("the acceptor has no port, so the test would tell nothing")
+		}
+		if ep := w.f.stack.FindTransportEndpoint(l.NetProto, tcp.ProtocolNumber, id, nicID); ep != nil {
+			t.Errorf("the acceptor is found at port %d", id.LocalPort)
+		}
 	}
-	w.f.tcp.mu.Lock()
-	w.f.tcp.accepting[id] = struct{}{}
-	w.f.tcp.mu.Unlock()
-	syn := segment(src, dst, header.TCPFlagSyn, 1000, 0)
-	w.send(syn)
-	if n := w.f.dialer.sockets.Load(); n != 0 || w.table.Len() != 0 {
-		t.Errorf("%d sockets and %d flows for a tuple that still ends", n, w.table.Len())
-	}
-	w.f.tcp.mu.Lock()
-	delete(w.f.tcp.accepting, id)
-	w.f.tcp.mu.Unlock()
-	w.send(syn)
-	w.recvTCP(src.Port(), header.TCPFlagSyn)
+	src := netip.AddrPortFrom(guest4, 10002)
+	w.send(segment(src, netip.AddrPortFrom(gateway4, w.f.tcp.acceptor.v4.TransportEndpointInfo.ID.LocalPort), header.TCPFlagSyn, 1000, 0))
+	w.recvTCP(src.Port(), header.TCPFlagRst) // of the host, where the port is closed
 }

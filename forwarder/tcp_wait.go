@@ -7,6 +7,7 @@ package forwarder
 import (
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -76,7 +77,7 @@ func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
 	t.f.needTimer.raise()
 	if evict != nil {
 		t.handshakeEvicted.Add(1)
-		t.endHandshake(evict)
+		evict.abort("handshake_failed")
 	}
 }
 
@@ -89,28 +90,36 @@ func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
 	t.mu.Unlock()
 }
 
-// endHandshake makes CreateEndpoint return, by delivering the reset that the
+// endHandshake has the stack forget the handshake, by delivering the reset that the
 // sandbox did not send. The stack has no other way to end one from outside.
 func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
 	t.leaveHandshake(fl)
 	t.f.injectReset(fl.id, fl.irs+1)
 }
 
-// expireHandshakes ends those whose time is over, and tells whether there are
-// others. Called by Forwarder's timer.
+// expireHandshakes ends those whose time is over, and those that the stack has given
+// up, as it tells nobody. It tells whether there are others. Called by Forwarder's timer.
 func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
-	for {
-		t.mu.Lock()
-		var fl *tcpFlow
-		pending = t.handshakes.Len() > 0
-		if e := t.handshakes.Front(); e != nil && now.After(e.Value.(*tcpFlow).deadline) {
-			fl = e.Value.(*tcpFlow)
+	var over, rest []*tcpFlow
+	t.mu.Lock()
+	for e := t.handshakes.Front(); e != nil; e = e.Next() {
+		if fl := e.Value.(*tcpFlow); now.After(fl.deadline) {
+			over = append(over, fl)
+		} else if now.After(fl.deadline.Add(tick - handshakeTimeout)) {
+			rest = append(rest, fl) // the stack has the SYN for long
 		}
-		t.mu.Unlock()
-		if fl == nil {
-			return pending
-		}
-		t.handshakeExpired.Add(1)
-		t.endHandshake(fl)
 	}
+	pending = t.handshakes.Len() > len(over)
+	t.mu.Unlock()
+	for _, fl := range over {
+		t.handshakeExpired.Add(1)
+		fl.abort("handshake_failed")
+	}
+	for _, fl := range rest {
+		proto := netProto(netipAddr(fl.id.RemoteAddress))
+		if t.f.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, fl.id, nicID) == nil && fl.inHandshake() {
+			fl.abort("handshake_failed")
+		}
+	}
+	return pending
 }

@@ -99,6 +99,12 @@ func (t *Table) Run(ctx context.Context) {
 		default:
 			t.cached.Store(0)
 		}
+		if next != Never {
+			// Nobody need rouse Run for what is due after it comes back.
+			t.mu.Lock()
+			t.wakeAt = min(t.wakeAt, (now+int64(next))>>grainBits)
+			t.mu.Unlock()
+		}
 		timer.Reset(next)
 	}
 }

@@ -38,6 +38,9 @@ const (
 	foldFor     = 10 * time.Second
 	maxFolds    = 1024 // refusals being counted; beyond it each has its own record
 	flowLogSize = 32 << 10
+	// flowLogRest is how long the queue is left alone after it was emptied, so that
+	// flows which end in quick succession do not wake a goroutine each.
+	flowLogRest = 20 * time.Millisecond
 )
 
 // flowEnd is a flow that is over: ended, or refused if it has no ID. Or it is a
@@ -142,9 +145,12 @@ func (l *flowLog) run() {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	tick.Stop()
+	rest := time.NewTimer(0)
+	defer rest.Stop()
+	queue := l.queue // nil while it rests
 	for {
 		select {
-		case e := <-l.queue:
+		case e := <-queue:
 			before := len(l.folds)
 			l.take(e)
 			if before == 0 && len(l.folds) > 0 {
@@ -153,6 +159,12 @@ func (l *flowLog) run() {
 			if len(l.queue) == 0 || l.buf.Len() >= flowLogSize {
 				l.flush()
 			}
+			if len(l.queue) == 0 {
+				queue = nil
+				rest.Reset(flowLogRest)
+			}
+		case <-rest.C:
+			queue = l.queue
 		case <-tick.C:
 			l.unfold(l.now())
 			l.flush()

@@ -1,0 +1,111 @@
+package forwarder
+
+// The sandbox's side of a handshake.
+//
+// tcp.Forwarder needs a goroutine for each handshake; a listening endpoint of the
+// stack's does not. Ours, one for each family, listen at no address: they are taken out
+// of the demultiplexer, so that no segment reaches them but the SYNs that answer gives
+// them, whatever their tuple. The endpoints that come of it are registered by their own
+// tuples, and handed over when the sandbox has completed the handshake.
+
+import (
+	"fmt"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// acceptBacklog keeps the stack from answering with SYN cookies, which forget window
+// scaling. maxHandshakes is the bound that holds.
+const acceptBacklog = 1 << 20
+
+type acceptor struct {
+	t     *tcpForwarder
+	entry waiter.Entry
+	task  task
+
+	mu sync.Mutex // held while a listener is used
+	v4 *tcp.Endpoint
+	v6 *tcp.Endpoint
+}
+
+func newAcceptor(t *tcpForwarder) (*acceptor, error) {
+	a := &acceptor{t: t}
+	a.task.run = a.accept
+	a.entry.Init(a, waiter.ReadableEvents)
+	var err error
+	if a.v4, err = a.listen(header.IPv4ProtocolNumber); err == nil {
+		a.v6, err = a.listen(header.IPv6ProtocolNumber)
+	}
+	return a, err
+}
+
+func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber) (*tcp.Endpoint, error) {
+	var wq waiter.Queue
+	s := a.t.f.stack
+	e, terr := s.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
+	if terr != nil {
+		return nil, fmt.Errorf("making an endpoint that accepts: %s", terr)
+	}
+	ep := e.(*tcp.Endpoint)
+	opts := ep.SocketOptions()
+	opts.SetV6Only(true)
+	opts.SetReceiveBufferSize(tcpBufferDefault, true)
+	// What is accepted reserves its tuple; that of an endpoint which is in TIME_WAIT
+	// but out of the demultiplexer may be reserved again.
+	opts.SetReuseAddress(true)
+	opts.SetReusePort(true)
+	if terr := ep.Listen(acceptBacklog); terr != nil {
+		ep.Close()
+		return nil, fmt.Errorf("listening in the stack: %s", terr)
+	}
+	s.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{proto}, tcp.ProtocolNumber,
+		ep.TransportEndpointInfo.ID, ep, ports.Flags{LoadBalanced: true, TupleOnly: true}, 0)
+	wq.EventRegister(&a.entry)
+	return ep, nil
+}
+
+// offer has the stack answer syn, if it is well-formed.
+func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) {
+	l := a.v6
+	if id.LocalAddress.Len() == header.IPv4AddressSize {
+		l = a.v4
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// As a user holds it, the stack leaves the SYN to us; see inline.go.
+	l.LockUser()
+	l.ResumeWork()
+	a.t.inline.queue.QueuePacket(l, id, syn)
+	handleListen(l)
+}
+
+// NotifyEvent is the stack's word that a handshake is complete. It runs under the lock
+// of the endpoint concerned: it only queues.
+func (a *acceptor) NotifyEvent(waiter.EventMask) { a.t.f.engine.put(&a.task) }
+
+// accept is a task.
+func (a *acceptor) accept() {
+	for _, l := range [...]*tcp.Endpoint{a.v4, a.v6} {
+		for {
+			a.mu.Lock()
+			ep, wq, terr := l.Accept(nil)
+			a.mu.Unlock()
+			if terr != nil { // there is none
+				break
+			}
+			a.t.accepted(ep.(*tcp.Endpoint), wq)
+		}
+	}
+}
+
+func (a *acceptor) close() {
+	for _, l := range [...]*tcp.Endpoint{a.v4, a.v6} {
+		l.Close()
+	}
+}
