@@ -147,8 +147,9 @@ func (r *Rules) DecideName(name string) NameVerdict {
 
 // Grantable reports whether an address in an answer for a name may be granted
 // and shown to the sandbox. Special addresses are not, nor private ones unless a
-// rule for the name has privateAddresses: allow, nor what carries such an
-// address – except where an allow rule by address opens it anyway.
+// rule for the name has privateAddresses: allow or the policy is in audit mode,
+// nor what carries such an address – except where an allow rule by address opens
+// it anyway.
 func (r *Rules) Grantable(name string, addr netip.Addr) bool {
 	if r == nil || r.egress == nil || !addr.IsValid() || addr.Zone() != "" {
 		return false
@@ -188,7 +189,7 @@ func (r *Rules) grantable(name string, addr netip.Addr) (*node, bool) {
 	if !isPrivate(addr) {
 		return at, true
 	}
-	private := false
+	private := r.audit
 	r.domains.each(name, func(s *settled) { private = private || s.private })
 	return at, private
 }

@@ -259,6 +259,20 @@ func TestAuditLetsThroughAndSaysWhatItWouldNot(t *testing.T) {
 			t.Errorf("%s: %v, reason %q, audited %v", tt.name, v, v.Reason(), v.Audited())
 		}
 	}
+	asked := Query{Proto: uint8(TCP), Dst: netip.MustParseAddrPort("198.51.100.1:8443"), Names: granted(t), Now: now}
+	p.Spec.Egress[0].Ports = []Port{{Protocol: TCP, Port: 443}}
+	if v := mustCompile(t, p, here).Decide(asked); v.Allowed() || v.Verify() != VerifyFirstBytes {
+		t.Errorf("what nothing allows, to a granted address, is let through before it said a name: %v", v)
+	}
+	// A name is learnt by reading it, where names are said.
+	for port, verify := range map[uint16]Verify{8080: VerifyFirstBytes, 22: VerifyNone} {
+		if v := rules.Decide(Query{Proto: uint8(TCP), Dst: netip.AddrPortFrom(alone, port), Names: granted(t), Now: now}); v.Verify() != verify || v.Allowed() != (verify == VerifyNone) {
+			t.Errorf("port %d of an address that is granted under names of no rule: %v", port, v)
+		}
+	}
+	if !rules.Grantable("intranet.test", athome) || rules.Grantable("intranet.test", addr("127.0.0.1")) {
+		t.Error("in audit mode, private addresses are granted and special ones are not")
+	}
 	if v := rules.DecideName("unknown.test"); !v.Allowed || !v.Audited || !v.Grants || v.Rule != "default" {
 		t.Errorf("a name that is not on the list: %+v", v)
 	}

@@ -99,6 +99,17 @@ var (
 	nameless    = []uint16{123, 3478} // of UDP: NTP, STUN
 )
 
+// speaksFirst reports whether the client of a protocol begins, and may say a name.
+func speaksFirst(proto uint8, port uint16) bool {
+	switch Protocol(proto) {
+	case TCP:
+		return !slices.Contains(serverFirst, port)
+	case UDP:
+		return !slices.Contains(nameless, port)
+	}
+	return false
+}
+
 // unverified gives the spans in which a rule asks for no name.
 func unverified(r *Rule) []span {
 	var out []span

@@ -1,6 +1,9 @@
 package policy
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // One address is judged by the lowest of two rules: the first by address, from
 // the tree of ranges (compile.go), and the first by domain, from the names under
@@ -69,11 +72,28 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 		if m.tried != noRule {
 			v.tried, v.reason = t.rules[m.tried].name, m.reason
 		}
-		if r.audit && (q.Ingress || info.lock == open) {
+		switch {
+		case !r.audit || !q.Ingress && info.lock != open:
+		case j.learns():
+			v = Verdict{rule: v.rule, proto: v.proto, action: r.deny, reason: ReasonUnread, verify: VerifyFirstBytes}
+		default:
 			v.action, v.audited = Allow, true
 		}
 	}
 	return v, at
+}
+
+// learns reports whether a flow that only audit mode lets through has a name to
+// tell first: it goes where a name was granted, by a protocol whose client
+// speaks first. What is logged of it is what rules will be made of.
+func (j *judgement) learns() bool {
+	q := j.query
+	if q.Ingress || q.Seen.Kind != SeenNone || !speaksFirst(q.Proto, q.Dst.Port()) {
+		return false
+	}
+	granted := false
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(string) { granted = true })
+	return granted
 }
 
 // verdict is what a rule that was found says. The match tells how, if it was
@@ -165,6 +185,22 @@ func (j *judgement) byName(private bool, best int32) match {
 	}
 	return m
 }
+
+// worthReading reports whether a flow that audit mode lets through says a name
+// first, so that a policy can be learnt from it: it goes to a granted address,
+// and to no port on which names are not said.
+func (j *judgement) worthReading() bool {
+	q := j.query
+	if q.Ingress || q.Seen.Kind != SeenNone || slices.ContainsFunc(freeSpans, func(s span) bool { return s.lo <= j.key && j.key <= s.hi }) {
+		return false
+	}
+	named := false
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(string) { named = true })
+	return named
+}
+
+// freeSpans are the keys for which a rule asks for no name unless it says so.
+var freeSpans = unverified(&Rule{})
 
 // candidate gives the lowest rule by domain below best that is right but for what
 // was said, else noRule.

@@ -3,6 +3,7 @@ package policy
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -179,7 +180,11 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 		if named {
 			v.tried, v.reason = w.tried(rules[:decided], q, a, v)
 		}
-		if w.p.Spec.Mode == Audit && (q.Ingress || info.lock == open) {
+		audit := w.p.Spec.Mode == Audit && (q.Ingress || info.lock == open)
+		silent := q.Proto != 6 && q.Proto != 17 || q.Proto == 6 && slices.Contains(serverFirst, q.Dst.Port()) || q.Proto == 17 && slices.Contains(nameless, q.Dst.Port())
+		if audit && !q.Ingress && q.Seen.Kind == SeenNone && !silent && len(twinGranted(q)) > 0 {
+			v = twinVerdict{action: w.deny(), rule: v.rule, reason: ReasonUnread, verify: VerifyFirstBytes}
+		} else if audit {
 			v.action, v.audited = Allow, true
 		}
 	}
