@@ -152,6 +152,7 @@ type dgramFlow struct {
 	lease   *nat.Lease
 	verdict atomic.Pointer[policy.Verdict]
 	shape   atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	quic    *quicFlow                  // of a flow whose first bytes were read; nil else
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
 	sent    atomic.Uint64              // header fields of the last packet, see noteSent
@@ -266,7 +267,7 @@ func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) er
 	shape := d.f.limited.of(v)
 	fl.shape.Store(shape)
 	lease, err := d.f.table.Acquire(nat.Spec{
-		Budget: shape.budgetOf(), Orig: orig, Rule: v.Rule(), Names: names(v), About: About{Verdict: v, Seen: fl.query.Seen},
+		Budget: shape.budgetOf(), Orig: orig, Rule: v.Rule(), Names: d.f.names(v, orig.Dst().Addr()), About: About{Verdict: v, Seen: fl.query.Seen},
 		Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
 	})
 	if err != nil {
@@ -394,7 +395,7 @@ func (fl *dgramFlow) recheck(r *policy.Rules) bool {
 	shape := fl.d.f.limited.of(v)
 	fl.shape.Store(shape)
 	_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
-	fl.lease.Describe(v.Rule(), names(v), About{Verdict: v, Seen: fl.query.Seen})
+	fl.lease.Describe(v.Rule(), fl.d.f.names(v, fl.peer.Addr()), About{Verdict: v, Seen: fl.query.Seen})
 	return true
 }
 

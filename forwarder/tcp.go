@@ -188,7 +188,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	lease, err := t.f.table.Acquire(nat.Spec{
 		Orig:   nat.NewTuple(unix.IPPROTO_TCP, src, dst),
 		Rule:   rule,
-		Names:  names(fl.verdict),
+		Names:  t.f.names(fl.verdict, dst.Addr()),
 		About:  About{Verdict: fl.verdict},
 		Budget: shape.budgetOf(),
 		Expire: fl.expire,

@@ -400,7 +400,7 @@ func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 		shape := fl.t.f.limited.of(v)
 		fl.shape.Store(shape)
 		_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
-		fl.lease.Describe(v.Rule(), names(v), About{Verdict: v, Seen: q.Seen})
+		fl.lease.Describe(v.Rule(), fl.t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
 	}
 	return same
 }

@@ -75,6 +75,9 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 		u.ask(fl, a, pkt)
 		return
 	}
+	if fl.quic != nil && !u.mayPass(fl, pkt) {
+		return
+	}
 	u.enqueue(fl, pkt, a)
 }
 
@@ -107,7 +110,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	v := u.f.judge(rules, q)
 	var before []heldPacket
 	if v.Verify() != policy.VerifyNone {
-		if v, before = u.verify(tuple, &q, v, a, pkt); v.Verify() != policy.VerifyNone {
+		if v, before, fl.quic = u.verify(tuple, &q, v, a, pkt); v.Verify() != policy.VerifyNone {
 			return nil
 		}
 		defer func() {

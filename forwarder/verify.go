@@ -82,12 +82,16 @@ func seenOf(s sniff.Seen) policy.Seen {
 	return seen
 }
 
-// names is the name that a verdict matched by, as a flow's names.
-func names(v policy.Verdict) []string {
-	if v.Name() == "" {
+// names are a flow's: the one that its verdict matched by, else all those under which the
+// destination is granted now.
+func (f *Forwarder) names(v policy.Verdict, dst netip.Addr) []string {
+	switch {
+	case v.Name() != "":
+		return []string{v.Name()}
+	case f.cfg.Names == nil || !f.rules.Load().GatesNames():
 		return nil
 	}
-	return []string{v.Name()}
+	return f.cfg.Names.Of(dst, f.now(), nil)
 }
 
 // checked is a flow that waits in a checkList.

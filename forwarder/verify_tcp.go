@@ -166,7 +166,7 @@ func (fl *tcpFlow) decide(seen policy.Seen) (abort string) {
 		q.Seen = policy.Seen{Kind: policy.SeenOpaque}
 		v = t.f.judge(rules, q)
 	}
-	fl.lease.Describe(v.Rule(), names(v), About{Verdict: v, Seen: q.Seen})
+	fl.lease.Describe(v.Rule(), t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
 	if !v.Allowed() {
 		return fl.refuse(v, seen)
 	}

@@ -8,6 +8,7 @@ package forwarder
 // name, and is judged as that at once.
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -126,7 +127,7 @@ func (ht *heldTuples) close() {
 // verify reads a datagram of a tuple that has no flow yet, and puts what it says into q.
 // The verdict that it returns is final, with the packets that came before, whose
 // references are the caller's; or pkt is held, and the verdict still asks. openMu is held.
-func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict, a arrival, pkt *stack.PacketBuffer) (policy.Verdict, []heldPacket) {
+func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict, a arrival, pkt *stack.PacketBuffer) (policy.Verdict, []heldPacket, *quicFlow) {
 	ht := u.held
 	ht.mu.Lock()
 	h := ht.tuples[tuple]
@@ -141,7 +142,7 @@ func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict
 			if first {
 				ht.list.enter(&h.entry, h, checkTimeout)
 			}
-			return v, nil
+			return v, nil, nil
 		}
 		err = sniff.ErrTooLong
 	}
@@ -152,14 +153,95 @@ func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict
 	}
 	ht.list.leave(&h.entry)
 	packets := ht.take(tuple, h)
-	return u.f.judge(u.f.rules.Load(), *q), packets
+	var conns *quicFlow
+	if q.Seen.Kind == policy.SeenQUIC {
+		conns = &quicFlow{known: []*sniff.Initial{&h.initial}}
+	}
+	return u.f.judge(u.f.rules.Load(), *q), packets, conns
+}
+
+// quicFlow is the connections of a verified flow. One tuple may carry several, one after
+// the other or at once, and each says a name of its own.
+type quicFlow struct {
+	mu    sync.Mutex
+	known []*sniff.Initial // verified
+	fresh []*sniff.Initial // their ClientHello is not whole yet
+}
+
+// maxConnections bounds the connections of one tuple; the oldest are forgotten.
+const maxConnections = 8
+
+// mayPass tells whether a packet of a verified flow may pass: it begins no connection to a
+// name that is not allowed. What comes before a ClientHello is whole passes, as no server can
+// do anything with it.
+func (u *udpForwarder) mayPass(fl *dgramFlow, pkt *stack.PacketBuffer) bool {
+	ok := true
+	eachDatagram(pkt, func(p []byte) bool {
+		ok = !sniff.MayBegin(p) || u.connection(fl, p)
+		return ok
+	})
+	return ok
+}
+
+// connection judges the connection that a datagram begins, or goes on with.
+func (u *udpForwarder) connection(fl *dgramFlow, p []byte) bool {
+	c := fl.quic
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, q := range c.known {
+		if q.Continues(p) {
+			return true
+		}
+	}
+	at := slices.IndexFunc(c.fresh, func(q *sniff.Initial) bool { return q.SameID(p) })
+	q := new(sniff.Initial)
+	if at >= 0 {
+		q = c.fresh[at]
+		c.fresh = slices.Delete(c.fresh, at, at+1)
+	}
+	said, err := q.Add(p)
+	switch {
+	case err != nil || said.Kind == sniff.Opaque:
+		u.held.malformed.Add(1)
+		return false
+	case said.Kind == sniff.None:
+		c.fresh = bounded(append(c.fresh, q))
+		return true
+	}
+	query := fl.query
+	query.Seen = seenOf(said)
+	v := u.f.judge(u.f.rules.Load(), query)
+	if !v.Allowed() || v.Target() != fl.target {
+		u.n.refused.Add(1)
+		u.f.noteRefused(Refusal{Proto: protoUDP, Src: query.Src, Dst: query.Dst, Verdict: v, Seen: query.Seen})
+		return false
+	}
+	c.known = bounded(append(c.known, q))
+	return true
+}
+
+func bounded(list []*sniff.Initial) []*sniff.Initial {
+	if len(list) > maxConnections {
+		list = slices.Delete(list, 0, 1)
+	}
+	return list
 }
 
 // readInitials gives the datagrams of a packet, which may be a train, to initial.
 func readInitials(initial *sniff.Initial, pkt *stack.PacketBuffer) (said sniff.Seen, err error) {
+	said.Kind = sniff.Opaque // an empty datagram
+	eachDatagram(pkt, func(p []byte) bool {
+		said, err = initial.Add(p)
+		return err == nil && said.Kind == sniff.None
+	})
+	return said, err
+}
+
+// eachDatagram yields the datagrams of a packet, until one is enough.
+func eachDatagram(pkt *stack.PacketBuffer, yield func([]byte) bool) {
 	v := pkt.Data().AsRange().ToView()
 	if v == nil {
-		return sniff.Seen{Kind: sniff.Opaque}, nil
+		return
 	}
 	defer v.Release()
 	data := v.AsSlice()
@@ -167,10 +249,11 @@ func readInitials(initial *sniff.Initial, pkt *stack.PacketBuffer) (said sniff.S
 	if mss := int(pkt.GSOOptions.MSS); mss > 0 {
 		size = mss
 	}
-	for len(data) > 0 && said.Kind == sniff.None && err == nil {
+	for len(data) > 0 {
 		n := min(size, len(data))
-		said, err = initial.Add(data[:n])
+		if !yield(data[:n]) {
+			return
+		}
 		data = data[n:]
 	}
-	return said, err
 }

@@ -77,19 +77,29 @@ func quicServer(t *testing.T, at string, change func(*quic.Config)) *quic.Endpoi
 
 // quicEcho connects from the guest, as name, and has a few bytes echoed.
 func (g *guest) quicEcho(ctx context.Context, to netip.AddrPort, name string, protocols []string) error {
+	e, closeAll := g.quicEndpoint()
+	defer closeAll()
+	return quicEcho(ctx, e, to, name, protocols)
+}
+
+func (g *guest) quicEndpoint() (*quic.Endpoint, func()) {
+	g.t.Helper()
 	pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
 	if err != nil {
-		return err
+		g.t.Fatal(err)
 	}
 	e, err := quic.NewEndpoint(pc, nil)
 	if err != nil {
-		return err
+		g.t.Fatal(err)
 	}
-	defer func() {
+	return e, func() {
 		closed, stop := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer stop()
 		_ = e.Close(closed)
-	}()
+	}
+}
+
+func quicEcho(ctx context.Context, e *quic.Endpoint, to netip.AddrPort, name string, protocols []string) error {
 	c, err := e.Dial(ctx, "udp", to.String(), &quic.Config{TLSConfig: &tls.Config{
 		ServerName: name, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, NextProtos: append(protocols, "echo"),
 	}})
@@ -163,6 +173,43 @@ func TestQUICByName(t *testing.T) {
 				t.Errorf("%d sockets, %d flows", n, g.table.Len())
 			}
 		})
+	}
+}
+
+// TestEachQUICConnectionOfATupleIsJudged dials twice from one socket.
+func TestEachQUICConnectionOfATupleIsJudged(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	var mu sync.Mutex
+	var refusals []Refusal
+	g := newNamed(t, byName, func(c *Config) {
+		c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
+	})
+	s := quicServer(t, addrA.String()+":0", nil)
+	e, closeAll := g.quicEndpoint()
+	defer closeAll()
+	for _, row := range []struct {
+		name    string
+		through bool
+	}{{"a.example", true}, {"b.example", false}, {"www.a.example", true}} {
+		timeout := 5 * time.Second
+		if !row.through {
+			timeout = 300 * time.Millisecond
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
+		if err := quicEcho(ctx, e, s.LocalAddr(), row.name, nil); (err == nil) != row.through {
+			t.Errorf("as %s: %v", row.name, err)
+		}
+		cancel()
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(refusals) == 0 || refusals[0].Seen.Name != "b.example" || refusals[0].Verdict.Reason() != policy.ReasonMismatch {
+		t.Errorf("refusals %+v", refusals)
+	}
+	if n := g.table.Len(); n != 1 {
+		t.Errorf("%d flows, want 1", n)
 	}
 }
 

@@ -50,7 +50,7 @@ func (l *flowLog) record(e flowEnd) api.FlowRecord {
 	}
 	switch s := &about.Seen; s.Kind {
 	case policy.SeenTLS, policy.SeenQUIC:
-		r.SNI = s.Name
+		r.SNI, r.ECH = s.Name, s.ECH
 	case policy.SeenHTTP, policy.SeenHTTP2:
 		r.Type = api.TypeL7
 		r.L7 = &api.L7{Type: "REQUEST", HTTP: &api.L7HTTP{Method: s.Method, URL: "http://" + s.Name + s.Path}}

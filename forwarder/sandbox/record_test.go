@@ -63,7 +63,7 @@ func TestRecordsInHubblesWords(t *testing.T) {
 	refuse := func(r forwarder.Refusal) func(*flowLog) { return func(l *flowLog) { l.refused(r, false) } }
 	tls := func(name string) policy.Seen { return policy.Seen{Kind: policy.SeenTLS, Name: name} }
 	get := policy.Seen{Kind: policy.SeenHTTP, Name: "pypi.example", Method: "GET", Path: "/admin"}
-	good, other := judged(t, "enforce", 443, tls("pypi.example")), judged(t, "enforce", 443, tls("evil.example"))
+	good, other := judged(t, "enforce", 443, tls("pypi.example")), judged(t, "enforce", 443, policy.Seen{Kind: policy.SeenTLS, Name: "evil.example", ECH: true})
 	audited := judged(t, "audit", 443, tls("evil.example"))
 	pending := judged(t, "enforce", 443, policy.Seen{})
 	for _, row := range []struct {
@@ -78,7 +78,7 @@ func TestRecordsInHubblesWords(t *testing.T) {
 			"bytes": 300, "duration_seconds": 1, "id": 9, "reply_destination": "198.51.100.7:50000", "state": "TIME_WAIT"}`},
 		{"one with another name", refuse(other), `{
 			"verdict": "DROPPED", "drop_reason_desc": "POLICY_DENIED", "rejected": true, "rule": "default", "tried": "egress[0] pypi", "reason": "name-mismatch",
-			"sni": "evil.example", "destination_names": ["pypi.example"], "id": null, "reply_destination": null}`},
+			"sni": "evil.example", "ech": true, "destination_names": ["pypi.example"], "id": null, "reply_destination": null}`},
 		{"one in audit mode", end(forwarder.About{Verdict: audited.Verdict, Seen: audited.Seen}, "closed"), `{
 			"verdict": "AUDIT", "drop_reason_desc": null, "rule": "default", "tried": "egress[0] pypi", "sni": "evil.example"}`},
 		{"one that ended before it said whom it wants", end(forwarder.About{Verdict: pending.Verdict}, "first_bytes_timeout"), `{

@@ -60,14 +60,67 @@ type Initial struct {
 
 var errNotQUIC = errors.New("not a QUIC Initial packet")
 
-// IsInitial tells whether a datagram begins with an Initial packet of a version that is
-// known here, by its first bytes only.
-func IsInitial(p []byte) bool {
-	if len(p) < 5 || p[0]&0xc0 != 0xc0 {
-		return false
+// MayBegin tells whether a datagram may begin a connection, as those that carry an Initial
+// packet do, and those whose packets cannot be told apart: of a version that is not known
+// here, or broken. Of a connection that is set up no datagram may.
+func MayBegin(p []byte) bool {
+	begins := false
+	walk(p, func(_ []byte, _ int, initial bool) bool {
+		begins = initial
+		return !initial
+	})
+	return begins
+}
+
+// walk yields the long-header packets of a datagram (RFC 9000, section 12.2), each with the
+// place of its packet number, and whether it is, or may be, an Initial.
+func walk(p []byte, yield func(packet []byte, at int, initial bool) bool) {
+	for len(p) > 0 && p[0]&0x80 != 0 {
+		c := cursor{b: p}
+		first := c.uint(1)
+		v, known := quicVersions[uint32(c.uint(4))]
+		c.vector(1)
+		c.vector(1)
+		initial := byte(first)>>4&3 == v.initial
+		if initial {
+			c.take(c.varint()) // token
+		}
+		length := c.varint()
+		at := len(p) - len(c.b)
+		if c.bad || !known || length > len(c.b) {
+			yield(p, 0, true)
+			return
+		}
+		if !yield(p[:at+length], at, initial) {
+			return
+		}
+		p = p[at+length:]
 	}
-	v, ok := quicVersions[binary.BigEndian.Uint32(p[1:])]
-	return ok && p[0]>>4&3 == v.initial
+}
+
+// Continues tells whether all Initial packets of a datagram, of which there must be one, are
+// of the connection that was read: its keys remain those of its first packet, while the
+// server chooses another connection ID (RFC 9001, section 5.2).
+func (q *Initial) Continues(p []byte) bool {
+	ours := false
+	walk(p, func(packet []byte, at int, initial bool) bool {
+		if !initial {
+			return true
+		}
+		ours = q.keys != nil && at > 0 && len(packet) >= at+4+sampleLen && binary.BigEndian.Uint32(packet[1:]) == q.version
+		if ours {
+			_, ours = q.keys.open(packet, at)
+		}
+		return ours
+	})
+	return ours
+}
+
+// SameID tells whether a datagram's first packet is to the connection ID that was read.
+func (q *Initial) SameID(p []byte) bool {
+	c := cursor{b: p}
+	c.skip(5)
+	return q.keys != nil && string(c.vector(1)) == q.connID && !c.bad
 }
 
 // Add reads a datagram. A Seen of Kind None asks for more. What is no QUIC is Opaque, if
@@ -112,6 +165,8 @@ func (q *Initial) Add(p []byte) (Seen, error) {
 		return seen, ErrMalformed
 	}
 	err := seen.readHello(q.crypto[handshakeHeader:whole])
+	// What Continues needs stays; there is nothing more to add.
+	*q = Initial{version: q.version, connID: q.connID, keys: q.keys, datagrams: maxDatagrams}
 	return seen, err
 }
 

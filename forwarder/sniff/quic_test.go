@@ -177,15 +177,54 @@ func TestAQUICHelloIsNotWaitedForForEver(t *testing.T) {
 	}
 }
 
-func TestIsInitial(t *testing.T) {
-	for _, version := range []uint32{version1, version2} {
-		if !IsInitial(seal(t, version, rfcConnID, 0, []byte{1}, 100)) {
-			t.Errorf("version %#x is not known", version)
+func TestWhatMayBeginAConnection(t *testing.T) {
+	handshake := append([]byte{0xe0, 0, 0, 0, 1, 0, 0, 0x40, 20}, make([]byte, 20)...)
+	for _, row := range []struct {
+		what string
+		p    []byte
+		want bool
+	}{
+		{"an Initial packet", seal(t, version1, rfcConnID, 0, []byte{1}, 100), true},
+		{"of version 2", seal(t, version2, rfcConnID, 0, []byte{1}, 100), true},
+		{"behind another one", append(bytes.Clone(handshake), seal(t, version1, rfcConnID, 0, []byte{1}, 100)...), true},
+		{"a version nobody knows", []byte{0xc0, 0, 0, 0, 9, 0, 0}, true},
+		{"a header that is cut", []byte{0xe0, 0, 0, 0, 1}, true},
+		{"a packet of a handshake", handshake, false},
+		{"a short header", []byte{0x40, 0, 0, 0, 1}, false},
+		{"nothing", nil, false},
+	} {
+		if got := MayBegin(row.p); got != row.want {
+			t.Errorf("%s: %v", row.what, got)
 		}
 	}
-	for _, p := range [][]byte{nil, {0xc0}, {0xe0, 0, 0, 0, 1}, {0x40, 0, 0, 0, 1}, {0xc0, 0, 0, 0, 9}} {
-		if IsInitial(p) {
-			t.Errorf("%x is an Initial packet", p)
+}
+
+func TestWhatContinuesAConnection(t *testing.T) {
+	var q Initial
+	if q.Continues(seal(t, version1, rfcConnID, 0, []byte{1}, 100)) {
+		t.Error("nothing was read yet")
+	}
+	if _, err := q.Add(seal(t, version1, rfcConnID, 0, cryptoFrame(0, quicHello(t, "quic.example")), 1200)); err != nil {
+		t.Fatal(err)
+	}
+	ack := seal(t, version1, rfcConnID, 1, []byte{2, 0, 0, 0, 0}, 100)
+	other := seal(t, version1, []byte("12345678"), 1, []byte{1}, 100)
+	for _, row := range []struct {
+		what string
+		p    []byte
+		want bool
+	}{
+		{"its next packet", ack, true},
+		{"with a packet of its handshake", append(bytes.Clone(ack), 0xe0, 0, 0, 0, 1, 0, 0, 0), true},
+		{"another connection's", other, false},
+		{"another one's behind its own", append(bytes.Clone(ack), other...), false},
+		{"no Initial at all", []byte{0x40, 1, 2}, false},
+	} {
+		if got := q.Continues(row.p); got != row.want {
+			t.Errorf("%s: %v", row.what, got)
 		}
+	}
+	if !q.SameID(ack) || q.SameID(other) || q.SameID(nil) {
+		t.Error("connection IDs are mixed up")
 	}
 }

@@ -48,6 +48,7 @@ type FlowRecord struct {
 	Reason   string `json:"reason,omitempty"`
 	Rejected bool   `json:"rejected,omitempty"` // the sandbox was told of its refusal
 	SNI      string `json:"sni,omitempty"`      // the name in the flow's ClientHello
+	ECH      bool   `json:"ech,omitempty"`      // it carries an encrypted one, too
 	State    string `json:"state,omitempty"`    // conntrack's, at the end
 
 	Start    time.Time `json:"start"` // when its first packet came
