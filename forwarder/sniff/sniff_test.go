@@ -70,7 +70,7 @@ func withExtension(b []byte, typ uint16, data []byte) []byte {
 
 // feed gives Stream ever more of p, as much as it asks for, and tells how often it was
 // called. It fails the test if Stream asks for what it has.
-func feed(t testing.TB, p []byte) (Seen, error, int) {
+func feed(t testing.TB, p []byte) (Seen, int, error) {
 	t.Helper()
 	calls := 0
 	for n := 0; ; {
@@ -78,13 +78,13 @@ func feed(t testing.TB, p []byte) (Seen, error, int) {
 		s, need, err := Stream(p[:n])
 		switch {
 		case err != nil || need == 0:
-			return s, err, calls
+			return s, calls, err
 		case s.Kind != None:
 			t.Fatalf("kind %v is known, and %d bytes are asked for", s.Kind, need)
 		case need <= n:
 			t.Fatalf("of %d bytes, %d are asked for", n, need)
 		case need > len(p):
-			return s, io.ErrUnexpectedEOF, calls
+			return s, calls, io.ErrUnexpectedEOF
 		}
 		n = need
 	}
@@ -128,12 +128,12 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 		{"whose first frame is no SETTINGS", append([]byte(preface), frame(6, 0, 0, make([]byte, 8))...), Seen{Kind: HTTP2}, ErrMalformed},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			got, err, _ := feed(t, row.in)
+			got, _, err := feed(t, row.in)
 			if got != row.want && row.err == nil || got.Kind != row.want.Kind || !errors.Is(err, row.err) {
 				t.Errorf("got %+v, %v; want %+v, %v", got, err, row.want, row.err)
 			}
 			if row.err == nil {
-				if again, err, _ := bytewise(t, row.in); again != row.want || err != nil {
+				if again, err := bytewise(t, row.in); again != row.want || err != nil {
 					t.Errorf("byte by byte: %+v, %v", again, err)
 				}
 			}
@@ -142,19 +142,19 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 }
 
 // bytewise gives Stream one byte more each time, whatever it asks for.
-func bytewise(t testing.TB, p []byte) (Seen, error, int) {
+func bytewise(t testing.TB, p []byte) (Seen, error) {
 	t.Helper()
 	for n := range p {
 		if s, need, err := Stream(p[:n+1]); need == 0 || err != nil {
-			return s, err, n
+			return s, err
 		}
 	}
-	return Seen{}, io.ErrUnexpectedEOF, len(p)
+	return Seen{}, io.ErrUnexpectedEOF
 }
 
 func TestAHelloInSegmentsIsReadOnlyAsOftenAsItHasRecords(t *testing.T) {
 	sni := hello(t, "example.com", nil)
-	if _, _, calls := feed(t, sni); calls > 5 {
+	if _, calls, _ := feed(t, sni); calls > 5 {
 		t.Errorf("%d looks at a ClientHello in one record", calls)
 	}
 }
