@@ -145,7 +145,7 @@ closes  ingress    192.0.2.128/25  TCP 8080 allow by ingress[0] office   reject 
 }
 
 func TestPolicySuggestReadsAFlowLog(t *testing.T) {
-	const lines = `{"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"198.51.100.1","ipVersion":"IPv4"},"l4":{"TCP":{"source_port":40000,"destination_port":443}},"destination_names":["cdn.test","pypi.org"],"sni":"pypi.org"}
+	const lines = `{"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"198.51.100.1","ipVersion":"IPv4"},"l4":{"TCP":{"source_port":40000,"destination_port":443}},"destination_names":["cdn.test","pypi.org"],"sni":"pypi.org","ech":true}
 {"verdict":"AUDIT","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"198.51.100.2"},"l4":{"TCP":{"destination_port":80}},"destination_names":["web.test"],"Type":"L7","l7":{"type":"REQUEST","http":{"method":"GET","url":"http://web.test/a"}}}
 {"verdict":"DROPPED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"203.0.113.1"},"l4":{"TCP":{"destination_port":25}}}
 {"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"10.0.2.3"},"l4":{"UDP":{"destination_port":53}},"l7":{"dns":{"query":"pypi.org."}}}
@@ -168,6 +168,7 @@ spec:
       ports:
         - protocol: TCP
           port: 443
+      ech: allow
     - name: web.test
       action: allow
       to:

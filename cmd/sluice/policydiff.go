@@ -100,7 +100,7 @@ const (
 
 // observed gives the flow of a record; none for what did not pass or is no flow.
 func observed(r *api.FlowRecord) (policy.Observed, bool) {
-	o := policy.Observed{Ingress: r.TrafficDirection == api.Ingress, Peer: r.IP.Destination, Said: r.SNI, Names: r.DestinationNames}
+	o := policy.Observed{Ingress: r.TrafficDirection == api.Ingress, Peer: r.IP.Destination, Said: r.SNI, ECH: r.ECH, Names: r.DestinationNames}
 	if o.Ingress {
 		o.Peer = r.IP.Source
 	}
