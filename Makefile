@@ -12,7 +12,9 @@ export CGO_ENABLED = 0
 # The recipes' own tools, wherever `go test` starts them from.
 export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build run test bench lint fuzz clean
+KILLS   ?= 500
+
+.PHONY: build run demo-cni test bench soak-cni bench-cni e2e-kube lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -24,16 +26,34 @@ build:
 run: build
 	hack/run.sh
 
+# Two containers of podman behind sluice-cni, one of which may reach the other. As root.
+demo-cni: build
+	hack/demo-cni.sh
+
 # Everything: vet, unit tests, end-to-end tests as root and as an ordinary user.
 # Installs what is missing as root, says what is missing otherwise.
 test: build
 	hack/test.sh
+
+# A Kubernetes of two nodes with every pod behind Sluice, in one to three minutes. KUBE_TOOLS
+# is the directory of the programs that start one; unset, what it must hold is said.
+e2e-kube: build
+	hack/kube.sh
 
 # Sluice against every peer on PATH (docs/performance.md). SHORT=1: two minutes;
 # CELLS=REGEXP: only these.
 bench: build
 	$(GO) build -trimpath -o build/bench ./e2e/bench
 	build/bench $(if $(SHORT),-short) $(if $(CELLS),-cells '$(CELLS)') $(if $(SHORT)$(CELLS),,-svg docs/bench.svg) $(BENCHFLAGS)
+
+# As root: KILLS random `kill -9` of plugin, monitor and worker under load. SEED=N: the
+# same ones again.
+soak-cni: build
+	hack/e2e-cni.sh 40m TestCNISoak SLUICE_SOAK_KILLS=$(KILLS) $(if $(SEED),SLUICE_SOAK_SEED=$(SEED))
+
+# As root, on a machine that does nothing else: what the plugin costs a pod (docs/cni.md).
+bench-cni: build
+	hack/e2e-cni.sh 5m TestCNICosts SLUICE_BENCH_CNI=1
 
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

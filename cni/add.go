@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -153,6 +154,9 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if ad.uplinkH, err = handle(ad.uplink); err != nil {
 		return err
 	}
+	if err := closeUplink(ad.uplinkH, ad.args.IfName); err != nil {
+		return err
+	}
 	link, err := ad.bringUplink(ctx)
 	if err != nil {
 		return err
@@ -192,7 +196,7 @@ func (ad *adding) pass(ctx context.Context) error {
 		return nil
 	}
 	ad.undo.push(func() error { return ad.delDelegates(ad.args.Netns) })
-	r, err := ad.delegates.add(ctx, ad.args.Netns)
+	r, err := ad.addDelegates(ctx, ad.args.Netns)
 	if err != nil {
 		return err
 	}
@@ -205,10 +209,18 @@ func (ad *adding) pass(ctx context.Context) error {
 	return ad.h.write(ad.a)
 }
 
+func (ad *adding) addDelegates(ctx context.Context, netns string) (r types.Result, err error) {
+	err = ad.h.lend(func() error {
+		r, err = ad.delegates.add(ctx, netns)
+		return err
+	})
+	return r, err
+}
+
 func (ad *adding) delDelegates(netns string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
-	return ad.delegates.run(ctx, "DEL", netns, nil)
+	return ad.h.lend(func() error { return ad.delegates.run(ctx, "DEL", netns, nil) })
 }
 
 // spec is what the configuration says about the monitor.
@@ -223,6 +235,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
 		Sysctls:     c.Sysctl,
 		FlowLog:     c.FlowLog,
+		Keep:        filepath.Join(ad.h.store.dir(ad.h.name), keepFile),
 		Describe:    []string{"container", a.ContainerID, a.IfName, "network", a.Network},
 	}
 	if a.Pod.Name != "" {
@@ -267,11 +280,8 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 		return ad.runDelegates(ctx)
 	}
 	ad.result = ad.c.prevResult
-	link, state, err := readLink(ad.podH, ad.args.IfName)
+	link, state, err := readMain(ad.pod, ad.podH, ad.args.IfName)
 	if err != nil {
-		return nil, err
-	}
-	if state.NoIPv6, err = ipv6Off(ad.pod, ad.args.IfName); err != nil {
 		return nil, err
 	}
 	ad.a.Link = state
@@ -297,6 +307,9 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 	if err := state.apply(ad.uplinkH, moved, true); err != nil {
 		return nil, fmt.Errorf("in the uplink namespace: %w", err)
 	}
+	if err := state.applyRules(ad.uplinkH); err != nil {
+		return nil, fmt.Errorf("in the uplink namespace: %w", err)
+	}
 	if err := ad.undo.done(stepRestored, nil); err != nil {
 		return nil, err
 	}
@@ -306,7 +319,7 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 	path := ad.uplink.Path()
 	ad.undo.push(func() error { return ad.delDelegates(path) })
-	r, err := ad.delegates.add(ctx, path)
+	r, err := ad.addDelegates(ctx, path)
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -81,6 +83,10 @@ func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdA
 }
 
 func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
+	// First, as a monitor that died took the pod's device along.
+	if err := p.Launcher.Alive(ctx, *a.Launch); err != nil {
+		return fmt.Errorf("nothing serves the pod, so it has no network (GC and STATUS start its monitor anew): %w", err)
+	}
 	if err := checkNamespace(a.NetNS, func(pod ns.NetNS, h *netlink.Handle) error {
 		if err := checkLink(h, a.Link, a.Launch.Device.MTU); err != nil {
 			return fmt.Errorf("in the pod: %w", err)
@@ -89,8 +95,11 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 	}); err != nil {
 		return err
 	}
-	if err := checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
+	return checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
 		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
+			return fmt.Errorf("in the uplink namespace: %w", err)
+		}
+		if err := a.Link.checkRules(h); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
 		if _, err := h.LinkByName(inboundName); err != nil {
@@ -103,10 +112,7 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 			}
 			return err
 		})
-	}); err != nil {
-		return err
-	}
-	return p.Launcher.Alive(ctx, *a.Launch)
+	})
 }
 
 func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error {
@@ -159,13 +165,15 @@ func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
 	return nil
 }
 
-// The specification's error codes of STATUS.
-const (
-	errPluginNotAvailable  = 50
-	errLimitedConnectivity = 51
-)
+// errPluginNotAvailable is the specification's error code of STATUS.
+const errPluginNotAvailable = 50
 
-// status says whether an ADD could work now, and puts monitors that died to work again.
+// statusRepair bounds what STATUS spends on containers: runtimes call it every few seconds.
+const statusRepair = 20 * time.Second
+
+// status says whether an ADD could work now, and puts monitors that died to work again. If
+// one of those cannot be replaced, that is no answer: a node without STATUS takes no pods
+// any more and loses those that it has, for the sake of one, which may have wanted just that.
 func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	notAvailable := func(what string, err error) error {
 		return types.NewError(errPluginNotAvailable, "sluice: "+what, err.Error())
@@ -193,8 +201,14 @@ func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) erro
 			return notAvailable("a delegate", err)
 		}
 	}
+	ctx, cancel := context.WithTimeout(ctx, statusRepair)
+	defer cancel()
 	if err := p.Repair(ctx, c.StateDir); err != nil {
-		return types.NewError(errLimitedConnectivity, "sluice: containers without their worker", err.Error())
+		stderr := p.Stderr
+		if stderr == nil {
+			stderr = os.Stderr
+		}
+		fmt.Fprintf(stderr, "sluice: STATUS: containers without their monitor: %v\n", err)
 	}
 	return nil
 }

@@ -94,8 +94,10 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	}
 	errs = append(errs, back.give(), p.reached(stepGiven))
 
-	if delegated {
-		errs = append(errs, p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath))
+	// GC knows no container where there is no record: what delegates have of it is for
+	// their own GC.
+	if delegated && args.ContainerID != "" {
+		errs = append(errs, h.lend(func() error { return p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath) }))
 	}
 	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
 	removeCgroups(spec.Cgroups)

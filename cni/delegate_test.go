@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // fakeExec plays delegates. "main" makes a dummy interface in the namespace that it is
@@ -120,6 +122,7 @@ func alone(t *testing.T) (*node, *fakeExec, func(verb string, more ...string) er
 		case "CHECK":
 			err = n.plugin.check(t.Context(), c, args)
 		case "GC":
+			args.ContainerID, args.IfName, args.Netns = "", "", "" // it is about no container
 			err = n.plugin.gc(t.Context(), c, args)
 		case "STATUS":
 			err = n.plugin.status(t.Context(), c, args)
@@ -242,4 +245,44 @@ func TestTheDefaultDelegates(t *testing.T) {
 	if !strings.Contains(string(list.plugins[0].conf["runtimeConfig"]), "10.212.0.9") {
 		t.Errorf("ptp is not told the wanted address: %s", asJSON(list.plugins[0].conf))
 	}
+}
+
+func TestADelegateThatOutlivesThePluginIsWaitedFor(t *testing.T) {
+	s, err := openStore(t.TempDir())
+	must(t, err)
+	h, err := s.hold(t.Context(), "pod-1")
+	must(t, err)
+	start := func() (end func()) {
+		cmd := exec.Command("cat")
+		in, err := cmd.StdinPipe()
+		must(t, err)
+		must(t, cmd.Start())
+		return func() { _ = in.Close(); _ = cmd.Wait() }
+	}
+	var endDelegate func()
+	must(t, h.lend(func() error { endDelegate = start(); return nil }))
+	endMonitor := start()
+	defer endMonitor()
+	h.release() // as by the plugin's death
+	if _, err := s.tryHold("pod-1"); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("with the delegate at work: %v", err)
+	}
+	endDelegate()
+	h, err = s.tryHold("pod-1")
+	must(t, err)
+	h.release()
+}
+
+// A plugin that is killed as it makes, or removes, an attachment leaves a directory
+// without a record: nobody knows whose it was.
+func TestGCOfRemainsWithoutARecordRunsNoDelegateForThem(t *testing.T) {
+	n, exec, run := alone(t)
+	s, err := openStore(n.state)
+	must(t, err)
+	h, err := s.hold(t.Context(), n.name())
+	must(t, err)
+	h.release()
+	must(t, run("GC"))
+	same(t, "GC", exec.verbs(), "main GC", "meta GC")
+	n.clean()
 }

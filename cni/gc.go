@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/containernetworking/cni/pkg/skel"
 
@@ -91,14 +92,27 @@ func (p *Plugin) Repair(ctx context.Context, stateDir string) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for _, name := range names {
-		if err := p.repairNamed(ctx, s, name); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
-		}
+	// One that takes its time, as in a container that is short of CPU, must not hold up
+	// the others.
+	errs := make([]error, len(names))
+	slots := make(chan struct{}, repairsAtOnce)
+	var wg sync.WaitGroup
+	for i, name := range names {
+		slots <- struct{}{}
+		// Owned by Repair, which waits for it.
+		wg.Go(func() {
+			defer func() { <-slots }()
+			if err := p.repairNamed(ctx, s, name); err != nil {
+				errs[i] = fmt.Errorf("%s: %w", name, err)
+			}
+		})
 	}
+	wg.Wait()
 	return errors.Join(errs...)
 }
+
+// repairsAtOnce bounds the attachments that are looked at in parallel.
+const repairsAtOnce = 8
 
 func (p *Plugin) repairNamed(ctx context.Context, s store, name string) error {
 	h, err := s.tryHold(name)
@@ -119,8 +133,8 @@ func (p *Plugin) repairNamed(ctx context.Context, s store, name string) error {
 }
 
 // repair replaces the monitor of an attachment, if it is dead and everything else is
-// there: the pod's interface comes back with the same addresses. What policy was set
-// by hand is lost with the monitor; the agent sets its own anew.
+// there: the pod's interface comes back with the same addresses, and the policy is the
+// one that was set last.
 func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	boot, err := bootID()
 	if err != nil {
@@ -129,8 +143,8 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	if a.State != StateReady || a.BootID != boot || a.Launch == nil || a.Link == nil {
 		return nil
 	}
-	if p.Launcher.Alive(ctx, *a.Launch) == nil {
-		return nil
+	if gone, err := p.Launcher.Gone(*a.Launch); err != nil || !gone {
+		return err
 	}
 	id, err := netnsID(a.NetNS)
 	if err != nil || id != a.NetNSID {

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
@@ -70,8 +71,36 @@ func (g *giving) take() error {
 			return err
 		}
 	}
-	if err := moveLink(g.uplink, link, g.pod, g.onTheWay()); err != nil {
+	// What has that name while ours is still here is not ours.
+	if err = g.evict(g.onTheWay()); err == nil {
+		err = moveLink(g.uplink, link, g.pod, g.onTheWay())
+	}
+	if err != nil {
 		return fmt.Errorf("give the pod its interface back: %w", err)
+	}
+	return nil
+}
+
+// evict takes a name from an interface of the pod's own: who is root in there can give
+// any name to any.
+func (g *giving) evict(name string) error {
+	h, err := handle(g.pod)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	link, err := findLink(h, name)
+	if err != nil || link == nil {
+		return err
+	}
+	if link.Attrs().Name != name {
+		err = h.LinkDelAltName(link, name)
+	} else if h.LinkDel(link) != nil {
+		// The loopback interface cannot be deleted; and not all that are up can be renamed.
+		err = errors.Join(h.LinkSetDown(link), h.LinkSetName(link, fmt.Sprintf("evicted%08x", rand.Uint32())))
+	}
+	if err != nil {
+		return fmt.Errorf("free the name %s: %w", name, err)
 	}
 	return nil
 }
@@ -114,8 +143,11 @@ func (g *giving) give() error {
 // is up, so there it is waited for.
 func (g *giving) clearName(h *netlink.Handle) error {
 	link, err := findLink(h, g.ifName)
-	if err != nil || link == nil || !isDevice(link) {
+	switch {
+	case err != nil || link == nil:
 		return err
+	case !isDevice(link) || link.Attrs().Name != g.ifName:
+		return g.evict(g.ifName)
 	}
 	if h.LinkSetName(link, g.ending()) == nil {
 		return nil

@@ -192,6 +192,12 @@ func (n *node) gc(valid bool) error {
 	return n.plugin.gc(n.t.Context(), c, args)
 }
 
+func (n *node) status() error {
+	c, args := n.config()
+	c.prevResult = nil // STATUS has none
+	return n.plugin.status(n.t.Context(), c, args)
+}
+
 // inside is what the pod has.
 func (n *node) inside() *linkState {
 	n.t.Helper()
@@ -260,6 +266,7 @@ func (n *node) unchanged(before *linkState) {
 type procLauncher struct {
 	dir  string
 	fail error // of the next Launch
+	mute bool  // monitors do not answer
 }
 
 func (l *procLauncher) file(name string) string { return filepath.Join(l.dir, name) }
@@ -296,11 +303,16 @@ func (l *procLauncher) Stop(_ context.Context, a LaunchSpec) error {
 }
 
 func (l *procLauncher) Alive(_ context.Context, a LaunchSpec) error {
-	if !lives(l.pid(a.Name)) {
+	switch {
+	case !lives(l.pid(a.Name)):
 		return errors.New("the monitor is dead")
+	case l.mute:
+		return errors.New("the monitor does not answer")
 	}
 	return nil
 }
+
+func (l *procLauncher) Gone(a LaunchSpec) (bool, error) { return !lives(l.pid(a.Name)), nil }
 
 func (l *procLauncher) Check(a LaunchSpec) error {
 	if strings.Contains(string(a.Policy), "mistake") {

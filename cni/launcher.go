@@ -22,6 +22,9 @@ type Launcher interface {
 	Stop(ctx context.Context, a LaunchSpec) error
 	// Alive says whether the monitor and its worker serve.
 	Alive(ctx context.Context, a LaunchSpec) error
+	// Gone says whether there is no monitor, without asking one: a monitor that is slow
+	// to answer, or that is just replacing its worker, is not gone.
+	Gone(a LaunchSpec) (bool, error)
 	// Check says whether the specification's policy, limits and tunables are sound,
 	// before anything is made for it.
 	Check(a LaunchSpec) error
@@ -46,6 +49,8 @@ type LaunchSpec struct {
 	Limits     json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 	FlowLog    string            `json:"flowLog,omitempty"`
+	// Keep is a file for what is set while it runs, for the monitor that replaces it.
+	Keep string `json:"keep,omitempty"`
 	// Cgroups are the directories that the monitor and its workers move to.
 	Cgroups []string `json:"cgroups,omitempty"`
 

@@ -24,6 +24,7 @@ type linkState struct {
 	NoIPv6   bool         `json:"noIPv6,omitempty"`
 	Addrs    []addrState  `json:"addrs,omitempty"`
 	Routes   []routeState `json:"routes,omitempty"`
+	Rules    []ruleState  `json:"rules,omitempty"`
 	Neighs   []neighState `json:"neighs,omitempty"`
 	Promisc  bool         `json:"promisc,omitempty"`
 	Allmulti bool         `json:"allmulti,omitempty"`
@@ -60,6 +61,7 @@ type routeState struct {
 	InitCwnd int          `json:"initcwnd,omitempty"`
 	InitRwnd int          `json:"initrwnd,omitempty"`
 	Congctl  string       `json:"congctl,omitempty"`
+	Hops     []hopState   `json:"hops,omitempty"` // instead of a gateway
 }
 
 type neighState struct {
@@ -95,8 +97,14 @@ func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) 
 			return nil, nil, fmt.Errorf("list the routes of %s: %w", name, err)
 		}
 		for _, r := range routes {
-			if r.LinkIndex == attrs.Index && keepRoute(r) {
-				s.Routes = append(s.Routes, routeOf(r, family))
+			hops, several, err := hopsOf(r, attrs.Index)
+			if err != nil {
+				return nil, nil, err
+			}
+			if (several || r.LinkIndex == attrs.Index) && keepRoute(r) {
+				one := routeOf(r, family)
+				one.Hops = hops
+				s.Routes = append(s.Routes, one)
 			}
 		}
 		neighs, err := h.NeighList(attrs.Index, family)
@@ -117,7 +125,7 @@ func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) 
 
 // keepRoute passes over what the kernel makes of the addresses by itself.
 func keepRoute(r netlink.Route) bool {
-	return r.Table != unix.RT_TABLE_LOCAL && r.Protocol != unix.RTPROT_KERNEL && r.Type == unix.RTN_UNICAST && len(r.MultiPath) == 0
+	return r.Table != unix.RT_TABLE_LOCAL && r.Protocol != unix.RTPROT_KERNEL && r.Type == unix.RTN_UNICAST
 }
 
 func addrOf(a netlink.Addr, name string) addrState {
@@ -152,6 +160,9 @@ func routeOf(r netlink.Route, family int) routeState {
 	return s
 }
 
+// behind says whether the route goes by a gateway.
+func (r routeState) behind() bool { return r.Gateway.IsValid() || len(r.Hops) > 0 }
+
 // isDefault says whether the route is its family's default in the main table.
 func (r routeState) isDefault() bool { return !r.Dst.IsValid() && r.Table == unix.RT_TABLE_MAIN }
 
@@ -169,11 +180,13 @@ func (r routeState) netlink(index int) *netlink.Route {
 		out.Dst = ipNet(netip.PrefixFrom(unspecified(r.Family), 0))
 	}
 	if r.Via.IsValid() {
-		family := netlink.FAMILY_V4
-		if r.Via.Is6() {
-			family = netlink.FAMILY_V6
-		}
-		out.Via = &netlink.Via{AddrFamily: family, Addr: r.Via.AsSlice()}
+		out.Via = &netlink.Via{AddrFamily: familyOf(r.Via), Addr: r.Via.AsSlice()}
+	}
+	for _, h := range r.Hops {
+		out.MultiPath = append(out.MultiPath, h.netlink(index))
+	}
+	if len(out.MultiPath) > 0 {
+		out.LinkIndex = 0
 	}
 	return out
 }
@@ -214,14 +227,18 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 		}
 	}
 	s.dropReplacedPrefixRoutes(h, index)
-	// A gateway is accepted once the route to it is there.
+	// A gateway is accepted once the route to it is there. Of routes that are alike the
+	// newest goes first, so the first of ours is added last.
 	routes := slices.Clone(s.Routes)
-	slices.SortStableFunc(routes, func(a, b routeState) int { return boolOrder(a.Gateway.IsValid(), b.Gateway.IsValid()) })
+	slices.Reverse(routes)
+	slices.SortStableFunc(routes, func(a, b routeState) int { return boolOrder(a.behind(), b.behind()) })
 	for tries := 0; len(routes) > 0; tries++ {
 		var failed []routeState
 		var errs []error
 		for _, r := range routes {
-			if err := h.RouteReplace(r.netlink(index)); err != nil {
+			// Added, not replaced: another interface of the pod may have one like it, such
+			// as the default route of a second network.
+			if err := h.RouteAddEcmp(r.netlink(index)); err != nil && !errors.Is(err, unix.EEXIST) {
 				failed = append(failed, r)
 				errs = append(errs, fmt.Errorf("add the route %s to %s: %w", r, name, err))
 			}
@@ -251,16 +268,21 @@ func (s *linkState) apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 	return nil
 }
 
-// dropReplacedPrefixRoutes removes the routes that the kernel makes with IPv6 addresses
-// where the main plugin has one of its own to the same prefix (ptp has, for its pods are
-// not on one link): the kernel's would win by its metric. IPv4's are replaced by the plugin's.
+// dropReplacedPrefixRoutes removes the routes that the kernel makes with addresses where
+// the main plugin has one of its own to the same prefix (ptp has, for its pods are not on
+// one link): IPv6's would win by its metric, and IPv4's would be there beside the plugin's.
 func (s *linkState) dropReplacedPrefixRoutes(h *netlink.Handle, index int) {
 	for _, a := range s.Addrs {
 		p := a.Prefix.Masked()
-		if p.Addr().Is6() && slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Dst == p }) {
-			// There is none if the address is without one by its flags.
-			_ = h.RouteDel(&netlink.Route{Family: netlink.FAMILY_V6, LinkIndex: index, Dst: ipNet(p), Protocol: unix.RTPROT_KERNEL, Priority: 256})
+		if !slices.ContainsFunc(s.Routes, func(r routeState) bool { return r.Dst == p }) {
+			continue
 		}
+		made := &netlink.Route{Family: familyOf(p.Addr()), LinkIndex: index, Dst: ipNet(p), Protocol: unix.RTPROT_KERNEL, Scope: netlink.SCOPE_LINK}
+		if p.Addr().Is6() {
+			made.Scope, made.Priority = netlink.SCOPE_UNIVERSE, 256
+		}
+		// There is none if the address is without one by its flags.
+		_ = h.RouteDel(made)
 	}
 }
 

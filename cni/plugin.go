@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -23,6 +24,8 @@ type Plugin struct {
 	Launcher Launcher
 	// Exec runs delegates; nil is CNI's own.
 	Exec invoke.Exec
+	// Stderr is for what no verb's result can say, and runtimes log; nil is os.Stderr.
+	Stderr io.Writer
 	// Reached, if set, is told each step of ADD and DEL once it is done, by its name in
 	// undo.go and del.go; with an error the verb fails there. It is for tests.
 	Reached func(step string) error

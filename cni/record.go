@@ -20,6 +20,7 @@ import (
 //
 //	STATE/attachments/NAME/lock         flock held by the verb that works on it
 //	STATE/attachments/NAME/record.json  the Attachment
+//	STATE/attachments/NAME/set.json     what was set while it ran: the monitor's
 //	STATE/netns/NAME                    the uplink namespace, a bind mount
 //
 // NAME begins with the container's id, for people, and goes on with hashes of the
@@ -34,6 +35,7 @@ const (
 	attachmentsDir = "attachments"
 	netnsDir       = "netns"
 	recordFile     = "record.json"
+	keepFile       = "set.json"
 	lockFile       = "lock"
 
 	// recordVersion changes when an older binary could misread a record.
@@ -230,6 +232,17 @@ func (s store) tryHold(name string) (*held, error) {
 		return nil, err
 	}
 	return &held{s, name, f}, nil
+}
+
+// lend has the processes that f starts hold the lock too. A delegate may outlive a
+// plugin that is killed, and what it makes then must be there before the next verb
+// looks for it.
+func (h *held) lend(f func() error) error {
+	if _, err := unix.FcntlInt(h.lock.Fd(), unix.F_SETFD, 0); err != nil {
+		return fmt.Errorf("lend the lock: %w", err)
+	}
+	defer unix.CloseOnExec(int(h.lock.Fd()))
+	return f()
 }
 
 // release gives the lock back; the record stays.

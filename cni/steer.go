@@ -25,6 +25,11 @@ import (
 // discard them, so that they are never taken for the uplink namespace's own.
 //
 // Forwarding takes one from the hop limit, which the worker gives back.
+//
+// Until all that is there, what comes by the main interface is discarded, but for
+// neighbour discovery: the namespace's own kernel would else answer for the pod, and
+// refuse what is to be silent. These are routing rules too, since each transaction of
+// nf_tables takes some 12 ms.
 
 const (
 	inboundName = "in0"
@@ -35,6 +40,9 @@ const (
 	steerTable    = 0x51c
 	steerPriority = 10
 	localPriority = 100
+	// Of closeUplink: before all others, once the kernel's own has moved.
+	neighbourPriority = 4
+	closedPriority    = 5
 	// discardMetric is that of the route behind in0's: the highest.
 	discardMetric = 1<<31 - 1
 )
@@ -76,17 +84,76 @@ func steer(uplink ns.NetNS, h *netlink.Handle, main string, addrs []netip.Prefix
 	if err := h.LinkSetUp(in0); err != nil {
 		return fmt.Errorf("bring %s up: %w", inboundName, err)
 	}
-	families := []int{netlink.FAMILY_V4}
-	if hasIPv6() {
-		families = append(families, netlink.FAMILY_V6)
-	}
-	for _, family := range families {
+	for _, family := range ipFamilies() {
 		if err := steerRoutes(h, in0, family); err != nil {
 			return fmt.Errorf("route traffic from outside to %s: %w", inboundName, err)
 		}
 	}
 	if err := uplink.Do(func(ns.NetNS) error { return steerRules(main, addrs) }); err != nil {
 		return fmt.Errorf("add the rules for traffic from outside (the kernel needs nf_tables with the socket and tproxy expressions): %w", err)
+	}
+	return openUplink(h, main)
+}
+
+func ipFamilies() []int {
+	if hasIPv6() {
+		return []int{netlink.FAMILY_V4, netlink.FAMILY_V6}
+	}
+	return []int{netlink.FAMILY_V4}
+}
+
+// closeUplink has a new uplink namespace take nothing by the main interface, which
+// need not be there yet.
+func closeUplink(h *netlink.Handle, main string) error {
+	for _, r := range closedRules(main) {
+		if err := h.RuleAdd(r); err != nil {
+			return fmt.Errorf("close the uplink namespace until all is in place: add the routing rule %d: %w", r.Priority, err)
+		}
+	}
+	for _, family := range ipFamilies() {
+		if err := moveLocal(h, family); err != nil {
+			return fmt.Errorf("close the uplink namespace until all is in place: %w", err)
+		}
+	}
+	return nil
+}
+
+// openUplink ends what closeUplink began.
+func openUplink(h *netlink.Handle, main string) error {
+	for _, r := range closedRules(main) {
+		if err := h.RuleDel(r); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("open the uplink namespace: remove the routing rule %d: %w", r.Priority, err)
+		}
+	}
+	return nil
+}
+
+func closedRules(main string) (out []*netlink.Rule) {
+	for _, family := range ipFamilies() {
+		if family == netlink.FAMILY_V6 {
+			r := netlink.NewRule()
+			r.Family, r.Priority, r.Table, r.IPProto = family, neighbourPriority, unix.RT_TABLE_LOCAL, unix.IPPROTO_ICMPV6
+			out = append(out, r)
+		}
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.IifName, r.Type = family, closedPriority, main, unix.FR_ACT_BLACKHOLE
+		out = append(out, r)
+	}
+	return out
+}
+
+// moveLocal makes the kernel's own rule, for local addresses, one that others can go
+// before. It is added anew before it is taken from its place, so local addresses are
+// local all the time.
+func moveLocal(h *netlink.Handle, family int) error {
+	local, first := netlink.NewRule(), netlink.NewRule()
+	local.Family, local.Priority, local.Table = family, localPriority, unix.RT_TABLE_LOCAL
+	first.Family, first.Priority, first.Table = family, 0, unix.RT_TABLE_LOCAL
+	if err := h.RuleAdd(local); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	if err := h.RuleDel(first); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
 	}
 	return nil
 }
@@ -112,21 +179,10 @@ func steerRoutes(h *netlink.Handle, in0 netlink.Link, family int) error {
 			return err
 		}
 	}
-	// The kernel's own rule is added anew before it is taken from its place, so local
-	// addresses are local all the time.
-	local := netlink.NewRule()
-	local.Family, local.Priority, local.Table = family, localPriority, unix.RT_TABLE_LOCAL
-	first := netlink.NewRule()
-	first.Family, first.Priority, first.Table = family, 0, unix.RT_TABLE_LOCAL
 	marked := netlink.NewRule()
 	marked.Family, marked.Priority, marked.Table, marked.Mark = family, steerPriority, steerTable, steerMark
-	for _, r := range []*netlink.Rule{local, marked} {
-		if err := h.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
-			return err
-		}
-	}
-	if err := h.RuleDel(first); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := h.RuleAdd(marked); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	return nil
+	return moveLocal(h, family)
 }

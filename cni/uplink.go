@@ -81,6 +81,8 @@ func uplinkSysctls() error {
 		// The worker takes ports for UDP from above the default range, which the
 		// kernel would cut off; the pod's own servers are below.
 		{"ip_local_port_range", "32768 65535"},
+		// The pod answers for itself.
+		{"icmp_echo_ignore_all", "1"},
 		// The worker pings as a user that is nobody.
 		{"ping_group_range", "0 2147483647"},
 	}
@@ -93,6 +95,7 @@ func uplinkSysctls() error {
 		return nil
 	}
 	v6 := [][2]string{
+		{"icmp/echo_ignore_all", "1"},
 		{"conf/all/disable_ipv6", "0"},
 		{"conf/default/disable_ipv6", "0"},
 		// A tentative address would fail the container's first second, and a router's

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -82,6 +83,55 @@ func TestADefaultRouteIsAlwaysThere(t *testing.T) {
 		i := slices.IndexFunc(n.inside().Routes, func(r routeState) bool { return r.Family == family && r.isDefault() })
 		if i < 0 || n.inside().Routes[i].Gateway.String() != gateway {
 			t.Errorf("the pod's routes %s lack a default by %s", asJSON(n.inside().Routes), gateway)
+		}
+	}
+	must(t, n.del())
+	n.unchanged(before)
+}
+
+// TestASecondNetworkLeavesTheRoutesOfTheFirst has a container in two networks, as podman
+// makes them: both main plugins give a default route, the last one's goes first.
+func TestASecondNetworkLeavesTheRoutesOfTheFirst(t *testing.T) {
+	n := newNode(t)
+	must(t, n.podH.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "first"}, PeerName: "far"}))
+	for _, command := range []string{
+		"link set far up", "link set first up", "addr add 10.99.0.5/24 dev first",
+		"route append default via 10.99.0.1 dev first", // bridge of the second network came before it
+	} {
+		n.ip(strings.Fields(command)...)
+	}
+	defaults := func() (via []string) {
+		all, err := n.podH.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		must(t, err)
+		for _, r := range all {
+			via = append(via, r.Gw.String())
+		}
+		return via
+	}
+	same(t, "the default routes of a pod in two networks", defaults(), host4, "10.99.0.1")
+	must(t, n.add())
+	same(t, "the default routes after ADD", defaults(), host4, "10.99.0.1")
+	must(t, n.del())
+	same(t, "the default routes after DEL", defaults(), host4, "10.99.0.1")
+}
+
+// TestAPrefixIsReachedAsTheMainPluginSays has routes as ptp makes them: its pods are not
+// on one link, so what the kernel makes of an address and its prefix must not come back.
+func TestAPrefixIsReachedAsTheMainPluginSays(t *testing.T) {
+	n := newNode(t)
+	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
+		n.ip("route", "del", p[0], "dev", "eth0", "proto", "kernel")
+		n.ip("route", "add", p[1], "dev", "eth0")
+		n.ip("route", "add", p[0], "via", p[1], "dev", "eth0")
+	}
+	before := n.inside()
+	must(t, n.add())
+	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
+		dst := network(p[0])
+		list, err := n.podH.RouteListFiltered(familyOf(prefixOf(dst).Addr()), &netlink.Route{Dst: dst}, netlink.RT_FILTER_DST)
+		must(t, err)
+		if len(list) != 1 || list[0].Gw.String() != p[1] {
+			t.Errorf("the routes to %s are %v, not one by %s", p[0], list, p[1])
 		}
 	}
 	must(t, n.del())
@@ -231,7 +281,7 @@ func TestCheckMissesWhateverIsMissing(t *testing.T) {
 		spoil func(*node)
 		says  string
 	}{
-		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "eth0"},
+		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "nothing serves the pod"},
 		{"the monitor behind a device that stays", func(n *node) { must(n.t, os.Remove(n.procs.file(n.name()))) }, "dead"},
 		{"an address", func(n *node) { n.ip("addr", "del", pod4+"/24", "dev", "eth0") }, pod4},
 		{"a route", func(n *node) { n.ip("route", "del", "192.0.2.0/24") }, "192.0.2.0/24"},
@@ -288,10 +338,7 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 	for name, repair := range map[string]func(*node) error{
 		"by GC":     func(n *node) error { return n.gc(true) },
 		"by repair": func(n *node) error { return n.plugin.Repair(n.t.Context(), n.state) },
-		"by STATUS": func(n *node) error {
-			c, args := n.config()
-			return n.plugin.status(n.t.Context(), c, args)
-		},
+		"by STATUS": func(n *node) error { return n.status() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -316,6 +363,75 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 			must(t, n.del())
 			n.unchanged(before)
 			n.clean()
+		})
+	}
+}
+
+func TestAMonitorThatDoesNotAnswerIsNotReplaced(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	first := n.procs.pid(n.name())
+	n.procs.mute = true
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	must(t, n.gc(true))
+	must(t, n.status())
+	if now := n.procs.pid(n.name()); now != first {
+		t.Errorf("the monitor %d has taken the place of %d, which lives", now, first)
+	}
+	n.procs.mute = false
+	must(t, n.del())
+	n.clean()
+}
+
+// A runtime that is told of an error by STATUS takes the node to be without network.
+func TestStatusDoesNotFailForOneContainer(t *testing.T) {
+	n := newNode(t)
+	must(t, n.add())
+	endProcess(n.procs.pid(n.name()))
+	var told strings.Builder
+	n.plugin.Stderr = &told
+	n.procs.fail = errors.New("no room for a monitor")
+	must(t, n.status())
+	if !strings.Contains(told.String(), n.name()) || !strings.Contains(told.String(), "no room for a monitor") {
+		t.Errorf("it says %q", told.String())
+	}
+	if err := n.check(); err == nil {
+		t.Error("CHECK does not mind")
+	}
+	n.procs.fail = nil
+	must(t, n.status())
+	must(t, n.check())
+	must(t, n.del())
+	n.clean()
+}
+
+// Who is root in a pod can name interfaces as they like, and give lo the names that DEL needs.
+func TestDelIsNotHinderedByNames(t *testing.T) {
+	onTheWay := (&giving{ifName: "eth0"}).onTheWay()
+	for _, row := range []struct {
+		name  string
+		steps [][]string
+	}{
+		{"the pod has an eth0 of its own", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "add", "eth0", "type", "veth", "peer", "name", "other"}}},
+		{"another interface is called eth0 too", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "property", "add", "dev", "lo", "altname", "eth0"}}},
+		{"lo is called eth0", [][]string{{"link", "set", "eth0", "name", "tap0"}, {"link", "set", "lo", "down"}, {"link", "set", "lo", "name", "eth0"}}},
+		{"the name on the way is taken", [][]string{{"link", "add", onTheWay, "type", "veth", "peer", "name", "other"}}},
+		{"lo has the name on the way", [][]string{{"link", "property", "add", "dev", "lo", "altname", onTheWay}}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n := newNode(t)
+			before := n.inside()
+			must(t, n.add())
+			for _, step := range row.steps {
+				n.ip(step...)
+			}
+			must(t, n.del())
+			n.unchanged(before)
+			if _, err := os.Lstat(filepath.Join(n.state, attachmentsDir, n.name())); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("left: the record: %v", err)
+			}
 		})
 	}
 }

@@ -51,7 +51,7 @@ func kill(t *testing.T, pid int) {
 
 func (p *pod) record(t *testing.T) string {
 	t.Helper()
-	found, _ := filepath.Glob(filepath.Join(cniState, "attachments", p.attachment(t).Name, "*.json"))
+	found, _ := filepath.Glob(filepath.Join(cniState, "attachments", p.attachment(t).Name, "record.json"))
 	if len(found) != 1 {
 		t.Fatalf("the attachment's records: %q", found)
 	}
@@ -249,8 +249,8 @@ func TestCNIRepair(t *testing.T) {
 					t.Errorf("the pod still reaches port %d", port)
 				}
 			}
-			if err := p.check(); err == nil {
-				t.Error("CHECK does not mind")
+			if err := p.check(); err == nil || !strings.Contains(err.Error(), "nothing serves the pod") {
+				t.Errorf("CHECK says %v", err)
 			}
 			if err := row.repair(); err != nil {
 				t.Fatalf("%s: %v", row.name, err)
@@ -258,6 +258,31 @@ func TestCNIRepair(t *testing.T) {
 			serves(t)
 		})
 	}
+	t.Run("the policy that was set last stays", func(t *testing.T) {
+		shut := write(t, "shut.yaml", "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: shut}\nspec: {defaultAction: reject}\n")
+		name := p.attachment(t).Name
+		n.sluiceCtl(t, "policy", "set", name, shut).wantStatus(t, 0)
+		denied := func(when string) {
+			t.Helper()
+			if d, r := dial(t, p, "-timeout", "2s", at(far4, portWhoami)); d.Error != "ECONNREFUSED" {
+				t.Errorf("%s: %q\n%s", when, d.Error, r)
+			}
+			n.sluiceCtl(t, "policy", "show", name).wantOut(t, "shut")
+		}
+		denied("set")
+		worker := p.attachment(t).Worker
+		kill(t, worker)
+		eventually(t, 5*time.Second, func() (bool, string) {
+			now := p.attachment(t).Worker
+			return now != 0 && now != worker, "there is no new worker"
+		})
+		denied("with a new worker")
+		kill(t, p.attachment(t).PID)
+		if err := n.gc(t.Context(), list, p, other); err != nil {
+			t.Fatalf("GC: %v", err)
+		}
+		denied("with a new monitor")
+	})
 	held.write([]byte("echo\n"))
 	held.waitText(t, `"echoed","open":20`, 10*time.Second)
 	held.stop(t, syscall.SIGKILL)

@@ -58,8 +58,13 @@ type node struct {
 	before string
 	cache  string
 	leases string
+	varLib string   // what a runtime in the node has as /var/lib (cni_runtime_test.go)
 	bin    string   // directory of the plugin under test
 	env    []string // more of the plugins' environment
+	// timed, if set, is told how long each call of the plugin under test took.
+	timed func(time.Duration)
+	// killAfter, if set, is told the process of each call of the plugin under test.
+	killAfter func(pid int)
 }
 
 func newNode(t *testing.T) *node {
@@ -99,7 +104,7 @@ func (n *node) state(t *testing.T) string {
 			lines = append(lines, "mount "+f[4])
 		}
 	}
-	for _, pattern := range []string{n.leases + "/*/[0-9a-f]*.*", n.leases + "/*/*:*", cniState + "/*/*", "/run/sluice/*"} {
+	for _, pattern := range []string{n.leases + "/*/[0-9a-f]*.*", n.leases + "/*/*:*", n.varLib + "/cni/results/*", cniState + "/*/*", "/run/sluice/*"} {
 		files, _ := filepath.Glob(pattern)
 		for _, f := range files {
 			if !strings.HasPrefix(filepath.Base(f), ".") {
@@ -136,12 +141,17 @@ func (n *node) runtime(ver string) *libcni.CNIConfig {
 
 // network describes a configuration list.
 type network struct {
-	version string
-	main    string   // ptp or bridge
-	subnets []string // of the pods
-	alone   bool     // sluice delegates to the main plugin instead of following it
-	portmap bool
-	sluice  map[string]any
+	version     string
+	main        string   // ptp or bridge
+	subnets     []string // of the pods
+	alone       bool     // sluice delegates to the main plugin instead of following it
+	bare        bool     // without sluice, for `sluice-cni install`
+	portmap     bool
+	portmapLast bool // portmap follows sluice
+	sluice      map[string]any
+	keys        map[string]any // of the main plugin's configuration, over what is made up
+	before      map[string]any // a plugin between the main one and sluice
+	after       map[string]any // a plugin behind sluice
 }
 
 var dual = []string{pods4, pods6}
@@ -163,26 +173,40 @@ func (n *node) conflistJSON(t *testing.T, w network) []byte {
 		routes = append(routes, map[string]any{"dst": map[bool]string{true: "::/0", false: "0.0.0.0/0"}[strings.Contains(s, ":")]})
 	}
 	main := map[string]any{
-		"type": w.main,
+		"type": w.main, "capabilities": map[string]any{"ips": true},
 		"ipam": map[string]any{"type": "host-local", "dataDir": n.leases, "ranges": ranges, "routes": routes},
 	}
 	if w.main == "bridge" {
 		main["bridge"], main["isDefaultGateway"], main["hairpinMode"] = "cni0", true, true
 		main["ipam"].(map[string]any)["routes"] = []any{}
 	}
+	maps.Copy(main, w.keys)
 	mains := []any{main}
-	if w.portmap {
-		mains = append(mains, map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}})
+	if w.before != nil {
+		mains = append(mains, w.before)
 	}
-	sluice := map[string]any{"type": "sluice-cni", "capabilities": map[string]any{"portMappings": w.alone, "bandwidth": true}}
+	portmap := map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}}
+	if w.portmap && !w.portmapLast {
+		mains = append(mains, portmap)
+	}
+	sluice := map[string]any{"type": "sluice-cni", "capabilities": map[string]any{"portMappings": w.alone, "ips": w.alone, "bandwidth": true}}
 	maps.Copy(sluice, w.sluice)
 	conf := map[string]any{"cniVersion": w.version, "name": cniNetwork}
-	if w.alone {
+	if w.bare {
+		conf["plugins"] = mains
+	} else if w.alone {
 		sluice["delegate"] = mains
 		conf["plugins"] = []any{sluice}
 	} else {
-		conf["plugins"] = append(mains, sluice)
+		all := append(mains, sluice)
+		if w.after != nil {
+			all = append(all, w.after)
+		}
+		conf["plugins"] = all
 		conf["disableCheck"] = true // as `sluice-cni install` does
+	}
+	if w.portmapLast {
+		conf["plugins"] = append(conf["plugins"].([]any), portmap)
 	}
 	b, err := json.Marshal(conf)
 	if err != nil {
@@ -315,10 +339,17 @@ func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, enviro
 	var stdout, stderr bytes.Buffer
 	cmd.Env = append(environ, n.env...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
+	if begun := time.Now(); n.timed != nil && filepath.Dir(path) == n.bin {
+		defer func() { n.timed(time.Since(begun)) }()
+	}
 	var err error
 	n.do(func() { err = cmd.Start() })
 	if err != nil {
 		return nil, err
+	}
+	if n.killAfter != nil && filepath.Dir(path) == n.bin {
+		cmd.WaitDelay = 200 * time.Millisecond // its delegates may live on and have its output
+		go n.killAfter(cmd.Process.Pid)
 	}
 	if err := cmd.Wait(); err != nil {
 		var told types.Error
@@ -343,10 +374,15 @@ func (n *node) Decode(b []byte) (version.PluginInfo, error) {
 	return (&version.PluginDecoder{}).Decode(b)
 }
 
-// sluiceJSON asks a control command, which finds attachments by the runtime directory.
+// sluice runs a control command, which finds attachments by the runtime directory.
+func (n *node) sluice(t *testing.T, args ...string) result {
+	t.Helper()
+	return ok(t, n, 10*time.Second, append([]string{"env", "XDG_RUNTIME_DIR=/run", sluiceBin()}, args...)...)
+}
+
 func (n *node) sluiceJSON(t *testing.T, v any, args ...string) {
 	t.Helper()
-	r := ok(t, n, 10*time.Second, append([]string{"env", "XDG_RUNTIME_DIR=/run", sluiceBin()}, args...)...)
+	r := n.sluice(t, args...)
 	if err := json.Unmarshal([]byte(r.out), v); err != nil {
 		t.Fatalf("%v\n%s", err, r)
 	}

@@ -129,7 +129,7 @@ func TestCNIIperf(t *testing.T) {
 			{"pod to pod", a, b.addr(six)},
 			{"far to pod", n.far, b.addr(six)},
 		} {
-			for _, flags := range [][]string{{"-n", "300M"}, {"-n", "300M", "-R", "-P", "4"}, {"-u", "-b", "50M", "-t", "1"}} {
+			for _, flags := range [][]string{{"-n", "300M"}, {"-n", "300M", "-R", "-P", "4"}, {"-u", "-b", "20M", "-t", "1"}} {
 				rep, r := iperf(t, row.from, append([]string{"-c", row.to}, flags...)...)
 				switch {
 				case flags[0] == "-u" && (rep.End.Sum.Packets == 0 || rep.End.Sum.LostPercent > 1):

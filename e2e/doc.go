@@ -23,7 +23,9 @@
 // Each test declares the area it proves (areas.txt); `make test` fails when an area
 // that could run did not.
 //
-// The CNI tests (cni_node_test.go) run the plugin as container runtimes do.
+// The CNI tests (cni_node_test.go) run the plugin as container runtimes do, and with
+// podman and containerd themselves (cni_runtime_test.go): these keep their files, images
+// and networks in the test's node, and are asked for no image of any registry.
 //
 // Settings by environment: SLUICE_BIN, SLUICE_CNI_BIN, SLUICE_CNI_FAULTS_BIN (with the
 // build tag faults) and PEER_BIN (the binaries; built if unset), CNI_PLUGINS (what

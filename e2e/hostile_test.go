@@ -66,7 +66,7 @@ func TestHostileSandbox(t *testing.T) {
 	w.far.ip(t, "addr add 169.254.169.254/32 dev lo\naddr add fd00:ec2::254/128 dev lo nodad")
 	w.router.ip(t, "route add 169.254.169.254/32 via "+far4+"\nroute add fd00:ec2::254/128 via "+far6)
 	watchers := map[string]*watcher{"left the machine": w.router.watch(t, "r0"), "reached the machine's loopback": w.host.watch(t, "lo")}
-	sb := w.host.sandbox(t, "--policy", policyFile(t, hostileSpec))
+	sb := w.host.sandbox(t, "--root", "--policy", policyFile(t, hostileSpec))
 	// The gateway's hardware address, learned as a kernel would.
 	ok(t, sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
 	looked := map[string]int{}

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,7 +19,8 @@ type packet struct {
 	proto        int
 	sport, dport int
 	tos, ttl     int
-	payload      int // bytes after TCP's header, for TCP
+	payload      int  // bytes after TCP's header, for TCP
+	neighbour    bool // of neighbour discovery or multicast listeners
 }
 
 func (p packet) String() string {
@@ -27,7 +29,8 @@ func (p packet) String() string {
 
 type watcher struct {
 	fd   int
-	stop chan struct{} // closed by the test's end
+	keep func(packet) bool // nil keeps all
+	stop chan struct{}     // closed by the test's end
 
 	mu      sync.Mutex // guards packets
 	packets []packet
@@ -36,9 +39,16 @@ type watcher struct {
 // watch starts one on the named interface of n; it sees what arrives, not what leaves.
 func (n *netns) watch(t *testing.T, link string) *watcher {
 	t.Helper()
-	w := &watcher{stop: make(chan struct{})}
+	return n.watchFor(t, link, nil)
+}
+
+// watchFor keeps only the packets that keep says, and watches every interface if link
+// is "". What is from or to one of the quiet addresses does not even reach it.
+func (n *netns) watchFor(t *testing.T, link string, keep func(packet) bool, quiet ...netip.Addr) *watcher {
+	t.Helper()
+	w := &watcher{keep: keep, stop: make(chan struct{})}
 	var err error
-	n.do(func() { w.fd, err = openWatch(link) })
+	n.do(func() { w.fd, err = openWatch(link, quiet) })
 	if err != nil {
 		t.Fatalf("watching %s in %s: %v", link, n, err)
 	}
@@ -52,7 +62,7 @@ func (n *netns) watch(t *testing.T, link string) *watcher {
 	return w
 }
 
-func openWatch(link string) (fd int, err error) {
+func openWatch(link string, quiet []netip.Addr) (fd int, err error) {
 	const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8
 	fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, all)
 	if err != nil {
@@ -63,16 +73,59 @@ func openWatch(link string) (fd int, err error) {
 			unix.Close(fd)
 		}
 	}()
-	var index int
-	if index, err = linkIndex(link); err != nil {
-		return -1, err
+	var index int // 0 is all
+	if link != "" {
+		if index, err = linkIndex(link); err != nil {
+			return -1, err
+		}
 	}
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
 	// The reader looks for its end five times a second.
 	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200_000}); err != nil {
 		return -1, err
 	}
+	if len(quiet) > 0 {
+		code, err := bpf.Assemble(without(quiet))
+		if err != nil {
+			return -1, err
+		}
+		filter := make([]unix.SockFilter, len(code))
+		for i, c := range code {
+			filter[i] = unix.SockFilter{Code: c.Op, Jt: c.Jt, Jf: c.Jf, K: c.K}
+		}
+		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}); err != nil {
+			return -1, err
+		}
+	}
 	return fd, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: index})
+}
+
+// without is a filter that drops what is from or to some addresses; of IPv6 it compares
+// the lower half.
+func without(addrs []netip.Addr) []bpf.Instruction {
+	const pass = 256
+	four, six := []bpf.Instruction{}, []bpf.Instruction{}
+	for _, a := range addrs {
+		if a.Is4() {
+			b := a.As4()
+			for _, off := range []uint32{12, 16} {
+				four = append(four, bpf.LoadAbsolute{Off: off, Size: 4},
+					bpf.JumpIf{Cond: bpf.JumpEqual, Val: binary.BigEndian.Uint32(b[:]), SkipFalse: 1}, bpf.RetConstant{})
+			}
+			continue
+		}
+		b := a.As16()
+		for _, off := range []uint32{8, 24} {
+			six = append(six, bpf.LoadAbsolute{Off: off + 8, Size: 4}, bpf.JumpIf{Cond: bpf.JumpEqual, Val: binary.BigEndian.Uint32(b[8:]), SkipFalse: 3},
+				bpf.LoadAbsolute{Off: off + 12, Size: 4}, bpf.JumpIf{Cond: bpf.JumpEqual, Val: binary.BigEndian.Uint32(b[12:]), SkipFalse: 1}, bpf.RetConstant{})
+		}
+	}
+	four, six = append(four, bpf.RetConstant{Val: pass}), append(six, bpf.RetConstant{Val: pass})
+	head := []bpf.Instruction{
+		bpf.LoadAbsolute{Size: 1}, bpf.ALUOpConstant{Op: bpf.ALUOpShiftRight, Val: 4},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 4, SkipFalse: uint8(len(four))},
+	}
+	return append(append(head, four...), six...)
 }
 
 func linkIndex(link string) (int, error) {
@@ -106,7 +159,7 @@ func (w *watcher) read() {
 		if ll, isLL := from.(*unix.SockaddrLinklayer); !isLL || ll.Pkttype == unix.PACKET_OUTGOING {
 			continue
 		}
-		if p, ok := dissect(buf[:min(n, len(buf))], n); ok {
+		if p, ok := dissect(buf[:min(n, len(buf))], n); ok && (w.keep == nil || w.keep(p)) {
 			w.mu.Lock()
 			w.packets = append(w.packets, p)
 			w.mu.Unlock()
@@ -136,7 +189,21 @@ func dissect(b []byte, whole int) (p packet, ok bool) {
 	if p.proto == 6 && len(rest) >= 20 {
 		p.payload = whole - int(rest[12]>>4)*4
 	}
+	if p.proto == 58 && len(rest) > 0 {
+		p.neighbour = rest[0] >= 130 && rest[0] <= 137 || rest[0] == 143
+	}
 	return p, true
+}
+
+// lost is how many packets the kernel had no room for: with any, what was not seen may
+// have been there.
+func (w *watcher) lost(t *testing.T) uint32 {
+	t.Helper()
+	s, err := unix.GetsockoptTpacketStats(w.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+	if err != nil {
+		t.Fatalf("asking the watch what it lost: %v", err)
+	}
+	return s.Drops
 }
 
 func (w *watcher) count() int {

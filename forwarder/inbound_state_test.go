@@ -189,6 +189,48 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 	w.out.silent("an end by timeout, outside")
 }
 
+// The record of a connection that ended says how, not that nothing came after.
+func TestTheRecordOfAnInboundFlowSaysHowItEnded(t *testing.T) {
+	for _, test := range []struct{ name, steps, want string }{
+		{"closed by both", "oS rSA oA oF rF oA", nat.ReasonClosed},
+		{"reset by the pod", "oS rSA oA rA rR", nat.ReasonReset},
+		{"refused", "oS rR", nat.ReasonReset},
+		{"left open", "oS rSA oA rA", nat.ReasonTimeout},
+		{"closed by one", "oS rSA oA oF rA", nat.ReasonTimeout},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			clock := newTestClock()
+			table := nat.NewTable(nat.Config{Now: clock.now})
+			w := newPodWire(t, allowAll, func(c *Config) { c.Table, c.Now = table, clock.now })
+			events, cancel := table.Subscribe(64)
+			defer cancel()
+			c := conversation{ends: [2]netip.AddrPort{at(client4, 40000), at(guest4, 80)}, next: [2]uint32{1, 2}}
+			for _, step := range strings.Fields(test.steps) {
+				from, to, d := w.out, w.wire, nat.Original
+				if step[0] == 'r' {
+					from, to, d = w.wire, w.out, nat.Reply
+				}
+				arrives(t, from, to, c.say(d, step[1:]))
+			}
+			clock.advance(10 * 24 * time.Hour)
+			table.Expire(clock.now())
+			for {
+				select {
+				case e := <-events:
+					if e.Type == nat.Destroy {
+						if e.Flow.Reason != test.want {
+							t.Errorf("the record says %q, want %q", e.Flow.Reason, test.want)
+						}
+						return
+					}
+				default:
+					t.Fatal("there is no record")
+				}
+			}
+		})
+	}
+}
+
 const openIn = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy

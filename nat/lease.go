@@ -217,7 +217,7 @@ func (l *Lease) end(now int64, reason string, tell bool, still func(s status, de
 		return false
 	}
 	l.status.Store(uint32(s | dead | settled))
-	l.reason, l.ended = reason, now
+	l.reason, l.ended = s.recorded(reason), now
 	t.mu.Lock()
 	t.remove(l)
 	t.stats.count(reason, tell)
@@ -228,6 +228,18 @@ func (l *Lease) end(now int64, reason string, tell bool, still func(s status, de
 		l.spec.Expire(reason)
 	}
 	return true
+}
+
+// recorded is the reason as the flow's record has it. A connection that both sides
+// have ended stays in the table for a while, and that this ran out is not what ended it.
+func (s status) recorded(reason string) string {
+	switch {
+	case reason == ReasonTimeout && s.state() == TimeWait:
+		return ReasonClosed
+	case reason == ReasonTimeout && s.state() == Close:
+		return ReasonReset
+	}
+	return reason
 }
 
 // Snapshot is the flow as it stands.

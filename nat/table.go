@@ -52,6 +52,12 @@ const (
 	ReasonTotalBytes = "byte budget"
 )
 
+// What the record of a connection says that was over when its time ran out.
+const (
+	ReasonClosed = "closed"
+	ReasonReset  = "reset"
+)
+
 // Table is the sandbox's flows. All methods may be called from any goroutine.
 type Table struct {
 	epoch   time.Time

@@ -189,8 +189,12 @@ func TestTimeouts(t *testing.T) {
 			if ended != ReasonTimeout {
 				t.Fatalf("it did not end, or by %q", ended)
 			}
-			if f := l.Snapshot(); f.TimeoutLeft != 0 || f.Reason != ReasonTimeout || !f.End.Equal(clock.t) {
-				t.Errorf("its record: %+v", f)
+			want := map[State]string{TimeWait: ReasonClosed, Close: ReasonReset}[l.Snapshot().State]
+			if want == "" {
+				want = ReasonTimeout
+			}
+			if f := l.Snapshot(); f.TimeoutLeft != 0 || f.Reason != want || !f.End.Equal(clock.t) {
+				t.Errorf("its record, which should say %q: %+v", want, f)
 			}
 			wantEmpty(t, table)
 		})

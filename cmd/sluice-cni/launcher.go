@@ -22,7 +22,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
-		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog,
+		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog, Keep: a.Keep,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
 		Device: a.DeviceFDs, In0: a.InboundFD,
 	})
@@ -34,6 +34,10 @@ func (launcher) Stop(ctx context.Context, a cni.LaunchSpec) error {
 
 func (launcher) Alive(ctx context.Context, a cni.LaunchSpec) error {
 	return sandbox.AttachmentAlive(ctx, a.RuntimeDir, a.Name)
+}
+
+func (launcher) Gone(a cni.LaunchSpec) (bool, error) {
+	return sandbox.AttachmentGone(a.RuntimeDir, a.Name)
 }
 
 func (launcher) Check(a cni.LaunchSpec) error {

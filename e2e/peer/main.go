@@ -12,9 +12,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/signal"
 	"sort"
 	"strings"
 	"sync"
+	"syscall"
 )
 
 var commands = map[string]func(args []string) error{
@@ -27,10 +29,12 @@ var commands = map[string]func(args []string) error{
 	"get":     get,
 	"short":   short,
 	"hold":    hold,
+	"knock":   knock,
 	"xfer":    xfer,
 	"synrst":  synrst,
 	"eat-fds": eatDescriptors,
 	"raw":     raw,
+	"pause":   pause,
 }
 
 func main() {
@@ -47,6 +51,14 @@ func main() {
 		fmt.Fprintf(os.Stderr, "peer %s: %v\n", os.Args[1], err)
 		os.Exit(1)
 	}
+}
+
+// pause waits to be told to end, as the process does that holds a pod's namespaces.
+func pause([]string) error {
+	told := make(chan os.Signal, 1)
+	signal.Notify(told, syscall.SIGTERM, syscall.SIGINT)
+	<-told
+	return nil
 }
 
 var printing sync.Mutex

@@ -89,7 +89,6 @@ func says(records ...string) func([]byte) [][]byte {
 }
 
 func TestNamesAreJudgedBeforeAnythingIsAsked(t *testing.T) {
-	const none = -1
 	rows := []struct {
 		about, name string
 		qtype       uint16

@@ -68,6 +68,9 @@ type AttachmentConfig struct {
 	Limits     policy.Limits     `json:"limits,omitzero"`   // where the policy's own leave something open
 	FlowLog    string            `json:"flowLog,omitempty"` // a file to append to
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	// Keep is a file for what is set later: the next monitor of the same attachment
+	// starts with that. "" keeps nothing.
+	Keep string `json:"keep,omitempty"`
 
 	// MonitorCgroups and WorkerCgroups are cgroup directories, one of each mounted
 	// hierarchy, that the monitor and its workers move to. None: they stay where
@@ -234,11 +237,15 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if cfg.resume != nil {
 		started = cfg.resume.Started
 		err = m.resume(cfg.resume)
-	} else {
-		err = m.claim()
+	} else if err = m.claim(); err == nil {
+		err = m.remember()
 	}
 	if m.dir != nil {
-		defer func() { err = errors.Join(err, m.dir.Remove()) }()
+		defer func() {
+			if err == nil || !cfg.resume.fails(err) { // else all of it is the guardian's
+				err = errors.Join(err, m.dir.Remove())
+			}
+		}()
 	}
 	if err != nil {
 		return err
@@ -279,15 +286,16 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	}
 	m.listener = server.l
 	first, err := m.startWorker(ctx)
-	if cfg.resume != nil {
-		m.tookOver(cfg.resume, err)
-		if err != nil {
-			first, err = stillborn(err.Error()), nil
-		}
+	if err != nil && cfg.resume != nil && cfg.resume.failure != "" {
+		// There is nobody behind us any more.
+		first, err = stillborn(err.Error()), nil
 	}
 	if err != nil {
 		server.close()
 		return err
+	}
+	if cfg.resume != nil {
+		m.tookOver(cfg.resume)
 	}
 	return m.serveAttachment(ctx, server, first)
 }
@@ -360,7 +368,7 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 			m.change.Lock()
 			m.endWorker(last)
 			m.setState(api.StateRestarting)
-			err := m.takeOver(t.exe, resumption{}, t.client)
+			err := m.takeOver(t.exe, t.client)
 			m.change.Unlock()
 			var failed error
 			if first, failed = m.startWorker(inner); failed != nil {

@@ -240,6 +240,7 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 		{"only root may read it", broken, "chmod 755"},
 		{"a directory", dir, "no regular file"},
 		{"one that cannot be executed after all", script("vanishing", "#!/bin/sh\n[ \"$2\" = --version ] && echo "+takeoverVersion+" && rm $0\n"), "execute"},
+		{"one that crashes before it serves", script("crashing", "#!/bin/sh\n[ \"$2\" = --version ] && echo "+takeoverVersion+" && exit\nkill -9 $$\n"), "it ended without a word: the old binary serves again"},
 		{"one whose worker does not start", script("failing", "#!/bin/sh\n[ \"$2\" = --version ] && echo "+takeoverVersion+" && exit\nexec "+broken+" \"$@\"\n"), "the old binary serves again"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -249,12 +250,18 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Fatalf("it says %v, want %q", err, test.want)
 			}
-			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err != nil || exe != own {
-				t.Errorf("the monitor is %s, %v", exe, err)
-			}
 			must(t, AttachmentAlive(ctx, cfg.RuntimeDir, cfg.Name))
 			must(t, in.say())
-			if !strings.Contains("execute the old binary serves again", test.want) {
+			var info api.Info
+			call(t, client, api.MethodInfo, nil, &info)
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", info.PID)); err != nil || exe != own {
+				t.Errorf("the monitor is %s, %v", exe, err)
+			}
+			if back := strings.Contains(test.want, "serves again"); back == (info.PID == pid) {
+				t.Errorf("the monitor was %d and is %d", pid, info.PID)
+			}
+			pid = info.PID
+			if test.want != "execute" && !strings.Contains(test.want, "serves again") {
 				must(t, out.say())
 			}
 		})
@@ -298,9 +305,17 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	pid, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
+	// One that cannot answer is not gone.
+	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); gone || err != nil {
+		t.Errorf("a stopped monitor: gone %v, %v", gone, err)
+	}
 	must(t, syscall.Kill(pid, syscall.SIGKILL))
 	isGone(t, pid)
 	isGone(t, info.WorkerPID)
+	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); !gone || err != nil {
+		t.Errorf("a killed monitor: gone %v, %v", gone, err)
+	}
 	if err := AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name); !errors.Is(err, ErrNoSandbox) {
 		t.Errorf("alive: %v", err)
 	}

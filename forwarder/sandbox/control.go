@@ -263,7 +263,10 @@ func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 	defer m.change.Unlock()
 	r := m.rules
 	r.Name, r.Source = p.Name, p.Source
-	if err := m.applyRules(r); err != nil {
+	err := m.keep(func(k *kept) {
+		k.Policy, k.Generation = &keptPolicy{r.Name, r.Source}, m.generation+1
+	}, func() error { return m.applyRules(r) })
+	if err != nil {
 		m.log.infof("monitor", "policy %s refused: %v", p.Name, err)
 		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Name)
 	}
@@ -285,14 +288,19 @@ func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
 	if l == nil {
 		return nil, errRestarting
 	}
-	if err := l.request(msgSysctl, p); err != nil {
-		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
-	}
 	next := maps.Clone(m.sysctls)
 	if next == nil {
 		next = make(map[string]string)
 	}
 	next[p.Name] = p.Value
+	if err := m.keep(func(k *kept) { k.Sysctls = next }, func() error {
+		if err := l.request(msgSysctl, p); err != nil {
+			return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+		}
+		return nil
+	}); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	m.sysctls = next
 	m.mu.Unlock()

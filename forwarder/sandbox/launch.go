@@ -106,7 +106,11 @@ func LaunchAttachment(ctx context.Context, exe string, cfg AttachmentConfig) (pi
 	}
 	defer mem.Close()
 
-	p, err := startWithFDs(exe, []string{filepath.Base(os.Args[0]), AttachmentCommand, cfg.Name}, append([]*os.File{null, null, errs, mem}, handed...))
+	var fds []uintptr
+	for _, f := range append([]*os.File{null, null, errs, mem}, handed...) {
+		fds = append(fds, uintptr(fdOf(f)))
+	}
+	p, err := startWithFDs(exe, []string{filepath.Base(os.Args[0]), AttachmentCommand, cfg.Name}, fds)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -131,11 +135,7 @@ func LaunchAttachment(ctx context.Context, exe string, cfg AttachmentConfig) (pi
 // startWithFDs starts a program in a session of its own with exactly these
 // descriptors. They are passed without os.File's Fd, which would make their
 // descriptions blocking.
-func startWithFDs(exe string, args []string, files []*os.File) (*os.Process, error) {
-	fds := make([]uintptr, len(files))
-	for i, f := range files {
-		fds[i] = uintptr(fdOf(f))
-	}
+func startWithFDs(exe string, args []string, fds []uintptr) (*os.Process, error) {
 	pid, _, err := syscall.StartProcess(exe, args, &syscall.ProcAttr{
 		Dir: "/", Env: []string{"GOTRACEBACK=single"}, Files: fds, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
@@ -189,6 +189,9 @@ func AttachmentMain(version string) int {
 	}
 	cfg, ready, err := readStart()
 	cfg.Version = version
+	if err == nil && cfg.resume != nil && cfg.resume.Guard != 0 && cfg.resume.guarded() {
+		return 0
+	}
 	if err == nil {
 		cfg.Ready = func(api.Info) error {
 			if ready == nil {
@@ -336,6 +339,20 @@ func AttachmentAlive(ctx context.Context, runtimeDir, name string) error {
 		return fmt.Errorf("%s is %s: %s", name, i.State, i.LastFailure)
 	}
 	return nil
+}
+
+// AttachmentGone says whether an attachment has no monitor, by its lock, which ends with
+// the process: one that does not answer is not gone.
+func AttachmentGone(runtimeDir, name string) (bool, error) {
+	r, err := registryAt(runtimeDir)
+	if err != nil {
+		return false, err
+	}
+	if err := CheckName(name); err != nil {
+		return false, err
+	}
+	alive, err := r.reap(name)
+	return !alive, err
 }
 
 // registryAt opens the registry in a directory, or the caller's own.

@@ -23,9 +23,10 @@ import (
 //
 //	client ── upgrade ─► old monitor: asks the binary whether it knows how
 //	                       stops the worker in order: proxied connections are reset
+//	                       starts a guardian of its own binary, with all that it holds
 //	                       execve, in the same process
 //	                     new monitor: the same pid, lock, socket and devices
-//	                       starts its own worker
+//	                       starts its own worker, and lets the guardian go
 //	client ◄── result ── and answers
 //
 // What stays: the devices with whatever waits in them, the pod's addresses, the
@@ -35,13 +36,13 @@ import (
 // What does not: connections that the worker terminates; both their ends are told by
 // a reset. The process is the same to whoever has noted its pid and start time.
 //
-// If the new binary's worker does not come up, the binary before it is executed
-// again, which still is what the pod had. From then on it is the supervisor's to
-// try: a pod is never given up.
+// If the new binary ends, crashes or hangs before its worker serves, the guardian is
+// the monitor, with the binary that the pod had and a pid of its own. From then on it
+// is the supervisor's to try: a pod is never given up.
 
 // takeoverVersion is that of resumption and attachmentStart: a binary takes over
 // from one of the same version.
-const takeoverVersion = "sluice attachment 1"
+const takeoverVersion = "sluice attachment 2"
 
 // probeArgument, in the place of a name, makes AttachmentMain print takeoverVersion.
 const probeArgument = "--version"
@@ -63,10 +64,14 @@ type resumption struct {
 	Memory     int               `json:"memory"` // of flows
 	// Client is the connection that asked; 0 once it was answered.
 	Client int `json:"client,omitempty"`
-	// Previous is the binary to go back to; 0 on the way back itself, and Failure
-	// says then why.
-	Previous int    `json:"previous,omitempty"`
-	Failure  string `json:"failure,omitempty"`
+	// Told is where the new monitor says that its worker serves, or why not, to the
+	// guardian, which is GuardianPID; 0 once it has.
+	Told        int `json:"told,omitempty"`
+	GuardianPID int `json:"guardianPID,omitempty"`
+	// Guard is the other end, in the guardian's own resumption, and failure what it
+	// was told, or found out.
+	Guard   int `json:"guard,omitempty"`
+	failure string
 }
 
 // takeover is a request for an upgrade that was found good.
@@ -97,7 +102,7 @@ func (m *monitor) handleUpgrade(ctx context.Context, c *net.UnixConn, req api.Re
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	// Nobody but the worker's end and the exec stands between here and an answer.
+	// Nobody but the worker's end, the guardian and the exec stand between here and an answer.
 	select {
 	case err := <-t.failed:
 		return &api.Error{Code: api.CodeFailed, Message: "upgrade: " + err.Error()}
@@ -146,41 +151,122 @@ func newBinary(ctx context.Context, path string) (string, error) {
 
 // takeOver has another binary take the place of this one. It returns only if that
 // could not be. There is no worker, and change is held.
-func (m *monitor) takeOver(exe string, r resumption, client *net.UnixConn) error {
+func (m *monitor) takeOver(exe string, client *net.UnixConn) error {
 	var fds inherited
 	defer fds.close()
+	guard, told, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer guard.Close()
+	defer told.Close()
+	guardian, err := m.startGuardian(guard, client)
+	if err != nil {
+		return fmt.Errorf("start the guardian of the upgrade: %w", err)
+	}
+	_ = guard.Close() // or the guardian's end would not be the last
+	s := m.bequest(fds.keep, client)
+	s.Resume.Told, s.Resume.GuardianPID = fds.keep(told), guardian.Pid
+	mem, err := s.file()
+	if err == nil {
+		defer mem.Close()
+		config := fds.keep(mem)
+		if err = fds.survive(); err == nil {
+			args := []string{os.Args[0], AttachmentCommand, m.att.Name, strconv.Itoa(config)}
+			err = fmt.Errorf("execute %s: %w", exe, syscall.Exec(exe, args, os.Environ()))
+		}
+	}
+	_ = guardian.Kill()
+	_, _ = guardian.Wait()
+	return err
+}
+
+// bequest is all that another process needs to go on. keep makes a descriptor the
+// other's, and says its number there.
+func (m *monitor) bequest(keep func(syscall.Conn) int, client *net.UnixConn) attachmentStart {
+	r := &resumption{Lock: keep(m.dir.lock), Listener: keep(m.listener), Memory: keep(m.memory)}
 	m.mu.Lock()
 	r.Started, r.Rules, r.Generation, r.Sysctls, r.Restarts = m.base.Started, m.rules, m.generation, m.sysctls, m.restarts
 	m.mu.Unlock()
 	r.Log, _ = m.log.last(0)
-	r.Lock, r.Listener = fds.keep(m.dir.lock), fds.keep(m.listener)
-	r.Memory = fds.keep(m.memory)
 	if client != nil {
-		r.Client = fds.keep(client)
+		r.Client = keep(client)
 	}
-	s := attachmentStart{Config: *m.att, In0: fds.keep(m.att.In0), Resume: &r}
+	s := attachmentStart{Config: *m.att, In0: keep(m.att.In0), Resume: r}
 	for _, f := range m.att.Device {
-		s.Device = append(s.Device, fds.keep(f))
+		s.Device = append(s.Device, keep(f))
 	}
-	if r.Failure == "" {
-		own, err := os.Open("/proc/self/exe")
-		if err != nil {
-			return err
-		}
-		defer own.Close()
-		r.Previous = fds.keep(own)
+	return s
+}
+
+// startGuardian starts this binary anew, to take over if the next one fails.
+func (m *monitor) startGuardian(guard *os.File, client *net.UnixConn) (*os.Process, error) {
+	var fds inherited
+	defer fds.close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
 	}
+	defer null.Close()
+	var handed []int
+	keep := func(f syscall.Conn) int {
+		handed = append(handed, fds.keep(f))
+		return attachmentFirstFD + len(handed) - 1
+	}
+	s := m.bequest(keep, client)
+	s.Resume.Guard = keep(guard)
 	mem, err := s.file()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer mem.Close()
-	config := fds.keep(mem)
-	if fds.err != nil {
-		return fmt.Errorf("keep the descriptors: %w", fds.err)
+	files := []uintptr{uintptr(fdOf(null)), uintptr(fdOf(null)), 2, uintptr(fdOf(mem))}
+	for _, fd := range handed {
+		files = append(files, uintptr(fd))
 	}
-	args := []string{os.Args[0], AttachmentCommand, m.att.Name, strconv.Itoa(config)}
-	return fmt.Errorf("execute %s: %w", exe, syscall.Exec(exe, args, os.Environ()))
+	if fds.err != nil {
+		return nil, fds.err
+	}
+	return startWithFDs("/proc/self/exe", []string{os.Args[0], AttachmentCommand, m.att.Name}, files)
+}
+
+// guarded waits for the new binary, whose process is our parent. It reports whether
+// that serves; otherwise everything is ours from here on.
+func (r *resumption) guarded() bool {
+	parent := State{PID: os.Getppid()}
+	parent.Start, _ = processStart(parent.PID)
+	f := os.NewFile(uintptr(r.Guard), "guard")
+	defer f.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), launchTimeout)
+	defer cancel()
+	err := awaitReady(ctx, f)
+	if err == nil {
+		return true
+	}
+	// One that hangs must not read what is the pod's beside us.
+	_ = signalMonitor(parent, unix.SIGKILL)
+	r.failure = "the new binary: " + err.Error()
+	return false
+}
+
+// serves tells the guardian that it is not needed.
+func (r *resumption) serves() {
+	if r.tell(readyWord) {
+		_, _ = unix.Wait4(r.GuardianPID, nil, 0, nil)
+	}
+}
+
+// fails tells the guardian to take over; it reports whether there is one.
+func (r *resumption) fails(err error) bool { return r.tell(err.Error()) }
+
+func (r *resumption) tell(word string) bool {
+	if r == nil || r.Told == 0 {
+		return false
+	}
+	f := os.NewFile(uintptr(r.Told), "told")
+	r.Told = 0
+	_, err := f.WriteString(word)
+	return errors.Join(err, f.Close()) == nil
 }
 
 // inherited are duplicates of descriptors that the next program gets.
@@ -196,13 +282,23 @@ func (h *inherited) keep(f syscall.Conn) int {
 		return 0
 	}
 	fd := -1
-	cerr := rc.Control(func(n uintptr) { fd, err = unix.FcntlInt(n, unix.F_DUPFD, 3) })
+	cerr := rc.Control(func(n uintptr) { fd, err = unix.FcntlInt(n, unix.F_DUPFD_CLOEXEC, 3) })
 	if err = errors.Join(err, cerr); err != nil {
 		h.err = errors.Join(h.err, err)
 		return 0
 	}
 	h.fds = append(h.fds, fd)
 	return fd
+}
+
+// survive has them outlive the execution of another program.
+func (h *inherited) survive() error {
+	for _, fd := range h.fds {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
+			h.err = errors.Join(h.err, err)
+		}
+	}
+	return h.err
 }
 
 func (h *inherited) close() { closeAll(h.fds) }
@@ -218,6 +314,9 @@ func (m *monitor) resume(r *resumption) error {
 	m.dir = &Dir{path: filepath.Join(registry.path, m.att.Name), lock: os.NewFile(uintptr(r.Lock), lockFile)}
 	unix.CloseOnExec(r.Lock)
 	unix.CloseOnExec(r.Memory)
+	if r.Told != 0 {
+		unix.CloseOnExec(r.Told)
+	}
 	m.memory = os.NewFile(uintptr(r.Memory), "flows")
 	f := os.NewFile(uintptr(r.Listener), socketFile)
 	defer f.Close()
@@ -229,21 +328,14 @@ func (m *monitor) resume(r *resumption) error {
 	return nil
 }
 
-// tookOver ends the story: with a worker, or on the way back to the old binary.
-func (m *monitor) tookOver(r *resumption, started error) {
-	defer func() {
-		if r.Previous != 0 {
-			_ = unix.Close(r.Previous)
-		}
-	}()
-	if started != nil && r.Previous != 0 {
-		unix.CloseOnExec(r.Previous)
-		back := resumption{Failure: fmt.Sprintf("the new binary's worker did not start: %v", started)}
-		m.log.warnf("monitor", "%s: going back", back.Failure)
-		m.change.Lock()
-		err := m.takeOver(fmt.Sprintf("/proc/self/fd/%d", r.Previous), back, r.client())
-		m.change.Unlock()
-		m.log.warnf("monitor", "go back to the old binary: %v", err)
+// tookOver ends the story: this process serves the pod, be it by the new binary or,
+// with a failure, by the one of before.
+func (m *monitor) tookOver(r *resumption) {
+	r.serves()
+	if r.failure != "" {
+		m.log.warnf("monitor", "an upgrade failed: %s: going on with version %s", r.failure, m.att.Version)
+	} else {
+		m.log.infof("monitor", "version %s has taken over", m.att.Version)
 	}
 	c := r.client()
 	if c == nil {
@@ -251,15 +343,11 @@ func (m *monitor) tookOver(r *resumption, started error) {
 	}
 	defer c.Close()
 	_ = c.SetWriteDeadline(time.Now().Add(api.RequestTimeout))
-	switch {
-	case r.Failure != "":
-		_ = api.WriteError(c, &api.Error{Code: api.CodeFailed, Message: "upgrade: " + r.Failure + ": the old binary serves again"})
-	case started != nil:
-		_ = api.WriteError(c, &api.Error{Code: api.CodeFailed, Message: "upgrade: " + started.Error()})
-	default:
-		m.log.infof("monitor", "version %s has taken over", m.att.Version)
-		_ = api.WriteResult(c, m.info())
+	if r.failure != "" {
+		_ = api.WriteError(c, &api.Error{Code: api.CodeFailed, Message: "upgrade: " + r.failure + ": the old binary serves again"})
+		return
 	}
+	_ = api.WriteResult(c, m.info())
 }
 
 // client is the connection of who asked for the upgrade, once.

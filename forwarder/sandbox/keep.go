@@ -1,0 +1,86 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+)
+
+// What was changed in an attachment while it ran, for a monitor that comes after one
+// that was killed: the policy and the tunables that were set. Whoever starts monitors
+// names the file (AttachmentConfig.Keep) and removes it with the attachment.
+//
+// It is written before a change is in force and gets its name after: a change that a
+// client was told of is kept, and one that was refused is not.
+
+// kept is the file's content. A field that was never set is missing, and what the
+// monitor is started with holds.
+type kept struct {
+	Policy     *keptPolicy       `json:"policy,omitempty"`
+	Generation uint64            `json:"generation,omitempty"`
+	Sysctls    map[string]string `json:"sysctls,omitempty"`
+}
+
+type keptPolicy struct {
+	Name   string `json:"name"`
+	Source string `json:"source"`
+}
+
+// remember takes over what is kept, at the start of a monitor.
+func (m *monitor) remember() error {
+	if m.att.Keep == "" {
+		return nil
+	}
+	b, err := os.ReadFile(m.att.Keep)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var k kept
+	if err == nil {
+		err = json.Unmarshal(b, &k)
+	}
+	if err != nil {
+		// Not knowing what was set last, the pod must not get what was set before.
+		return fmt.Errorf("read the settings that were kept: %w: remove %s to start with those of the configuration", err, m.att.Keep)
+	}
+	if k.Policy != nil {
+		m.rules.Name, m.rules.Source = k.Policy.Name, k.Policy.Source
+		m.log.infof("monitor", "policy %s, which was set before, is in force", k.Policy.Name)
+	}
+	m.generation = k.Generation
+	if k.Sysctls != nil {
+		m.sysctls = k.Sysctls
+	}
+	return nil
+}
+
+// keep has f make a change in what is kept, and apply put it in force: both happen, or
+// neither. Called with change held.
+func (m *monitor) keep(f func(*kept), apply func() error) error {
+	if m.att == nil || m.att.Keep == "" {
+		return apply()
+	}
+	k := kept{Generation: m.generation, Sysctls: m.sysctls}
+	if m.generation > 0 {
+		k.Policy = &keptPolicy{m.rules.Name, m.rules.Source}
+	}
+	f(&k)
+	b, err := json.Marshal(k)
+	if err != nil {
+		return fmt.Errorf("keep the settings: %w", err)
+	}
+	next := m.att.Keep + ".new"
+	if err := os.WriteFile(next, b, 0o600); err != nil {
+		return fmt.Errorf("keep the settings: %w", err)
+	}
+	if err := apply(); err != nil {
+		_ = os.Remove(next)
+		return err
+	}
+	if err := os.Rename(next, m.att.Keep); err != nil {
+		return fmt.Errorf("the change is in force, but would be lost with the monitor: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+#!/bin/bash
+# Shows sluice-cni with podman: two containers, of which one may reach the other, and
+# the flow table of each. It runs in namespaces of its own, and so does podman: nothing
+# of the machine is used but its programs, and nothing outlives this script.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+sluice=$PWD/build/sluice plugin=$PWD/build/sluice-cni peer=$PWD/build/peer
+
+fail() {
+	echo "demo-cni: $*" >&2
+	exit 1
+}
+
+if [ "${1:-}" != inside ]; then
+	[ "$(id -u)" = 0 ] || fail "container runtimes call their network plugins as root: sudo make demo-cni"
+	missing=()
+	for program in podman crun conmon ip unshare; do
+		command -v "$program" >/dev/null || missing+=("$program")
+	done
+	[ ${#missing[@]} -eq 0 ] || fail "not installed: ${missing[*]} (on Debian 12: apt-get install podman crun conmon iproute2 util-linux containernetworking-plugins)"
+	[ -e /dev/net/tun ] || fail "no /dev/net/tun: modprobe tun"
+	# Whatever happens to this process, the kernel ends all that it started.
+	exec unshare --mount --net --ipc --pid --fork --mount-proc --kill-child "$PWD/hack/demo-cni.sh" inside
+fi
+
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+# A podman that a Ctrl-C ends in the middle forgets what it has made: it is let finish.
+podman() {
+	setsid --wait podman "$@"
+}
+
+for plugins in /usr/lib/cni /opt/cni/bin /usr/libexec/cni none; do
+	[ -x "$plugins/bridge" ] && [ -x "$plugins/host-local" ] && break
+done
+[ "$plugins" != none ] || fail "no main plugins of CNI (on Debian: apt-get install containernetworking-plugins)"
+
+mount -t tmpfs -o mode=755 run /run
+mount -t tmpfs -o mode=755 lib /var/lib
+# crun refuses cgroup v1 with v2 beside it; these containers have none of either.
+umount /sys/fs/cgroup/unified 2>/dev/null || true
+ip link set lo up
+mkdir /run/demo /run/demo/net.d /run/demo/bin /run/demo/root
+cd /run/demo
+export CONTAINERS_CONF=$PWD/containers.conf CONTAINERS_STORAGE_CONF=$PWD/storage.conf
+
+cat >containers.conf <<CONF
+[containers]
+cgroups = "disabled"
+default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
+[network]
+network_backend = "cni"
+cni_plugin_dirs = ["$PWD/bin", "$plugins"]
+network_config_dir = "$PWD/net.d"
+default_network = "demo"
+[engine]
+cgroup_manager = "cgroupfs"
+runtime = "crun"
+events_logger = "none"
+lock_type = "file"
+tmp_dir = "$PWD/tmp"
+CONF
+cat >storage.conf <<CONF
+[storage]
+driver = "vfs"
+graphroot = "/var/lib/podman"
+runroot = "$PWD/run"
+CONF
+cat >net.d/demo.conflist <<CONF
+{"cniVersion": "1.0.0", "name": "demo", "plugins": [
+  {"type": "bridge", "bridge": "demo0", "isGateway": true, "capabilities": {"ips": true},
+   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.5.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
+CONF
+cat >policy.yaml <<POLICY
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata:
+  name: demonstration
+spec:
+  defaultAction: reject
+  egress:
+  - name: containers
+    action: allow
+    to: [{cidr: 10.5.0.0/24}]
+  ingress:
+  - name: alice
+    action: allow
+    from: [{cidr: 10.5.0.10/32}]
+    ports: [{protocol: TCP, port: 7008}]
+POLICY
+echo '{"policy": "/run/demo/policy.yaml"}' >keys.json
+
+backend=$(podman info --format '{{.Host.NetworkBackend}}')
+[ "$backend" = cni ] || fail "this podman's networks are $backend's: the demonstration needs podman 4, which has CNI (network_backend = \"cni\")"
+
+# shellcheck disable=SC2317 # called by the trap
+finish() {
+	local status=$?
+	trap '' INT TERM HUP
+	podman rm --all --force --time 0 >/dev/null || status=1
+	local left
+	left=$("$sluice" ps | sed 1d; ip -o link | grep -vE ' (lo|demo0):' || true; ls -A /run/netns 2>/dev/null || true)
+	if [ -n "$left" ]; then
+		printf 'demo-cni: left behind:\n%s\n' "$left" >&2
+		status=1
+	else
+		echo "Removed: no container, attachment, device or namespace is left."
+	fi
+	exit "$status"
+}
+trap finish EXIT
+
+say() {
+	echo
+	echo "\$ $*"
+}
+
+say sluice-cni install --conflist demo.conflist --config keys.json
+"$plugin" install --conflist net.d/demo.conflist --config keys.json --bin-dir bin
+sed -n '/^spec/,$p' policy.yaml
+
+cp "$peer" root/peer
+tar -C root -c . | podman import --quiet - peer >/dev/null
+declare -A id
+for who in alice:10 bob:11; do
+	name=${who%:*} address=10.5.0.${who#*:}
+	say podman run --detach --name "$name" --ip "$address" peer /peer serve
+	id[$name]=$(podman run --detach --name "$name" --ip "$address" peer /peer serve)
+done
+for name in alice bob; do
+	for _ in $(seq 100); do
+		podman logs "$name" 2>&1 | grep -q listening && break
+		sleep 0.05
+	done
+done
+say sluice ps
+"$sluice" ps
+
+# attachment prints the name that sluice knows a container by.
+attachment() {
+	"$sluice" ps | awk -v id="${id[$1]:0:12}" 'index($1, id) == 1 {print $1}'
+}
+
+status=0
+say podman exec alice /peer get http://10.5.0.11:7008/addr
+podman exec alice /peer get http://10.5.0.11:7008/addr || status=1
+say podman exec bob /peer get http://10.5.0.10:7008/addr
+if podman exec bob /peer get http://10.5.0.10:7008/addr 2>&1; then
+	status=1
+fi
+say sluice flows bob
+"$sluice" flows "$(attachment bob)" | tee flows
+say sluice flows --ended alice
+"$sluice" flows --ended "$(attachment alice)" | tee -a flows
+echo
+[ $status = 0 ] || fail "the policy is not what the containers meet"
+grep -q 'ingress\[0\] alice' flows || fail "the flow table does not show that alice was let in"
+grep -q '^REJECTED.*default' flows || fail "the flow table does not show that bob was refused"
