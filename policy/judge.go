@@ -1,9 +1,6 @@
 package policy
 
-import (
-	"net/netip"
-	"slices"
-)
+import "net/netip"
 
 // One address is judged by the lowest of two rules: the first by address, from
 // the tree of ranges (compile.go), and the first by domain, from the names under
@@ -185,22 +182,6 @@ func (j *judgement) byName(private bool, best int32) match {
 	}
 	return m
 }
-
-// worthReading reports whether a flow that audit mode lets through says a name
-// first, so that a policy can be learnt from it: it goes to a granted address,
-// and to no port on which names are not said.
-func (j *judgement) worthReading() bool {
-	q := j.query
-	if q.Ingress || q.Seen.Kind != SeenNone || slices.ContainsFunc(freeSpans, func(s span) bool { return s.lo <= j.key && j.key <= s.hi }) {
-		return false
-	}
-	named := false
-	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(string) { named = true })
-	return named
-}
-
-// freeSpans are the keys for which a rule asks for no name unless it says so.
-var freeSpans = unverified(&Rule{})
 
 // candidate gives the lowest rule by domain below best that is right but for what
 // was said, else noRule.
