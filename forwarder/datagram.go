@@ -79,6 +79,7 @@ func (d *datagrams) recheck(r *policy.Rules) {
 
 // close ends every flow. The emitter must still work, and is closed last.
 func (d *datagrams) close() {
+	d.udp.held.close()
 	d.udp.close()
 	d.echo.close()
 	d.emit.close()
@@ -150,6 +151,8 @@ type dgramFlow struct {
 	ingress bool           // begun by a client of a published port
 	lease   *nat.Lease
 	verdict atomic.Pointer[policy.Verdict]
+	shape   atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	quic    *quicFlow                  // of a flow whose first bytes were read; nil else
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
 	sent    atomic.Uint64              // header fields of the last packet, see noteSent
@@ -261,8 +264,11 @@ func (d *dgramTable) lookup(t nat.Tuple) *dgramFlow {
 
 // acquire charges the flow table. On success fl must be given to install or ended.
 func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) error {
+	shape := d.f.limited.of(v)
+	fl.shape.Store(shape)
 	lease, err := d.f.table.Acquire(nat.Spec{
-		Orig: orig, Rule: v.Rule(), Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
+		Budget: shape.budgetOf(), Orig: orig, Rule: v.Rule(), Names: d.f.names(v, orig.Dst().Addr()), About: About{Verdict: v, Seen: fl.query.Seen},
+		Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
 	})
 	if err != nil {
 		return err
@@ -380,12 +386,16 @@ func (fl *dgramFlow) recheck(r *policy.Rules) bool {
 	if !fl.query.Dst.IsValid() {
 		return true
 	}
-	v := r.Decide(fl.query)
+	v := fl.d.f.judge(r, fl.query)
 	if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
 		fl.end("policy")
 		return false
 	}
 	fl.verdict.Store(&v)
+	shape := fl.d.f.limited.of(v)
+	fl.shape.Store(shape)
+	_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
+	fl.lease.Describe(v.Rule(), fl.d.f.names(v, fl.peer.Addr()), About{Verdict: v, Seen: fl.query.Seen})
 	return true
 }
 
@@ -420,7 +430,7 @@ func (d *dgramTable) close() {
 // what a reject rule of nftables sends by default.
 func (d *dgramTable) refuse(v policy.Verdict, kind icmpKind, pkt *stack.PacketBuffer, q policy.Query) {
 	d.n.refused.drop(d.f, pkt)
-	d.f.noteRefused(q.Proto, q.Src, q.Dst, v)
+	d.f.noteRefused(Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
 	if v.Action() == policy.Reject {
 		d.f.tell(kind, 0, pkt)
 	}

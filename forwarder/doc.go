@@ -11,7 +11,9 @@
 //	  │ first segment or datagram of an unknown tuple
 //	  ▼
 //	tcp.go udp.go icmp.go ──► policy.Rules.Decide ──► nat.Table.Acquire ──► Dialer
-//	                                                                          │
+//	                            │  ▲ what was said                            │
+//	                            ▼  │                                          │
+//	                          verify*.go: the first bytes, HTTP requests      │
 //	splice.go  ◄── stack readiness by waiter callbacks (runq.go)              ▼
 //	           ◄── host readiness by epoll (poller.go) ─────────────── host sockets
 //

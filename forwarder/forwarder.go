@@ -62,9 +62,10 @@ type Config struct {
 	SelfConfigured netip.Prefix
 
 	Table       *nat.Table
-	DNSHandler  DNSHandler   // nil: nobody answers at the DNS address
-	DHCPHandler DHCPHandler  // nil: guests are configured from outside
-	Guests      GuestSockets // nil: loopback clients appear as the gateway
+	DNSHandler  DNSHandler    // nil: nobody answers at the DNS address, nor elsewhere in its place
+	Names       *policy.Names // what the sandbox was told of names; nil: no rule by domain matches
+	DHCPHandler DHCPHandler   // nil: guests are configured from outside
+	Guests      GuestSockets  // nil: loopback clients appear as the gateway
 
 	// Inbound is a second link for traffic from outside to the Guest addresses, which
 	// passes as packets (inbound.go); nil where there is none. It must offer the same
@@ -85,8 +86,8 @@ type Config struct {
 	// Drop is told of each packet dropped here, with its counted reason. It must
 	// not block, and may not keep pkt. It may be nil.
 	Drop func(reason string, pkt []byte)
-	// Refused is told of each flow that policy refused. It must not block. It may be nil.
-	Refused func(proto uint8, src, dst netip.AddrPort, v policy.Verdict)
+	// Refused is told of each flow, and each request, that policy refused. It must not block. It may be nil.
+	Refused func(Refusal)
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 	// Log receives what an operator has to know; nothing is logged per packet.
@@ -126,6 +127,7 @@ type Forwarder struct {
 	publish   *publisher
 	outside   *outside // nil without Config.Inbound
 	bandwidth bandwidth
+	limited   limited                                  // rules with limits of their own
 	limits    nat.Limits                               // the table's own, before any policy's
 	drop      func(reason string, pkt []byte)          // never nil
 	inbound   stack.NetworkDispatcher                  // behind the filter; set by link.Attach
@@ -247,6 +249,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	<-f.ctx.Done()
 
 	f.bandwidth.stop()
+	f.limited.set(f.table, nil)
 	f.publish.close()
 	f.tcp.close()
 	f.dgram.close()
@@ -291,7 +294,8 @@ func (f *Forwarder) timer() {
 		f.needTimer.Store(false)
 		now := f.now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
-		if f.publish.retry() || handshakes || dials {
+		checks, held := f.tcp.checks.expire(now), f.dgram.udp.held.list.expire(now)
+		if f.publish.retry() || handshakes || dials || checks || held {
 			f.needTimer.Store(true)
 		} else if !f.needTimer.Load() {
 			t.Stop()
@@ -326,6 +330,7 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.rules.Store(r)
 	l := r.Limits()
 	f.bandwidth.set(l)
+	f.limited.set(f.table, r)
 	f.table.SetLimits(tableLimits(f.limits, l))
 	f.tcp.recheck(r)
 	f.dgram.recheck(r)
@@ -340,6 +345,9 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 	if l.Flows > 0 {
 		base.Max = l.Flows
+	}
+	if l.HalfOpen > 0 {
+		base.HalfOpen = l.HalfOpen
 	}
 	if l.FlowsPerDestination > 0 {
 		base.PerDestination = l.FlowsPerDestination
@@ -356,9 +364,22 @@ func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 // Stats returns the counters by name.
 func (f *Forwarder) Stats() map[string]uint64 {
 	m := f.stats.snapshot()
+	ip := f.stack.Stats().IP
+	m["stack_malformed_packets"] = ip.MalformedPacketsReceived.Value()
+	m["stack_malformed_fragments"] = ip.MalformedFragmentsReceived.Value()
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m
+}
+
+// forResolver tells whether a query to dst is answered by DNSHandler: at the DNS
+// address always, and at every address while the policy gates names, so that the
+// sandbox cannot ask anybody else.
+func (f *Forwarder) forResolver(dst netip.AddrPort) bool {
+	if f.cfg.DNSHandler == nil || dst.Port() != dnsPort {
+		return false
+	}
+	return f.isDNS(dst.Addr()) || f.rules.Load().GatesNames()
 }
 
 // isDNS tells whether a is the resolver's address.

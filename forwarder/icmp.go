@@ -127,12 +127,13 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	peer := netip.AddrPortFrom(dst, 0)
 	q := policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request}
 	rules := e.f.rules.Load()
-	v := rules.Decide(q)
+	v := e.f.judge(rules, q)
 	if !v.Allowed() {
 		e.refuse(v, icmpAdminProhibited, pkt, q)
 		return nil
 	}
 	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: v.Target(), query: q}
+	fl.query.Held = v.Name()
 	if err := e.acquire(fl, tuple, v); err != nil {
 		e.n.flow.drop(e.f, pkt)
 		return nil
@@ -206,7 +207,7 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 	}
 	binary.BigEndian.PutUint16(data[4:], fl.guest.Port())
 	size := ipHeaderLen(fl.guest.Addr()) + len(data)
-	if !s.d.admitDown(size) {
+	if !fl.admitDown(size) {
 		return
 	}
 	fl.lease.Account(nat.Reply, 1, int64(size))

@@ -110,7 +110,7 @@ func restoreHop(p *datum) {
 func (o *outside) refuse(v policy.Verdict, q policy.Query, pkt *stack.PacketBuffer, p *datum) {
 	o.n.refused.Add(1)
 	o.f.noteDrop(o.n.refused.name, pkt)
-	o.f.noteRefused(q.Proto, q.Src, q.Dst, v)
+	o.f.noteRefused(Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: v})
 	if v.Action() != policy.Reject {
 		return
 	}

@@ -51,6 +51,7 @@ func queryOf(tuple nat.Tuple) policy.Query {
 func (o *outside) admit(fl *inboundFlow, v policy.Verdict) error {
 	lease, err := o.f.table.Acquire(nat.Spec{
 		Orig: fl.tuple, Rule: v.Rule(), Ingress: true, Forwarded: true,
+		Budget: o.f.limited.of(v).budgetOf(), About: About{Verdict: v},
 		Short: fl.tuple.Proto() == protoUDP && fl.tuple.Dst().Port() == dnsPort, Expire: fl.expire,
 	})
 	if err != nil {

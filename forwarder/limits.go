@@ -26,6 +26,10 @@ const (
 	quantum = 16 << 10
 	// refillEvery is how often waiting flows are woken.
 	refillEvery = 5 * time.Millisecond
+	// leastGrant is the least that a flow gets which wants more, or what the rate allows
+	// in refillEvery if that is more: one that took every byte as it comes would do
+	// nothing else, and let nobody else do anything.
+	leastGrant = 1460
 )
 
 // bandwidth is the limits of one sandbox that count bytes per second.
@@ -66,8 +70,8 @@ func (b *bucket) setRate(rate int64) {
 // limited tells whether take can return less than it was asked for.
 func (b *bucket) limited() bool { return b.rate.Load() > 0 }
 
-// take returns how many of want bytes may move now. When there are none, t is
-// queued on q as soon as that changes.
+// take returns how many of want bytes may move now. When there are none, or too few to
+// be worth it, it returns 0, and t is queued on q as soon as that changes.
 func (b *bucket) take(want int, now time.Time, t *task, q *runQueue) int {
 	rate := b.rate.Load()
 	if rate <= 0 {
@@ -80,7 +84,7 @@ func (b *bucket) take(want int, now time.Time, t *task, q *runQueue) int {
 		want = min(want, quantum)
 	}
 	n := min(want, int(b.tokens))
-	if n <= 0 {
+	if n < min(want, max(leastGrant, int(float64(rate)*refillEvery.Seconds()))) {
 		b.waiters = append(b.waiters, parked{t, q})
 		if len(b.waiters) == 1 {
 			b.timer = time.AfterFunc(refillEvery, b.wake)

@@ -53,21 +53,22 @@ func (l *link) Attach(d stack.NetworkDispatcher) {
 }
 
 type filterReasons struct {
-	short, version, spoofed, martian, multicast, broadcast, arp, neighbour, ethertype reason
+	short, version, spoofed, martian, sourceRoute, multicast, broadcast, arp, neighbour, ethertype reason
 }
 
 func newFilterReasons(f *Forwarder) filterReasons {
 	r := f.reason
 	return filterReasons{
-		short:     r("drop_short_packet"),
-		version:   r("drop_ip_version"),
-		spoofed:   r("drop_spoofed_source"),
-		martian:   r("drop_martian_destination"),
-		multicast: r("drop_multicast"),
-		broadcast: r("drop_broadcast"),
-		arp:       r("drop_arp"),
-		neighbour: r("drop_neighbour_discovery"),
-		ethertype: r("drop_ethertype"),
+		short:       r("drop_short_packet"),
+		version:     r("drop_ip_version"),
+		spoofed:     r("drop_spoofed_source"),
+		martian:     r("drop_martian_destination"),
+		sourceRoute: r("drop_source_route"),
+		multicast:   r("drop_multicast"),
+		broadcast:   r("drop_broadcast"),
+		arp:         r("drop_arp"),
+		neighbour:   r("drop_neighbour_discovery"),
+		ethertype:   r("drop_ethertype"),
 	}
 }
 
@@ -156,8 +157,10 @@ func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
 	switch {
 	case dst.IsMulticast():
 		return t.n.multicast
-	case dst.IsUnspecified(), t.f.isGuest(dst):
+	case dst.IsUnspecified(), dst.IsLoopback(), t.f.isGuest(dst):
 		return t.n.martian
+	case sourceRouted(h, pkt):
+		return t.n.sourceRoute
 	}
 	switch proto {
 	case uint8(header.TCPProtocolNumber):
@@ -195,12 +198,44 @@ func (t *filter) judge6(pkt *stack.PacketBuffer) reason {
 		return t.n.multicast
 	case !t.f.isGuest(src):
 		return t.n.spoofed
-	case dst.IsUnspecified(), dst.Is4In6(), t.f.isGuest(dst):
+	case dst.IsUnspecified(), dst.IsLoopback(), dst.Is4In6(), t.f.isGuest(dst):
 		return t.n.martian
 	case dst.IsLinkLocalUnicast() && !t.f.isOwn(dst):
 		return t.n.martian
 	}
-	return reason{}
+	switch h.NextHeader() {
+	case uint8(header.TCPProtocolNumber), uint8(header.UDPProtocolNumber), uint8(header.ICMPv6ProtocolNumber),
+		uint8(header.IPv6HopByHopOptionsExtHdrIdentifier), uint8(header.IPv6FragmentExtHdrIdentifier),
+		uint8(header.IPv6DestinationOptionsExtHdrIdentifier), uint8(header.IPv6NoNextHeaderIdentifier):
+		return reason{}
+	case uint8(header.IPv6RoutingExtHdrIdentifier):
+		return t.n.sourceRoute
+	}
+	t.f.rejectProtocol(pkt)
+	return handled
+}
+
+// sourceRouted tells whether an IPv4 packet asks to go by other routers than ours
+// (RFC 791 section 3.1): what was judged is the address it has now, not those.
+func sourceRouted(h header.IPv4, pkt *stack.PacketBuffer) bool {
+	const end, nop, looseRoute, strictRoute = 0, 1, 131, 137
+	b, ok := pkt.Data().PullUp(int(h.HeaderLength()))
+	if !ok || len(b) <= header.IPv4MinimumSize {
+		return false // the stack judges headers that are cut short
+	}
+	for opts := b[header.IPv4MinimumSize:]; len(opts) > 1; {
+		switch opts[0] {
+		case end:
+			return false
+		case looseRoute, strictRoute:
+			return true
+		case nop:
+			opts = opts[1:]
+		default:
+			opts = opts[min(max(int(opts[1]), 2), len(opts)):]
+		}
+	}
+	return false
 }
 
 // judgeDiscovery lets neighbour discovery reach the stack as far as it is about

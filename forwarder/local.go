@@ -11,8 +11,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
-
-	"sluice/policy"
 )
 
 const (
@@ -45,9 +43,9 @@ func (f *Forwarder) noteRefusal(reason string, pkt *stack.PacketBuffer) {
 }
 
 // noteRefused records a flow that policy refused.
-func (f *Forwarder) noteRefused(proto uint8, src, dst netip.AddrPort, v policy.Verdict) {
+func (f *Forwarder) noteRefused(r Refusal) {
 	if f.cfg.Refused != nil {
-		f.cfg.Refused(proto, src, dst, v)
+		f.cfg.Refused(r)
 	}
 }
 

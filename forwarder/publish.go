@@ -226,7 +226,7 @@ func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
 	v := t.f.rules.Load().Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
 	if !v.Allowed() {
 		p.refused.Add(1)
-		t.f.noteRefused(unix.IPPROTO_TCP, client, guest, v)
+		t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: client, Dst: guest, Verdict: v})
 		t.f.dialer.reset(fd)
 		return
 	}
@@ -253,8 +253,11 @@ func (t *tcpForwarder) ingressThroughStack(fd int, client, guest netip.AddrPort,
 			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
 		},
 	}
+	shape := t.f.limited.of(v)
+	fl.shape.Store(shape)
 	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: fl.expire,
+		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true,
+		Budget: shape.budgetOf(), About: About{Verdict: v}, Expire: fl.expire,
 	})
 	if err != nil {
 		t.f.publish.limited.Add(1)

@@ -64,7 +64,8 @@ func (t *tcpForwarder) relayLoopback(fd int, client, guest netip.AddrPort, v pol
 	r := &relay{t: t, verdict: v, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
 	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true, Expire: r.abort,
+		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true,
+		Budget: t.f.limited.of(v).budgetOf(), About: About{Verdict: v}, Expire: r.abort,
 	})
 	if err != nil {
 		t.f.publish.limited.Add(1)

@@ -136,7 +136,7 @@ func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
 // runUp returns a reason when the flow has to be aborted.
 func (fl *tcpFlow) runUp() (abort string) {
 	if !fl.live.Load() || fl.up.done.Load() || fl.fd < 0 {
-		return ""
+		return fl.beforeOpen()
 	}
 	scratch := upScratches.Get().(*upScratch)
 	g := &scratch.gather
@@ -163,16 +163,23 @@ func (fl *tcpFlow) runUp() (abort string) {
 			fl.t.f.engine.put(&fl.upTask)
 			return ""
 		}
-		limit := &fl.t.f.bandwidth.up
+		if fl.gate != nil {
+			n, abort := fl.gate.admit(g)
+			if n == 0 {
+				return abort
+			}
+			g.trim(n)
+		}
+		limit, rule := &fl.t.f.bandwidth.up, fl.ruleUp()
 		granted := g.bytes
-		if limit.limited() {
-			if granted = limit.take(g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
+		if limit.limited() || rule != nil {
+			if granted = take(rule, limit, g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 			g.trim(granted)
 		}
 		n, errno := writev(fl.fd, g.iov[:g.n])
-		limit.untake(granted - n)
+		untake(rule, limit, granted-n)
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
@@ -181,6 +188,9 @@ func (fl *tcpFlow) runUp() (abort string) {
 			continue
 		default:
 			return "reset_by_peer"
+		}
+		if fl.gate != nil {
+			fl.gate.passed(g, n)
 		}
 		short := n < g.bytes
 		scratch.discard.left = n
@@ -229,16 +239,16 @@ func (fl *tcpFlow) runDown() (abort string) {
 			fl.t.f.engine.put(&fl.downTask)
 			return ""
 		}
-		limit := &fl.t.f.bandwidth.down
+		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
 		granted := fl.t.downSize(queued)
-		if limit.limited() {
-			if granted = limit.take(granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
+		if limit.limited() || rule != nil {
+			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
 			}
 		}
-		fl.reader = hostReader{fd: fl.fd, left: granted}
+		fl.reader = hostReader{fd: fl.fd, left: granted, gate: fl.gate}
 		n, terr := fl.ep.Write(&fl.reader, tcpip.WriteOptions{})
-		limit.untake(granted - int(n))
+		untake(rule, limit, granted-int(n))
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
@@ -364,6 +374,7 @@ func segmentsOf(n int) int { return (n + 65535) / 65536 }
 type hostReader struct {
 	fd   int
 	left int
+	gate *requestGate // follows what is read; may be nil
 }
 
 // Len is a promise to the stack.
@@ -390,6 +401,9 @@ func (r *hostReader) Read(p []byte) (int, error) {
 			return 0, io.ErrUnexpectedEOF
 		}
 		r.left -= int(n)
+		if r.gate != nil {
+			r.gate.answered(p[:n])
+		}
 		return int(n), nil
 	}
 }

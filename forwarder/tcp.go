@@ -27,6 +27,7 @@ package forwarder
 import (
 	"container/list"
 	"context"
+	"errors"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -72,14 +73,16 @@ type tcpForwarder struct {
 	mu         sync.Mutex
 	flows      map[stack.TransportEndpointID]*tcpFlow
 	relays     map[*relay]struct{}
-	handshakes list.List      // of *tcpFlow, oldest first
-	dials      list.List      // of *tcpFlow, those that wait for the far side
+	handshakes list.List // of *tcpFlow, oldest first
+	dials      list.List // of *tcpFlow, those that wait for the far side
+	checks     *checkList
 	wg         sync.WaitGroup // of the DNS handler's connections
 	closed     bool
 
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
-	shortRead, lastHop, malformed                                   *atomic.Uint64
+	shortRead, lastHop, malformed, noConnection                     *atomic.Uint64
+	refusedFirst, refusedRequest, firstMalformed                    *atomic.Uint64
 }
 
 func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
@@ -97,8 +100,13 @@ func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
 		dialUnreachable:  f.stats.counter("tcp_dial_unreachable"),
 		dialDescriptors:  f.stats.counter("tcp_dial_out_of_descriptors"),
 		malformed:        f.stats.counter("tcp_malformed"),
+		noConnection:     f.stats.counter("tcp_no_connection"), // answered by RST
 		lastHop:          f.stats.counter("tcp_time_exceeded"),
 		shortRead:        f.stats.counter("tcp_short_read"),
+		refusedFirst:     f.stats.counter("tcp_refused_by_first_bytes"),
+		refusedRequest:   f.stats.counter("tcp_refused_request"),
+		firstMalformed:   f.stats.counter("tcp_first_bytes_malformed"),
+		checks:           newCheckList(f, "tcp"),
 	}
 	t.inline.queue = segmentQueueOf(f.stack)
 	t.gsoPayload = downChunk
@@ -123,6 +131,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		t.cancelDial(id)
 		return true
 	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
+		t.noConnection.Add(1)
 		return false
 	}
 	if _, intact, ok := header.TCPValid(h, func() uint16 { return pkt.Data().Checksum() }, uint16(pkt.Data().Size()),
@@ -155,14 +164,18 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		return true
 	}
 	fl := &tcpFlow{t: t, id: id, fd: -1}
-	if own && dst.Port() == dnsPort && t.f.isDNS(dst.Addr()) && t.f.cfg.DNSHandler != nil {
+	rules := t.f.rules.Load()
+	if t.f.forResolver(dst) {
 		fl.local = true
 	} else {
-		fl.verdict = t.f.rules.Load().Decide(policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
-		if !fl.verdict.Allowed() {
+		fl.verdict = t.f.judge(rules, policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
+		switch {
+		case fl.verdict.Verify() != policy.VerifyNone:
+			fl.check = new(check)
+		case !fl.verdict.Allowed():
 			t.refused.Add(1)
 			t.f.noteRefusal("policy", pkt)
-			t.f.noteRefused(unix.IPPROTO_TCP, src, dst, fl.verdict)
+			t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst, Verdict: fl.verdict})
 			return fl.verdict.Action() != policy.Reject
 		}
 	}
@@ -170,9 +183,14 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if fl.local {
 		rule = ruleDNS
 	}
+	shape := t.f.limited.of(fl.verdict)
+	fl.shape.Store(shape)
 	lease, err := t.f.table.Acquire(nat.Spec{
 		Orig:   nat.NewTuple(unix.IPPROTO_TCP, src, dst),
 		Rule:   rule,
+		Names:  t.f.names(fl.verdict, dst.Addr()),
+		About:  About{Verdict: fl.verdict},
+		Budget: shape.budgetOf(),
 		Expire: fl.expire,
 	})
 	if err != nil {
@@ -201,9 +219,13 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	t.flows[id] = fl
 	t.mu.Unlock()
-	if fl.local {
+	switch {
+	case !fl.local && t.f.rules.Load() != rules && !fl.stillAllowed(t.f.rules.Load()):
+		// They were replaced, and applied to the flows, before this was one.
+		fl.abort("policy")
+	case fl.local || fl.check != nil:
 		fl.answer()
-	} else {
+	default:
 		fl.dial()
 	}
 	return true
@@ -238,22 +260,32 @@ func (fl *tcpFlow) dialReady(events uint32) {
 		fl.answer()
 		return
 	}
+	err := fl.dialResult(phaseDialing)
+	switch {
+	case err == errNotDialing:
+	case err != nil:
+		fl.dialFailed(err)
+	default:
+		fl.answer()
+	}
+}
+
+// errNotDialing says that nobody waits for the result of the dial any more.
+var errNotDialing = errors.New("not dialling")
+
+// dialResult is what became of the dial that the flow is waiting for in phase ph.
+func (fl *tcpFlow) dialResult(ph phase) error {
 	// Under mu, as closeHost gives the descriptor back to the kernel after it.
 	fl.mu.Lock()
-	if fl.phase != phaseDialing || fl.fd < 0 {
-		fl.mu.Unlock()
-		return
+	defer fl.mu.Unlock()
+	if fl.phase != ph || fl.fd < 0 {
+		return errNotDialing
 	}
 	errno, err := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	fl.mu.Unlock()
 	if err == nil && errno != 0 {
 		err = unix.Errno(errno)
 	}
-	if err != nil {
-		fl.dialFailed(err)
-		return
-	}
-	fl.answer()
+	return err
 }
 
 // answer lets the sandbox's side be completed.
@@ -282,23 +314,13 @@ func (fl *tcpFlow) answer() {
 // dialFailed tells the sandbox what the far side's network said.
 func (fl *tcpFlow) dialFailed(err error) {
 	t := fl.t
-	errno := errnoOf(err)
-	switch errno {
-	case unix.ECONNREFUSED, unix.ECONNRESET:
-		t.dialRefused.Add(1)
+	reason := fl.dialReason(err)
+	switch reason {
+	case "refused":
 		fl.mu.Lock()
 		fl.resetOnComplete = true
 		fl.mu.Unlock()
-		fl.abort("refused")
-	case unix.ETIMEDOUT:
-		t.dialTimeout.Add(1)
-		fl.abort("timeout")
-	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EAGAIN:
-		// A shortage of ours, which may pass: the sandbox's next SYN tries again.
-		t.dialDescriptors.Add(1)
-		fl.abort("out_of_descriptors")
-	default:
-		t.dialUnreachable.Add(1)
+	case "unreachable":
 		fl.mu.Lock()
 		syn := originalPacket(fl.syn)
 		var e extendedErr
@@ -307,9 +329,28 @@ func (fl *tcpFlow) dialFailed(err error) {
 			e, fromNetwork = dialError(fl.fd)
 		}
 		fl.mu.Unlock()
-		t.f.tellDialError(syn, e, fromNetwork, errno)
-		fl.abort("unreachable")
+		t.f.tellDialError(syn, e, fromNetwork, errnoOf(err))
 	}
+	fl.abort(reason)
+}
+
+// dialReason counts a failed dial, and is why the flow ends.
+func (fl *tcpFlow) dialReason(err error) string {
+	t := fl.t
+	switch errnoOf(err) {
+	case unix.ECONNREFUSED, unix.ECONNRESET:
+		t.dialRefused.Add(1)
+		return "refused"
+	case unix.ETIMEDOUT:
+		t.dialTimeout.Add(1)
+		return "timeout"
+	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EAGAIN:
+		// A shortage of ours, which may pass: the sandbox's next SYN tries again.
+		t.dialDescriptors.Add(1)
+		return "out_of_descriptors"
+	}
+	t.dialUnreachable.Add(1)
+	return "unreachable"
 }
 
 // accepted receives an endpoint whose handshake the sandbox has completed.
@@ -331,6 +372,11 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 	}
 	t.leaveHandshake(fl)
 	ep.SocketOptions().SetKeepAlive(true)
+	if fl.check != nil {
+		fl.wq = wq
+		fl.verify(ep)
+		return
+	}
 	fl.lease.SetState(nat.Established)
 	if local {
 		go func() { // ends with the connection, which close closes
@@ -401,6 +447,9 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	}
 	t.leaveDialLocked(fl)
 	t.mu.Unlock()
+	if fl.check != nil {
+		t.checks.leave(&fl.check.entry)
+	}
 }
 
 // close aborts every flow and waits for the DNS handler's goroutines.

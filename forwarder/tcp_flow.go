@@ -40,12 +40,16 @@ const (
 	phaseOpen
 	phaseClosing
 	phaseClosed
+	phaseVerifying  // verify_tcp.go
+	phaseConnecting // likewise
+	phaseRefused    // likewise
 )
 
 type tcpFlow struct {
 	t       *tcpForwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
-	verdict policy.Verdict
+	verdict policy.Verdict            // guarded by mu if there is a check
+	check   *check                    // nil: the first bytes are nobody's business
 	lease   *nat.Lease
 	hops    ipMeta // for the dial; ttl 0: the host's default
 	ingress bool   // dialled by a client of a published port
@@ -57,9 +61,11 @@ type tcpFlow struct {
 	upTask   task
 	downTask task
 	settling task
-	up       pump       // stack → host
-	down     pump       // host → stack
-	reader   hostReader // of the down pump, kept here so that a write allocates nothing
+	up       pump                       // stack → host
+	down     pump                       // host → stack
+	shape    atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	gate     *requestGate               // nil: requests are not judged; set before live
+	reader   hostReader                 // of the down pump, kept here so that a write allocates nothing
 
 	inBatch bool          // among inlineTCP.flows; guarded by its mu
 	inlined atomic.Bool   // the device's reader processes the endpoint
@@ -121,12 +127,7 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 		return
 	}
 	fl.ep, fl.counts = ep, ep.Stats().(*tcp.Stats)
-	fl.phase = phaseOpen
-	fl.live.Store(true)
-	var err error
-	if fl.tok == (pollToken{}) {
-		fl.tok, err = fl.t.f.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
-	}
+	err := fl.openLocked()
 	fl.mu.Unlock()
 	if err != nil {
 		fl.abort("out_of_descriptors")
@@ -140,6 +141,16 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 	if fl.early.Load() {
 		fl.t.f.engine.put(&fl.downTask)
 	}
+}
+
+// openLocked lets the pumps run, which nothing tells to yet. mu is held.
+func (fl *tcpFlow) openLocked() (err error) {
+	fl.phase = phaseOpen
+	fl.live.Store(true)
+	if fl.tok == (pollToken{}) {
+		fl.tok, err = fl.t.f.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+	}
+	return err
 }
 
 // NotifyEvent is the stack's word on the endpoint. It runs under the endpoint's
@@ -172,6 +183,10 @@ func (fl *tcpFlow) pollReady(events uint32) {
 	case phaseDialing:
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 			fl.dialReady(events)
+		}
+	case phaseConnecting:
+		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			fl.dialed()
 		}
 	case phaseOpen:
 		if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -213,6 +228,12 @@ func (fl *tcpFlow) settle() {
 		// pumps find out, pass on what is left, and abort.
 		fl.t.f.engine.put(&fl.upTask)
 		fl.t.f.engine.put(&fl.downTask)
+		return
+	case ph != phaseClosing:
+		// Verification: only the sandbox's reset is of interest.
+		if endpointState(ep) == tcp.StateError {
+			fl.abort("reset_by_sandbox")
+		}
 		return
 	}
 	switch endpointState(ep) {
@@ -262,6 +283,9 @@ func (fl *tcpFlow) end(reason string) {
 		fl.wq.EventUnregister(&fl.entry)
 	}
 	fl.t.forget(fl)
+	if fl.check != nil && fl.check.refused {
+		reason = reasonRefused
+	}
 	fl.lease.Release(reason)
 }
 
@@ -355,17 +379,30 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	}
 }
 
-// stillAllowed asks rules about the flow as it stands.
+// stillAllowed asks rules about the flow as it stands, which from then on is the rule's
+// that allows it.
 func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 	if fl.local {
 		return true
 	}
-	orig := fl.lease.Orig()
-	v := rules.Decide(policy.Query{Ingress: fl.ingress, Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst()})
+	q := fl.query()
+	v := fl.t.f.judge(rules, q)
+	if fl.check != nil && q.Seen.Kind == policy.SeenNone {
+		return v.Allowed() || v.Verify() != policy.VerifyNone // it is decided when it has spoken
+	}
 	if !v.Allowed() {
 		return false
 	}
-	return fl.ingress || fl.verdict.Target() == v.Target()
+	fl.mu.Lock()
+	same := fl.ingress || fl.verdict.Target() == v.Target()
+	fl.mu.Unlock()
+	if same {
+		shape := fl.t.f.limited.of(v)
+		fl.shape.Store(shape)
+		_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
+		fl.lease.Describe(v.Rule(), fl.t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
+	}
+	return same
 }
 
 // errnoOf finds the system's error number in err, or 0.

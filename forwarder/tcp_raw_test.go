@@ -197,6 +197,11 @@ func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 		{"the sandbox itself", p("10.0.2.100", "10.0.2.100", protoUDP), "drop_martian_destination"},
 		{"a 4-in-6 destination", p("fd00::100", "::ffff:192.0.2.1", protoUDP), "drop_martian_destination"},
 		{"a foreign link-local", p("fd00::100", "fe80::1234", protoUDP), "drop_martian_destination"},
+		{"IPv4 loopback", p("10.0.2.100", "127.1.2.3", protoUDP), "drop_martian_destination"},
+		{"IPv6 loopback", p("fd00::100", "::1", protoUDP), "drop_martian_destination"},
+		{"GRE over IPv4", p("10.0.2.100", "192.0.2.1", 47), "ip_protocol"},
+		{"GRE over IPv6", p("fd00::100", "2001:db8::1", 47), "ip_protocol"},
+		{"IPv6 source routing", p("fd00::100", "2001:db8::1", 43), "drop_source_route"},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			w := newWire(t, allowAll, nil)

@@ -24,6 +24,7 @@ type udpForwarder struct {
 	checksum, length, noPort reason
 	ingress                  ingressCounters
 	published                map[netip.AddrPort]*hostSocket // by host address; guarded by mu
+	held                     *heldTuples
 }
 
 func newUDPForwarder(f *Forwarder) *udpForwarder {
@@ -33,6 +34,7 @@ func newUDPForwarder(f *Forwarder) *udpForwarder {
 		noPort:    f.reason("udp_closed_port"), // nothing of ours listens there
 		ingress:   newIngressCounters(f),
 		published: make(map[netip.AddrPort]*hostSocket),
+		held:      newHeldTuples(f),
 	}
 	u.init(f, "udp")
 	return u
@@ -65,12 +67,15 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 		}
 	}
 	if fl == nil {
-		if fl = u.begin(tuple, guest, peer, pkt); fl == nil {
+		if fl = u.begin(tuple, guest, peer, a, pkt); fl == nil {
 			return
 		}
 	}
 	if fl.socket() == nil {
 		u.ask(fl, a, pkt)
+		return
+	}
+	if fl.quic != nil && !u.mayPass(fl, pkt) {
 		return
 	}
 	u.enqueue(fl, pkt, a)
@@ -85,14 +90,14 @@ func (u *udpForwarder) checksumValid(a arrival, h header.UDP, pkt *stack.PacketB
 }
 
 // begin sets up the flow of a first datagram, or deals with the datagram and returns nil.
-func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *stack.PacketBuffer) *dgramFlow {
+func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arrival, pkt *stack.PacketBuffer) *dgramFlow {
 	fl := &dgramFlow{d: &u.dgramTable, tuple: tuple, guest: guest, peer: peer, target: peer}
 	u.openMu.Lock()
 	defer u.openMu.Unlock()
 	if known := u.lookup(tuple); known != nil {
 		return known // another reader was faster
 	}
-	if u.f.cfg.DNSHandler != nil && peer.Port() == dnsPort && u.f.isDNS(peer.Addr()) {
+	if u.f.forResolver(peer) {
 		fl.short = true
 		if err := u.acquireLocal(fl, ruleDNS); err != nil {
 			u.n.flow.drop(u.f, pkt)
@@ -102,7 +107,18 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 	}
 	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
 	rules := u.f.rules.Load()
-	v := rules.Decide(q)
+	v := u.f.judge(rules, q)
+	var before []heldPacket
+	if v.Verify() != policy.VerifyNone {
+		if v, before, fl.quic = u.verify(tuple, &q, v, a, pkt); v.Verify() != policy.VerifyNone {
+			return nil
+		}
+		defer func() {
+			for i := range before {
+				before[i].pkt.DecRef()
+			}
+		}()
+	}
 	if !v.Allowed() {
 		if u.f.isOwn(peer.Addr()) {
 			u.noPort.drop(u.f, pkt)
@@ -112,6 +128,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 		u.refuse(v, icmpPortUnreachable, pkt, q)
 		return nil
 	}
+	q.Held = v.Name()
 	fl.query, fl.target, fl.short = q, v.Target(), peer.Port() == dnsPort
 	if err := u.acquire(fl, tuple, v); err != nil {
 		u.n.flow.drop(u.f, pkt)
@@ -132,6 +149,9 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, pkt *s
 	if !u.stillAllowed(fl, rules) {
 		return nil
 	}
+	for _, p := range before {
+		u.enqueue(fl, p.pkt, p.a)
+	}
 	return fl
 }
 
@@ -149,7 +169,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 	peer := netip.AddrPortFrom(k.peer, from.Port())
 	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
 	rules := u.f.rules.Load()
-	v := rules.Decide(q)
+	v := u.f.judge(rules, q)
 	if !v.Allowed() || v.Target() != from {
 		return nil
 	}

@@ -103,7 +103,7 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	v := rules.Decide(q)
 	if !v.Allowed() {
 		u.ingress.refused.Add(1)
-		u.f.noteRefused(protoUDP, from, p.guest, v)
+		u.f.noteRefused(Refusal{Proto: protoUDP, Src: from, Dst: p.guest, Verdict: v})
 		return nil
 	}
 	if old := p.sock.peer(from); old != nil {

@@ -258,7 +258,7 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	}
 	head := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen
 	bytes := len(data) + packets*head
-	if !s.d.admitDown(bytes) {
+	if !fl.admitDown(bytes) {
 		return
 	}
 	fl.lease.Account(fl.inDir(), int64(packets), int64(bytes))
@@ -268,10 +268,12 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	}
 }
 
-// admitDown tells whether the policy's bandwidth leaves room for n bytes to the sandbox.
-func (d *dgramTable) admitDown(n int) bool {
-	down := &d.f.bandwidth.down
-	if down.limited() && !down.admit(n, d.f.now()) {
+// admitDown tells whether the policy's bandwidth, and the rule's, leave room for n bytes to
+// the sandbox.
+func (fl *dgramFlow) admitDown(n int) bool {
+	d := fl.d
+	down, rule := &d.f.bandwidth.down, fl.shape.Load()
+	if rule != nil && !rule.down.admit(n, d.f.now()) || down.limited() && !down.admit(n, d.f.now()) {
 		d.n.slowDown.Add(1)
 		return false
 	}

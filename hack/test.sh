@@ -47,7 +47,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 chmod 755 "$work"
 "$go" test -c -o "$work/e2e.test" ./e2e
-cp build/sluice build/sluice-cni build/peer "$work/"
+cp build/sluice build/sluice-cni build/peer docs/threat-model.md "$work/"
 "$go" build -trimpath -tags faults -o "$work/faults/sluice-cni" ./cmd/sluice-cni
 hack/cni-plugins.sh "$work/cni"
 
@@ -60,7 +60,7 @@ e2e() {
 		"$report" -name "$name" -dir "$reports" -v || true
 }
 
-export SLUICE_BIN=$work/sluice PEER_BIN=$work/peer
+export SLUICE_BIN=$work/sluice PEER_BIN=$work/peer THREAT_MODEL=$work/threat-model.md
 export SLUICE_CNI_BIN=$work/sluice-cni SLUICE_CNI_FAULTS_BIN=$work/faults/sluice-cni CNI_PLUGINS=$work/cni
 if [ "$(id -u)" = 0 ]; then
 	if [ ! -e "$tun" ]; then
@@ -90,5 +90,7 @@ else
 	strict=
 	modes=user
 fi
+# The attempts as this run saw them; had the table not said so before, the run has failed.
+cmp -s "$work/threat-model.md" docs/threat-model.md || cp "$work/threat-model.md" docs/threat-model.md
 # shellcheck disable=SC2086
 "$report" -close $strict -areas e2e/areas.txt -modes $modes -dir "$reports"

@@ -32,6 +32,13 @@ func (t *Table) expire(now int64) time.Duration {
 			l.end(now, ReasonTotalBytes, true, nil)
 		}
 	}
+	if t.overspent.Load() && t.overspent.Swap(false) {
+		for _, l := range t.Leases() {
+			if b := l.budget.Load(); b != nil && b.spent() {
+				l.end(now, ReasonBudgetBytes, true, nil)
+			}
+		}
+	}
 	grain := now >> grainBits
 	var due []*Lease
 	t.mu.Lock()

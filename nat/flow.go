@@ -27,6 +27,7 @@ type Flow struct {
 	Ingress bool
 	Rule    string
 	Names   []string
+	About   any    // of the owner's
 	Reason  string // why it ended; empty while it lives
 }
 
@@ -50,7 +51,7 @@ func (l *Lease) snapshot() Flow {
 		SeenReply: s&seenReply != 0, Assured: s&assured != 0,
 		TimeoutLeft: max(0, timeout-time.Duration(now-seen)),
 		Start:       t.at(l.began), LastSeen: t.at(seen),
-		Ingress: l.spec.Ingress, Rule: l.spec.Rule, Names: l.spec.Names, Reason: l.reason,
+		Ingress: l.spec.Ingress, Rule: l.spec.Rule, Names: l.spec.Names, About: l.spec.About, Reason: l.reason,
 	}
 	if s&dead != 0 {
 		f.End = t.at(now)

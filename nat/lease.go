@@ -21,9 +21,10 @@ type Lease struct {
 	id    uint64
 	began int64 // ns since Table.epoch
 
-	status atomic.Uint32 // a status; written under mu, read anywhere
-	seen   atomic.Int64  // ns since Table.epoch of the last packet
-	count  [2]counter    // by Dir
+	status atomic.Uint32          // a status; written under mu, read anywhere
+	seen   atomic.Int64           // ns since Table.epoch of the last packet
+	count  [2]counter             // by Dir
+	budget atomic.Pointer[Budget] // may hold nil; written under Table.mu
 
 	mu     sync.Mutex // taken before Table.mu
 	reply  Tuple
@@ -57,7 +58,19 @@ func (l *Lease) load() status { return status(l.status.Load()) }
 func (l *Lease) Orig() Tuple { return l.spec.Orig }
 
 // Rule is the policy rule that let the flow in.
-func (l *Lease) Rule() string { return l.spec.Rule }
+func (l *Lease) Rule() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.spec.Rule
+}
+
+// Describe replaces what Spec said of the rule, the names, and of whatever else, for a
+// flow that was judged once more.
+func (l *Lease) Describe(rule string, names []string, about any) {
+	l.mu.Lock()
+	l.spec.Rule, l.spec.Names, l.spec.About = rule, names, about
+	l.mu.Unlock()
+}
 
 // Ended says whether the flow is over.
 func (l *Lease) Ended() bool { return l.load()&dead != 0 }
@@ -93,6 +106,9 @@ func (l *Lease) Account(d Dir, packets, bytes int64) {
 	}
 	if t.budget.Load() > 0 {
 		t.charge(bytes)
+	}
+	if b := l.budget.Load(); b != nil {
+		b.charge(t, bytes)
 	}
 	if s&settled == 0 {
 		l.observe(s, d, now)

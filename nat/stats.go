@@ -11,7 +11,7 @@ type Stats struct {
 	Released  uint64 `json:"released"`  // ended by their owner
 	TimedOut  uint64 `json:"timedOut"`  // ended by their timeout
 	EarlyDrop uint64 `json:"earlyDrop"` // ended for a new one's sake
-	OverBytes uint64 `json:"overBytes"` // ended because the byte budget was used up
+	OverBytes uint64 `json:"overBytes"` // ended because a byte budget was used up
 	Killed    uint64 `json:"killed"`    // ended by Kill, for another reason
 
 	TableFull       uint64 `json:"tableFull"` // refused, by reason
@@ -19,6 +19,7 @@ type Stats struct {
 	RateLimit       uint64 `json:"rateLimit"`
 	HalfOpenLimit   uint64 `json:"halfOpenLimit"`
 	TotalBytesLimit uint64 `json:"totalBytesLimit"`
+	BudgetLimit     uint64 `json:"budgetLimit"` // by a rule's limits
 	Exists          uint64 `json:"exists"`
 
 	EventsLost uint64 `json:"eventsLost"`
@@ -39,7 +40,7 @@ func (s *Stats) count(reason string, byTable bool) {
 		s.TimedOut++
 	case ReasonEarlyDrop:
 		s.EarlyDrop++
-	case ReasonTotalBytes:
+	case ReasonTotalBytes, ReasonBudgetBytes:
 		s.OverBytes++
 	default:
 		s.Killed++

@@ -29,13 +29,15 @@ type Spec struct {
 	Orig    Tuple
 	Rule    string   // the policy rule that let it in
 	Names   []string // names of the far side, if known
+	About   any      // whatever else the owner knows; comes back in Flow
 	Ingress bool     // a flow towards the container: Orig.Src is the far side
 	// Forwarded: its packets pass, and both ends are elsewhere. The handshake is then
 	// theirs to bound: it is not charged to Limits.HalfOpen. As in the kernel, such a
 	// flow may give way to a new one until it is ASSURED, answered or not, or a flood
 	// from outside could fill the table.
 	Forwarded bool
-	Short     bool // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
+	Budget    *Budget // beside the table's limits; may be nil
+	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
 
 	// Expire is called once when the table ends the flow (timeout, early drop, byte
 	// budget, Kill), without locks held and after its budgets were repaid. It is
@@ -64,11 +66,12 @@ type Table struct {
 	busy    atomic.Bool      // some flow saw a packet since the last expire
 	wake    chan struct{}    // holds one: Run has slept too long by now
 
-	timeouts atomic.Pointer[Timeouts]
-	budget   atomic.Int64 // Limits.TotalBytes
-	used     atomic.Int64 // bytes charged to budget; only kept up while there is one
-	onEvent  func(Event)
-	subs     subscribers
+	timeouts  atomic.Pointer[Timeouts]
+	budget    atomic.Int64 // Limits.TotalBytes
+	overspent atomic.Bool  // some Budget's bytes were used up since the last expire
+	used      atomic.Int64 // bytes charged to budget; only kept up while there is one
+	onEvent   func(Event)
+	subs      subscribers
 
 	mu       sync.RWMutex // the rest
 	limits   Limits
@@ -182,6 +185,10 @@ func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
 		t.stats.RateLimit++
 		return nil, ErrRate
 	}
+	if err := t.room(l.spec.Budget, now); err != nil {
+		return nil, err
+	}
+	l.recharge(l.spec.Budget)
 	t.lastID++
 	l.id = t.lastID
 	t.byTuple[orig] = l
@@ -257,6 +264,7 @@ func (t *Table) file(l *Lease, to *list) {
 func (t *Table) remove(l *Lease) {
 	orig := l.spec.Orig
 	delete(t.byTuple, orig)
+	l.recharge(nil)
 	if !l.spec.Ingress {
 		if t.perDest[orig.dst]--; t.perDest[orig.dst] == 0 {
 			delete(t.perDest, orig.dst)

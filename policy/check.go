@@ -25,10 +25,16 @@ func (r *Rule) check(ingress bool) error {
 			return err
 		}
 	}
+	if ingress && slices.ContainsFunc(peers, func(p Peer) bool { return p.Domain != "" }) {
+		return errors.New("only egress rules match by domain")
+	}
 	for _, p := range r.Ports {
 		if err := p.check(); err != nil {
 			return err
 		}
+	}
+	if err := r.checkByName(ingress); err != nil {
+		return err
 	}
 	for _, m := range r.ICMP {
 		if err := m.check(); err != nil {
@@ -38,8 +44,49 @@ func (r *Rule) check(ingress bool) error {
 	return nil
 }
 
+// checkByName holds what the fields for names and requests need of the others.
+func (r *Rule) checkByName(ingress bool) error {
+	named := slices.ContainsFunc(r.To, func(p Peer) bool { return p.Domain != "" })
+	if !named && (r.Verify != "" || r.MissingName != "" || r.ECH != "" || r.QUIC != "" || r.PrivateAddresses != "") {
+		return errors.New("verify, missingName, ech, quic and privateAddresses need a domain in to")
+	}
+	if r.Action != Allow && (r.MissingName != "" || r.ECH != "" || r.QUIC != "" || r.PrivateAddresses != "") {
+		return errors.New("missingName, ech, quic and privateAddresses are for allow rules")
+	}
+	if r.Verify != "" && !slices.Contains(verifyRules, r.Verify) {
+		return fmt.Errorf("unknown verify %q", string(r.Verify))
+	}
+	for _, s := range []Setting{r.MissingName, r.ECH, r.QUIC, r.PrivateAddresses} {
+		if s != "" && !slices.Contains(settings, s) {
+			return fmt.Errorf("unknown setting %q", string(s))
+		}
+	}
+	if len(r.HTTP) == 0 {
+		return nil
+	}
+	tcp := len(r.Ports) > 0 && len(r.ICMP) == 0 && !slices.ContainsFunc(r.Ports, func(p Port) bool { return p.Protocol != TCP })
+	if ingress || r.Action != Allow || !tcp || r.Verify == VerifyRuleGrant {
+		return errors.New("http is for allow rules in egress whose ports are all of TCP, and not with verify: grant")
+	}
+	for _, m := range r.HTTP {
+		if err := m.check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (p Peer) check() error {
 	switch {
+	case p.Domain != "" && (p.Entity != "" || p.CIDR.IsValid() || len(p.Except) > 0):
+		return errors.New("a peer is a domain, a cidr or an entity, not two of them")
+	case p.Domain != "":
+		if norm, err := NormalizePattern(p.Domain); err != nil {
+			return fmt.Errorf("domain %q: %w", p.Domain, err)
+		} else if norm != p.Domain {
+			return fmt.Errorf("domain %q is not in its normal form, %q", p.Domain, norm)
+		}
+		return nil
 	case p.Entity != "" && p.CIDR.IsValid():
 		return errors.New("a peer is a cidr or an entity, not both")
 	case p.Entity != "" && len(p.Except) > 0:

@@ -48,6 +48,12 @@ type table struct {
 type ruleInfo struct {
 	name   string
 	action Action
+	noQUIC bool // it refuses UDP that it would allow by domain
+	http   []HTTPMatch
+
+	// Ways around the gate that it names on purpose (bypass.go).
+	listsDNSOverTLS bool
+	resolvers       *bart.Lite
 }
 
 type node struct {
@@ -90,6 +96,14 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 		limits:   p.Spec.Limits,
 		fallback: p.Spec.DefaultAction,
 		deny:     p.Spec.DefaultAction,
+		audit:    p.Spec.Mode == Audit,
+		dns:      p.Spec.DNS.orDefaults(),
+	}
+	if p.Spec.Mode != "" && !slices.Contains(modes, p.Spec.Mode) {
+		return nil, fmt.Errorf("compile policy %s: unknown mode %q", p.Metadata.Name, string(p.Spec.Mode))
+	}
+	if err := p.Spec.DNS.check(); err != nil {
+		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
 	}
 	if r.fallback > Allow {
 		return nil, fmt.Errorf("compile policy %s: defaultAction: %v", p.Metadata.Name, r.fallback)
@@ -98,11 +112,22 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 		r.deny = Reject
 	}
 	var err error
-	if r.egress, err = compileTable(p.Spec.Egress, env, false); err == nil {
-		r.ingress, err = compileTable(p.Spec.Ingress, env, true)
+	if r.egress, r.domains, err = compileTable(p.Spec.Egress, env, false); err == nil {
+		r.ingress, _, err = compileTable(p.Spec.Ingress, env, true)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
+	}
+	r.ruleLimits = make(map[string]RuleLimits)
+	for i, rule := range p.Spec.Egress {
+		if rule.Limits != (RuleLimits{}) {
+			r.ruleLimits[ruleName(false, i, rule.Name)] = rule.Limits
+		}
+	}
+	for i, rule := range p.Spec.Ingress {
+		if rule.Limits != (RuleLimits{}) {
+			r.ruleLimits[ruleName(true, i, rule.Name)] = rule.Limits
+		}
 	}
 	return r, nil
 }
@@ -122,7 +147,7 @@ type builder struct {
 	refs    int
 }
 
-func compileTable(rules []Rule, env Environment, ingress bool) (*table, error) {
+func compileTable(rules []Rule, env Environment, ingress bool) (*table, *domains, error) {
 	b := &builder{env: env, ingress: ingress, special: env.boundaries(ingress), at: map[netip.Prefix][]ref{everyIPv4: nil, everyIPv6: nil}}
 	for p, c := range b.special {
 		b.at[p] = nil
@@ -136,15 +161,21 @@ func compileTable(rules []Rule, env Environment, ingress bool) (*table, error) {
 		r := &rules[i]
 		name := ruleName(ingress, i, r.Name)
 		if err := r.check(ingress); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, nil, fmt.Errorf("%s: %w", name, err)
 		}
-		t.rules = append(t.rules, ruleInfo{name, r.Action})
+		info := ruleInfo{name: name, action: r.Action, noQUIC: r.QUIC == SettingRefuse, http: r.HTTP}
+		info.nameBypass(r)
+		t.rules = append(t.rules, info)
 		spans[i] = ruleSpans(r)
 		if err := b.addRule(int32(i), r); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, nil, fmt.Errorf("%s: %w", name, err)
 		}
 	}
-	return t, b.link(t, spans)
+	if err := b.link(t, spans); err != nil || ingress {
+		return t, nil, err
+	}
+	d, err := compileDomains(rules, spans)
+	return t, d, err
 }
 
 func ruleName(ingress bool, i int, name string) string {
@@ -168,6 +199,9 @@ func (b *builder) addRule(i int32, r *Rule) error {
 		return errors.Join(b.add(everyIPv4, ref{i, crosses}), b.add(everyIPv6, ref{i, crosses}))
 	}
 	for _, peer := range peers {
+		if peer.Domain != "" {
+			continue
+		}
 		var err error
 		switch peer.Entity {
 		case "":

@@ -1,6 +1,12 @@
 package policy
 
-import "net/netip"
+import (
+	"cmp"
+	"iter"
+	"maps"
+	"net/netip"
+	"time"
+)
 
 // Query asks about one flow, as the sandbox or the published port's client sees
 // it. Addresses may be 4-in-6 forms. In egress the destination is judged; in
@@ -11,6 +17,15 @@ type Query struct {
 	Proto              uint8
 	Src, Dst           netip.AddrPort
 	ICMPType, ICMPCode uint8
+
+	// For rules by domain, of which none matches without them: what the sandbox
+	// was told of names, the time, and what the first bytes said.
+	Names *Names
+	Now   time.Time
+	Seen  Seen
+	// Held is Verdict.Name of a flow that was let in before: its grant counts as
+	// long as the flow lives.
+	Held string
 }
 
 // Rules is a compiled policy: immutable, safe for concurrent use. The zero
@@ -18,9 +33,13 @@ type Query struct {
 type Rules struct {
 	name            string
 	egress, ingress *table
+	domains         *domains
 	deny            Action // of special refusals
 	fallback        Action
+	audit           bool
+	dns             DNS
 	limits          Limits
+	ruleLimits      map[string]RuleLimits // by the rule's name in verdicts
 }
 
 // Name is the policy's name, empty for the zero value.
@@ -38,6 +57,18 @@ func (r *Rules) Limits() Limits {
 	}
 	return r.limits
 }
+
+// RuleLimits yields the rules that have limits of their own, by the name that
+// verdicts give.
+func (r *Rules) RuleLimits() iter.Seq2[string, RuleLimits] {
+	if r == nil {
+		return maps.All[map[string]RuleLimits](nil)
+	}
+	return maps.All(r.ruleLimits)
+}
+
+// Audit reports whether the policy is in audit mode.
+func (r *Rules) Audit() bool { return r != nil && r.audit }
 
 // Decide judges one flow. It does not allocate.
 func (r *Rules) Decide(q Query) Verdict {
@@ -66,6 +97,9 @@ func (r *Rules) Decide(q Query) Verdict {
 		if port = q.Dst.Port(); port == 0 {
 			return r.refuse(q, rulePortZero)
 		}
+		if r.plainDNS(&q) {
+			return r.refuse(q, rulePlainDNS)
+		}
 		key = portKey(p, port)
 	case p == ICMPv4 || p == ICMPv6:
 		key = portKey(p, uint16(q.ICMPType)<<8|uint16(q.ICMPCode))
@@ -73,15 +107,21 @@ func (r *Rules) Decide(q Query) Verdict {
 		key = portKey(p, 0)
 	}
 
-	v, at := r.judge(t, peer, key, q)
+	j := judgement{rules: r, table: t, query: &q, key: key}
+	v, at := j.judge(peer)
 	if v.action != Allow {
 		return v
 	}
 	if !q.Ingress {
 		if embeds := classes[at.embeds].embeds; embeds != nil {
 			for _, inner := range embeds(target.As16()) {
-				if w := r.judgeInner(inner, key, q); w.action != Allow {
+				w := j.judgeInner(inner)
+				if w.action != Allow {
 					return w
+				}
+				v.name, v.requests = cmp.Or(v.name, w.name), v.requests || w.requests
+				if w.audited && !v.audited {
+					v.audited, v.rule, v.tried, v.reason = true, w.rule, w.tried, w.reason
 				}
 			}
 		}
@@ -99,40 +139,4 @@ func (r *Rules) Decide(q Query) Verdict {
 
 func (r *Rules) refuse(q Query, rule string) Verdict {
 	return Verdict{rule: rule, proto: q.Proto, action: r.deny}
-}
-
-// judge finds the first rule for one address. The verdict has no target yet;
-// the node says what kind of address it was (nil only if
-// refused).
-func (r *Rules) judge(t *table, peer netip.Addr, key uint32, q Query) (Verdict, *node) {
-	i, ok := t.trie.Lookup(peer)
-	if !ok {
-		return r.refuse(q, ruleInvalid), nil
-	}
-	at := &t.nodes[i]
-	info := &classes[at.class]
-	if q.Ingress && info.martian || !q.Ingress && info.lock == never {
-		return r.refuse(q, info.rule), at
-	}
-	if i := t.first(i, key); i != noRule {
-		return Verdict{rule: t.rules[i].name, proto: q.Proto, action: t.rules[i].action}, at
-	}
-	if !q.Ingress && info.lock != open {
-		return r.refuse(q, info.rule), at
-	}
-	return Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback}, at
-}
-
-// judgeInner judges an address that was found inside the destination. The
-// gateway means the host's loopback only to a packet addressed to it, not to
-// some translator on the way.
-func (r *Rules) judgeInner(inner netip.Addr, key uint32, q Query) Verdict {
-	if !inner.IsValid() {
-		return Verdict{action: Allow} // the range embeds only one address
-	}
-	v, at := r.judge(r.egress, inner, key, q)
-	if v.action == Allow && at.class == hostLoopback {
-		return r.refuse(q, classes[gateway].rule)
-	}
-	return v
 }

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"os"
 	"regexp"
 	"strings"
@@ -36,9 +37,25 @@ func TestTheReferenceIsTrue(t *testing.T) {
 	for _, p := range protocols {
 		words = append(words, "`"+p.name+"`")
 	}
+	for _, q := range queryTypes {
+		words = append(words, "`"+q.name+"`")
+	}
+	for _, r := range refusals {
+		words = append(words, "`"+string(r)+"`")
+	}
+	for _, m := range modes {
+		words = append(words, "`"+string(m)+"`")
+	}
+	for _, rule := range []string{rulePlainDNS, ruleDNSOverTLS, ruleDoH} {
+		words = append(words, "`"+rule+"`")
+	}
+	for _, port := range append(serverFirst, nameless...) {
+		words = append(words, fmt.Sprint(port))
+	}
+	words = append(words, Duration(DefaultTTLFloor).String(), Duration(DefaultTTLCap).String(), fmt.Sprint(MaxNames), fmt.Sprint(MaxGrantsPerName, " addresses a name"), fmt.Sprint(MaxNamesPerAddress, " names an address"))
 	// The fields are what an empty mapping is told to have.
 	for _, file := range []string{head + "spec: 1", head + "spec: {limits: 1}", head + "spec: {egress: [1], ingress: [1]}",
-		head + "spec: {egress: [{action: drop, to: [1], ports: [1], icmp: [1]}]}"} {
+		head + "spec: {dns: 1, egress: [{action: drop, to: [1], ports: [1], icmp: [1], http: [1], limits: 1}]}"} {
 		_, err := Parse("f", []byte(file))
 		for _, m := range regexp.MustCompile(`expected a mapping with (.*)`).FindAllStringSubmatch(err.Error(), -1) {
 			words = append(words, strings.Split(m[1], ", ")...)

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"cmp"
 	"fmt"
 	"net/netip"
 )
@@ -30,11 +29,23 @@ type Metadata struct {
 // Spec is what a policy says. In each direction the first rule that matches
 // decides; where none does, DefaultAction does.
 type Spec struct {
+	Mode          Mode   `json:"mode,omitempty"`
 	DefaultAction Action `json:"defaultAction"`
 	Egress        []Rule `json:"egress,omitempty"`
 	Ingress       []Rule `json:"ingress,omitempty"`
+	DNS           DNS    `json:"dns,omitzero"`
 	Limits        Limits `json:"limits,omitzero"`
 }
+
+// Mode says whether a policy is enforced.
+type Mode string
+
+const (
+	Enforce Mode = "enforce"
+	Audit   Mode = "audit" // let through what would be refused, and say so; special addresses stay closed
+)
+
+var modes = []Mode{Enforce, Audit}
 
 // Rule is one ordered rule. It matches a flow whose far end is one of the peers
 // (To in egress, From in ingress; none listed: every address) and whose protocol
@@ -46,10 +57,47 @@ type Rule struct {
 	From   []Peer `json:"from,omitempty"`
 	Ports  []Port `json:"ports,omitempty"`
 	ICMP   []ICMP `json:"icmp,omitempty"`
+
+	// How a peer by domain matches, in egress; empty is the default.
+	Verify           VerifyRule `json:"verify,omitempty"`
+	MissingName      Setting    `json:"missingName,omitempty"`      // flows that say no name
+	ECH              Setting    `json:"ech,omitempty"`              // hellos that carry an encrypted one
+	QUIC             Setting    `json:"quic,omitempty"`             // UDP, of a rule that allows
+	PrivateAddresses Setting    `json:"privateAddresses,omitempty"` // names that resolve to entity private
+
+	// Which requests of clear-text HTTP an allow rule lets through, in egress;
+	// what is not such a request is refused by the rule then.
+	HTTP []HTTPMatch `json:"http,omitempty"`
+
+	Limits RuleLimits `json:"limits,omitzero"`
 }
 
-// Peer is a set of addresses: a CIDR less its exceptions, or an entity.
+// VerifyRule says what a rule by domain wants to read before it matches.
+type VerifyRule string
+
+const (
+	VerifyRuleDefault VerifyRule = ""       // strict, but for protocols that say no name (domains.go)
+	VerifyRuleStrict  VerifyRule = "strict" // the name, in the first bytes
+	VerifyRuleGrant   VerifyRule = "grant"  // nothing: address and port are enough
+)
+
+var verifyRules = []VerifyRule{VerifyRuleStrict, VerifyRuleGrant}
+
+// Setting is one of two words; empty is the field's default.
+type Setting string
+
+const (
+	SettingAllow  Setting = "allow"
+	SettingRefuse Setting = "refuse"
+)
+
+var settings = []Setting{SettingRefuse, SettingAllow}
+
+// Peer is a set of addresses: a CIDR less its exceptions, an entity, or, in
+// egress, those that are granted under a name that a domain pattern matches:
+// "x" itself, "*.x" one label before it, "**.x" one or more.
 type Peer struct {
+	Domain string         `json:"domain,omitempty"`
 	CIDR   netip.Prefix   `json:"cidr,omitzero"`
 	Except []netip.Prefix `json:"except,omitempty"`
 	Entity Entity         `json:"entity,omitempty"`
@@ -68,28 +116,6 @@ type ICMP struct {
 	Family Family `json:"family"`
 	Type   *uint8 `json:"type,omitempty"`
 	Code   *uint8 `json:"code,omitempty"`
-}
-
-// Limits bound a sandbox. Zero means not set: the enforcer's default holds.
-type Limits struct {
-	Flows               int       `json:"flows,omitempty"`
-	NewFlowsPerSecond   int       `json:"newFlowsPerSecond,omitempty"`
-	EgressBandwidth     Bandwidth `json:"egressBandwidth,omitempty"`
-	IngressBandwidth    Bandwidth `json:"ingressBandwidth,omitempty"`
-	TotalBytes          Bytes     `json:"totalBytes,omitempty"`
-	FlowsPerDestination int       `json:"flowsPerDestination,omitempty"`
-}
-
-// Or lays l over other: what l leaves open is as in other.
-func (l Limits) Or(other Limits) Limits {
-	return Limits{
-		Flows:               cmp.Or(l.Flows, other.Flows),
-		NewFlowsPerSecond:   cmp.Or(l.NewFlowsPerSecond, other.NewFlowsPerSecond),
-		EgressBandwidth:     cmp.Or(l.EgressBandwidth, other.EgressBandwidth),
-		IngressBandwidth:    cmp.Or(l.IngressBandwidth, other.IngressBandwidth),
-		TotalBytes:          cmp.Or(l.TotalBytes, other.TotalBytes),
-		FlowsPerDestination: cmp.Or(l.FlowsPerDestination, other.FlowsPerDestination),
-	}
 }
 
 // Action is what happens to a flow. The zero value denies.

@@ -160,37 +160,12 @@ func (p *parser) metadata(n *yaml.Node, out *Metadata) {
 func (p *parser) spec(n *yaml.Node, out *Spec) {
 	out.DefaultAction = Reject
 	p.mapping(n, "spec", []field{
+		{"mode", false, func(v *yaml.Node) { out.Mode = oneOf(p, v, "mode", modes) }},
 		{"defaultAction", false, func(v *yaml.Node) { out.DefaultAction = p.action(v, "defaultAction") }},
 		{"egress", false, func(v *yaml.Node) { out.Egress = p.rules(v, "egress") }},
 		{"ingress", false, func(v *yaml.Node) { out.Ingress = p.rules(v, "ingress") }},
+		{"dns", false, func(v *yaml.Node) { p.dns(v, &out.DNS) }},
 		{"limits", false, func(v *yaml.Node) { p.limits(v, &out.Limits) }},
-	})
-}
-
-func (p *parser) limits(n *yaml.Node, out *Limits) {
-	count := func(name string, dst *int) field {
-		return field{name, false, func(v *yaml.Node) { *dst = p.number(v, name, 1, 1<<31-1) }}
-	}
-	rate := func(name string, dst *Bandwidth) field {
-		return field{name, false, func(v *yaml.Node) {
-			var err error
-			if *dst, err = parseBandwidth(p.quantity(v)); err != nil {
-				p.errorf(v, "%s: %v", name, err)
-			}
-		}}
-	}
-	p.mapping(n, "limits", []field{
-		count("flows", &out.Flows),
-		count("newFlowsPerSecond", &out.NewFlowsPerSecond),
-		rate("egressBandwidth", &out.EgressBandwidth),
-		rate("ingressBandwidth", &out.IngressBandwidth),
-		{"totalBytes", false, func(v *yaml.Node) {
-			var err error
-			if out.TotalBytes, err = parseBytes(p.quantity(v)); err != nil {
-				p.errorf(v, "totalBytes: %v", err)
-			}
-		}},
-		count("flowsPerDestination", &out.FlowsPerDestination),
 	})
 }
 

@@ -64,6 +64,10 @@ func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *
 			})
 		}},
 	}
+	if !ingress {
+		fields = append(fields, p.byName(&out)...)
+	}
+	fields = append(fields, field{"limits", false, func(v *yaml.Node) { p.ruleLimits(v, &out.Limits) }})
 	// The other direction's field is a likely slip that spelling does not show.
 	if n.Kind == yaml.MappingNode {
 		for i := 0; i < len(n.Content); i += 2 {
@@ -75,8 +79,11 @@ func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *
 		}
 	}
 	p.mapping(n, what, fields)
-	if !ingress && out.Action == Allow {
-		p.unreachable(n, out.To)
+	if !ingress {
+		p.checkByName(n, &out)
+		if out.Action == Allow {
+			p.unreachable(n, out.To)
+		}
 	}
 	return out, name
 }
@@ -110,7 +117,11 @@ func value(n *yaml.Node, key string) *yaml.Node {
 }
 
 func (p *parser) peers(n *yaml.Node, what string) (out []Peer) {
-	p.list(n, what, "{cidr, except} or {entity}", false, func(_ int, item *yaml.Node) {
+	forms := "{cidr, except} or {entity}"
+	if what == "to" {
+		forms = "{domain}, {cidr, except} or {entity}"
+	}
+	p.list(n, what, forms, false, func(_ int, item *yaml.Node) {
 		out = append(out, p.peer(item, what))
 	})
 	return out
@@ -118,8 +129,8 @@ func (p *parser) peers(n *yaml.Node, what string) (out []Peer) {
 
 func (p *parser) peer(n *yaml.Node, what string) (out Peer) {
 	before := len(p.errs)
-	var cidr, except, entity *yaml.Node
-	p.mapping(n, "a peer in "+what, []field{
+	var domain, cidr, except, entity *yaml.Node
+	fields := []field{
 		{"cidr", false, func(v *yaml.Node) { cidr, out.CIDR = v, p.cidr(v, "cidr") }},
 		{"except", false, func(v *yaml.Node) {
 			except = v
@@ -137,18 +148,24 @@ func (p *parser) peer(n *yaml.Node, what string) (out Peer) {
 				out.Entity = entities[i]
 			}
 		}},
-	})
+	}
+	if what == "to" {
+		fields = append([]field{{"domain", false, func(v *yaml.Node) { domain, out.Domain = v, p.domain(v) }}}, fields...)
+	}
+	p.mapping(n, "a peer in "+what, fields)
 	for i, e := range out.Except {
 		if e.IsValid() && out.CIDR.IsValid() && (!covers(out.CIDR, e) || e == out.CIDR) {
 			p.errorf(except.Content[i], "except %v is not a part of cidr %v; expected a smaller range inside it", e, out.CIDR)
 		}
 	}
 	switch {
+	case domain != nil && (cidr != nil || entity != nil):
+		p.errorf(domain, "a peer has domain and another; expected one of domain, cidr and entity (two peers match either)")
 	case cidr != nil && entity != nil:
 		p.errorf(entity, "a peer has cidr and entity; expected one of them (two peers match either)")
 	case except != nil && cidr == nil:
 		p.errorf(except, "except without cidr; expected a cidr that it is cut out of")
-	case cidr == nil && entity == nil && len(p.errs) == before:
+	case domain == nil && cidr == nil && entity == nil && len(p.errs) == before:
 		p.errorf(n, "a peer in %s is empty; expected cidr or entity (leave %s out to match every address)", what, what)
 	}
 	return out

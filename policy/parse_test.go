@@ -3,11 +3,13 @@ package policy
 import (
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 )
 
@@ -38,7 +40,7 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 
 		{"an unknown field near a known one", head + "spec:\n  egres: []\n", []string{`f:5:3: spec has no field "egres"; did you mean egress?`}},
 		{"a known field in the wrong case", head + "spec:\n  defaultaction: drop\n", []string{"did you mean defaultAction?"}},
-		{"an unknown field near nothing", head + "spec:\n  podSelector: {}\n", []string{"f:5:3: spec has no field \"podSelector\"; expected one of defaultAction, egress, ingress, limits"}},
+		{"an unknown field near nothing", head + "spec:\n  podSelector: {}\n", []string{"f:5:3: spec has no field \"podSelector\"; expected one of mode, defaultAction, egress, ingress, dns, limits"}},
 		{"a field given twice", head + "spec:\n  egress: []\n  egress: []\n", []string{"f:6:3: egress is given twice in spec, first on line 5"}},
 		{"an alias", head + "spec:\n  egress: &e []\n  ingress: *e\n", []string{"f:6:12: ingress is an alias (*e), which policies do not support: write the value out"}},
 		{"a merge key", head + "spec:\n  <<: {egress: []}\n", []string{`f:5:3: spec has no field "<<"`}},
@@ -69,7 +71,7 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"an exception without a CIDR", rule("to: [{except: [10.0.0.0/8]}]"), []string{"except without cidr"}},
 		{"CIDR and entity", rule("to: [{cidr: 10.0.0.0/8, entity: host}]"), []string{"f:6:53: a peer has cidr and entity; expected one of them"}},
 		{"an empty peer", rule("to: [{}]"), []string{"a peer in to is empty; expected cidr or entity"}},
-		{"no peers", rule("to: []"), []string{"f:6:25: to is an empty list; expected at least one of {cidr, except} or {entity} (leave to out to match all)"}},
+		{"no peers", rule("to: []"), []string{"f:6:25: to is an empty list; expected at least one of {domain}, {cidr, except} or {entity} (leave to out to match all)"}},
 		{"an unknown entity", rule("to: [{entity: metdata}]"), []string{`entity is "metdata"; did you mean metadata?`}},
 		{"an allow rule for what is never open", rule("to: [{entity: host}, {cidr: 0.0.0.0/8}]"), []string{"f:6:42: cidr 0.0.0.0/8 can not be allowed: it is this-network, which is always refused"}},
 
@@ -88,6 +90,34 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"an ICMP type without a family", rule("icmp: [{type: 8}]"), []string{"icmp lacks family"}},
 		{"an ICMP code without a type", rule("icmp: [{family: IPv4, code: 1}]"), []string{"icmp code without type"}},
 		{"an ICMP type too high", rule("icmp: [{family: IPv4, type: 256}]"), []string{"icmp type is the number 256; expected a decimal number from 0 to 255"}},
+
+		{"a domain with a port", rule("to: [{domain: 'example.com:443'}]"), []string{`f:6:35: domain is "example.com:443": it has the character ':', which names do not have; expected a name such as example.com`}},
+		{"an address for a domain", rule("to: [{domain: 10.0.0.1}]"), []string{`domain is "10.0.0.1": it is an address, not a name`}},
+		{"an escaped domain", rule(`to: [{domain: 'a\.b'}]`), []string{"which names do not have"}},
+		{"a star inside a label", rule("to: [{domain: 'www*.example.com'}]"), []string{"a * stands for one whole label and ** for one or more, only in front"}},
+		{"a star alone", rule("to: [{domain: '**'}]"), []string{"a * stands for one whole label"}},
+		{"an alias for a domain", rule("to: [{domain: *.example.com}]"), []string{"f:6:1: invalid YAML: did not find expected alphabetic or numeric character"}},
+		{"domain and CIDR", rule("to: [{domain: a.test, cidr: 10.0.0.0/8}]"), []string{"f:6:35: a peer has domain and another; expected one of domain, cidr and entity"}},
+		{"a domain in ingress", head + "spec:\n  ingress:\n  - {action: allow, from: [{domain: a.test}]}\n", []string{`a peer in from has no field "domain"; expected one of cidr, except, entity`}},
+		{"a misspelt verify", rule("to: [{domain: a.test}], verify: grants"), []string{"f:6:53: verify is \"grants\"; did you mean grant?"}},
+		{"a setting that is a boolean", rule("to: [{domain: a.test}], ech: true"), []string{"ech is the boolean true; expected one of refuse, allow"}},
+		{"a setting without a domain", rule("to: [{entity: world}], missingName: allow"), []string{"f:6:5: verify, missingName, ech, quic and privateAddresses need a domain in to"}},
+		{"a setting of a refusal", head + "spec:\n  egress:\n  - {action: drop, to: [{domain: a.test}], quic: refuse}\n", []string{"f:6:5: missingName, ech, quic and privateAddresses are for allow rules"}},
+		{"requests without ports", rule("http: [{path: /a}]"), []string{"f:6:5: http is for allow rules in egress whose ports are all of TCP"}},
+		{"requests of ingress", head + "spec:\n  ingress:\n  - {action: allow, http: [{path: /a}]}\n", []string{`ingress[0] has no field "http"`}},
+		{"a method in lower case", rule("ports: [{protocol: TCP}], http: [{methods: [get]}]"), []string{`f:6:65: http method "get" is not upper-case letters and -; expected a method such as GET`}},
+		{"a path that is none", rule("ports: [{protocol: TCP}], http: [{path: a}]"), []string{`path is "a"; expected a path such as /simple/requests/`}},
+		{"a path that servers resolve", rule("ports: [{protocol: TCP}], http: [{path: /a/../b}]"), []string{"without segments such as .. that servers resolve"}},
+		{"an unknown mode", head + "spec: {mode: audits}\n", []string{"f:4:14: mode is \"audits\"; did you mean audit?"}},
+		{"an unknown refusal", head + "spec: {dns: {refusal: servfail}}\n", []string{`refusal is "servfail"; expected one of nxdomain, refused, drop`}},
+		{"an unknown query type", head + "spec: {dns: {types: [ANY]}}\n", []string{`f:4:22: a query type is "ANY"; expected one of A, AAAA`}},
+		{"no query types", head + "spec: {dns: {types: []}}\n", []string{"types is an empty list"}},
+		{"a TTL without a unit", head + "spec: {dns: {ttlFloor: 60}}\n", []string{"f:4:24: ttlFloor is the number 60; expected whole seconds, minutes or hours such as 60s, from 1s to 24h"}},
+		{"a TTL of parts of a second", head + "spec: {dns: {ttlCap: 1500ms}}\n", []string{`ttlCap is the string "1500ms"`}},
+		{"a TTL too long", head + "spec: {dns: {ttlCap: 25h}}\n", []string{`ttlCap is the string "25h"`}},
+		{"a floor above the cap", head + "spec: {dns: {ttlFloor: 2m, ttlCap: 1m}}\n", []string{"f:4:13: ttlFloor 2m is above ttlCap 1m; expected it at or below"}},
+		{"a rule limited to nothing", rule("limits: {flows: 0}"), []string{"flows is the number 0; expected a decimal number from 1 to"}},
+		{"a limit that only the sandbox has", rule("limits: {halfOpen: 1}"), []string{`limits has no field "halfOpen"; expected one of flows, newFlowsPerSecond, egressBandwidth, ingressBandwidth, totalBytes`}},
 
 		{"a bandwidth in powers of 1024", head + "spec: {limits: {egressBandwidth: 512Ki}}\n", []string{`f:4:34: egressBandwidth: "512Ki" is in powers of 1024; expected bits per second such as`}},
 		{"a bandwidth without its unit", head + "spec: {limits: {egressBandwidth: 10}}\n", []string{`"10" is out of range; expected 1K to 1P bits per second`}},
@@ -165,6 +195,38 @@ func TestExamplesParseCompileAndPrintBack(t *testing.T) {
 	}
 	for _, reject := range []bool{true, false} {
 		printsBack(t, Default(reject))
+	}
+}
+
+// everything has each field that is about names and requests.
+const everything = `spec:
+  mode: audit
+  defaultAction: drop
+  egress:
+  - {name: a, action: allow, to: [{domain: '*.Example.com.'}, {domain: bücher.example}], verify: strict, missingName: allow, ech: allow, quic: refuse, privateAddresses: allow, limits: {flows: 1, totalBytes: 1Gi}}
+  - {action: drop, to: [{domain: '**.example.com'}], verify: grant}
+  - {action: allow, ports: [{protocol: TCP, port: 80}], http: [{methods: [GET, M-SEARCH], path: /a/*}, {path: '*'}]}
+  dns: {refusal: refused, types: [A, TXT, A], ttlFloor: 90s, ttlCap: 2h}
+  limits: {halfOpen: 5, dnsQueriesPerSecond: 7}
+`
+
+func TestNamesAndRequestsParseAndPrintBack(t *testing.T) {
+	p, err := Parse("f", []byte(head+everything))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Spec{Mode: Audit, DefaultAction: Drop, Egress: []Rule{
+		{Name: "a", Action: Allow, To: []Peer{{Domain: "*.example.com"}, {Domain: "xn--bcher-kva.example"}}, Verify: VerifyRuleStrict, MissingName: SettingAllow, ECH: SettingAllow,
+			QUIC: SettingRefuse, PrivateAddresses: SettingAllow, Limits: RuleLimits{Flows: 1, TotalBytes: 1 << 30}},
+		{Action: Drop, To: []Peer{{Domain: "**.example.com"}}, Verify: VerifyRuleGrant},
+		{Action: Allow, Ports: []Port{{Protocol: TCP, Port: 80}}, HTTP: []HTTPMatch{{Methods: []string{"GET", "M-SEARCH"}, Path: "/a/*"}, {Path: "*"}}},
+	}, DNS: DNS{RefuseREFUSED, []string{"A", "TXT"}, Duration(90 * time.Second), Duration(2 * time.Hour)}, Limits: Limits{HalfOpen: 5, DNSQueriesPerSecond: 7}}
+	if !reflect.DeepEqual(p.Spec, want) {
+		t.Errorf("got  %+v\nwant %+v", p.Spec, want)
+	}
+	printsBack(t, p)
+	if got := maps.Collect(mustCompile(t, p, here).RuleLimits())["egress[0] a"]; got != want.Egress[0].Limits {
+		t.Errorf("the rule's limits: %+v", got)
 	}
 }
 
@@ -253,6 +315,7 @@ func FuzzParse(f *testing.F) {
 	}
 	f.Add([]byte(head + "spec: {egress: [{name: '12', action: drop, to: [{cidr: '::/0', except: ['::1/128']}]}]}"))
 	f.Add([]byte(head + "spec:\n  egress: &a [*a]\n---\n"))
+	f.Add([]byte(head + everything))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := Parse("f", data)
 		if err != nil {

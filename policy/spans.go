@@ -52,6 +52,14 @@ func ruleSpans(r *Rule) []span {
 		}
 		out = append(out, span{portKey(proto, lo), portKey(proto, hi)})
 	}
+	return normalSpans(out)
+}
+
+// normalSpans sorts intervals and joins those that touch.
+func normalSpans(out []span) []span {
+	if len(out) == 0 {
+		return nil
+	}
 	slices.SortFunc(out, func(a, b span) int { return cmp.Compare(a.lo, b.lo) })
 	merged := out[:1]
 	for _, s := range out[1:] {

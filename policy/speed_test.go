@@ -69,7 +69,50 @@ var shapes = []struct {
 		}
 		return allowing(Rule{Action: Allow, To: []Peer{peer}}), tcpTo("79.255.255.255:443")
 	}},
+	{"one rule with 10000 domains, nothing read", func() (*Policy, Query) { return domains10k(true, false) }},
+	{"one rule with 10000 domains, the name read", func() (*Policy, Query) { return domains10k(true, true) }},
+	{"10000 rules of one domain, nothing read", func() (*Policy, Query) { return domains10k(false, false) }},
+	{"10000 rules of one domain, the name read", func() (*Policy, Query) { return domains10k(false, true) }},
+	{manyNames, func() (*Policy, Query) {
+		p, q := domains10k(false, false)
+		for i := range MaxNamesPerAddress - 1 {
+			if err := q.Names.Grant(fmt.Sprintf("a.b.c.d.other%d.example", i), []netip.Addr{q.Dst.Addr()}, time.Hour, q.Now); err != nil {
+				panic(err)
+			}
+		}
+		return p, q
+	}},
 	{"the default policy and a NAT64 address", func() (*Policy, Query) { return Default(true), tcpTo("[64:ff9b::1.1.1.1]:443") }},
+}
+
+// manyNames is the most that a sandbox can make of one address.
+const manyNames = "10000 domains, and an address granted under 64 names"
+
+// domains10k has exact names and both kinds of pattern; the query is for a name
+// that only a pattern matches, at the end.
+func domains10k(one, read bool) (*Policy, Query) {
+	p := allowing(Rule{Action: Allow, Ports: []Port{{Protocol: TCP, Port: 443}}})
+	if !one {
+		p.Spec.Egress = nil
+	}
+	for i := range 10000 {
+		peer := Peer{Domain: fmt.Sprintf("%shost%d.site%d.example", []string{"", "*.", "**."}[i%3], i, i%100)}
+		if one {
+			p.Spec.Egress[0].To = append(p.Spec.Egress[0].To, peer)
+		} else {
+			p.Spec.Egress = append(p.Spec.Egress, Rule{Action: Allow, To: []Peer{peer}, Ports: []Port{{Protocol: TCP, Port: 443}}})
+		}
+	}
+	q := tcpTo("198.51.100.1:443")
+	q.Names, q.Now = NewNames(NamesConfig{}), now
+	const name = "some.long.name.of.host9998.site98.example"
+	if err := q.Names.Grant(name, []netip.Addr{q.Dst.Addr()}, time.Minute, now); err != nil {
+		panic(err)
+	}
+	if read {
+		q.Seen = tls(name)
+	}
+	return p, q
 }
 
 func oneRule(v6 bool) (*Policy, Query) {
@@ -114,8 +157,11 @@ func TestDecideIsFastAndAllocatesNothing(t *testing.T) {
 				best = min(best, time.Since(start)/1000)
 			}
 			limit := time.Microsecond
-			if s.name == deepest {
+			switch s.name {
+			case deepest:
 				limit *= 4
+			case manyNames:
+				limit *= 20
 			}
 			if best >= limit {
 				t.Errorf("a decision takes %v, expected less than %v", best, limit)

@@ -3,6 +3,7 @@ package policy
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -15,50 +16,71 @@ type twin struct {
 	env Environment
 }
 
-func (w twin) decide(q Query) (Action, string, netip.AddrPort) {
-	deny := w.p.Spec.DefaultAction
-	if deny == Allow {
-		deny = Reject
-	}
-	var none netip.AddrPort
+// twinVerdict is what the twin says.
+type twinVerdict struct {
+	action            Action
+	rule, tried       string
+	reason            Reason
+	verify            Verify
+	audited, requests bool
+	target            netip.AddrPort
+}
+
+func (w twin) decide(q Query) twinVerdict {
+	deny := w.deny()
 	dst := q.Dst.Addr().Unmap()
 	src := q.Src.Addr().Unmap().WithZone("")
 	if q.Dst.Addr().Zone() != "" {
-		return deny, "special:zone", none
+		return twinVerdict{action: deny, rule: "special:zone"}
 	}
 	if !dst.IsValid() || q.Ingress && !src.IsValid() {
-		return deny, "special:invalid", none
+		return twinVerdict{action: deny, rule: "special:invalid"}
 	}
 	port := uint16(0)
 	if q.Proto == 6 || q.Proto == 17 || q.Proto == 132 {
 		if port = q.Dst.Port(); port == 0 {
-			return deny, "special:port-zero", none
+			return twinVerdict{action: deny, rule: "special:port-zero"}
 		}
 	}
 	if q.Ingress {
-		a, rule, _ := w.judge(q, src, deny)
-		if a != Allow {
-			return a, rule, none
+		v, _ := w.judge(q, src)
+		if v.action == Allow {
+			v.target = netip.AddrPortFrom(dst, port)
 		}
-		return a, rule, netip.AddrPortFrom(dst, port)
+		return v
 	}
-	a, rule, c := w.judge(q, dst, deny)
-	if a != Allow {
-		return a, rule, none
+	if w.gates() && q.Proto != 132 && port == 53 {
+		return twinVerdict{action: deny, rule: "builtin:dns"}
+	}
+	v, c := w.judge(q, dst)
+	if v.action != Allow {
+		return v
 	}
 	for _, inner := range twinEmbedded(dst) {
-		b, innerRule, ic := w.judge(q, inner, deny)
-		if ic == hostLoopback && b == Allow {
-			return deny, "special:gateway", none
+		i, ic := w.judge(q, inner)
+		if ic == hostLoopback && i.action == Allow {
+			return twinVerdict{action: deny, rule: "special:gateway"}
 		}
-		if b != Allow {
-			return b, innerRule, none
+		if i.action != Allow {
+			return i
+		}
+		v.requests = v.requests || i.requests
+		if i.audited && !v.audited {
+			v.audited, v.rule, v.tried, v.reason = true, i.rule, i.tried, i.reason
 		}
 	}
 	if c == hostLoopback {
 		dst = netip.MustParseAddr(map[bool]string{true: "127.0.0.1", false: "::1"}[dst.Is4()])
 	}
-	return a, rule, netip.AddrPortFrom(dst, port)
+	v.target = netip.AddrPortFrom(dst, port)
+	return v
+}
+
+func (w twin) deny() Action {
+	if w.p.Spec.DefaultAction == Allow {
+		return Reject
+	}
+	return w.p.Spec.DefaultAction
 }
 
 func twinEmbedded(a netip.Addr) []netip.Addr {
@@ -114,31 +136,59 @@ func (w twin) class(a netip.Addr, ingress bool) (class, netip.Prefix) {
 	return c, around
 }
 
-func (w twin) judge(q Query, a netip.Addr, deny Action) (Action, string, class) {
+func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 	c, around := w.class(a, q.Ingress)
 	info := classes[c]
 	if q.Ingress && info.martian || !q.Ingress && info.lock == never {
-		return deny, info.rule, c
+		return twinVerdict{action: w.deny(), rule: info.rule}, c
 	}
 	rules := w.p.Spec.Egress
 	if q.Ingress {
 		rules = w.p.Spec.Ingress
 	}
+	named := !q.Ingress && info.lock == open
+	v, decided := twinVerdict{action: w.p.Spec.DefaultAction, rule: "default"}, len(rules)
+	if !q.Ingress && info.lock != open {
+		v = twinVerdict{action: w.deny(), rule: info.rule}
+	}
+	var byName twinMatch
 	for i, r := range rules {
-		peers := append(append([]Peer{}, r.To...), r.From...)
+		var peers []Peer
+		for _, p := range append(append([]Peer{}, r.To...), r.From...) {
+			if p.Domain == "" {
+				peers = append(peers, p)
+			}
+		}
 		precise := !q.Ingress && r.Action == Allow
-		hit := len(peers) == 0 && (!precise || info.lock == open)
+		hit := len(r.To)+len(r.From) == 0 && (!precise || info.lock == open)
 		for _, p := range peers {
 			hit = hit || w.peer(p, a, c, around, precise, q.Ingress)
 		}
-		if hit && twinPorts(r, q) {
-			return r.Action, ruleName(q.Ingress, i, r.Name), c
+		hit = hit && twinPorts(r, q)
+		if !hit && named {
+			byName = w.byName(i, q, a)
+		}
+		if hit || byName.hit {
+			v, decided = w.says(i, r, q, byName), i
+			break
 		}
 	}
-	if !q.Ingress && info.lock != open {
-		return deny, info.rule, c
+	if v.action == Allow && !q.Ingress && w.around(rules, decided, q, a, byName.hit) != "" {
+		v = twinVerdict{action: w.deny(), rule: w.around(rules, decided, q, a, byName.hit)}
 	}
-	return w.p.Spec.DefaultAction, "default", c
+	if v.verify == VerifyNone && v.action != Allow {
+		if named {
+			v.tried, v.reason = w.tried(rules[:decided], q, a, v)
+		}
+		audit := w.p.Spec.Mode == Audit && (q.Ingress || info.lock == open)
+		silent := q.Proto != 6 && q.Proto != 17 || q.Proto == 6 && slices.Contains(serverFirst, q.Dst.Port()) || q.Proto == 17 && slices.Contains(nameless, q.Dst.Port())
+		if audit && !q.Ingress && q.Seen.Kind == SeenNone && !silent && len(twinGranted(q)) > 0 {
+			v = twinVerdict{action: w.deny(), rule: v.rule, reason: ReasonUnread, verify: VerifyFirstBytes}
+		} else if audit {
+			v.action, v.audited = Allow, true
+		}
+	}
+	return v, c
 }
 
 func (w twin) peer(p Peer, a netip.Addr, c class, around netip.Prefix, precise, ingress bool) bool {
@@ -237,9 +287,12 @@ func (d dice) prefix() netip.Prefix {
 	return netip.PrefixFrom(a, min(bits[d(len(bits))], a.BitLen())).Masked()
 }
 
-func (d dice) peer() Peer {
+func (d dice) peer(ingress bool) Peer {
 	if d(3) == 0 {
 		return Peer{Entity: entities[d(len(entities))]}
+	}
+	if !ingress && d(2) == 0 {
+		return Peer{Domain: []string{"", "*.", "**."}[d(3)] + twinNames[d(len(twinNames))]}
 	}
 	p := Peer{CIDR: d.prefix()}
 	for range d(3) {
@@ -253,7 +306,7 @@ func (d dice) peer() Peer {
 func (d dice) rule(ingress bool) Rule {
 	r := Rule{Action: Action(d(3))}
 	for range d(3) {
-		if p := d.peer(); ingress {
+		if p := d.peer(ingress); ingress {
 			r.From = append(r.From, p)
 		} else {
 			r.To = append(r.To, p)
@@ -269,6 +322,9 @@ func (d dice) rule(ingress bool) Rule {
 			if d(8) == 0 {
 				p.Port, p.EndPort = 65530, 65535
 			}
+			if d(8) == 0 {
+				p.Port, p.EndPort = 853, 0
+			}
 		}
 		r.Ports = append(r.Ports, p)
 	}
@@ -283,11 +339,17 @@ func (d dice) rule(ingress bool) Rule {
 		}
 		r.ICMP = append(r.ICMP, m)
 	}
+	if !ingress {
+		d.byName(&r)
+	}
 	return r
 }
 
 func (d dice) policy() *Policy {
 	p := &Policy{APIVersion: APIVersion, Kind: Kind, Metadata: Metadata{Name: "random"}, Spec: Spec{DefaultAction: Action(d(3))}}
+	if d(6) == 0 {
+		p.Spec.Mode = Audit
+	}
 	for range d(5) {
 		p.Spec.Egress = append(p.Spec.Egress, d.rule(false))
 	}
@@ -297,11 +359,12 @@ func (d dice) policy() *Policy {
 	return p
 }
 
-func (d dice) query() Query {
+func (d dice) query(names *Names) Query {
 	protos := []uint8{1, 6, 6, 17, 58, 132, 47}
 	return Query{
+		Names: names, Now: twinNow, Seen: d.seen(), Held: d.held(),
 		Ingress: d(3) == 0, Proto: protos[d(len(protos))],
-		Src: netip.AddrPortFrom(d.addr(), 1234), Dst: netip.AddrPortFrom(d.addr(), []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 65529, 65530, 65535}[d(12)]),
+		Src: netip.AddrPortFrom(d.addr(), 1234), Dst: netip.AddrPortFrom(d.addr(), []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 65529, 65530, 65535, 22, 53, 123, 853}[d(16)]),
 		ICMPType: uint8(d(3) * 127), ICMPCode: uint8(d(3)),
 	}
 }
@@ -315,16 +378,27 @@ func (d dice) compare(t *testing.T, queries int) {
 		text, _ := p.YAML()
 		t.Fatalf("%v\n%s", err, text)
 	}
+	names := d.names()
 	for range queries {
-		q := d.query()
+		q := d.query(names)
 		v := rules.Decide(q)
-		action, rule, target := twin{p, env}.decide(q)
-		if v.Action() != action || v.Rule() != rule || v.Target() != target || v.Proto() != q.Proto {
+		want := twin{p, env}.decide(q)
+		got := twinVerdict{v.Action(), v.Rule(), v.Tried(), v.Reason(), v.Verify(), v.Audited(), v.EachRequest(), v.Target()}
+		if got != want || v.Proto() != q.Proto {
 			text, _ := p.YAML()
-			t.Fatalf("query %+v (host loopback %v): got %v, the twin says %v by %s to %v\n%s", q, env.HostLoopback, v, action, rule, target, text)
+			names := q.Names.Of(q.Dst.Addr(), q.Now, nil)
+			t.Fatalf("query %+v, granted %v (host loopback %v):\n got %+v\nwant %+v\n%s", q, names, env.HostLoopback, got, want, text)
 		}
-		if v.Permits(target) != (action == Allow) {
-			t.Fatalf("%v: Permits(%v) is %v", v, target, v.Permits(target))
+		if v.Permits(want.target) != (want.action == Allow) {
+			t.Fatalf("%v: Permits(%v) is %v", v, want.target, v.Permits(want.target))
+		}
+		for _, name := range twinNames {
+			got, want := rules.DecideName(name), twin{p, env}.decideName(name)
+			got.Pattern, got.ECH = "", false
+			if got != want {
+				text, _ := p.YAML()
+				t.Fatalf("name %s:\n got %+v\nwant %+v\n%s", name, got, want, text)
+			}
 		}
 	}
 }

@@ -14,8 +14,14 @@ import (
 type Verdict struct {
 	target netip.AddrPort // unmapped; valid only if action is Allow
 	rule   string
+	name   string
+	tried  string
+	reason Reason
 	proto  uint8
 	action Action
+	verify Verify
+
+	audited, requests bool
 }
 
 // Allowed reports whether the flow may pass.
@@ -38,12 +44,40 @@ func (v Verdict) Target() netip.AddrPort { return v.target }
 // Proto is the IP protocol that was judged.
 func (v Verdict) Proto() uint8 { return v.proto }
 
+// Verify says what must be read before it can be decided; not VerifyNone only if
+// not allowed. Read it, fill in Query.Seen, and ask again: that verdict is final.
+func (v Verdict) Verify() Verify { return v.verify }
+
+// EachRequest reports whether every request of an HTTP flow must be judged, not
+// just the first: by Decide with what it said.
+func (v Verdict) EachRequest() bool { return v.requests }
+
+// Name is the granted name by which a rule by domain matched; empty if it
+// matched by address. To ask again about a flow that lives on, put it into
+// Query.Held.
+func (v Verdict) Name() string { return v.name }
+
+// Audited reports whether the flow is allowed only because the policy is in
+// audit mode; Rule and Reason say what would have refused it.
+func (v Verdict) Audited() bool { return v.audited }
+
+// Tried is the rule by domain that fitted the address and the port of a flow,
+// but not what the first bytes said, and Reason says why it did not. Empty if
+// there is no such rule.
+func (v Verdict) Tried() string { return v.tried }
+
+// Reason says why the rule that looked right did not let the flow pass.
+func (v Verdict) Reason() Reason { return v.reason }
+
 // Permits reports whether a is the target: the last check before connect.
 func (v Verdict) Permits(a netip.AddrPort) bool {
-	return v.action == Allow && a.IsValid() && a.Addr().Zone() == "" && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
+	return v.action == Allow && v.verify == VerifyNone && a.IsValid() && a.Addr().Zone() == "" && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
 }
 
 func (v Verdict) String() string {
+	if v.verify != VerifyNone {
+		return fmt.Sprintf("read %v %v for %s", v.verify, Protocol(v.proto), v.tried)
+	}
 	if v.action == Allow {
 		return fmt.Sprintf("allow %v to %v by %s", Protocol(v.proto), v.target, v.rule)
 	}

@@ -110,13 +110,13 @@ func TestEndedFlowsTable(t *testing.T) {
 	var out bytes.Buffer
 	err := printEnded(&out, api.FlowsResult{Dropped: 3, Ended: []api.FlowRecord{
 		{
-			Verdict: api.VerdictForwarded, Proto: "tcp", Duration: 1.5, Rule: "default", Reason: "closed",
-			OrigSrc: api.Endpoint{IP: netip.MustParseAddr("fd00::1"), Port: 1000}, OrigDst: api.Endpoint{IP: netip.MustParseAddr("2001:db8::1"), Port: 443},
-			Orig: api.Counter{Bytes: 100}, Reply: api.Counter{Bytes: 3 << 20}, Names: []string{"evil\x1b[2J.example"},
+			Verdict: api.VerdictForwarded, Duration: 1.5, Rule: "default", Reason: "closed",
+			IP: api.IP{Source: netip.MustParseAddr("fd00::1"), Destination: netip.MustParseAddr("2001:db8::1")}, L4: api.L4{TCP: &api.Ports{Source: 1000, Destination: 443}},
+			Orig: api.Counter{Bytes: 100}, Reply: api.Counter{Bytes: 3 << 20}, DestinationNames: []string{"evil\x1b[2J.example"},
 		},
 		{
-			Verdict: api.VerdictDropped, Proto: "icmp", Count: 4, Rule: "special:metadata", Reason: "policy",
-			OrigSrc: api.Endpoint{IP: netip.MustParseAddr("10.0.2.100")}, OrigDst: api.Endpoint{IP: netip.MustParseAddr("169.254.169.254")},
+			Verdict: api.VerdictDropped, L4: api.L4{ICMPv4: &api.ICMP{Type: 8}}, Count: 4, Rule: "special:metadata", Reason: "policy",
+			IP: api.IP{Source: netip.MustParseAddr("10.0.2.100"), Destination: netip.MustParseAddr("169.254.169.254")},
 		},
 	}})
 	if err != nil {

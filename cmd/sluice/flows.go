@@ -117,11 +117,14 @@ func printEnded(w io.Writer, r api.FlowsResult) error {
 	t := newTable(w, "VERDICT", "PROTO", "SOURCE", "DESTINATION", "SENT", "RECEIVED", "DURATION", "RULE", "REASON", "NAMES")
 	for _, e := range r.Ended {
 		verdict := e.Verdict
+		if e.Rejected {
+			verdict = "REJECTED"
+		}
 		if e.Count > 1 {
 			verdict += fmt.Sprintf(" ×%d", e.Count)
 		}
-		t.row(verdict, e.Proto, endText(e.OrigSrc), endText(e.OrigDst), size(int64(e.Orig.Bytes)), size(int64(e.Reply.Bytes)),
-			(time.Duration(e.Duration * float64(time.Second))).Round(time.Millisecond).String(), e.Rule, e.Reason, strings.Join(e.Names, ","))
+		t.row(verdict, protoText(e.L4), endText(e.Source()), endText(e.Destination()), size(int64(e.Orig.Bytes)), size(int64(e.Reply.Bytes)),
+			(time.Duration(e.Duration * float64(time.Second))).Round(time.Millisecond).String(), e.Rule, e.Reason, strings.Join(e.DestinationNames, ","))
 	}
 	if err := t.flush(); err != nil {
 		return err
@@ -133,11 +136,18 @@ func printEnded(w io.Writer, r api.FlowsResult) error {
 	return nil
 }
 
-func endText(e api.Endpoint) string {
-	if e.Port == 0 {
-		return e.IP.String()
+func endText(e netip.AddrPort) string {
+	if e.Port() == 0 {
+		return e.Addr().String()
 	}
-	return netip.AddrPortFrom(e.IP, e.Port).String()
+	return e.String()
+}
+
+func protoText(l api.L4) string {
+	if p := l.Proto(); p != "" {
+		return p
+	}
+	return fmt.Sprint(l.Other)
 }
 
 // watchFlows prints events until the sandbox ends or the user interrupts.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -16,8 +17,8 @@ import (
 func policyCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "policy",
-		Usage: "check a policy file; show or replace a sandbox's policy",
-		Subcommands: []*cli.Command{
+		Usage: "check, test, compare and suggest policy files; show or replace a sandbox's policy",
+		Subcommands: slices.Concat([]*cli.Command{
 			{
 				Name: "check", Usage: "say whether policy files are right", ArgsUsage: "FILE...",
 				Description: "Prints every error with file, line and column, and what was expected. - reads standard input.",
@@ -33,7 +34,7 @@ func policyCommand() *cli.Command {
 					"A file with errors changes nothing. - reads standard input.",
 				BashComplete: completeNames, Action: policySet,
 			},
-		},
+		}, policyTrialCommands(), policyCompareCommands()),
 	}
 }
 

@@ -3,8 +3,10 @@ package main
 // Clients that make one connection and tell exactly what they saw of it.
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"flag"
 	"fmt"
@@ -12,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -45,6 +48,8 @@ func dial(args []string) error {
 	fs := flag.NewFlagSet("dial", flag.ExitOnError)
 	timeout := fs.Duration("timeout", 10*time.Second, "for the whole")
 	send := fs.String("send", "", "what to send")
+	encoded := fs.String("send-base64", "", "send this instead, decoded")
+	chunk := fs.Int("chunk", 0, "send in pieces of so many bytes, each in a segment of its own")
 	sendN := fs.Int("send-bytes", 0, "send so many bytes instead")
 	how := fs.String("close", "half", "after sending: half (shutdown), reset, full, or no (read only)")
 	tos := fs.Int("tos", 0, "IP_TOS or IPV6_TCLASS of the connection")
@@ -77,9 +82,19 @@ func dial(args []string) error {
 		}
 		r.SHA = fmt.Sprintf("%x", sha256.Sum256(data))
 	}
-	if _, err := c.Write(data); err != nil {
-		r.Stage, r.Error = "write", errorName(err)
-		return nil
+	if *encoded != "" {
+		if data, err = base64.StdEncoding.DecodeString(*encoded); err != nil {
+			return err
+		}
+	}
+	for piece := range slices.Chunk(data, max(cmp.Or(*chunk, len(data)), 1)) {
+		if _, err := c.Write(piece); err != nil {
+			r.Stage, r.Error = "write", errorName(err)
+			return nil
+		}
+		if *chunk > 0 {
+			time.Sleep(200 * time.Microsecond) // the kernel would put what comes at once together
+		}
 	}
 	switch *how {
 	case "half":

@@ -20,11 +20,20 @@ type asked struct {
 }
 
 // dnsServe answers A and AAAA of web.test. with the addresses given, TXT of big.test.
-// with more than fits a datagram, tag.test. TXT with -tag, and NXDOMAIN for the rest of
-// test.
+// with more than fits a datagram, tag.test. TXT with -tag, what -record says of a name in
+// full, and NXDOMAIN for the rest of test.
 func dnsServe(args []string) error {
 	fs := flag.NewFlagSet("dns", flag.ExitOnError)
 	port := fs.String("port", "53", "UDP and TCP port")
+	records := map[string][]dns.RR{}
+	fs.Func("record", "NAME RECORD: a record in every answer about the name, whatever its own name", func(s string) error {
+		name, text, _ := strings.Cut(s, " ")
+		rr, err := dns.NewRR(text)
+		if err == nil {
+			records[name] = append(records[name], rr)
+		}
+		return err
+	})
 	web := fs.String("web", "", "addresses of web.test., comma between")
 	tag := fs.String("tag", "", "text of tag.test.")
 	if err := fs.Parse(args); err != nil {
@@ -34,7 +43,15 @@ func dnsServe(args []string) error {
 		m := new(dns.Msg)
 		m.SetReply(q)
 		if len(q.Question) == 1 {
-			answerQuestion(m, q.Question[0], strings.Split(*web, ","), *tag)
+			name := strings.ToLower(q.Question[0].Name)
+			for _, rr := range records[name] {
+				if t := rr.Header().Rrtype; t == q.Question[0].Qtype || t == dns.TypeCNAME {
+					m.Answer = append(m.Answer, rr)
+				}
+			}
+			if records[name] == nil {
+				answerQuestion(m, q.Question[0], strings.Split(*web, ","), *tag)
+			}
 			say(asked{"asked", q.Question[0].Name, dns.TypeToString[q.Question[0].Qtype], w.LocalAddr().Network()})
 		}
 		if w.LocalAddr().Network() == "udp" {

@@ -33,6 +33,7 @@ var commands = map[string]func(args []string) error{
 	"xfer":    xfer,
 	"synrst":  synrst,
 	"eat-fds": eatDescriptors,
+	"raw":     raw,
 	"pause":   pause,
 }
 

@@ -7,18 +7,23 @@
 //	sandbox ─ TCP ─ ServeStream ─┘    (judge.go)   └─ upstream, UDP then TCP
 //	                                                  (exchange.go, via Dialer)
 //
-// judge.go is the one place where a question is judged; whatever comes later
-// to gate or record names belongs there.
+// judge.go is the one place where a question is judged.
 //
-// Messages stay in wire form from end to end. No compression pointer is ever
-// followed and no record is ever re-encoded, so unknown types, DNSSEC bits and
-// EDNS options pass untouched and a crafted message has nothing to loop on.
-// Only the ID (drawn afresh for each upstream try), the counts and the TC bit
-// are ever rewritten (wire.go).
+// While the policy gates names (Config.Rules), what it refuses is answered at once
+// and never asked upstream; what it allows is asked in words of our own, and the
+// answer is read, sifted, granted and written anew (gate.go, sift.go). Names under
+// wildcards are bounded against tunnels (tunnel.go). The caller sends us the
+// questions to every resolver then, and is told of each (record.go).
 //
-// Everything is bounded by Limits: queries in flight, large answers held,
-// streams, queries pipelined per stream, idle time and time per query. Close
-// returns after the last goroutine.
+// Otherwise messages stay in wire form from end to end. No compression pointer is
+// ever followed and no record is ever re-encoded, so unknown types, DNSSEC bits and
+// EDNS options pass untouched and a crafted message has nothing to loop on. Only the
+// ID (drawn afresh for each upstream try), the counts and the TC bit are ever
+// rewritten (wire.go).
+//
+// Everything is bounded by Limits and the policy's own: queries in flight and a
+// second, large answers held, streams, queries pipelined per stream, idle time and
+// time per query. Close returns after the last goroutine.
 //
 // The package opens no socket itself: Config.Dialer does, and only for the
 // servers that the host's configuration named. Watcher follows resolv.conf; it

@@ -44,6 +44,7 @@ var (
 	errNoServer  = errors.New("no upstream server")
 	errMalformed = errors.New("malformed answer")
 	errForeign   = errors.New("answers to other questions only")
+	errFolded    = errors.New("the question came back in other letters")
 )
 
 // serverSet is one state of the configuration. up is never written.
@@ -99,21 +100,22 @@ type answer struct {
 
 // forward asks upstream and returns what to tell the client: always something.
 func (r *Resolver) forward(ctx context.Context, qy *query) answer {
+	if qy.gated != nil {
+		return r.forwardGated(qy)
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.limits.QueryTime)
 	defer cancel()
 	defer context.AfterFunc(r.ctx, cancel)()
 	a, err := r.ask(ctx, qy)
 	if err != nil {
 		r.stats.ServFail.Add(1)
-		put16(qy.msg, 0, qy.id)
-		a = answer{msg: qy.fail(qy.msg, rcodeServFail), release: func() {}}
-		return a
+		return answer{msg: qy.fail(qy.asked, rcodeServFail), release: func() {}}
 	}
 	r.stats.Forwarded.Add(1)
 	put16(a.msg, 0, qy.id)
 	// The client's own spelling, in case upstream folded its letters: a client
 	// that mixes them as a nonce looks for it.
-	copy(a.msg[headerLen:qy.q.end], qy.msg[headerLen:])
+	copy(a.msg[headerLen:qy.q.end], qy.asked[headerLen:])
 	a.msg = r.fit(a.msg, qy)
 	return a
 }
@@ -149,7 +151,7 @@ rounds:
 				if unwilling == nil && len(a.msg) <= udpBuffer {
 					unwilling = a.msg
 				} else if unwilling == nil {
-					unwilling = qy.fail(qy.msg, code)
+					unwilling = qy.fail(qy.asked, code)
 				}
 			default:
 				return a, nil
@@ -172,6 +174,9 @@ func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPor
 	done := func() {}
 	if !set.up.UseVC {
 		msg, whole, err := r.tryUDP(ctx, set.up.timeout(), server, qy)
+		if errors.Is(err, errFolded) {
+			return r.tryTCP(ctx, set.up.timeout(), server, qy)
+		}
 		if err != nil {
 			return answer{}, err
 		}
@@ -231,6 +236,10 @@ func (r *Resolver) tryUDP(ctx context.Context, timeout time.Duration, server net
 		if !answers(buf[:n], qy) {
 			r.stats.UpstreamIgnored.Add(1)
 			continue
+		}
+		if qy.strict && !repeats(buf[:n], qy) {
+			r.stats.UpstreamFolded.Add(1)
+			return nil, false, fmt.Errorf("%v: %w", server, errFolded)
 		}
 		cut := n == len(buf) || be16(buf, 2)&bitTC != 0
 		msg, ok := tidy(buf[:n], qy, cut)
@@ -311,6 +320,12 @@ func answers(msg []byte, qy *query) bool {
 		return sameQuestion(msg, qy.msg, qy.q.end)
 	}
 	return false
+}
+
+// repeats reports whether the answer's question has qy's letters exactly. A server
+// that folds them may be honest, but only TCP can tell it from a forger.
+func repeats(msg []byte, qy *query) bool {
+	return be16(msg, 4) == 0 || string(msg[headerLen:qy.q.end]) == string(qy.msg[headerLen:qy.q.end])
 }
 
 // tidy returns an answer that is well formed to its last byte: what follows the

@@ -4,7 +4,12 @@ package dns
 // is decided what becomes of it. The outcome is one of: silence, an answer made
 // here, or a query to forward. It never blocks.
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+
+	"sluice/policy"
+)
 
 // maxQuery bounds a message from the sandbox. A question is at most 259 bytes;
 // the rest is EDNS options (padding to 468 is the largest in practice) and
@@ -13,7 +18,8 @@ const maxQuery = 4096
 
 // query is one question from the sandbox on its way upstream.
 type query struct {
-	msg    []byte // our own copy
+	msg    []byte // our own copy, as it is sent
+	asked  []byte // header and question as the client sent them
 	q      question
 	id     uint16         // the client's
 	limit  int            // the largest answer the client can take
@@ -21,6 +27,8 @@ type query struct {
 	edns   bool           // it has an OPT record
 	do     bool           // ... with the DNSSEC OK bit
 	from   netip.AddrPort // the client
+	strict bool           // the question must come back letter for letter
+	gated  *gated         // nil where the policy gates no names
 }
 
 // verdict: at most one of answer and forward is set; neither means silence.
@@ -54,6 +62,11 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		r.stats.Refused.Add(1)
 		return verdict{answer: qy.fail(msg, code)}
 	}
+	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
+	rules, gates := r.inForce()
+	if !r.rate.take(queryRate(rules), time.Now()) {
+		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
+	}
 	if records, code, known := r.local.find(qy.q); known {
 		r.stats.Local.Add(1)
 		out := reply(msg, qy.q.end, code)
@@ -67,6 +80,9 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 			out = appendOPT(out, qy.do)
 		}
 		return verdict{answer: r.fit(out, &qy)}
+	}
+	if gates {
+		return r.judgeName(rules, &qy)
 	}
 	qy.msg = append([]byte(nil), msg...)
 	return verdict{forward: &qy}
@@ -124,6 +140,15 @@ func (qy *query) fail(msg []byte, code rcode) []byte {
 	out := reply(msg, qy.q.end, code)
 	if qy.edns {
 		out = appendOPT(out, qy.do)
+	}
+	return out
+}
+
+// failBecause is fail with the rule that decided, for people to read.
+func (qy *query) failBecause(msg []byte, code rcode, rule string) []byte {
+	out := reply(msg, qy.q.end, code)
+	if qy.edns {
+		out = appendOPT(out, qy.do, extendedError(edeProhibited, rule)...)
 	}
 	return out
 }

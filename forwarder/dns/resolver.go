@@ -14,6 +14,10 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"sluice/policy"
 )
 
 // Dialer opens the sockets to upstream servers, each connected to exactly the
@@ -61,6 +65,14 @@ type Config struct {
 	Hosts     map[string][]netip.Addr // --add-host
 	Limits    Limits
 	Log       *slog.Logger // nil discards
+
+	// Rules returns the rules in force, nil while there are none and every name is
+	// refused. Without it no policy gates names (gate.go).
+	// Addresses of allowed names are granted in Names, which must not be nil then.
+	Rules func() *policy.Rules
+	Names *policy.Names
+	// Tell is told of each question that the gate decided. It must not block. It may be nil.
+	Tell func(Event)
 }
 
 // Resolver answers the sandbox's questions. All methods may be called from any
@@ -71,6 +83,13 @@ type Resolver struct {
 	limits Limits
 	log    *slog.Logger
 	stats  counters
+
+	rules   func() *policy.Rules // nil: no policy gates names
+	names   *policy.Names
+	tell    func(Event)
+	tunnels tunnels
+	rate    bucket
+	flights singleflight.Group // questions of the gate on their way upstream
 
 	set      atomic.Pointer[serverSet]
 	inFlight chan struct{} // a token per forwarded query
@@ -100,6 +119,9 @@ func New(cfg Config) (*Resolver, error) {
 		local:    local,
 		limits:   limits,
 		log:      cfg.Log,
+		rules:    cfg.Rules,
+		names:    cfg.Names,
+		tell:     cfg.Tell,
 		inFlight: make(chan struct{}, limits.InFlight),
 		large:    make(chan struct{}, limits.UpstreamTCP),
 		streams:  make(chan struct{}, limits.Streams),
@@ -159,7 +181,7 @@ func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrP
 	default:
 		defer r.work.Done()
 		r.stats.OverLimit.Add(1)
-		send(v.forward.fail(msg, rcodeServFail))
+		send(v.forward.fail(v.forward.asked, rcodeServFail))
 		return
 	}
 	// Owned by Close; stopped by ctx, Close, or Limits.QueryTime.

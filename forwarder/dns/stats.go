@@ -8,6 +8,9 @@ type counters struct {
 	Forwarded, ServFail, OverLimit, Truncated                     atomic.Uint64
 	UpstreamTries, UpstreamFailures, UpstreamIgnored, UpstreamTCP atomic.Uint64
 	Streams, StreamsRefused, StreamsIdle                          atomic.Uint64
+	RefusedName, RefusedType, RefusedTunnel, OverRate             atomic.Uint64
+	UpstreamFolded, AnswersRefused, RecordsForeign                atomic.Uint64
+	RecordsRebound, GrantsRefused                                 atomic.Uint64
 }
 
 // Stats are totals since New.
@@ -31,6 +34,18 @@ type Stats struct {
 	Streams        uint64 `json:"streams"`
 	StreamsRefused uint64 `json:"streamsRefused"` // over the limit
 	StreamsIdle    uint64 `json:"streamsIdle"`    // closed for idleness
+
+	OverRate uint64 `json:"overRate"` // REFUSED because they came too fast
+
+	// While the policy gates names.
+	RefusedName    uint64 `json:"refusedName"`    // no rule lets it be asked
+	RefusedType    uint64 `json:"refusedType"`    // the policy does not list it
+	RefusedTunnel  uint64 `json:"refusedTunnel"`  // the bounds against tunnels
+	UpstreamFolded uint64 `json:"upstreamFolded"` // asked again over TCP: the question came back in other letters
+	AnswersRefused uint64 `json:"answersRefused"` // could not be read to their end
+	RecordsForeign uint64 `json:"recordsForeign"` // left out of answers: nobody asked for them
+	RecordsRebound uint64 `json:"recordsRebound"` // left out of answers: addresses that no rule may open
+	GrantsRefused  uint64 `json:"grantsRefused"`  // too many names or addresses
 }
 
 // Stats returns the counters as they stand.
@@ -43,5 +58,8 @@ func (r *Resolver) Stats() Stats {
 		UpstreamTries: c.UpstreamTries.Load(), UpstreamFailures: c.UpstreamFailures.Load(),
 		UpstreamIgnored: c.UpstreamIgnored.Load(), UpstreamTCP: c.UpstreamTCP.Load(),
 		Streams: c.Streams.Load(), StreamsRefused: c.StreamsRefused.Load(), StreamsIdle: c.StreamsIdle.Load(),
+		OverRate: c.OverRate.Load(), RefusedName: c.RefusedName.Load(), RefusedType: c.RefusedType.Load(),
+		RefusedTunnel: c.RefusedTunnel.Load(), UpstreamFolded: c.UpstreamFolded.Load(), AnswersRefused: c.AnswersRefused.Load(),
+		RecordsForeign: c.RecordsForeign.Load(), RecordsRebound: c.RecordsRebound.Load(), GrantsRefused: c.GrantsRefused.Load(),
 	}
 }

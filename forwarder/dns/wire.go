@@ -46,16 +46,23 @@ const (
 )
 
 const (
-	typeA    = 1
-	typePTR  = 12
-	typeAAAA = 28
-	typeOPT  = 41
-	typeTKEY = 249
-	typeTSIG = 250
-	typeIXFR = 251
-	typeAXFR = 252
-	typeANY  = 255
-	classIN  = 1
+	typeA     = 1
+	typeCNAME = 5
+	typePTR   = 12
+	typeAAAA  = 28
+	typeOPT   = 41
+	typeTKEY  = 249
+	typeTSIG  = 250
+	typeIXFR  = 251
+	typeAXFR  = 252
+	typeANY   = 255
+	classIN   = 1
+)
+
+// Extended errors, RFC 8914.
+const (
+	optionEDE     = 15
+	edeProhibited = 18
 )
 
 func be16(b []byte, off int) uint16     { return binary.BigEndian.Uint16(b[off:]) }
@@ -270,8 +277,8 @@ func appendRecord(msg []byte, rtype uint16, ttl uint32, rdata []byte) []byte {
 	return msg
 }
 
-// appendOPT adds our own OPT record, echoing the query's DO bit.
-func appendOPT(msg []byte, do bool) []byte {
+// appendOPT adds our own OPT record, echoing the query's DO bit, with the options given.
+func appendOPT(msg []byte, do bool, options ...byte) []byte {
 	var flags uint32
 	if do {
 		flags = 1 << 15
@@ -280,9 +287,19 @@ func appendOPT(msg []byte, do bool) []byte {
 	msg = binary.BigEndian.AppendUint16(msg, typeOPT)
 	msg = binary.BigEndian.AppendUint16(msg, ednsUDPSize)
 	msg = binary.BigEndian.AppendUint32(msg, flags)
-	msg = binary.BigEndian.AppendUint16(msg, 0)
+	msg = binary.BigEndian.AppendUint16(msg, uint16(len(options)))
+	msg = append(msg, options...)
 	put16(msg, 10, be16(msg, 10)+1)
 	return msg
+}
+
+// extendedError is an option that says why, in words of up to 100 bytes.
+func extendedError(info uint16, text string) []byte {
+	text = text[:min(len(text), 100)]
+	b := binary.BigEndian.AppendUint16(nil, optionEDE)
+	b = binary.BigEndian.AppendUint16(b, uint16(2+len(text)))
+	b = binary.BigEndian.AppendUint16(b, info)
+	return append(b, text...)
 }
 
 // sameQuestion compares two messages' question bytes, names by RFC 4343. Type

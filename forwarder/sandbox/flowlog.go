@@ -7,13 +7,12 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"sluice/forwarder"
+	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
 	"sluice/policy"
@@ -44,10 +43,12 @@ const (
 	flowLogRest = 20 * time.Millisecond
 )
 
-// flowEnd is a flow that is over: ended, or refused if it has no ID.
+// flowEnd is a flow that is over: ended, or refused if it has no ID. Or it is a
+// question that the resolver decided.
 type flowEnd struct {
-	flow   nat.Flow
-	action policy.Action
+	flow     nat.Flow
+	action   policy.Action
+	question *dns.Event
 }
 
 // foldKey identifies repeats of one refusal.
@@ -68,6 +69,10 @@ type flowLog struct {
 	out io.Writer // nil without a flow log
 	now func() time.Time
 	log *slog.Logger
+	// Set before run, if at all.
+	names     func(netip.Addr) []string // under which an address is granted
+	policy    func() string             // the name of the one in force
+	resolvers []netip.Addr              // of the sandbox, at most one of a family
 
 	queue chan flowEnd
 	stop  chan struct{} // closed by close
@@ -97,16 +102,25 @@ func newFlowLog(out io.Writer, now func() time.Time, log *slog.Logger) *flowLog 
 
 // onEvent is nat.Config.OnEvent.
 func (l *flowLog) onEvent(e nat.Event) {
-	if e.Type == nat.Destroy {
-		l.put(flowEnd{flow: e.Flow, action: policy.Allow})
+	if e.Type != nat.Destroy {
+		return
 	}
+	action := policy.Allow
+	if about, ok := e.Flow.About.(forwarder.About); ok && !about.Verdict.Allowed() && about.Verdict.Rule() != "" {
+		if about.Verdict.Verify() == policy.VerifyNone {
+			return // refused after its first bytes, and told
+		}
+		action = policy.Drop // it ended before it had said whom it wants
+	}
+	l.put(flowEnd{flow: e.Flow, action: action})
 }
 
 // refused is forwarder.Config.Refused.
-func (l *flowLog) refused(proto uint8, src, dst netip.AddrPort, ingress bool, v policy.Verdict) {
-	now := l.now()
+func (l *flowLog) refused(r forwarder.Refusal, ingress bool) {
+	now, v := l.now(), r.Verdict
 	l.put(flowEnd{action: v.Action(), flow: nat.Flow{
-		Orig: nat.NewTuple(proto, src, dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+		Orig: nat.NewTuple(r.Proto, r.Src, r.Dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+		About: forwarder.About{Verdict: v, Seen: r.Seen},
 	}})
 }
 
@@ -169,7 +183,11 @@ func (l *flowLog) run() {
 }
 
 func (l *flowLog) take(e flowEnd) {
-	r := record(e)
+	if e.question != nil {
+		l.write(l.questionRecord(e.question, e.flow.End))
+		return
+	}
+	r := l.record(e)
 	if e.action == policy.Allow {
 		l.add(r)
 		return
@@ -201,7 +219,7 @@ func (l *flowLog) unfold(now time.Time) {
 	}
 }
 
-// add puts a record in the ring and in the log's buffer.
+// add puts a record in the ring and in the log.
 func (l *flowLog) add(r api.FlowRecord) {
 	l.mu.Lock()
 	if len(l.ring) < endedFlows {
@@ -212,6 +230,11 @@ func (l *flowLog) add(r api.FlowRecord) {
 		l.dropped++
 	}
 	l.mu.Unlock()
+	l.write(r)
+}
+
+// write puts a record in the log's buffer.
+func (l *flowLog) write(r api.FlowRecord) {
 	if l.out == nil {
 		return
 	}
@@ -251,56 +274,4 @@ func (l *flowLog) ended() ([]api.FlowRecord, uint64) {
 	out := make([]api.FlowRecord, 0, len(l.ring))
 	out = append(out, l.ring[l.next:]...)
 	return append(out, l.ring[:l.next]...), l.dropped + l.lost.Load()
-}
-
-// record describes a flow that is over.
-func record(e flowEnd) api.FlowRecord {
-	f := e.flow
-	r := api.FlowRecord{
-		Time: f.End, Start: f.Start, Duration: f.End.Sub(f.Start).Seconds(),
-		ID: f.ID, Proto: protoName(f.Orig.Proto()), Direction: "egress",
-		Verdict: api.VerdictForwarded, Rule: f.Rule, Reason: f.Reason, Names: f.Names,
-		Orig:  api.Counter{Packets: uint64(f.OrigPackets), Bytes: uint64(f.OrigBytes)},
-		Reply: api.Counter{Packets: uint64(f.ReplyPackets), Bytes: uint64(f.ReplyBytes)},
-	}
-	if f.Ingress {
-		r.Direction = "ingress"
-	}
-	reply := f.Reply
-	switch e.action {
-	case policy.Allow:
-		r.State = f.State.String()
-	case policy.Reject:
-		r.Verdict = api.VerdictRejected
-		reply = f.Orig.Reverse()
-	default:
-		r.Verdict = api.VerdictDropped
-		reply = f.Orig.Reverse()
-	}
-	r.OrigSrc, r.OrigDst = endpoint(f.Orig.Src()), endpoint(f.Orig.Dst())
-	r.ReplySrc, r.ReplyDst = endpoint(reply.Src()), endpoint(reply.Dst())
-	if p := f.Orig.Proto(); p == unix.IPPROTO_ICMP || p == unix.IPPROTO_ICMPV6 {
-		kind := f.Orig.Dst().Port()
-		r.ICMP = &api.ICMP{Type: uint8(kind >> 8), Code: uint8(kind), ID: f.Orig.Src().Port()}
-		for _, e := range []*api.Endpoint{&r.OrigSrc, &r.OrigDst, &r.ReplySrc, &r.ReplyDst} {
-			e.Port = 0
-		}
-	}
-	return r
-}
-
-func endpoint(a netip.AddrPort) api.Endpoint { return api.Endpoint{IP: a.Addr(), Port: a.Port()} }
-
-func protoName(p uint8) string {
-	switch p {
-	case unix.IPPROTO_TCP:
-		return "tcp"
-	case unix.IPPROTO_UDP:
-		return "udp"
-	case unix.IPPROTO_ICMP:
-		return "icmp"
-	case unix.IPPROTO_ICMPV6:
-		return "icmpv6"
-	}
-	return strconv.Itoa(int(p))
 }

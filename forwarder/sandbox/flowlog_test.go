@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
 	"sluice/policy"
@@ -60,10 +61,10 @@ func TestEndedFlowLeavesOneRecord(t *testing.T) {
 		t.Fatalf("%d records, want 1: %s", len(got), out.String())
 	}
 	r := got[0]
-	if r.ID != 7 || r.Proto != "tcp" || r.Direction != "egress" || r.Verdict != api.VerdictForwarded || r.Duration != 2 ||
+	if r.ID != 7 || r.L4.TCP == nil || r.TrafficDirection != api.Egress || r.Bytes != 4300 || r.Verdict != api.VerdictForwarded || r.Duration != 2 ||
 		r.Rule != "egress[0] web" || r.Reason != "closed" || r.State != "TIME_WAIT" ||
-		r.OrigSrc != (api.Endpoint{IP: netip.MustParseAddr("10.0.2.100"), Port: 40000}) ||
-		r.ReplyDst != (api.Endpoint{IP: netip.MustParseAddr("198.51.100.7"), Port: 50000}) ||
+		r.Source() != netip.MustParseAddrPort("10.0.2.100:40000") || r.IP.Version != "IPv4" ||
+		r.ReplyDestination != netip.MustParseAddrPort("198.51.100.7:50000") ||
 		r.Orig != (api.Counter{Packets: 3, Bytes: 300}) || r.Reply != (api.Counter{Packets: 4, Bytes: 4000}) {
 		t.Errorf("record %+v", r)
 	}
@@ -77,21 +78,21 @@ func TestRefusalsAreRecordedAndTheirRepeatsFolded(t *testing.T) {
 	l := testFlowLog(&out)
 	src, dst := netip.MustParseAddrPort("10.0.2.100:40000"), netip.MustParseAddrPort("169.254.169.254:80")
 	for range 5 {
-		l.refused(unix.IPPROTO_TCP, src, dst, false, policy.Verdict{})
+		l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst}, false)
 	}
-	l.refused(unix.IPPROTO_TCP, netip.MustParseAddrPort("10.0.2.100:40001"), dst, false, policy.Verdict{})
-	l.refused(unix.IPPROTO_ICMP, netip.MustParseAddrPort("10.0.2.100:99"), netip.MustParseAddrPort("192.0.2.1:2048"), false, policy.Verdict{})
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: netip.MustParseAddrPort("10.0.2.100:40001"), Dst: dst}, false)
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_ICMP, Src: netip.MustParseAddrPort("10.0.2.100:99"), Dst: netip.MustParseAddrPort("192.0.2.1:2048")}, false)
 	got := drain(t, l, &out)
 	if len(got) != 4 {
 		t.Fatalf("%d records, want 4 (two clients, one echo, one for the repeats): %s", len(got), out.String())
 	}
-	if r := got[0]; r.Verdict != api.VerdictDropped || r.Count != 0 || r.OrigSrc.Port != 40000 || r.Reason != "policy" {
+	if r := got[0]; r.Verdict != api.VerdictDropped || r.Count != 0 || r.Source().Port() != 40000 || r.DropReasonDesc != api.PolicyDenied || r.Reason != "policy" {
 		t.Errorf("first refusal %+v", r)
 	}
-	if r := got[2]; r.Proto != "icmp" || r.ICMP == nil || *r.ICMP != (api.ICMP{Type: 8, ID: 99}) || r.OrigSrc.Port != 0 {
+	if r := got[2]; r.L4.ICMPv4 == nil || *r.L4.ICMPv4 != (api.ICMP{Type: 8, ID: 99}) || r.Source().Port() != 0 {
 		t.Errorf("refused echo %+v", r)
 	}
-	if r := got[3]; r.Count != 4 || r.OrigSrc.Port != 40000 {
+	if r := got[3]; r.Count != 4 || r.Source().Port() != 40000 {
 		t.Errorf("repeats %+v, want a count of 4", r)
 	}
 }

@@ -195,7 +195,7 @@ func TestWorkerIsReplacedWithAllItHad(t *testing.T) {
 	for len(flows.Ended) == 0 && time.Now().Before(deadline) {
 		r.call(t, api.MethodFlows, api.FlowsParams{Ended: true}, &flows)
 	}
-	if len(flows.Ended) != 1 || flows.Ended[0].Direction != "ingress" || flows.Ended[0].Verdict == api.VerdictForwarded {
+	if len(flows.Ended) != 1 || flows.Ended[0].TrafficDirection != api.Ingress || flows.Ended[0].Verdict == api.VerdictForwarded {
 		t.Errorf("records %+v, want one refusal", flows.Ended)
 	}
 	var logs api.LogsResult

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,8 @@ type worker struct {
 	table *nat.Table
 	fwd   *forwarder.Forwarder
 	dns   *dns.Resolver
+	names *policy.Names // granted by dns, asked by fwd; outlives the rules
+	rules atomic.Pointer[policy.Rules]
 	dial  *upstreamDialer
 	stock *socketStock
 	flows *flowLog
@@ -225,6 +228,8 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		out = h.flowLog
 	}
 	w.flows = newFlowLog(out, time.Now, w.log)
+	w.flows.resolvers = c.DNS
+	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
 	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
 	for name, value := range c.Sysctls {
@@ -233,7 +238,11 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		}
 	}
 	w.dial = newUpstreamDialer(c.Upstreams)
-	w.dns, err = dns.New(dns.Config{Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log})
+	w.names = newNames(c.Hosts, w.log)
+	w.dns, err = dns.New(dns.Config{
+		Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log,
+		Rules: w.rules.Load, Names: w.names, Tell: w.flows.asked,
+	})
 	if err != nil {
 		return err
 	}
@@ -244,7 +253,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	fc := forwarder.Config{
 		Link: w.link, MTU: uint32(c.Device.MTU),
 		Guest: c.Guest, Gateway: c.Gateway, DNS: c.DNS, Prefix4: c.Prefix4, SelfConfigured: c.SelfConfigured,
-		Table: w.table, DNSHandler: w.dns, DHCPHandler: leases,
+		Table: w.table, Names: w.names, DNSHandler: w.dns, DHCPHandler: leases,
 		RawICMP4: h.raw4, RawICMP6: h.raw6,
 		Drop: w.link.NoteDrop, Refused: w.refused, Log: w.log,
 	}
@@ -285,9 +294,8 @@ func (w *worker) dhcp() (*dhcp.Server, error) {
 }
 
 // refused takes a flow that policy refused down.
-func (w *worker) refused(proto uint8, src, dst netip.AddrPort, v policy.Verdict) {
-	ingress := slices.Contains(w.cfg.Guest, dst.Addr().Unmap())
-	w.flows.refused(proto, src, dst, ingress, v)
+func (w *worker) refused(r forwarder.Refusal) {
+	w.flows.refused(r, slices.Contains(w.cfg.Guest, r.Dst.Addr().Unmap()))
 }
 
 // messages serves the monitor until stop, the end of the channel, or that of
@@ -455,40 +463,6 @@ func protoNumber(name string) uint8 {
 		return unix.IPPROTO_UDP
 	}
 	return unix.IPPROTO_TCP
-}
-
-// setRules puts rules in force. They reset the table's limits: those that were
-// set by hand since, and that the policy leaves open, are set again.
-func (w *worker) setRules(r *policy.Rules) {
-	w.fwd.SetRules(r)
-	w.limits = r.Limits()
-	for name, value := range w.sysctls {
-		if !w.policySets(name) {
-			_ = w.table.SetSysctl(name, value) // it was accepted before
-		}
-	}
-}
-
-// setSysctl sets a tunable by hand. What the policy limits is the policy's.
-func (w *worker) setSysctl(p api.SysctlParams) error {
-	if w.policySets(p.Name) {
-		return fmt.Errorf("%s is set by the policy: change it there", p.Name)
-	}
-	if err := w.table.SetSysctl(p.Name, p.Value); err != nil {
-		return err
-	}
-	w.sysctls[p.Name] = p.Value
-	return nil
-}
-
-func (w *worker) policySets(name string) bool {
-	limit := map[string]int64{
-		"nf_conntrack_max":                 int64(w.limits.Flows),
-		"nf_conntrack_max_per_destination": int64(w.limits.FlowsPerDestination),
-		"nf_conntrack_max_new_per_second":  int64(w.limits.NewFlowsPerSecond),
-		"nf_conntrack_max_total_bytes":     int64(w.limits.TotalBytes),
-	}
-	return limit[trimSysctl(name)] > 0
 }
 
 // farewell tells the monitor what flows there were.

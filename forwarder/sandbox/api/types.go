@@ -140,60 +140,6 @@ type FlowEvent struct {
 	Lost uint64 `json:"lost,omitempty"`
 }
 
-// Endpoint is one end of a flow in a FlowRecord.
-type Endpoint struct {
-	IP   netip.Addr `json:"ip"`
-	Port uint16     `json:"port,omitempty"`
-}
-
-// Counter is what one direction of a flow moved.
-type Counter struct {
-	Packets uint64 `json:"packets"`
-	Bytes   uint64 `json:"bytes"`
-}
-
-// The verdicts of a FlowRecord.
-const (
-	VerdictForwarded = "FORWARDED"
-	VerdictDropped   = "DROPPED"  // refused in silence
-	VerdictRejected  = "REJECTED" // refused, and told so
-)
-
-// ICMP identifies an echo flow.
-type ICMP struct {
-	Type uint8  `json:"type"`
-	Code uint8  `json:"code"`
-	ID   uint16 `json:"id"`
-}
-
-// FlowRecord is the one record a flow leaves when it is over or was refused:
-// a line of the flow log, a row of `run --show-flows`.
-type FlowRecord struct {
-	Time      time.Time `json:"time"`  // when it ended
-	Start     time.Time `json:"start"` // when its first packet came
-	Duration  float64   `json:"duration_seconds"`
-	ID        uint64    `json:"id,omitempty"`
-	Proto     string    `json:"proto"` // tcp, udp, icmp, icmpv6, or the protocol's number
-	Direction string    `json:"direction"`
-	Verdict   string    `json:"verdict"`
-	Rule      string    `json:"rule,omitempty"`
-	Reason    string    `json:"reason,omitempty"`
-	State     string    `json:"state,omitempty"`
-	Names     []string  `json:"names,omitempty"`
-
-	OrigSrc  Endpoint `json:"orig_src"`
-	OrigDst  Endpoint `json:"orig_dst"`
-	ReplySrc Endpoint `json:"reply_src"`
-	ReplyDst Endpoint `json:"reply_dst"`
-	Orig     Counter  `json:"orig"`
-	Reply    Counter  `json:"reply"`
-	// ICMP is the message of an echo flow, whose endpoints have no ports.
-	ICMP *ICMP `json:"icmp,omitempty"`
-	// Count is more than 1 where refusals of the same kind were folded into
-	// one record, so that a scanner cannot fill the log.
-	Count uint64 `json:"count,omitempty"`
-}
-
 // PolicySetParams is a policy as its author wrote it.
 type PolicySetParams struct {
 	Name   string `json:"name"` // the file's name, for error messages

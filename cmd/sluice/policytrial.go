@@ -1,0 +1,193 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/policy"
+)
+
+// policyTrialCommands ask a policy file about a flow that nobody has started.
+func policyTrialCommands() []*cli.Command {
+	flags := []cli.Flag{
+		&cli.StringFlag{Name: "to", Usage: "the destination, `HOST:PORT`; of icmp, HOST; with --from, the sandbox's PORT"},
+		&cli.StringFlag{Name: "from", Usage: "ask about a client of a published port instead, at `ADDRESS`"},
+		&cli.StringFlag{Name: "proto", Value: "tcp", Usage: "`tcp`, udp, sctp, icmp or icmpv6 (an echo request)"},
+		&cli.StringFlag{Name: "address", Usage: "the `ADDRESS` that the host resolves to; else a public one that no rule names"},
+		&cli.StringFlag{Name: "said", Usage: "the `NAME` that the first bytes say (SNI, Host); else the host's; empty for none"},
+		&cli.StringFlag{Name: "method", Usage: "the `METHOD` of the request, where requests are judged; else GET"},
+		&cli.StringFlag{Name: "path", Usage: "the `PATH` of the request; else /"},
+		outputFlag("text", "json"),
+	}
+	return []*cli.Command{
+		{
+			Name: "test", Usage: "say whether a policy file would let a flow pass", ArgsUsage: "FILE --to HOST:PORT",
+			Description: "Prints what would be decided and by which rule. Nothing is resolved and nothing is sent. The status\n" +
+				"is 0 if the flow would pass and 1 if not. The addresses of this host and of a sandbox are not known here.",
+			Flags: flags, Action: func(c *cli.Context) error { return policyTrial(c, false) },
+		},
+		{
+			Name: "explain", Usage: "say why a policy file would let a flow pass or not", ArgsUsage: "FILE --to HOST:PORT",
+			Description: "As test, with each rule that was tried and why it did not match. The status is 0 either way.",
+			Flags:       flags, Action: func(c *cli.Context) error { return policyTrial(c, true) },
+		},
+	}
+}
+
+// trialJSON is what test and explain print with -o json.
+type trialJSON struct {
+	Allowed bool          `json:"allowed"`
+	Action  string        `json:"action"`           // allow, reject or drop; for a name that may not be asked nxdomain, refused or drop
+	Rule    string        `json:"rule"`             // what decides
+	Tried   string        `json:"tried,omitempty"`  // the rule that fits but for the reason
+	Reason  policy.Reason `json:"reason,omitempty"` // as in the flow log
+	Audited bool          `json:"audited,omitempty"`
+	Asked   *bool         `json:"mayBeAsked,omitempty"` // the name, of the resolver
+	Target  string        `json:"target,omitempty"`
+	Assumed []string      `json:"assumed,omitempty"`
+	Steps   []policy.Step `json:"steps,omitempty"` // of explain
+}
+
+func policyTrial(c *cli.Context, explain bool) error {
+	if c.NArg() != 1 {
+		return fmt.Errorf("policy %s: want one FILE", c.Command.Name)
+	}
+	p, err := parsePolicy(c.Args().First())
+	if err != nil {
+		return err
+	}
+	t, err := trialOf(c)
+	if err != nil {
+		return fmt.Errorf("policy %s: %w", c.Command.Name, err)
+	}
+	r, err := t.Run(p, policy.Environment{})
+	if err != nil {
+		return fmt.Errorf("policy %s: %w", c.Command.Name, err)
+	}
+	out := trialResult(r)
+	if explain {
+		out.Steps = r.Steps
+	}
+	if c.String("output") == "json" {
+		err = printJSON(c.App.Writer, out)
+	} else {
+		err = printTrial(c.App.Writer, out)
+	}
+	if err == nil && !explain && !out.Allowed {
+		return exitStatus(1)
+	}
+	return err
+}
+
+// parsePolicy reads and parses a policy file; - is standard input.
+func parsePolicy(path string) (*policy.Policy, error) {
+	name, data, err := readPolicy(path)
+	if err != nil {
+		return nil, err
+	}
+	if path != "-" {
+		name = path // as the caller wrote it, so that editors find the place
+	}
+	return policy.Parse(name, data)
+}
+
+func trialOf(c *cli.Context) (policy.Trial, error) {
+	var t policy.Trial
+	var err error
+	switch proto := c.String("proto"); proto {
+	case "tcp":
+		t.Proto = policy.TCP
+	case "udp":
+		t.Proto = policy.UDP
+	case "sctp":
+		t.Proto = policy.SCTP
+	case "icmp":
+		t.Proto, t.ICMPType = policy.ICMPv4, 8
+	case "icmpv6":
+		t.Proto, t.ICMPType = policy.ICMPv6, 128
+	default:
+		return t, fmt.Errorf("--proto %s: want tcp, udp, sctp, icmp or icmpv6", proto)
+	}
+	for name, dst := range map[string]*netip.Addr{"from": &t.Client, "address": &t.Address} {
+		if s := c.String(name); s != "" {
+			if *dst, err = netip.ParseAddr(s); err != nil {
+				return t, fmt.Errorf("--%s %s: want an address", name, s)
+			}
+		}
+	}
+	if c.IsSet("said") {
+		said := c.String("said")
+		t.Said = &said
+	}
+	t.Method, t.Path = c.String("method"), c.String("path")
+
+	to, port := c.String("to"), ""
+	icmp := t.Proto == policy.ICMPv4 || t.Proto == policy.ICMPv6
+	switch {
+	case to == "" && !(icmp && t.Client.IsValid()):
+		return t, errors.New("want --to HOST:PORT")
+	case icmp:
+		t.Host = strings.Trim(to, "[]")
+		return t, nil
+	case t.Client.IsValid():
+		port = strings.TrimPrefix(to, ":")
+	default:
+		if t.Host, port, err = net.SplitHostPort(to); err != nil {
+			return t, fmt.Errorf("--to %s: want HOST:PORT, as example.com:443 or [2001:db8::1]:443", to)
+		}
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return t, fmt.Errorf("--to %s: the port is a number from 1 to 65535", to)
+	}
+	t.Port = uint16(n)
+	return t, nil
+}
+
+func trialResult(r *policy.TrialResult) trialJSON {
+	v := r.Verdict
+	out := trialJSON{Allowed: r.Allowed(), Action: v.Action().String(), Rule: v.Rule(), Tried: v.Tried(), Reason: v.Reason(), Audited: v.Audited(), Assumed: r.Assumed}
+	if r.Name != nil {
+		out.Asked = &r.Name.Allowed
+		if !r.Name.Allowed {
+			out.Action, out.Rule = string(r.Name.Refusal), r.Name.Rule
+		}
+	}
+	if v.Allowed() {
+		out.Target = v.Target().String()
+	}
+	return out
+}
+
+func printTrial(w io.Writer, r trialJSON) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s by %s", r.Action, r.Rule)
+	switch {
+	case r.Asked != nil && !*r.Asked:
+		b.WriteString(": the name may not be asked")
+	case r.Audited:
+		b.WriteString(", only because the policy is in audit mode")
+	}
+	if r.Reason != "" {
+		fmt.Fprintf(&b, " (%s: %s)", r.Tried, r.Reason)
+	}
+	b.WriteByte('\n')
+	for _, a := range r.Assumed {
+		fmt.Fprintf(&b, "assumed: %s\n", printable(a))
+	}
+	if _, err := io.WriteString(w, b.String()); err != nil || r.Steps == nil {
+		return err
+	}
+	t := newTable(w, "RULE", "ACTION", "DECIDES", "WHY")
+	for _, s := range r.Steps {
+		t.row(s.Rule, s.Action.String(), map[bool]string{true: "yes", false: "no"}[s.Decides], s.Why)
+	}
+	return t.flush()
+}

@@ -1,0 +1,84 @@
+package e2e
+
+// A policy by name that is replaced under live flows.
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+const liveSpec = `
+defaultAction: reject
+egress:
+- name: kept
+  action: allow
+  to: [{domain: kept.test}]
+  ports: [{protocol: TCP, port: 7000, endPort: 7010}]
+  verify: grant`
+
+const liveCut = `
+- name: cut
+  action: allow
+  to: [{domain: cut.test}]
+  ports: [{protocol: TCP, port: 7000, endPort: 7010}]
+  verify: grant`
+
+func TestReloadUnderAThousandFlows(t *testing.T) {
+	area(t, "gate.reload", "dig")
+	w := newWorld(t)
+	w.zone(t, "kept.test. kept.test. 60 A "+far4, "kept.test. kept.test. 60 AAAA "+far6, "cut.test. cut.test. 60 A "+other4, "cut.test. cut.test. 60 AAAA "+other6)
+	serve(t, w.far)
+	both, one := policyFile(t, liveSpec+liveCut), policyFile(t, liveSpec)
+	sb := w.host.sandbox(t, "--policy", both)
+	for _, name := range []string{"kept.test", "cut.test"} {
+		ok(t, sb, 10*time.Second, "dig", "+short", name, "A", name, "AAAA")
+	}
+	hold := func(addr string) *proc {
+		return sb.start(t, peerBin(), "hold", "-count", "250", "-timeout", "2s", at(addr, portEcho))
+	}
+	kept := []*proc{hold(far4), hold(far6)}
+	cut := []*proc{hold(other4), hold(other6)}
+	for _, p := range append(kept, cut...) {
+		p.waitText(t, `"held","open":250`, 20*time.Second)
+	}
+	bulk := sb.start(t, peerBin(), "xfer", "-streams", "4", "-size", fmt.Sprint(64<<20), at(far4, portXfer))
+	eventually(t, 5*time.Second, func() (bool, string) {
+		return len(sb.flows(t)) >= 1004, fmt.Sprintf("%d flows", len(sb.flows(t)))
+	})
+	w.host.sluiceOK(t, "policy", "set", sb.name, one)
+	eventually(t, time.Second, func() (bool, string) {
+		left := 0
+		for _, f := range sb.flows(t) {
+			if a := f.orig.dst.String(); (a == other4 || a == other6) && f.state == "ESTABLISHED" {
+				left++
+			}
+		}
+		return left == 0, fmt.Sprintf("%d flows to a name that is denied by now still stand", left)
+	})
+	for _, p := range append(kept, cut...) {
+		p.write([]byte("echo\n"))
+	}
+	for _, p := range kept {
+		p.waitText(t, `"echoed","open":250`, 20*time.Second)
+	}
+	for _, p := range cut {
+		p.waitText(t, `"echoed","open":0`, 20*time.Second)
+	}
+	var got transfer
+	r := bulk.wait(t, 60*time.Second).wantStatus(t, 0)
+	if r.into(t, &got); got.OK != 4 {
+		t.Errorf("a transfer under a reload that allows it: %d of 4 streams are whole\n%s", got.OK, r)
+	}
+	if d, r := dial(t, sb, "-timeout", "2s", at(other4, portWhoami)); d.Error == "" {
+		t.Errorf("what is denied by now answers\n%s", r)
+	}
+	w.host.sluiceOK(t, "policy", "set", sb.name, both)
+	if d, r := dial(t, sb, "-timeout", "2s", at(other4, portWhoami)); d.Error != "" {
+		t.Errorf("a grant did not outlive the policy that did not know its name\n%s", r)
+	}
+	for _, p := range append(kept, cut...) {
+		p.closeInput()
+		p.wait(t, 10*time.Second)
+	}
+}

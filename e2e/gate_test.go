@@ -1,0 +1,194 @@
+package e2e
+
+// The gate: a policy by name, as ordinary clients meet it.
+//
+//	pypi.test, a.files.test, cdn.test   far's first addresses: granted by name
+//	evil.test                           the same addresses, a name that no rule has
+//	other4, other6                      far's second addresses: the same servers, never granted
+
+import (
+	"cmp"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const gateSpec = `
+defaultAction: reject
+egress:
+- name: index
+  action: allow
+  to: [{domain: pypi.test}, {domain: "*.files.test"}]
+  ports: [{protocol: TCP, port: 8080}, {protocol: TCP, port: 8443}]
+- name: repository
+  action: allow
+  to: [{domain: git.test}]
+  ports: [{protocol: TCP, port: 8080}]
+- name: git
+  action: allow
+  to: [{domain: git.test}]
+  ports: [{protocol: TCP, port: 9418}]
+  verify: grant # git's own protocol says no name`
+
+// gateZone is what far's name server says.
+var gateZone = []string{
+	"pypi.test. pypi.test. 3600 CNAME cdn.test.", "pypi.test. cdn.test. 3600 A " + far4, "pypi.test. cdn.test. 3600 AAAA " + far6,
+	"a.files.test. a.files.test. 3600 A " + far4, "a.files.test. a.files.test. 3600 AAAA " + far6,
+	"git.test. git.test. 3600 A " + far4, "git.test. git.test. 3600 AAAA " + far6,
+	"evil.test. evil.test. 3600 A " + far4, "evil.test. evil.test. 3600 AAAA " + far6,
+	"pypi.test.evil.io. pypi.test.evil.io. 3600 A " + far4, "evilpypi.test. evilpypi.test. 3600 A " + far4,
+}
+
+// zone starts far's name server with the records given.
+func (w *world) zone(t *testing.T, records ...string) *proc {
+	t.Helper()
+	argv := []string{peerBin(), "dns", "-tag", "far"}
+	for _, r := range records {
+		argv = append(argv, "-record", r)
+	}
+	p := w.far.start(t, append(argv, far4)...)
+	p.waitText(t, `"listening"`, 5*time.Second)
+	return p
+}
+
+// refusals are the rules by which flows were refused, from the sandbox's own record.
+func (sb *sandbox) refusals(t *testing.T) map[string]int {
+	t.Helper()
+	rules := map[string]int{}
+	var records []struct{ Verdict, Rule, Tried string }
+	r := sb.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name)
+	if err := json.Unmarshal([]byte(r.out), &records); err != nil {
+		t.Fatalf("flow records that are no JSON: %v\n%s", err, r)
+	}
+	for _, r := range records {
+		if !strings.EqualFold(r.Verdict, "forwarded") {
+			rules[cmp.Or(r.Tried, r.Rule)]++
+		}
+	}
+	return rules
+}
+
+func TestGateOpensForANameOnly(t *testing.T) {
+	area(t, "gate.names", "curl", "nginx", "dig")
+	w := newWorld(t)
+	zone := w.zone(t, gateZone...)
+	nginx(t, w.far, 8080, true)
+	sb := w.host.sandbox(t, "--policy", policyFile(t, gateSpec))
+	curl := func(flags ...string) result {
+		t.Helper()
+		return run(t, sb, 15*time.Second, append([]string{"curl", "-gsSk", "-m", "8", "-w", "%{http_code}"}, flags...)...)
+	}
+	for _, f := range families {
+		flag := map[string]string{"IPv4": "-4", "IPv6": "-6"}[f.name]
+		for _, u := range []string{"http://pypi.test:8080/", "https://pypi.test:8443/", "https://a.files.test:8443/", "https://PyPI.TEST:8443/"} {
+			t.Run(f.name+" "+u, func(t *testing.T) {
+				curl(flag, u).wantStatus(t, 0).wantOut(t, "hello from nginx\n200")
+				curl(flag, "--http1.1", u).wantStatus(t, 0).wantOut(t, "hello from nginx\n200")
+			})
+		}
+		t.Run(f.name+" the name in pieces", func(t *testing.T) {
+			for _, row := range []struct{ record, chunk int }{{1, 0}, {1 << 14, 1}} {
+				hello := base64.StdEncoding.EncodeToString(hello(t, "pypi.test", "", row.record))
+				d, r := dial(t, sb, "-timeout", "5s", "-send-base64", hello, "-chunk", fmt.Sprint(row.chunk), at(f.far, 8443))
+				if d.Error != "" || d.Got == "" {
+					t.Errorf("records of %d bytes in segments of %d: no server answers\n%s", row.record, row.chunk, r)
+				}
+			}
+		})
+		to := func(name string, port int, addr string) string { return fmt.Sprintf("%s:%d:%s", name, port, addr) }
+		if strings.Contains(f.far, ":") {
+			to = func(name string, port int, addr string) string { return fmt.Sprintf("%s:%d:[%s]", name, port, addr) }
+		}
+		for _, row := range []struct {
+			what  string
+			flags []string
+			rule  string
+		}{
+			{"the server by its bare address", []string{url(f.far, 8080, "/")}, "egress[0] index"},
+			{"over TLS by its bare address, without SNI", []string{"https://" + at(f.far, 8443) + "/"}, "egress[0] index"},
+			{"another SNI", []string{"--resolve", to("evil.test", 8443, f.far), "https://evil.test:8443/"}, "egress[0] index"},
+			{"another Host", []string{"-H", "Host: evil.test", flag, "http://pypi.test:8080/"}, "egress[0] index"},
+			{"a look-alike before the name", []string{"--resolve", to("evilpypi.test", 8443, f.far), "https://evilpypi.test:8443/"}, "egress[0] index"},
+			{"a look-alike behind it", []string{"--resolve", to("pypi.test.evil.io", 8443, f.far), "https://pypi.test.evil.io:8443/"}, "egress[0] index"},
+			{"the right SNI at an address that was not granted", []string{"--resolve", to("pypi.test", 8443, f.other), "https://pypi.test:8443/"}, "default"},
+			{"a port that the rule does not have", []string{flag, "http://pypi.test:7008/"}, "default"},
+		} {
+			t.Run(f.name+" "+row.what, func(t *testing.T) {
+				before := sb.refusals(t)
+				r := curl(row.flags...)
+				if strings.Contains(r.out, "hello from") {
+					t.Errorf("it is let through\n%s", r)
+				}
+				eventually(t, 2*time.Second, func() (bool, string) {
+					after := sb.refusals(t)
+					return after[row.rule] > before[row.rule], fmt.Sprintf("no refusal by %q: %v, before %v\n%s", row.rule, after, before, r)
+				})
+			})
+		}
+	}
+	t.Run("a name that no rule has", func(t *testing.T) {
+		r := curl("https://evil.test:8443/")
+		if r.status != 6 {
+			t.Errorf("curl could resolve it\n%s", r)
+		}
+		ok(t, sb, 10*time.Second, "dig", "evil.test").wantOut(t, "NXDOMAIN").wantOut(t, "(default)")
+		ok(t, sb, 10*time.Second, "dig", "@"+other4, "evil.test").wantOut(t, "NXDOMAIN")
+		ok(t, sb, 10*time.Second, "dig", "@"+other6, "+tcp", "evil.test").wantOut(t, "NXDOMAIN")
+		ok(t, sb, 10*time.Second, "dig", "+short", "@"+other4, "+tcp", "pypi.test").wantOut(t, far4)
+		if out := zone.result("").out; strings.Contains(strings.ToLower(out), "evil") {
+			t.Errorf("it was asked upstream\n%s", out)
+		}
+	})
+}
+
+// An index as pip reads it, and files on another host; a repository over its protocols.
+func TestGateClients(t *testing.T) {
+	area(t, "gate.clients", "curl", "nginx", "git")
+	w := newWorld(t)
+	w.zone(t, gateZone...)
+	dir := nginx(t, w.far, 8080, true)
+	www := filepath.Join(dir, "www")
+	for _, d := range []string{"simple/demo", "packages"} {
+		if err := os.MkdirAll(filepath.Join(www, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.WriteFile(filepath.Join(www, "simple/demo/index.html"), []byte(`<a href="https://a.files.test:8443/packages/demo-1.0.tar.gz">demo-1.0.tar.gz</a>`), 0o644)
+	os.WriteFile(filepath.Join(www, "packages/demo-1.0.tar.gz"), []byte("a package\n"), 0o644)
+	work, repo := t.TempDir(), filepath.Join(www, "repo.git")
+	ok(t, w.far, 20*time.Second, "sh", "-ec", fmt.Sprintf(`
+cd %s
+git init -q -b main
+echo data >data
+git add data
+git -c user.name=t -c user.email=t@t.test commit -q -m one
+git clone -q --bare . %s
+git -C %[2]s update-server-info`, work, repo))
+	daemon := w.far.start(t, "git", "daemon", "--export-all", "--reuseaddr", "--base-path="+www, "--verbose")
+	daemon.waitStream(t, &daemon.err, 5*time.Second, "ready git daemon", func(s string) bool { return strings.Contains(s, "Ready to rumble") })
+	log := filepath.Join(t.TempDir(), "flows")
+	sb := w.host.sandbox(t, "--policy", policyFile(t, gateSpec), "--flow-log", log)
+	t.Run("an index and its files", func(t *testing.T) {
+		ok(t, sb, 20*time.Second, "sh", "-ec", `
+link=$(curl -sSkL https://pypi.test:8443/simple/demo/ | sed 's/.*href="\([^"]*\)".*/\1/')
+curl -sSkL "$link"`).wantOut(t, "a package")
+	})
+	for _, u := range []string{"http://git.test:8080/repo.git", "git://git.test/repo.git"} {
+		t.Run("git clone "+u, func(t *testing.T) {
+			ok(t, sb, 30*time.Second, "sh", "-ec", `d=$(mktemp -d); git clone -q "$0" "$d/r"; cat "$d/r/data"; rm -r "$d"`, u).wantOut(t, "data")
+		})
+	}
+	t.Run("what they do not need stays closed", func(t *testing.T) {
+		if r := run(t, sb, 10*time.Second, "git", "ls-remote", "git://"+other4+"/repo.git"); r.status == 0 {
+			t.Errorf("an address that nobody granted answers\n%s", r)
+		}
+		if r := run(t, sb, 10*time.Second, "git", "ls-remote", "git://evil.test/repo.git"); r.status == 0 {
+			t.Errorf("a name that no rule has answers\n%s", r)
+		}
+	})
+}

@@ -1,0 +1,224 @@
+package dns
+
+// The gate: what becomes of a question while the policy gates names.
+//
+//	question ─ normal form ─ rules ─ type ─ tunnel.go ─► a question of our own ─► upstream
+//	                                                                                │
+//	client ◄─── written anew ◄─── granted ◄─── sift.go ◄────────────────────────────┘
+//
+// Nothing is asked upstream that the policy refuses, and nothing but the name and
+// the type goes there: the client's header, options and spelling stay here. The
+// same question is asked once, however many clients wait for it, so that forgers
+// cannot multiply their chance (RFC 5452 section 5); its letters are mixed at
+// random, and only an answer that repeats them is taken.
+//
+// Addresses are granted before any client can see them.
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"sluice/policy"
+)
+
+// Rule names of refusals that no rule of the policy made.
+const (
+	ruleBadName   = "dns:name"      // not a name that rules could hold
+	ruleType      = "dns:type"      // the policy does not list the type
+	ruleRate      = "dns:rate"      // they come too fast
+	ruleEncrypted = "dns:encrypted" // it would resolve names past the gate
+	ruleRebind    = "dns:rebinding"
+	ruleBounds    = "dns:grants" // the names granted are too many
+	ruleUpstream  = "dns:upstream"
+)
+
+var (
+	errEmptied = errors.New("all addresses in the answer are closed by the policy")
+	errGrant   = errors.New("granting the addresses")
+)
+
+// gated is what the gate knows of a question that it lets pass.
+type gated struct {
+	name    string // in policy's normal form
+	verdict policy.NameVerdict
+}
+
+// inForce returns the rules, and whether they gate names.
+func (r *Resolver) inForce() (rules *policy.Rules, gates bool) {
+	if r.rules == nil {
+		return nil, false
+	}
+	rules = r.rules()
+	return rules, rules == nil || rules.GatesNames()
+}
+
+// judgeName decides about a question that was well formed and is not ours to answer.
+func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
+	name, err := policy.NormalizeWire([]byte(qy.q.name))
+	if err != nil {
+		return r.refuse(qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleBadName, &r.stats.RefusedName)
+	}
+	v := rules.DecideName(name)
+	if !v.Allowed {
+		return r.refuse(qy, name, v.Refusal, v.Rule, &r.stats.RefusedName)
+	}
+	if rule, how, counter := r.beyondRules(rules, qy, name, v); rule != "" {
+		if !rules.Audit() {
+			return r.refuse(qy, name, how, rule, counter)
+		}
+		counter.Add(1)
+		v.Audited, v.Rule = true, rule
+	}
+	qy.gated = &gated{name: name, verdict: v}
+	return verdict{forward: qy}
+}
+
+// beyondRules finds what speaks against a question for a name that may be asked.
+func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v policy.NameVerdict) (rule string, how policy.Refusal, counter *atomic.Uint64) {
+	if v.Pattern != name && encryptedResolver(name) {
+		return ruleEncrypted, policy.RefuseNXDOMAIN, &r.stats.RefusedName
+	}
+	if !slices.Contains(rules.DNS().Types, typeName(qy.q.qtype)) {
+		return ruleType, policy.RefuseREFUSED, &r.stats.RefusedType
+	}
+	if reason := r.tunnels.admit(v.Pattern, name, time.Now()); reason != tunnelOpen {
+		return string(reason), policy.RefuseREFUSED, &r.stats.RefusedTunnel
+	}
+	return "", "", nil
+}
+
+// queryRate is how many questions a second are taken; zero has no bound.
+func queryRate(rules *policy.Rules) int {
+	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !rules.GatesNames() {
+		return n
+	}
+	return gatedRate
+}
+
+// refuse makes the answer to a question that goes nowhere. It names the rule, to
+// a client that can be told (RFC 8914).
+func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule string, counter *atomic.Uint64) verdict {
+	counter.Add(1)
+	code := rcodeRefused
+	if how == policy.RefuseNXDOMAIN {
+		code = rcodeNXDomain
+	}
+	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: int(code), Rule: rule})
+	if how == policy.RefuseDrop {
+		return verdict{}
+	}
+	return verdict{answer: qy.failBecause(qy.asked, code, rule)}
+}
+
+// forwardGated asks upstream and returns what to tell the client: always something.
+func (r *Resolver) forwardGated(qy *query) answer {
+	key := strconv.Itoa(int(qy.q.qtype)) + " " + qy.gated.name
+	v, err, _ := r.flights.Do(key, func() (any, error) { return r.askGated(qy) })
+	e := Event{From: qy.from, Stream: qy.stream, Name: qy.gated.name, Type: typeName(qy.q.qtype), Rule: qy.gated.verdict.Rule, Audited: qy.gated.verdict.Audited, Forwarded: true}
+	s, _ := v.(*sifted)
+	var out []byte
+	if err == nil {
+		out, err = s.message(qy)
+	}
+	switch {
+	case errors.Is(err, errEmptied):
+		// As if the name did not exist: there is nothing behind it for the sandbox.
+		e.Forwarded, e.Rule, e.Code, e.Reason = false, ruleRebind, int(rcodeNXDomain), err.Error()
+		out = qy.failBecause(qy.asked, rcodeNXDomain, ruleRebind)
+	case err != nil:
+		r.stats.ServFail.Add(1)
+		e.Rule = ruleUpstream
+		if errors.Is(err, errGrant) {
+			e.Rule = ruleBounds
+		}
+		e.Forwarded, e.Code, e.Reason = false, int(rcodeServFail), err.Error()
+		out = qy.failBecause(qy.asked, rcodeServFail, e.Rule)
+	default:
+		r.stats.Forwarded.Add(1)
+		e.Code, e.Addrs, e.Names, e.TTL = int(s.code), s.addrs, s.names, s.ttl
+	}
+	r.record(e)
+	return answer{msg: r.fit(out, qy), release: func() {}}
+}
+
+// askGated asks for qy's name and type, for every client that wants to know.
+func (r *Resolver) askGated(qy *query) (*sifted, error) {
+	// Not the client's own context: others wait for this too.
+	ctx, cancel := context.WithTimeout(r.ctx, r.limits.QueryTime)
+	defer cancel()
+	a, err := r.ask(ctx, newQuery(qy.q))
+	if err != nil {
+		return nil, err
+	}
+	defer a.release()
+	rules, _ := r.inForce()
+	name, dns := qy.gated.name, rules.DNS()
+	verdict := rules.DecideName(name) // the rules of now: they may have changed
+	s, err := sift(a.msg, qy.q, siftRules{
+		admit:  func(addr netip.Addr) bool { return rules.Grantable(name, addr) },
+		ech:    verdict.ECH,
+		maxTTL: time.Duration(dns.TTLCap),
+	})
+	if err != nil {
+		r.stats.AnswersRefused.Add(1)
+		return nil, err
+	}
+	r.stats.RecordsForeign.Add(uint64(s.foreign))
+	r.stats.RecordsRebound.Add(uint64(s.rebound))
+	if s.emptied() {
+		return nil, errEmptied
+	}
+	if len(s.addrs) > 0 && verdict.Grants {
+		if err := r.names.Grant(name, s.addrs, s.ttl, time.Now()); err != nil {
+			r.stats.GrantsRefused.Add(1)
+			return nil, fmt.Errorf("%w: %w", errGrant, err)
+		}
+	}
+	return s, nil
+}
+
+// newQuery makes a question of our own: recursion, our buffer size, and letters
+// mixed at random.
+func newQuery(q question) *query {
+	up := &query{q: q, limit: maxMessage, edns: true, strict: true}
+	msg := make([]byte, headerLen, q.end+optRecordLen)
+	put16(msg, 2, bitRD)
+	put16(msg, 4, 1)
+	msg = append(msg, q.name...)
+	mixed := msg[headerLen:]
+	coins := make([]byte, len(mixed))
+	rand.Read(coins) // never fails: crypto/rand
+	for i, c := range mixed {
+		if 'a' <= c && c <= 'z' && coins[i]&1 == 1 {
+			mixed[i] = c - ('a' - 'A')
+		}
+	}
+	msg = append(msg, byte(q.qtype>>8), byte(q.qtype), 0, classIN)
+	up.asked = msg
+	up.msg = appendOPT(append([]byte(nil), msg...), false)
+	return up
+}
+
+// queryTypes names the types that a policy can list.
+var queryTypes = map[uint16]string{
+	typeA: "A", 2: "NS", typeCNAME: "CNAME", 6: "SOA", typePTR: "PTR", 15: "MX", 16: "TXT", typeAAAA: "AAAA",
+	33: "SRV", 35: "NAPTR", 43: "DS", 44: "SSHFP", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 257: "CAA",
+}
+
+// typeName is a type's name, or TYPE123 (RFC 3597 section 5).
+func typeName(t uint16) string {
+	if s, ok := queryTypes[t]; ok {
+		return s
+	}
+	return "TYPE" + strconv.Itoa(int(t))
+}
+
+// quoted shows a name that may hold any byte.
+func (n name) quoted() string { return strconv.QuoteToASCII(n.dotted()) }

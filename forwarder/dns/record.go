@@ -1,0 +1,31 @@
+package dns
+
+// What is told of each question, once it is decided.
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Event is one question and what became of it. It is told only while the policy
+// gates names.
+type Event struct {
+	From      netip.AddrPort
+	Stream    bool          // over TCP
+	Name      string        // in policy's normal form; quoted if it has none
+	Type      string        // A, AAAA, …
+	Code      int           // the response code that the client was told (RFC 1035)
+	Forwarded bool          // upstream's word was passed on; else Rule refused
+	Rule      string        // what decided
+	Audited   bool          // Rule would have refused, but the policy is in audit mode
+	Reason    string        // why an answer was refused
+	Addrs     []netip.Addr  // in the answer
+	Names     []string      // the aliases' targets, in order
+	TTL       time.Duration // of Addrs
+}
+
+func (r *Resolver) record(e Event) {
+	if r.tell != nil {
+		r.tell(e)
+	}
+}

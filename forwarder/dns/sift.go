@@ -1,0 +1,307 @@
+package dns
+
+// Sifting: what is left of an upstream's answer before the sandbox sees it,
+// where the policy gates names. Nothing of the answer is passed on as it came:
+// the records that answer the question are read, judged and written anew.
+//
+//	question ──CNAME──► alias ──CNAME──► alias … the chain, from the question on
+//	                                       └─ records of the type asked for
+//
+// Whatever else the answer holds is left out: records of other names or types,
+// the authority section but for the SOA that tells a negative answer's TTL (RFC
+// 2308 section 3) and that is a parent of the name, the additional section.
+// Addresses that no rule can open are left out too: a name that anybody may own
+// must not lead to the machine's own services (DNS rebinding). An answer that
+// cannot be read to its end is no answer at all.
+//
+// Pointers are followed by dnsmessage, at most ten for a name.
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+const (
+	// maxChain bounds the aliases of one answer. BIND follows as many.
+	maxChain = 16
+	// maxAnswerRecords bounds the records of the type asked for in one answer; the
+	// rest is left out, and TC says so.
+	maxAnswerRecords = 64
+	// maxAnswerData bounds their data in bytes, for the same end.
+	maxAnswerData = 8 << 10
+)
+
+var (
+	errChainLoop = errors.New("the aliases form a loop")
+	errChainLong = fmt.Errorf("more than %d aliases", maxChain)
+)
+
+// siftRules is what the policy says about the records of one answer.
+type siftRules struct {
+	admit  func(netip.Addr) bool
+	ech    bool          // pass the keys of encrypted ClientHello on
+	maxTTL time.Duration // what clients are told at most
+}
+
+// sifted is what is left of an answer.
+type sifted struct {
+	code    dnsmessage.RCode
+	cut     bool // upstream cut it short, or we did
+	aliases []dnsmessage.Resource
+	records []dnsmessage.Resource
+	size    int // of the records' data
+	soa     *dnsmessage.Resource
+
+	addrs   []netip.Addr  // in records
+	ttl     time.Duration // of addrs, the aliases' included
+	names   []string      // the aliases' targets, in order
+	foreign int           // answer records left out because nobody asked for them
+	rebound int           // addresses left out because no rule may open them
+}
+
+// emptied tells whether there were addresses and none may be passed on.
+func (s *sifted) emptied() bool { return s.rebound > 0 && len(s.records) == 0 }
+
+// sift reads msg, which answers q (see answers), under rules.
+func sift(msg []byte, q question, rules siftRules) (*sifted, error) {
+	var p dnsmessage.Parser
+	h, err := p.Start(msg)
+	if err != nil {
+		return nil, fmt.Errorf("reading the header: %w", err)
+	}
+	if err := p.SkipAllQuestions(); err != nil {
+		return nil, fmt.Errorf("reading the question: %w", err)
+	}
+	answers, err := p.AllAnswers()
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer: %w", err)
+	}
+	for i := range answers {
+		fold(&answers[i].Header.Name)
+		if b, ok := answers[i].Body.(*dnsmessage.CNAMEResource); ok {
+			fold(&b.CNAME)
+		}
+	}
+	authorities, err := p.AllAuthorities()
+	if err != nil {
+		return nil, fmt.Errorf("reading the authority section: %w", err)
+	}
+	s := &sifted{code: h.RCode, cut: h.Truncated}
+	if h.RCode != dnsmessage.RCodeSuccess && h.RCode != dnsmessage.RCodeNameError {
+		s.foreign = len(answers)
+		return s, nil
+	}
+	last, err := s.follow(answers, q, rules)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range answers {
+		if !isOf(a, last, dnsmessage.Type(q.qtype)) || q.qtype == typeCNAME {
+			continue
+		}
+		s.take(a, rules)
+	}
+	s.foreign = max(len(answers)-len(s.aliases)-len(s.records)-s.rebound, 0)
+	if len(s.records) == 0 {
+		s.takeSOA(authorities, last, rules)
+	}
+	return s, nil
+}
+
+// follow collects the aliases and returns the name at their end.
+func (s *sifted) follow(answers []dnsmessage.Resource, q question, rules siftRules) (last string, err error) {
+	last = q.name.dotted()
+	seen := map[string]bool{last: true}
+	s.ttl = rules.maxTTL
+	for {
+		i := indexOf(answers, last, dnsmessage.TypeCNAME)
+		if i < 0 {
+			return last, nil
+		}
+		a := answers[i]
+		target := a.Body.(*dnsmessage.CNAMEResource).CNAME.String()
+		if seen[target] {
+			return "", errChainLoop
+		}
+		if len(s.aliases) == maxChain {
+			return "", errChainLong
+		}
+		s.age(&a.Header, rules)
+		s.aliases = append(s.aliases, a)
+		s.names = append(s.names, strings.TrimSuffix(target, "."))
+		if q.qtype == typeCNAME {
+			return last, nil // the alias itself was asked for
+		}
+		seen[target] = true
+		last = target
+	}
+}
+
+// take keeps a record of the type asked for, if it may be passed on.
+func (s *sifted) take(a dnsmessage.Resource, rules siftRules) {
+	if len(s.records) == maxAnswerRecords || s.size+int(a.Header.Length) > maxAnswerData {
+		s.cut = true
+		return
+	}
+	var addr netip.Addr
+	switch b := a.Body.(type) {
+	case *dnsmessage.AResource:
+		addr = netip.AddrFrom4(b.A)
+	case *dnsmessage.AAAAResource:
+		addr = netip.AddrFrom16(b.AAAA)
+	case *dnsmessage.SVCBResource:
+		if !bare(b, rules.ech) {
+			return
+		}
+	case *dnsmessage.HTTPSResource:
+		if !bare(&b.SVCBResource, rules.ech) {
+			return
+		}
+	}
+	if addr.IsValid() {
+		if !rules.admit(addr) {
+			s.rebound++
+			return
+		}
+		s.addrs = append(s.addrs, addr.Unmap())
+	}
+	s.age(&a.Header, rules)
+	s.size += int(a.Header.Length)
+	s.records = append(s.records, a)
+}
+
+// takeSOA keeps the record that tells how long a negative answer holds.
+func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules siftRules) {
+	for _, a := range authorities {
+		fold(&a.Header.Name)
+		if a.Header.Type != dnsmessage.TypeSOA || a.Header.Class != dnsmessage.ClassINET || !within(last, a.Header.Name.String()) {
+			continue
+		}
+		a.Header.TTL = clampTTL(a.Header.TTL, rules.maxTTL)
+		s.soa = &a
+		return
+	}
+}
+
+// age bounds a record's TTL, and that of the whole by it.
+func (s *sifted) age(h *dnsmessage.ResourceHeader, rules siftRules) {
+	h.TTL = clampTTL(h.TTL, rules.maxTTL)
+	s.ttl = min(s.ttl, time.Duration(h.TTL)*time.Second)
+}
+
+// clampTTL reads a TTL as RFC 2181 section 8 has it: with the top bit set, zero.
+func clampTTL(ttl uint32, most time.Duration) uint32 {
+	if ttl >= 1<<31 {
+		return 0
+	}
+	return uint32(min(int64(ttl), int64(most/time.Second)))
+}
+
+// bare strips a service binding of all but what a client needs to choose port
+// and protocol, and tells whether it still makes sense. Address hints go: they
+// would be addresses that nobody granted, and the client asks for the target's
+// own anyhow (RFC 9460 section 7.3). So do DoH paths, and the keys of encrypted
+// ClientHello unless they are allowed.
+func bare(b *dnsmessage.SVCBResource, ech bool) bool {
+	has := make(map[dnsmessage.SVCParamKey]bool)
+	var kept []dnsmessage.SVCParam
+	for _, p := range b.Params {
+		switch p.Key {
+		case dnsmessage.SVCParamMandatory, dnsmessage.SVCParamALPN, dnsmessage.SVCParamNoDefaultALPN, dnsmessage.SVCParamPort:
+		case dnsmessage.SVCParamECH:
+			if !ech {
+				continue
+			}
+		default:
+			continue
+		}
+		has[p.Key] = true
+		kept = append(kept, p)
+	}
+	b.Params = kept
+	mandatory, _ := b.GetParam(dnsmessage.SVCParamMandatory)
+	if len(mandatory)%2 != 0 {
+		return false
+	}
+	for i := 0; i < len(mandatory); i += 2 {
+		if !has[dnsmessage.SVCParamKey(binary.BigEndian.Uint16(mandatory[i:]))] {
+			return false // RFC 9460 section 8: a client must not use it without
+		}
+	}
+	return true
+}
+
+// message writes the answer to qy.
+func (s *sifted) message(qy *query) ([]byte, error) {
+	h := dnsmessage.Header{
+		ID: qy.id, Response: true, RecursionAvailable: true, RCode: s.code, Truncated: s.cut,
+		RecursionDesired: be16(qy.asked, 2)&bitRD != 0, CheckingDisabled: be16(qy.asked, 2)&bitCD != 0,
+	}
+	name, err := dnsmessage.NewName(qy.q.name.dotted())
+	if err != nil {
+		return nil, fmt.Errorf("writing the question: %w", err)
+	}
+	m := dnsmessage.Message{
+		Header:    h,
+		Questions: []dnsmessage.Question{{Name: name, Type: dnsmessage.Type(qy.q.qtype), Class: dnsmessage.ClassINET}},
+		Answers:   append(append([]dnsmessage.Resource(nil), s.aliases...), s.records...),
+	}
+	if s.soa != nil {
+		m.Authorities = []dnsmessage.Resource{*s.soa}
+	}
+	out, err := m.Pack()
+	if err != nil {
+		return nil, fmt.Errorf("writing the answer: %w", err)
+	}
+	copy(out[headerLen:qy.q.end], qy.asked[headerLen:]) // the client's own spelling
+	if qy.edns {
+		// Without the DO bit: signatures over what was left out are of no use.
+		out = appendOPT(out, false)
+	}
+	return out, nil
+}
+
+func isOf(a dnsmessage.Resource, owner string, t dnsmessage.Type) bool {
+	return a.Header.Type == t && a.Header.Class == dnsmessage.ClassINET && a.Header.Name.String() == owner
+}
+
+func indexOf(list []dnsmessage.Resource, owner string, t dnsmessage.Type) int {
+	for i, a := range list {
+		if isOf(a, owner, t) {
+			return i
+		}
+	}
+	return -1
+}
+
+// within reports whether name is zone or a name below it; both end in a dot.
+func within(name, zone string) bool {
+	return name == zone || zone == "." || strings.HasSuffix(name, "."+zone)
+}
+
+// fold lowers a name's ASCII letters (RFC 4343). dnsmessage takes no name with a
+// dot inside a label, so that names are equal when their texts are.
+func fold(n *dnsmessage.Name) {
+	for i := range n.Data[:n.Length] {
+		n.Data[i] = lower(n.Data[i])
+	}
+}
+
+// dotted is the name's text, with the final dot. It is the name's only if no
+// label holds a dot, which is asked before a question gets this far.
+func (n name) dotted() string {
+	if len(n) <= 1 {
+		return "."
+	}
+	b := []byte(n[1:])
+	for i := int(n[0]); i < len(b); i += 1 + int(n[1+i]) {
+		b[i] = '.'
+	}
+	return string(b)
+}

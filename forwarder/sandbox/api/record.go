@@ -1,0 +1,163 @@
+package api
+
+import (
+	"net/netip"
+	"time"
+)
+
+// The verdicts of a FlowRecord, as Hubble names them.
+const (
+	VerdictForwarded = "FORWARDED"
+	VerdictDropped   = "DROPPED" // refused, in silence or not: see Rejected
+	VerdictAudit     = "AUDIT"   // let through because the policy is in audit mode
+)
+
+// The other words of a FlowRecord that are Hubble's.
+const (
+	Egress       = "EGRESS"
+	Ingress      = "INGRESS"
+	TypeFlow     = "L3_L4"
+	TypeL7       = "L7"
+	PolicyDenied = "POLICY_DENIED"
+)
+
+// FlowRecord is what is told of a flow that is over, of one that was refused, of a
+// refused HTTP request, and of a DNS question: a line of the flow log, a row of
+// `run --show-flows`. Fields that Hubble has carry its names and meanings (api/v1/flow
+// of Cilium); the others follow.
+type FlowRecord struct {
+	Time             time.Time `json:"time"`    // when it ended
+	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, AUDIT
+	DropReasonDesc   string    `json:"drop_reason_desc,omitempty"`
+	Type             string    `json:"Type"`              // L3_L4, L7
+	TrafficDirection string    `json:"traffic_direction"` // EGRESS, INGRESS
+	IP               IP        `json:"IP"`
+	L4               L4        `json:"l4"`
+	// DestinationNames are the names under which the destination was granted.
+	DestinationNames []string `json:"destination_names,omitempty"`
+	L7               *L7      `json:"l7,omitempty"`
+
+	ID     uint64 `json:"id,omitempty"` // absent of what was no flow
+	Policy string `json:"policy,omitempty"`
+	Rule   string `json:"rule,omitempty"` // what decided
+	// Tried is a rule by domain that fitted the address and the port, but not the first
+	// bytes.
+	Tried string `json:"tried,omitempty"`
+	// Reason is why the flow ended ("closed", "timeout"), or was refused: "policy", or
+	// why Tried did not match ("no-name", "name-mismatch").
+	Reason   string `json:"reason,omitempty"`
+	Rejected bool   `json:"rejected,omitempty"` // the sandbox was told of its refusal
+	SNI      string `json:"sni,omitempty"`      // the name in the flow's ClientHello
+	ECH      bool   `json:"ech,omitempty"`      // it carries an encrypted one, too
+	State    string `json:"state,omitempty"`    // conntrack's, at the end
+
+	Start    time.Time `json:"start"` // when its first packet came
+	Duration float64   `json:"duration_seconds"`
+	Bytes    uint64    `json:"bytes"` // IP packets, both ways
+	Orig     Counter   `json:"orig"`  // what the side that began the flow sent
+	Reply    Counter   `json:"reply"` // and the other one
+	// ReplySource and ReplyDestination are the ends of the answers as they come to the
+	// host's socket.
+	ReplySource      netip.AddrPort `json:"reply_source,omitzero"`
+	ReplyDestination netip.AddrPort `json:"reply_destination,omitzero"`
+	// Count is more than 1 where refusals of the same kind were folded into
+	// one record, so that a scanner cannot fill the log.
+	Count uint64 `json:"count,omitempty"`
+}
+
+// IP is the network layer of a FlowRecord.
+type IP struct {
+	Source      netip.Addr `json:"source"`
+	Destination netip.Addr `json:"destination"`
+	Version     string     `json:"ipVersion"` // IPv4, IPv6
+}
+
+// L4 is the transport layer; at most one field is set.
+type L4 struct {
+	TCP    *Ports `json:"TCP,omitempty"`
+	UDP    *Ports `json:"UDP,omitempty"`
+	SCTP   *Ports `json:"SCTP,omitempty"`
+	ICMPv4 *ICMP  `json:"ICMPv4,omitempty"`
+	ICMPv6 *ICMP  `json:"ICMPv6,omitempty"`
+	// Other is the number of another protocol, which Hubble has no place for.
+	Other uint8 `json:"protocol,omitempty"`
+}
+
+// Ports are of a protocol that has them.
+type Ports struct {
+	Source      uint16 `json:"source_port"`
+	Destination uint16 `json:"destination_port"`
+}
+
+// ICMP is the message that began an echo flow.
+type ICMP struct {
+	Type uint8  `json:"type"`
+	Code uint8  `json:"code"`
+	ID   uint16 `json:"id"` // the echo identifier
+}
+
+// L7 is a DNS question with its answer, or an HTTP request.
+type L7 struct {
+	Type string  `json:"type"` // REQUEST, RESPONSE
+	DNS  *L7DNS  `json:"dns,omitempty"`
+	HTTP *L7HTTP `json:"http,omitempty"`
+}
+
+// L7DNS is a question and its answer.
+type L7DNS struct {
+	Query  string   `json:"query"` // with its trailing dot
+	IPs    []string `json:"ips,omitempty"`
+	TTL    uint32   `json:"ttl,omitempty"` // seconds
+	CNAMEs []string `json:"cnames,omitempty"`
+	Source string   `json:"observation_source"` // proxy
+	RCode  uint32   `json:"rcode"`
+	QTypes []string `json:"qtypes,omitempty"`
+}
+
+// L7HTTP is a request in clear text.
+type L7HTTP struct {
+	Method string `json:"method"`
+	URL    string `json:"url"` // without the query
+}
+
+// Counter is what one direction of a flow moved.
+type Counter struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Proto is the protocol's name: tcp, udp, sctp, icmp, icmpv6, or empty for another one.
+func (l L4) Proto() string {
+	switch {
+	case l.TCP != nil:
+		return "tcp"
+	case l.UDP != nil:
+		return "udp"
+	case l.SCTP != nil:
+		return "sctp"
+	case l.ICMPv4 != nil:
+		return "icmp"
+	case l.ICMPv6 != nil:
+		return "icmpv6"
+	}
+	return ""
+}
+
+// ports are the zero value for protocols without them.
+func (l L4) ports() Ports {
+	for _, p := range []*Ports{l.TCP, l.UDP, l.SCTP} {
+		if p != nil {
+			return *p
+		}
+	}
+	return Ports{}
+}
+
+// Source and Destination are the flow's ends; the port is 0 where there is none.
+func (r *FlowRecord) Source() netip.AddrPort {
+	return netip.AddrPortFrom(r.IP.Source, r.L4.ports().Source)
+}
+
+func (r *FlowRecord) Destination() netip.AddrPort {
+	return netip.AddrPortFrom(r.IP.Destination, r.L4.ports().Destination)
+}

@@ -1,0 +1,62 @@
+package sandbox
+
+import (
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/dns"
+	"sluice/forwarder/sandbox/api"
+	"sluice/nat"
+)
+
+// Questions in the flow log: one record each while the policy gates names, with the
+// answer, or with the rule that refused it. They are no flows, and so they are not in
+// `flows --ended`.
+
+// asked is dns.Config.Tell.
+func (l *flowLog) asked(e dns.Event) {
+	if l.out == nil {
+		return
+	}
+	now := l.now()
+	l.put(flowEnd{question: &e, flow: nat.Flow{Start: now, End: now}})
+}
+
+// questionRecord describes a question, as Hubble does what its DNS proxy sees. The
+// destination is the sandbox's resolver, whatever address the question was sent to.
+func (l *flowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
+	r := api.FlowRecord{
+		Time: at, Start: at, Type: api.TypeL7, TrafficDirection: api.Egress,
+		Verdict: api.VerdictForwarded, Rule: e.Rule, Reason: e.Reason,
+		L7: &api.L7{Type: "RESPONSE", DNS: &api.L7DNS{
+			Query: e.Name + ".", TTL: uint32(e.TTL / time.Second), Source: "proxy", RCode: uint32(e.Code), QTypes: []string{e.Type},
+		}},
+	}
+	if l.policy != nil {
+		r.Policy = l.policy()
+	}
+	proto := uint8(unix.IPPROTO_UDP)
+	if e.Stream {
+		proto = unix.IPPROTO_TCP
+	}
+	for _, a := range l.resolvers {
+		if a.Is4() == e.From.Addr().Is4() {
+			r.IP, r.L4 = layers(nat.NewTuple(proto, e.From, netip.AddrPortFrom(a, 53)))
+		}
+	}
+	for _, a := range e.Addrs {
+		r.L7.DNS.IPs = append(r.L7.DNS.IPs, a.String())
+	}
+	for _, n := range e.Names {
+		r.L7.DNS.CNAMEs = append(r.L7.DNS.CNAMEs, n+".")
+	}
+	switch {
+	case !e.Forwarded:
+		r.Verdict, r.DropReasonDesc = api.VerdictDropped, api.PolicyDenied
+	case e.Audited:
+		r.Verdict = api.VerdictAudit
+	}
+	return r
+}

@@ -1,0 +1,91 @@
+package sandbox
+
+import (
+	"cmp"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder"
+	"sluice/forwarder/sandbox/api"
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// record describes a flow that is over, or was refused.
+func (l *flowLog) record(e flowEnd) api.FlowRecord {
+	f := &e.flow
+	about, _ := f.About.(forwarder.About)
+	r := api.FlowRecord{
+		Time: f.End, Start: f.Start, Duration: f.End.Sub(f.Start).Seconds(), Type: api.TypeFlow,
+		ID: f.ID, TrafficDirection: api.Egress, Verdict: api.VerdictForwarded,
+		Rule: f.Rule, Reason: f.Reason, DestinationNames: f.Names,
+		Orig:  api.Counter{Packets: uint64(f.OrigPackets), Bytes: uint64(f.OrigBytes)},
+		Reply: api.Counter{Packets: uint64(f.ReplyPackets), Bytes: uint64(f.ReplyBytes)},
+		Bytes: uint64(f.OrigBytes + f.ReplyBytes),
+	}
+	r.IP, r.L4 = layers(f.Orig)
+	if l.policy != nil {
+		r.Policy = l.policy()
+	}
+	if f.Ingress {
+		r.TrafficDirection = api.Ingress
+	} else if len(r.DestinationNames) == 0 && l.names != nil {
+		r.DestinationNames = l.names(r.IP.Destination)
+	}
+	if e.action == policy.Allow {
+		r.State = f.State.String()
+		r.ReplySource, r.ReplyDestination = f.Reply.Src(), f.Reply.Dst()
+	} else {
+		r.Verdict, r.DropReasonDesc, r.Rejected = api.VerdictDropped, api.PolicyDenied, e.action == policy.Reject
+	}
+	if v := about.Verdict; v.Audited() {
+		r.Verdict = api.VerdictAudit
+		r.Tried = v.Tried()
+	} else if e.action != policy.Allow {
+		r.Tried = v.Tried()
+		if v.Verify() == policy.VerifyNone {
+			r.Reason = cmp.Or(string(v.Reason()), r.Reason)
+		}
+	}
+	switch s := &about.Seen; s.Kind {
+	case policy.SeenTLS, policy.SeenQUIC:
+		r.SNI, r.ECH = s.Name, s.ECH
+	case policy.SeenHTTP, policy.SeenHTTP2:
+		r.Type = api.TypeL7
+		r.L7 = &api.L7{Type: "REQUEST", HTTP: &api.L7HTTP{Method: s.Method, URL: "http://" + s.Name + s.Path}}
+	}
+	return r
+}
+
+// layers puts a tuple into a record's words.
+func layers(t nat.Tuple) (api.IP, api.L4) {
+	src, dst := t.Src(), t.Dst()
+	ip := api.IP{Source: src.Addr(), Destination: dst.Addr(), Version: "IPv6"}
+	if dst.Addr().Is4() {
+		ip.Version = "IPv4"
+	}
+	var l4 api.L4
+	ports := &api.Ports{Source: src.Port(), Destination: dst.Port()}
+	icmp := &api.ICMP{Type: uint8(dst.Port() >> 8), Code: uint8(dst.Port()), ID: src.Port()}
+	switch t.Proto() {
+	case unix.IPPROTO_TCP:
+		l4.TCP = ports
+	case unix.IPPROTO_UDP:
+		l4.UDP = ports
+	case unix.IPPROTO_SCTP:
+		l4.SCTP = ports
+	case unix.IPPROTO_ICMP:
+		l4.ICMPv4 = icmp
+	case unix.IPPROTO_ICMPV6:
+		l4.ICMPv6 = icmp
+	default:
+		l4.Other = t.Proto()
+	}
+	return ip, l4
+}
+
+// grantedNames tells under which names an address is granted now.
+func (w *worker) grantedNames(a netip.Addr) []string {
+	return w.names.Of(a, w.flows.now(), nil)
+}

@@ -1,0 +1,126 @@
+package sniff
+
+// Body finds the end of a message's body. It is a value: who passes on less than Scan
+// allowed goes on with a copy that was made before. The zero Body is empty.
+//
+// Chunked coding (RFC 9112, section 7.1) is read as strictly as heads are; chunk
+// extensions are refused, as nothing legitimate sends them and servers differ.
+type Body struct {
+	state bodyState
+	left  int64 // of the content, the chunk, or the trailer
+	digit int   // of the chunk's size
+}
+
+type bodyState uint8
+
+const (
+	bodyDone      bodyState = iota
+	bodyFixed               // left bytes
+	bodyOpen                // until the stream ends
+	chunkSize               // in the digits of a size
+	chunkSizeLF             // before its LF
+	chunkData               // left bytes
+	chunkDataCR             // before the CR behind them
+	chunkDataLF             // before its LF
+	chunkTrailer            // at the start of a line behind the last chunk
+	chunkInTrail            // within such a line
+	chunkTrailLF            // before the LF of such a line
+	chunkEndingLF           // before the LF of the empty line
+	bodyBad
+)
+
+// maxTrailer bounds what follows the last chunk.
+const maxTrailer = 4 << 10
+
+// Done tells that the body has ended.
+func (b *Body) Done() bool { return b.state == bodyDone }
+
+// Scan takes in the bytes at the front of p that belong to the body and returns how many
+// they are. Fewer than len(p) means that the body has ended. What breaks the coding's
+// rules is ErrMalformed.
+func (b *Body) Scan(p []byte) (n int, err error) {
+	for n < len(p) && b.state != bodyDone {
+		switch b.state {
+		case bodyFixed, chunkData:
+			take := int(min(int64(len(p)-n), b.left))
+			n += take
+			if b.left -= int64(take); b.left > 0 {
+				return n, nil
+			}
+			if b.state == bodyFixed {
+				b.state = bodyDone
+			} else {
+				b.state = chunkDataCR
+			}
+		case bodyOpen:
+			return len(p), nil
+		default:
+			b.step(p[n])
+			n++
+		}
+		if b.state == bodyBad {
+			return n, ErrMalformed
+		}
+	}
+	return n, nil
+}
+
+// step takes in one byte of the coding.
+func (b *Body) step(c byte) {
+	next := bodyBad
+	switch b.state {
+	case chunkSize:
+		switch {
+		case isHex(c) && b.digit < 15:
+			b.left = b.left<<4 | int64(unhex(c))
+			b.digit++
+			next = chunkSize
+		case c == '\r' && b.digit > 0:
+			next = chunkSizeLF
+		}
+	case chunkSizeLF:
+		if c == '\n' {
+			b.digit = 0
+			next = chunkData
+			if b.left == 0 {
+				next, b.left = chunkTrailer, maxTrailer
+			}
+		}
+	case chunkDataCR:
+		if c == '\r' {
+			next = chunkDataLF
+		}
+	case chunkDataLF:
+		if c == '\n' {
+			next = chunkSize
+		}
+	case chunkTrailer:
+		switch {
+		case c == '\r':
+			next = chunkEndingLF
+		case tokenByte(c):
+			next = chunkInTrail
+		}
+	case chunkInTrail:
+		switch {
+		case c == '\r':
+			next = chunkTrailLF
+		case lineByte(c):
+			next = chunkInTrail
+		}
+	case chunkTrailLF:
+		if c == '\n' {
+			next = chunkTrailer
+		}
+	case chunkEndingLF:
+		if c == '\n' {
+			next = bodyDone
+		}
+	}
+	if next == chunkTrailer || next == chunkInTrail {
+		if b.left--; b.left < 0 {
+			next = bodyBad
+		}
+	}
+	b.state = next
+}

@@ -1,0 +1,88 @@
+// Package sniff reads the name that a client asks for out of the first bytes it sends.
+//
+//	stream    ──Stream───► TLS ClientHello · HTTP/1 head · HTTP/2 preface ──► Seen
+//	datagrams ──Initial.Add──► QUIC v1 and v2 Initial packets, decrypted ───► Seen
+//	stream    ──ParseHead, Body, Responses──► where one HTTP/1 message ends and the next begins
+//
+// The bytes come from somebody hostile. Every reader is bounded (MaxFirst), keeps no
+// reference to what it was given, refuses whatever two implementations might read
+// differently, and says of bytes that are no protocol of ours that they are Opaque.
+//
+// Names, methods and paths are as they were sent, without a port and without a query; to
+// normalise and judge them is the caller's business. The package knows nothing of
+// sockets, flows or policy.
+package sniff
+
+import "errors"
+
+// MaxFirst is how many bytes of a stream, or of a QUIC connection's handshake, are
+// read at most before something must be known of it.
+const MaxFirst = 16 << 10
+
+// Kind is the protocol that the first bytes speak.
+type Kind uint8
+
+const (
+	None   Kind = iota // not known yet
+	TLS                // a ClientHello
+	HTTP               // an HTTP/1 request
+	HTTP2              // the HTTP/2 preface: prior knowledge
+	QUIC               // an Initial packet with a ClientHello
+	Opaque             // something else
+)
+
+var kindNames = [...]string{"none", "tls", "http", "http2", "quic", "opaque"}
+
+func (k Kind) String() string { return kindNames[k] }
+
+// Seen is what the first bytes say.
+type Seen struct {
+	Kind Kind
+	// Name is the server name (TLS, QUIC), or the authority's host (HTTP); empty if
+	// the client named none.
+	Name string
+	// ECH tells that the ClientHello carries an encrypted one, whose name nobody sees.
+	// Browsers send the extension with random content too (RFC 9849, section 6.2).
+	ECH bool
+	// Method and Path are of the first HTTP request, as in Request.
+	Method, Path string
+}
+
+var (
+	// ErrTooLong says that MaxFirst bytes were not enough.
+	ErrTooLong = errors.New("the first message is too long")
+	// ErrMalformed says that the bytes break their protocol's rules, or could be
+	// read in more than one way.
+	ErrMalformed = errors.New("the first message is malformed")
+)
+
+// Stream reads the first bytes of a TCP stream. When it cannot tell yet it returns a
+// Seen of Kind None and how many bytes, more than len(p), there must be to go on.
+// With an error, Seen holds the Kind, if it is known.
+func Stream(p []byte) (s Seen, need int, err error) {
+	if len(p) == 0 {
+		return Seen{}, 1, nil
+	}
+	switch {
+	case p[0] == recordHandshake:
+		s, need, err = clientHello(p)
+	case hasPrefix(p, preface):
+		s, need, err = http2(p)
+	default:
+		s, need, err = firstRequest(p)
+	}
+	if err == nil && need > 0 {
+		if need > MaxFirst {
+			return s, 0, ErrTooLong
+		}
+		return Seen{}, need, nil
+	}
+	return s, 0, err
+}
+
+// hasPrefix tells whether p begins as prefix does, as far as both go, and goes far
+// enough to be told from anything else: "PRI " is no HTTP/1 request.
+func hasPrefix(p []byte, prefix string) bool {
+	n := min(len(p), len(prefix))
+	return n >= 4 && string(p[:n]) == prefix[:n]
+}

@@ -1,0 +1,146 @@
+package sniff
+
+import (
+	"bytes"
+	"testing"
+)
+
+// FuzzStream gives whatever bytes as the start of a stream, whole and byte by byte: the
+// answer may not depend on how they were cut, and never ask for less than there is.
+func FuzzStream(f *testing.F) {
+	sni := hello(f, "example.com", nil)
+	for _, seed := range [][]byte{
+		sni, records(sni, 50), withExtension(sni, extServerName, []byte{0, 4, 0, 0, 1, 'x'}),
+		[]byte("GET /a HTTP/1.1\r\nHost: a.example\r\n\r\n"), []byte("SSH-2.0-x\r\n"),
+		h2(nil, headers(":method", "GET", ":authority", "example.com", ":path", "/")),
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, p []byte) {
+		if len(p) > 2*MaxFirst {
+			return
+		}
+		// What is asked for first, and no more, must be enough to say the same.
+		s, _, err := feed(t, p)
+		if err == nil && s.Kind == None {
+			t.Fatal("nothing is known, and nothing asked for")
+		}
+		if len(s.Name) > maxNameLen {
+			t.Fatalf("a name of %d bytes", len(s.Name))
+		}
+		if len(p) > 600 {
+			return
+		}
+		if one, oneErr := bytewise(t, p); err == nil && oneErr == nil && one != s {
+			t.Fatalf("as asked for: %+v; byte by byte: %+v", s, one)
+		}
+	})
+}
+
+// FuzzInitial gives whatever bytes as datagrams, and, so that they get further than the
+// decryption, as the frames of a packet.
+func FuzzInitial(f *testing.F) {
+	msg := quicHello(f, "quic.example")
+	f.Add(cryptoFrame(0, msg), seal(f, version1, rfcConnID, 1, cryptoFrame(0, msg), 1200))
+	f.Add([]byte{2, 0, 0, 0, 0}, []byte{0xc0, 0, 0, 0, 1, 0, 0, 0, 20})
+	f.Fuzz(func(t *testing.T, frames, datagram []byte) {
+		if len(frames) > 4096 {
+			return
+		}
+		var q Initial
+		if len(frames) > 20 {
+			_, _ = q.Add(seal(t, version1, rfcConnID, 0, frames, 0))
+		}
+		before := bytes.Clone(datagram)
+		_, _ = MayBegin(datagram), q.Continues(datagram)
+		s, err := q.Add(datagram)
+		if err == nil && s.Kind == QUIC && q.keys == nil {
+			t.Fatalf("%+v without keys", s)
+		}
+		if len(q.crypto) > MaxFirst || !bytes.Equal(before, datagram) {
+			t.Fatal("a bound is broken, or the datagram was written to")
+		}
+	})
+}
+
+// FuzzParseHead looks for heads that are let through with something in them that two
+// servers could read differently.
+func FuzzParseHead(f *testing.F) {
+	f.Add([]byte("POST http://a.example:80/x?y HTTP/1.1\r\nHost: A.example\r\nContent-Length: 5\r\n\r\nhello"))
+	f.Add([]byte("CONNECT a.example:443 HTTP/1.0\r\nTransfer_Encoding: chunked\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		r, n, err := ParseHead(p)
+		if err != nil || n == 0 {
+			if n != 0 {
+				t.Fatalf("an error, and %d bytes", n)
+			}
+			return
+		}
+		head := p[:n]
+		if !bytes.HasSuffix(head, []byte("\r\n\r\n")) || bytes.Index(head, []byte("\r\n\r\n")) != n-4 {
+			t.Fatalf("a head that does not end in its first empty line: %q", head)
+		}
+		if bytes.Count(head, []byte("\n")) != bytes.Count(head, []byte("\r\n")) || bytes.Count(head, []byte("\r")) != bytes.Count(head, []byte("\r\n")) || bytes.IndexByte(head, 0) >= 0 {
+			t.Fatalf("bare CR, LF or NUL in %q", head)
+		}
+		if again, m, err := ParseHead(head); err != nil || m != n || again != r {
+			t.Fatalf("what follows the head changes it: %+v, %+v", r, again)
+		}
+	})
+}
+
+// FuzzBody compares one Scan of a body with byte by byte, and with what a copy of the
+// state does after less was taken in.
+func FuzzBody(f *testing.F) {
+	f.Add([]byte("5\r\nhello\r\n0\r\n\r\nGET"), int64(0), 3)
+	f.Add([]byte("hello"), int64(3), 1)
+	f.Fuzz(func(t *testing.T, p []byte, length int64, cut int) {
+		b := Body{state: chunkSize}
+		if length > 0 {
+			b = Body{state: bodyFixed, left: length}
+		}
+		whole, slow := b, b
+		n, err := whole.Scan(p)
+		if n > len(p) || n < len(p) && err == nil && !whole.Done() {
+			t.Fatalf("%d of %d bytes, done %v", n, len(p), whole.Done())
+		}
+		m := 0
+		var slowErr error
+		for m < len(p) && !slow.Done() && slowErr == nil {
+			var k int
+			k, slowErr = slow.Scan(p[m : m+1])
+			m += k
+		}
+		if (err == nil) != (slowErr == nil) || err == nil && (m != n || slow != whole) {
+			t.Fatalf("at once: %d, %v, %+v; byte by byte: %d, %v, %+v", n, err, whole, m, slowErr, slow)
+		}
+		if err != nil || cut < 0 || cut > n {
+			return
+		}
+		parts := b
+		if k, err := parts.Scan(p[:cut]); k != cut || err != nil {
+			t.Fatalf("%d of %d, %v", k, cut, err)
+		}
+		if k, err := parts.Scan(p[cut:]); k != n-cut || err != nil || parts != whole {
+			t.Fatalf("in two parts: %d, %v", k, err)
+		}
+	})
+}
+
+// FuzzResponses holds whatever a server may say to one rule: how it is cut changes nothing.
+func FuzzResponses(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), "GET")
+	f.Add([]byte("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), "POST")
+	f.Fuzz(func(t *testing.T, p []byte, method string) {
+		var whole, slow Responses
+		whole.Expect(method)
+		slow.Expect(method)
+		whole.Feed(p)
+		for i := range p {
+			slow.Feed(p[i : i+1])
+		}
+		if whole.Idle() != slow.Idle() || whole.Tunnel() != slow.Tunnel() {
+			t.Fatalf("at once idle %v, tunnel %v; byte by byte %v, %v", whole.Idle(), whole.Tunnel(), slow.Idle(), slow.Tunnel())
+		}
+	})
+}

@@ -1,0 +1,340 @@
+package sniff
+
+import (
+	"bytes"
+	"net/netip"
+	"strings"
+)
+
+// HTTP/1 request heads (RFC 9112). Where its grammar lets an implementation be lenient
+// this one is not: bare LF, folded lines, blanks before a colon, several Host or
+// Content-Length fields, a Transfer-Encoding other than chunked, or both at once are
+// what request smuggling is made of.
+
+const (
+	preface      = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+	maxMethodLen = 32
+	maxFields    = 128
+)
+
+// Request is one HTTP/1 request head.
+type Request struct {
+	Method string
+	// Name is the authority's host, without its port: of the request target if that is
+	// in absolute or authority form, else of Host. Empty if an HTTP/1.0 client sent none.
+	Name string
+	// Path is the target's path as it was sent, without its query: "*" for an OPTIONS
+	// of the server, empty for CONNECT.
+	Path    string
+	Upgrade bool // it asks for another protocol on this connection
+	Body    Body // what follows the head
+}
+
+// firstRequest is ParseHead for bytes that may be no HTTP at all.
+func firstRequest(p []byte) (Seen, int, error) {
+	if !mayBeRequest(p) {
+		return Seen{Kind: Opaque}, 0, nil
+	}
+	r, n, err := ParseHead(p)
+	seen := Seen{Kind: HTTP, Name: r.Name, Method: r.Method, Path: r.Path}
+	if err == nil && n == 0 {
+		return seen, len(p) + untilEnd(p), nil
+	}
+	return seen, 0, err
+}
+
+// untilEnd is the least that is missing of a head's last line ends.
+func untilEnd(p []byte) int {
+	const end = "\r\n\r\n"
+	for n := len(end) - 1; n > 0; n-- {
+		if bytes.HasSuffix(p, []byte(end[:n])) {
+			return len(end) - n
+		}
+	}
+	return len(end)
+}
+
+// mayBeRequest tells whether p can become a request line.
+func mayBeRequest(p []byte) bool {
+	line, _, whole := bytes.Cut(p, []byte("\n"))
+	method, rest, ok := bytes.Cut(line, []byte(" "))
+	if len(method) == 0 || len(method) > maxMethodLen || !isToken(method) {
+		return false
+	}
+	if !whole {
+		return true
+	}
+	return ok && bytes.Contains(rest, []byte(" HTTP/"))
+}
+
+// ParseHead reads a request head at the front of p and returns its length; 0 if it does
+// not end in p. A head longer than MaxFirst is refused.
+func ParseHead(p []byte) (r Request, n int, err error) {
+	p = p[:min(len(p), MaxFirst)]
+	line, n := nextLine(p)
+	if n <= 0 {
+		return r, 0, incomplete(p, n)
+	}
+	target, minor, ok := r.requestLine(line)
+	if !ok {
+		return r, 0, ErrMalformed
+	}
+	var f fields
+	for count := 0; ; count++ {
+		line, m := nextLine(p[n:])
+		if m <= 0 {
+			return r, 0, incomplete(p, m)
+		}
+		n += m
+		if len(line) == 0 {
+			break
+		}
+		if count == maxFields || !f.add(line) {
+			return r, 0, ErrMalformed
+		}
+	}
+	if !r.finish(target, minor, &f) {
+		return r, 0, ErrMalformed
+	}
+	return r, n, nil
+}
+
+// incomplete is the error, if any, of p whose last line does not end.
+func incomplete(p []byte, line int) error {
+	switch {
+	case line < 0:
+		return ErrMalformed
+	case len(p) >= MaxFirst:
+		return ErrTooLong
+	}
+	return nil
+}
+
+// nextLine returns the line at the front of p without its CRLF, and its length with it:
+// 0 if it does not end in p, -1 if it ends, or goes on, with anything else.
+func nextLine(p []byte) ([]byte, int) {
+	i := bytes.IndexByte(p, '\n')
+	if i < 0 {
+		for _, c := range p[:max(len(p)-1, 0)] {
+			if !lineByte(c) {
+				return nil, -1
+			}
+		}
+		return nil, 0
+	}
+	if i == 0 || p[i-1] != '\r' {
+		return nil, -1
+	}
+	for _, c := range p[:i-1] {
+		if !lineByte(c) {
+			return nil, -1
+		}
+	}
+	return p[:i-1], i + 1
+}
+
+func lineByte(c byte) bool { return c >= ' ' && c != 0x7f || c == '\t' }
+
+// requestLine reads method, target and version.
+func (r *Request) requestLine(line []byte) (target string, minor byte, ok bool) {
+	parts := strings.Split(string(line), " ")
+	if len(parts) != 3 || len(parts[0]) == 0 || len(parts[0]) > maxMethodLen || len(parts[1]) == 0 {
+		return "", 0, false
+	}
+	for _, c := range []byte(parts[0]) {
+		// Methods are case-sensitive, but not to every server.
+		if !tokenByte(c) || 'a' <= c && c <= 'z' {
+			return "", 0, false
+		}
+	}
+	for _, c := range []byte(parts[1]) {
+		if c <= ' ' || c >= 0x7f || c == '#' {
+			return "", 0, false
+		}
+	}
+	r.Method = parts[0]
+	switch parts[2] {
+	case "HTTP/1.1":
+		return parts[1], 1, true
+	case "HTTP/1.0":
+		return parts[1], 0, true
+	}
+	return "", 0, false
+}
+
+// fields is what of a head's fields decides where the message goes and ends.
+type fields struct {
+	host, length, coding string
+	hosts, lengths       int
+	codings              int
+	upgrade              bool
+}
+
+// add reads one field line. It reports whether it can be read in one way only.
+func (f *fields) add(line []byte) bool {
+	name, value, ok := bytes.Cut(line, []byte(":"))
+	if !ok || len(name) == 0 || !isToken(name) { // a folded line begins with a blank
+		return false
+	}
+	v := strings.Trim(string(value), " \t")
+	// Gateways to CGI and its kin take '_' for '-'.
+	folded := strings.ReplaceAll(strings.ToLower(string(name)), "_", "-")
+	switch folded {
+	case "host":
+		f.hosts++
+		f.host = v
+	case "content-length":
+		f.lengths++
+		f.length = v
+	case "transfer-encoding":
+		f.codings++
+		f.coding = strings.ToLower(v)
+	case "upgrade":
+		f.upgrade = true
+	case "connection":
+		for _, option := range strings.Split(strings.ToLower(v), ",") {
+			f.upgrade = f.upgrade || strings.Trim(option, " \t") == "upgrade"
+		}
+	default:
+		return true
+	}
+	return bytes.IndexByte(name, '_') < 0
+}
+
+// finish puts the pieces together.
+func (r *Request) finish(target string, minor byte, f *fields) bool {
+	if f.hosts > 1 || f.hosts == 0 && minor > 0 || f.lengths > 1 || f.codings > 1 {
+		return false
+	}
+	r.Upgrade = f.upgrade
+	host, ok := hostOf(f.host)
+	if !ok && f.host != "" {
+		return false
+	}
+	r.Name = host
+	path := target
+	switch {
+	case r.Method == "CONNECT":
+		if r.Name, ok = hostOf(target); !ok {
+			return false
+		}
+		path = ""
+	case target == "*" && r.Method == "OPTIONS":
+	case target[0] == '/':
+	default:
+		rest, ok := cutPrefixFold(target, "http://")
+		if !ok {
+			return false
+		}
+		authority := rest
+		path = "/"
+		if i := strings.IndexByte(rest, '/'); i >= 0 {
+			authority, path = rest[:i], rest[i:]
+		}
+		if r.Name, ok = hostOf(authority); !ok || f.hosts > 0 && !strings.EqualFold(r.Name, host) {
+			return false
+		}
+	}
+	r.Path, _, _ = strings.Cut(path, "?")
+	switch {
+	case f.codings > 0:
+		if f.coding != "chunked" || f.lengths > 0 || minor == 0 {
+			return false
+		}
+		r.Body = Body{state: chunkSize}
+	case f.lengths > 0:
+		n, ok := decimal(f.length)
+		if !ok {
+			return false
+		}
+		if n > 0 {
+			r.Body = Body{state: bodyFixed, left: n}
+		}
+	}
+	return true
+}
+
+// hostOf cuts the port off an authority and looks at what is left.
+func hostOf(authority string) (string, bool) {
+	host := authority
+	if strings.HasPrefix(host, "[") {
+		inside, rest, ok := strings.Cut(host[1:], "]")
+		if !ok || rest != "" && !isPort(rest) {
+			return "", false
+		}
+		a, err := netip.ParseAddr(inside)
+		if err != nil || !a.Is6() {
+			return "", false
+		}
+		return inside, true
+	}
+	if i := strings.IndexByte(host, ':'); i >= 0 {
+		if !isPort(host[i:]) {
+			return "", false
+		}
+		host = host[:i]
+	}
+	if host == "" || len(host) > maxNameLen {
+		return "", false
+	}
+	for _, c := range []byte(host) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("@/\\?#[]<>\"'`{}|^,;%", c) >= 0 {
+			return "", false
+		}
+	}
+	return host, true
+}
+
+func isPort(s string) bool {
+	if s == ":" {
+		return true // RFC 3986, section 3.2.3: the scheme's default
+	}
+	n, ok := decimal(s[1:])
+	return s[0] == ':' && ok && n <= 0xffff
+}
+
+// decimal reads a number of at most 18 digits.
+func decimal(s string) (int64, bool) {
+	if len(s) == 0 || len(s) > 18 {
+		return 0, false
+	}
+	var n int64
+	for _, c := range []byte(s) {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		n = n*10 + int64(c-'0')
+	}
+	return n, true
+}
+
+func isHex(c byte) bool {
+	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
+}
+
+func unhex(c byte) byte {
+	if c <= '9' {
+		return c - '0'
+	}
+	return c&0xf + 9
+}
+
+func isToken(p []byte) bool {
+	for _, c := range p {
+		if !tokenByte(c) {
+			return false
+		}
+	}
+	return true
+}
+
+func tokenByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
+}
+
+func cutPrefixFold(s, prefix string) (string, bool) {
+	if len(s) < len(prefix) || !strings.EqualFold(s[:len(prefix)], prefix) {
+		return s, false
+	}
+	return s[len(prefix):], true
+}

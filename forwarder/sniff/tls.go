@@ -1,0 +1,154 @@
+package sniff
+
+import "encoding/binary"
+
+// A ClientHello in TLS records (RFC 8446, sections 4.1.2 and 5.1; RFC 6066, section 3).
+// It may be cut into records anywhere. What follows it in its record, a second
+// server_name extension, or a list of several names is refused: the server might look
+// at another one than we do.
+
+const (
+	recordHandshake  = 22
+	recordHeader     = 5
+	recordMax        = 1 << 14
+	handshakeHeader  = 4
+	typeClientHello  = 1
+	extServerName    = 0
+	extEncryptedHelo = 0xfe0d // RFC 9849
+	nameTypeHost     = 0
+	maxNameLen       = 255
+)
+
+func clientHello(p []byte) (Seen, int, error) {
+	seen := Seen{Kind: TLS}
+	var msg []byte // the handshake message as far as it goes
+	whole := -1    // its length, once known
+	for off := 0; ; {
+		rest := p[off:]
+		if len(rest) < recordHeader {
+			if len(rest) > 0 && rest[0] != recordHandshake || len(rest) > 1 && rest[1] != 3 {
+				return notTLS(off)
+			}
+			return seen, off + recordHeader + max(1, whole-len(msg)), nil
+		}
+		n := int(binary.BigEndian.Uint16(rest[3:]))
+		if rest[0] != recordHandshake || rest[1] != 3 || n == 0 || n > recordMax {
+			return notTLS(off)
+		}
+		part := rest[recordHeader:min(len(rest), recordHeader+n)]
+		if msg == nil {
+			msg = part[:len(part):len(part)] // appending copies
+		} else {
+			msg = append(msg, part...)
+		}
+		if whole < 0 && len(msg) > 0 {
+			if msg[0] != typeClientHello {
+				return notTLS(off)
+			}
+			if len(msg) >= handshakeHeader {
+				whole = handshakeHeader + int(msg[1])<<16 + int(msg[2])<<8 + int(msg[3])
+				if whole > MaxFirst {
+					return seen, 0, ErrTooLong
+				}
+			}
+		}
+		switch {
+		case whole >= 0 && len(msg) > whole, whole >= 0 && len(msg) == whole && len(part) < n:
+			return seen, 0, ErrMalformed
+		case whole >= 0 && len(msg) == whole:
+			err := seen.readHello(msg[handshakeHeader:])
+			return seen, 0, err
+		case len(part) < n:
+			// What is missing is in this record, or in another one with a header. To
+			// ask for all of it bounds how often tiny records are looked through.
+			missing := max(handshakeHeader, whole) - len(msg)
+			if len(part)+missing > n {
+				missing += recordHeader
+			}
+			return seen, len(p) + missing, nil
+		}
+		off += recordHeader + n
+	}
+}
+
+// notTLS is what bytes are that are no handshake record: something else if it is the
+// first one, and nothing that any server understands later.
+func notTLS(off int) (Seen, int, error) {
+	if off == 0 {
+		return Seen{Kind: Opaque}, 0, nil
+	}
+	return Seen{Kind: TLS}, 0, ErrMalformed
+}
+
+// readHello reads the body of a ClientHello.
+func (s *Seen) readHello(b []byte) error {
+	c := cursor{b: b}
+	c.skip(2 + 32) // legacy_version, random
+	c.vector(1)    // legacy_session_id
+	c.vector(2)    // cipher_suites
+	c.vector(1)    // legacy_compression_methods
+	if c.bad {
+		return ErrMalformed
+	}
+	if len(c.b) == 0 {
+		return nil // no extensions: TLS 1.2 without a name
+	}
+	ext := cursor{b: c.vector(2)}
+	if c.bad || len(c.b) > 0 {
+		return ErrMalformed
+	}
+	named := false
+	for len(ext.b) > 0 {
+		typ := ext.uint(2)
+		data := cursor{b: ext.vector(2)}
+		if ext.bad {
+			return ErrMalformed
+		}
+		switch typ {
+		case extServerName:
+			list := cursor{b: data.vector(2)}
+			kind := list.uint(1)
+			name := list.vector(2)
+			if named || data.bad || len(data.b) > 0 || list.bad || len(list.b) > 0 ||
+				kind != nameTypeHost || len(name) == 0 || len(name) > maxNameLen {
+				return ErrMalformed
+			}
+			named = true
+			s.Name = string(name)
+		case extEncryptedHelo:
+			s.ECH = true
+		}
+	}
+	return nil
+}
+
+// cursor takes fields off the front of b. After an overrun everything it returns is
+// empty, and bad is set.
+type cursor struct {
+	b   []byte
+	bad bool
+}
+
+func (c *cursor) take(n int) []byte {
+	if n < 0 || n > len(c.b) {
+		c.bad, c.b = true, nil
+		return nil
+	}
+	v := c.b[:n]
+	c.b = c.b[n:]
+	return v
+}
+
+func (c *cursor) skip(n int) { c.take(n) }
+
+// uint is a big-endian number of n bytes.
+func (c *cursor) uint(n int) int {
+	v := 0
+	for _, b := range c.take(n) {
+		v = v<<8 | int(b)
+	}
+	return v
+}
+
+// vector is a field with a length of n bytes before it.
+func (c *cursor) vector(n int) []byte { return c.take(c.uint(n)) }

@@ -1,0 +1,158 @@
+package forwarder
+
+// Requests of clear-text HTTP/1, each judged before a byte of it is passed on.
+//
+// The gate stands in the up pump and says how much of what is queued may pass: the head
+// that was judged, its body, and then nothing until the next head is whole and the far
+// side has answered. So at most one request is under way, which the client cannot tell
+// from a server that takes one at a time, and a refusal comes at a place where an
+// answer is expected.
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/forwarder/sniff"
+	"sluice/policy"
+)
+
+// requestGate is one flow's.
+type requestGate struct {
+	fl *tcpFlow
+
+	// Guarded by the flow's up.mu.
+	head   int // bytes of a judged head that have not passed
+	body   sniff.Body
+	shut   bool // a refusal is on its way
+	tunnel bool // CONNECT was allowed and accepted
+
+	mu      sync.Mutex
+	answers sniff.Responses
+}
+
+// admit tells how many of the gathered bytes may pass now. It may be asked again about
+// bytes that it let through and that did not pass.
+func (r *requestGate) admit(g *gather) (n int, abort string) {
+	switch {
+	case r.shut:
+		return 0, ""
+	case r.tunnel:
+		return g.bytes, ""
+	case r.head > 0:
+		return min(r.head, g.bytes), ""
+	case !r.body.Done():
+		body := r.body // which passed takes further
+		n, err := scan(&body, g, g.bytes)
+		if err != nil {
+			r.fl.t.firstMalformed.Add(1)
+			return 0, "malformed_request"
+		}
+		return n, ""
+	}
+	r.mu.Lock()
+	idle, tunnel := r.answers.Idle(), r.answers.Tunnel()
+	r.mu.Unlock()
+	if tunnel {
+		r.tunnel = true
+		return g.bytes, ""
+	}
+	if !idle {
+		return 0, ""
+	}
+	return r.judge(g)
+}
+
+// judge looks at the next request.
+func (r *requestGate) judge(g *gather) (n int, abort string) {
+	fl := r.fl
+	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	defer firstBytes.Put(buf)
+	look := peekInto{to: buf[:]}
+	for i := range g.n {
+		if _, err := look.Write(g.piece(i)); err != nil {
+			break
+		}
+	}
+	req, head, err := sniff.ParseHead(buf[:look.n])
+	switch {
+	case err != nil:
+		fl.t.firstMalformed.Add(1)
+		return 0, "malformed_request"
+	case head == 0 && endpointState(fl.ep) != tcp.StateEstablished:
+		return 0, "malformed_request" // its end came before the head's
+	case head == 0:
+		return 0, ""
+	}
+	q := fl.query()
+	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path})
+	v := fl.t.f.judge(fl.t.f.rules.Load(), q)
+	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict.Target() {
+		r.shut = true
+		fl.t.refusedRequest.Add(1)
+		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
+		fl.check.refusal = v
+		fl.t.f.engine.put(&fl.check.telling)
+		return 0, ""
+	}
+	r.head, r.body = head, req.Body
+	r.mu.Lock()
+	r.answers.Expect(req.Method)
+	r.mu.Unlock()
+	return min(head, g.bytes), ""
+}
+
+// passed notes that the first n of the gathered bytes were passed on.
+func (r *requestGate) passed(g *gather, n int) {
+	switch {
+	case r.tunnel:
+	case r.head > 0:
+		r.head -= n
+	default:
+		_, _ = scan(&r.body, g, n) // admit has looked at them
+	}
+}
+
+// scan has body take in the first n of the gathered bytes.
+func scan(body *sniff.Body, g *gather, n int) (took int, err error) {
+	for i := 0; i < g.n && took < n && !body.Done(); i++ {
+		p := g.piece(i)
+		k, err := body.Scan(p[:min(len(p), n-took)])
+		took += k
+		if err != nil {
+			return took, err
+		}
+	}
+	return took, nil
+}
+
+// answered takes in what the far side sent, and has the next request looked at when an
+// answer has ended.
+func (r *requestGate) answered(p []byte) {
+	r.mu.Lock()
+	waited := !r.answers.Idle()
+	r.answers.Feed(p)
+	ended := waited && (r.answers.Idle() || r.answers.Tunnel())
+	r.mu.Unlock()
+	if ended {
+		r.fl.t.f.engine.put(&r.fl.upTask)
+	}
+}
+
+// forbidden is the answer to a refused request.
+func forbidden(v policy.Verdict, policyName string) string {
+	rule := v.Rule()
+	if v.Tried() != "" {
+		rule = v.Tried()
+	}
+	text := fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q.\n", policyName, rule)
+	if v.Allowed() {
+		text = fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that the connection cannot be upgraded.\n", policyName, rule)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(text), text)
+	return b.String()
+}

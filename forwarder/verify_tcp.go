@@ -1,0 +1,325 @@
+package forwarder
+
+// Verification of TCP flows.
+//
+// What a client wants is only in its first bytes, which it sends when its handshake is
+// complete. So here, and nowhere else, the sandbox's handshake is completed before the
+// far side was asked: a far side that refuses, or does not answer, is told as a reset.
+//
+//	phase       stack side       host side             who acts
+//	verifying   an endpoint      nothing yet           readFirst, as the up pump
+//	connecting  an endpoint      connect(2) under way  the poller
+//	open        an endpoint      connected             the pumps
+//	refused     told by 403      closed                drain, as the up pump
+//
+// The bytes are peeked at and stay in the endpoint's receive queue, so that nothing has
+// to be replayed: when the flow is open its pump finds them there. The flow counts as
+// half-open until then.
+
+import (
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/forwarder/sniff"
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// check is what a TCP flow keeps of its verification. It stays with the flow, which is
+// judged again when rules change.
+type check struct {
+	entry   checkEntry
+	over    atomic.Bool // no more bytes are waited for
+	evicted atomic.Bool
+	need    int // bytes that readFirst wants to see; guarded by up.mu
+
+	telling task           // the refusal
+	refusal policy.Verdict // written before telling is queued
+
+	seen    policy.Seen // guarded by the flow's mu
+	refused bool        // likewise: 403 was sent
+}
+
+// firstBytes is room for a look at a stream.
+var firstBytes = sync.Pool{New: func() any { return new([sniff.MaxFirst]byte) }}
+
+// query is the question that the flow is judged by, as far as it is known.
+func (fl *tcpFlow) query() policy.Query {
+	orig := fl.lease.Orig()
+	q := policy.Query{Ingress: fl.ingress, Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst()}
+	fl.mu.Lock()
+	q.Held = fl.verdict.Name()
+	if fl.check != nil {
+		q.Seen = fl.check.seen
+	}
+	fl.mu.Unlock()
+	return q
+}
+
+// verify begins to wait for the first bytes, now that the handshake is complete.
+func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
+	fl.prepare()
+	fl.check.telling.run = fl.tellRefusal
+	fl.check.need = 1
+	fl.mu.Lock()
+	if fl.phase != phaseHandshake {
+		fl.mu.Unlock()
+		ep.Abort()
+		ep.Close()
+		return
+	}
+	fl.ep, fl.counts = ep, ep.Stats().(*tcp.Stats)
+	fl.phase = phaseVerifying
+	fl.mu.Unlock()
+	fl.t.checks.enter(&fl.check.entry, fl, checkTimeout)
+	fl.wq.EventRegister(&fl.entry)
+	fl.t.f.engine.put(&fl.upTask)
+}
+
+// checkExpired has the flow decided with what there is.
+func (fl *tcpFlow) checkExpired(evicted bool) {
+	fl.check.evicted.Store(evicted)
+	fl.check.over.Store(true)
+	fl.t.f.engine.put(&fl.upTask)
+}
+
+// beforeOpen is the up pump of a flow that is not open: it looks at the first bytes, or
+// throws away what comes after a refusal.
+func (fl *tcpFlow) beforeOpen() (abort string) {
+	if fl.check == nil {
+		return ""
+	}
+	fl.mu.Lock()
+	ph := fl.phase
+	fl.mu.Unlock()
+	switch ph {
+	case phaseVerifying:
+		return fl.readFirst()
+	case phaseRefused:
+		return fl.drain()
+	}
+	return ""
+}
+
+// readFirst decides once enough is queued, or nothing more is to be waited for.
+func (fl *tcpFlow) readFirst() (abort string) {
+	c := fl.check
+	over := c.over.Load()
+	if over && c.evicted.Load() {
+		return "first_bytes_evicted"
+	}
+	queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+	if terr != nil {
+		return "reset_by_sandbox"
+	}
+	if endpointState(fl.ep) != tcp.StateEstablished {
+		over = true // its end of stream came
+	}
+	if queued < c.need && !over {
+		return ""
+	}
+	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	defer firstBytes.Put(buf)
+	look := peekInto{to: buf[:]}
+	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
+		if _, empty := terr.(*tcpip.ErrWouldBlock); !empty {
+			return "closed" // without having said anything
+		}
+	}
+	said, need, err := sniff.Stream(buf[:look.n])
+	if err == nil && need > 0 && !over {
+		c.need = need
+		return ""
+	}
+	seen := seenOf(said)
+	switch {
+	case look.n == 0:
+		seen = policy.Seen{Kind: policy.SeenServerFirst}
+	case err != nil:
+		// It may have said a name, and another one besides. Where a request ends that
+		// breaks the rules nobody knows, so that nobody could read an answer to it.
+		fl.t.firstMalformed.Add(1)
+		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP {
+			seen.Kind = policy.SeenOpaque
+		}
+	}
+	return fl.decide(seen)
+}
+
+// decide judges the flow with what it said, and dials or refuses.
+func (fl *tcpFlow) decide(seen policy.Seen) (abort string) {
+	t := fl.t
+	t.checks.leave(&fl.check.entry)
+	q := fl.query()
+	q.Seen, q.Held = seen, ""
+	rules := t.f.rules.Load()
+	v := t.f.judge(rules, q)
+	if v.Allowed() && v.EachRequest() && seen.Kind != policy.SeenHTTP {
+		// Requests of other kinds are not told apart.
+		q.Seen = policy.Seen{Kind: policy.SeenOpaque}
+		v = t.f.judge(rules, q)
+	}
+	fl.lease.Describe(v.Rule(), t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
+	if !v.Allowed() {
+		return fl.refuse(v, seen)
+	}
+	shape := t.f.limited.of(v)
+	if err := fl.lease.Charge(shape.budgetOf(), false); err != nil {
+		t.limited.Add(1)
+		return err.Error()
+	}
+	fl.shape.Store(shape)
+	fl.mu.Lock()
+	if fl.phase != phaseVerifying {
+		fl.mu.Unlock()
+		return ""
+	}
+	fl.phase = phaseConnecting
+	fl.verdict, fl.check.seen = v, q.Seen
+	if v.EachRequest() {
+		fl.gate = &requestGate{fl: fl}
+	}
+	fd, connected, err := t.f.dialer.tcpConnect(v, fl.hops, netipAddr(fl.id.RemoteAddress))
+	fl.fd = fd
+	if err == nil && !connected {
+		fl.tok, err = t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+	}
+	fl.mu.Unlock()
+	if err != nil {
+		return fl.dialReason(err)
+	}
+	if connected {
+		fl.open()
+	}
+	if now := t.f.rules.Load(); now != rules && !fl.stillAllowed(now) {
+		// They were replaced while the verdict was not to be seen.
+		return "policy"
+	}
+	return ""
+}
+
+// dialed is called by the poller when the attempt has ended.
+func (fl *tcpFlow) dialed() {
+	err := fl.dialResult(phaseConnecting)
+	switch {
+	case err == errNotDialing:
+	case err != nil:
+		fl.abort(fl.dialReason(err))
+	default:
+		fl.open()
+	}
+}
+
+// open lets the pumps run.
+func (fl *tcpFlow) open() {
+	fl.mu.Lock()
+	if fl.phase != phaseConnecting {
+		fl.mu.Unlock()
+		return
+	}
+	err := fl.openLocked()
+	fl.mu.Unlock()
+	if err != nil {
+		fl.abort("out_of_descriptors")
+		return
+	}
+	fl.lease.SetState(nat.Established)
+	fl.t.f.engine.put(&fl.upTask)
+	fl.t.f.engine.put(&fl.downTask)
+}
+
+// refuse ends the flow for policy's sake: with a reset, or, for a client that understands
+// it, with an answer that names the rule. It returns a reason to abort.
+func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen) (abort string) {
+	t := fl.t
+	t.refusedFirst.Add(1)
+	orig := fl.lease.Orig()
+	t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
+	if seen.Kind != policy.SeenHTTP {
+		return reasonRefused
+	}
+	fl.check.refusal = v
+	t.f.engine.put(&fl.check.telling)
+	return ""
+}
+
+// reasonRefused is why a flow ended that got no further than its first bytes.
+const reasonRefused = "refused_by_policy"
+
+// tellRefusal answers a request with 403. It is a task, as it must not hold the pumps'
+// locks. What the sandbox still sends is thrown away until it closes: a reset, which
+// closing with data unread would be, could overtake the answer.
+func (fl *tcpFlow) tellRefusal() {
+	fl.mu.Lock()
+	if fl.phase != phaseVerifying && fl.phase != phaseOpen {
+		fl.mu.Unlock()
+		return
+	}
+	fl.phase = phaseRefused
+	fl.live.Store(false)
+	fl.check.refused = true
+	fl.mu.Unlock()
+	fl.closeHost(false)
+	answer := forbidden(fl.check.refusal, fl.t.f.rules.Load().Name())
+	if n, terr := fl.ep.Write(strings.NewReader(answer), tcpip.WriteOptions{}); terr != nil || int(n) != len(answer) {
+		fl.abort(reasonRefused)
+		return
+	}
+	_ = fl.ep.Shutdown(tcpip.ShutdownWrite) // an endpoint that is gone says so to drain
+	fl.check.over.Store(false)
+	fl.t.checks.enter(&fl.check.entry, fl, refusalTimeout)
+	fl.t.f.engine.put(&fl.upTask)
+}
+
+// drain throws away what comes after the refusal, until the sandbox closes.
+func (fl *tcpFlow) drain() (abort string) {
+	if fl.check.over.Load() {
+		return reasonRefused
+	}
+	for {
+		if _, terr := fl.ep.Read(io.Discard, tcpip.ReadOptions{}); terr != nil {
+			if _, empty := terr.(*tcpip.ErrWouldBlock); empty {
+				return ""
+			}
+			break
+		}
+	}
+	fl.t.checks.leave(&fl.check.entry)
+	fl.mu.Lock()
+	over := fl.phase == phaseRefused
+	if over {
+		fl.phase = phaseClosing
+	}
+	fl.mu.Unlock()
+	if over {
+		fl.lease.SetState(nat.LastAck)
+		fl.ep.Close()
+		fl.t.f.engine.put(&fl.settling)
+	}
+	return ""
+}
+
+// peekInto takes the first bytes of a receive queue.
+type peekInto struct {
+	to []byte
+	n  int
+}
+
+func (p *peekInto) Write(b []byte) (int, error) {
+	n := copy(p.to[p.n:], b)
+	p.n += n
+	if n < len(b) {
+		return n, errFull
+	}
+	return n, nil
+}
+
+// piece is one slice of what was gathered.
+func (g *gather) piece(i int) []byte { return unsafe.Slice(g.iov[i].Base, int(g.iov[i].Len)) }

@@ -1,0 +1,364 @@
+package forwarder
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+
+	"sluice/policy"
+)
+
+// Rules by domain reach public addresses only, so these tests give some to the loopback
+// of a network namespace of their own:
+//
+//	guest stack ══ pipe ══ Forwarder ─► lo: 203.0.113.10 (a.example, www.a.example), 203.0.113.11 (b.example),
+//	                                        2001:db8::10 (a.example)
+var (
+	addrA  = netip.MustParseAddr("203.0.113.10")
+	addrB  = netip.MustParseAddr("203.0.113.11")
+	addrA6 = netip.MustParseAddr("2001:db8::10")
+)
+
+const inNamespace = "SLUICE_TEST_IN_NAMESPACE"
+
+// namespaced runs the test that calls it once more, in a process of its own whose network
+// namespace has the addresses, and tells whether this is that process.
+func namespaced(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(inNamespace) == t.Name() {
+		ip(t, "link", "set", "lo", "up")
+		for _, a := range []netip.Addr{addrA, addrB, addrA6} {
+			ip(t, "addr", "add", a.String(), "dev", "lo")
+		}
+		return true
+	}
+	cmd := exec.Command("unshare", "-n", os.Args[0], "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "55s")
+	cmd.Env = append(os.Environ(), inNamespace+"="+t.Name())
+	out, err := cmd.CombinedOutput()
+	if bytes.Contains(out, []byte("unshare failed")) {
+		t.Skipf("SKIP: needs the right to make a network namespace: %s", out)
+	}
+	if err != nil {
+		t.Errorf("in a namespace: %v\n%s", err, out)
+	}
+	return false
+}
+
+const byName = `
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata: {name: names}
+spec:
+  defaultAction: reject
+  egress:
+  - {name: a, action: allow, to: [{domain: a.example}, {domain: "*.a.example"}]}
+`
+
+// newNamed is a guest that was told the names' addresses.
+func newNamed(t *testing.T, text string, change func(*Config)) *guest {
+	t.Helper()
+	names := policy.NewNames(policy.NamesConfig{})
+	now := time.Now()
+	for name, addrs := range map[string][]netip.Addr{"a.example": {addrA, addrA6}, "www.a.example": {addrA}, "b.example": {addrB}} {
+		if err := names.Grant(name, addrs, time.Hour, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return newGuest(t, text, func(c *Config) {
+		c.Names = names
+		if change != nil {
+			change(c)
+		}
+	})
+}
+
+// serve serves connections at an address of the namespace, and notes how many came.
+type server struct {
+	at netip.AddrPort
+	mu sync.Mutex
+	n  int
+}
+
+func serve(t *testing.T, at string, handle func(*net.TCPConn)) *server {
+	t.Helper()
+	l, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{at: netip.MustParseAddrPort(l.Addr().String())}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			s.mu.Lock()
+			s.n++
+			s.mu.Unlock()
+			wg.Go(func() { defer c.Close(); handle(c.(*net.TCPConn)) })
+		}
+	})
+	t.Cleanup(func() { l.Close() })
+	return s
+}
+
+func (s *server) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
+
+// clientHello is what Go's TLS client sends first.
+func clientHello(t testing.TB, name string) []byte {
+	t.Helper()
+	client, far := net.Pipe()
+	defer far.Close()
+	go func() {
+		_ = tls.Client(client, &tls.Config{ServerName: name, InsecureSkipVerify: true}).HandshakeContext(context.Background())
+		client.Close()
+	}()
+	b := make([]byte, 16<<10)
+	n, err := far.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b[:n]
+}
+
+// records cuts a ClientHello into records of n bytes each.
+func records(b []byte, n int) []byte {
+	var out []byte
+	for msg := b[5:]; len(msg) > 0; msg = msg[min(n, len(msg)):] {
+		k := min(n, len(msg))
+		out = append(append(out, 22, 3, 1, byte(k>>8), byte(k)), msg[:k]...)
+	}
+	return out
+}
+
+// sendAndRead sends bytes, in pieces, and returns what comes back, up to as much as was sent.
+func sendAndRead(c *gonet.TCPConn, b []byte, piece int) ([]byte, error) {
+	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
+	sent := make(chan error, 1)
+	go func() {
+		for p := b; len(p) > 0; p = p[min(piece, len(p)):] {
+			if _, err := c.Write(p[:min(piece, len(p))]); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- nil
+	}()
+	got := make([]byte, len(b))
+	n, err := io.ReadFull(c, got)
+	if e := <-sent; err == nil {
+		err = e
+	}
+	return got[:n], err
+}
+
+func TestFirstBytes(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	const get = "GET /x HTTP/1.1\r\nHost: "
+	for _, row := range []struct {
+		what    string
+		to      netip.Addr
+		say     []byte
+		piece   int
+		through bool
+		reason  policy.Reason
+	}{
+		{"the granted name in a ClientHello", addrA, clientHello(t, "a.example"), 1 << 20, true, ""},
+		{"over IPv6", addrA6, clientHello(t, "a.example"), 1 << 20, true, ""},
+		{"in capital letters", addrA, clientHello(t, "WWW.A.Example"), 1 << 20, true, ""},
+		{"in segments of one byte", addrA, clientHello(t, "a.example"), 1, true, ""},
+		{"in records of one byte", addrA, records(clientHello(t, "a.example"), 1), 700, true, ""},
+		{"another name that is granted for another address", addrA, clientHello(t, "b.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a name of the rule that is granted for another address", addrA6, clientHello(t, "www.a.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a look-alike", addrA, clientHello(t, "evila.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a look-alike behind it", addrA, clientHello(t, "a.example.evil.io"), 1 << 20, false, policy.ReasonMismatch},
+		{"no name", addrA, clientHello(t, "203.0.113.10"), 1 << 20, false, policy.ReasonNoName},
+		{"something else", addrA, []byte("\x00\x01\x02\x03hello"), 1 << 20, false, policy.ReasonNoName},
+		{"a ClientHello without end", addrA, append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, 17<<10)...), 1 << 20, false, policy.ReasonNoName},
+		{"a name to an address that is not granted under an allowed one", addrB, clientHello(t, "a.example"), 1 << 20, false, ""},
+		{"the name in a request", addrA, []byte(get + "a.example\r\n\r\n"), 1 << 20, true, ""},
+		{"the name in a request, byte by byte", addrA, []byte(get + "a.example\r\n\r\n"), 1, true, ""},
+		{"prior knowledge, whose requests are not told apart", addrA, []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" +
+			"\x00\x00\x0e\x01\x05\x00\x00\x00\x01\x82\x84\x86\x01\x09a.example"), 1 << 20, false, policy.ReasonNoName},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			var mu sync.Mutex
+			var refusals []Refusal
+			g := newNamed(t, byName, func(c *Config) {
+				c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
+			})
+			s := serve(t, netip.AddrPortFrom(row.to, 0).String(), echo)
+			c, err := g.dial(s.at)
+			if err == nil {
+				defer c.Close()
+				var got []byte
+				got, err = sendAndRead(c, row.say, row.piece)
+				if err == nil && !bytes.Equal(got, row.say) {
+					t.Errorf("%d bytes came back, and not those that were sent", len(got))
+				}
+			}
+			if row.through {
+				if err != nil {
+					t.Fatalf("refused: %v; counters %v", err, g.f.Stats())
+				}
+				if fl := g.table.List(); len(fl) != 1 || len(fl[0].Names) != 1 || !strings.HasSuffix(fl[0].Names[0], "a.example") || fl[0].Rule != "egress[0] a" {
+					t.Errorf("the flow is %+v", fl)
+				}
+				return
+			}
+			if !isReset(err) {
+				t.Errorf("got %v, want a reset", err)
+			}
+			eventually(t, "the refusal is recorded", func() bool { mu.Lock(); defer mu.Unlock(); return len(refusals) == 1 })
+			if v := refusals[0].Verdict; v.Reason() != row.reason {
+				t.Errorf("the reason is %q by %q, want %q", v.Reason(), v.Tried(), row.reason)
+			}
+			eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+			if n := s.count(); n != 0 {
+				t.Errorf("%d connections reached the server", n)
+			}
+		})
+	}
+}
+
+func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	var mu sync.Mutex
+	ahead := time.Duration(0)
+	g := newNamed(t, byName, func(c *Config) {
+		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(ahead) }
+	})
+	s := serve(t, addrA.String()+":0", echo)
+	silent, half := g.mustDial(s.at), g.mustDial(s.at)
+	if _, err := half.Write(clientHello(t, "a.example")[:100]); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "both wait", func() bool {
+		g.f.tcp.checks.mu.Lock()
+		defer g.f.tcp.checks.mu.Unlock()
+		return g.f.tcp.checks.flows.Len() == 2
+	})
+	mu.Lock()
+	ahead = checkTimeout + time.Second
+	mu.Unlock()
+	for what, c := range map[string]*gonet.TCPConn{"silent": silent, "halfway": half} {
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); !isReset(err) {
+			t.Errorf("%s: %v, want a reset", what, err)
+		}
+	}
+	if n := g.f.Stats()["tcp_first_bytes_timeout"]; n != 2 {
+		t.Errorf("tcp_first_bytes_timeout is %d", n)
+	}
+	if s.count() != 0 {
+		t.Error("the server was reached")
+	}
+}
+
+func TestWhoClosesWithoutAWordLeavesNothing(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byName, nil)
+	s := serve(t, addrA.String()+":0", echo)
+	for _, how := range []func(*gonet.TCPConn){
+		func(c *gonet.TCPConn) { c.Close() },
+		func(c *gonet.TCPConn) { _ = c.CloseWrite() },
+		func(c *gonet.TCPConn) { _, _ = c.Write([]byte{22, 3}); _ = c.CloseWrite() },
+		func(*gonet.TCPConn) { abortGuest(t, g) },
+	} {
+		how(g.mustDial(s.at))
+		eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	}
+	if s.count() != 0 {
+		t.Error("the server was reached")
+	}
+}
+
+func TestTooManyWhoWaitPushOutTheOldest(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byName, nil)
+	s := serve(t, addrA.String()+":0", echo)
+	first := g.mustDial(s.at)
+	for range maxChecks {
+		c, err := g.dial(s.at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	_ = first.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := first.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("the oldest: %v, want a reset", err)
+	}
+	if n := g.f.Stats()["tcp_first_bytes_evicted"]; n != 1 {
+		t.Errorf("tcp_first_bytes_evicted is %d", n)
+	}
+}
+
+func TestADialThatFailsAfterTheFirstBytesIsAReset(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byName, nil)
+	c := g.mustDial(netip.AddrPortFrom(addrA, 1))
+	if _, err := sendAndRead(c, clientHello(t, "a.example"), 1<<20); !isReset(err) {
+		t.Errorf("got %v, want a reset", err)
+	}
+	if n := g.f.Stats()["tcp_dial_refused"]; n != 1 {
+		t.Errorf("tcp_dial_refused is %d", n)
+	}
+}
+
+func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	var mu sync.Mutex
+	ahead := time.Duration(0)
+	g := newNamed(t, byName, func(c *Config) {
+		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(ahead) }
+	})
+	s := serve(t, addrA.String()+":0", echo)
+	a, www, waits := g.mustDial(s.at), g.mustDial(s.at), g.mustDial(s.at)
+	for c, name := range map[*gonet.TCPConn]string{a: "a.example", www: "www.a.example"} {
+		if _, err := sendAndRead(c, clientHello(t, name), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mu.Lock()
+	ahead = 2 * time.Hour // the grants are over, but the flows live
+	mu.Unlock()
+	g.f.SetRules(compile(t, strings.Replace(byName, `, {domain: "*.a.example"}`, "", 1)))
+	if _, err := sendAndRead(a, []byte("still here"), 100); err != nil {
+		t.Errorf("the flow that is still allowed: %v", err)
+	}
+	for what, c := range map[string]*gonet.TCPConn{"whose rule is gone": www, "that has not spoken, and whose grant is over": waits} {
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); !isReset(err) {
+			t.Errorf("the flow %s: %v, want a reset", what, err)
+		}
+	}
+}

@@ -1,0 +1,378 @@
+package policy
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// What another policy changes, as decisions, not as text. Both policies cut the
+// addresses into regions, each a range without the narrower ranges inside it,
+// in which every address is decided alike; and each domain pattern stands for
+// the names that no closer pattern has. A region or pattern under which some
+// port is decided otherwise is a change; one that only repeats what its
+// surroundings say is left out, and one that does not share a change of its
+// surroundings is an exception to it.
+
+// Change is one thing that another policy decides otherwise.
+type Change struct {
+	Kind      ChangeKind     `json:"kind"`
+	Direction string         `json:"direction,omitempty"`
+	To        []string       `json:"to"` // ranges, or a domain pattern; of ingress, the clients; the setting
+	Except    []netip.Prefix `json:"except,omitempty"`
+	Ports     []string       `json:"ports,omitempty"` // as Parse spells protocols: "TCP 443", "ICMP type 8"
+	Before    string         `json:"before"`          // the action and the rule, or a setting's value
+	After     string         `json:"after"`
+}
+
+// ChangeKind says which way a change goes.
+type ChangeKind string
+
+const (
+	Opens  ChangeKind = "opens"
+	Closes ChangeKind = "closes"
+	Alters ChangeKind = "alters" // refused or allowed as before, but otherwise: what is read, how it is refused
+	Resets ChangeKind = "resets" // a setting beside the rules
+)
+
+// Diff says what changes if after takes the place of before.
+func Diff(before, after *Policy, env Environment) ([]Change, error) {
+	a, err := Compile(before, env)
+	if err != nil {
+		return nil, err
+	}
+	b, err := Compile(after, env)
+	if err != nil {
+		return nil, err
+	}
+	out := diffSettings(before, after)
+	for _, ingress := range []bool{false, true} {
+		d := differ{ingress: ingress}
+		d.sides[0] = side{rules: a, table: a.egress, list: before.Spec.Egress}
+		d.sides[1] = side{rules: b, table: b.egress, list: after.Spec.Egress}
+		if ingress {
+			d.sides[0].table, d.sides[0].list = a.ingress, before.Spec.Ingress
+			d.sides[1].table, d.sides[1].list = b.ingress, after.Spec.Ingress
+		} else {
+			out = append(out, d.domains()...)
+		}
+		out = append(out, d.addresses()...)
+	}
+	return out, nil
+}
+
+// side is one of the two policies, in one direction.
+type side struct {
+	rules *Rules
+	table *table
+	list  []Rule
+}
+
+type differ struct {
+	ingress bool
+	sides   [2]side
+}
+
+// outcome is what a side decides.
+type outcome struct {
+	action Action
+	rule   string
+	terms  string // what else the rule asks for
+}
+
+func (o outcome) String() string { return o.action.String() + " by " + o.rule }
+
+// item is one change, still without its place.
+type item struct {
+	kind          ChangeKind
+	before, after string
+	ports         string // comma-separated
+}
+
+// decide is Decide for an address's node, and a name, if any.
+func (s *side) decide(d *differ, at int32, name string, key uint32) outcome {
+	n := &s.table.nodes[at]
+	info := &classes[n.class]
+	refused := outcome{action: s.rules.deny, rule: info.rule}
+	if d.ingress && info.martian || !d.ingress && info.lock == never {
+		return refused
+	}
+	i := s.table.first(at, key)
+	named := false
+	if name != "" {
+		j := s.rules.domains.first(name, viewCandidate, false, key, i)
+		named, i = j < i, min(i, j)
+	}
+	switch {
+	case i != noRule:
+		o := outcome{action: s.table.rules[i].action, rule: s.table.rules[i].name}
+		if o.action == Allow {
+			o.terms = terms(&s.list[i], named)
+		}
+		return o
+	case !d.ingress && info.lock != open:
+		return refused
+	}
+	o := outcome{action: s.rules.fallback, rule: ruleDefault}
+	if o.action == Allow {
+		o.terms = terms(&Rule{}, false)
+	}
+	return o
+}
+
+// terms are the fields of a rule that matter beside its action, as JSON.
+func terms(r *Rule, named bool) string {
+	t := Rule{HTTP: r.HTTP, Limits: r.Limits}
+	if named {
+		t.Verify, t.MissingName, t.ECH, t.QUIC, t.PrivateAddresses = r.Verify, r.MissingName, r.ECH, r.QUIC, r.PrivateAddresses
+	}
+	text, err := json.Marshal(t)
+	if err != nil {
+		return err.Error() // never: it holds words and numbers
+	}
+	return string(text)
+}
+
+// items compares the two sides at one place, for every port.
+func (d *differ) items(at [2]int32, name string) []item {
+	cuts := []uint32{0}
+	for i := range d.sides {
+		t := d.sides[i].table
+		for n := at[i]; n >= 0; n = t.nodes[n].parent {
+			for _, l := range []*line{t.nodes[n].own, t.nodes[n].crossing} {
+				if l != nil {
+					cuts = append(cuts, l.starts...)
+				}
+			}
+		}
+		if name != "" {
+			d.sides[i].rules.domains.each(name, func(s *settled) {
+				if l := s.lines[0][viewCandidate]; l != nil {
+					cuts = append(cuts, l.starts...)
+				}
+			})
+		}
+	}
+	slices.Sort(cuts)
+	cuts = slices.Compact(cuts)
+
+	spans := make(map[item][]span)
+	for i, lo := range cuts {
+		hi := uint32(keys - 1)
+		if i+1 < len(cuts) {
+			hi = cuts[i+1] - 1
+		}
+		x, y := d.sides[0].decide(d, at[0], name, lo), d.sides[1].decide(d, at[1], name, lo)
+		it := item{before: x.String(), after: y.String()}
+		switch {
+		case x.action == y.action && x.terms == y.terms:
+			continue
+		case x.action != Allow && y.action == Allow:
+			it.kind = Opens
+		case x.action == Allow && y.action != Allow:
+			it.kind = Closes
+		default:
+			it.kind = Alters
+		}
+		spans[it] = append(spans[it], span{lo, hi})
+	}
+	var out []item
+	for it, list := range spans {
+		it.ports = strings.Join(spanWords(normalSpans(list)), ", ")
+		out = append(out, it)
+	}
+	slices.SortFunc(out, func(a, b item) int {
+		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.ports, b.ports), cmp.Compare(a.before, b.before), cmp.Compare(a.after, b.after))
+	})
+	return out
+}
+
+func (d *differ) change(it item, to ...string) Change {
+	direction := "egress"
+	if d.ingress {
+		direction = "ingress"
+	}
+	return Change{Kind: it.kind, Direction: direction, To: to, Ports: strings.Split(it.ports, ", "), Before: it.before, After: it.after}
+}
+
+// addresses compares every region.
+func (d *differ) addresses() []Change {
+	var ranges []netip.Prefix
+	seen := make(map[netip.Prefix]bool)
+	for _, s := range d.sides {
+		for p := range s.table.trie.All() {
+			if !seen[p] {
+				seen[p] = true
+				ranges = append(ranges, p)
+			}
+		}
+	}
+	slices.SortFunc(ranges, comparePrefixes)
+
+	parents, hollow := nest(ranges)
+	var out []area
+	places := make([]map[item]int, len(ranges)) // where in out each change of a region is told
+	for i, p := range ranges {
+		var outer map[item]int
+		if parents[i] >= 0 {
+			outer = places[parents[i]]
+		}
+		if hollow[i] {
+			places[i] = outer // nothing is decided by it
+			continue
+		}
+		var at [2]int32
+		for j := range d.sides {
+			at[j], _ = d.sides[j].table.trie.LookupPrefix(p)
+		}
+		items := d.items(at, "")
+		places[i] = make(map[item]int)
+		for it, place := range outer {
+			if !slices.Contains(items, it) {
+				out[place].except = append(out[place].except, p)
+			}
+		}
+		for _, it := range items {
+			place, told := outer[it]
+			if !told {
+				place = len(out)
+				out = append(out, area{it, p, nil})
+			}
+			places[i][it] = place
+		}
+	}
+	return d.merge(out)
+}
+
+// area is one change of a range, but for parts of it.
+type area struct {
+	item
+	in     netip.Prefix
+	except []netip.Prefix
+}
+
+// merge puts the areas of one change together. An area is told by its pieces
+// where that takes fewer words than its exceptions.
+func (d *differ) merge(areas []area) []Change {
+	var out []Change
+	at := make(map[item]int)
+	for _, a := range areas {
+		var pieces []string
+		err := subtract(a.in, a.except, func(p netip.Prefix) error {
+			if pieces = append(pieces, p.String()); len(pieces) > 1+len(a.except) {
+				return errSome
+			}
+			return nil
+		})
+		i, told := at[a.item]
+		if !told {
+			i = len(out)
+			at[a.item] = i
+			out = append(out, d.change(a.item))
+		}
+		if err == nil && len(pieces) < 1+len(a.except) {
+			out[i].To = append(out[i].To, pieces...)
+			continue
+		}
+		out[i].To = append(out[i].To, a.in.String())
+		out[i].Except = append(out[i].Except, a.except...)
+	}
+	return out
+}
+
+// errSome ends a subtraction that yields enough.
+var errSome = errors.New("something is left")
+
+// nest gives for each of some ranges, wider ones first, the next wider one, or
+// -1, and whether narrower ones cover all of it.
+func nest(ranges []netip.Prefix) (parents []int, hollow []bool) {
+	parents, hollow = make([]int, len(ranges)), make([]bool, len(ranges))
+	inside := make([][]netip.Prefix, len(ranges))
+	var around []int
+	for i, p := range ranges {
+		for len(around) > 0 && !covers(ranges[around[len(around)-1]], p) {
+			around = around[:len(around)-1]
+		}
+		parents[i] = -1
+		if len(around) > 0 {
+			parents[i] = around[len(around)-1]
+			inside[parents[i]] = append(inside[parents[i]], p)
+		}
+		around = append(around, i)
+	}
+	for i, p := range ranges {
+		hollow[i] = subtract(p, inside[i], func(netip.Prefix) error { return errSome }) == nil
+	}
+	return parents, hollow
+}
+
+func comparePrefixes(x, y netip.Prefix) int {
+	return cmp.Or(x.Addr().Compare(y.Addr()), cmp.Compare(x.Bits(), y.Bits()))
+}
+
+// domains compares every pattern, for a name that no closer pattern has at a
+// public address that no rule names.
+func (d *differ) domains() []Change {
+	var patterns []string
+	for _, s := range d.sides {
+		for _, r := range s.list {
+			patterns = append(patterns, domainsOf(r)...)
+		}
+	}
+	slices.Sort(patterns)
+	var out []Change
+	var at [2]int32
+	for i := range d.sides {
+		at[i], _ = d.sides[i].table.trie.LookupPrefix(everyIPv4)
+	}
+	for _, p := range slices.Compact(patterns) {
+		// A label of a byte that names do not have is in no pattern.
+		name := strings.Replace(strings.Replace(p, "**.", "?.?.", 1), "*.", "?.", 1)
+		for _, it := range d.items(at, name) {
+			out = append(out, d.change(it, p))
+		}
+	}
+	return out
+}
+
+// diffSettings compares what is not rules.
+func diffSettings(a, b *Policy) []Change {
+	x, y := settingsOf(a), settingsOf(b)
+	var names []string
+	for name := range x {
+		names = append(names, name)
+	}
+	for name := range y {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	var out []Change
+	for _, name := range slices.Compact(names) {
+		if x[name] != y[name] {
+			out = append(out, Change{Kind: Resets, To: []string{name}, Before: cmp.Or(x[name], "not set"), After: cmp.Or(y[name], "not set")})
+		}
+	}
+	return out
+}
+
+func settingsOf(p *Policy) map[string]string {
+	out := map[string]string{"mode": string(cmp.Or(p.Spec.Mode, Enforce))}
+	for prefix, v := range map[string]any{"dns": p.Spec.DNS, "limits": p.Spec.Limits} {
+		text, err := json.Marshal(v)
+		var fields map[string]any
+		if err == nil {
+			err = json.Unmarshal(text, &fields)
+		}
+		if err != nil {
+			continue // never: they hold words and numbers
+		}
+		for name, value := range fields {
+			out[prefix+"."+name] = fmt.Sprint(value)
+		}
+	}
+	return out
+}

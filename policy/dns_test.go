@@ -1,0 +1,155 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+)
+
+func TestWhichNamesMayBeAsked(t *testing.T) {
+	pypi := byDomain("pypi.org", "*.pypi.org", "**.pypi.org")
+	refuse := func(r Rule) Rule { return with(r, func(r *Rule) { r.Action = Drop }) }
+	web := []Port{{Protocol: TCP, Port: 80}}
+	tests := []struct {
+		name  string
+		rules []Rule
+		ask   string
+		want  NameVerdict
+	}{
+		{"no rule by domain gates no name", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "any.test", NameVerdict{Allowed: true, Rule: "default"}},
+		{"a name on the list", []Rule{pypi}, "pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "pypi.org"}},
+		{"the closest pattern is named", []Rule{pypi}, "a.pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "*.pypi.org"}},
+		{"a deep one", []Rule{pypi}, "b.a.pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "**.pypi.org"}},
+		{"a name off the list", []Rule{pypi}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"not even beside rules by address", []Rule{pypi, {Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"any name where the internet is open", []Rule{pypi, {Action: Allow, To: []Peer{{Entity: EntityWorld}}}}, "other.org", NameVerdict{Allowed: true, Rule: "egress[1]"}},
+		{"not where only ping is", []Rule{pypi, {Action: Allow, ICMP: []ICMP{{Family: IPv4}}}}, "other.org", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"but one that is refused before", []Rule{refuse(byDomain("other.org")), {Action: Allow}}, "other.org", NameVerdict{Rule: "egress[0]", Refusal: RefuseNXDOMAIN}},
+		{"unless for some ports only", []Rule{with(refuse(byDomain("other.org")), func(r *Rule) { r.Ports = web }), {Action: Allow}}, "other.org", NameVerdict{Allowed: true, Rule: "egress[1]", Grants: true}},
+		{"a refusal of everything before the list", []Rule{{Action: Reject}, pypi}, "pypi.org", NameVerdict{Rule: "egress[0]", Refusal: RefuseNXDOMAIN}},
+		{"a refusal of one port of everything before the list", []Rule{{Action: Reject, Ports: web}, pypi}, "pypi.org", NameVerdict{Allowed: true, Rule: "egress[1]", Grants: true, Pattern: "pypi.org"}},
+		{"encrypted hellos, if a rule bears them", []Rule{with(pypi, func(r *Rule) { r.ECH = SettingAllow })}, "pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, ECH: true, Pattern: "pypi.org"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := mustCompile(t, allowing(tt.rules...), here).DecideName(tt.ask); got != tt.want {
+				t.Errorf("got  %+v\nwant %+v", got, tt.want)
+			}
+		})
+	}
+	if got := new(Rules).DecideName("a.test"); got.Allowed {
+		t.Errorf("no rules: %+v", got)
+	}
+	rules := mustCompile(t, allowing(pypi), here)
+	if n := testing.AllocsPerRun(100, func() { rules.DecideName("files.pypi.org") }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func TestWhichAddressesMayBeGranted(t *testing.T) {
+	lan := with(byDomain("*.lan.test"), func(r *Rule) { r.PrivateAddresses = SettingAllow })
+	rules := mustCompile(t, allowing(byDomain("**.test"), lan, Rule{Action: Allow, To: []Peer{{CIDR: cidr("10.2.0.0/16")}, {Entity: EntityHost}}}), here)
+	tests := []struct {
+		name, addr string
+		want       bool
+	}{
+		{"a.test", "198.51.100.1", true}, {"a.test", "2001:db8:1::1", true}, {"a.test", "::ffff:198.51.100.1", true}, {"a.test", "64:ff9b::198.51.100.1", true},
+		{"a.test", "10.1.1.1", false}, {"a.test", "fd12::1", false}, {"a.test", "64:ff9b::10.1.1.1", false}, {"a.test", "100.64.1.1", false},
+		{"nas.lan.test", "10.1.1.1", true}, {"nas.lan.test", "fd12::1", true}, {"nas.lan.test", "64:ff9b::10.1.1.1", true},
+		{"a.test", "10.2.1.1", true},    // a rule by address opens it anyway
+		{"a.test", "192.168.1.5", true}, // so it does the host
+		{"nas.lan.test", "169.254.169.254", false}, {"nas.lan.test", "127.0.0.1", false}, {"nas.lan.test", "::1", false}, {"nas.lan.test", "0.0.0.0", false}, {"nas.lan.test", "224.0.0.1", false},
+		{"nas.lan.test", "10.0.2.2", false}, {"nas.lan.test", "10.0.2.3", false}, {"nas.lan.test", "10.0.2.100", false}, {"nas.lan.test", "fe80::1", false}, {"nas.lan.test", "fe80::1%eth0", false},
+		{"nas.lan.test", "2002:a9fe:a9fe::1", false}, {"nas.lan.test", "2001:0:7f00:1::1", false}, {"nas.lan.test", "::127.0.0.1", false}, {"nas.lan.test", "255.255.255.255", false},
+	}
+	for _, tt := range tests {
+		if got := rules.Grantable(tt.name, addr(tt.addr)); got != tt.want {
+			t.Errorf("%s for %s: %v", tt.addr, tt.name, got)
+		}
+	}
+	if new(Rules).Grantable("a.test", addr("198.51.100.1")) || rules.Grantable("a.test", netip.Addr{}) {
+		t.Error("no rules, or no address, and it may be granted")
+	}
+}
+
+func TestWaysAroundTheGateAreClosed(t *testing.T) {
+	gate := byDomain("pypi.org")
+	world := Rule{Action: Allow, To: []Peer{{Entity: EntityWorld}}}
+	tests := []struct {
+		name  string
+		rules []Rule
+		proto Protocol
+		dst   string
+		want  string
+	}{
+		{"without rules by domain nothing is gated", []Rule{world}, UDP, "198.51.100.1:53", "egress[0]"},
+		{"plain DNS", []Rule{gate, world}, UDP, "198.51.100.1:53", "builtin:dns"},
+		{"plain DNS over TCP", []Rule{gate, world}, TCP, "[2001:db8:1::1]:53", "builtin:dns"},
+		{"plain DNS where a rule lists it", []Rule{gate, {Action: Allow, Ports: []Port{{Protocol: UDP, Port: 53}}}}, UDP, "198.51.100.1:53", "builtin:dns"},
+		{"DNS over TLS", []Rule{gate, world}, TCP, "198.51.100.1:853", "builtin:dns-over-tls"},
+		{"DNS over QUIC", []Rule{gate, world}, UDP, "198.51.100.1:853", "builtin:dns-over-tls"},
+		{"DNS over TLS in a range of ports", []Rule{gate, {Action: Allow, Ports: []Port{{Protocol: TCP, Port: 800, EndPort: 900}}}}, TCP, "198.51.100.1:853", "builtin:dns-over-tls"},
+		{"DNS over TLS where a rule lists it", []Rule{gate, {Action: Allow, Ports: []Port{{Protocol: TCP, Port: 853}}}}, TCP, "198.51.100.1:853", "egress[1]"},
+		{"a public resolver", []Rule{gate, world}, TCP, "8.8.8.8:443", "builtin:dns-over-https"},
+		{"a public resolver over IPv6", []Rule{gate, world}, UDP, "[2001:4860:4860::8888]:443", "builtin:dns-over-https"},
+		{"a public resolver in a wide CIDR", []Rule{gate, {Action: Allow, To: []Peer{{CIDR: cidr("8.0.0.0/8")}}}}, TCP, "8.8.8.8:443", "builtin:dns-over-https"},
+		{"a public resolver by its CIDR", []Rule{gate, {Action: Allow, To: []Peer{{CIDR: cidr("8.8.8.0/24")}}}}, TCP, "8.8.8.8:443", "egress[1]"},
+		{"a public resolver inside NAT64", []Rule{gate, world}, TCP, "[64:ff9b::8.8.8.8]:443", "builtin:dns-over-https"},
+		{"a ping of a public resolver", []Rule{gate, world}, ICMPv4, "8.8.8.8:0", "egress[1]"},
+		{"a public resolver by a pattern", []Rule{byDomain("**.test")}, TCP, "1.1.1.1:443", "builtin:dns-over-https"},
+		{"a public resolver by its name", []Rule{byDomain("**.test", "one.test")}, TCP, "1.1.1.1:443", "egress[0]"},
+	}
+	n := NewNames(NamesConfig{})
+	grant1(t, n, "one.test", "1.1.1.1", time.Minute, now)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			rules := tt.rules
+			for i := range rules {
+				if rules[i].To != nil && rules[i].To[0].Domain != "" {
+					rules[i].Verify = VerifyRuleGrant
+				}
+			}
+			v := mustCompile(t, allowing(rules...), here).Decide(Query{Proto: uint8(tt.proto), Dst: netip.MustParseAddrPort(tt.dst), Names: n, Now: now})
+			if v.Rule() != tt.want || v.Allowed() != (tt.want[0] == 'e') {
+				t.Errorf("got %v, want %s", v, tt.want)
+			}
+		})
+	}
+}
+
+func TestDNSSettingsHaveDefaults(t *testing.T) {
+	standard := []string{"A", "AAAA", "CNAME", "HTTPS", "SVCB", "SRV", "PTR"}
+	tests := []struct {
+		name     string
+		in, want DNS
+	}{
+		{"nothing said", DNS{}, DNS{RefuseNXDOMAIN, standard, Duration(time.Minute), Duration(time.Hour)}},
+		{"a low cap lowers the floor", DNS{TTLCap: Duration(time.Second)}, DNS{RefuseNXDOMAIN, standard, Duration(time.Second), Duration(time.Second)}},
+		{"a high floor lifts the cap", DNS{TTLFloor: Duration(2 * time.Hour)}, DNS{RefuseNXDOMAIN, standard, Duration(2 * time.Hour), Duration(2 * time.Hour)}},
+		{"all said", DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second)}, DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second)}},
+	}
+	for _, tt := range tests {
+		p := allowing()
+		p.Spec.DNS = tt.in
+		got := mustCompile(t, p, here).DNS()
+		if got.Refusal != tt.want.Refusal || !slices.Equal(got.Types, tt.want.Types) || got.TTLFloor != tt.want.TTLFloor || got.TTLCap != tt.want.TTLCap {
+			t.Errorf("%s: got %+v, want %+v", tt.name, got, tt.want)
+		}
+	}
+	for _, bad := range []DNS{{Refusal: "no"}, {Types: []string{"a"}}, {TTLFloor: -1}, {TTLCap: Duration(25 * time.Hour)}, {TTLFloor: 2, TTLCap: 1}} {
+		p := allowing()
+		p.Spec.DNS = bad
+		if _, err := Compile(p, here); err == nil {
+			t.Errorf("%+v compiles", bad)
+		}
+	}
+	for d, want := range map[time.Duration]string{time.Minute: "1m", time.Hour: "1h", 90 * time.Minute: "1h30m", 61 * time.Second: "1m1s", 5 * time.Second: "5s"} {
+		if got := Duration(d).String(); got != want {
+			t.Errorf("%v is written %s, want %s", d, got, want)
+		}
+	}
+	if got := (*Rules)(nil).DNS(); got.Refusal != RefuseNXDOMAIN {
+		t.Errorf("no rules: %+v", got)
+	}
+}

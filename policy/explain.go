@@ -1,0 +1,165 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Why a flow is decided as it is, rule by rule. Each rule is asked by the engine
+// itself, alone in a policy of its own; what does not match is asked again with
+// one of its conditions taken away, until it does. So an explanation cannot say
+// something else than what happens.
+
+// Step is what one rule had to say about a flow.
+type Step struct {
+	Rule    string `json:"rule"`
+	Action  Action `json:"action"`
+	Decides bool   `json:"decides"`
+	Why     string `json:"why"`
+}
+
+// Explanation is a verdict and how it came about. Steps end with what decided.
+type Explanation struct {
+	Verdict Verdict `json:"-"`
+	Steps   []Step  `json:"steps"`
+}
+
+// Explain judges a flow under a policy and says why.
+func Explain(p *Policy, env Environment, q Query) (*Explanation, error) {
+	rules, err := Compile(p, env)
+	if err != nil {
+		return nil, err
+	}
+	x := &Explanation{Verdict: rules.Decide(q)}
+	list := p.Spec.Egress
+	if q.Ingress {
+		list = p.Spec.Ingress
+	}
+	e := explainer{p: p, env: env, q: q}
+	for i := range list {
+		name := ruleName(q.Ingress, i, list[i].Name)
+		step := Step{Rule: name, Action: list[i].Action, Decides: x.Verdict.rule == name}
+		switch {
+		case !step.Decides:
+			if step.Why, err = e.whyNot(list[i]); err != nil {
+				return nil, err
+			}
+		default:
+			step.Why = "it matches" + because(x.Verdict)
+		}
+		x.Steps = append(x.Steps, step)
+		if step.Decides {
+			return x, nil
+		}
+	}
+	last := Step{Rule: x.Verdict.rule, Action: x.Verdict.action, Decides: true, Why: "no rule matches"}
+	if why, ok := builtinReasons[x.Verdict.rule]; ok {
+		last.Why = why
+	} else if x.Verdict.rule != ruleDefault {
+		last.Why = "it is a special address, which no rule opens by name or as a part of a wider range"
+	}
+	x.Steps = append(x.Steps, last)
+	return x, nil
+}
+
+var builtinReasons = map[string]string{
+	rulePlainDNS:   "the policy has rules by domain, so that DNS is answered inside, and no packet of it goes out",
+	ruleDNSOverTLS: "the policy has rules by domain, and no rule lists port 853 by itself",
+	ruleDoH:        "the policy has rules by domain, and no rule names this public resolver by its address or exact domain",
+	ruleInvalid:    "it is no address",
+	ruleZone:       "the address has a zone, which means nothing outside of the sandbox",
+	rulePortZero:   "port 0 is reserved",
+}
+
+// because words the rest of a verdict by a rule.
+func because(v Verdict) string {
+	switch {
+	case v.verify == VerifyFirstBytes:
+		return ", if the first bytes say a name that it has"
+	case v.verify == VerifyRequest:
+		return ", and judges each request"
+	case v.reason == ReasonQUIC:
+		return ", and wants TCP instead of QUIC"
+	case v.reason == ReasonNotHTTP:
+		return ", and lets only clear-text HTTP pass"
+	case v.reason == ReasonRequest:
+		return ", and does not list this method and path"
+	case v.name != "":
+		return " by the name " + v.name
+	}
+	return ""
+}
+
+type explainer struct {
+	p   *Policy
+	env Environment
+	q   Query
+}
+
+// alone gives the verdict if a rule were the only one.
+func (e *explainer) alone(r Rule) (Verdict, error) {
+	p := *e.p
+	p.Spec.DefaultAction, p.Spec.Mode, p.Spec.Egress, p.Spec.Ingress = Drop, Enforce, nil, nil
+	r.Name = ""
+	if e.q.Ingress {
+		p.Spec.Ingress = []Rule{r}
+	} else {
+		p.Spec.Egress = []Rule{r}
+	}
+	rules, err := Compile(&p, e.env)
+	if err != nil {
+		return Verdict{}, err
+	}
+	return rules.Decide(e.q), nil
+}
+
+// whyNot says which of its conditions kept a rule from deciding.
+func (e *explainer) whyNot(r Rule) (string, error) {
+	v, err := e.alone(r)
+	if err != nil {
+		return "", err
+	}
+	first := ruleName(e.q.Ingress, 0, "")
+	matched := func(v Verdict) bool { return v.rule == first }
+	switch {
+	case matched(v):
+		return "it matches, but what is built in goes before it", nil
+	case v.reason == ReasonNoName:
+		return "it fits the address and the port, but no name was said", nil
+	case v.reason == ReasonMismatch:
+		return fmt.Sprintf("it fits the address and the port, but %s is not granted for the address, or not of the rule", e.q.Seen.Name), nil
+	case v.reason == ReasonECH:
+		return "it fits, but the hello has an encrypted one inside (ech: allow would let it pass)", nil
+	case v.reason == ReasonPrivate:
+		return "it fits, but the name leads to a private address (privateAddresses: allow would let it pass)", nil
+	}
+	anyPort := r
+	anyPort.Ports, anyPort.ICMP, anyPort.HTTP = nil, nil, nil
+	if v, err = e.alone(anyPort); err != nil {
+		return "", err
+	}
+	if matched(v) || v.reason != ReasonNone {
+		return "it does not list this protocol and port", nil
+	}
+	if c, ok := strings.CutPrefix(v.rule, "special:"); ok {
+		return fmt.Sprintf("the address is %s, which the rule does not name", c), nil
+	}
+	if len(domainsOf(r)) == 0 {
+		return "the address is none of its peers", nil
+	}
+	granted := e.q.Names.Of(e.q.Dst.Addr(), e.q.Now, nil)
+	if len(granted) == 0 {
+		return "the address is none of its peers, and granted under no name", nil
+	}
+	return fmt.Sprintf("the address is none of its peers, and granted as %s, which it does not have", strings.Join(granted, ", ")), nil
+}
+
+func domainsOf(r Rule) []string {
+	var out []string
+	for _, p := range r.To {
+		if p.Domain != "" {
+			out = append(out, p.Domain)
+		}
+	}
+	return out
+}

@@ -1,0 +1,211 @@
+package policy
+
+import "net/netip"
+
+// One address is judged by the lowest of two rules: the first by address, from
+// the tree of ranges (compile.go), and the first by domain, from the names under
+// which the address is granted (domains.go). A special address that is not open
+// is never reached by a name.
+//
+// A rule by domain that wants to see the name is a candidate until the first
+// bytes were read. The verdict asks for them then, and does not allow; the same
+// question with the answer is decided for good.
+type judgement struct {
+	rules *Rules
+	table *table
+	query *Query
+	key   uint32
+}
+
+// match is the rule by domain that matches, or may once the first bytes are
+// read.
+type match struct {
+	rule    int32
+	name    string
+	pending bool
+	tried   int32 // the candidate that did not match what was seen, else noRule
+	reason  Reason
+}
+
+// judge finds the first rule for one address. The verdict has no target yet;
+// the node says what kind of address it was (nil only if refused).
+func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
+	r, t, q := j.rules, j.table, j.query
+	i, ok := t.trie.Lookup(peer)
+	if !ok {
+		return r.refuse(*q, ruleInvalid), nil
+	}
+	at := &t.nodes[i]
+	info := &classes[at.class]
+	if q.Ingress && info.martian || !q.Ingress && info.lock == never {
+		return r.refuse(*q, info.rule), at
+	}
+	first := t.first(i, j.key)
+	m := match{rule: noRule, tried: noRule}
+	if !q.Ingress && info.lock == open && r.GatesNames() {
+		if m = j.byName(isPrivate(peer), first); m.rule != noRule {
+			first = m.rule
+		}
+	}
+
+	v := Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback}
+	var decided *ruleInfo
+	switch {
+	case first != noRule:
+		decided = &t.rules[first]
+		v = j.verdict(decided, m)
+	case !q.Ingress && info.lock != open:
+		return r.refuse(*q, info.rule), at
+	}
+	if v.action == Allow {
+		if rule := j.bypass(peer, decided, m); rule != "" {
+			v = r.refuse(*q, rule)
+		}
+	}
+	if v.verify == VerifyNone && v.action != Allow {
+		if m.tried == noRule && !q.Ingress && info.lock == open && isPrivate(peer) {
+			m.tried, m.reason = j.candidate(false, first), ReasonPrivate
+		}
+		if m.tried != noRule {
+			v.tried, v.reason = t.rules[m.tried].name, m.reason
+		}
+		switch {
+		case !r.audit || !q.Ingress && info.lock != open:
+		case j.learns():
+			v = Verdict{rule: v.rule, proto: v.proto, action: r.deny, reason: ReasonUnread, verify: VerifyFirstBytes}
+		default:
+			v.action, v.audited = Allow, true
+		}
+	}
+	return v, at
+}
+
+// learns reports whether a flow that only audit mode lets through has a name to
+// tell first: it goes where a name was granted, by a protocol whose client
+// speaks first. What is logged of it is what rules will be made of.
+func (j *judgement) learns() bool {
+	q := j.query
+	if q.Ingress || q.Seen.Kind != SeenNone || !speaksFirst(q.Proto, q.Dst.Port()) {
+		return false
+	}
+	granted := false
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(string) { granted = true })
+	return granted
+}
+
+// verdict is what a rule that was found says. The match tells how, if it was
+// found by domain.
+func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
+	r, seen := j.rules, &j.query.Seen
+	v := Verdict{rule: info.name, proto: j.query.Proto, action: info.action, name: m.name}
+	byName := m.rule != noRule
+	switch {
+	case byName && info.noQUIC && v.proto == uint8(UDP):
+		v.action, v.name, v.tried, v.reason = Reject, "", info.name, ReasonQUIC
+	case m.pending, info.http != nil && seen.Kind == SeenNone:
+		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonUnread, verify: VerifyFirstBytes}
+		if info.http != nil {
+			v.verify = VerifyRequest
+		}
+	case info.action != Allow:
+		v.name = ""
+	case info.http != nil:
+		v.requests = true
+		switch {
+		case seen.Kind != SeenHTTP && seen.Kind != SeenHTTP2:
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonNotHTTP}
+		case !requestMatches(info.http, seen.Method, seen.Path):
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
+		}
+	case byName && seen.Method == methodConnect:
+		// A tunnel through a proxy leads to where nobody looks.
+		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
+	default:
+		v.requests = byName && m.name == seen.Name && (seen.Kind == SeenHTTP || seen.Kind == SeenHTTP2)
+	}
+	return v
+}
+
+// byName finds the lowest rule by domain below best. Names are granted for the
+// destination; what is judged may be an address inside it.
+func (j *judgement) byName(private bool, best int32) match {
+	q, d := j.query, j.rules.domains
+	dst, said := q.Dst.Addr(), q.Seen.Name
+	m := match{rule: noRule, tried: noRule}
+	if q.Seen.Kind == SeenNone {
+		same := true // every name leads to the same rule
+		q.Names.each(dst, q.Now, q.Held, func(name string) {
+			i := d.first(name, viewCandidate, private, j.key, best)
+			same = same && (m.name == "" || i == m.rule)
+			if m.name == "" || i < m.rule {
+				m.rule, m.name = i, name
+			}
+		})
+		if m.rule >= best {
+			return match{rule: noRule, tried: noRule}
+		}
+		byGrant := d.first(m.name, viewGrant, private, j.key, best) == m.rule
+		m.pending = !byGrant && (!same || j.table.rules[m.rule].action == Allow)
+		return m
+	}
+
+	others := viewNameless
+	held := false
+	if said != "" {
+		others = viewGrant
+		held = said == q.Held || q.Names.Holds(said, dst, q.Now)
+		own := viewSaid
+		switch {
+		case held && q.Seen.ECH:
+			own = viewECH
+		case held:
+			own = viewCandidate
+		}
+		if i := d.first(said, own, private, j.key, best); i < best {
+			m.rule, m.name = i, said
+		}
+	}
+	q.Names.each(dst, q.Now, q.Held, func(name string) {
+		if i := d.first(name, others, private, j.key, min(best, m.rule)); i < min(best, m.rule) {
+			m.rule, m.name = i, name
+		}
+	})
+	if m.tried = j.candidate(private, min(best, m.rule)); m.tried != noRule {
+		switch {
+		case said == "":
+			m.reason = ReasonNoName
+		case held && q.Seen.ECH && d.first(said, viewCandidate, private, j.key, best) == m.tried:
+			m.reason = ReasonECH
+		default:
+			m.reason = ReasonMismatch
+		}
+	}
+	return m
+}
+
+// candidate gives the lowest rule by domain below best that is right but for what
+// was said, else noRule.
+func (j *judgement) candidate(private bool, best int32) int32 {
+	q, lowest := j.query, best
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(name string) {
+		lowest = j.rules.domains.first(name, viewCandidate, private, j.key, lowest)
+	})
+	if lowest == best {
+		return noRule
+	}
+	return lowest
+}
+
+// judgeInner judges an address that was found inside the destination. The
+// gateway means the host's loopback only to a packet addressed to it, not to
+// some translator on the way.
+func (j *judgement) judgeInner(inner netip.Addr) Verdict {
+	if !inner.IsValid() {
+		return Verdict{action: Allow} // the range embeds only one address
+	}
+	v, at := j.judge(inner)
+	if v.action == Allow && at.class == hostLoopback {
+		return j.rules.refuse(*j.query, classes[gateway].rule)
+	}
+	return v
+}
