@@ -144,7 +144,10 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 	}
 	must(t, in.say())
 	must(t, serving.say())
-	call(t, client, api.MethodInfo, nil, &after)
+	// A new worker serves before the monitor has noted it.
+	for end := time.Now().Add(10 * time.Second); after.State != api.StateRunning && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		call(t, client, api.MethodInfo, nil, &after)
+	}
 	if after.PID != pid || after.WorkerPID == before.WorkerPID || after.Restarts != 1 || after.State != api.StateRunning {
 		t.Errorf("the monitor was %d; now it is %+v", pid, after)
 	}
