@@ -152,3 +152,22 @@ func TestAttachToABoundNetns(t *testing.T) {
 	})
 	p.stop(t, syscall.SIGTERM)
 }
+
+// It may be told to end while it still starts.
+func TestAttachEndsCleanlyWheneverItIsTold(t *testing.T) {
+	area(t, "attach.ended", "unshare")
+	asRoot(t, "a named network namespace is a mount on the machine")
+	w := newWorld(t)
+	path := filepath.Join(w.host.dir, "ended")
+	os.WriteFile(path, nil, 0o644)
+	ok(t, w.host, 5*time.Second, "unshare", "--net="+path, "true")
+	defer w.host.do(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	for after := time.Duration(0); after < 120*time.Millisecond; after += 6 * time.Millisecond {
+		p := w.host.sluice(t, "attach", "--netns", path)
+		time.Sleep(after)
+		p.stop(t, syscall.SIGTERM)
+		if left := stateFiles(); len(left) > 0 {
+			t.Fatalf("told to end after %v, it left %q", after, left)
+		}
+	}
+}

@@ -35,6 +35,7 @@ type monitor struct {
 	guest   *guest.Guest // nil in an attachment
 	spawner *spawner
 	early   *process // spawned for the first startWorker; nil afterwards
+	signals chan os.Signal
 	ports   portTable
 	base    api.Info // what does not change
 	flowLog *os.File // nil without one

@@ -57,6 +57,11 @@ func (m *monitor) echo(l api.LogLine) {
 }
 
 func (m *monitor) run(ctx context.Context) (_ int, err error) {
+	// From before there is anything to clear up: command takes what comes meanwhile.
+	m.signals = make(chan os.Signal, 16)
+	signal.Notify(m.signals, forwarded...)
+	defer signal.Stop(m.signals)
+
 	registry, err := OpenRegistry()
 	if err != nil {
 		return 0, err
@@ -225,9 +230,6 @@ func (m *monitor) serve(ctx context.Context, server *controlServer, first superv
 // command starts the command and waits for its end, or for that of ctx. Without a
 // command, attached to somebody else's namespace, a signal to end ends the sandbox.
 func (m *monitor) command(ctx context.Context) (guest.Status, error) {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, forwarded...)
-	defer signal.Stop(signals)
 	if m.cfg.Ready != nil {
 		if err := m.cfg.Ready(m.info()); err != nil {
 			return guest.Status{}, err
@@ -254,7 +256,7 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 			return o.status, o.err
 		case <-ctx.Done():
 			return guest.Status{}, nil
-		case s := <-signals:
+		case s := <-m.signals:
 			if len(m.cfg.Guest.Command) == 0 {
 				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
 					continue // there is nobody they could be meant for
