@@ -32,6 +32,6 @@
 // place of the program that opens outbound host sockets (dialer.go).
 //
 // Goroutines: every one is started by Forwarder.Run or by a function that says
-// so, and ends before Run returns. There is none per flow; a TCP handshake
-// borrows one while it lasts, at most maxHandshakes of them.
+// so, and ends before Run returns. There is none per flow, nor per
+// handshake; a connection to the DNS handler has one while it lasts.
 package forwarder

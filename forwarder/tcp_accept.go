@@ -40,7 +40,9 @@ func newAcceptor(t *tcpForwarder) (*acceptor, error) {
 	a.entry.Init(a, waiter.ReadableEvents)
 	var err error
 	if a.v4, err = a.listen(header.IPv4ProtocolNumber); err == nil {
-		a.v6, err = a.listen(header.IPv6ProtocolNumber)
+		if a.v6, err = a.listen(header.IPv6ProtocolNumber); err != nil {
+			a.v4.Close()
+		}
 	}
 	return a, err
 }

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,6 +83,12 @@ func newNamed(t *testing.T, text string, change func(*Config)) *guest {
 		}
 	})
 }
+
+// runningClock is the machine's clock until it is advanced.
+type runningClock struct{ ahead atomic.Int64 }
+
+func (c *runningClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *runningClock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
 
 // serve serves connections at an address of the namespace, and notes how many came.
 type server struct {
@@ -243,11 +250,8 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
-	var mu sync.Mutex
-	ahead := time.Duration(0)
-	g := newNamed(t, byName, func(c *Config) {
-		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(ahead) }
-	})
+	var clock runningClock
+	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
 	s := serve(t, addrA.String()+":0", echo)
 	silent, half := g.mustDial(s.at), g.mustDial(s.at)
 	if _, err := half.Write(clientHello(t, "a.example")[:100]); err != nil {
@@ -258,9 +262,7 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 		defer g.f.tcp.checks.mu.Unlock()
 		return g.f.tcp.checks.flows.Len() == 2
 	})
-	mu.Lock()
-	ahead = checkTimeout + time.Second
-	mu.Unlock()
+	clock.advance(checkTimeout + time.Second)
 	for what, c := range map[string]*gonet.TCPConn{"silent": silent, "halfway": half} {
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 		if _, err := c.Read(make([]byte, 1)); !isReset(err) {
@@ -336,11 +338,8 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
-	var mu sync.Mutex
-	ahead := time.Duration(0)
-	g := newNamed(t, byName, func(c *Config) {
-		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(ahead) }
-	})
+	var clock runningClock
+	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
 	s := serve(t, addrA.String()+":0", echo)
 	a, www, waits := g.mustDial(s.at), g.mustDial(s.at), g.mustDial(s.at)
 	for c, name := range map[*gonet.TCPConn]string{a: "a.example", www: "www.a.example"} {
@@ -348,9 +347,7 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	mu.Lock()
-	ahead = 2 * time.Hour // the grants are over, but the flows live
-	mu.Unlock()
+	clock.advance(2 * time.Hour) // the grants are over, but the flows live
 	g.f.SetRules(compile(t, strings.Replace(byName, `, {domain: "*.a.example"}`, "", 1)))
 	if _, err := sendAndRead(a, []byte("still here"), 100); err != nil {
 		t.Errorf("the flow that is still allowed: %v", err)

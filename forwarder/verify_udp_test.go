@@ -246,11 +246,8 @@ func TestHalfHellosAreDropped(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
-	var mu sync.Mutex
-	ahead := time.Duration(0)
-	g := newNamed(t, byName, func(c *Config) {
-		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return time.Now().Add(ahead) }
-	})
+	var clock runningClock
+	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
 	first := firstDatagram(t)
 	for range 3 {
 		pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
@@ -270,9 +267,7 @@ func TestHalfHellosAreDropped(t *testing.T) {
 		return len(g.f.dgram.udp.held.tuples)
 	}
 	eventually(t, "they are held", func() bool { return held() == 3 })
-	mu.Lock()
-	ahead = checkTimeout + time.Second
-	mu.Unlock()
+	clock.advance(checkTimeout + time.Second)
 	eventually(t, "they are given up", func() bool { return held() == 0 })
 	if n := g.f.Stats()["udp_first_bytes_timeout"]; n != 3 {
 		t.Errorf("udp_first_bytes_timeout is %d", n)
