@@ -159,6 +159,7 @@ type dgramFlow struct {
 	queries atomic.Int32               // of a short flow: sent and not answered
 	short   bool                       // done when every query was answered
 	replied atomic.Bool                // the reply tuple is known
+	unasked atomic.Bool                // begun by the peer, and the sandbox has sent nothing; cleared with d.mu and sock.mu held
 	ended   bool                       // guarded by d.mu
 }
 
@@ -321,6 +322,18 @@ func (d *dgramTable) attachLocked(fl *dgramFlow, s *hostSocket) {
 	s.mu.Lock()
 	s.addPeer(fl)
 	s.mu.Unlock()
+}
+
+// asked notes that the sandbox sends to a peer that began the flow: from then on the
+// address may begin others.
+func (d *dgramTable) asked(fl *dgramFlow) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	fl.sock.mu.Lock()
+	defer fl.sock.mu.Unlock()
+	if !fl.ended && fl.unasked.Swap(false) {
+		fl.sock.addKnown(fl)
+	}
 }
 
 // forget removes a flow, and closes its socket if it was the last one. It may be

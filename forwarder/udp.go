@@ -78,6 +78,9 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 	if fl.quic != nil && !u.mayPass(fl, pkt) {
 		return
 	}
+	if fl.unasked.Load() {
+		u.asked(fl)
+	}
 	u.enqueue(fl, pkt, a)
 }
 
@@ -157,7 +160,8 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 
 // otherPort begins a flow for a datagram that came to s from an address that the
 // sandbox has sent to, but from another port: address-dependent filtering (RFC 4787
-// REQ-8) lets it in if the sandbox may answer it.
+// REQ-8) lets it in if the sandbox may answer it. Such a flow does not make the address
+// known for longer, or it could go from port to port for ever.
 func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow {
 	s.mu.Lock()
 	k, ok := s.known[from.Addr()]
@@ -174,6 +178,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 		return nil
 	}
 	fl := &dgramFlow{d: &u.dgramTable, tuple: nat.NewTuple(protoUDP, guest, peer), guest: guest, peer: peer, target: from, query: q}
+	fl.unasked.Store(true)
 	u.openMu.Lock()
 	defer u.openMu.Unlock()
 	if known := u.lookup(fl.tuple); known != nil {

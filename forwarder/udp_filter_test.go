@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+
+	"sluice/nat"
 )
 
 func TestUDPOneSocketServesAllPeersOfAnEndpoint(t *testing.T) {
@@ -63,5 +65,37 @@ func TestUDPAnotherPortOfAnAddressedPeerMayAnswerIfPolicyLetsItBeAnswered(t *tes
 		if payload, from := read(t, other); string(payload) != "and back" || from != mapped {
 			t.Errorf("the other port got %q from %s, expected the endpoint's one mapping %s", payload, from, mapped)
 		}
+	}
+}
+
+// An address that was sent to once cannot keep itself known by going from port to port.
+func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
+	w := newWire(t, allowAll, nil)
+	srv, second, third := udpServer(t, "127.0.0.1:0"), udpServer(t, "127.0.0.1:0"), udpServer(t, "127.0.0.1:0")
+	w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(srv)), nil))
+	_, mapped := read(t, srv)
+	_, _ = second.WriteToUDPAddrPort([]byte("from another port"), mapped)
+	_, _, _, _ = w.recvUDP()
+	end := func(peer netip.AddrPort) {
+		t.Helper()
+		l := w.f.table.Lookup(nat.NewTuple(protoUDP, at(guest4, 4000), peer))
+		if l == nil || !l.Kill("test") {
+			t.Fatalf("there is no flow to %s", peer)
+		}
+	}
+	end(at(gateway4, portOf(srv)))
+	_, _ = third.WriteToUDPAddrPort([]byte("from a third port"), mapped)
+	eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
+	// Once the sandbox has sent there the address is known again.
+	w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(second)), []byte("and back")))
+	read(t, second)
+	_, _ = third.WriteToUDPAddrPort([]byte("from a third port"), mapped)
+	if _, _, payload, _ := w.recvUDP(); string(payload) != "from a third port" {
+		t.Errorf("the sandbox got %q", payload)
+	}
+	end(at(gateway4, portOf(second)))
+	end(at(gateway4, portOf(third)))
+	if n := len(w.f.dgram.udp.socks); n != 0 {
+		t.Errorf("%d sockets are left", n)
 	}
 }

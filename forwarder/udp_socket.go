@@ -200,6 +200,12 @@ type knownPeer struct {
 // addPeer and removePeer keep both maps. They are called with d.mu and mu held.
 func (s *hostSocket) addPeer(fl *dgramFlow) {
 	s.peers[fl.target] = fl
+	if !fl.unasked.Load() {
+		s.addKnown(fl)
+	}
+}
+
+func (s *hostSocket) addKnown(fl *dgramFlow) {
 	k := s.known[fl.target.Addr()]
 	k.flows, k.peer = k.flows+1, fl.peer.Addr()
 	s.known[fl.target.Addr()] = k
@@ -210,6 +216,9 @@ func (s *hostSocket) removePeer(fl *dgramFlow) {
 		return
 	}
 	delete(s.peers, fl.target)
+	if fl.unasked.Load() {
+		return
+	}
 	k := s.known[fl.target.Addr()]
 	if k.flows--; k.flows > 0 {
 		s.known[fl.target.Addr()] = k

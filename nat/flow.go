@@ -43,13 +43,12 @@ func (l *Lease) snapshot() Flow {
 		now = l.ended
 	}
 	seen := min(l.seen.Load(), now) // the cached clock may be ahead
-	timeout := t.timeouts.Load().of(l.spec.Orig.proto, s.state(), l.spec.Short)
 	f := Flow{
 		ID: l.id, State: s.state(), Orig: l.spec.Orig, Reply: l.reply,
 		OrigPackets: l.count[Original].packets.Load(), OrigBytes: l.count[Original].bytes.Load(),
 		ReplyPackets: l.count[Reply].packets.Load(), ReplyBytes: l.count[Reply].bytes.Load(),
 		SeenReply: s&seenReply != 0, Assured: s&assured != 0,
-		TimeoutLeft: max(0, timeout-time.Duration(now-seen)),
+		TimeoutLeft: time.Duration(max(0, l.ends(s.state(), seen, min(l.sent.Load(), now))-now)),
 		Start:       t.at(l.began), LastSeen: t.at(seen),
 		Ingress: l.spec.Ingress, Rule: l.spec.Rule, Names: l.spec.Names, About: l.spec.About, Reason: l.reason,
 	}

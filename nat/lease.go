@@ -23,6 +23,7 @@ type Lease struct {
 
 	status atomic.Uint32          // a status; written under mu, read anywhere
 	seen   atomic.Int64           // ns since Table.epoch of the last packet
+	sent   atomic.Int64           // likewise, of the last one in the direction of Orig
 	count  [2]counter             // by Dir
 	budget atomic.Pointer[Budget] // may hold nil; written under Table.mu
 
@@ -103,6 +104,9 @@ func (l *Lease) Account(d Dir, packets, bytes int64) {
 		if !t.busy.Load() {
 			t.busy.Store(true)
 		}
+	}
+	if d == Original && l.sent.Load() < now {
+		l.sent.Store(now)
 	}
 	if t.budget.Load() > 0 {
 		t.charge(bytes)
@@ -192,9 +196,17 @@ func (l *Lease) SetReply(t Tuple) {
 }
 
 // deadline is when the flow ends if no packet comes.
-func (l *Lease) deadline() int64 {
-	timeout := l.table.timeouts.Load().of(l.spec.Orig.proto, l.State(), l.spec.Short)
-	return l.seen.Load() + int64(timeout)
+func (l *Lease) deadline() int64 { return l.ends(l.State(), l.seen.Load(), l.sent.Load()) }
+
+// ends is the deadline of a flow in state s: seen is when its last packet came, sent when
+// the last one in the direction of Orig did.
+func (l *Lease) ends(s State, seen, sent int64) int64 {
+	timeouts := l.table.timeouts.Load()
+	end := seen + int64(timeouts.of(l.spec.Orig.proto, s, l.spec.Short))
+	if l.spec.Orig.proto == protoUDP && !l.spec.Ingress {
+		end = min(end, max(l.began, sent)+int64(timeouts.UDPInbound))
+	}
+	return end
 }
 
 // Release ends the flow: its budgets are repaid and DESTROY is told, once. Later

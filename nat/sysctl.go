@@ -24,6 +24,7 @@ var timeoutNames = [...]string{
 	"nf_conntrack_tcp_timeout_fin_wait", "nf_conntrack_tcp_timeout_close_wait", "nf_conntrack_tcp_timeout_last_ack",
 	"nf_conntrack_tcp_timeout_time_wait", "nf_conntrack_tcp_timeout_close",
 	"nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream", "nf_conntrack_udp_timeout_dns",
+	"nf_conntrack_udp_timeout_inbound",
 	"nf_conntrack_icmp_timeout", "nf_conntrack_icmpv6_timeout", "nf_conntrack_generic_timeout",
 }
 

@@ -16,7 +16,7 @@ import (
 // ours are the settings that the kernel does not have.
 var ours = []string{
 	"nf_conntrack_max_half_open", "nf_conntrack_max_per_destination", "nf_conntrack_max_new_per_second",
-	"nf_conntrack_max_total_bytes", "nf_conntrack_udp_timeout_dns",
+	"nf_conntrack_max_total_bytes", "nf_conntrack_udp_timeout_dns", "nf_conntrack_udp_timeout_inbound",
 }
 
 func TestEverySysctlReadsWhatWasSet(t *testing.T) {

@@ -219,6 +219,40 @@ func TestAPacketKeepsAFlow(t *testing.T) {
 	}
 }
 
+// What comes from outside keeps a flow for a while and not for ever, or whoever the
+// sandbox once wrote to would keep the way in.
+func TestPacketsFromOutsideKeepAFlowOnlySoLong(t *testing.T) {
+	for _, row := range []struct {
+		what  string
+		spec  Spec
+		dir   Dir // of the packets
+		alive bool
+	}{
+		{"UDP, answered again and again", Spec{Orig: numbered(protoUDP, 1)}, Reply, false},
+		{"UDP, asked again and again", Spec{Orig: numbered(protoUDP, 1)}, Original, true},
+		{"UDP, a published port's client", Spec{Orig: numbered(protoUDP, 1), Ingress: true}, Reply, true},
+		{"ICMP", Spec{Orig: numbered(protoICMP, 1)}, Reply, true},
+	} {
+		clock := newFakeClock()
+		table := NewTable(Config{Now: clock.now})
+		l := acquire(t, table, row.spec)
+		l.Account(Original, 1, 1)
+		for clock.t.Sub(l.Snapshot().Start) < DefaultTimeouts().UDPInbound-time.Second {
+			clock.advance(10 * time.Second)
+			table.Expire(clock.t)
+			l.Account(row.dir, 1, 1)
+		}
+		if l.Ended() {
+			t.Errorf("%s: it ended while it may live", row.what)
+		}
+		clock.advance(time.Second)
+		table.Expire(clock.t)
+		if alive := table.Len() == 1; alive != row.alive {
+			t.Errorf("%s: alive after five minutes: %v", row.what, alive)
+		}
+	}
+}
+
 func TestReleaseRepaysEveryBudgetOnce(t *testing.T) {
 	ends := map[string]func(*Table, *Lease, *fakeClock){
 		"Release":      func(_ *Table, l *Lease, _ *fakeClock) { l.Release("done") },

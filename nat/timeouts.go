@@ -35,6 +35,12 @@ type Timeouts struct {
 	// allows it for well-known ports. A resolver's retry comes within 5 s.
 	UDPShort time.Duration
 
+	// UDPInbound is nf_conntrack_udp_timeout_inbound, 300 s, which the kernel does not
+	// have: how long after the sandbox's last datagram those from outside keep a flow
+	// that it began. Without it whoever the sandbox once wrote to could keep the way
+	// in open for ever (RFC 4787 section 4.3, REQ-6).
+	UDPInbound time.Duration
+
 	ICMP    time.Duration // nf_conntrack_icmp_timeout, 30 s
 	ICMPv6  time.Duration // nf_conntrack_icmpv6_timeout, 30 s
 	Generic time.Duration // nf_conntrack_generic_timeout, 600 s
@@ -46,7 +52,7 @@ func DefaultTimeouts() Timeouts {
 		TCPSynSent: 120 * time.Second, TCPSynRecv: 60 * time.Second, TCPEstablished: 432000 * time.Second,
 		TCPFinWait: 120 * time.Second, TCPCloseWait: 7440 * time.Second, TCPLastAck: 30 * time.Second,
 		TCPTimeWait: 1 * time.Second, TCPClose: 10 * time.Second,
-		UDP: 30 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second,
+		UDP: 30 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second, UDPInbound: 300 * time.Second,
 		ICMP: 30 * time.Second, ICMPv6: 30 * time.Second, Generic: 600 * time.Second,
 	}
 }
@@ -62,10 +68,10 @@ func (t Timeouts) orDefault() *Timeouts {
 }
 
 // fields lists the settings in the order of timeoutNames.
-func (t *Timeouts) fields() [14]*time.Duration {
+func (t *Timeouts) fields() [15]*time.Duration {
 	return [...]*time.Duration{
 		&t.TCPSynSent, &t.TCPSynRecv, &t.TCPEstablished, &t.TCPFinWait, &t.TCPCloseWait, &t.TCPLastAck, &t.TCPTimeWait,
-		&t.TCPClose, &t.UDP, &t.UDPStream, &t.UDPShort, &t.ICMP, &t.ICMPv6, &t.Generic,
+		&t.TCPClose, &t.UDP, &t.UDPStream, &t.UDPShort, &t.UDPInbound, &t.ICMP, &t.ICMPv6, &t.Generic,
 	}
 }
 

@@ -31,7 +31,8 @@ type twin struct {
 type twinFlow struct {
 	Flow
 	short     bool
-	evictable int // 0: not; else since which turn
+	sent      time.Time // the last packet in the direction of Orig
+	evictable int       // 0: not; else since which turn
 	closing   bool
 }
 
@@ -102,7 +103,7 @@ func (w *twin) acquire(s Spec) error {
 	}
 	w.lastID++
 	w.stats.Created++
-	f := &twinFlow{short: s.Short, Flow: Flow{ID: w.lastID, State: Unreplied, Orig: s.Orig, Reply: s.Orig.Reverse(),
+	f := &twinFlow{short: s.Short, sent: w.clock.t, Flow: Flow{ID: w.lastID, State: Unreplied, Orig: s.Orig, Reply: s.Orig.Reverse(),
 		Start: w.clock.t, LastSeen: w.clock.t, Ingress: s.Ingress, Rule: s.Rule}}
 	if s.Orig.proto == protoTCP {
 		f.State = SynSent
@@ -152,6 +153,15 @@ func (w *twin) timeout(f *twinFlow) time.Duration {
 	return byName[f.State]
 }
 
+// ends is when a flow does if nothing more comes.
+func (w *twin) ends(f *twinFlow) time.Time {
+	end := f.LastSeen.Add(w.timeout(f))
+	if last := f.sent.Add(w.timeouts.UDPInbound); f.Orig.proto == protoUDP && !f.Ingress && last.Before(end) {
+		return last
+	}
+	return end
+}
+
 func (w *twin) expire() {
 	if w.exhausted() {
 		for _, f := range w.flows {
@@ -165,7 +175,7 @@ func (w *twin) expire() {
 	}
 	w.lastRun = now
 	for _, f := range w.flows {
-		if w.grain(f.LastSeen.Add(w.timeout(f)), true) <= now {
+		if w.grain(w.ends(f), true) <= now {
 			w.drop(f, ReasonTimeout)
 			w.stats.TimedOut++
 		}
@@ -175,6 +185,7 @@ func (w *twin) expire() {
 func (w *twin) account(f *twinFlow, d Dir, packets, bytes int64) {
 	f.LastSeen = w.clock.t
 	if d == Original {
+		f.sent = w.clock.t
 		f.OrigPackets, f.OrigBytes = f.OrigPackets+packets, f.OrigBytes+bytes
 		w.stats.OrigPackets, w.stats.OrigBytes = w.stats.OrigPackets+packets, w.stats.OrigBytes+bytes
 	} else {
@@ -209,7 +220,7 @@ func (w *twin) list() []Flow {
 	var all []Flow
 	for _, f := range w.flows {
 		g := f.Flow
-		g.TimeoutLeft = max(0, w.timeout(f)-w.clock.t.Sub(g.LastSeen))
+		g.TimeoutLeft = max(0, w.ends(f).Sub(w.clock.t))
 		all = append(all, g)
 	}
 	slices.SortFunc(all, func(a, b Flow) int { return int(a.ID) - int(b.ID) })

@@ -26,6 +26,13 @@ type DNS struct {
 	Types    []string `json:"types,omitempty"` // query types, as DNS spells them
 	TTLFloor Duration `json:"ttlFloor,omitempty"`
 	TTLCap   Duration `json:"ttlCap,omitempty"`
+
+	// Of names under a wildcard, which the sandbox makes up: bounds of the part that the
+	// wildcard stands for.
+	MaxLabelLength     int     `json:"maxLabelLength,omitempty"`     // bytes of a label
+	MaxWildcardLength  int     `json:"maxWildcardLength,omitempty"`  // bytes in all
+	MaxWildcardEntropy float64 `json:"maxWildcardEntropy,omitempty"` // bits in a byte, of parts long enough to tell
+	MaxNamesPerMinute  int     `json:"maxNamesPerMinute,omitempty"`  // different names, for each pattern
 }
 
 // What holds where a policy is silent. The floor is what clients keep an
@@ -34,6 +41,20 @@ const (
 	DefaultTTLFloor = 60 * time.Second
 	DefaultTTLCap   = time.Hour
 	MaxTTL          = 24 * time.Hour
+
+	DefaultMaxLabelLength     = 52
+	DefaultMaxWildcardLength  = 100
+	DefaultMaxWildcardEntropy = 4.5
+	DefaultMaxNamesPerMinute  = 120
+)
+
+// What the settings may be at most: what DNS can say, and what a sandbox may make us
+// remember.
+const (
+	mostLabelLength     = 63
+	mostWildcardLength  = 253
+	mostWildcardEntropy = 8
+	mostNamesPerMinute  = 10000
 )
 
 // queryTypes are the types that a policy can let through, and which of them pass
@@ -52,6 +73,10 @@ func (d DNS) orDefaults() DNS {
 	d.Refusal = cmp.Or(d.Refusal, RefuseNXDOMAIN)
 	d.TTLFloor = cmp.Or(d.TTLFloor, Duration(min(DefaultTTLFloor, time.Duration(cmp.Or(d.TTLCap, Duration(MaxTTL))))))
 	d.TTLCap = cmp.Or(d.TTLCap, max(Duration(DefaultTTLCap), d.TTLFloor))
+	d.MaxLabelLength = cmp.Or(d.MaxLabelLength, DefaultMaxLabelLength)
+	d.MaxWildcardLength = cmp.Or(d.MaxWildcardLength, DefaultMaxWildcardLength)
+	d.MaxWildcardEntropy = cmp.Or(d.MaxWildcardEntropy, DefaultMaxWildcardEntropy)
+	d.MaxNamesPerMinute = cmp.Or(d.MaxNamesPerMinute, DefaultMaxNamesPerMinute)
 	if d.Types == nil {
 		for _, t := range queryTypes {
 			if t.standard {
@@ -73,6 +98,21 @@ func (d DNS) check() error {
 	}
 	if d.TTLFloor < 0 || d.TTLCap < 0 || max(d.TTLFloor, d.TTLCap) > Duration(MaxTTL) || d.TTLCap != 0 && d.TTLFloor > d.TTLCap {
 		return fmt.Errorf("dns: ttlFloor %v and ttlCap %v are not in order up to %v", d.TTLFloor, d.TTLCap, MaxTTL)
+	}
+	for _, s := range []struct {
+		name        string
+		value, most int
+	}{
+		{"maxLabelLength", d.MaxLabelLength, mostLabelLength},
+		{"maxWildcardLength", d.MaxWildcardLength, mostWildcardLength},
+		{"maxNamesPerMinute", d.MaxNamesPerMinute, mostNamesPerMinute},
+	} {
+		if s.value < 0 || s.value > s.most {
+			return fmt.Errorf("dns: %s %d is not from 1 to %d", s.name, s.value, s.most)
+		}
+	}
+	if !(d.MaxWildcardEntropy >= 0 && d.MaxWildcardEntropy <= mostWildcardEntropy) { // NaN is not
+		return fmt.Errorf("dns: maxWildcardEntropy %v is not from 0.1 to %d", d.MaxWildcardEntropy, mostWildcardEntropy)
 	}
 	return nil
 }

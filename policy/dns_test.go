@@ -1,8 +1,9 @@
 package policy
 
 import (
+	"math"
 	"net/netip"
-	"slices"
+	"reflect"
 	"testing"
 	"time"
 )
@@ -120,24 +121,31 @@ func TestWaysAroundTheGateAreClosed(t *testing.T) {
 
 func TestDNSSettingsHaveDefaults(t *testing.T) {
 	standard := []string{"A", "AAAA", "CNAME", "HTTPS", "SVCB", "SRV", "PTR"}
+	all := DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second), 63, 253, 8, 10000}
+	bounds := DNS{MaxLabelLength: DefaultMaxLabelLength, MaxWildcardLength: DefaultMaxWildcardLength, MaxWildcardEntropy: DefaultMaxWildcardEntropy, MaxNamesPerMinute: DefaultMaxNamesPerMinute}
 	tests := []struct {
 		name     string
 		in, want DNS
 	}{
-		{"nothing said", DNS{}, DNS{RefuseNXDOMAIN, standard, Duration(time.Minute), Duration(time.Hour)}},
-		{"a low cap lowers the floor", DNS{TTLCap: Duration(time.Second)}, DNS{RefuseNXDOMAIN, standard, Duration(time.Second), Duration(time.Second)}},
-		{"a high floor lifts the cap", DNS{TTLFloor: Duration(2 * time.Hour)}, DNS{RefuseNXDOMAIN, standard, Duration(2 * time.Hour), Duration(2 * time.Hour)}},
-		{"all said", DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second)}, DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second)}},
+		{"nothing said", DNS{}, DNS{Refusal: RefuseNXDOMAIN, Types: standard, TTLFloor: Duration(time.Minute), TTLCap: Duration(time.Hour)}},
+		{"a low cap lowers the floor", DNS{TTLCap: Duration(time.Second)}, DNS{Refusal: RefuseNXDOMAIN, Types: standard, TTLFloor: Duration(time.Second), TTLCap: Duration(time.Second)}},
+		{"a high floor lifts the cap", DNS{TTLFloor: Duration(2 * time.Hour)}, DNS{Refusal: RefuseNXDOMAIN, Types: standard, TTLFloor: Duration(2 * time.Hour), TTLCap: Duration(2 * time.Hour)}},
+		{"all said", all, all},
 	}
 	for _, tt := range tests {
 		p := allowing()
 		p.Spec.DNS = tt.in
 		got := mustCompile(t, p, here).DNS()
-		if got.Refusal != tt.want.Refusal || !slices.Equal(got.Types, tt.want.Types) || got.TTLFloor != tt.want.TTLFloor || got.TTLCap != tt.want.TTLCap {
+		if tt.want.MaxLabelLength == 0 {
+			tt.want.MaxLabelLength, tt.want.MaxWildcardLength = bounds.MaxLabelLength, bounds.MaxWildcardLength
+			tt.want.MaxWildcardEntropy, tt.want.MaxNamesPerMinute = bounds.MaxWildcardEntropy, bounds.MaxNamesPerMinute
+		}
+		if !reflect.DeepEqual(got, tt.want) {
 			t.Errorf("%s: got %+v, want %+v", tt.name, got, tt.want)
 		}
 	}
-	for _, bad := range []DNS{{Refusal: "no"}, {Types: []string{"a"}}, {TTLFloor: -1}, {TTLCap: Duration(25 * time.Hour)}, {TTLFloor: 2, TTLCap: 1}} {
+	for _, bad := range []DNS{{Refusal: "no"}, {Types: []string{"a"}}, {TTLFloor: -1}, {TTLCap: Duration(25 * time.Hour)}, {TTLFloor: 2, TTLCap: 1},
+		{MaxLabelLength: 64}, {MaxWildcardLength: -1}, {MaxWildcardEntropy: 8.5}, {MaxWildcardEntropy: math.NaN()}, {MaxNamesPerMinute: 10001}} {
 		p := allowing()
 		p.Spec.DNS = bad
 		if _, err := Compile(p, here); err == nil {

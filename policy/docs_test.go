@@ -52,6 +52,7 @@ func TestTheReferenceIsTrue(t *testing.T) {
 	for _, port := range append(serverFirst, nameless...) {
 		words = append(words, fmt.Sprint(port))
 	}
+	words = append(words, fmt.Sprintf("`%d`, `%d`, `%.1f`, `%d`", DefaultMaxLabelLength, DefaultMaxWildcardLength, DefaultMaxWildcardEntropy, DefaultMaxNamesPerMinute))
 	words = append(words, Duration(DefaultTTLFloor).String(), Duration(DefaultTTLCap).String(), fmt.Sprint(MaxNames), fmt.Sprint(MaxGrantsPerName, " addresses a name"), fmt.Sprint(MaxNamesPerAddress, " names an address"))
 	// The fields are what an empty mapping is told to have.
 	for _, file := range []string{head + "spec: 1", head + "spec: {limits: 1}", head + "spec: {egress: [1], ingress: [1]}",

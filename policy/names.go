@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"container/heap"
 	"errors"
+	"iter"
 	"net/netip"
 	"slices"
 	"sync"
@@ -170,6 +171,33 @@ func without(list []*grant, g *grant) []*grant {
 	return slices.Delete(list, i, i+1)
 }
 
+// Bounded is how long a grant for ttl holds.
+func (n *Names) Bounded(ttl time.Duration) time.Duration {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	return min(max(ttl, n.floor), n.ceil)
+}
+
+// Granted is one address under one name, and for how long.
+type Granted struct {
+	Name string
+	Addr netip.Addr
+	TTL  time.Duration
+}
+
+// All yields the grants that hold now and are not for good.
+func (n *Names) All(now time.Time) iter.Seq[Granted] {
+	return func(yield func(Granted) bool) {
+		n.mu.RLock()
+		defer n.mu.RUnlock()
+		for _, g := range n.byExpiry {
+			if left := g.until.Sub(now); left > 0 && g.until != forever && !yield(Granted{g.name, g.addr, left}) {
+				return
+			}
+		}
+	}
+}
+
 // Of appends the names under which an address is granted now. A time of zero is
 // no time: nothing is granted then.
 func (n *Names) Of(addr netip.Addr, now time.Time, dst []string) []string {
@@ -212,8 +240,9 @@ func (n *Names) each(addr netip.Addr, now time.Time, held string, yield func(str
 
 // NamesStats are counters and sizes.
 type NamesStats struct {
-	Names, Grants int
-	Evicted       uint64 // given up because the table was full
+	Names   int    `json:"names"`
+	Grants  int    `json:"grants"`
+	Evicted uint64 `json:"evicted"` // given up because the table was full
 }
 
 // Stats reports how full the table is.

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"slices"
+	"strconv"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -97,6 +98,9 @@ func (p *parser) dns(n *yaml.Node, out *DNS) {
 			*dst = Duration(d)
 		}}
 	}
+	upTo := func(name string, dst *int, most int) field {
+		return field{name, false, func(v *yaml.Node) { *dst = p.number(v, name, 1, most) }}
+	}
 	p.mapping(n, "dns", []field{
 		{"refusal", false, func(v *yaml.Node) { out.Refusal = oneOf(p, v, "refusal", refusals) }},
 		{"types", false, func(v *yaml.Node) {
@@ -112,6 +116,17 @@ func (p *parser) dns(n *yaml.Node, out *DNS) {
 		}},
 		duration("ttlFloor", &out.TTLFloor),
 		duration("ttlCap", &out.TTLCap),
+		upTo("maxLabelLength", &out.MaxLabelLength, mostLabelLength),
+		upTo("maxWildcardLength", &out.MaxWildcardLength, mostWildcardLength),
+		{"maxWildcardEntropy", false, func(v *yaml.Node) {
+			bits, err := strconv.ParseFloat(p.quantity(v), 64)
+			if err != nil || !(bits >= 0.1 && bits <= mostWildcardEntropy) {
+				p.errorf(v, "maxWildcardEntropy is %s; expected bits in a byte such as 4.5, from 0.1 to %d", describe(v), mostWildcardEntropy)
+				return
+			}
+			out.MaxWildcardEntropy = bits
+		}},
+		upTo("maxNamesPerMinute", &out.MaxNamesPerMinute, mostNamesPerMinute),
 	})
 	if out.TTLCap != 0 && out.TTLFloor > out.TTLCap {
 		p.errorf(n, "ttlFloor %v is above ttlCap %v; expected it at or below", out.TTLFloor, out.TTLCap)

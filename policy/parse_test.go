@@ -116,6 +116,11 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"a TTL of parts of a second", head + "spec: {dns: {ttlCap: 1500ms}}\n", []string{`ttlCap is the string "1500ms"`}},
 		{"a TTL too long", head + "spec: {dns: {ttlCap: 25h}}\n", []string{`ttlCap is the string "25h"`}},
 		{"a floor above the cap", head + "spec: {dns: {ttlFloor: 2m, ttlCap: 1m}}\n", []string{"f:4:13: ttlFloor 2m is above ttlCap 1m; expected it at or below"}},
+		{"a label longer than DNS has", head + "spec: {dns: {maxLabelLength: 64}}\n", []string{"f:4:30: maxLabelLength is the number 64; expected a decimal number from 1 to 63"}},
+		{"a part longer than names are", head + "spec: {dns: {maxWildcardLength: 0}}\n", []string{"maxWildcardLength is the number 0; expected a decimal number from 1 to 253"}},
+		{"an entropy that no byte has", head + "spec: {dns: {maxWildcardEntropy: 8.1}}\n", []string{"maxWildcardEntropy is the number 8.1; expected bits in a byte such as 4.5, from 0.1 to 8"}},
+		{"an entropy that is no number", head + "spec: {dns: {maxWildcardEntropy: .nan}}\n", []string{"maxWildcardEntropy is"}},
+		{"more names than are remembered", head + "spec: {dns: {maxNamesPerMinute: 10001}}\n", []string{"maxNamesPerMinute is the number 10001; expected a decimal number from 1 to 10000"}},
 		{"a rule limited to nothing", rule("limits: {flows: 0}"), []string{"flows is the number 0; expected a decimal number from 1 to"}},
 		{"a limit that only the sandbox has", rule("limits: {halfOpen: 1}"), []string{`limits has no field "halfOpen"; expected one of flows, newFlowsPerSecond, egressBandwidth, ingressBandwidth, totalBytes`}},
 
@@ -206,7 +211,7 @@ const everything = `spec:
   - {name: a, action: allow, to: [{domain: '*.Example.com.'}, {domain: bücher.example}], verify: strict, missingName: allow, ech: allow, quic: refuse, privateAddresses: allow, limits: {flows: 1, totalBytes: 1Gi}}
   - {action: drop, to: [{domain: '**.example.com'}], verify: grant}
   - {action: allow, ports: [{protocol: TCP, port: 80}], http: [{methods: [GET, M-SEARCH], path: /a/*}, {path: '*'}]}
-  dns: {refusal: refused, types: [A, TXT, A], ttlFloor: 90s, ttlCap: 2h}
+  dns: {refusal: refused, types: [A, TXT, A], ttlFloor: 90s, ttlCap: 2h, maxLabelLength: 20, maxWildcardLength: 40, maxWildcardEntropy: 3.75, maxNamesPerMinute: 7}
   limits: {halfOpen: 5, dnsQueriesPerSecond: 7}
 `
 
@@ -220,7 +225,7 @@ func TestNamesAndRequestsParseAndPrintBack(t *testing.T) {
 			QUIC: SettingRefuse, PrivateAddresses: SettingAllow, Limits: RuleLimits{Flows: 1, TotalBytes: 1 << 30}},
 		{Action: Drop, To: []Peer{{Domain: "**.example.com"}}, Verify: VerifyRuleGrant},
 		{Action: Allow, Ports: []Port{{Protocol: TCP, Port: 80}}, HTTP: []HTTPMatch{{Methods: []string{"GET", "M-SEARCH"}, Path: "/a/*"}, {Path: "*"}}},
-	}, DNS: DNS{RefuseREFUSED, []string{"A", "TXT"}, Duration(90 * time.Second), Duration(2 * time.Hour)}, Limits: Limits{HalfOpen: 5, DNSQueriesPerSecond: 7}}
+	}, DNS: DNS{RefuseREFUSED, []string{"A", "TXT"}, Duration(90 * time.Second), Duration(2 * time.Hour), 20, 40, 3.75, 7}, Limits: Limits{HalfOpen: 5, DNSQueriesPerSecond: 7}}
 	if !reflect.DeepEqual(p.Spec, want) {
 		t.Errorf("got  %+v\nwant %+v", p.Spec, want)
 	}

@@ -53,14 +53,16 @@ func dial(args []string) error {
 	sendN := fs.Int("send-bytes", 0, "send so many bytes instead")
 	how := fs.String("close", "half", "after sending: half (shutdown), reset, full, or no (read only)")
 	tos := fs.Int("tos", 0, "IP_TOS or IPV6_TCLASS of the connection")
+	port := fs.Int("port", 0, "own port, whoever had it before")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
 	var r dialed
 	defer func() { say(r) }()
 	start := time.Now()
-	d := net.Dialer{Timeout: *timeout, Control: func(network, _ string, c syscall.RawConn) error {
+	d := net.Dialer{Timeout: *timeout, LocalAddr: &net.TCPAddr{Port: *port}, Control: func(network, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, *tos)
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_TCLASS, *tos)
 		})
@@ -137,10 +139,12 @@ func udpClient(args []string) error {
 	ttl := fs.Int("ttl", 64, "TTL or hop limit")
 	tos := fs.Int("tos", 0, "TOS or traffic class")
 	df := fs.Bool("df", false, "forbid fragments")
+	port := fs.Int("port", 0, "own port")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	conn, err := net.Dial("udp", fs.Arg(0))
+	d := net.Dialer{LocalAddr: &net.UDPAddr{Port: *port}}
+	conn, err := d.Dial("udp", fs.Arg(0))
 	if err != nil {
 		return err
 	}

@@ -4,10 +4,15 @@ package main
 // was asked, so that a test can see which upstream a resolver chose.
 
 import (
+	"bufio"
+	"encoding/base64"
 	"flag"
 	"fmt"
 	"net"
+	"net/netip"
+	"os"
 	"strings"
+	"sync"
 
 	"github.com/miekg/dns"
 )
@@ -19,56 +24,64 @@ type asked struct {
 	Net   string `json:"net,omitempty"`
 }
 
-// dnsServe answers A and AAAA of web.test. with the addresses given, TXT of big.test.
-// with more than fits a datagram, tag.test. TXT with -tag, what -record says of a name in
-// full, and NXDOMAIN for the rest of test.
+// zone is what is answered: A and AAAA of web.test. with the addresses given, TXT of
+// big.test. with more than fits a datagram, tag.test. TXT with a tag, what is said of
+// other names, and NXDOMAIN for the rest.
+type zone struct {
+	records  map[string][]dns.RR // in every answer about the name, whatever their own name
+	turns    map[string][]dns.RR // of each type, one in each answer
+	raw      map[string][]byte   // what follows the question
+	many     string              // names that end so have 64 addresses
+	held     string              // names that end so are answered once released
+	released chan struct{}
+	web      []string
+	tag      string
+
+	mu   sync.Mutex // guards turn
+	turn map[dns.Question]int
+}
+
+// dnsServe serves a zone on each address. Names under -hold are answered from when a line
+// comes on its input.
 func dnsServe(args []string) error {
+	z := &zone{records: map[string][]dns.RR{}, turns: map[string][]dns.RR{}, raw: map[string][]byte{}, released: make(chan struct{}), turn: map[dns.Question]int{}}
 	fs := flag.NewFlagSet("dns", flag.ExitOnError)
 	port := fs.String("port", "53", "UDP and TCP port")
-	records := map[string][]dns.RR{}
-	fs.Func("record", "NAME RECORD: a record in every answer about the name, whatever its own name", func(s string) error {
-		name, text, _ := strings.Cut(s, " ")
-		rr, err := dns.NewRR(text)
-		if err == nil {
-			records[name] = append(records[name], rr)
+	to := func(m map[string][]dns.RR) func(string) error {
+		return func(s string) error {
+			name, text, _ := strings.Cut(s, " ")
+			rr, err := dns.NewRR(text)
+			if err == nil {
+				m[name] = append(m[name], rr)
+			}
+			return err
 		}
+	}
+	fs.Func("record", "NAME RECORD: a record in every answer about the name, whatever its own name", to(z.records))
+	fs.Func("turn", "NAME RECORD: one of the name's records of a type in each answer, each in turn", to(z.turns))
+	fs.Func("raw", "NAME BASE64: what follows the question in answers about the name, which count one record", func(s string) (err error) {
+		name, text, _ := strings.Cut(s, " ")
+		z.raw[name], err = base64.StdEncoding.DecodeString(text)
 		return err
 	})
+	fs.StringVar(&z.many, "many", "", "names that end so have 64 addresses")
+	fs.StringVar(&z.held, "hold", "", "names that end so are answered once a line was read from the input")
 	web := fs.String("web", "", "addresses of web.test., comma between")
-	tag := fs.String("tag", "", "text of tag.test.")
+	fs.StringVar(&z.tag, "tag", "", "text of tag.test.")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	handler := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
-		m := new(dns.Msg)
-		m.SetReply(q)
-		if len(q.Question) == 1 {
-			name := strings.ToLower(q.Question[0].Name)
-			for _, rr := range records[name] {
-				if t := rr.Header().Rrtype; t == q.Question[0].Qtype || t == dns.TypeCNAME {
-					m.Answer = append(m.Answer, rr)
-				}
-			}
-			if records[name] == nil {
-				answerQuestion(m, q.Question[0], strings.Split(*web, ","), *tag)
-			}
-			say(asked{"asked", q.Question[0].Name, dns.TypeToString[q.Question[0].Qtype], w.LocalAddr().Network()})
+	z.web = strings.Split(*web, ",")
+	go func() { // ends with the input
+		if bufio.NewScanner(os.Stdin).Scan() {
+			close(z.released)
 		}
-		if w.LocalAddr().Network() == "udp" {
-			size := dns.MinMsgSize
-			if opt := q.IsEdns0(); opt != nil {
-				size = int(opt.UDPSize())
-				m.SetEdns0(opt.UDPSize(), false)
-			}
-			m.Truncate(size)
-		}
-		w.WriteMsg(m)
-	})
+	}()
 	failed := make(chan error)
 	for _, host := range fs.Args() {
 		for _, network := range []string{"udp", "tcp"} {
 			started := make(chan struct{})
-			s := &dns.Server{Addr: net.JoinHostPort(host, *port), Net: network, Handler: handler,
+			s := &dns.Server{Addr: net.JoinHostPort(host, *port), Net: network, Handler: z,
 				NotifyStartedFunc: func() { close(started) }}
 			go func() { failed <- s.ListenAndServe() }()
 			select {
@@ -82,15 +95,63 @@ func dnsServe(args []string) error {
 	return <-failed
 }
 
-func answerQuestion(m *dns.Msg, q dns.Question, web []string, tag string) {
+// ServeDNS implements dns.Handler.
+func (z *zone) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
+	m := new(dns.Msg)
+	m.SetReply(q)
+	if len(q.Question) == 1 {
+		name := strings.ToLower(q.Question[0].Name)
+		say(asked{"asked", q.Question[0].Name, dns.TypeToString[q.Question[0].Qtype], w.LocalAddr().Network()})
+		if z.held != "" && strings.HasSuffix(name, z.held) {
+			<-z.released
+		}
+		if after := z.raw[name]; after != nil {
+			if b, err := m.Pack(); err == nil {
+				b[7] = 1
+				w.Write(append(b, after...))
+			}
+			return
+		}
+		z.answer(m, q.Question[0], name)
+	}
+	if w.LocalAddr().Network() == "udp" {
+		size := dns.MinMsgSize
+		if opt := q.IsEdns0(); opt != nil {
+			size = int(opt.UDPSize())
+			m.SetEdns0(opt.UDPSize(), false)
+		}
+		m.Truncate(size)
+	}
+	w.WriteMsg(m)
+}
+
+// answer fills in the records; name is the question's in small letters.
+func (z *zone) answer(m *dns.Msg, q dns.Question, name string) {
 	add := func(format string, args ...any) {
 		if rr, err := dns.NewRR(fmt.Sprintf(format, args...)); err == nil {
 			m.Answer = append(m.Answer, rr)
 		}
 	}
-	switch name := strings.ToLower(q.Name); {
+	switch {
+	case z.records[name] != nil:
+		for _, rr := range z.records[name] {
+			if t := rr.Header().Rrtype; t == q.Qtype || t == dns.TypeCNAME {
+				m.Answer = append(m.Answer, rr)
+			}
+		}
+	case z.turns[name] != nil:
+		z.takeTurns(m, q, name)
+	case z.many != "" && strings.HasSuffix(name, z.many):
+		for i := range 64 {
+			switch q.Qtype {
+			case dns.TypeA:
+				add("%s 60 IN A %s", q.Name, netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}))
+			case dns.TypeAAAA:
+				add("%s 60 IN AAAA 2001:db8:3::%x", q.Name, i)
+			}
+		}
 	case name == "web.test.":
-		for _, a := range web {
+		for _, a := range z.web {
 			if strings.Contains(a, ":") == (q.Qtype == dns.TypeAAAA) && (q.Qtype == dns.TypeA || q.Qtype == dns.TypeAAAA) {
 				add("web.test. 60 IN %s %s", dns.TypeToString[q.Qtype], a)
 			}
@@ -100,8 +161,26 @@ func answerQuestion(m *dns.Msg, q dns.Question, web []string, tag string) {
 			add("big.test. 60 IN TXT %q", fmt.Sprintf("%02d-%s", i, strings.Repeat("x", 90)))
 		}
 	case name == "tag.test." && q.Qtype == dns.TypeTXT:
-		add("tag.test. 60 IN TXT %q", tag)
+		add("tag.test. 60 IN TXT %q", z.tag)
 	default:
 		m.Rcode = dns.RcodeNameError
 	}
+}
+
+// takeTurns adds the record whose turn it is.
+func (z *zone) takeTurns(m *dns.Msg, q dns.Question, name string) {
+	var of []dns.RR
+	for _, rr := range z.turns[name] {
+		if rr.Header().Rrtype == q.Qtype {
+			of = append(of, rr)
+		}
+	}
+	if len(of) == 0 {
+		return
+	}
+	q.Name = name
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	m.Answer = append(m.Answer, of[z.turn[q]%len(of)])
+	z.turn[q]++
 }

@@ -21,11 +21,13 @@ import (
 
 var commands = map[string]func(args []string) error{
 	"agent":   agent,
+	"ask":     ask,
 	"serve":   serve,
 	"dns":     dnsServe,
 	"dial":    dial,
 	"udp":     udpClient,
 	"mapping": mapping,
+	"forge":   forge,
 	"get":     get,
 	"short":   short,
 	"hold":    hold,

@@ -15,6 +15,7 @@ package main
 //	base+8  tcp       HTTP: "hello from peer", /addr gives the peer's address
 //	base+9  udp       source of datagrams: answers "N" with N datagrams of one byte
 //	base+10 udp       answers with the length, the TTL and the DSCP of what came
+//	base+11 udp       answers ten times a second, for a minute
 
 import (
 	"crypto/sha256"
@@ -71,7 +72,7 @@ func serve(args []string) error {
 	}
 	for _, host := range datagrams {
 		for i, handle := range map[int]func(*net.UDPConn) error{
-			0: udpEcho, 5: udpWhoami, 9: udpSource, 10: udpInspect} {
+			0: udpEcho, 5: udpWhoami, 9: udpSource, 10: udpInspect, 11: udpDrip} {
 			c, err := listenUDP(host, *base+i)
 			if err != nil {
 				return err
@@ -213,6 +214,17 @@ func udpSource(c *net.UDPConn) error {
 		for i := range min(n, 10000) {
 			c.WriteToUDP([]byte{byte(i)}, from)
 		}
+	})
+}
+
+func udpDrip(c *net.UDPConn) error {
+	return eachDatagram(c, func(b []byte, from *net.UDPAddr) {
+		go func() { // ends after a minute, or with the process
+			for range 600 {
+				c.WriteToUDP(b, from)
+				time.Sleep(100 * time.Millisecond)
+			}
+		}()
 	})
 }
 

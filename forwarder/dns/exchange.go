@@ -10,7 +10,9 @@ package dns
 // Over UDP each try has a connected socket of its own, so the kernel draws a
 // fresh source port and discards what other addresses send, and an ID of its
 // own from the system's random source. A datagram that carries another ID or
-// question is ignored, and the wait goes on (RFC 5452 section 9).
+// question is ignored, and the wait goes on (RFC 5452 section 9). After maxIgnored
+// of them somebody is guessing: the question is asked again over TCP, where guesses
+// do not arrive, so that a forger who floods us keeps no true answer out either.
 //
 // An answer that upstream truncated, or that did not fit udpBuffer, is fetched
 // again over TCP when the client can take more than what UDP brought.
@@ -33,7 +35,7 @@ const (
 	// fragmented on most paths; TCP carries them.
 	udpBuffer = 4096
 
-	// maxIgnored is how many stray datagrams one try puts up with.
+	// maxIgnored is how many stray datagrams one try over UDP puts up with.
 	maxIgnored = 64
 
 	// failedFor is how long a server that failed is asked last.
@@ -174,7 +176,7 @@ func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPor
 	done := func() {}
 	if !set.up.UseVC {
 		msg, whole, err := r.tryUDP(ctx, set.up.timeout(), server, qy)
-		if errors.Is(err, errFolded) {
+		if errors.Is(err, errFolded) || errors.Is(err, errForeign) {
 			return r.tryTCP(ctx, set.up.timeout(), server, qy)
 		}
 		if err != nil {

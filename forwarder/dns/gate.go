@@ -85,10 +85,11 @@ func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v po
 	if v.Pattern != name && encryptedResolver(name) {
 		return ruleEncrypted, policy.RefuseNXDOMAIN, &r.stats.RefusedName
 	}
-	if !slices.Contains(rules.DNS().Types, typeName(qy.q.qtype)) {
+	settings := rules.DNS()
+	if !slices.Contains(settings.Types, typeName(qy.q.qtype)) {
 		return ruleType, policy.RefuseREFUSED, &r.stats.RefusedType
 	}
-	if reason := r.tunnels.admit(v.Pattern, name, time.Now()); reason != tunnelOpen {
+	if reason := r.tunnels.admit(settings, v.Pattern, name, time.Now()); reason != tunnelOpen {
 		return string(reason), policy.RefuseREFUSED, &r.stats.RefusedTunnel
 	}
 	return "", "", nil

@@ -70,9 +70,14 @@ type Config struct {
 	// refused. Without it no policy gates names (gate.go).
 	// Addresses of allowed names are granted in Names, which must not be nil then.
 	Rules func() *policy.Rules
-	Names *policy.Names
+	Names Names
 	// Tell is told of each question that the gate decided. It must not block. It may be nil.
 	Tell func(Event)
+}
+
+// Names is where addresses are granted: a policy.Names, or what stands before one.
+type Names interface {
+	Grant(name string, addrs []netip.Addr, ttl time.Duration, now time.Time) error
 }
 
 // Resolver answers the sandbox's questions. All methods may be called from any
@@ -85,7 +90,7 @@ type Resolver struct {
 	stats  counters
 
 	rules   func() *policy.Rules // nil: no policy gates names
-	names   *policy.Names
+	names   Names
 	tell    func(Event)
 	tunnels tunnels
 	rate    bucket

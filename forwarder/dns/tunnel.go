@@ -5,13 +5,13 @@ package dns
 // That cannot be stopped, only made narrow. Of the part of a name that a
 // wildcard stands for,
 //
-//   - a label may have tunnelLabel bytes and the whole part tunnelPart;
-//   - a long part may not look like encoded bytes (tunnelEntropy);
-//   - tunnelNames different names may be asked for in a minute, for each
-//     pattern of the policy. A name asked for within the last two minutes costs
-//     nothing.
+//   - a label may have maxLabelLength bytes and the whole part maxWildcardLength;
+//   - a long part may not look like encoded bytes (maxWildcardEntropy);
+//   - maxNamesPerMinute different names may be asked for, for each pattern of the
+//     policy. A name asked for within the last two minutes costs nothing.
 //
-// What is left is at most tunnelNames × tunnelPart bytes a minute for a pattern.
+// All are settings of the policy (policy.DNS). What is left is at most
+// maxNamesPerMinute × maxWildcardLength bytes a minute for a pattern.
 // Names that a rule spells out in full carry nothing and are not bounded here.
 
 import (
@@ -20,19 +20,17 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"sluice/policy"
 )
 
 const (
-	tunnelLabel  = 52
-	tunnelPart   = 100
-	tunnelNames  = 120
 	tunnelMinute = time.Minute
 
-	// A part of tunnelLong bytes or more is refused from tunnelEntropy bits in a
-	// byte on. Random base32 has about as many at that length and 4.7 at 90 bytes, the longest names
-	// that load balancers are given 4.4, hexadecimal digits at most 4.
-	tunnelLong    = 56
-	tunnelEntropy = 4.5
+	// tunnelLong is from how many bytes on a part's entropy tells something. Random
+	// base32 has about 4.5 bits in a byte at that length and 4.7 at 90 bytes, the
+	// longest names that load balancers are given 4.4, hexadecimal digits at most 4.
+	tunnelLong = 56
 
 	// tunnelPatterns bounds the patterns that are remembered.
 	tunnelPatterns = 4096
@@ -61,13 +59,13 @@ type tunnels struct {
 type patternNames struct {
 	since    time.Time // when this minute began
 	now, old map[uint64]struct{}
-	fresh    int // of now, those that are not in old; at most tunnelNames
+	fresh    int // of now, those that are not in old; at most maxNamesPerMinute
 }
 
 // admit says whether name, which matched pattern, may be asked for. Without a
 // pattern, where the policy lets every name be asked, it is the name's last two
-// labels that count as one.
-func (t *tunnels) admit(pattern, name string, now time.Time) tunnelReason {
+// labels that count as one. The bounds are a policy's, defaults filled in.
+func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) tunnelReason {
 	if pattern == "" {
 		pattern = "**." + name
 		if i := strings.LastIndexByte(name, '.'); i > 0 {
@@ -79,15 +77,15 @@ func (t *tunnels) admit(pattern, name string, now time.Time) tunnelReason {
 		return tunnelOpen // an exact name
 	}
 	part := strings.TrimSuffix(name, suffix)
-	if len(part) > tunnelPart {
+	if len(part) > bounds.MaxWildcardLength {
 		return tunnelTooLong
 	}
 	for label := range strings.SplitSeq(part, ".") {
-		if len(label) > tunnelLabel {
+		if len(label) > bounds.MaxLabelLength {
 			return tunnelTooLong
 		}
 	}
-	if len(part) >= tunnelLong && entropy(part) >= tunnelEntropy {
+	if len(part) >= tunnelLong && entropy(part) >= bounds.MaxWildcardEntropy {
 		return tunnelRandom
 	}
 	t.mu.Lock()
@@ -101,7 +99,7 @@ func (t *tunnels) admit(pattern, name string, now time.Time) tunnelReason {
 		return tunnelOpen
 	}
 	if _, known := p.old[h]; !known {
-		if p.fresh >= tunnelNames {
+		if p.fresh >= bounds.MaxNamesPerMinute {
 			return tunnelTooMany
 		}
 		p.fresh++

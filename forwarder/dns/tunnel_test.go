@@ -9,7 +9,15 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"sluice/policy"
 )
+
+// defaults are the bounds of a policy that sets none.
+var defaults = policy.DNS{
+	MaxLabelLength: policy.DefaultMaxLabelLength, MaxWildcardLength: policy.DefaultMaxWildcardLength,
+	MaxWildcardEntropy: policy.DefaultMaxWildcardEntropy, MaxNamesPerMinute: policy.DefaultMaxNamesPerMinute,
+}
 
 func TestTunnelBounds(t *testing.T) {
 	random := make([]byte, 80)
@@ -25,8 +33,8 @@ func TestTunnelBounds(t *testing.T) {
 		{"a load balancer's name passes", "**.aws.test", "k8s-ingressn-ingressn-1a2b3c4d5e-0123456789abcdef.elb.us-east-1.aws.test", tunnelOpen},
 		{"a hash passes", "*.a.test", "d41d8cd98f00b204e9800998ecf8427e.a.test", tunnelOpen},
 		{"a UUID passes", "*.a.test", "6ba7b810-9dad-11d1-80b4-00c04fd430c8.a.test", tunnelOpen},
-		{"a label that is too long does not", "*.a.test", strings.Repeat("a", tunnelLabel+1) + ".a.test", tunnelTooLong},
-		{"one that is just short enough does", "*.a.test", strings.Repeat("a", tunnelLabel) + ".a.test", tunnelOpen},
+		{"a label that is too long does not", "*.a.test", strings.Repeat("a", policy.DefaultMaxLabelLength+1) + ".a.test", tunnelTooLong},
+		{"one that is just short enough does", "*.a.test", strings.Repeat("a", policy.DefaultMaxLabelLength) + ".a.test", tunnelOpen},
 		{"many labels that are too long together do not", "**.a.test", strings.Repeat("abcdefghi.", 11) + "a.test", tunnelTooLong},
 		{"what looks encoded does not", "**.a.test", encoded[:50] + "." + encoded[50:95] + ".a.test", tunnelRandom},
 		{"an exact name is what it is", strings.Repeat("a", 63) + ".test", strings.Repeat("a", 63) + ".test", tunnelOpen},
@@ -35,7 +43,7 @@ func TestTunnelBounds(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.about, func(t *testing.T) {
 			var b tunnels
-			if got := b.admit(row.pattern, row.name, time.Unix(0, 0)); got != row.want {
+			if got := b.admit(defaults, row.pattern, row.name, time.Unix(0, 0)); got != row.want {
 				t.Errorf("%s: %q, want %q", row.name, got, row.want)
 			}
 		})
@@ -46,32 +54,32 @@ func TestTunnelNames(t *testing.T) {
 	var b tunnels
 	now := time.Unix(0, 0)
 	ask := func(pattern string, i int) tunnelReason {
-		return b.admit(pattern, fmt.Sprintf("n%d%s", i, strings.TrimLeft(pattern, "*")), now)
+		return b.admit(defaults, pattern, fmt.Sprintf("n%d%s", i, strings.TrimLeft(pattern, "*")), now)
 	}
-	for i := range tunnelNames {
+	for i := range policy.DefaultMaxNamesPerMinute {
 		if r := ask("*.a.test", i); r != tunnelOpen {
 			t.Fatalf("name %d: %s", i, r)
 		}
 	}
-	if r := ask("*.a.test", tunnelNames); r != tunnelTooMany {
+	if r := ask("*.a.test", policy.DefaultMaxNamesPerMinute); r != tunnelTooMany {
 		t.Errorf("one more in a minute: %q", r)
 	}
 	if r := ask("*.a.test", 7); r != tunnelOpen {
 		t.Errorf("a name asked for before: %q", r)
 	}
-	if r := ask("*.b.test", tunnelNames); r != tunnelOpen {
+	if r := ask("*.b.test", policy.DefaultMaxNamesPerMinute); r != tunnelOpen {
 		t.Errorf("another pattern: %q", r)
 	}
 	now = now.Add(tunnelMinute)
-	for i := range tunnelNames { // those of the last minute cost nothing, as many new ones pass
-		if r := ask("*.a.test", tunnelNames+i); r != tunnelOpen {
+	for i := range policy.DefaultMaxNamesPerMinute { // those of the last minute cost nothing, as many new ones pass
+		if r := ask("*.a.test", policy.DefaultMaxNamesPerMinute+i); r != tunnelOpen {
 			t.Fatalf("name %d in the next minute: %s", i, r)
 		}
 		if r := ask("*.a.test", i); r != tunnelOpen {
 			t.Fatalf("name %d again in the next minute: %s", i, r)
 		}
 	}
-	if r := ask("*.a.test", 2*tunnelNames); r != tunnelTooMany {
+	if r := ask("*.a.test", 2*policy.DefaultMaxNamesPerMinute); r != tunnelTooMany {
 		t.Errorf("one more in the next minute: %q", r)
 	}
 	for i := range tunnelPatterns + 10 {
@@ -83,6 +91,28 @@ func TestTunnelNames(t *testing.T) {
 	now = now.Add(2 * tunnelMinute)
 	if r := ask("*.late.test", 0); r != tunnelOpen || len(b.patterns) != 1 {
 		t.Errorf("after all are old: %q, %d remembered", r, len(b.patterns))
+	}
+}
+
+// What a policy sets is what holds.
+func TestTunnelBoundsAreThePolicys(t *testing.T) {
+	g := newGate(t, gatedPolicy+"  dns: {maxLabelLength: 10, maxWildcardLength: 15, maxWildcardEntropy: 1, maxNamesPerMinute: 3}\n", says())
+	for i, row := range []struct {
+		name    string
+		refused uint64
+	}{
+		{"abcdefghijk.deep.test", 1}, {"abcdefgh.abcdefg.deep.test", 2}, {"abcdefghij.deep.test", 2}, {"b.deep.test", 2}, {"c.deep.test", 2}, {"d.deep.test", 3},
+	} {
+		packet(g.Resolver, ask(t, row.name, dns.TypeA))
+		if n := g.Stats().RefusedTunnel; n != row.refused {
+			t.Errorf("%d: after %s, %d are refused, not %d", i, row.name, n, row.refused)
+		}
+	}
+	wide := newGate(t, gatedPolicy+"  dns: {maxLabelLength: 63, maxWildcardLength: 253, maxWildcardEntropy: 1}\n", says())
+	packet(wide.Resolver, ask(t, strings.Repeat("ab", 30)+".deep.test", dns.TypeA))
+	packet(wide.Resolver, ask(t, strings.Repeat("a", 60)+".deep.test", dns.TypeA))
+	if n := wide.Stats().RefusedTunnel; n != 1 {
+		t.Errorf("of two long names under one bit of entropy, %d are refused, not one", n)
 	}
 }
 
@@ -99,7 +129,7 @@ func TestATunnelIsNarrow(t *testing.T) {
 		rand.Read(random)
 		packet(g.Resolver, ask(t, fmt.Sprintf("%x.%x.deep.test", random[:10], random[10:]), dns.TypeA))
 	}
-	if s := g.Stats(); out > tunnelNames*tunnelPart || s.RefusedTunnel != 2000-tunnelNames {
+	if s := g.Stats(); out > policy.DefaultMaxNamesPerMinute*policy.DefaultMaxWildcardLength || s.RefusedTunnel != 2000-policy.DefaultMaxNamesPerMinute {
 		t.Errorf("%d bytes got out, %d questions were refused", out, s.RefusedTunnel)
 	}
 }

@@ -45,6 +45,7 @@ const (
 	msgReady     = "ready"     // ← confined and running
 	msgAck       = "ack"       // ← the message of that sequence number took effect, or Error
 
+	msgGrant       = "grant"        // ← grantMessage: remember it for the next worker
 	msgWantSocket4 = "want-socket4" // ← hand over one more guest socket
 	msgWantSocket6 = "want-socket6" // ←
 )

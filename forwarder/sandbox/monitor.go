@@ -17,6 +17,7 @@ import (
 	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -46,6 +47,8 @@ type monitor struct {
 	listener  *net.UnixListener // the control server's
 	memory    *os.File          // where workers note flows for their successors
 	takeovers chan takeover
+
+	grants *policy.Names // what workers granted, for their successors
 
 	// socketWants holds a token per socket being made for the worker.
 	socketWants chan struct{}
@@ -128,7 +131,7 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 			return nil, err
 		}
 	}
-	l := newWorkerLink(p, m.giveSocket)
+	l := newWorkerLink(p, m.giveSocket, m.grants)
 	if m.att != nil {
 		// Before it is told anything: its memory is the pod's from the first page on.
 		if err := joinCgroups(m.att.WorkerCgroups, p.cmd.Pid); err != nil {
@@ -188,6 +191,7 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 		w, fds = m.sandboxConfig()
 	}
 	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
+	w.Grants = keptGrants(m.grants, time.Now())
 	w.HasRaw4, w.HasRaw6, w.HasFlowLog = m.raw[0] >= 0, m.raw[1] >= 0, m.flowLog != nil
 	w.MemoryLimit = cgroupMemory() / 10 * 9
 	for _, fd := range m.raw {

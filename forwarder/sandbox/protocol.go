@@ -33,6 +33,7 @@ type workerConfig struct {
 
 	Upstreams dns.Upstreams           `json:"upstreams"`
 	Hosts     map[string][]netip.Addr `json:"hosts,omitempty"`
+	Grants    []grantMessage          `json:"grants,omitempty"` // of the worker before
 	Rules     rulesMessage            `json:"rules"`
 	Sysctls   map[string]string       `json:"sysctls,omitempty"`
 

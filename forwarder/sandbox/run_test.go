@@ -226,7 +226,7 @@ func TestControlMethodsOfTheWorker(t *testing.T) {
 	r := start(t, Config{})
 	var stats api.StatsResult
 	r.call(t, api.MethodStats, nil, &stats)
-	for _, part := range []string{"link", "table", "dns", "forwarder", "log"} {
+	for _, part := range []string{"link", "table", "dns", "names", "forwarder", "log"} {
 		if !json.Valid(stats.Stats[part]) {
 			t.Errorf("stats have no %s: %v", part, stats.Stats)
 		}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"slices"
@@ -117,6 +118,9 @@ func fakeWorker(fate string) int {
 		ch.f.Write([]byte("not a message"))
 		select {}
 	}
+	if m, ok := strings.CutPrefix(fate, "grants "); ok {
+		_ = ch.Send(msgGrant, 0, json.RawMessage(m))
+	}
 	_ = ch.Send(msgReady, 0, nil)
 	for {
 		m, fds, err := ch.Receive()
@@ -148,7 +152,7 @@ func startFake(t *testing.T, fate string) (*workerLink, *[]string) {
 		&syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, func(l string) { *lines = append(*lines, l) })
 	must(t, err)
 	t.Cleanup(p.kill)
-	l := newWorkerLink(p, func(*workerLink, bool) {})
+	l := newWorkerLink(p, func(*workerLink, bool) {}, newKeptGrants())
 	must(t, l.post(msgConfig, workerConfig{}))
 	return l, lines
 }

@@ -238,10 +238,10 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		}
 	}
 	w.dial = newUpstreamDialer(c.Upstreams)
-	w.names = newNames(c.Hosts, w.log)
+	w.names = newNames(c.Hosts, c.Grants, w.log)
 	w.dns, err = dns.New(dns.Config{
 		Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log,
-		Rules: w.rules.Load, Names: w.names, Tell: w.flows.asked,
+		Rules: w.rules.Load, Names: toldGrants{w.names, w.tellGrant}, Tell: w.flows.asked,
 	})
 	if err != nil {
 		return err

@@ -181,6 +181,7 @@ func (w *worker) stats() (api.StatsResult, error) {
 	r := api.StatsResult{Stats: make(map[string]json.RawMessage)}
 	parts := map[string]any{
 		"link":      w.link.Stats(),
+		"names":     w.names.Stats(),
 		"table":     w.table.Stats(),
 		"dns":       w.dns.Stats(),
 		"forwarder": w.fwd.Stats(),

@@ -1,10 +1,13 @@
 package sandbox
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
 	"time"
+
+	"sluice/policy"
 )
 
 // workerLink is one living worker as the monitor sees it: requests go down the
@@ -23,6 +26,7 @@ type workerLink struct {
 	// wantSocket is told that the worker would like one more socket of the
 	// guest's namespace.
 	wantSocket func(l *workerLink, v6 bool)
+	grants     *policy.Names // what its workers granted
 }
 
 var errWorkerGone = errors.New("the worker is not running")
@@ -31,8 +35,8 @@ var errWorkerGone = errors.New("the worker is not running")
 // addresses, well under a second.
 const ackTimeout = 5 * time.Second
 
-func newWorkerLink(p *process, wantSocket func(*workerLink, bool)) *workerLink {
-	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket}
+func newWorkerLink(p *process, wantSocket func(*workerLink, bool), grants *policy.Names) *workerLink {
+	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket, grants: grants}
 	go l.readLoop()
 	return l
 }
@@ -52,6 +56,13 @@ func (l *workerLink) readLoop() {
 				l.acked(m)
 			case m.Type == msgWantSocket4, m.Type == msgWantSocket6:
 				l.wantSocket(l, m.Type == msgWantSocket6)
+			case m.Type == msgGrant:
+				var g grantMessage
+				if err = json.Unmarshal(m.Body, &g); err != nil {
+					err = errProtocol
+				} else {
+					err = g.take(l.grants, time.Now())
+				}
 			default:
 				err = errProtocol
 			}

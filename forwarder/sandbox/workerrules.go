@@ -2,8 +2,6 @@ package sandbox
 
 import (
 	"fmt"
-	"log/slog"
-	"net/netip"
 	"time"
 
 	"sluice/forwarder/sandbox/api"
@@ -14,22 +12,6 @@ import (
 // with each question, the forwarder is given them and cuts what they refuse. What
 // the resolver granted under the rules before them stays granted, and counts as
 // far as they allow the name.
-
-// newNames makes the table of grants. The hosts that the sandbox was given are in
-// it for good: they stand in its /etc/hosts, so that nobody asks for them.
-func newNames(hosts map[string][]netip.Addr, log *slog.Logger) *policy.Names {
-	names := policy.NewNames(policy.NamesConfig{})
-	for host, addrs := range hosts {
-		name, err := policy.NormalizeName(host)
-		if err == nil {
-			err = names.Pin(name, addrs)
-		}
-		if err != nil {
-			log.Warn(fmt.Sprintf("no rule by domain will match the host entry %q: %v", host, err))
-		}
-	}
-	return names
-}
 
 // setRules puts rules in force. They reset the table's limits: those that were
 // set by hand since, and that the policy leaves open, are set again.

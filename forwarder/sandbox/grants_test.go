@@ -1,0 +1,75 @@
+package sandbox
+
+import (
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"sluice/policy"
+)
+
+func TestTheNextWorkerHasTheGrants(t *testing.T) {
+	now := time.Now()
+	addr, other := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	monitors := newKeptGrants()
+	worker := newNames(map[string][]netip.Addr{"pinned.test": {other}}, nil, slog.New(slog.DiscardHandler))
+	worker.Configure(policy.NamesConfig{TTLFloor: time.Minute, TTLCap: time.Hour})
+	told := toldGrants{worker, func(g grantMessage) error { return g.take(monitors, now) }}
+	for name, ttl := range map[string]time.Duration{"short.test": 0, "long.test": 48 * time.Hour} {
+		if err := told.Grant(name, []netip.Addr{addr, other}, ttl, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if told.Grant("Not.Normal", []netip.Addr{addr}, time.Hour, now) == nil {
+		t.Error("a name that is none is granted")
+	}
+	kept := keptGrants(monitors, now)
+	if len(kept) != 4 {
+		t.Errorf("%d grants are kept, not 4: %+v", len(kept), kept)
+	}
+	next := newNames(nil, keptGrants(monitors, now.Add(30*time.Second)), slog.New(slog.DiscardHandler))
+	for _, row := range []struct {
+		name string
+		in   time.Duration
+		want bool
+	}{
+		// Half a minute was over when the next one began.
+		{"short.test", 25 * time.Second, true}, {"short.test", 35 * time.Second, false},
+		{"long.test", 59 * time.Minute, true}, {"long.test", time.Hour, false},
+		{"pinned.test", 0, false}, // everyone pins its own
+	} {
+		if got := next.Holds(row.name, other, time.Now().Add(row.in)); got != row.want {
+			t.Errorf("%s after %v: granted %v", row.name, row.in, got)
+		}
+	}
+}
+
+func TestGrantsOfAWorkerAreLookedAt(t *testing.T) {
+	for _, row := range []struct {
+		about, body string
+		killed      bool
+	}{
+		{"a grant is remembered", `{"name":"a.test","addrs":["192.0.2.1"],"ttl":60000000000}`, false},
+		{"one of no name is not", `{"name":"A..test","addrs":["192.0.2.1"],"ttl":60000000000}`, true},
+		{"nor one of no address", `{"name":"a.test","addrs":[],"ttl":60000000000}`, true},
+		{"nor one of no time", `{"name":"a.test","addrs":["192.0.2.1"],"ttl":-1}`, true},
+		{"nor what is none", `[1]`, true},
+	} {
+		t.Run(row.about, func(t *testing.T) {
+			l, _ := startFake(t, "grants "+row.body)
+			if row.killed {
+				<-l.ended()
+			} else {
+				<-l.ready
+			}
+			want := 1
+			if row.killed {
+				want = 0
+			}
+			if s := l.grants.Stats(); s.Grants != want {
+				t.Errorf("%d grants", s.Grants)
+			}
+		})
+	}
+}
