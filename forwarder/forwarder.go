@@ -364,12 +364,26 @@ func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 // Stats returns the counters by name.
 func (f *Forwarder) Stats() map[string]uint64 {
 	m := f.stats.snapshot()
-	ip := f.stack.Stats().IP
+	ip, icmp := f.stack.Stats().IP, f.stack.Stats().ICMP
 	m["stack_malformed_packets"] = ip.MalformedPacketsReceived.Value()
 	m["stack_malformed_fragments"] = ip.MalformedFragmentsReceived.Value()
+	// What the stack takes of ICMP ends there: errors about nothing, and what only a router answers.
+	m["stack_icmp_consumed"] = sumOf(icmp.V4.PacketsReceived.DstUnreachable, icmp.V4.PacketsReceived.SrcQuench, icmp.V4.PacketsReceived.Redirect,
+		icmp.V4.PacketsReceived.TimeExceeded, icmp.V4.PacketsReceived.ParamProblem, icmp.V4.PacketsReceived.Timestamp, icmp.V4.PacketsReceived.TimestampReply,
+		icmp.V4.PacketsReceived.InfoRequest, icmp.V4.PacketsReceived.InfoReply, icmp.V6.PacketsReceived.DstUnreachable, icmp.V6.PacketsReceived.PacketTooBig,
+		icmp.V6.PacketsReceived.TimeExceeded, icmp.V6.PacketsReceived.ParamProblem, icmp.V6.PacketsReceived.RedirectMsg)
+	// Headers that the stack answers with a parameter problem, such as a route behind others.
+	m["stack_parameter_problems"] = sumOf(icmp.V4.PacketsSent.ParamProblem, icmp.V6.PacketsSent.ParamProblem)
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m
+}
+
+func sumOf(counters ...*tcpip.StatCounter) (sum uint64) {
+	for _, c := range counters {
+		sum += c.Value()
+	}
+	return sum
 }
 
 // forResolver tells whether a query to dst is answered by DNSHandler: at the DNS

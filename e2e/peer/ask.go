@@ -36,49 +36,65 @@ func ask(args []string) error {
 	}
 	defer conn.Close()
 	r := askedMany{Codes: map[string]int{}}
+	answered := make(chan *dns.Msg)
+	go func() { // ends with the socket, or timeout after the last answer
+		defer close(answered)
+		buf := make([]byte, 1<<16)
+		for {
+			conn.SetReadDeadline(time.Now().Add(*timeout))
+			n, err := conn.Read(buf)
+			if err != nil {
+				return
+			}
+			m := new(dns.Msg)
+			if m.Unpack(buf[:n]) == nil {
+				answered <- m
+			}
+		}
+	}()
 	answers := 0
-	buf := make([]byte, 1<<16)
-	read := func() bool {
-		conn.SetReadDeadline(time.Now().Add(*timeout))
-		n, err := conn.Read(buf)
-		if err != nil {
-			return false
-		}
-		var m dns.Msg
-		if m.Unpack(buf[:n]) != nil {
-			return true
-		}
-		answers++
-		r.Codes[dns.RcodeToString[m.Rcode]]++
-		for _, rr := range m.Answer {
-			switch rr.(type) {
-			case *dns.A, *dns.AAAA:
-				r.Addrs++
+	for i := 0; answers < *count; {
+		if i < *count && (*ahead == 0 || i-answers < *ahead) {
+			m := new(dns.Msg)
+			m.SetQuestion(strings.ReplaceAll(name, "%d", fmt.Sprint(i))+".", dns.StringToType[*qtype])
+			m.SetEdns0(4096, false)
+			b, err := m.Pack()
+			if err != nil {
+				return err
 			}
-		}
-		return true
-	}
-	for i := range *count {
-		m := new(dns.Msg)
-		m.SetQuestion(strings.ReplaceAll(name, "%d", fmt.Sprint(i))+".", dns.StringToType[*qtype])
-		m.SetEdns0(4096, false)
-		b, err := m.Pack()
-		if err != nil {
-			return err
-		}
-		if _, err := conn.Write(b); err != nil {
-			return fmt.Errorf("asking question %d: %w", i, err)
-		}
-		r.Sent++
-		for *ahead > 0 && r.Sent-answers >= *ahead {
-			if !read() {
-				say(r)
-				return nil
+			if _, err := conn.Write(b); err != nil {
+				return fmt.Errorf("asking question %d: %w", i, err)
 			}
+			i++
+			r.Sent++
+			select {
+			case m, ok := <-answered:
+				answers += r.count(m, ok)
+			default:
+			}
+			continue
 		}
-	}
-	for answers < r.Sent && read() {
+		m, ok := <-answered
+		if !ok {
+			break
+		}
+		answers += r.count(m, ok)
 	}
 	say(r)
 	return nil
+}
+
+// count takes in an answer, if there is one.
+func (r *askedMany) count(m *dns.Msg, ok bool) int {
+	if !ok {
+		return 0
+	}
+	r.Codes[dns.RcodeToString[m.Rcode]]++
+	for _, rr := range m.Answer {
+		switch rr.(type) {
+		case *dns.A, *dns.AAAA:
+			r.Addrs++
+		}
+	}
+	return 1
 }
