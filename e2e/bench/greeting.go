@@ -36,6 +36,14 @@ const (
 	answerHead   = "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 )
 
+// greetings are what is spoken to rules by domain.
+func greetings(short bool) []string {
+	if short {
+		return []string{speaksTLS}
+	}
+	return []string{speaksTLS, speaksHTTP}
+}
+
 // greeting is what a client of the protocol says first; nothing for "". body is the
 // length of a request's body.
 func greeting(speaks string, body int) ([]byte, error) {

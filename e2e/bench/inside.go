@@ -56,7 +56,7 @@ func inside() error {
 		}
 	}
 	if o.Short {
-		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6 and %d connections in a row, and measures the limits once", manyConnects))
+		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6, HTTP and %d connections in a row, and measures the limits once", manyConnects))
 	}
 	measure(f, res, probes, o, begun)
 	f.describe(res)

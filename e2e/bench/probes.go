@@ -101,7 +101,7 @@ func allProbes(short bool) []probe {
 		out = append(out, p)
 	}
 	out = append(out, costs("cost/", request{}, t, ours, withRules, withLog)...)
-	for _, speaks := range []string{speaksTLS, speaksHTTP} {
+	for _, speaks := range greetings(short) {
 		// Off, too, the greeting is sent, so that both carry the same bytes.
 		out = append(out, costs("cost/"+speaks+"/", request{Addr: farNamed, Speaks: speaks}, t, ours, withDomains)...)
 	}

@@ -121,7 +121,7 @@ func targets(short bool) []target {
 			ts = append(ts, t)
 		}
 	}
-	for _, speaks := range []string{speaksTLS, speaksHTTP} {
+	for _, speaks := range greetings(short) {
 		for _, c := range []struct {
 			cell  string
 			bound float64
