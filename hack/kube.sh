@@ -286,12 +286,9 @@ namer_asks() {
 		[ "$(in_namer 'curl -gsS -m 5 "http://$1:8080/hostname"' $host.default.svc.cluster.local)" = web ] || { echo "$1: no answer of $host"; return 1; }
 	done
 	for host in "$(address web 4)" "$(bracket "$(address web 6)")" "$(service web)" kubernetes.default.svc.cluster.local; do
-		if in_namer 'curl -fgsS -m 5 "http://$1:8080/hostname"' "$host" 2>"$work/refused"; then
-			echo "$1: $host is let through"
-			return 1
-		fi
+		! in_namer 'curl -fgsS -m 5 "http://$1:8080/hostname"' "$host" 2>"$work/refused" || { echo "$1: $host is let through"; return 1; }
 	done
-	if in_namer 'curl -fsS -m 5 -H "Host: $1" "http://$2:8080/hostname"' kubernetes.default.svc.cluster.local web.default.svc.cluster.local; then
+	if in_namer 'curl -fsS -m 5 -H "Host: $1" "http://$2:8080/hostname"' kubernetes.default.svc.cluster.local web.default.svc.cluster.local 2>"$work/refused"; then
 		echo "$1: another name in the request is let through"
 		return 1
 	fi
