@@ -11,8 +11,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -155,53 +153,6 @@ func TestGateOpensForANameOnly(t *testing.T) {
 		ok(t, sb, 10*time.Second, "dig", "+short", "@"+other4, "+tcp", "pypi.test").wantOut(t, far4)
 		if out := zone.result("").out; strings.Contains(strings.ToLower(out), "evil") {
 			t.Errorf("it was asked upstream\n%s", out)
-		}
-	})
-}
-
-// An index as pip reads it, and files on another host; a repository over its protocols.
-func TestGateClients(t *testing.T) {
-	area(t, "gate.clients", "curl", "nginx", "git")
-	w := newWorld(t)
-	w.zone(t, gateZone...)
-	dir := nginx(t, w.far, 8080, true)
-	www := filepath.Join(dir, "www")
-	for _, d := range []string{"simple/demo", "packages"} {
-		if err := os.MkdirAll(filepath.Join(www, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	os.WriteFile(filepath.Join(www, "simple/demo/index.html"), []byte(`<a href="https://a.files.test:8443/packages/demo-1.0.tar.gz">demo-1.0.tar.gz</a>`), 0o644)
-	os.WriteFile(filepath.Join(www, "packages/demo-1.0.tar.gz"), []byte("a package\n"), 0o644)
-	work, repo := t.TempDir(), filepath.Join(www, "repo.git")
-	ok(t, w.far, 20*time.Second, "sh", "-ec", fmt.Sprintf(`
-cd %s
-git init -q -b main
-echo data >data
-git add data
-git -c user.name=t -c user.email=t@t.test commit -q -m one
-git clone -q --bare . %s
-git -C %[2]s update-server-info`, work, repo))
-	daemon := w.far.start(t, "git", "daemon", "--export-all", "--reuseaddr", "--base-path="+www, "--verbose")
-	daemon.waitStream(t, &daemon.err, 5*time.Second, "ready git daemon", func(s string) bool { return strings.Contains(s, "Ready to rumble") })
-	log := filepath.Join(t.TempDir(), "flows")
-	sb := w.host.sandbox(t, "--policy", policyFile(t, gateSpec), "--flow-log", log)
-	t.Run("an index and its files", func(t *testing.T) {
-		ok(t, sb, 20*time.Second, "sh", "-ec", `
-link=$(curl -sSkL https://pypi.test:8443/simple/demo/ | sed 's/.*href="\([^"]*\)".*/\1/')
-curl -sSkL "$link"`).wantOut(t, "a package")
-	})
-	for _, u := range []string{"http://git.test:8080/repo.git", "git://git.test/repo.git"} {
-		t.Run("git clone "+u, func(t *testing.T) {
-			ok(t, sb, 30*time.Second, "sh", "-ec", `d=$(mktemp -d); git clone -q "$0" "$d/r"; cat "$d/r/data"; rm -r "$d"`, u).wantOut(t, "data")
-		})
-	}
-	t.Run("what they do not need stays closed", func(t *testing.T) {
-		if r := run(t, sb, 10*time.Second, "git", "ls-remote", "git://"+other4+"/repo.git"); r.status == 0 {
-			t.Errorf("an address that nobody granted answers\n%s", r)
-		}
-		if r := run(t, sb, 10*time.Second, "git", "ls-remote", "git://evil.test/repo.git"); r.status == 0 {
-			t.Errorf("a name that no rule has answers\n%s", r)
 		}
 	})
 }

@@ -52,8 +52,7 @@ func forgers(t *testing.T, h *hostile, v6 bool) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var why string
-	why = sb.refused(t, "upstreamIgnored", func() {
+	why := sb.refused(t, "upstreamIgnored", func() {
 		p := sb.start(t, "dig", "+short", "+tries=1", "+time=20", "held.test", pick(v6, "A", "AAAA"))
 		zone.waitText(t, `"asked"`, 10*time.Second)
 		f := h.forger(t, v6, at(scene(v6), 53), string(payload), "-ids", "-first", fmt.Sprint(first), "-ports", fmt.Sprint(ports), "-count", fmt.Sprint(count))

@@ -103,7 +103,11 @@ func flip(t *testing.T, h *hostile, v6 bool) string {
 		return strings.Count(strings.ToLower(h.zone.result("").out), fmt.Sprintf(`"name":"%s.","type":"%s"`, name, strings.ToLower(qtype)))
 	}
 	to := pick(v6, far4, far6)
-	if ask() != to && ask() != to {
+	turns := []string{ask(), ""}
+	if turns[0] != to {
+		turns[1] = ask()
+	}
+	if !contains(turns, to) {
 		t.Fatal("the name does not resolve to the server every other time")
 	}
 	before := asked()

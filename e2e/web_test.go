@@ -82,7 +82,7 @@ func certificate(t *testing.T, dir string) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "web.test"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"web.test"}, IPAddresses: []net.IP{net.ParseIP(far4), net.ParseIP(far6)},
+		DNSNames: []string{"web.test", "pypi.test", "a.files.test", "git.test"}, IPAddresses: []net.IP{net.ParseIP(far4), net.ParseIP(far6)},
 		IsCA: true, BasicConstraintsValid: true,
 	}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)

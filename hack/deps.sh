@@ -6,6 +6,7 @@ set -euo pipefail
 
 # program=package
 needed='
+/usr/bin/pip3=python3-pip
 /usr/lib/cni/ptp=containernetworking-plugins
 busybox=busybox
 conmon=conmon
