@@ -148,7 +148,7 @@ func startFake(t *testing.T, fate string) (*workerLink, *[]string) {
 		&syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, func(l string) { *lines = append(*lines, l) })
 	must(t, err)
 	t.Cleanup(p.kill)
-	l := newWorkerLink(p, func(*workerLink, bool) {})
+	l := newWorkerLink(p, func(*workerLink, bool) {}, nil)
 	must(t, l.post(msgConfig, workerConfig{}))
 	return l, lines
 }

@@ -23,6 +23,8 @@ type workerLink struct {
 	// wantSocket is told that the worker would like one more socket of the
 	// guest's namespace.
 	wantSocket func(l *workerLink, v6 bool)
+	// wantFlowLog is told that the worker's flow log is full.
+	wantFlowLog func(l *workerLink)
 }
 
 var errWorkerGone = errors.New("the worker is not running")
@@ -31,8 +33,8 @@ var errWorkerGone = errors.New("the worker is not running")
 // addresses, well under a second.
 const ackTimeout = 5 * time.Second
 
-func newWorkerLink(p *process, wantSocket func(*workerLink, bool)) *workerLink {
-	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket}
+func newWorkerLink(p *process, wantSocket func(*workerLink, bool), wantFlowLog func(*workerLink)) *workerLink {
+	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket, wantFlowLog: wantFlowLog}
 	go l.readLoop()
 	return l
 }
@@ -52,6 +54,8 @@ func (l *workerLink) readLoop() {
 				l.acked(m)
 			case m.Type == msgWantSocket4, m.Type == msgWantSocket6:
 				l.wantSocket(l, m.Type == msgWantSocket6)
+			case m.Type == msgWantFlowLog:
+				l.wantFlowLog(l)
 			default:
 				err = errProtocol
 			}
