@@ -218,7 +218,7 @@ func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
 	}
 	m := &monitor{
 		cfg: Config{Name: cfg.Name, Version: cfg.Version, FlowLog: cfg.FlowLog, Stderr: cfg.Stderr},
-		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, flowLogWants: make(chan struct{}, 1),
+		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1},
 		takeovers: make(chan takeover),
 	}
 	m.log = newLogRing(time.Now, m.echo)

@@ -349,26 +349,28 @@ func (l *flowFile) lock() error {
 // nextFlowLog answers a worker whose file is full. It is called by the link's reader and
 // must not block that.
 func (m *monitor) nextFlowLog(l *workerLink) {
-	if m.flowLog == nil {
-		return
-	}
-	select {
-	case m.flowLogWants <- struct{}{}:
-	default:
-		return // it has asked, and will be answered
+	if m.flowLog == nil || l.logWants.Add(1) > 1 {
+		return // whoever sees to the wish before this one sees to this, too
 	}
 	// Ends with what the file system takes for some renames; flowFile.close waits for that.
 	go func() {
-		defer func() { <-m.flowLogWants }()
-		if m.flowLog.rotate() == nil {
-			if f, err := m.flowLog.dup(); err == nil {
-				defer f.Close()
-				_ = l.post(msgFlowLog, nil, fdOf(f))
-				return
-			}
+		for seen := int64(1); seen > 0; seen = l.logWants.Add(-seen) {
+			seen = l.logWants.Load()
+			m.giveFlowLog(l)
 		}
-		_ = l.post(msgFlowLog, nil) // it writes on
 	}()
+}
+
+// giveFlowLog hands the next file to a worker, or tells it that there is none.
+func (m *monitor) giveFlowLog(l *workerLink) {
+	if m.flowLog.rotate() == nil {
+		if f, err := m.flowLog.dup(); err == nil {
+			defer f.Close()
+			_ = l.post(msgFlowLog, nil, fdOf(f))
+			return
+		}
+	}
+	_ = l.post(msgFlowLog, nil) // it writes on
 }
 
 // reopenFlowLog has the flow log written to what is now at its path. When it returns, the

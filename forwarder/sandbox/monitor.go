@@ -49,8 +49,6 @@ type monitor struct {
 
 	// socketWants holds a token per socket being made for the worker.
 	socketWants chan struct{}
-	// flowLogWants holds a token while the worker's wish for the next file is seen to.
-	flowLogWants chan struct{}
 
 	// change serialises what alters a worker's world: starting one, and rules,
 	// upstreams, ports and tunables while one runs. Each change is stored here

@@ -34,7 +34,7 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	if err != nil {
 		return guest.StatusOurs, err
 	}
-	m := &monitor{cfg: cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, flowLogWants: make(chan struct{}, 1), socketWants: make(chan struct{}, maxSocketWants)}
+	m := &monitor{cfg: cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, socketWants: make(chan struct{}, maxSocketWants)}
 	m.ports.open = listenOn
 	m.log = newLogRing(time.Now, m.echo)
 	exit, err = m.run(ctx)

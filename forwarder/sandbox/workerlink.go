@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,6 +26,7 @@ type workerLink struct {
 	wantSocket func(l *workerLink, v6 bool)
 	// wantFlowLog is told that the worker's flow log is full.
 	wantFlowLog func(l *workerLink)
+	logWants    atomic.Int64 // such wishes that are not answered yet
 }
 
 var errWorkerGone = errors.New("the worker is not running")
