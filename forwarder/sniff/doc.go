@@ -71,7 +71,7 @@ func Stream(p []byte) (s Seen, need int, err error) {
 	case p[0] == recordHandshake:
 		s, need, err = clientHello(p)
 	case hasPrefix(p, preface):
-		s, need, err = http2(p)
+		s, need, err = firstStream(p)
 	default:
 		s, need, err = firstRequest(p)
 	}

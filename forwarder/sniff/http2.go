@@ -223,8 +223,8 @@ func (f *Frames) decode(p []byte) error {
 	return nil
 }
 
-// http2 reads the first request of a connection.
-func http2(p []byte) (Seen, int, error) {
+// firstStream reads the first request of a connection.
+func firstStream(p []byte) (Seen, int, error) {
 	seen := Seen{Kind: HTTP2}
 	if len(p) < len(preface) {
 		return seen, len(preface), nil
