@@ -164,6 +164,9 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if spec.Addrs = link.prefixes(); len(spec.Addrs) == 0 {
 		return fmt.Errorf("%s has no address: the main plugin must give it one", ad.args.IfName)
 	}
+	if spec.Resolvers, err = ad.c.resolversFor(ad.result, spec.Addrs); err != nil {
+		return err
+	}
 	if spec.Device.MTU == 0 {
 		spec.Device.MTU = min(max(link.MTU, tun.MinMTU), tun.MaxMTU)
 	}

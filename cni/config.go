@@ -41,6 +41,9 @@ type Config struct {
 	// is given one. Otherwise it is open, as in a cluster without policies.
 	FailClosed bool `json:"failClosed,omitempty"`
 
+	// Resolvers are asked for the names that a pod's policy allows (resolvers.go).
+	Resolvers resolverList `json:"resolvers,omitempty"`
+
 	Mode   string   `json:"mode,omitempty"` // "tap" (default) or "tun"
 	MTU    mtu      `json:"mtu,omitempty"`  // bytes; "auto" (default) is the main interface's
 	Select Selector `json:"select,omitzero"`
@@ -64,7 +67,7 @@ type Config struct {
 }
 
 // runtimeConfig is what the runtime fills in for declared capabilities. Those that
-// sluice itself does not use are for the delegates.
+// sluice itself does not use are for the delegates. DNS is for both.
 type runtimeConfig struct {
 	PortMappings json.RawMessage   `json:"portMappings,omitempty"`
 	Bandwidth    *Bandwidth        `json:"bandwidth,omitempty"`

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -265,8 +266,9 @@ func (n *node) unchanged(before *linkState) {
 // process's launcher finds them.
 type procLauncher struct {
 	dir  string
-	fail error // of the next Launch
-	mute bool  // monitors do not answer
+	fail error    // of the next Launch
+	mute bool     // monitors do not answer
+	told sync.Map // LaunchSpec by name: what each was started with last
 }
 
 func (l *procLauncher) file(name string) string { return filepath.Join(l.dir, name) }
@@ -275,6 +277,7 @@ func (l *procLauncher) Launch(_ context.Context, a LaunchSpec) (int, uint64, err
 	if l.fail != nil {
 		return 0, 0, l.fail
 	}
+	l.told.Store(a.Name, a)
 	cmd := exec.Command("sleep", "1000")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.ExtraFiles = append(append([]*os.File(nil), a.DeviceFDs...), a.InboundFD)

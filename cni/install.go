@@ -22,12 +22,12 @@ import (
 // PluginType is the binary's name, by which runtimes find it.
 const PluginType = "sluice-cni"
 
-// What an installed plugin declares. Bandwidth is for the plugin of that name where the
-// list has it.
+// What an installed plugin declares. dns is where the pod's resolvers are from. Bandwidth
+// is for the plugin of that name where the list has it.
 const (
 	bandwidthPlugin = "bandwidth"
-	ourCapabilities = `{"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}`
-	andBandwidth    = `{"bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}`
+	ourCapabilities = `{"cgroupPath": true, "dns": true, "io.kubernetes.cri.pod-annotations": true}`
+	andBandwidth    = `{"bandwidth": true, "cgroupPath": true, "dns": true, "io.kubernetes.cri.pod-annotations": true}`
 )
 
 // Install adds sluice to the end of a conflist: plugins before it then find the main

@@ -44,6 +44,9 @@ type LaunchSpec struct {
 	Inbound     tun.Config     `json:"inbound"` // in the uplink namespace
 	Addrs       []netip.Prefix `json:"addrs"`   // the pod's
 
+	// Resolvers are missing from records of builds that did not serve names.
+	Resolvers Resolvers `json:"resolvers,omitzero"`
+
 	PolicyName string            `json:"policyName,omitempty"`
 	Policy     []byte            `json:"policy,omitempty"`
 	Limits     json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits

@@ -23,7 +23,7 @@ import (
 
 // captiveLauncher keeps in0 for the test.
 type captiveLauncher struct {
-	procLauncher
+	*procLauncher
 	in0 int
 }
 
@@ -89,7 +89,7 @@ func in(t *testing.T, n ns.NetNS, f func() error) {
 
 func newSteered(t *testing.T) (*node, *captiveLauncher, ns.NetNS) {
 	n := newNode(t)
-	l := &captiveLauncher{procLauncher: *n.procs}
+	l := &captiveLauncher{procLauncher: n.procs}
 	n.plugin.Launcher = l
 	must(t, n.add())
 	t.Cleanup(func() {

@@ -31,8 +31,10 @@ func TestCNIContainerd(t *testing.T) {
 			row.sluice = map[string]any{
 				"policyDir": policyDir(t, n),
 				"select":    map[string]any{"annotations": map[string]string{"sluice.dev/gate": "yes"}},
-				"capabilities": map[string]any{"portMappings": row.alone, "bandwidth": true, "dns": true, "ipRanges": true,
-					"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true},
+			}
+			if row.alone { // else they are what `install` declares
+				row.sluice["capabilities"] = map[string]any{"portMappings": true, "bandwidth": true, "dns": true, "ipRanges": true,
+					"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}
 			}
 			n.conflistFile(t, filepath.Join(lists, "10-gated.conflist"), row.network)
 			c := newContainerd(t, n, lists)
@@ -83,6 +85,16 @@ func TestCNIContainerd(t *testing.T) {
 			if !strings.Contains(r.out, other.addr4) && !strings.Contains(r.out, other.addr6) {
 				t.Errorf("the server saw not %s\n%s", other, r)
 			}
+
+			// The runtime says whom to ask for a policy by name.
+			n.sluice(t, "policy", "set", n.theAttachment(t, friend.id).Name, write(t, "names.json", jsonText(t, policyByName("web.test"))))
+			ok(t, friend, 10*time.Second, peerBin(), "get", url("web.test", portHTTP, "/")).wantOut(t, "hello from peer")
+			for what, u := range map[string]string{"another name": url("tag.test", portHTTP, "/"), "a bare address": url(far4, portHTTP, "/")} {
+				if r := run(t, friend, 10*time.Second, peerBin(), "get", u); strings.Contains(r.out, "hello") {
+					t.Errorf("%s is let through\n%s", what, r)
+				}
+			}
+			n.setPolicy(t, n.theAttachment(t, friend.id).Name, friend.addr4, friend.addr6)
 
 			// 5 MB at 40 Mbit/s.
 			r = ok(t, n.far, 20*time.Second, peerBin(), "xfer", "-streams", "1", "-size", "5000000", "-dir", "up", at(server.addr4, portXfer))

@@ -121,6 +121,17 @@ func gatedPolicy(from ...string) map[string]any {
 	return map[string]any{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": map[string]any{"name": "gate"}, "spec": spec}
 }
 
+// policyByName lets HTTP out to one name.
+func policyByName(domain string) map[string]any {
+	return map[string]any{
+		"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": map[string]any{"name": "names"},
+		"spec": map[string]any{"defaultAction": "reject", "egress": []any{map[string]any{
+			"name": "web", "action": "allow", "to": []any{map[string]any{"domain": domain}},
+			"ports": []any{map[string]any{"protocol": "TCP", "port": portHTTP}},
+		}}},
+	}
+}
+
 // setPolicy has friends, by their addresses, let in to an attachment.
 func (n *node) setPolicy(t *testing.T, attachment string, friends ...string) {
 	t.Helper()

@@ -380,10 +380,14 @@ func (d *dgramTable) stillAllowed(fl *dgramFlow, judged *policy.Rules) bool {
 	return now == judged || fl.recheck(now)
 }
 
-// recheck reports whether the flow may go on, and ends it otherwise. Flows to our own
-// resolver are not policy's to judge.
+// recheck reports whether the flow may go on, and ends it otherwise. One to our own
+// resolver goes on as long as that answers at its address.
 func (fl *dgramFlow) recheck(r *policy.Rules) bool {
 	if !fl.query.Dst.IsValid() {
+		if !fl.d.f.forResolver(r, fl.peer) {
+			fl.end("policy")
+			return false
+		}
 		return true
 	}
 	v := fl.d.f.judge(r, fl.query)

@@ -1,6 +1,11 @@
 package forwarder
 
 import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
 	"testing"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -53,4 +58,44 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 			t.Errorf("%d refused; counters: %v", n, w.counters())
 		}
 	})
+}
+
+// waiting never answers: a question that is on its way.
+type waiting struct{}
+
+func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte)) {}
+func (waiting) ServeStream(ctx context.Context, _ net.Conn)                       { <-ctx.Done() }
+
+// What the resolver answered in another's place is that other's again, at once.
+func TestNobodyIsAnsweredForOnceNamesAreNotGated(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		first string
+		// How many flows are left under a policy that gates names too, and one that does not.
+		gated, open int
+		dst         netip.AddrPort
+	}{
+		{"at any address", gatesNames, 2, 0, at(far4, 53)},
+		{"at the resolver's own", gatesNames, 2, 2, at(dns4, 53)},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			w := newWire(t, row.first, func(c *Config) { c.DNSHandler = waiting{} })
+			w.send(udpPacket(at(guest4, 4000), row.dst, []byte("abc")))
+			w.send(segment(at(guest4, 4001), row.dst, header.TCPFlagSyn, 1, 0))
+			sa := w.recvTCP(4001, header.TCPFlagSyn)
+			w.send(segment(at(guest4, 4001), row.dst, header.TCPFlagAck, 2, sa.SequenceNumber()+1))
+			eventually(t, "a question and a connection", func() bool { return w.table.Len() == 2 })
+			w.f.SetRules(compile(t, strings.Replace(gatesNames, "pypi.test", "other.test", 1)))
+			if n := w.table.Len(); n != row.gated {
+				t.Errorf("%d flows under another policy by name, want %d", n, row.gated)
+			}
+			w.f.SetRules(compile(t, allowNone))
+			eventually(t, fmt.Sprintf("%d flows under one by address", row.open), func() bool { return w.table.Len() == row.open })
+			if row.open > 0 {
+				return
+			}
+			w.send(udpPacket(at(guest4, 4000), row.dst, []byte("abc")))
+			eventually(t, "the policy decides again", func() bool { return w.f.Stats()["udp_refused"] == 1 })
+		})
+	}
 }

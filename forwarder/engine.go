@@ -9,8 +9,8 @@ package forwarder
 // thread involved. On a machine whose processors client and server want themselves,
 // a hand-over to a thread costs more than the work.
 //
-// When the leader has been busy for a while without a pause it calls helpers, which
-// take events and tasks from the same two places until there are none:
+// When the leader has been busy with several flows for a while without a pause it calls
+// helpers, which take events and tasks from the same two places until there are none:
 //
 //	             ┌─ leader: epoll_wait ─► dispatch ─► tasks ─┐ busy for helpAfter
 //	epoll, runq ─┤                                           ▼
@@ -19,6 +19,13 @@ package forwarder
 // Neither handlers nor tasks block, but for a device that is full, which its writer
 // waits for; none of either runs twice at once (poller.go, runq.go), and an idle engine
 // is one thread asleep.
+//
+// The leader sleeps without telling the Go scheduler, and keeps its P, so that a wake-up
+// finds everything as it was, and the runtime's monitor has no reason to look every 20 µs
+// whether the P is to be taken away. Nothing of the runtime's is held up: who wants the
+// world stopped, or the leader's stack, sends it a signal, again and again, and the
+// monitor does when it has run for 10 ms. The signal ends the sleep, and the next one
+// is told, as is every one while helpers want the other Ps.
 
 import (
 	"fmt"
@@ -35,12 +42,14 @@ const (
 	pollBatch = 64
 	// taskBatch is how many tasks are run before epoll is asked again.
 	taskBatch = 64
-	// helpAfter is how long the leader works without a pause, and helpBytes how much it
-	// moves towards the sandbox meanwhile, before it calls help. All else is better off
-	// with one thread: requests and responses, new connections, and bulk from the
+	// helpAfter is how long the leader works without a pause, helpBytes how much it
+	// moves towards the sandbox meanwhile, and helpTurns how often that is another flow's,
+	// before it calls help. All else is better off with one thread: requests and responses,
+	// new connections, a single flow, whose endpoint has one lock, and bulk from the
 	// sandbox, which the device's one queue brings in order.
 	helpAfter = 40 * time.Microsecond
 	helpBytes = 256 << 10
+	helpTurns = 2
 	// pause is the least rest after which the leader counts as idle until then.
 	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
@@ -55,7 +64,10 @@ type engine struct {
 	idle    atomic.Int32  // helpers that wait to be called
 	help    chan struct{} // capacity helpers; closed by the leader
 	start   time.Time
-	bulk    atomic.Int64 // bytes moved towards the sandbox
+
+	bulk  atomic.Int64 // bytes moved towards the sandbox
+	turns atomic.Int64 // how often they were another flow's than the last ones
+	last  atomic.Pointer[tcpFlow]
 }
 
 // newEngine returns an engine with at most threads goroutines at work.
@@ -68,6 +80,15 @@ func newEngine(threads int) (*engine, error) {
 	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), start: time.Now()}
 	p.onWake = e.runq.woken
 	return e, nil
+}
+
+// moved notes n bytes of fl's towards the sandbox.
+func (e *engine) moved(fl *tcpFlow, n int64) {
+	e.bulk.Add(n)
+	if e.last.Load() != fl {
+		e.last.Store(fl)
+		e.turns.Add(1)
+	}
 }
 
 // put queues t; see runQueue.
@@ -88,7 +109,9 @@ func (e *engine) run() error {
 func (e *engine) lead() error {
 	events := make([]unix.EpollEvent, pollBatch)
 	var busySince time.Duration
-	var before int64 // bulk at busySince
+	var bulk, turns int64 // at busySince
+	mayKeepP := runtime.GOMAXPROCS(0) > 1
+	interrupted := false
 	for {
 		rest := e.runq.rest()
 		timeout := 0
@@ -96,7 +119,10 @@ func (e *engine) lead() error {
 			timeout = -1
 		}
 		waited := time.Since(e.start)
-		n, err := e.poll.wait(events, timeout)
+		quiet := mayKeepP && !interrupted && int(e.idle.Load()) == e.helpers
+		var n int
+		var err error
+		n, interrupted, err = e.poll.wait(events, timeout, quiet)
 		e.runq.wakened()
 		if err != nil {
 			return fmt.Errorf("waiting for descriptors: %w", err)
@@ -107,8 +133,8 @@ func (e *engine) lead() error {
 		now := time.Since(e.start)
 		switch {
 		case rest && now-waited > pause:
-			busySince, before = now, e.bulk.Load()
-		case now-busySince > helpAfter && e.bulk.Load()-before > helpBytes && e.idle.Load() > 0:
+			busySince, bulk, turns = now, e.bulk.Load(), e.turns.Load()
+		case now-busySince > helpAfter && e.bulk.Load()-bulk > helpBytes && e.turns.Load()-turns >= helpTurns && e.idle.Load() > 0:
 			select {
 			case e.help <- struct{}{}:
 			default:
@@ -129,7 +155,7 @@ func (e *engine) assist() {
 			return
 		}
 		for idle := 0; idle < helpRounds; {
-			n, err := e.poll.wait(events, 0)
+			n, _, err := e.poll.wait(events, 0, true)
 			if err != nil {
 				break // the leader says so
 			}

@@ -375,11 +375,11 @@ func (f *Forwarder) Stats() map[string]uint64 {
 // forResolver tells whether a query to dst is answered by DNSHandler: at the DNS
 // address always, and at every address while the policy gates names, so that the
 // sandbox cannot ask anybody else.
-func (f *Forwarder) forResolver(dst netip.AddrPort) bool {
+func (f *Forwarder) forResolver(r *policy.Rules, dst netip.AddrPort) bool {
 	if f.cfg.DNSHandler == nil || dst.Port() != dnsPort {
 		return false
 	}
-	return f.isDNS(dst.Addr()) || f.rules.Load().GatesNames()
+	return f.isDNS(dst.Addr()) || r.GatesNames()
 }
 
 // isDNS tells whether a is the resolver's address.

@@ -151,25 +151,22 @@ func (p *poller) dispatch(ev *unix.EpollEvent) {
 	p.mu.Unlock()
 }
 
-// wait asks epoll for events, for at most timeout milliseconds; -1 is for ever.
-func (p *poller) wait(events []unix.EpollEvent, timeout int) (int, error) {
-	var n uintptr
-	var errno unix.Errno
-	if timeout == 0 {
-		// It cannot block, so the scheduler need not know.
-		n, _, errno = unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd),
-			uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), 0, 0, 0)
-	} else {
-		n, _, errno = unix.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd),
-			uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), uintptr(timeout), 0, 0)
+// wait asks epoll for events, for at most timeout milliseconds; -1 is for ever. If quiet,
+// the Go scheduler is not told of the sleep. A signal ends it: interrupted.
+func (p *poller) wait(events []unix.EpollEvent, timeout int, quiet bool) (n int, interrupted bool, err error) {
+	call := unix.Syscall6
+	if quiet || timeout == 0 { // the latter cannot block
+		call = unix.RawSyscall6
 	}
+	r, _, errno := call(unix.SYS_EPOLL_PWAIT, uintptr(p.epfd),
+		uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), uintptr(timeout), 0, 0)
 	switch errno {
 	case 0:
-		return int(n), nil
+		return int(r), false, nil
 	case unix.EINTR:
-		return 0, nil
+		return 0, true, nil
 	}
-	return 0, errno
+	return 0, false, errno
 }
 
 // wake ends a wait. The eventfd is never read: each write makes a new edge.

@@ -274,7 +274,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return "reset_by_sandbox"
 		}
 		fl.tallyDown(int(n))
-		fl.t.f.engine.bulk.Add(n)
+		fl.t.f.engine.moved(fl, n)
 		budget -= int(n)
 		if int(n) == queued && fl.hostEvents.Load() == 0 {
 			// More can only have come after the event that brought us here was

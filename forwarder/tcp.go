@@ -165,7 +165,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	fl := &tcpFlow{t: t, id: id, fd: -1}
 	rules := t.f.rules.Load()
-	if t.f.forResolver(dst) {
+	if t.f.forResolver(rules, dst) {
 		fl.local = true
 	} else {
 		fl.verdict = t.f.judge(rules, policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
@@ -220,7 +220,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	t.flows[id] = fl
 	t.mu.Unlock()
 	switch {
-	case !fl.local && t.f.rules.Load() != rules && !fl.stillAllowed(t.f.rules.Load()):
+	case t.f.rules.Load() != rules && !fl.stillAllowed(t.f.rules.Load()):
 		// They were replaced, and applied to the flows, before this was one.
 		fl.abort("policy")
 	case fl.local || fl.check != nil:

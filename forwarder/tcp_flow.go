@@ -17,6 +17,7 @@ import (
 	"container/list"
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -383,7 +384,7 @@ func (fl *tcpFlow) closeHost(reset bool) {
 // that allows it.
 func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 	if fl.local {
-		return true
+		return fl.t.f.forResolver(rules, netip.AddrPortFrom(netipAddr(fl.id.LocalAddress), fl.id.LocalPort))
 	}
 	q := fl.query()
 	v := fl.t.f.judge(rules, q)

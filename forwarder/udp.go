@@ -97,16 +97,19 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if known := u.lookup(tuple); known != nil {
 		return known // another reader was faster
 	}
-	if u.f.forResolver(peer) {
+	rules := u.f.rules.Load()
+	if u.f.forResolver(rules, peer) {
 		fl.short = true
 		if err := u.acquireLocal(fl, ruleDNS); err != nil {
 			u.n.flow.drop(u.f, pkt)
 			return nil
 		}
+		if !u.stillAllowed(fl, rules) {
+			return nil
+		}
 		return fl
 	}
 	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
-	rules := u.f.rules.Load()
 	v := u.f.judge(rules, q)
 	var before []heldPacket
 	if v.Verify() != policy.VerifyNone {

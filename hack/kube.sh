@@ -261,6 +261,41 @@ policy_holds() {
 	in_node "${nodes[1]}" curl -sS -m 5 "http://$to:8080/hostname"
 }
 
+# names_hold: under a policy by name a pod reaches the services that it names, by the
+# cluster's DNS, whatever its resolv.conf says, and nothing else.
+names_hold() {
+	local name what
+	name=$(in_node "${nodes[1]}" "$sluice" ps -o json | jq -r '.[] | select(.command[1] == "default/namer") | .name')
+	in_node "${nodes[1]}" "$sluice" policy set "$name" "$work/names.yaml" || return 1
+	in_node "${nodes[1]}" "$sluice" logs "$name" | grep -o 'names of the policy names are asked of .*from the runtime)' | tail -1 || { echo 'nobody is known to be asked'; return 1; }
+	namer_asks 'by the resolv.conf of the kubelet' || return 1
+	for what in 'DNS over UDP:+notcp' 'DNS over TCP:+tcp'; do
+		in_namer 'dig "$1" +short "$2"' "${what#*:}" web.default.svc.cluster.local | grep -qxF "$(service web)" || { echo "${what%:*}: not the service's address"; return 1; }
+		in_namer 'dig "$1" "$2"' "${what#*:}" kubernetes.default.svc.cluster.local | grep -q NXDOMAIN || { echo "${what%:*}: a name that the policy does not have"; return 1; }
+		# Nobody is there: it is ours that answers.
+		in_namer 'dig "$1" +short @192.0.2.53 "$2"' "${what#*:}" web.default.svc.cluster.local | grep -qxF "$(service web)" || { echo "${what%:*}: another server than ours"; return 1; }
+	done
+	in_namer 'cp /etc/resolv.conf /tmp/ && sed s/^nameserver.*/nameserver\ 192.0.2.53/ /tmp/resolv.conf >/etc/resolv.conf' || return 1
+	namer_asks 'by a resolv.conf of its own' || return 1
+	in_namer 'cat /tmp/resolv.conf >/etc/resolv.conf'
+}
+# namer_asks WHEN: the services by name; none by address or by another name.
+namer_asks() {
+	local host
+	for host in web headless; do
+		[ "$(in_namer 'curl -gsS -m 5 "http://$1:8080/hostname"' $host.default.svc.cluster.local)" = web ] || { echo "$1: no answer of $host"; return 1; }
+	done
+	for host in "$(address web 4)" "$(bracket "$(address web 6)")" "$(service web)" kubernetes.default.svc.cluster.local; do
+		! in_namer 'curl -fgsS -m 5 "http://$1:8080/hostname"' "$host" 2>"$work/refused" || { echo "$1: $host is let through"; return 1; }
+	done
+	if in_namer 'curl -fsS -m 5 -H "Host: $1" "http://$2:8080/hostname"' kubernetes.default.svc.cluster.local web.default.svc.cluster.local 2>"$work/refused"; then
+		echo "$1: another name in the request is let through"
+		return 1
+	fi
+}
+in_namer() { kubectl exec namer -- sh -c "$1" - "${@:2}"; }
+service() { kubectl get service "$1" -o jsonpath='{.spec.clusterIP}'; }
+
 # held 4|6 LINES: the connection that was opened first goes on after so many lines, each
 # line once and in its order.
 held() {
@@ -380,7 +415,7 @@ done
 until kubectl get serviceaccount default >/dev/null 2>&1; do sleep 0.1; done
 # pod NAME NODE CONTAINERS
 pod() {
-	printf '{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "%s"}, "spec": {"nodeName": "%s", "restartPolicy": "Never", "terminationGracePeriodSeconds": 0, "containers": [%s]}}\n' "$@" | kubectl apply -f - >/dev/null
+	printf '{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "%s", "labels": {"app": "%s"}}, "spec": {"nodeName": "%s", "restartPolicy": "Never", "terminationGracePeriodSeconds": 0, "containers": [%s]}}\n' "$1" "$@" | kubectl apply -f - >/dev/null
 	kubectl wait --for=condition=Ready "pod/$1" --timeout=60s >/dev/null
 }
 container() { jq -n --arg name "$1" --arg image "$image" --arg run "$2" '{name: $name, image: $image, command: ["sh", "-c", $run]}'; }
@@ -390,6 +425,22 @@ send='i=0; while echo $i; do i=$((i + 1)); sleep 0.1; done'
 pod held-client "${nodes[1]}" "$(container v4 "($send) | nc -4 $(address held-server 4) 9004"), $(container v6 "($send) | nc -6 $(address held-server 6) 9006")"
 pod web "${nodes[0]}" "$(container web '/agnhost netexec --http-port=8080')"
 pod asker "${nodes[1]}" "$(container asker 'sleep 100000')"
+pod namer "${nodes[1]}" "$(container namer 'sleep 100000')"
+kubectl expose pod web --port=8080 >/dev/null
+kubectl expose pod web --name=headless --cluster-ip=None --port=8080 >/dev/null
+cat >"$work/names.yaml" <<'POLICY'
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata: {name: names}
+spec:
+  defaultAction: reject
+  egress:
+  - action: allow
+    to: [{domain: web.default.svc.cluster.local}, {domain: headless.default.svc.cluster.local}]
+    privateAddresses: allow
+    ports: [{protocol: TCP, port: 8080}]
+POLICY
+eventually kubectl exec namer -- sh -c 'dig +short headless.default.svc.cluster.local | grep .' >/dev/null
 eventually kubectl exec asker -- curl -sS -m 2 "http://$(address web 4):8080/hostname" >/dev/null
 
 check 'every pod is attached' every_pod_attached
@@ -399,6 +450,7 @@ for family in 4 6; do
 	check "the server sees the node, IPv$family" seen_from_node $family
 done
 check 'a policy on one pod' policy_holds
+check 'a policy by name on one pod' names_hold
 smoke 'at first'
 check 'memory of monitor and worker' memory
 check 'charged to the pods' every_pod_charged
@@ -418,6 +470,7 @@ check 'monitors and workers are the same' same 'before (<), after (>)' "$work/pr
 check 'containers are the same' same 'before (<), after (>)' "$work/containers" "$work/containers.after"
 check 'an open connection goes on, IPv4' held 4 "$before4"
 check 'an open connection goes on, IPv6' held 6 "$before6"
+check 'a policy by name on one pod' names_hold
 smoke 'after the restarts'
 check 'every pod is attached' every_pod_attached
 check 'an open connection goes on, IPv4' held 4 "$before4"

@@ -22,6 +22,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
+		Resolvers: a.Resolvers.Servers, ResolversNote: a.Resolvers.Note,
 		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog, Keep: a.Keep,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
 		Device: a.DeviceFDs, In0: a.InboundFD,

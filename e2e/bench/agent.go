@@ -29,6 +29,7 @@ type request struct {
 	MS       int    `json:"ms,omitempty"`
 	ID       uint64 `json:"id,omitempty"`
 	Parallel int    `json:"parallel,omitempty"`
+	Speaks   string `json:"speaks,omitempty"` // what each TCP connection says first (greeting.go)
 
 	Name     string   `json:"name,omitempty"`
 	Prefixes []string `json:"prefixes,omitempty"`

@@ -34,13 +34,16 @@ func sample(t *testing.T) *results {
 	t.Helper()
 	r := newResults(options{Short: true, Rounds: 1})
 	for cell, by := range map[string]map[string]float64{
-		"up/1/65520/v4":        {ours: 20, pasta: 5, slirp: 4},
-		"up/1/1500/v4":         {ours: 17, pasta: 1},
-		"tcp-rtt/v4/p50":       {ours: 80, pasta: 100, slirp: 70},
-		"connect/v4/rate":      {ours: 900},
-		"connect/v4/failed":    {ours: 0, pasta: 0},
-		"idle/cpu":             {ours: 0.1},
-		"cost/connect/v4/rate": {ours: 100, withRules: 98, withLog: 96},
+		"up/1/65520/v4":            {ours: 20, pasta: 5, slirp: 4},
+		"up/1/1500/v4":             {ours: 17, pasta: 1},
+		"tcp-rtt/v4/p50":           {ours: 80, pasta: 100, slirp: 70},
+		"connect/v4/rate":          {ours: 900},
+		"connect/v4/failed":        {ours: 0, pasta: 0},
+		"idle/cpu":                 {ours: 0.1},
+		"cost/connect/v4/rate":     {ours: 100, withRules: 98, withLog: 96},
+		"cost/tls/up/8/65520/v4":   {ours: 20, withDomains: 19},
+		"cost/tls/connect/v4/rate": {ours: 100, withDomains: 85},
+		"up/8/65520/v4/fair":       {ours: 0.75, pasta: 0.5},
 	} {
 		r.Order = append(r.Order, cell)
 		for candidate, v := range by {
@@ -67,6 +70,8 @@ func TestVerdictsFollowTheTargets(t *testing.T) {
 		{"a strict bound does not pass itself", "idle/cpu worker", fail},
 		{"a variant is held against off", "cost/connect/v4/rate sluice+rules ÷ off", pass},
 		{"each variant for itself", "cost/connect/v4/rate sluice+log ÷ off", fail},
+		{"verified bulk is held against bulk that is not", "cost/tls/up/8/65520/v4 sluice+domains ÷ off", fail},
+		{"verified connections may cost more", "cost/tls/connect/v4/rate sluice+domains ÷ off", pass},
 	} {
 		if got[c.target] != c.want {
 			t.Errorf("%s: %s is %q, want %q", c.why, c.target, got[c.target], c.want)
@@ -130,7 +135,8 @@ func TestTableAlignsAndTellsFailures(t *testing.T) {
 	if err := printTable(&b, r); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"up/1/65520/v4", "4.00", "pasta failed: no route: in down/8/1500/v4 (1 of 1 rounds)", "4 passed"} {
+	for _, want := range []string{"up/1/65520/v4", "4.00", "pasta failed: no route: in down/8/1500/v4 (1 of 1 rounds)", "5 passed",
+		"1 000 domains", "Jain's index"} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("the table lacks %q:\n%s", want, b.String())
 		}
@@ -164,6 +170,35 @@ func TestChartIsWellFormed(t *testing.T) {
 	for _, want := range []string{"<&>", "up, 1 flow, MTU 65520", "TCP round trip, median"} {
 		if !strings.Contains(texts, want) {
 			t.Errorf("the chart lacks %q", want)
+		}
+	}
+}
+
+func TestTurnsGoThereAndBack(t *testing.T) {
+	p := probe{candidates: []string{"a", "b", "c"}, turns: 2}
+	for round, want := range []string{"abccba", "bcaacb", "cabbac", "abccba"} {
+		if got := strings.Join(p.order(round), ""); got != want {
+			t.Errorf("round %d: %s, want %s", round, got, want)
+		}
+	}
+	if p.turns = 0; len(p.order(1)) != 3 {
+		t.Errorf("without turns: %v", p.order(1))
+	}
+}
+
+func TestFairnessOfFlows(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		in   []int64
+		want float64
+	}{
+		{"all alike", []int64{7, 7, 7, 7}, 1},
+		{"one has everything", []int64{0, 9, 0, 0}, 0.25},
+		{"one has twice the other's", []int64{1, 2}, 0.9},
+		{"nobody has anything", []int64{0, 0}, 0},
+	} {
+		if got := jain(c.in); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
 }

@@ -21,13 +21,14 @@ import (
 )
 
 const (
-	ours      = "sluice"
-	withRules = "sluice+rules"
-	withLog   = "sluice+log"
-	pasta     = "pasta"
-	slirp     = "slirp4netns"
-	veth      = "veth"
-	host      = "host"
+	ours        = "sluice"
+	withRules   = "sluice+rules"
+	withLog     = "sluice+log"
+	withDomains = "sluice+domains"
+	pasta       = "pasta"
+	slirp       = "slirp4netns"
+	veth        = "veth"
+	host        = "host"
 
 	pastaConfigured = "pasta --config-net" // where the two ways to call it are told apart
 )
@@ -232,6 +233,8 @@ func (f *fleet) launch(name string, mtu int) (*instance, error) {
 		return sluice("--policy", f.path("rules.yaml"))
 	case withLog:
 		return sluice("--flow-log", f.path("logs/flows.json"))
+	case withDomains:
+		return sluice("--policy", f.path("domains.yaml"), "--add-host", farName+":"+farNamed)
 	case pasta:
 		if f.o.Pasta == "" {
 			return nil, errAbsent

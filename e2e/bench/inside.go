@@ -56,7 +56,7 @@ func inside() error {
 		}
 	}
 	if o.Short {
-		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6 and %d connections in a row, and measures the limits once", manyConnects))
+		res.Notes = append(res.Notes, fmt.Sprintf("the short mode leaves out 64 flows, IPv6, HTTP and %d connections in a row, and measures the limits once", manyConnects))
 	}
 	measure(f, res, probes, o, begun)
 	f.describe(res)
@@ -87,8 +87,7 @@ func measure(f *fleet, res *results, probes []probe, o options, begun time.Time)
 				continue
 			}
 			fmt.Fprintf(os.Stderr, "\r\033[K%4.0f s  round %d of %d  %s", spent.Seconds(), round+1, o.Rounds, p.name)
-			for i := range p.candidates {
-				c := p.candidates[(i+round)%len(p.candidates)]
+			for _, c := range p.order(round) {
 				if o.Short && round > 0 && (c == veth || c == host) {
 					continue // the limits are there for the scale
 				}
@@ -119,6 +118,9 @@ func prepareNamespaces(o *options) error {
 	}
 	_ = os.WriteFile(congestionKey, []byte(congestion), 0) // what is in force is reported
 	if err := linkUp("lo"); err != nil {
+		return err
+	}
+	if err := anyIP(farNamed); err != nil {
 		return err
 	}
 	if err := cable("up0", "up1", 65520); err != nil {
@@ -186,14 +188,45 @@ func addresses(name string, prefixes ...string) error {
 	return netlink.LinkSetUp(l)
 }
 
+// anyIP makes an address this namespace's that is no interface's.
+func anyIP(addr string) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	ip := net.ParseIP(addr)
+	err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL,
+		Scope: netlink.SCOPE_HOST, Dst: &net.IPNet{IP: ip, Mask: net.CIDRMask(32, 32)}})
+	if err != nil {
+		return fmt.Errorf("local route for %s: %w", addr, err)
+	}
+	return nil
+}
+
+const policyHead = "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: many\nspec:\n  egress:\n"
+
 // manyRules is a policy whose last rule is the one that lets the far side be reached.
 func manyRules(n int) []byte {
 	var b strings.Builder
-	b.WriteString("apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: many\nspec:\n  egress:\n")
+	b.WriteString(policyHead)
 	for i := range n {
 		fmt.Fprintf(&b, "    - {name: r%d, action: allow, to: [{cidr: 10.%d.%d.%d/32}]}\n", i, 100+i>>14, i>>7&127, i&127)
 	}
 	b.WriteString("    - {name: far, action: allow, to: [{entity: host-loopback}]}\n")
+	return []byte(b.String())
+}
+
+// manyDomains is a policy of n rules by domain, the last of which is the far side's. By
+// address only its loopback is reached, where candidates are told to be ready.
+func manyDomains(n int) []byte {
+	var b strings.Builder
+	b.WriteString(policyHead)
+	b.WriteString("    - {name: ready, action: allow, to: [{entity: host-loopback}]}\n")
+	for i := range n - 1 {
+		domain := [...]string{"h%d.example.com", "*.s%d.example.com", "**.w%d.bench.test"}[i%3]
+		fmt.Fprintf(&b, "    - {name: d%d, action: allow, to: [{domain: %q}]}\n", i, fmt.Sprintf(domain, i))
+	}
+	fmt.Fprintf(&b, "    - {name: far, action: allow, to: [{domain: %s}]}\n", farName)
 	return []byte(b.String())
 }
 

@@ -16,8 +16,8 @@ import (
 // flowLimit bounds each blocking call of a flow.
 const flowLimit = 3 * time.Second
 
-// dialTCP connects and, if h is not nil, sends it.
-func dialTCP(to netip.AddrPort, h *header) (int, error) {
+// dialTCP connects and sends what is to be said first, if anything.
+func dialTCP(to netip.AddrPort, first []byte) (int, error) {
 	fd, err := tcpSocket(family(to.Addr()), flowLimit)
 	if err != nil {
 		return -1, err
@@ -27,8 +27,8 @@ func dialTCP(to netip.AddrPort, h *header) (int, error) {
 		return -1, fmt.Errorf("connect: %w", connectError(e))
 	}
 	setNoDelay(fd)
-	if h != nil {
-		if _, e := rawSend(fd, h.bytes()); e != 0 {
+	if len(first) > 0 {
+		if _, e := rawSend(fd, first); e != 0 {
 			abort(fd)
 			return -1, fmt.Errorf("send: %w", e)
 		}
@@ -52,15 +52,20 @@ func bulk(q request) (reply, error) {
 		return reply{}, err
 	}
 	reserve(q.Flows)
-	mode := byte('D')
+	mode, body := byte('D'), headerLen
 	if q.Dir == "up" {
-		mode = 'U'
+		mode, body = 'U', manyBytes
+	}
+	first, err := greeting(q.Speaks, body)
+	if err != nil {
+		return reply{}, err
 	}
 	fds := make([]int, q.Flows)
 	h := header{mode: mode, id: q.ID}
 	h.start, h.end = q.window()
+	first = append(first, h.bytes()...)
 	for i := range fds {
-		if fds[i], err = dialTCP(to, &h); err != nil {
+		if fds[i], err = dialTCP(to, first); err != nil {
 			for _, fd := range fds[:i] {
 				abort(fd)
 			}
@@ -97,7 +102,7 @@ func roundTrips(q request) (reply, error) {
 		return reply{}, err
 	}
 	reserve(1)
-	fd, err := dialTCP(to, &header{mode: 'R'})
+	fd, err := dialTCP(to, header{mode: 'R'}.bytes())
 	if err != nil {
 		return reply{}, err
 	}
@@ -130,12 +135,19 @@ func latencies(took []int64, seconds float64) (reply, error) {
 	return reply{Count: int64(len(took)), Seconds: seconds, P50: at(0.5), P99: at(0.99), P999: at(0.999)}, nil
 }
 
-// shortConnections connects, sends a byte, reads it back and closes, q.Parallel at once,
-// until the window ends or q.Count are done.
+// shortConnections connects, sends a byte or a greeting, reads the answer and closes,
+// q.Parallel at once, until the window ends or q.Count are done.
 func shortConnections(q request) (reply, error) {
 	a, err := addrPort(q.Addr, echoPort)
 	if err != nil {
 		return reply{}, err
+	}
+	first, err := greeting(q.Speaks, 0)
+	if err != nil {
+		return reply{}, err
+	}
+	if len(first) == 0 {
+		first = []byte{1}
 	}
 	reserve(q.Parallel)
 	targets := make([]*sockaddr, echoPorts)
@@ -153,14 +165,14 @@ func shortConnections(q request) (reply, error) {
 	)
 	for w := range q.Parallel {
 		all.Go(func() {
-			b := []byte{1}
+			b := make([]byte, 256)
 			for i := w; ; i++ {
 				now := monotonic()
 				counted := now >= start
 				if now >= end || counted && done.Add(1) > int64(q.Count) && q.Count > 0 {
 					return
 				}
-				what, e := shortOne(fam, targets[i%len(targets)], b)
+				what, e := shortOne(fam, targets[i%len(targets)], first, b)
 				mu.Lock()
 				if e != nil {
 					r.fail(what, e)
@@ -176,7 +188,7 @@ func shortConnections(q request) (reply, error) {
 	return r, nil
 }
 
-func shortOne(fam int, to *sockaddr, b []byte) (string, error) {
+func shortOne(fam int, to *sockaddr, first, b []byte) (string, error) {
 	fd, err := tcpSocket(fam, flowLimit)
 	if err != nil {
 		return "socket", err
@@ -185,7 +197,7 @@ func shortOne(fam int, to *sockaddr, b []byte) (string, error) {
 	if e := rawConnect(fd, to); e != 0 {
 		return "connect", connectError(e)
 	}
-	if _, e := rawSend(fd, b); e != 0 {
+	if _, e := rawSend(fd, first); e != 0 {
 		return "send", e
 	}
 	n, e := rawRecv(fd, b)

@@ -56,7 +56,7 @@ func command(args []string) error {
 	fs.BoolVar(&o.Short, "short", false, "two minutes: fewer cells, short windows, two rounds")
 	fs.StringVar(&o.Cells, "cells", "", "only cells that match this `REGEXP`; names are as in the table: up/8/65520/v4")
 	fs.IntVar(&o.Rounds, "rounds", 0, "rounds (default 5, short 2)")
-	fs.DurationVar(&o.Budget, "budget", 0, "begin no measurement after this `TIME` but a cell's first (default 1h, short 110s)")
+	fs.DurationVar(&o.Budget, "budget", 0, "begin no measurement after this `TIME` but a cell's first (default 45m, short 110s)")
 	fs.StringVar(&o.Sluice, "sluice", "build/sluice", "the sluice `BINARY`")
 	fs.StringVar(&o.Pasta, "pasta", "", "the pasta `BINARY` (default: on PATH)")
 	fs.StringVar(&o.Slirp, "slirp4netns", "", "the slirp4netns `BINARY` (default: on PATH)")
@@ -80,7 +80,7 @@ func command(args []string) error {
 		}
 	}
 	if o.Budget == 0 {
-		o.Budget = time.Hour
+		o.Budget = 45 * time.Minute
 		if o.Short {
 			o.Budget = 110 * time.Second
 		}

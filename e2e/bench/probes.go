@@ -2,19 +2,23 @@ package main
 
 // Probes: what is measured, how, and which cells that gives. A cell's name says all:
 //
-//	up/8/65520/v4          Gbit/s through 8 flows, MTU 65520, IPv4
+//	up/8/65520/v4          Gbit/s through 8 flows, MTU 65520, IPv4; …/fair: Jain's index of the flows' bytes
 //	tcp-rtt/v4/p99         µs for one byte and back
 //	connect/v4/rate        connect + byte + close per second, 16 at once; …/failed
 //	udp-rtt/v4             round trips of 64 bytes a second, one at a time
 //	udp-1400/v4/rate       echoes a second with 64 under way; …/loss in percent
 //	cost/connect/v4        as above, sluice with 10 000 rules or the flow log on, and without
+//	cost/tls/connect/v4    as above, a ClientHello first, sluice with 1 000 rules by domain, and without
 //	idle/… flows/… start/… a sandbox at rest, with 10 000 idle flows, and begun and ended
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -24,10 +28,22 @@ type probe struct {
 	mtu        int
 	family     string
 	rounds     int      // at most; 0: all
+	turns      int      // in a round, there and back through the candidates; 0: one
 	fresh      bool     // a sandbox of its own
 	cells      []string // all that it gives
 	run        func(f *fleet, i *instance, target string) (map[string]float64, error)
 	alone      func(f *fleet, candidate string) (map[string]float64, error) // starts what it measures
+}
+
+// order is the candidates' in a round: each begins with another one, and every second turn
+// goes back, so that what drifts meanwhile hits all alike.
+func (p probe) order(round int) (out []string) {
+	once := append(slices.Clone(p.candidates[round%len(p.candidates):]), p.candidates[:round%len(p.candidates)]...)
+	for range max(p.turns, 1) {
+		out = append(out, once...)
+		slices.Reverse(once)
+	}
+	return out
 }
 
 func (p probe) matches(cells *regexp.Regexp) bool {
@@ -44,6 +60,7 @@ type timing struct {
 	warm, bulk, small int // ms
 	idle, settle      time.Duration
 	starts            int
+	turns             int // of the cost cells
 }
 
 const (
@@ -52,10 +69,10 @@ const (
 )
 
 func allProbes(short bool) []probe {
-	t := timing{warm: 400, bulk: 2000, small: 1500, idle: 20 * time.Second, settle: 5 * time.Second, starts: 10}
+	t := timing{warm: 400, bulk: 2000, small: 1500, idle: 20 * time.Second, settle: 5 * time.Second, starts: 10, turns: 2}
 	families, flows := []string{"v4", "v6"}, []int{1, 8, 64}
 	if short {
-		t = timing{warm: 200, bulk: 350, small: 400, idle: 4 * time.Second, settle: time.Second, starts: 4}
+		t = timing{warm: 200, bulk: 350, small: 400, idle: 4 * time.Second, settle: time.Second, starts: 4, turns: 1}
 		families, flows = families[:1], flows[:2]
 	}
 	peers := []string{ours, pasta, slirp, veth, host}
@@ -65,7 +82,7 @@ func allProbes(short bool) []probe {
 		for _, fam := range families {
 			for _, n := range flows {
 				for _, dir := range []string{"up", "down"} {
-					p := bulkProbe(fmt.Sprintf("%s/%d/%d/%s", dir, n, mtu, fam), dir, n, mtu, fam, t)
+					p := bulkProbe(fmt.Sprintf("%s/%d/%d/%s", dir, n, mtu, fam), mtu, fam, t.bulkOf(dir, n))
 					p.candidates = peers
 					if mtu == 1500 { // the loopback has one MTU
 						p.candidates = peers[:4]
@@ -83,14 +100,10 @@ func allProbes(short bool) []probe {
 		p.candidates, p.rounds = []string{ours, pasta}, 1
 		out = append(out, p)
 	}
-	variants := []string{ours, withRules, withLog}
-	for _, p := range []probe{
-		bulkProbe("cost/up/8/65520/v4", "up", 8, 65520, "v4", t),
-		bulkProbe("cost/down/8/65520/v4", "down", 8, 65520, "v4", t),
-		connectProbe("cost/connect/v4", "v4", request{WarmMS: t.warm, MS: t.small}),
-	} {
-		p.candidates = variants
-		out = append(out, p)
+	out = append(out, costs("cost/", request{}, t, ours, withRules, withLog)...)
+	for _, speaks := range greetings(short) {
+		// Off, too, the greeting is sent, so that both carry the same bytes.
+		out = append(out, costs("cost/"+speaks+"/", request{Addr: farNamed, Speaks: speaks}, t, ours, withDomains)...)
 	}
 	out = append(out, idleProbe(t), flowsProbe(t))
 	if short { // what varies little
@@ -99,30 +112,65 @@ func allProbes(short bool) []probe {
 	return out
 }
 
-func bulkProbe(name, dir string, flows, mtu int, fam string, t timing) probe {
-	return probe{name: name, mtu: mtu, family: fam, cells: []string{name},
+// costs are the probes of what a feature of sluice costs: variants of it, with and without,
+// under requests that are like q. As ratios near one are asked, they take turns more often
+// than peers do, in shorter windows.
+func costs(prefix string, q request, t timing, variants ...string) []probe {
+	t.bulk, t.small = t.bulk/t.turns, t.small/t.turns
+	up, down := t.bulkOf("up", 8), t.bulkOf("down", 8)
+	short := request{WarmMS: t.warm, MS: t.small}
+	for _, r := range []*request{&up, &down, &short} {
+		r.Addr, r.Speaks = q.Addr, q.Speaks
+	}
+	out := []probe{
+		bulkProbe(prefix+"up/8/65520/v4", 65520, "v4", up),
+		bulkProbe(prefix+"down/8/65520/v4", 65520, "v4", down),
+		connectProbe(prefix+"connect/v4", "v4", short),
+	}
+	for i := range out {
+		out[i].candidates, out[i].turns = variants, t.turns
+	}
+	return out
+}
+
+func (t timing) bulkOf(dir string, flows int) request {
+	return request{Dir: dir, Flows: flows, WarmMS: t.warm, MS: t.bulk}
+}
+
+func bulkProbe(name string, mtu int, fam string, q request) probe {
+	q.Op = "bulk"
+	cells := []string{name}
+	if q.Flows > 1 && !strings.HasPrefix(name, "cost/") {
+		cells = append(cells, name+fairCell)
+	}
+	return probe{name: name, mtu: mtu, family: fam, cells: cells,
 		run: func(f *fleet, i *instance, target string) (map[string]float64, error) {
 			f.lastID++
-			q := request{Op: "bulk", Addr: target, Dir: dir, Flows: flows, WarmMS: t.warm, MS: t.bulk, ID: f.lastID}
+			q := q
+			q.ID, q.Addr = f.lastID, cmp.Or(q.Addr, target)
 			r, err := i.ask(q, 20*time.Second)
 			if err != nil {
 				return nil, err
 			}
 			counts := r.Flows
-			if dir == "up" {
-				taken, err := f.far.ask(request{Op: "take", ID: q.ID, Flows: flows}, 5*time.Second)
+			if q.Dir == "up" {
+				taken, err := f.far.ask(request{Op: "take", ID: q.ID, Flows: q.Flows}, 5*time.Second)
 				if err != nil {
 					return nil, err
 				}
-				if counts = taken.Flows; len(counts) != flows {
-					return nil, fmt.Errorf("the far side saw %d of %d flows end", len(counts), flows)
+				if counts = taken.Flows; len(counts) != q.Flows {
+					return nil, fmt.Errorf("the far side saw %d of %d flows end", len(counts), q.Flows)
 				}
 			}
 			var sum int64
 			for _, n := range counts {
 				sum += n
 			}
-			return map[string]float64{name: float64(sum) * 8 / r.Seconds / 1e9}, nil
+			m := map[string]float64{name: float64(sum) * 8 / r.Seconds / 1e9}
+			if len(cells) > 1 {
+				m[cells[1]] = jain(counts)
+			}
+			return m, nil
 		}}
 }
 
@@ -151,7 +199,8 @@ func connectProbe(name, fam string, q request) probe {
 	q.Op, q.Parallel = "connect", 16
 	return probe{name: name, mtu: 65520, family: fam, cells: []string{name + "/rate", name + "/failed"},
 		run: func(f *fleet, i *instance, target string) (map[string]float64, error) {
-			q.Addr = target
+			q := q
+			q.Addr = cmp.Or(q.Addr, target)
 			r, err := i.ask(q, time.Duration(q.WarmMS+q.MS)*time.Millisecond+20*time.Second)
 			if err != nil {
 				return nil, err

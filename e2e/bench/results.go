@@ -12,6 +12,9 @@ import (
 	"strings"
 )
 
+// fairCell ends the name of a cell that holds Jain's index of a bulk cell's flows.
+const fairCell = "/fair"
+
 type series struct {
 	Median  float64   `json:"median"`
 	Low     float64   `json:"low"`
@@ -122,6 +125,20 @@ func median(v []float64) float64 {
 		return (s[n/2-1] + s[n/2]) / 2
 	}
 	return s[len(s)/2]
+}
+
+// jain is the index of fairness of flows by their bytes (Jain, Chiu, Hawe 1984): 1 if all
+// have the same, 1/n if one of n has everything, 0 if none has anything.
+func jain(flows []int64) float64 {
+	var sum, squares float64
+	for _, n := range flows {
+		sum += float64(n)
+		squares += float64(n) * float64(n)
+	}
+	if squares == 0 {
+		return 0
+	}
+	return sum * sum / squares / float64(len(flows))
 }
 
 // failures are sorted lines, alike reasons of a candidate told once.

@@ -4,7 +4,8 @@ package main
 //
 //	bulkPort TCP   a header (mode, window, identifier), then bytes one way, or one-byte echoes;
 //	               a thread per connection
-//	echoPort… TCP  echoes what it reads: many short or idle connections on one epoll thread.
+//	echoPort… TCP  echoes what it reads, and answers a greeting (greeting.go) by one byte:
+//	               many short or idle connections on one epoll thread.
 //	               Several ports, because each of a client's connections leaves its
 //	               port in TIME_WAIT towards one of them
 //	bulkPort UDP   echoes datagrams in batches
@@ -185,17 +186,19 @@ func serveFlow(fd int, t *tally) {
 	setNoDelay(fd)
 	b := getBuffer()
 	defer putBuffer(b)
-	for got := 0; got < headerLen; {
-		n, e := rawRecv(fd, b[got:headerLen])
-		if e != 0 || n == 0 {
-			return
-		}
-		got += n
+	h, speaks, ok := readHeader(fd, b)
+	if !ok {
+		return
 	}
-	switch h := parseHeader(b); h.mode {
+	switch h.mode {
 	case 'U':
 		t.add(h.id, receive(fd, b, h.start, h.end))
 	case 'D':
+		if head := answer(speaks, manyBytes); len(head) > 0 {
+			if _, e := rawSend(fd, head); e != 0 {
+				return
+			}
+		}
 		transmit(fd, b, h.end)
 	case 'R':
 		for {
@@ -236,6 +239,12 @@ func transmit(fd int, b []byte, end int64) {
 	}
 }
 
+// greeted is a connection on which a greeting has begun.
+type greeted struct {
+	left   int // bytes still to come
+	answer []byte
+}
+
 func serveEchoes(poll int, listeners []int) {
 	isListener := map[int32]bool{}
 	add := func(fd int) bool {
@@ -247,6 +256,9 @@ func serveEchoes(poll int, listeners []int) {
 	}
 	events := make([]unix.EpollEvent, 256)
 	b := make([]byte, 4096)
+	owed := map[int32]greeted{} // what came in parts
+	one := []byte{1}
+	httpOne := append(answer(speaksHTTP, len(one)), one...)
 	for {
 		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(poll), uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), ^uintptr(0), 0, 0)
 		if e != 0 {
@@ -260,9 +272,29 @@ func serveEchoes(poll int, listeners []int) {
 					continue
 				}
 				if e == 0 && got > 0 {
-					_, e = rawSend(fd, b[:got])
+					back := b[:got]
+					g, begun := owed[ev.Fd]
+					if !begun {
+						g.left = greetingLen(back)
+						switch back[0] {
+						case tlsHandshake:
+							g.answer = one
+						case httpMethod:
+							g.answer = httpOne
+						}
+					}
+					if g.left -= got; g.left > 0 {
+						owed[ev.Fd] = g
+						continue
+					}
+					delete(owed, ev.Fd)
+					if g.answer != nil {
+						back = g.answer
+					}
+					_, e = rawSend(fd, back)
 				}
 				if e != 0 || got == 0 {
+					delete(owed, ev.Fd)
 					rawClose(fd)
 				}
 				continue

@@ -126,8 +126,10 @@ func gather(undo *restorer, o *options) error {
 	if err := copyFile("/proc/self/exe", filepath.Join(dir, "bench")); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "rules.yaml"), manyRules(10_000), 0o644); err != nil {
-		return err
+	for name, text := range map[string][]byte{"rules.yaml": manyRules(10_000), "domains.yaml": manyDomains(1_000)} {
+		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
+			return err
+		}
 	}
 	for name, path := range map[string]*string{"pasta": &o.Pasta, "slirp4netns": &o.Slirp} {
 		asked := *path

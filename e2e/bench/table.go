@@ -17,34 +17,38 @@ func printTable(w io.Writer, r *results) error {
 	for _, k := range slices.Sorted(maps.Keys(r.Versions)) {
 		fmt.Fprintf(&b, "%-12s %s\n", k, r.Versions[k])
 	}
-	fmt.Fprintf(&b, "%d processors, %d rounds, %.0f s; medians, ± half of the range in %%\n\n", r.Processors, r.Rounds, r.Seconds)
+	fmt.Fprintf(&b, "%d processors, %d rounds, %.0f s; medians, ± half of the range in %%\n", r.Processors, r.Rounds, r.Seconds)
 
 	columns := []string{ours, pasta, slirp, veth, host}
 	rows := [][]string{append(append([]string{"cell", "unit"}, columns...), "÷ pasta", "÷ slirp")}
+	fair := [][]string{append([]string{"between flows, Jain's index"}, columns...)}
 	for _, cell := range r.Order {
 		if strings.HasPrefix(cell, "cost/") {
 			continue
 		}
-		row := []string{cell, unit(cell)}
+		var row []string
 		for _, c := range columns {
 			row = append(row, figure(r.Cells[cell][c]))
 		}
-		rows = append(rows, append(row, ratio(r, cell, ours, pasta), ratio(r, cell, ours, slirp)))
+		if strings.HasSuffix(cell, fairCell) {
+			fair = append(fair, append([]string{cell}, row...))
+			continue
+		}
+		row = append(append([]string{cell, unit(cell)}, row...), ratio(r, cell, ours, pasta), ratio(r, cell, ours, slirp))
+		rows = append(rows, row)
 	}
-	writeRows(&b, rows, 2)
+	writeBlock(&b, rows, 2)
+	writeBlock(&b, fair, 1)
 
-	rows = [][]string{{"cell", "unit", "off", "10 000 rules", "flow log", "rules ÷ off", "log ÷ off"}}
+	rows = [][]string{{"cell", "unit", "off", "10 000 rules", "flow log", "1 000 domains", "rules ÷ off", "log ÷ off", "domains ÷ off"}}
 	for _, cell := range r.Order {
 		if strings.HasPrefix(cell, "cost/") {
 			s := r.Cells[cell]
-			rows = append(rows, []string{cell, unit(cell), figure(s[ours]), figure(s[withRules]), figure(s[withLog]),
-				ratio(r, cell, withRules, ours), ratio(r, cell, withLog, ours)})
+			rows = append(rows, []string{cell, unit(cell), figure(s[ours]), figure(s[withRules]), figure(s[withLog]), figure(s[withDomains]),
+				ratio(r, cell, withRules, ours), ratio(r, cell, withLog, ours), ratio(r, cell, withDomains, ours)})
 		}
 	}
-	if len(rows) > 1 {
-		b.WriteString("\n")
-		writeRows(&b, rows, 2)
-	}
+	writeBlock(&b, rows, 2)
 	if s := r.Cells["start/true"][pastaConfigured]; s != nil {
 		fmt.Fprintf(&b, "\nstart/true of %s, which also sets up the network as sluice does: %s ms\n", pastaConfigured, figure(s))
 	}
@@ -104,6 +108,14 @@ func number(v float64) string {
 		return fmt.Sprintf("%.1f", v)
 	}
 	return fmt.Sprintf("%.2f", v)
+}
+
+// writeBlock writes rows below their heading, if there are any, and a blank line before it.
+func writeBlock(b *strings.Builder, rows [][]string, left int) {
+	if len(rows) > 1 {
+		b.WriteString("\n")
+		writeRows(b, rows, left)
+	}
 }
 
 // writeRows aligns columns: the first left ones to the left, the others to the right.

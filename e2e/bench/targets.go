@@ -121,6 +121,17 @@ func targets(short bool) []target {
 			ts = append(ts, t)
 		}
 	}
+	for _, speaks := range greetings(short) {
+		for _, c := range []struct {
+			cell  string
+			bound float64
+		}{{"up/8/65520/v4", 0.97}, {"down/8/65520/v4", 0.97}, {"connect/v4/rate", 0.85}} {
+			cell := "cost/" + speaks + "/" + c.cell
+			t := over(cell, ours, c.bound, false).unlike(withDomains, cell)
+			t.what = withDomains + " ÷ off"
+			ts = append(ts, t)
+		}
+	}
 	return append(ts,
 		target{cell: "start/true", candidate: ours, what: "whole", most: true, bound: 60, unit: "ms"},
 		over("start/true", pasta, 1.2, true),
@@ -140,7 +151,7 @@ func judge(r *results) (out []verdict) {
 // units by a cell's name.
 func unit(cell string) string {
 	for _, u := range []struct{ part, unit string }{
-		{"/loss", "%"}, {"/failed", ""}, {"connect", "/s"}, {"tcp-rtt", "µs"}, {"udp-", "/s"},
+		{"/loss", "%"}, {"/failed", ""}, {fairCell, ""}, {"connect", "/s"}, {"tcp-rtt", "µs"}, {"udp-", "/s"},
 		{"idle/cpu", "%"}, {"idle/wakeups", "/s"}, {"idle/", "MiB"}, {"flows/bytes", "B/flow"}, {"start/", "ms"},
 	} {
 		if strings.Contains(cell, u.part) {

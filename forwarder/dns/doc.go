@@ -13,7 +13,8 @@
 // and never asked upstream; what it allows is asked in words of our own, and the
 // answer is read, sifted, granted and written anew (gate.go, sift.go). Names under
 // wildcards are bounded against tunnels (tunnel.go). The caller sends us the
-// questions to every resolver then, and is told of each (record.go).
+// questions to every resolver then, and is told of each (record.go). A pod has a
+// resolver of its own, in whose place we answer only then (Config.OnlyGated).
 //
 // Otherwise messages stay in wire form from end to end. No compression pointer is
 // ever followed and no record is ever re-encoded, so unknown types, DNSSEC bits and

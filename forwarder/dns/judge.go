@@ -40,6 +40,12 @@ type verdict struct {
 // judge decides about msg. It keeps no reference to msg.
 func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	r.stats.Queries.Add(1)
+	rules, gates := r.inForce()
+	if r.only && !gates {
+		// It came while the policy was replaced by one that leaves names to others.
+		r.stats.Ungated.Add(1)
+		return verdict{}
+	}
 	if len(msg) < headerLen || be16(msg, 2)&bitQR != 0 {
 		// Not a query: an answer to it would be an invitation to a loop.
 		r.stats.Malformed.Add(1)
@@ -63,7 +69,6 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		return verdict{answer: qy.fail(msg, code)}
 	}
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
-	rules, gates := r.inForce()
 	if !r.rate.take(queryRate(rules), time.Now()) {
 		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
 	}

@@ -71,6 +71,9 @@ type Config struct {
 	// Addresses of allowed names are granted in Names, which must not be nil then.
 	Rules func() *policy.Rules
 	Names *policy.Names
+	// OnlyGated: the sandbox has a resolver of its own, in whose place this one answers
+	// while the policy gates names, and is silent otherwise.
+	OnlyGated bool
 	// Tell is told of each question that the gate decided. It must not block. It may be nil.
 	Tell func(Event)
 }
@@ -86,6 +89,7 @@ type Resolver struct {
 
 	rules   func() *policy.Rules // nil: no policy gates names
 	names   *policy.Names
+	only    bool // Config.OnlyGated
 	tell    func(Event)
 	tunnels tunnels
 	rate    bucket
@@ -121,6 +125,7 @@ func New(cfg Config) (*Resolver, error) {
 		log:      cfg.Log,
 		rules:    cfg.Rules,
 		names:    cfg.Names,
+		only:     cfg.OnlyGated,
 		tell:     cfg.Tell,
 		inFlight: make(chan struct{}, limits.InFlight),
 		large:    make(chan struct{}, limits.UpstreamTCP),
@@ -141,6 +146,9 @@ func (r *Resolver) SetUpstreams(u Upstreams) {
 		return
 	}
 	r.set.Store(newServerSet(u))
+	if r.only {
+		return // whether it needs any depends on the policy: who sets that says so
+	}
 	// Said once per change of state, not once per query.
 	switch had := old == nil || len(old.up.Servers) > 0; {
 	case had && len(u.Servers) == 0:

@@ -10,7 +10,7 @@ type counters struct {
 	Streams, StreamsRefused, StreamsIdle                          atomic.Uint64
 	RefusedName, RefusedType, RefusedTunnel, OverRate             atomic.Uint64
 	UpstreamFolded, AnswersRefused, RecordsForeign                atomic.Uint64
-	RecordsRebound, GrantsRefused                                 atomic.Uint64
+	RecordsRebound, GrantsRefused, Ungated                        atomic.Uint64
 }
 
 // Stats are totals since New.
@@ -36,6 +36,7 @@ type Stats struct {
 	StreamsIdle    uint64 `json:"streamsIdle"`    // closed for idleness
 
 	OverRate uint64 `json:"overRate"` // REFUSED because they came too fast
+	Ungated  uint64 `json:"ungated"`  // not answered: the policy had just left names to others
 
 	// While the policy gates names.
 	RefusedName    uint64 `json:"refusedName"`    // no rule lets it be asked
@@ -61,5 +62,6 @@ func (r *Resolver) Stats() Stats {
 		OverRate: c.OverRate.Load(), RefusedName: c.RefusedName.Load(), RefusedType: c.RefusedType.Load(),
 		RefusedTunnel: c.RefusedTunnel.Load(), UpstreamFolded: c.UpstreamFolded.Load(), AnswersRefused: c.AnswersRefused.Load(),
 		RecordsForeign: c.RecordsForeign.Load(), RecordsRebound: c.RecordsRebound.Load(), GrantsRefused: c.GrantsRefused.Load(),
+		Ungated: c.Ungated.Load(),
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder"
+	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 	"sluice/tun"
@@ -29,8 +30,8 @@ import (
 //
 // It differs from the monitor of `sluice run` in what it does not do: whoever
 // starts it has made the namespaces, devices, addresses and rules, and takes them
-// away again. There is no command to run, no resolver of ours, no port to publish
-// (every port of the pod is reached by the pod's own address), and no loopback of
+// away again. There is no command to run, no resolver of ours but while the policy
+// gates names, no port to publish (every port of the pod is reached by the pod's own address), and no loopback of
 // the host behind the gateway.
 
 // AttachmentConfig describes one attachment. Name, UplinkNetNS, Link, Addrs and the
@@ -60,6 +61,13 @@ type AttachmentConfig struct {
 	// Gateways are our addresses on the pod's link, at most one of a family; default
 	// 169.254.1.1 and fe80::1 for the families that the pod has.
 	Gateways []netip.Addr `json:"gateways,omitempty"`
+
+	// Resolvers are asked for the names that the policy allows, on port 53 and from the
+	// uplink namespace, while it gates names: then they answer in the place of whom the
+	// pod asks. Without any, such a policy closes DNS. ResolversNote says where they are
+	// from and which were left out, for people.
+	Resolvers     []netip.Addr `json:"resolvers,omitempty"`
+	ResolversNote string       `json:"resolversNote,omitempty"`
 
 	// Policy is the policy file's text, PolicyName its name. Without one the pod is
 	// open in both directions, as in a cluster without policies: policy.DefaultPod.
@@ -161,6 +169,15 @@ func (c *AttachmentConfig) guest() []netip.Addr {
 	return out
 }
 
+// upstreams are the servers that names are asked of.
+func (c *AttachmentConfig) upstreams() dns.Upstreams {
+	var u dns.Upstreams
+	for _, a := range c.Resolvers {
+		u.Servers = append(u.Servers, netip.AddrPortFrom(a, dnsPort))
+	}
+	return u
+}
+
 // environment is where the rules apply. The node's addresses are nothing special
 // to a pod, which must reach the kubelet and the API's services.
 func (c *AttachmentConfig) environment() policy.Environment {
@@ -180,7 +197,7 @@ func (c *AttachmentConfig) environment() policy.Environment {
 func (c *AttachmentConfig) workerConfig() (workerConfig, []int) {
 	w := workerConfig{
 		Name: c.Name, Device: c.Link, GatewayMAC: c.GatewayMAC, Queues: len(c.Device),
-		Guest: c.guest(), Gateway: c.Gateways, Inbound: &c.Inbound,
+		Guest: c.guest(), Gateway: c.Gateways, Inbound: &c.Inbound, ResolversNote: c.ResolversNote,
 	}
 	if c.Link.Kind == tun.TUN {
 		w.GatewayMAC = nil
@@ -215,7 +232,7 @@ func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
 	m := &monitor{
 		cfg: Config{Name: cfg.Name, Version: cfg.Version, FlowLog: cfg.FlowLog, Stderr: cfg.Stderr},
 		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1},
-		takeovers: make(chan takeover),
+		takeovers: make(chan takeover), upstreams: cfg.upstreams(),
 	}
 	m.log = newLogRing(time.Now, m.echo)
 	if err := m.runAttachment(ctx); err != nil {

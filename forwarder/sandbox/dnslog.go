@@ -24,8 +24,11 @@ func (l *flowLog) asked(e dns.Event) {
 	l.put(flowEnd{question: &e, flow: nat.Flow{Start: now, End: now}})
 }
 
+const dnsPort = 53
+
 // questionRecord describes a question, as Hubble does what its DNS proxy sees. The
-// destination is the sandbox's resolver, whatever address the question was sent to.
+// destination is the sandbox's resolver, or the one that is asked for a pod, whatever
+// address the question was sent to; of a family that has none it is unspecified.
 func (l *flowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
 	r := api.FlowRecord{
 		Time: at, Start: at, Type: api.TypeL7, TrafficDirection: api.Egress,
@@ -41,11 +44,17 @@ func (l *flowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
 	if e.Stream {
 		proto = unix.IPPROTO_TCP
 	}
+	to := netip.IPv6Unspecified()
+	if e.From.Addr().Is4() {
+		to = netip.IPv4Unspecified()
+	}
 	for _, a := range l.resolvers {
-		if a.Is4() == e.From.Addr().Is4() {
-			r.IP, r.L4 = layers(nat.NewTuple(proto, e.From, netip.AddrPortFrom(a, 53)))
+		if a.Is4() == to.Is4() {
+			to = a
+			break
 		}
 	}
+	r.IP, r.L4 = layers(nat.NewTuple(proto, e.From, netip.AddrPortFrom(to, dnsPort)))
 	for _, a := range e.Addrs {
 		r.L7.DNS.IPs = append(r.L7.DNS.IPs, a.String())
 	}

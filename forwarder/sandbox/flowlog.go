@@ -72,7 +72,7 @@ type flowLog struct {
 	// Set before run, if at all.
 	names     func(netip.Addr) []string // under which an address is granted
 	policy    func() string             // the name of the one in force
-	resolvers []netip.Addr              // of the sandbox, at most one of a family
+	resolvers []netip.Addr              // whom the sandbox asks; the first of a family counts
 
 	queue chan flowEnd
 	stop  chan struct{} // closed by close

@@ -113,7 +113,7 @@ func (l *workerLink) reason() string         { return l.p.why }
 
 // spawnWorker starts a worker's process, which then waits for its configuration.
 func (m *monitor) spawnWorker() (*process, error) {
-	return m.spawner.start("/proc/self/exe", []string{os.Args[0], WorkerCommand}, workerAttr(workerIDs()), m.workerLine)
+	return m.spawner.start(workerPlan(workerIDs()), m.workerLine)
 }
 
 // startWorker brings up a worker with all that the monitor holds.

@@ -31,10 +31,12 @@ type workerConfig struct {
 	// SelfConfigured is where a guest that nobody configures may choose addresses.
 	SelfConfigured netip.Prefix `json:"self_configured,omitzero"`
 
-	Upstreams dns.Upstreams           `json:"upstreams"`
-	Hosts     map[string][]netip.Addr `json:"hosts,omitempty"`
-	Rules     rulesMessage            `json:"rules"`
-	Sysctls   map[string]string       `json:"sysctls,omitempty"`
+	Upstreams dns.Upstreams `json:"upstreams"`
+	// ResolversNote says where Upstreams are from; only an attachment has it.
+	ResolversNote string                  `json:"resolvers_note,omitempty"`
+	Hosts         map[string][]netip.Addr `json:"hosts,omitempty"`
+	Rules         rulesMessage            `json:"rules"`
+	Sysctls       map[string]string       `json:"sysctls,omitempty"`
 
 	HasRaw4    bool `json:"has_raw4,omitempty"`
 	HasRaw6    bool `json:"has_raw6,omitempty"`
@@ -44,6 +46,17 @@ type workerConfig struct {
 	// GuestSockets says that the monitor hands out sockets of the guest's
 	// network namespace.
 	GuestSockets bool `json:"guest_sockets,omitempty"`
+}
+
+// resolvers are whom the sandbox asks for names, as far as people are told.
+func (c *workerConfig) resolvers() []netip.Addr {
+	out := c.DNS
+	if c.Inbound != nil {
+		for _, s := range c.Upstreams.Servers {
+			out = append(out, s.Addr())
+		}
+	}
+	return out
 }
 
 // rulesMessage is a policy and where it applies. An empty Source is the

@@ -12,6 +12,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/fork"
 )
 
 // Starting the worker process.
@@ -85,9 +87,9 @@ func onOwnThread(f func()) {
 
 func (s *spawner) close() { close(s.requests) }
 
-// start runs args[0] with args; log gets each line of its standard error. It
-// must not be called after close.
-func (s *spawner) start(exe string, args []string, attr *syscall.SysProcAttr, log func(string)) (*process, error) {
+// start runs this binary by plan, which need not say what is the same for all; log
+// gets each line of its standard error. It must not be called after close.
+func (s *spawner) start(plan fork.Plan, log func(string)) (*process, error) {
 	ends, err := socketpair(unix.SOCK_SEQPACKET)
 	if err != nil {
 		return nil, err
@@ -107,17 +109,18 @@ func (s *spawner) start(exe string, args []string, attr *syscall.SysProcAttr, lo
 	}
 	defer null.Close()
 
+	// A worker reads no environment; GOTRACEBACK only shapes its last words.
+	plan.Env, plan.Dir = []string{"GOTRACEBACK=single"}, "/"
+	// By its number errW stays as it is; os.File's Fd would make it blocking.
+	plan.Files = []int{fdOf(null), fdOf(null), fdOf(errW), fdOf(ends[1])}
+	plan.Session, plan.DeathSignal = true, syscall.SIGKILL
 	p := &process{ch: newChannel(ends[0], false), done: make(chan struct{})}
 	result := make(chan error, 1)
 	s.requests <- func() {
-		var err error
-		p.cmd, err = os.StartProcess(exe, args, &os.ProcAttr{
-			// A worker reads no environment; GOTRACEBACK only shapes its last words.
-			Env:   []string{"GOTRACEBACK=single"},
-			Dir:   "/",
-			Files: []*os.File{null, null, errW, ends[1]},
-			Sys:   attr,
-		})
+		pid, err := fork.Start(plan)
+		if err == nil {
+			p.cmd, err = os.FindProcess(pid)
+		}
 		result <- err
 	}
 	if err := <-result; err != nil {
@@ -146,6 +149,7 @@ func (p *process) reap(stderr *os.File, log func(string)) {
 			log(line)
 		})
 	}()
+	fork.Await(p.cmd.Pid)
 	state, err := p.cmd.Wait()
 	// The worker forks nothing, so its end is the end of its standard error.
 	<-drained
@@ -242,20 +246,36 @@ func idMapped(file string, id int) bool {
 	return false
 }
 
-// workerAttr is how the worker is cloned. Inside it is 0 until it has dropped
-// everything: it needs its namespace's capabilities to empty its root.
-func workerAttr(who ids) *syscall.SysProcAttr {
+// workerPlan is how the worker is cloned. Inside it is 0 until it has dropped
+// everything: it needs its namespace's capabilities to empty its root. The bounding
+// set, which each of its threads would have to empty capability by capability, it
+// never has.
+func workerPlan(who ids) fork.Plan {
 	root := os.Geteuid() == 0
-	return &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID |
+	return fork.Plan{
+		Args: []string{os.Args[0], WorkerCommand},
+		Flags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID |
 			unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-		UidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: who.uid, Size: 1}},
-		GidMappings:                []syscall.SysProcIDMap{{ContainerID: 0, HostID: who.gid, Size: 1}},
-		GidMappingsEnableSetgroups: root,
-		Credential:                 &syscall.Credential{Uid: 0, Gid: 0, NoSetGroups: !root},
-		Pdeathsig:                  syscall.SIGKILL,
-		Setsid:                     true,
+		Maps: func(pid int) error { return who.writeMaps(pid, !root) },
+		Root: true, DropGroup: root, Unbound: true,
 	}
+}
+
+// writeMaps makes who the uid and gid 0 of the process's new user namespace. Whoever
+// may map only itself has to give up setgroups(2) there.
+func (who ids) writeMaps(pid int, alone bool) error {
+	write := func(name, text string) error {
+		return os.WriteFile(fmt.Sprintf("/proc/%d/%s", pid, name), []byte(text), 0)
+	}
+	if alone {
+		if err := write("setgroups", "deny"); err != nil {
+			return err
+		}
+	}
+	if err := write("uid_map", fmt.Sprintf("0 %d 1", who.uid)); err != nil {
+		return err
+	}
+	return write("gid_map", fmt.Sprintf("0 %d 1", who.gid))
 }
 
 func explainSpawn(err error) error {

@@ -6,9 +6,10 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+
+	"sluice/forwarder/sandbox/fork"
 )
 
 // fake is a worker that ends when told to.
@@ -144,8 +145,7 @@ func startFake(t *testing.T, fate string) (*workerLink, *[]string) {
 	s := newSpawner()
 	t.Cleanup(s.close)
 	lines := new([]string)
-	p, err := s.start("/proc/self/exe", []string{"test", "test-worker", fate},
-		&syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, func(l string) { *lines = append(*lines, l) })
+	p, err := s.start(fork.Plan{Args: []string{"test", "test-worker", fate}}, func(l string) { *lines = append(*lines, l) })
 	must(t, err)
 	t.Cleanup(p.kill)
 	l := newWorkerLink(p, func(*workerLink, bool) {})

@@ -228,7 +228,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		out = h.flowLog
 	}
 	w.flows = newFlowLog(out, time.Now, w.log)
-	w.flows.resolvers = c.DNS
+	w.flows.resolvers = c.resolvers()
 	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
 	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
@@ -241,7 +241,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	w.names = newNames(c.Hosts, w.log)
 	w.dns, err = dns.New(dns.Config{
 		Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log,
-		Rules: w.rules.Load, Names: w.names, Tell: w.flows.asked,
+		Rules: w.rules.Load, Names: w.names, Tell: w.flows.asked, OnlyGated: c.Inbound != nil,
 	})
 	if err != nil {
 		return err
@@ -266,7 +266,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 			return fmt.Errorf("take over the inbound device: %w", err)
 		}
 		// Who is told of the pod's addresses is told by its runtime.
-		fc.Inbound, fc.OnlyHost, fc.DHCPHandler, fc.DNSHandler = w.in0, true, nil, nil
+		fc.Inbound, fc.OnlyHost, fc.DHCPHandler = w.in0, true, nil
 		fc.Memory = w.memory
 	}
 	if w.fwd, err = forwarder.New(fc); err != nil {

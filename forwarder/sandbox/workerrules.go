@@ -37,7 +37,7 @@ func (w *worker) setRules(r *policy.Rules) {
 	d := r.DNS()
 	w.names.Configure(policy.NamesConfig{TTLFloor: time.Duration(d.TTLFloor), TTLCap: time.Duration(d.TTLCap)})
 	if w.in0 != nil && r.GatesNames() {
-		w.log.Warn(fmt.Sprintf("the policy %s has rules by domain, which match nothing here, and closes DNS: no resolver of ours serves a pod; use rules by cidr", r.Name()))
+		w.tellResolvers(r)
 	}
 	w.rules.Store(r)
 	w.fwd.SetRules(r)
@@ -47,6 +47,16 @@ func (w *worker) setRules(r *policy.Rules) {
 			_ = w.table.SetSysctl(name, value) // it was accepted before
 		}
 	}
+}
+
+// tellResolvers says who is asked for the names of a pod's policy.
+func (w *worker) tellResolvers(r *policy.Rules) {
+	if u := w.cfg.Upstreams.Servers; len(u) > 0 {
+		w.log.Info(fmt.Sprintf("names of the policy %s are asked of %v (%s)", r.Name(), u, w.cfg.ResolversNote))
+		return
+	}
+	w.log.Warn(fmt.Sprintf("the policy %s has rules by domain, and no resolver is known that could be asked for the pod (%s): no name resolves, and the rules match nothing; "+
+		"name resolvers in the network configuration, or have the runtime say which the pod has (docs/cni.md), and make the pod anew", r.Name(), w.cfg.ResolversNote))
 }
 
 // setSysctl sets a tunable by hand. What the policy limits is the policy's.

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/fork"
 )
 
 // Attaching to a network namespace that somebody else made.
@@ -69,14 +71,14 @@ func attach(ctx context.Context, t Target, cfg Config) (*Guest, error) {
 		return fail(err)
 	}
 	defer net.Close()
-	spaces := []joined{{int(net.Fd()), unix.CLONE_NEWNET}}
+	spaces := []fork.Namespace{{FD: int(net.Fd()), Flag: unix.CLONE_NEWNET}}
 	user, err := userNamespaceFor(t, net)
 	if err != nil {
 		return fail(err)
 	}
 	if user != nil {
 		defer user.Close()
-		spaces = append([]joined{{int(user.Fd()), unix.CLONE_NEWUSER}}, spaces...)
+		spaces = append([]fork.Namespace{{FD: int(user.Fd()), Flag: unix.CLONE_NEWUSER}}, spaces...)
 	}
 	spec := stageSpec{Mode: modeAttach, Config: cfg}
 	g, err := start(ctx, spec, nil, func(files []*os.File) (*stageProcess, error) {
@@ -145,16 +147,6 @@ func userNamespaceFor(t Target, net *os.File) (*os.File, error) {
 		return nil, err
 	}
 	return user, nil
-}
-
-func explainJoin(step int, errno unix.Errno) error {
-	if step < 0 || step >= len(stepNames) {
-		step = stepExec
-	}
-	if errno == unix.EPERM && (step == stepUser || step == stepNet) {
-		return fmt.Errorf("%s: this user has no rights over it: attach as the user who made it, or as root (%w)", stepNames[step], errno)
-	}
-	return fmt.Errorf("%s: %w", stepNames[step], errno)
 }
 
 // targetWatch waits for a target's end without holding a thread: what tells it

@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/fork"
 )
 
 // Starting CMD. One goroutine keeps one thread for it: the thread gives up what
@@ -51,13 +53,14 @@ func startCommand(spec stageSpec) (*command, *ExecError) {
 		var perr error
 		if cmd.pidfd, perr = unix.PidfdOpen(pid, 0); perr != nil {
 			_ = unix.Kill(pid, unix.SIGKILL)
-			reap(pid)
+			fork.Reap(pid)
 			up <- result{nil, &ExecError{StatusOurs, "watching the command: " + perr.Error()}}
 			return
 		}
 		up <- result{cmd, nil}
 		if !spec.Config.PIDNamespace {
-			cmd.ended <- reap(pid)
+			fork.Await(pid)
+			cmd.ended <- fork.Reap(pid)
 			return
 		}
 		reapAll(pid, cmd.ended)
@@ -79,15 +82,6 @@ func dropInherited() error {
 	}
 	data[0].Inheritable, data[1].Inheritable = 0, 0
 	return unix.Capset(&hdr, &data[0])
-}
-
-func reap(pid int) unix.WaitStatus {
-	var ws unix.WaitStatus
-	for {
-		if _, err := unix.Wait4(pid, &ws, 0, nil); err != unix.EINTR {
-			return ws
-		}
-	}
 }
 
 // reapAll is the duty of a PID namespace's init: every orphan is its child. It

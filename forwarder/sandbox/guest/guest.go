@@ -365,6 +365,9 @@ func (g *Guest) Close() error {
 	g.finish(Status{}, ErrClosed)
 	g.stop()
 	g.ch.close()
+	if g.userns != (nsID{}) {
+		outlive(g.device)
+	}
 	closeAll(g.device)
 	if g.diag != nil {
 		g.diag.Close()
@@ -379,4 +382,14 @@ func (g *Guest) Close() error {
 		return nil
 	}
 	return sweep(g.userns, closeTimeout)
+}
+
+// outlive leaves a device to the end of its namespace, which is the sandbox's own and
+// which the kernel clears up by itself. Whoever closes the last descriptor of another
+// removes the device on the spot, and waits 10 to 20 ms for it.
+func outlive(device []*os.File) {
+	for _, f := range device {
+		// Where it fails, closing takes longer, and that is all.
+		_ = unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1)
+	}
 }

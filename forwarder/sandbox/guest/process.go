@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/fork"
 )
 
 // StageCommand is the hidden subcommand of this binary that must run Main.
@@ -50,7 +52,7 @@ func (p *stageProcess) kill() {
 
 func (p *stageProcess) state() string { return p.text }
 
-// collect reaps the zombie that awaitExit saw; kill never meets a pid that was
+// collect reaps the zombie that fork.Await saw; kill never meets a pid that was
 // given to somebody else.
 func (p *stageProcess) collect(wait func() string) {
 	p.mu.Lock()
@@ -58,17 +60,6 @@ func (p *stageProcess) collect(wait func() string) {
 	p.text = wait()
 	p.mu.Unlock()
 	close(p.done)
-}
-
-// awaitExit blocks until pid is a zombie, without collecting it.
-func awaitExit(pid int) {
-	for {
-		var info unix.Siginfo
-		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT, nil)
-		if err != unix.EINTR {
-			return
-		}
-	}
 }
 
 // cloneStage starts the stage in new namespaces. Its parent-death signal comes
@@ -107,7 +98,7 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 		if err != nil {
 			return
 		}
-		awaitExit(p.pid)
+		fork.Await(p.pid)
 		p.collect(func() string { _ = cmd.Wait(); return cmd.ProcessState.String() })
 	}()
 	if err := <-up; err != nil {
