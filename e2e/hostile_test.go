@@ -85,7 +85,7 @@ func TestHostileSandbox(t *testing.T) {
 			t.Errorf("%s: a refused name was asked upstream\n%s", phase, out)
 		}
 	}
-	attempts := slices.Concat(hostilePackets, hostileCommands(t))
+	attempts := slices.Concat(hostilePackets, hostileCommands(t), hostileStreams())
 	seen := map[string]string{}
 	w.host.ip(t, "addr add "+late4+"/24 dev h0\naddr add "+late6+"/64 dev h0 nodad")
 	for i := range attempts {

@@ -27,6 +27,7 @@ var commands = map[string]func(args []string) error{
 	"udp":     udpClient,
 	"mapping": mapping,
 	"get":     get,
+	"h2":      h2,
 	"short":   short,
 	"hold":    hold,
 	"knock":   knock,
