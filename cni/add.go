@@ -238,8 +238,10 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
 		Sysctls:     c.Sysctl,
 		FlowLog:     c.FlowLog,
-		Keep:        filepath.Join(ad.h.store.dir(ad.h.name), keepFile),
-		Describe:    []string{"container", a.ContainerID, a.IfName, "network", a.Network},
+
+		FlowLogMaxSize: c.FlowLogMaxSize, FlowLogMaxFiles: c.FlowLogMaxFiles,
+		Keep:     filepath.Join(ad.h.store.dir(ad.h.name), keepFile),
+		Describe: []string{"container", a.ContainerID, a.IfName, "network", a.Network},
 	}
 	if a.Pod.Name != "" {
 		s.Describe = []string{"pod", a.Pod.Namespace + "/" + a.Pod.Name, a.IfName, "network", a.Network}

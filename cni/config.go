@@ -48,10 +48,14 @@ type Config struct {
 	MTU    mtu      `json:"mtu,omitempty"`  // bytes; "auto" (default) is the main interface's
 	Select Selector `json:"select,omitzero"`
 
-	Sysctl   map[string]string `json:"sysctl,omitempty"` // the flow table's, by nf_conntrack's names
-	Limits   json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
-	FlowLog  string            `json:"flowLog,omitempty"`
-	StateDir string            `json:"stateDir,omitempty"`
+	Sysctl  map[string]string `json:"sysctl,omitempty"` // the flow table's, by nf_conntrack's names
+	Limits  json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
+	FlowLog string            `json:"flowLog,omitempty"`
+	// FlowLogMaxSize is bytes with an optional suffix, FlowLogMaxFiles counts the one that is
+	// written: `sluice run --help` has the meanings.
+	FlowLogMaxSize  string `json:"flowLogMaxSize,omitempty"`
+	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
+	StateDir        string `json:"stateDir,omitempty"`
 
 	// SetDisableCheck notes that `install` switched the list's CHECK off, for `uninstall`.
 	SetDisableCheck bool `json:"setDisableCheck,omitempty"`
@@ -171,6 +175,9 @@ func (c *Config) check() error {
 		if path != "" && !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q: want an absolute path", name, path)
 		}
+	}
+	if c.FlowLog == "" && (c.FlowLogMaxSize != "" || c.FlowLogMaxFiles != 0) {
+		return errors.New("flowLogMaxSize and flowLogMaxFiles bound a flowLog, which is not given")
 	}
 	if err := c.Select.check(); err != nil {
 		return err

@@ -30,6 +30,8 @@ func TestConfigurationIsDecodedStrictly(t *testing.T) {
 		{"a relative policyDir", `"policyDir": "policies"`, "policyDir"},
 		{"a relative stateDir", `"stateDir": "state"`, "stateDir"},
 		{"a relative flowLog", `"flowLog": "-"`, "flowLog"},
+		{"bounds of no flow log", `"flowLogMaxFiles": 2`, "flowLog"},
+		{"a size that is no string", `"flowLog": "/f", "flowLogMaxSize": 5`, "flowLogMaxSize"},
 		{"an unknown mode", `"mode": "veth"`, "want tap or tun"},
 		{"an MTU that is a word", `"mtu": "big"`, "auto"},
 		{"an MTU too small for IPv6", `"mtu": 576`, "1280"},

@@ -52,6 +52,9 @@ type LaunchSpec struct {
 	Limits     json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 	FlowLog    string            `json:"flowLog,omitempty"`
+	// FlowLogMaxSize and FlowLogMaxFiles are as in Config.
+	FlowLogMaxSize  string `json:"flowLogMaxSize,omitempty"`
+	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
 	// Keep is a file for what is set while it runs, for the monitor that replaces it.
 	Keep string `json:"keep,omitempty"`
 	// Cgroups are the directories that the monitor and its workers move to.

@@ -195,7 +195,7 @@ func openPTY(t *testing.T) (master, slave *os.File) {
 func TestCommandLineHelps(t *testing.T) {
 	area(t, "help")
 	w := newPair(t)
-	commands := []string{"run", "attach", "ps", "flows", "policy", "port", "capture", "stats", "logs", "version"}
+	commands := []string{"run", "attach", "ps", "flows", "flow-log", "policy", "port", "capture", "stats", "logs", "version"}
 	r := w.host.sluiceOK(t, "--help")
 	for _, c := range commands {
 		r.wantOut(t, c)

@@ -97,7 +97,7 @@ func newHostile(t *testing.T) *hostile {
 	// The gateway's hardware address, learned as a kernel would.
 	ok(t, h.sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
 	w.host.ip(t, "addr add "+late4+"/24 dev h0\naddr add "+late6+"/64 dev h0 nodad preferred_lft 0")
-	h.attempts = slices.Concat(hostilePackets, hostileQUIC(t), hostileCommands(t), hostileScenes)
+	h.attempts = slices.Concat(hostilePackets, hostileQUIC(t), hostileCommands(t), hostileStreams(), hostileScenes)
 	return h
 }
 

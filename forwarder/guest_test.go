@@ -144,6 +144,15 @@ func (g *guest) dial(to netip.AddrPort) (*gonet.TCPConn, error) {
 	return gonet.DialContextTCP(ctx, g.stack, tcpip.FullAddress{NIC: 1, Addr: tcpipAddr(to.Addr()), Port: to.Port()}, netProto(to.Addr()))
 }
 
+// dialContext is dial for an http.Transport, which goes to the address that it is told names.
+func (g *guest) dialContext(_ context.Context, _, to string) (net.Conn, error) {
+	_, port, err := net.SplitHostPort(to)
+	if err != nil {
+		return nil, err
+	}
+	return g.dial(netip.MustParseAddrPort(addrA.String() + ":" + port))
+}
+
 func (g *guest) mustDial(to netip.AddrPort) *gonet.TCPConn {
 	g.t.Helper()
 	c, err := g.dial(to)

@@ -164,8 +164,15 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return ""
 		}
 		if fl.gate != nil {
-			n, abort := fl.gate.admit(g)
-			if n == 0 {
+			n, drop, abort := fl.gate.admit(g)
+			if drop > 0 {
+				scratch.discard.left = drop
+				if _, terr := fl.ep.Read(&scratch.discard, tcpip.ReadOptions{}); terr != nil {
+					return "reset_by_sandbox"
+				}
+				continue
+			}
+			if n == 0 || abort != "" {
 				return abort
 			}
 			g.trim(n)
@@ -221,6 +228,12 @@ func (fl *tcpFlow) runDown() (abort string) {
 		return ""
 	}
 	for budget := pumpBudget; ; {
+		room := downChunk
+		if fl.gate != nil {
+			if room = fl.gate.room(); room == 0 {
+				return ""
+			}
+		}
 		queued, errno := siocinq(fl.fd)
 		if errno != 0 {
 			return "reset_by_peer"
@@ -240,7 +253,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return ""
 		}
 		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
-		granted := fl.t.downSize(queued)
+		granted := fl.t.downSize(min(queued, room))
 		if limit.limited() || rule != nil {
 			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
@@ -374,7 +387,7 @@ func segmentsOf(n int) int { return (n + 65535) / 65536 }
 type hostReader struct {
 	fd   int
 	left int
-	gate *requestGate // follows what is read; may be nil
+	gate gate // follows what is read; may be nil
 }
 
 // Len is a promise to the stack.

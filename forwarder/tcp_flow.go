@@ -65,7 +65,7 @@ type tcpFlow struct {
 	up       pump                       // stack → host
 	down     pump                       // host → stack
 	shape    atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
-	gate     *requestGate               // nil: requests are not judged; set before live
+	gate     gate                       // nil: requests are not judged; set before live, under mu
 	reader   hostReader                 // of the down pump, kept here so that a write allocates nothing
 
 	inBatch bool          // among inlineTCP.flows; guarded by its mu
@@ -391,7 +391,7 @@ func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 	if fl.check != nil && q.Seen.Kind == policy.SeenNone {
 		return v.Allowed() || v.Verify() != policy.VerifyNone // it is decided when it has spoken
 	}
-	if !v.Allowed() {
+	if !v.Allowed() || !fl.requestsStillAllowed(rules, q) {
 		return false
 	}
 	fl.mu.Lock()
@@ -404,6 +404,22 @@ func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
 		fl.lease.Describe(v.Rule(), fl.t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
 	}
 	return same
+}
+
+// requestsStillAllowed asks rules about the requests under way.
+func (fl *tcpFlow) requestsStillAllowed(rules *policy.Rules, q policy.Query) bool {
+	fl.mu.Lock()
+	gate := fl.gate
+	fl.mu.Unlock()
+	if gate == nil {
+		return true
+	}
+	for _, q.Seen = range gate.underWay() {
+		if !fl.t.f.judge(rules, q).Allowed() {
+			return false
+		}
+	}
+	return true
 }
 
 // errnoOf finds the system's error number in err, or 0.

@@ -12,7 +12,7 @@ package forwarder
 //
 // The address that is dialled is the flow's own destination, which is the one that was
 // judged: no name is resolved in between. Clear-text HTTP goes on being judged, request
-// by request (verify_http.go).
+// by request (verify_http.go, verify_http2.go).
 //
 // Nobody but the sandbox pays for a flow that waits: there are at most maxChecks of them,
 // of which the oldest gives way, each for checkTimeout, and their bytes stay where they

@@ -10,17 +10,33 @@ package forwarder
 
 import (
 	"fmt"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/forwarder/sniff"
 	"sluice/policy"
 )
 
-// requestGate is one flow's.
+// gate judges the requests of one flow.
+type gate interface {
+	// admit tells how many of the gathered bytes may pass now, or how many are to be
+	// thrown away instead. It may be asked again about bytes that it let through and
+	// that did not pass. up.mu is held.
+	admit(g *gather) (pass, drop int, abort string)
+	// passed notes that the first n of the gathered bytes were passed on. up.mu is held.
+	passed(g *gather, n int)
+	// room is how much of what the far side sends may pass now, and answered takes it in.
+	// down.mu is held.
+	room() int
+	answered(p []byte)
+	// underWay is what the requests have said that are not answered yet.
+	underWay() []policy.Seen
+}
+
+// requestGate is the one of HTTP/1.
 type requestGate struct {
 	fl *tcpFlow
 
@@ -32,38 +48,38 @@ type requestGate struct {
 
 	mu      sync.Mutex
 	answers sniff.Responses
+	seen    policy.Seen // of the last request
 }
 
-// admit tells how many of the gathered bytes may pass now. It may be asked again about
-// bytes that it let through and that did not pass.
-func (r *requestGate) admit(g *gather) (n int, abort string) {
+func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 	switch {
 	case r.shut:
-		return 0, ""
+		return 0, 0, ""
 	case r.tunnel:
-		return g.bytes, ""
+		return g.bytes, 0, ""
 	case r.head > 0:
-		return min(r.head, g.bytes), ""
+		return min(r.head, g.bytes), 0, ""
 	case !r.body.Done():
 		body := r.body // which passed takes further
 		n, err := scan(&body, g, g.bytes)
 		if err != nil {
 			r.fl.t.firstMalformed.Add(1)
-			return 0, "malformed_request"
+			return 0, 0, "malformed_request"
 		}
-		return n, ""
+		return n, 0, ""
 	}
 	r.mu.Lock()
 	idle, tunnel := r.answers.Idle(), r.answers.Tunnel()
 	r.mu.Unlock()
 	if tunnel {
 		r.tunnel = true
-		return g.bytes, ""
+		return g.bytes, 0, ""
 	}
 	if !idle {
-		return 0, ""
+		return 0, 0, ""
 	}
-	return r.judge(g)
+	n, abort = r.judge(g)
+	return n, 0, abort
 }
 
 // judge looks at the next request.
@@ -72,10 +88,8 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
-	for i := range g.n {
-		if _, err := look.Write(g.piece(i)); err != nil {
-			break
-		}
+	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
+		return 0, "reset_by_sandbox"
 	}
 	req, head, err := sniff.ParseHead(buf[:look.n])
 	switch {
@@ -89,23 +103,33 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	}
 	q := fl.query()
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path})
-	v := fl.t.f.judge(fl.t.f.rules.Load(), q)
+	rules := fl.t.f.rules.Load()
+	v := fl.t.f.judge(rules, q)
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict.Target() {
 		r.shut = true
 		fl.t.refusedRequest.Add(1)
 		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-		fl.check.refusal = v
+		fl.check.answer = forbidden(v, fl.t.f.rules.Load().Name())
 		fl.t.f.engine.put(&fl.check.telling)
 		return 0, ""
 	}
 	r.head, r.body = head, req.Body
 	r.mu.Lock()
 	r.answers.Expect(req.Method)
+	r.seen = q.Seen
 	r.mu.Unlock()
-	return min(head, g.bytes), ""
+	return min(head, g.bytes), fl.stillInForce(rules, q)
 }
 
-// passed notes that the first n of the gathered bytes were passed on.
+// stillInForce refuses a request by rules that came while it was judged, when nobody who
+// looks at the requests under way saw it.
+func (fl *tcpFlow) stillInForce(rules *policy.Rules, q policy.Query) (abort string) {
+	if now := fl.t.f.rules.Load(); now != rules && !fl.t.f.judge(now, q).Allowed() {
+		return "policy"
+	}
+	return ""
+}
+
 func (r *requestGate) passed(g *gather, n int) {
 	switch {
 	case r.tunnel:
@@ -129,8 +153,18 @@ func scan(body *sniff.Body, g *gather, n int) (took int, err error) {
 	return took, nil
 }
 
-// answered takes in what the far side sent, and has the next request looked at when an
-// answer has ended.
+func (r *requestGate) room() int { return downChunk }
+
+func (r *requestGate) underWay() []policy.Seen {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.answers.Idle() {
+		return nil
+	}
+	return []policy.Seen{r.seen}
+}
+
+// answered has the next request looked at when an answer has ended.
 func (r *requestGate) answered(p []byte) {
 	r.mu.Lock()
 	waited := !r.answers.Idle()
@@ -142,17 +176,20 @@ func (r *requestGate) answered(p []byte) {
 	}
 }
 
-// forbidden is the answer to a refused request.
-func forbidden(v policy.Verdict, policyName string) string {
+// refusalText tells a client which rule refused its request.
+func refusalText(v policy.Verdict, policyName string) string {
 	rule := v.Rule()
 	if v.Tried() != "" {
 		rule = v.Tried()
 	}
-	text := fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q.\n", policyName, rule)
 	if v.Allowed() {
-		text = fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that the connection cannot be upgraded.\n", policyName, rule)
+		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that the connection cannot be upgraded.\n", policyName, rule)
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(text), text)
-	return b.String()
+	return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q.\n", policyName, rule)
+}
+
+// forbidden is the answer to a refused request.
+func forbidden(v policy.Verdict, policyName string) string {
+	text := refusalText(v, policyName)
+	return fmt.Sprintf("HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(text), text)
 }

@@ -51,6 +51,7 @@ func TestRequestsAreJudgedOneByOne(t *testing.T) {
 		{"another host on the same connection", "GET /open/1" + ok + "\r\n" + "GET /open/2 HTTP/1.1\r\nHost: b.example\r\n\r\n", "GET /open/1", []string{"200", "403"}, false},
 		{"an upgrade", "GET /open/1" + ok + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", "", []string{"403"}, false},
 		{"HEAD, and one more", "HEAD /open/1" + ok + "\r\n" + "GET /open/2" + ok + "\r\n", "HEAD /open/1, GET /open/2", []string{"200", "200"}, false},
+		{"a head of many segments behind another", "GET /open/1" + ok + "\r\n" + "GET /open/2" + ok + "X: " + strings.Repeat("x", 600) + "\r\n\r\n", "GET /open/1, GET /open/2", []string{"200", "200"}, false},
 		{"dots", "GET /open/../secret" + ok + "\r\n", "", []string{"403"}, false},
 		{"encoded dots", "GET /open/%2e%2e/secret" + ok + "\r\n", "", []string{"403"}, false},
 		{"no HTTP at all", "\x00\x01\x02\x03", "", nil, true},

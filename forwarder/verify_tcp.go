@@ -40,8 +40,10 @@ type check struct {
 	evicted atomic.Bool
 	need    int // bytes that readFirst wants to see; guarded by up.mu
 
-	telling task           // the refusal
-	refusal policy.Verdict // written before telling is queued
+	greeted bool // an HTTP/2 client was sent SETTINGS; likewise
+
+	telling task   // the refusal
+	answer  string // the client's; written before telling is queued
 
 	seen    policy.Seen // guarded by the flow's mu
 	refused bool        // likewise: 403 was sent
@@ -136,6 +138,10 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	said, need, err := sniff.Stream(buf[:look.n])
 	if err == nil && need > 0 && !over {
 		c.need = need
+		if !c.greeted && sniff.Greeted(buf[:look.n]) {
+			c.greeted = true
+			return fl.tell(emptySettings)
+		}
 		return ""
 	}
 	seen := seenOf(said)
@@ -146,29 +152,32 @@ func (fl *tcpFlow) readFirst() (abort string) {
 		// It may have said a name, and another one besides. Where a request ends that
 		// breaks the rules nobody knows, so that nobody could read an answer to it.
 		fl.t.firstMalformed.Add(1)
-		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP {
+		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
 			seen.Kind = policy.SeenOpaque
 		}
 	}
-	return fl.decide(seen)
+	return fl.decide(seen, &said)
+}
+
+// tell sends the sandbox something in the far side's place.
+func (fl *tcpFlow) tell(what string) (abort string) {
+	if n, terr := fl.ep.Write(strings.NewReader(what), tcpip.WriteOptions{}); terr != nil || int(n) != len(what) {
+		return reasonRefused
+	}
+	return ""
 }
 
 // decide judges the flow with what it said, and dials or refuses.
-func (fl *tcpFlow) decide(seen policy.Seen) (abort string) {
+func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
 	q := fl.query()
 	q.Seen, q.Held = seen, ""
 	rules := t.f.rules.Load()
 	v := t.f.judge(rules, q)
-	if v.Allowed() && v.EachRequest() && seen.Kind != policy.SeenHTTP {
-		// Requests of other kinds are not told apart.
-		q.Seen = policy.Seen{Kind: policy.SeenOpaque}
-		v = t.f.judge(rules, q)
-	}
 	fl.lease.Describe(v.Rule(), t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
 	if !v.Allowed() {
-		return fl.refuse(v, seen)
+		return fl.refuse(v, seen, said)
 	}
 	shape := t.f.limited.of(v)
 	if err := fl.lease.Charge(shape.budgetOf(), false); err != nil {
@@ -183,8 +192,11 @@ func (fl *tcpFlow) decide(seen policy.Seen) (abort string) {
 	}
 	fl.phase = phaseConnecting
 	fl.verdict, fl.check.seen = v, q.Seen
-	if v.EachRequest() {
+	switch greeted := fl.check.greeted; {
+	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
 		fl.gate = &requestGate{fl: fl}
+	case v.EachRequest(), greeted:
+		fl.gate = newStreamGate(fl, greeted, v.EachRequest())
 	}
 	fd, connected, err := t.f.dialer.tcpConnect(v, fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
@@ -237,15 +249,21 @@ func (fl *tcpFlow) open() {
 
 // refuse ends the flow for policy's sake: with a reset, or, for a client that understands
 // it, with an answer that names the rule. It returns a reason to abort.
-func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen) (abort string) {
+func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen) (abort string) {
 	t := fl.t
 	t.refusedFirst.Add(1)
 	orig := fl.lease.Orig()
 	t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
-	if seen.Kind != policy.SeenHTTP {
+	name := t.f.rules.Load().Name()
+	switch seen.Kind {
+	case policy.SeenHTTP:
+		fl.check.answer = forbidden(v, name)
+	case policy.SeenHTTP2:
+		r := refusedStream{verdict: v, id: said.Stream, grpc: said.GRPC, head: said.Method == "HEAD"}
+		fl.check.answer = r.answer(name, fl.check.greeted)
+	default:
 		return reasonRefused
 	}
-	fl.check.refusal = v
 	t.f.engine.put(&fl.check.telling)
 	return ""
 }
@@ -253,7 +271,7 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen) (abort string) {
 // reasonRefused is why a flow ended that got no further than its first bytes.
 const reasonRefused = "refused_by_policy"
 
-// tellRefusal answers a request with 403. It is a task, as it must not hold the pumps'
+// tellRefusal answers a request with its refusal. It is a task, as it must not hold the pumps'
 // locks. What the sandbox still sends is thrown away until it closes: a reset, which
 // closing with data unread would be, could overtake the answer.
 func (fl *tcpFlow) tellRefusal() {
@@ -267,9 +285,8 @@ func (fl *tcpFlow) tellRefusal() {
 	fl.check.refused = true
 	fl.mu.Unlock()
 	fl.closeHost(false)
-	answer := forbidden(fl.check.refusal, fl.t.f.rules.Load().Name())
-	if n, terr := fl.ep.Write(strings.NewReader(answer), tcpip.WriteOptions{}); terr != nil || int(n) != len(answer) {
-		fl.abort(reasonRefused)
+	if abort := fl.tell(fl.check.answer); abort != "" {
+		fl.abort(abort)
 		return
 	}
 	_ = fl.ep.Shutdown(tcpip.ShutdownWrite) // an endpoint that is gone says so to drain

@@ -203,8 +203,8 @@ func TestFirstBytes(t *testing.T) {
 		{"a name to an address that is not granted under an allowed one", addrB, clientHello(t, "a.example"), 1 << 20, false, ""},
 		{"the name in a request", addrA, []byte(get + "a.example\r\n\r\n"), 1 << 20, true, ""},
 		{"the name in a request, byte by byte", addrA, []byte(get + "a.example\r\n\r\n"), 1, true, ""},
-		{"prior knowledge, whose requests are not told apart", addrA, []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" +
-			"\x00\x00\x0e\x01\x05\x00\x00\x00\x01\x82\x84\x86\x01\x09a.example"), 1 << 20, false, policy.ReasonNoName},
+		{"the name in a request with prior knowledge", addrA, []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" +
+			"\x00\x00\x0e\x01\x05\x00\x00\x00\x01\x82\x84\x86\x01\x09a.example"), 1 << 20, true, ""},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var mu sync.Mutex

@@ -64,7 +64,7 @@ func parseConntrack(line string) (p parsed, err error) {
 	p.Flow.State = Unreplied
 	if proto == 6 {
 		name := next()
-		if p.Flow.State, ok = parseState(name); !ok {
+		if p.Flow.State, ok = ParseState(name); !ok {
 			return p, fmt.Errorf("unknown state %q", name)
 		}
 	}

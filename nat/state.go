@@ -58,8 +58,8 @@ func (s State) halfOpen() bool { return s == SynSent || s == SynRecv }
 // closing says whether nothing more can be said on a TCP flow: only memory is held.
 func (s State) closing() bool { return s == TimeWait || s == Close }
 
-// parseState is String's inverse.
-func parseState(name string) (State, bool) {
+// ParseState is String's inverse.
+func ParseState(name string) (State, bool) {
 	for s, n := range stateNames {
 		if n == name {
 			return State(s), true

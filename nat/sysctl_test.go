@@ -1,11 +1,9 @@
 package nat
 
 import (
-	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -107,68 +105,3 @@ func TestSetTimeoutsAppliesToFlowsThatExist(t *testing.T) {
 		t.Error("the flow outlives the new timeout")
 	}
 }
-
-func TestFlowJSON(t *testing.T) {
-	clock := newFakeClock()
-	table := NewTable(Config{Now: clock.now})
-	l := acquire(t, table, Spec{Orig: tuple(6, "10.0.2.100:4000", "192.0.2.1:80"), Rule: "egress[0] web", Names: []string{"example.org"}})
-	l.SetReply(tuple(6, "192.0.2.1:80", "198.51.100.7:5"))
-	l.Account(Original, 2, 120)
-	l.SetState(Established)
-	clock.advance(1500 * time.Millisecond)
-	l.Account(Reply, 1, 60)
-	ping := acquire(t, table, Spec{Orig: tuple(1, "10.0.2.100:7", "192.0.2.1:2048"), Ingress: true})
-	acquire(t, table, Spec{Orig: tuple(47, "10.0.2.100:0", "192.0.2.1:0")})
-	ping.Release("done")
-	for _, f := range append(table.List(), ping.Snapshot()) {
-		f.Start, f.LastSeen, f.End = f.Start.UTC().Round(0), f.LastSeen.UTC().Round(0), f.End.UTC().Round(0)
-		data, err := json.Marshal(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got Flow
-		if err := json.Unmarshal(data, &got); err != nil {
-			t.Fatal(err)
-		}
-		if !reflect.DeepEqual(got, f) {
-			t.Errorf("%s\nis read as %+v, was %+v", data, got, f)
-		}
-	}
-	l.Release("closed")
-	data, _ := json.Marshal(l.Snapshot())
-	for _, want := range []string{
-		`"protocol":"tcp","state":"ESTABLISHED","original":{"src":"10.0.2.100","dst":"192.0.2.1","sport":4000,"dport":80,"packets":2,"bytes":120}`,
-		`"reply":{"src":"192.0.2.1","dst":"198.51.100.7","sport":80,"dport":5,"packets":1,"bytes":60},"replied":true,"assured":true,"timeout":432000`,
-		`"duration":1.5,"rule":"egress[0] web","names":["example.org"],"reason":"closed"}`,
-	} {
-		if !strings.Contains(string(data), want) {
-			t.Errorf("the record is\n%s, without\n%s", data, want)
-		}
-	}
-}
-
-func FuzzFlowJSON(f *testing.F) {
-	f.Add([]byte(`{"id":1,"protocol":"tcp","state":"ESTABLISHED","original":{"src":"10.0.2.100","dst":"192.0.2.1","sport":4000,"dport":80},"reply":{"src":"::1","dst":"::2"}}`))
-	f.Add([]byte(`{"protocol":"icmp","state":"UNREPLIED","original":{"src":"10.0.2.100","dst":"192.0.2.1","type":8,"code":0,"icmpId":7}}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		var flow, again Flow
-		if json.Unmarshal(data, &flow) != nil {
-			return
-		}
-		out, err := json.Marshal(flow)
-		if err != nil {
-			return // a year that RFC 3339 cannot say
-		}
-		if err := json.Unmarshal(out, &again); err != nil {
-			t.Fatalf("%s is written as %s, which cannot be read: %v", data, out, err)
-		}
-		if again.Orig != flow.Orig || again.Reply != flow.Reply || again.ID != flow.ID || again.State != flow.State {
-			t.Errorf("%s is written as %s", data, out)
-		}
-		_ = WriteConntrack(discard{}, []Flow{flow}, ConntrackOptions{})
-	})
-}
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }

@@ -19,11 +19,16 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 	if err != nil {
 		return 0, 0, err
 	}
+	size, err := flowLogSizeOf(a)
+	if err != nil {
+		return 0, 0, err
+	}
 	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
 		Resolvers: a.Resolvers.Servers, ResolversNote: a.Resolvers.Note,
-		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, FlowLog: a.FlowLog, Keep: a.Keep,
+		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, Keep: a.Keep,
+		FlowLog: a.FlowLog, FlowLogMaxSize: size, FlowLogMaxFiles: a.FlowLogMaxFiles,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
 		Device: a.DeviceFDs, In0: a.InboundFD,
 	})
@@ -50,11 +55,30 @@ func (launcher) Check(a cni.LaunchSpec) error {
 	}
 	_, err := limitsOf(a)
 	errs = append(errs, err)
+	_, err = flowLogSizeOf(a)
+	errs = append(errs, err)
+	if n := a.FlowLogMaxFiles; n != 0 {
+		if err := sandbox.CheckFlowLogFiles(n); err != nil {
+			errs = append(errs, fmt.Errorf("flowLogMaxFiles: %w", err))
+		}
+	}
 	table := nat.NewTable(nat.Config{})
 	for name, value := range a.Sysctls {
 		errs = append(errs, table.SetSysctl(name, value))
 	}
 	return errors.Join(errs...)
+}
+
+// flowLogSizeOf reads the largest size of the flow log; none leaves it to the default.
+func flowLogSizeOf(a cni.LaunchSpec) (int64, error) {
+	if a.FlowLogMaxSize == "" {
+		return 0, nil
+	}
+	size, err := sandbox.ParseFlowLogSize(a.FlowLogMaxSize)
+	if err != nil {
+		return 0, fmt.Errorf("flowLogMaxSize: %w", err)
+	}
+	return size, nil
 }
 
 // limitsOf reads limits as a policy would have them.

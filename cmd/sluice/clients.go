@@ -14,7 +14,7 @@ import (
 // clientCommands are the commands that speak to running sandboxes.
 func clientCommands() []*cli.Command {
 	return []*cli.Command{
-		psCommand(), flowsCommand(), policyCommand(), portCommand(), captureCommand(), upgradeCommand(),
+		psCommand(), flowsCommand(), flowLogCommand(), policyCommand(), portCommand(), captureCommand(), upgradeCommand(),
 		statsCommand(), logsCommand(), sysctlCommand(), versionCommand(), completionCommand(),
 	}
 }

@@ -14,7 +14,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"sluice/forwarder/sandbox/api"
-	"sluice/nat"
 )
 
 func TestFlagsMayFollowArguments(t *testing.T) {
@@ -134,12 +133,11 @@ func TestEndedFlowsTable(t *testing.T) {
 }
 
 func TestRowOfALiveFlow(t *testing.T) {
-	now := time.Now()
-	f := nat.Flow{
-		Orig:  nat.NewTuple(1, netip.MustParseAddrPort("10.0.2.100:77"), netip.MustParseAddrPort("192.0.2.1:2048")),
-		Start: now.Add(-90 * time.Second), End: now, OrigBytes: 1536,
+	r := api.FlowRecord{
+		IP: api.IP{Source: netip.MustParseAddr("10.0.2.100"), Destination: netip.MustParseAddr("192.0.2.1")}, L4: api.L4{ICMPv4: &api.ICMP{Type: 8, ID: 77}},
+		State: "NONE", Duration: 90.5, Orig: api.Counter{Bytes: 1536},
 	}
-	if got := strings.Join(flowRow(f), "|"); got != "icmp|NONE|10.0.2.100|192.0.2.1|1.5KiB|0B|1m30s||" {
+	if got := strings.Join(flowRow(&r), "|"); got != "icmp|NONE|10.0.2.100|192.0.2.1|1.5KiB|0B|1m30s||" {
 		t.Errorf("row %s", got)
 	}
 }

@@ -20,8 +20,9 @@ func flowsCommand() *cli.Command {
 		Name:      "flows",
 		Usage:     "list the flows of a sandbox, or watch them",
 		ArgsUsage: "[NAME]",
-		Description: "Without NAME, of the one sandbox that is running. -o conntrack prints what `conntrack -L` would,\n" +
-			"with --watch what `conntrack -E` would. --ended lists flows that are over or were refused.",
+		Description: "Without NAME, of the one sandbox that is running. -o json prints the flow log's records (docs/flow-log.md),\n" +
+			"with --watch one event a line. -o conntrack prints what `conntrack -L` would, with --watch what\n" +
+			"`conntrack -E` would. --ended lists flows that are over or were refused.",
 		Flags: []cli.Flag{
 			outputFlag("table", "json", "conntrack"),
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "print events until interrupted"},
@@ -57,16 +58,22 @@ func flows(c *cli.Context) error {
 	case c.Bool("ended"):
 		return printEnded(c.App.Writer, r)
 	}
-	slices.SortFunc(r.Flows, func(a, b nat.Flow) int { return a.Start.Compare(b.Start) })
+	slices.SortFunc(r.Flows, func(a, b api.FlowRecord) int { return a.Start.Compare(b.Start) })
 	switch format {
 	case "json":
 		return printJSON(c.App.Writer, nonNil(r.Flows))
 	case "conntrack":
-		return nat.WriteConntrack(c.App.Writer, r.Flows, nat.ConntrackOptions{})
+		flows := make([]nat.Flow, len(r.Flows))
+		for i := range r.Flows {
+			if flows[i], err = r.Flows[i].Flow(); err != nil {
+				return fmt.Errorf("flows: %w", err)
+			}
+		}
+		return nat.WriteConntrack(c.App.Writer, flows, nat.ConntrackOptions{})
 	}
 	t := newTable(c.App.Writer, "PROTO", "STATE", "SOURCE", "DESTINATION", "SENT", "RECEIVED", "AGE", "RULE", "NAMES")
-	for _, f := range r.Flows {
-		t.row(flowRow(f)...)
+	for i := range r.Flows {
+		t.row(flowRow(&r.Flows[i])...)
 	}
 	return t.flush()
 }
@@ -79,37 +86,11 @@ func nonNil[T any](s []T) []T {
 	return s
 }
 
-func flowRow(f nat.Flow) []string {
-	end := f.End
-	if end.IsZero() {
-		end = time.Now()
-	}
+func flowRow(r *api.FlowRecord) []string {
 	return []string{
-		protoWord(f.Orig.Proto()), f.State.String(), tupleEnd(f.Orig, f.Orig.Src()), tupleEnd(f.Orig, f.Orig.Dst()),
-		size(f.OrigBytes), size(f.ReplyBytes), age(end.Sub(f.Start)), f.Rule, strings.Join(f.Names, ","),
+		protoText(r.L4), r.State, endText(r.Source()), endText(r.Destination()),
+		size(int64(r.Orig.Bytes)), size(int64(r.Reply.Bytes)), age(time.Duration(r.Duration * float64(time.Second))), r.Rule, strings.Join(r.DestinationNames, ","),
 	}
-}
-
-func protoWord(p uint8) string {
-	switch p {
-	case 1:
-		return "icmp"
-	case 6:
-		return "tcp"
-	case 17:
-		return "udp"
-	case 58:
-		return "icmpv6"
-	}
-	return fmt.Sprint(p)
-}
-
-// tupleEnd prints one end of a flow; an ICMP tuple's ports are none.
-func tupleEnd(t nat.Tuple, a netip.AddrPort) string {
-	if p := t.Proto(); p == 6 || p == 17 {
-		return a.String()
-	}
-	return a.Addr().String()
 }
 
 // printEnded prints flows that are over: `flows --ended`, and `run --show-flows`.
@@ -175,9 +156,12 @@ func watchFlows(c *cli.Context, client api.Client, format string) error {
 		case "json":
 			err = api.WriteLine(out, e)
 		case "conntrack":
-			err = nat.WriteConntrackEvent(out, nat.Event{Type: eventType(e.Type), Time: e.Time, Flow: e.Flow}, nat.ConntrackOptions{})
+			var f nat.Flow
+			if f, err = e.Flow.Flow(); err == nil {
+				err = nat.WriteConntrackEvent(out, nat.Event{Type: eventType(e.Type), Time: e.Time, Flow: f}, nat.ConntrackOptions{})
+			}
 		default:
-			row := flowRow(e.Flow)
+			row := flowRow(&e.Flow)
 			_, err = fmt.Fprintf(out, "%s %-7s %s\n", e.Time.Local().Format("15:04:05.000"), printable(e.Type), printable(strings.TrimRight(strings.Join(row, "  "), " ")))
 		}
 		if err != nil {

@@ -15,6 +15,7 @@ import (
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -29,7 +30,9 @@ func sandboxFlags() []cli.Flag {
 		&cli.StringSliceFlag{Name: "dns", Usage: "name server `ADDRESS[:PORT]` to ask instead of the host's; may be repeated"},
 		&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's; may be repeated"},
 		&cli.StringSliceFlag{Name: "add-host", Usage: "answer `NAME:ADDRESS`; may be repeated"},
-		&cli.StringFlag{Name: "flow-log", Usage: "append a JSON record of each ended flow to `FILE`, - for standard output"},
+		&cli.StringFlag{Name: "flow-log", Usage: "append a JSON record of each ended flow to `FILE`, - for standard output (docs/flow-log.md)"},
+		&cli.StringFlag{Name: "flow-log-max-size", Value: policy.Bytes(sandbox.DefaultFlowLogMaxSize).String(), Usage: "rename FILE to FILE.1 before it has more than `BYTES`, such as 500M or 64Mi; 0: never"},
+		&cli.IntFlag{Name: "flow-log-max-files", Value: sandbox.DefaultFlowLogMaxFiles, Usage: "keep `N` files of the flow log, FILE included; the oldest goes"},
 		&cli.StringFlag{Name: "link", Value: "tap", Usage: "kind of device: `tap|tun`"},
 		&cli.StringFlag{Name: "interface", Usage: "`NAME` of the device inside (default: tap0 or tun0)"},
 		&cli.IntFlag{Name: "mtu", Value: tun.DefaultMTU, Usage: fmt.Sprintf("MTU of the device, %d to %d `BYTES`", tun.MinMTU, tun.MaxMTU)},
@@ -123,7 +126,7 @@ func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
 		Name: c.String("name"), Version: buildVersion(),
 		NoIPv4: c.Bool("ipv6-only"), NoIPv6: c.Bool("ipv4-only"),
 		HostLoopback: c.Bool("host-loopback"), PublishAuto: c.Bool("publish-auto"),
-		FlowLog: c.String("flow-log"), Verbose: c.Bool("verbose"),
+		FlowLog: c.String("flow-log"), FlowLogMaxFiles: c.Int("flow-log-max-files"), Verbose: c.Bool("verbose"),
 	}
 	g := &cfg.Guest
 	g.Link = tun.Config{
@@ -163,6 +166,13 @@ func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
 	}
 	if q := g.Link.Queues; q < 1 || q > tun.MaxQueues {
 		errs = append(errs, fmt.Errorf("--queues: %d: want 1 to %d", q, tun.MaxQueues))
+	}
+	try("flow-log-max-size", func(v string) (err error) { cfg.FlowLogMaxSize, err = sandbox.ParseFlowLogSize(v); return err })
+	if err := sandbox.CheckFlowLogFiles(c.Int("flow-log-max-files")); err != nil {
+		errs = append(errs, fmt.Errorf("--flow-log-max-files: %w", err))
+	}
+	if cfg.FlowLog == "" && (c.IsSet("flow-log-max-size") || c.IsSet("flow-log-max-files")) {
+		errs = append(errs, errors.New("--flow-log-max-size and --flow-log-max-files bound a --flow-log FILE, which is not given"))
 	}
 	try("mac", func(v string) (err error) { g.MAC, err = net.ParseMAC(v); return err })
 	try("address", prefixOf(&g.Addr4, 4))

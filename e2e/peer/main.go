@@ -29,6 +29,7 @@ var commands = map[string]func(args []string) error{
 	"mapping": mapping,
 	"forge":   forge,
 	"get":     get,
+	"h2":      h2,
 	"short":   short,
 	"hold":    hold,
 	"knock":   knock,

@@ -12,7 +12,8 @@ package main
 //	base+5  tcp, udp  answers with the peer's address
 //	base+6  tcp       sends one byte and closes
 //	base+7  tcp       bulk transfers (xfer.go)
-//	base+8  tcp       HTTP: "hello from peer", /addr gives the peer's address
+//	base+8  tcp       HTTP/1, and HTTP/2 with prior knowledge: "hello from peer", /addr gives the
+//	                  peer's address, /digest answers "N SHA-256" of what is sent
 //	base+9  udp       source of datagrams: answers "N" with N datagrams of one byte
 //	base+10 udp       answers with the length, the TTL and the DSCP of what came
 //	base+11 udp       answers ten times a second, for a minute
@@ -68,7 +69,10 @@ func serve(args []string) error {
 		if err != nil {
 			return err
 		}
-		go func() { failed <- http.Serve(l, http.HandlerFunc(hello)) }()
+		srv := &http.Server{Handler: http.HandlerFunc(hello), Protocols: new(http.Protocols)}
+		srv.Protocols.SetHTTP1(true)
+		srv.Protocols.SetUnencryptedHTTP2(true)
+		go func() { failed <- srv.Serve(l) }()
 	}
 	for _, host := range datagrams {
 		for i, handle := range map[int]func(*net.UDPConn) error{
@@ -195,6 +199,14 @@ func oneByte(c *net.TCPConn) {
 func hello(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/addr" {
 		io.WriteString(w, r.RemoteAddr+"\n")
+		return
+	}
+	if r.URL.Path == "/digest" {
+		h := sha256.New()
+		n, err := io.Copy(h, r.Body)
+		if err == nil {
+			fmt.Fprintf(w, "%d %x\n", n, h.Sum(nil))
+		}
 		return
 	}
 	io.WriteString(w, "hello from peer\n")

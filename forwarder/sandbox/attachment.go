@@ -73,9 +73,13 @@ type AttachmentConfig struct {
 	// open in both directions, as in a cluster without policies: policy.DefaultPod.
 	PolicyName string            `json:"policyName,omitempty"`
 	Policy     []byte            `json:"policy,omitempty"`
-	Limits     policy.Limits     `json:"limits,omitzero"`   // where the policy's own leave something open
-	FlowLog    string            `json:"flowLog,omitempty"` // a file to append to
+	Limits     policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	// FlowLog is a file to append flow records to, FlowLogMaxSize and FlowLogMaxFiles its
+	// bounds, as in Config.
+	FlowLog         string `json:"flowLog,omitempty"`
+	FlowLogMaxSize  int64  `json:"flowLogMaxSize,omitempty"`
+	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
 	// Keep is a file for what is set later: the next monitor of the same attachment
 	// starts with that. "" keeps nothing.
 	Keep string `json:"keep,omitempty"`
@@ -284,7 +288,7 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if err := m.dir.WriteState(State{Name: cfg.Name, PID: os.Getpid(), Start: start, Command: cfg.Describe, Started: started}); err != nil {
 		return err
 	}
-	if m.flowLog, err = openFlowLog(cfg.FlowLog); err != nil {
+	if m.flowLog, err = openFlowFile(cfg.FlowLog, cfg.FlowLogMaxSize, cfg.FlowLogMaxFiles, m.log); err != nil {
 		return err
 	}
 	defer m.release()

@@ -42,12 +42,14 @@ const (
 	msgSysctl    = "sysctl"    // → api.SysctlParams
 	msgStop      = "stop"      // → end all flows, flush the flow log, exit
 	msgSocket    = "socket"    // → socketMessage and a fresh socket of the guest's namespace, or none
+	msgFlowLog   = "flow-log"  // → the next file of the flow log; without a descriptor there is none
 	msgReady     = "ready"     // ← confined and running
 	msgAck       = "ack"       // ← the message of that sequence number took effect, or Error
 
-	msgGrant       = "grant"        // ← grantMessage: remember it for the next worker
-	msgWantSocket4 = "want-socket4" // ← hand over one more guest socket
-	msgWantSocket6 = "want-socket6" // ←
+	msgGrant       = "grant"         // ← grantMessage: remember it for the next worker
+	msgWantSocket4 = "want-socket4"  // ← hand over one more guest socket
+	msgWantSocket6 = "want-socket6"  // ←
+	msgWantFlowLog = "want-flow-log" // ← the flow log's file is full
 )
 
 // message is one packet.

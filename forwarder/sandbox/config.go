@@ -53,6 +53,11 @@ type Config struct {
 
 	// FlowLog is a file to append flow records to, "-" for standard output.
 	FlowLog string
+	// FlowLogMaxSize is how many bytes it may have before it is renamed to FlowLog.1, and
+	// that to .2; 0 means DefaultFlowLogMaxSize, FlowLogUnbounded never. FlowLogMaxFiles
+	// is how many files there may be; 0 means DefaultFlowLogMaxFiles.
+	FlowLogMaxSize  int64
+	FlowLogMaxFiles int
 	// Sysctls are tunables of the flow table by nf_conntrack's names.
 	Sysctls map[string]string
 

@@ -172,6 +172,8 @@ func (m *monitor) answer(ctx context.Context, req api.Request) (any, error) {
 		return decoded(req, m.addPort)
 	case api.MethodPortsRm:
 		return decoded(req, m.removePort)
+	case api.MethodFlowLogReopen:
+		return m.reopenFlowLog()
 	case api.MethodSysctlSet:
 		return decoded(req, func(p api.SysctlParams) (any, error) { return m.setSysctl(p) })
 	}

@@ -17,7 +17,7 @@ import (
 
 // asked is dns.Config.Tell.
 func (l *flowLog) asked(e dns.Event) {
-	if l.out == nil {
+	if !l.logged {
 		return
 	}
 	now := l.now()

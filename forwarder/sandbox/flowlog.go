@@ -1,9 +1,7 @@
 package sandbox
 
 import (
-	"bytes"
 	"encoding/json"
-	"fmt"
 	"io"
 	"log/slog"
 	"net/netip"
@@ -33,11 +31,10 @@ import (
 // and told in one more record when foldFor has passed.
 
 const (
-	flowQueue   = 8192
-	endedFlows  = 4096 // what `flows --ended` and --show-flows can look back on
-	foldFor     = 10 * time.Second
-	maxFolds    = 1024 // refusals being counted; beyond it each has its own record
-	flowLogSize = 32 << 10
+	flowQueue  = 8192
+	endedFlows = 4096 // what `flows --ended` and --show-flows can look back on
+	foldFor    = 10 * time.Second
+	maxFolds   = 1024 // refusals being counted; beyond it each has its own record
 	// flowLogRest is how long the queue is left alone after it was emptied, so that
 	// flows which end in quick succession do not wake a goroutine each.
 	flowLogRest = 20 * time.Millisecond
@@ -66,9 +63,9 @@ type fold struct {
 
 // flowLog turns ended flows into records.
 type flowLog struct {
-	out io.Writer // nil without a flow log
-	now func() time.Time
-	log *slog.Logger
+	sink   *flowSink
+	logged bool // there is a flow log
+	now    func() time.Time
 	// Set before run, if at all.
 	names     func(netip.Addr) []string // under which an address is granted
 	policy    func() string             // the name of the one in force
@@ -78,7 +75,6 @@ type flowLog struct {
 	stop  chan struct{} // closed by close
 	done  chan struct{} // closed by run
 	lost  atomic.Uint64 // no room in the queue
-	unlog atomic.Uint64 // records that could not be written
 
 	mu      sync.Mutex // guards the ring
 	ring    []api.FlowRecord
@@ -86,15 +82,12 @@ type flowLog struct {
 	dropped uint64
 
 	// The goroutine's own.
-	folds  map[foldKey]*fold
-	buf    bytes.Buffer
-	lines  uint64 // in buf
-	failed bool   // the last write did
+	folds map[foldKey]*fold
 }
 
 func newFlowLog(out io.Writer, now func() time.Time, log *slog.Logger) *flowLog {
 	return &flowLog{
-		out: out, now: now, log: log,
+		sink: newFlowSink(out, now, log), logged: out != nil, now: now,
 		queue: make(chan flowEnd, flowQueue), stop: make(chan struct{}), done: make(chan struct{}),
 		folds: make(map[foldKey]*fold),
 	}
@@ -105,14 +98,13 @@ func (l *flowLog) onEvent(e nat.Event) {
 	if e.Type != nat.Destroy {
 		return
 	}
-	action := policy.Allow
-	if about, ok := e.Flow.About.(forwarder.About); ok && !about.Verdict.Allowed() && about.Verdict.Rule() != "" {
-		if about.Verdict.Verify() == policy.VerifyNone {
-			return // refused after its first bytes, and told
-		}
-		action = policy.Drop // it ended before it had said whom it wants
+	switch passed, undecided := fate(&e.Flow); {
+	case passed:
+		l.put(flowEnd{flow: e.Flow, action: policy.Allow})
+	case undecided:
+		l.put(flowEnd{flow: e.Flow, action: policy.Drop}) // it ended before it had said whom it wants
 	}
-	l.put(flowEnd{flow: e.Flow, action: action})
+	// Else it was refused after its first bytes, and told.
 }
 
 // refused is forwarder.Config.Refused.
@@ -134,6 +126,7 @@ func (l *flowLog) put(e flowEnd) {
 
 // close waits until everything put before it is written.
 func (l *flowLog) close() {
+	l.sink.hurry()
 	close(l.stop)
 	<-l.done
 }
@@ -147,8 +140,12 @@ func (l *flowLog) run() {
 	tick.Stop()
 	rest := time.NewTimer(0)
 	defer rest.Stop()
-	queue := l.queue // nil while it rests
+	resting := false
 	for {
+		queue := l.queue
+		if resting || l.sink.full() {
+			queue = nil
+		}
 		select {
 		case e := <-queue:
 			before := len(l.folds)
@@ -156,27 +153,34 @@ func (l *flowLog) run() {
 			if before == 0 && len(l.folds) > 0 {
 				tick.Reset(time.Second)
 			}
-			if len(l.queue) == 0 || l.buf.Len() >= flowLogSize {
-				l.flush()
+			if len(l.queue) == 0 || len(l.sink.buf) >= sinkSize {
+				l.sink.flush()
 			}
 			if len(l.queue) == 0 {
-				queue = nil
+				resting = true
 				rest.Reset(flowLogRest)
 			}
 		case <-rest.C:
-			queue = l.queue
+			resting = false
+		case <-l.sink.came:
+			l.sink.flush()
+		case <-l.sink.wait.C:
+			l.sink.impatient()
 		case <-tick.C:
 			l.unfold(l.now())
-			l.flush()
+			l.sink.flush()
 			if len(l.folds) == 0 {
 				tick.Stop()
 			}
 		case <-l.stop:
 			for len(l.queue) > 0 { // this goroutine alone takes from it
 				l.take(<-l.queue)
+				if len(l.sink.buf) >= sinkSize {
+					l.sink.settle()
+				}
 			}
 			l.unfold(time.Time{})
-			l.flush()
+			l.sink.end()
 			return
 		}
 	}
@@ -235,36 +239,30 @@ func (l *flowLog) add(r api.FlowRecord) {
 
 // write puts a record in the log's buffer.
 func (l *flowLog) write(r api.FlowRecord) {
-	if l.out == nil {
+	if !l.logged {
 		return
 	}
 	line, err := json.Marshal(r)
 	if err != nil {
-		l.unlog.Add(1)
+		l.sink.unwritten.Add(1)
 		return
 	}
-	l.buf.Write(append(line, '\n'))
-	l.lines++
+	l.sink.add(line)
 }
 
-// flush writes what is buffered. What cannot be written is lost and counted:
-// a full disk must not grow the worker.
-func (l *flowLog) flush() {
-	if l.buf.Len() == 0 {
-		return
-	}
-	_, err := l.out.Write(l.buf.Bytes())
-	if err != nil {
-		l.unlog.Add(l.lines)
-		if !l.failed {
-			l.log.Warn(fmt.Sprintf("the flow log cannot be written, records are lost: %v", err))
-		}
-	} else if l.failed {
-		l.log.Info("the flow log can be written again")
-	}
-	l.failed = err != nil
-	l.buf.Reset()
-	l.lines = 0
+// logStats are a worker's counters of its flow log. Each record that is made is lost,
+// written or unwritten, or still in the buffer.
+type logStats struct {
+	Lost      uint64 `json:"lost"`      // ends of flows that no record was made of: the queue was full
+	Written   uint64 `json:"written"`   // records
+	Unwritten uint64 `json:"unwritten"` // records that could not be written
+	Files     uint64 `json:"files"`     // times that the next file was begun
+	Unrotated uint64 `json:"unrotated"` // times that it could not be
+}
+
+func (l *flowLog) stats() logStats {
+	s := l.sink
+	return logStats{l.lost.Load(), s.written.Load(), s.unwritten.Load(), s.files.Load(), s.unrotated.Load()}
 }
 
 // ended returns the ring's records, oldest first.

@@ -141,17 +141,17 @@ func TestFlowLogOnAFullDiskSaysSoOnceAndGoesOn(t *testing.T) {
 	l := newFlowLog(disk, time.Now, slog.New(&journalHandler{w: &said}))
 	for i := range 3 {
 		l.take(flowEnd{flow: destroy(uint64(i)).Flow, action: policy.Allow})
-		l.flush()
+		l.sink.flush()
 	}
 	if got := said.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "<4>") || !strings.Contains(got, unix.ENOSPC.Error()) {
 		t.Errorf("said %q, want one warning with the cause", got)
 	}
-	if l.unlog.Load() != 3 || l.buf.Len() != 0 {
-		t.Errorf("%d records counted as lost, want 3; %d bytes kept", l.unlog.Load(), l.buf.Len())
+	if n := l.sink.unwritten.Load(); n != 3 || len(l.sink.buf) != 0 {
+		t.Errorf("%d records counted as lost, want 3; %d bytes kept", n, len(l.sink.buf))
 	}
 	disk.room = true
 	l.take(flowEnd{flow: destroy(9).Flow, action: policy.Allow})
-	l.flush()
+	l.sink.flush()
 	if disk.n != 1 {
 		t.Errorf("%d records written once there was room, want 1", disk.n)
 	}

@@ -20,6 +20,8 @@ func TestMain(m *testing.M) {
 			os.Exit(guest.Main(os.Args[2:]))
 		case "test-worker":
 			os.Exit(fakeWorker(os.Args[2]))
+		case "test-rotate":
+			os.Exit(killedRotation(os.Args[2], os.Args[3]))
 		case "test-peer":
 			os.Exit(fakePeer(os.Args[2]))
 		}

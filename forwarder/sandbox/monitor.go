@@ -38,9 +38,9 @@ type monitor struct {
 	early   *process // spawned for the first startWorker; nil afterwards
 	signals chan os.Signal
 	ports   portTable
-	base    api.Info // what does not change
-	flowLog *os.File // nil without one
-	raw     [2]int   // raw ICMP and ICMPv6, or -1
+	base    api.Info  // what does not change
+	flowLog *flowFile // nil without one
+	raw     [2]int    // raw ICMP and ICMPv6, or -1
 
 	// An attachment's only.
 	att       *AttachmentConfig
@@ -131,7 +131,7 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 			return nil, err
 		}
 	}
-	l := newWorkerLink(p, m.giveSocket, m.grants)
+	l := newWorkerLink(p, m.giveSocket, m.nextFlowLog, m.grants)
 	if m.att != nil {
 		// Before it is told anything: its memory is the pod's from the first page on.
 		if err := joinCgroups(m.att.WorkerCgroups, p.cmd.Pid); err != nil {
@@ -158,6 +158,15 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 // with change held.
 func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
 	cfg, fds := m.workerConfig()
+	if m.flowLog != nil {
+		m.flowLog.mend()
+		f, err := m.flowLog.dup()
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		cfg.HasFlowLog, cfg.FlowLogMax, fds = true, m.flowLog.maxSize, append(fds, fdOf(f))
+	}
 	if err := l.post(msgConfig, cfg, fds...); err != nil {
 		return err
 	}
@@ -180,7 +189,8 @@ func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
 	return nil
 }
 
-// workerConfig collects what a new worker gets. Called with change held.
+// workerConfig collects what a new worker gets, but for the flow log. Called with change
+// held.
 func (m *monitor) workerConfig() (workerConfig, []int) {
 	var w workerConfig
 	var fds []int
@@ -192,15 +202,12 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 	}
 	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
 	w.Grants = keptGrants(m.grants, time.Now())
-	w.HasRaw4, w.HasRaw6, w.HasFlowLog = m.raw[0] >= 0, m.raw[1] >= 0, m.flowLog != nil
+	w.HasRaw4, w.HasRaw6 = m.raw[0] >= 0, m.raw[1] >= 0
 	w.MemoryLimit = cgroupMemory() / 10 * 9
 	for _, fd := range m.raw {
 		if fd >= 0 {
 			fds = append(fds, fd)
 		}
-	}
-	if m.flowLog != nil {
-		fds = append(fds, fdOf(m.flowLog))
 	}
 	return w, fds
 }

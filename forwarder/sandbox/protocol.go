@@ -42,6 +42,8 @@ type workerConfig struct {
 	HasRaw4    bool `json:"has_raw4,omitempty"`
 	HasRaw6    bool `json:"has_raw6,omitempty"`
 	HasFlowLog bool `json:"has_flow_log,omitempty"`
+	// FlowLogMax is the size of its file in bytes that it asks for another at; 0: never.
+	FlowLogMax int64 `json:"flow_log_max,omitempty"`
 	// MemoryLimit is the Go runtime's soft limit in bytes; 0 means none.
 	MemoryLimit int64 `json:"memory_limit,omitempty"`
 	// GuestSockets says that the monitor hands out sockets of the guest's

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"cmp"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -55,6 +56,35 @@ func (l *flowLog) record(e flowEnd) api.FlowRecord {
 		r.Type = api.TypeL7
 		r.L7 = &api.L7{Type: "REQUEST", HTTP: &api.L7HTTP{Method: s.Method, URL: "http://" + s.Name + s.Path}}
 	}
+	return r
+}
+
+// fate says whether a flow of the table was let through, or if not, whether its first
+// bytes are still to decide.
+func fate(f *nat.Flow) (passed, undecided bool) {
+	about, ok := f.About.(forwarder.About)
+	if !ok || about.Verdict.Allowed() || about.Verdict.Rule() == "" {
+		return true, false
+	}
+	return false, about.Verdict.Verify() != policy.VerifyNone
+}
+
+// liveRecord describes a flow of the table as it is at a time. Anybody may call it.
+func (l *flowLog) liveRecord(f nat.Flow, at time.Time) api.FlowRecord {
+	e := flowEnd{flow: f, action: policy.Allow}
+	passed, undecided := fate(&f)
+	if over := !f.End.IsZero(); !over {
+		e.flow.End = at
+	}
+	if !passed {
+		e.action = policy.Drop
+	}
+	r := l.record(e)
+	if undecided && f.End.IsZero() {
+		r.Verdict, r.DropReasonDesc, r.Reason = api.VerdictUnknown, "", ""
+	}
+	r.State, r.ReplySource, r.ReplyDestination = f.State.String(), f.Reply.Src(), f.Reply.Dst()
+	r.Conntrack = &api.Conntrack{Replied: f.SeenReply, Assured: f.Assured, Timeout: f.TimeoutLeft.Seconds(), LastSeen: f.LastSeen}
 	return r
 }
 

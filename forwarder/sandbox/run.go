@@ -146,7 +146,7 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 	if _, err := m.rules.compile(); err != nil {
 		return nil, err
 	}
-	if m.flowLog, err = openFlowLog(m.cfg.FlowLog); err != nil {
+	if m.flowLog, err = openFlowFile(m.cfg.FlowLog, m.cfg.FlowLogMaxSize, m.cfg.FlowLogMaxFiles, m.log); err != nil {
 		return nil, err
 	}
 	for _, p := range m.cfg.Ports {
@@ -187,7 +187,7 @@ func (m *monitor) release() {
 		}
 	}
 	if m.flowLog != nil {
-		_ = m.flowLog.Close()
+		m.flowLog.close()
 	}
 }
 
@@ -335,23 +335,4 @@ func (m *monitor) stopWorker(l *workerLink) {
 		m.cfg.Ended(flows)
 	}
 	<-l.p.done
-}
-
-// openFlowLog opens the flow log for appending; "-" is standard output.
-func openFlowLog(name string) (*os.File, error) {
-	switch name {
-	case "":
-		return nil, nil
-	case "-":
-		fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return nil, fmt.Errorf("--flow-log -: standard output: %w", err)
-		}
-		return os.NewFile(uintptr(fd), "standard output"), nil
-	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("--flow-log: %w", err)
-	}
-	return f, nil
 }

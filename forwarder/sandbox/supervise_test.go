@@ -152,7 +152,7 @@ func startFake(t *testing.T, fate string) (*workerLink, *[]string) {
 	p, err := s.start(fork.Plan{Args: []string{"test", "test-worker", fate}}, func(l string) { *lines = append(*lines, l) })
 	must(t, err)
 	t.Cleanup(p.kill)
-	l := newWorkerLink(p, func(*workerLink, bool) {}, newKeptGrants())
+	l := newWorkerLink(p, func(*workerLink, bool) {}, nil, newKeptGrants())
 	must(t, l.post(msgConfig, workerConfig{}))
 	return l, lines
 }

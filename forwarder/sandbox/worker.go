@@ -197,14 +197,15 @@ func (w *worker) run(fds []int) error {
 		go w.watchLink("inbound device", w.in0)
 	}
 
-	answer, err := w.messages(ended)
+	in := w.receive()
+	answer, err := w.messages(in, ended)
 	cancel()
 	if rerr := <-ended; err == nil {
 		err = rerr
 	}
 	w.dns.Close()
 	w.wg.Wait()
-	w.flows.close()
+	w.closeFlowLog(in)
 	if answer != nil {
 		w.farewell(answer)
 	}
@@ -228,6 +229,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		out = h.flowLog
 	}
 	w.flows = newFlowLog(out, time.Now, w.log)
+	w.flows.sink.max, w.flows.sink.want = c.FlowLogMax, w.wantFlowLog
 	w.flows.resolvers = c.resolvers()
 	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
@@ -298,14 +300,15 @@ func (w *worker) refused(r forwarder.Refusal) {
 	w.flows.refused(r, slices.Contains(w.cfg.Guest, r.Dst.Addr().Unmap()))
 }
 
-// messages serves the monitor until stop, the end of the channel, or that of
-// the forwarder. With stop comes the connection to say farewell on.
-func (w *worker) messages(ended chan error) (answer *os.File, err error) {
-	type received struct {
-		m   message
-		fds []int
-		err error
-	}
+// received is a message with its descriptors, or the error that ends the channel.
+type received struct {
+	m   message
+	fds []int
+	err error
+}
+
+// receive reads the monitor's messages.
+func (w *worker) receive() <-chan received {
 	in := make(chan received)
 	// Ends with the channel or, as the process does right after, not at all.
 	go func() {
@@ -317,6 +320,12 @@ func (w *worker) messages(ended chan error) (answer *os.File, err error) {
 			}
 		}
 	}()
+	return in
+}
+
+// messages serves the monitor until stop, the end of the channel, or that of
+// the forwarder. With stop comes the connection to say farewell on.
+func (w *worker) messages(in <-chan received, ended chan error) (answer *os.File, err error) {
 	for {
 		select {
 		case err := <-ended:
@@ -398,6 +407,18 @@ func (w *worker) message(m message, fds []int) error {
 			return err
 		}
 		w.stock.put(s.V6, fds)
+		return nil
+	case msgFlowLog:
+		if len(fds) == 0 || !w.flows.logged {
+			closeAll(fds)
+			w.flows.sink.hand(nil)
+			return nil
+		}
+		fd, err := oneFD()
+		if err != nil {
+			return err
+		}
+		w.flows.sink.hand(os.NewFile(uintptr(fd), "flow log"))
 		return nil
 	}
 	closeAll(fds)

@@ -128,8 +128,9 @@ func (w *worker) listFlows(c client, p api.FlowsParams) {
 	bw := bufio.NewWriterSize(c, 64<<10)
 	_, _ = bw.WriteString(`{"result":{"flows":[`)
 	first := true
+	now := w.flows.now()
 	for _, l := range w.table.Leases() {
-		b, err := json.Marshal(l.Snapshot())
+		b, err := json.Marshal(w.flows.liveRecord(l.Snapshot(), now))
 		if err != nil {
 			continue
 		}
@@ -166,7 +167,7 @@ func (w *worker) watchFlows(c client) error {
 				return nil
 			}
 			lost += e.Lost
-			if api.WriteLine(bw, api.FlowEvent{Type: e.Type.String(), Time: e.Time, Flow: e.Flow, Lost: lost}) != nil {
+			if api.WriteLine(bw, api.FlowEvent{Type: e.Type.String(), Time: e.Time, Flow: w.flows.liveRecord(e.Flow, e.Time), Lost: lost}) != nil {
 				return nil
 			}
 			if len(events) == 0 && bw.Flush() != nil {
@@ -185,7 +186,7 @@ func (w *worker) stats() (api.StatsResult, error) {
 		"table":     w.table.Stats(),
 		"dns":       w.dns.Stats(),
 		"forwarder": w.fwd.Stats(),
-		"log":       map[string]uint64{"lost": w.flows.lost.Load(), "unwritten": w.flows.unlog.Load()},
+		"log":       w.flows.stats(),
 	}
 	if w.in0 != nil {
 		parts["inbound"] = w.in0.Stats()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sluice/policy"
@@ -26,7 +27,10 @@ type workerLink struct {
 	// wantSocket is told that the worker would like one more socket of the
 	// guest's namespace.
 	wantSocket func(l *workerLink, v6 bool)
-	grants     *policy.Names // what its workers granted
+	// wantFlowLog is told that the worker's flow log is full.
+	wantFlowLog func(l *workerLink)
+	logWants    atomic.Int64  // such wishes that are not answered yet
+	grants      *policy.Names // what its workers granted
 }
 
 var errWorkerGone = errors.New("the worker is not running")
@@ -35,8 +39,8 @@ var errWorkerGone = errors.New("the worker is not running")
 // addresses, well under a second.
 const ackTimeout = 5 * time.Second
 
-func newWorkerLink(p *process, wantSocket func(*workerLink, bool), grants *policy.Names) *workerLink {
-	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket, grants: grants}
+func newWorkerLink(p *process, wantSocket func(*workerLink, bool), wantFlowLog func(*workerLink), grants *policy.Names) *workerLink {
+	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket, wantFlowLog: wantFlowLog, grants: grants}
 	go l.readLoop()
 	return l
 }
@@ -56,6 +60,8 @@ func (l *workerLink) readLoop() {
 				l.acked(m)
 			case m.Type == msgWantSocket4, m.Type == msgWantSocket6:
 				l.wantSocket(l, m.Type == msgWantSocket6)
+			case m.Type == msgWantFlowLog:
+				l.wantFlowLog(l)
 			case m.Type == msgGrant:
 				var g grantMessage
 				if err = json.Unmarshal(m.Body, &g); err != nil {

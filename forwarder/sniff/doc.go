@@ -3,6 +3,7 @@
 //	stream    ──Stream───► TLS ClientHello · HTTP/1 head · HTTP/2 preface ──► Seen
 //	datagrams ──Initial.Add──► QUIC v1 and v2 Initial packets, decrypted ───► Seen
 //	stream    ──ParseHead, Body, Responses──► where one HTTP/1 message ends and the next begins
+//	stream    ──Frames, FrameEnds──► the requests of an HTTP/2 connection, and its frames' ends
 //
 // The bytes come from somebody hostile. Every reader is bounded (MaxFirst), keeps no
 // reference to what it was given, refuses whatever two implementations might read
@@ -46,6 +47,9 @@ type Seen struct {
 	ECH bool
 	// Method and Path are of the first HTTP request, as in Request.
 	Method, Path string
+	// Stream and GRPC are of the first HTTP/2 request, as in StreamRequest.
+	Stream uint32
+	GRPC   bool
 }
 
 var (
@@ -67,7 +71,7 @@ func Stream(p []byte) (s Seen, need int, err error) {
 	case p[0] == recordHandshake:
 		s, need, err = clientHello(p)
 	case hasPrefix(p, preface):
-		s, need, err = http2(p)
+		s, need, err = firstStream(p)
 	default:
 		s, need, err = firstRequest(p)
 	}

@@ -12,7 +12,7 @@ func FuzzStream(f *testing.F) {
 	for _, seed := range [][]byte{
 		sni, records(sni, 50), withExtension(sni, extServerName, []byte{0, 4, 0, 0, 1, 'x'}),
 		[]byte("GET /a HTTP/1.1\r\nHost: a.example\r\n\r\n"), []byte("SSH-2.0-x\r\n"),
-		h2(nil, headers(":method", "GET", ":authority", "example.com", ":path", "/")),
+		h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "example.com", ":path", "/")),
 	} {
 		f.Add(seed)
 	}

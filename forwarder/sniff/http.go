@@ -138,19 +138,8 @@ func lineByte(c byte) bool { return c >= ' ' && c != 0x7f || c == '\t' }
 // requestLine reads method, target and version.
 func (r *Request) requestLine(line []byte) (target string, minor byte, ok bool) {
 	parts := strings.Split(string(line), " ")
-	if len(parts) != 3 || len(parts[0]) == 0 || len(parts[0]) > maxMethodLen || len(parts[1]) == 0 {
+	if len(parts) != 3 || len(parts[0]) > maxMethodLen || !isMethod(parts[0]) || !isTarget(parts[1]) {
 		return "", 0, false
-	}
-	for _, c := range []byte(parts[0]) {
-		// Methods are case-sensitive, but not to every server.
-		if !tokenByte(c) || 'a' <= c && c <= 'z' {
-			return "", 0, false
-		}
-	}
-	for _, c := range []byte(parts[1]) {
-		if c <= ' ' || c >= 0x7f || c == '#' {
-			return "", 0, false
-		}
 	}
 	r.Method = parts[0]
 	switch parts[2] {
@@ -160,6 +149,27 @@ func (r *Request) requestLine(line []byte) (target string, minor byte, ok bool) 
 		return parts[1], 0, true
 	}
 	return "", 0, false
+}
+
+// isMethod tells whether s is a method in upper case: methods are case-sensitive, but not
+// to every server.
+func isMethod(s string) bool {
+	for _, c := range []byte(s) {
+		if !tokenByte(c) || 'a' <= c && c <= 'z' {
+			return false
+		}
+	}
+	return s != ""
+}
+
+// isTarget tells whether s has the bytes that a request's target may have.
+func isTarget(s string) bool {
+	for _, c := range []byte(s) {
+		if c <= ' ' || c >= 0x7f || c == '#' {
+			return false
+		}
+	}
+	return s != ""
 }
 
 // fields is what of a head's fields decides where the message goes and ends.

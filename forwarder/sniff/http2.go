@@ -2,62 +2,204 @@ package sniff
 
 import (
 	"encoding/binary"
-	"strings"
 
 	"golang.org/x/net/http2/hpack"
 )
 
-// HTTP/2 with prior knowledge (RFC 9113, section 3.3): the preface, SETTINGS, and the
-// first request's header block, in HEADERS and CONTINUATION frames. Requests that
-// follow on the same connection are not read.
+// HTTP/2 with prior knowledge (RFC 9113, section 3.3), as its client speaks it: the
+// preface, SETTINGS, and then frames. Where one frame ends and the next begins is said by
+// their lengths alone; what a frame must hold is looked at as far as a server could
+// otherwise see another border, or another request, than we do. The rest, a server
+// finds out by itself.
 
 const (
-	frameHeader     = 9
-	frameMax        = 1 << 14
-	frameData       = 0
-	frameHeaders    = 1
-	framePriority   = 2
-	frameReset      = 3
-	frameSettings   = 4
-	framePush       = 5
-	frameGoAway     = 7
-	frameContinue   = 9
+	frameHeader = 9
+	frameMax    = 1 << 14 // of those whose content is read here
+
+	frameData         = 0
+	frameHeaders      = 1
+	framePriority     = 2
+	frameReset        = 3
+	frameSettings     = 4
+	framePush         = 5
+	framePing         = 6
+	frameGoAway       = 7
+	frameWindowUpdate = 8
+	frameContinue     = 9
+
+	flagEndStream   = 1
+	flagAck         = 1
 	flagEndHeaders  = 4
 	flagPadded      = 8
 	flagHasPriority = 32
-
-	hpackTable  = 4096
-	maxFieldLen = 8 << 10
 )
 
-func http2(p []byte) (Seen, int, error) {
-	seen := Seen{Kind: HTTP2}
-	if len(p) < len(preface) {
-		return seen, len(preface), nil
+// FrameLook is how many bytes Frames.Next wants to see at most.
+const FrameLook = frameHeader + 1
+
+// Preface is how many bytes come before the first frame.
+const Preface = len(preface)
+
+// Frame is one frame of a client.
+type Frame struct {
+	Size   int    // all of it
+	Stream uint32 // 0: the connection's
+	Fields bool   // it begins a header block, which Frames.Fields reads
+	Ack    bool   // it acknowledges SETTINGS
+	Data   int    // bytes of a request's content
+	End    bool   // the request ends with it
+	Reset  bool   // the stream does
+}
+
+// Frames walks what a client sends behind the preface. The zero value stands before the
+// first frame.
+type Frames struct {
+	settled bool   // the first frame was SETTINGS
+	last    uint32 // the highest stream that began
+	decoder *hpack.Decoder
+	fields  fieldList
+}
+
+// Next looks at the frame whose start is at the front of p. If that is not enough of it,
+// need says how many bytes, at most FrameLook, must be there. Of a frame that was looked
+// at, all Size bytes are to be skipped; of one with Fields, those that Fields says.
+func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
+	if len(p) < frameHeader {
+		return fr, frameHeader, nil
 	}
-	var block []byte
-	var stream uint32 // of the header block, once it has begun
-	for off, first := len(preface), true; ; first = false {
+	n := length(p)
+	typ, flags, id := p[3], p[4], binary.BigEndian.Uint32(p[5:])
+	fr.Size, fr.Stream = frameHeader+n, id
+	first := !f.settled
+	f.settled = true
+	switch {
+	case id>>31 != 0, first && (typ != frameSettings || flags&flagAck != 0):
+		return fr, 0, ErrMalformed
+	case !f.belongs(typ, id) || !fits(typ, flags, n):
+		return fr, 0, ErrMalformed
+	}
+	switch typ {
+	case frameData:
+		fr.Data, fr.End = n, flags&flagEndStream != 0
+		if flags&flagPadded != 0 {
+			if len(p) < FrameLook {
+				return fr, FrameLook, nil
+			}
+			if fr.Data -= 1 + int(p[frameHeader]); fr.Data < 0 {
+				return fr, 0, ErrMalformed
+			}
+		}
+	case frameHeaders:
+		fr.Fields = true
+	case frameReset:
+		fr.Reset = true
+	case frameSettings:
+		fr.Ack = flags&flagAck != 0
+	case framePush, frameContinue: // a client pushes nothing; and Fields takes those of a block
+		return fr, 0, ErrMalformed
+	}
+	return fr, 0, nil
+}
+
+// length is what a frame's header says of what follows it.
+func length(header []byte) int { return int(header[0])<<16 | int(header[1])<<8 | int(header[2]) }
+
+// belongs tells whether frames of the type may be about the stream: one that began, by
+// the client if it sends something on it; or the connection.
+func (f *Frames) belongs(typ byte, id uint32) bool {
+	switch typ {
+	case frameData:
+		return id%2 == 1 && id <= f.last
+	case frameHeaders:
+		return id%2 == 1
+	case framePriority:
+		return id != 0
+	case frameReset:
+		return id != 0 && (id%2 == 0 || id <= f.last)
+	case frameWindowUpdate:
+		return id%2 == 0 || id <= f.last
+	case frameSettings, framePing, frameGoAway:
+		return id == 0
+	}
+	return true
+}
+
+// fits tells whether a frame of the type has n bytes. Of DATA that is for the server to
+// say, who announces how much it takes, and of types that nobody knows too.
+func fits(typ, flags byte, n int) bool {
+	switch typ {
+	case frameData:
+		return n > 0 || flags&flagPadded == 0
+	case frameHeaders:
+		return n <= frameMax
+	case framePriority:
+		return n == 5
+	case frameReset, frameWindowUpdate:
+		return n == 4
+	case frameSettings:
+		return n%6 == 0 && n <= frameMax && (n == 0 || flags&flagAck == 0)
+	case framePing:
+		return n == 8
+	case frameGoAway:
+		return n >= 8
+	}
+	return true
+}
+
+// Fields reads the header block at the front of p, in HEADERS and CONTINUATION frames.
+// If it does not end in p, need says how many bytes there must be to go on, and nothing
+// was read. A block of more than MaxFirst bytes is refused. It is to be asked once for each.
+func (f *Frames) Fields(p []byte) (req StreamRequest, need int, err error) {
+	id := binary.BigEndian.Uint32(p[5:])
+	for off := 0; ; {
+		if off+frameHeader > MaxFirst {
+			return req, 0, ErrTooLong
+		}
 		if len(p) < off+frameHeader {
-			return seen, off + frameHeader, nil
+			return req, off + frameHeader, nil
 		}
 		h := p[off:]
-		n := int(h[0])<<16 | int(h[1])<<8 | int(h[2])
-		typ, flags, id := h[3], h[4], binary.BigEndian.Uint32(h[5:])&(1<<31-1)
-		if n > frameMax || first && typ != frameSettings || stream != 0 && (typ != frameContinue || id != stream) {
-			return seen, 0, ErrMalformed
+		n := length(h)
+		if off > 0 && (h[3] != frameContinue || binary.BigEndian.Uint32(h[5:]) != id) {
+			return req, 0, ErrMalformed
 		}
 		off += frameHeader + n
-		if len(p) < off {
-			return seen, off, nil
+		if n > frameMax || off > MaxFirst {
+			return req, 0, ErrTooLong
 		}
-		payload := h[frameHeader : frameHeader+n]
-		switch typ {
-		case frameHeaders:
-			if id == 0 || id%2 == 0 {
-				return seen, 0, ErrMalformed
-			}
-			c := cursor{b: payload}
+		if len(p) < off {
+			return req, off, nil
+		}
+		if h[4]&flagEndHeaders != 0 {
+			req.Size = off
+			break
+		}
+	}
+	req.Stream = id
+	req.End = p[4]&flagEndStream != 0
+	again := id <= f.last
+	f.last = max(f.last, id)
+	if err := f.decode(p[:req.Size]); err != nil {
+		return req, 0, err
+	}
+	if !f.fields.finish(&req, again) {
+		return req, 0, ErrMalformed
+	}
+	return req, 0, nil
+}
+
+// decode has the fields of a whole block collected.
+func (f *Frames) decode(p []byte) error {
+	f.fields.reset()
+	if f.decoder == nil {
+		f.decoder = hpack.NewDecoder(hpackTable, f.fields.add)
+		f.decoder.SetAllowedMaxDynamicTableSize(maxHpackTable)
+		f.decoder.SetMaxStringLength(maxFieldLen)
+	}
+	for first := true; len(p) > 0; first = false {
+		n := frameHeader + length(p)
+		c := cursor{b: p[frameHeader:n]}
+		if flags := p[4]; first {
 			padding := 0
 			if flags&flagPadded != 0 {
 				padding = c.uint(1)
@@ -65,59 +207,114 @@ func http2(p []byte) (Seen, int, error) {
 			if flags&flagHasPriority != 0 {
 				c.skip(5)
 			}
-			if block = c.take(len(c.b) - padding); c.bad {
-				return seen, 0, ErrMalformed
-			}
-			block, stream = block[:len(block):len(block)], id
-		case frameContinue:
-			if stream == 0 {
-				return seen, 0, ErrMalformed
-			}
-			block = append(block, payload...)
-		case frameData, frameReset, framePush, frameGoAway:
-			return seen, 0, ErrMalformed // there is no stream yet
+			c.b = c.take(len(c.b) - padding)
 		}
-		if stream != 0 && flags&flagEndHeaders != 0 {
-			return seen, 0, seen.readFields(block)
+		if c.bad {
+			return ErrMalformed
+		}
+		if _, err := f.decoder.Write(c.b); err != nil {
+			return ErrMalformed
+		}
+		p = p[n:]
+	}
+	if f.decoder.Close() != nil {
+		return ErrMalformed
+	}
+	return nil
+}
+
+// firstStream reads the first request of a connection.
+func firstStream(p []byte) (Seen, int, error) {
+	seen := Seen{Kind: HTTP2}
+	if len(p) < len(preface) {
+		return seen, len(preface), nil
+	}
+	var f Frames
+	for off := len(preface); ; {
+		rest := p[min(off, len(p)):]
+		fr, need, err := f.Next(rest)
+		var req StreamRequest
+		if err == nil && need == 0 && fr.Fields {
+			req, need, err = f.Fields(rest)
+		}
+		switch {
+		case err != nil:
+			return seen, 0, err
+		case need > 0:
+			return seen, off + need, nil
+		case fr.Fields:
+			seen.Name, seen.Method, seen.Path = req.Name, req.Method, req.Path
+			seen.Stream, seen.GRPC = req.Stream, req.GRPC
+			return seen, 0, nil
+		}
+		off += fr.Size
+	}
+}
+
+// Greeted tells whether p begins with all that a client of HTTP/2 needs to say before it
+// may wait for the server to say something: the preface and SETTINGS.
+func Greeted(p []byte) bool {
+	if len(p) < len(preface) || !hasPrefix(p, preface) {
+		return false
+	}
+	var f Frames
+	fr, need, err := f.Next(p[len(preface):])
+	return err == nil && need == 0 && len(p) >= len(preface)+fr.Size
+}
+
+// FrameEnds finds the places between the frames that an HTTP/2 server sends. It holds no
+// more than the start of a frame.
+type FrameEnds struct {
+	// Ended, if it is set, is told of streams on which nothing more follows.
+	Ended func(stream uint32, reset bool)
+
+	head  [frameHeader]byte
+	n     int // of head, so far
+	left  int // of the frame
+	block bool
+	begun bool
+}
+
+// Feed takes in what the server sent.
+func (e *FrameEnds) Feed(p []byte) {
+	for len(p) > 0 {
+		if e.left > 0 {
+			n := min(e.left, len(p))
+			e.left -= n
+			p = p[n:]
+			continue
+		}
+		n := copy(e.head[e.n:], p)
+		e.n += n
+		p = p[n:]
+		if e.n < len(e.head) {
+			return
+		}
+		e.n, e.begun = 0, true
+		e.left = length(e.head[:])
+		typ, flags := e.head[3], e.head[4]
+		switch typ {
+		case frameHeaders, framePush, frameContinue:
+			e.block = flags&flagEndHeaders == 0
+		}
+		ended := typ == frameReset || (typ == frameData || typ == frameHeaders) && flags&flagEndStream != 0
+		if ended && e.Ended != nil {
+			e.Ended(binary.BigEndian.Uint32(e.head[5:])&^(1<<31), typ == frameReset)
 		}
 	}
 }
 
-// readFields reads the header block of a request (section 8.3.1).
-func (s *Seen) readFields(block []byte) error {
-	values := make(map[string]string, 5)
-	bad := false
-	d := hpack.NewDecoder(hpackTable, func(f hpack.HeaderField) {
-		name := f.Name
-		if name == "host" || strings.HasPrefix(name, ":") {
-			_, twice := values[name]
-			bad = bad || twice
-			values[name] = f.Value
-		}
-		bad = bad || name != strings.ToLower(name)
-	})
-	d.SetMaxStringLength(maxFieldLen)
-	if _, err := d.Write(block); err != nil {
-		return ErrMalformed
+// Until is how many bytes there are at least before a frame of somebody else may be put
+// between; 0: here it may.
+func (e *FrameEnds) Until() int {
+	switch {
+	case e.left > 0:
+		return e.left
+	case e.n > 0 || e.block:
+		return frameHeader - e.n
 	}
-	if d.Close() != nil || bad || values[":method"] == "" {
-		return ErrMalformed
-	}
-	authority, named := values[":authority"]
-	host, hosted := values["host"]
-	if !named {
-		authority, named = host, hosted
-	} else if hosted && !strings.EqualFold(host, authority) {
-		return ErrMalformed
-	}
-	if named {
-		name, ok := hostOf(authority)
-		if !ok {
-			return ErrMalformed
-		}
-		s.Name = name
-	}
-	s.Method = values[":method"]
-	s.Path, _, _ = strings.Cut(values[":path"], "?")
-	return nil
+	return 0
 }
+
+// Begun tells whether the server has sent a frame.
+func (e *FrameEnds) Begun() bool { return e.begun }

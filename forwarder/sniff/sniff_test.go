@@ -121,10 +121,10 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 		{"a request without a name", []byte("GET / HTTP/1.0\r\n\r\n"), Seen{Kind: HTTP, Method: "GET", Path: "/"}, nil},
 		{"a head without end", append([]byte("GET / HTTP/1.1\r\nX: "), bytes.Repeat([]byte("x"), MaxFirst)...), Seen{Kind: HTTP, Method: "GET"}, ErrTooLong},
 		{"a method without end", bytes.Repeat([]byte("A"), 100), Seen{Kind: Opaque}, nil},
-		{"prior knowledge", h2(nil, headers(":method", "GET", ":authority", "example.com:80", ":path", "/x?y")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/x"}, nil},
-		{"with Host for the authority", h2(nil, headers(":method", "GET", "host", "example.com", ":path", "/")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/"}, nil},
-		{"whose Host is another", h2(nil, headers(":method", "GET", ":authority", "a.example", "host", "b.example", ":path", "/")), Seen{Kind: HTTP2}, ErrMalformed},
-		{"with two authorities", h2(nil, headers(":method", "GET", ":authority", "a.example", ":authority", "b.example", ":path", "/")), Seen{Kind: HTTP2}, ErrMalformed},
+		{"prior knowledge", h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "example.com:80", ":path", "/x?y")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/x", Stream: 1}, nil},
+		{"with Host for the authority", h2(nil, headers(":method", "GET", ":scheme", "http", ":path", "/", "host", "example.com")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/", Stream: 1}, nil},
+		{"whose Host is another", h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "a.example", "host", "b.example", ":path", "/")), Seen{Kind: HTTP2}, ErrMalformed},
+		{"with two authorities", h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "a.example", ":authority", "b.example", ":path", "/")), Seen{Kind: HTTP2}, ErrMalformed},
 		{"whose first frame is no SETTINGS", append([]byte(preface), frame(6, 0, 0, make([]byte, 8))...), Seen{Kind: HTTP2}, ErrMalformed},
 	} {
 		t.Run(row.name, func(t *testing.T) {

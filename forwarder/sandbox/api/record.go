@@ -7,6 +7,7 @@ import (
 
 // The verdicts of a FlowRecord, as Hubble names them.
 const (
+	VerdictUnknown   = "VERDICT_UNKNOWN" // of a live flow whose first bytes are to decide
 	VerdictForwarded = "FORWARDED"
 	VerdictDropped   = "DROPPED" // refused, in silence or not: see Rejected
 	VerdictAudit     = "AUDIT"   // let through because the policy is in audit mode
@@ -21,13 +22,13 @@ const (
 	PolicyDenied = "POLICY_DENIED"
 )
 
-// FlowRecord is what is told of a flow that is over, of one that was refused, of a
-// refused HTTP request, and of a DNS question: a line of the flow log, a row of
-// `run --show-flows`. Fields that Hubble has carry its names and meanings (api/v1/flow
-// of Cilium); the others follow.
+// FlowRecord is what is told of a flow, live or over, of one that was refused, of a
+// refused HTTP request, and of a DNS question: a line of the flow log, what `sluice flows
+// -o json` prints, a row of `run --show-flows`. Fields that Hubble has carry its names and
+// meanings (api/v1/flow of Cilium); the others follow. Times are RFC 3339.
 type FlowRecord struct {
-	Time             time.Time `json:"time"`    // when it ended
-	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, AUDIT
+	Time             time.Time `json:"time"`    // when it ended; of a live flow, when it was looked at
+	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, AUDIT; VERDICT_UNKNOWN
 	DropReasonDesc   string    `json:"drop_reason_desc,omitempty"`
 	Type             string    `json:"Type"`              // L3_L4, L7
 	TrafficDirection string    `json:"traffic_direction"` // EGRESS, INGRESS
@@ -49,17 +50,19 @@ type FlowRecord struct {
 	Rejected bool   `json:"rejected,omitempty"` // the sandbox was told of its refusal
 	SNI      string `json:"sni,omitempty"`      // the name in the flow's ClientHello
 	ECH      bool   `json:"ech,omitempty"`      // it carries an encrypted one, too
-	State    string `json:"state,omitempty"`    // conntrack's, at the end
+	State    string `json:"state,omitempty"`    // conntrack's, now or at the end
 
-	Start    time.Time `json:"start"` // when its first packet came
-	Duration float64   `json:"duration_seconds"`
-	Bytes    uint64    `json:"bytes"` // IP packets, both ways
-	Orig     Counter   `json:"orig"`  // what the side that began the flow sent
-	Reply    Counter   `json:"reply"` // and the other one
+	Start    time.Time `json:"start"`            // when its first packet came
+	Duration float64   `json:"duration_seconds"` // from start to time
+	Bytes    uint64    `json:"bytes"`            // IP packets, both ways
+	Orig     Counter   `json:"orig"`             // what the side that began the flow sent
+	Reply    Counter   `json:"reply"`            // and the other one
 	// ReplySource and ReplyDestination are the ends of the answers as they come to the
 	// host's socket.
 	ReplySource      netip.AddrPort `json:"reply_source,omitzero"`
 	ReplyDestination netip.AddrPort `json:"reply_destination,omitzero"`
+	// Conntrack is of flows that were in the table when they were looked at.
+	Conntrack *Conntrack `json:"conntrack,omitempty"`
 	// Count is more than 1 where refusals of the same kind were folded into
 	// one record, so that a scanner cannot fill the log.
 	Count uint64 `json:"count,omitempty"`

@@ -4,8 +4,6 @@ import (
 	"encoding/json"
 	"net/netip"
 	"time"
-
-	"sluice/nat"
 )
 
 // Bounds of the protocol.
@@ -36,6 +34,8 @@ const (
 	MethodCapture    = "capture"
 	MethodLogs       = "logs"
 	MethodUpgrade    = "upgrade"
+	// MethodFlowLogReopen opens the flow log again, by its path.
+	MethodFlowLogReopen = "flowlog.reopen"
 	// MethodFlowCount is what the monitor asks the worker to answer info.
 	MethodFlowCount = "flows.count"
 )
@@ -120,7 +120,7 @@ type FlowsParams struct {
 
 // FlowsResult answers MethodFlows.
 type FlowsResult struct {
-	Flows []nat.Flow   `json:"flows,omitempty"`
+	Flows []FlowRecord `json:"flows,omitempty"`
 	Ended []FlowRecord `json:"ended,omitempty"`
 	// Dropped counts ended flows the ring no longer holds.
 	Dropped uint64 `json:"dropped,omitempty"`
@@ -133,11 +133,16 @@ type FlowCount struct {
 
 // FlowEvent is one line of MethodFlowsWatch.
 type FlowEvent struct {
-	Type string    `json:"type"` // NEW, UPDATE, DESTROY, as conntrack -E prints them
-	Time time.Time `json:"time"`
-	Flow nat.Flow  `json:"flow"`
+	Type string     `json:"type"` // NEW, UPDATE, DESTROY, as conntrack -E prints them
+	Time time.Time  `json:"time"`
+	Flow FlowRecord `json:"flow"`
 	// Lost counts the events that this watcher was too slow to take, so far.
 	Lost uint64 `json:"lost,omitempty"`
+}
+
+// FlowLogResult answers MethodFlowLogReopen.
+type FlowLogResult struct {
+	File string `json:"file"`
 }
 
 // PolicySetParams is a policy as its author wrote it.

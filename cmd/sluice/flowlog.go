@@ -1,0 +1,60 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"sluice/forwarder/sandbox"
+	"sluice/forwarder/sandbox/api"
+)
+
+func flowLogCommand() *cli.Command {
+	return &cli.Command{
+		Name: "flow-log", Usage: "tell sandboxes that their flow log was renamed",
+		Subcommands: []*cli.Command{{
+			Name: "reopen", Usage: "go on in what is now at the flow log's path, which is made if there is nothing", ArgsUsage: "[NAME...]",
+			Description: "For logrotate's postrotate: without NAME, all sandboxes that have a flow log in a file. Sluice\n" +
+				"renames the file itself when it is full; to leave that to logrotate alone, run with --flow-log-max-size 0.\n" +
+				"With copytruncate nothing need be told.",
+			BashComplete: completeNames,
+			Action:       reopenFlowLogs,
+		}},
+	}
+}
+
+func reopenFlowLogs(c *cli.Context) error {
+	registry, err := sandbox.OpenRegistry()
+	if err != nil {
+		return err
+	}
+	names := c.Args().Slice()
+	if len(names) == 0 {
+		all, err := registry.List()
+		if err != nil {
+			return err
+		}
+		for _, s := range all {
+			names = append(names, s.Name)
+		}
+	}
+	var errs []error
+	for _, name := range names {
+		var r api.FlowLogResult
+		socket, err := registry.Socket(name)
+		if err == nil {
+			err = api.Client{Path: socket}.Call(c.Context, api.MethodFlowLogReopen, nil, &r)
+		}
+		var said *api.Error
+		switch {
+		case err == nil:
+			_, _ = fmt.Fprintf(c.App.Writer, "%s: %s\n", name, r.File)
+		case c.NArg() == 0 && (errors.As(err, &said) && said.Code == api.CodeInvalid || errors.Is(err, api.ErrNotRunning) || errors.Is(err, sandbox.ErrNoSandbox)):
+			// It has no flow log, or has just ended.
+		default:
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
+}

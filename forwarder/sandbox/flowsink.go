@@ -1,0 +1,285 @@
+package sandbox
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Where the worker's records go.
+//
+//	records ─► buffer ─► FILE, as many whole records as fit
+//	                       └ full: ask the monitor ─► it renames, and hands over the next FILE
+//
+// The worker can open nothing, so the monitor changes the file under it (flowfile.go).
+// Until the answer comes the records wait here, and behind them in the flow log's queue:
+// both are bounded, and what finds no room is counted. A worker that is told that there
+// is no next file, or that hears nothing, writes on in the one it has and asks again
+// after sinkRetry.
+//
+// A record is in one file, whole. What a full disk has cut in two is completed before
+// anything else is written.
+
+const (
+	// sinkSize is how much is written at once, and how much waits for the next file.
+	sinkSize = 32 << 10
+	// sinkPatience is how long the next file is waited for.
+	sinkPatience = 2 * time.Second
+	// sinkRetry is how long a file that is full is written on when there was no next one.
+	sinkRetry = 10 * time.Second
+)
+
+// flowSink writes records. Its methods are the flow log's goroutine's, but for hand.
+type flowSink struct {
+	out  io.Writer // nil without a flow log
+	max  int64     // bytes of a file; 0: it is never full
+	want func()    // asks for the next file; it is given to hand
+	now  func() time.Time
+	log  *slog.Logger
+
+	buf    []byte      // whole records, behind the rest of one that was cut
+	cut    int         // bytes of that rest
+	fresh  bool        // the file was handed over and has none of our records yet
+	asked  bool        // the next file is awaited
+	wait   *time.Timer // for as long as sinkPatience
+	late   time.Time   // until then a full file is written on
+	failed bool        // the last write did
+
+	came chan struct{} // holds a token when hand was called
+
+	mu      sync.Mutex // guards next and refused, and changes of out
+	next    *os.File
+	refused bool // there is no next file
+
+	written   atomic.Uint64 // records
+	unwritten atomic.Uint64 // records that could not be
+	files     atomic.Uint64 // that were handed over after the first
+	unrotated atomic.Uint64 // times that there was no next file
+}
+
+func newFlowSink(out io.Writer, now func() time.Time, log *slog.Logger) *flowSink {
+	s := &flowSink{out: out, now: now, log: log, came: make(chan struct{}, 1), wait: time.NewTimer(0)}
+	s.wait.Stop()
+	return s
+}
+
+// add puts a line into the buffer.
+func (s *flowSink) add(line []byte) { s.buf = append(append(s.buf, line...), '\n') }
+
+// full says that nothing more is to be added before the next file is there.
+func (s *flowSink) full() bool { return s.asked && len(s.buf) >= sinkSize }
+
+// hand gives the next file, which is the sink's from here on; nil means that there is
+// none. It never waits, so that whoever reads the monitor's messages does not.
+func (s *flowSink) hand(f *os.File) {
+	s.mu.Lock()
+	if s.next != nil && f != nil {
+		_ = s.next.Close()
+	}
+	if f != nil {
+		s.next = f
+	}
+	s.refused = s.next == nil
+	s.mu.Unlock()
+	select {
+	case s.came <- struct{}{}:
+	default:
+	}
+}
+
+// writeOn is for want of a next file.
+func (s *flowSink) writeOn() {
+	s.asked = false
+	s.late = s.now().Add(sinkRetry)
+	s.unrotated.Add(1)
+}
+
+// impatient is called when wait is over.
+func (s *flowSink) impatient() {
+	if s.asked {
+		s.writeOn()
+		s.flush()
+	}
+}
+
+// change takes over what hand left.
+func (s *flowSink) change() {
+	s.mu.Lock()
+	f, refused := s.next, s.refused
+	s.next, s.refused = nil, false
+	s.mu.Unlock()
+	if f == nil {
+		if refused && s.asked {
+			s.writeOn()
+		}
+		return
+	}
+	if s.cut > 0 { // its beginning is in the file that we leave
+		s.put(s.cut)
+		if s.cut > 0 {
+			s.buf, s.cut = s.buf[s.cut:], 0
+			s.unwritten.Add(1)
+		}
+	}
+	if old, ok := s.out.(io.Closer); ok {
+		_ = old.Close()
+	}
+	s.mu.Lock()
+	s.out = f
+	s.mu.Unlock()
+	s.fresh, s.asked, s.late = true, false, time.Time{}
+	s.files.Add(1)
+}
+
+// flush writes what is buffered, as far as there is room. What cannot be written is lost
+// and counted: a full disk must not grow the worker.
+func (s *flowSink) flush() {
+	s.change()
+	for len(s.buf) > 0 && !s.asked {
+		n := s.fits()
+		if n == 0 {
+			s.asked = true
+			s.wait.Reset(sinkPatience)
+			s.want()
+			return
+		}
+		if s.put(n); s.failed {
+			s.unwritten.Add(lines(s.buf[s.cut:]))
+			s.buf = s.buf[:s.cut]
+			return
+		}
+	}
+}
+
+// settle is flush that waits for the next files.
+func (s *flowSink) settle() {
+	for s.flush(); s.asked; {
+		select {
+		case <-s.came:
+			s.flush()
+		case <-s.wait.C:
+			s.impatient()
+		}
+	}
+}
+
+// end writes all that is left.
+func (s *flowSink) end() {
+	if s.settle(); s.cut > 0 {
+		s.unwritten.Add(1)
+	}
+}
+
+// fits says how many bytes of the buffer the file has room for, in whole records. A file
+// that was just handed over, or is empty, takes one in any case.
+func (s *flowSink) fits() int {
+	if s.max == 0 || s.now().Before(s.late) {
+		return len(s.buf)
+	}
+	size, gone := s.stat()
+	room := max(0, min(s.max-size, int64(len(s.buf))))
+	switch n := bytes.LastIndexByte(s.buf[:room], '\n') + 1; {
+	case gone && !s.fresh:
+		return 0
+	case n > 0:
+		return n
+	case size == 0 || s.fresh || s.cut > 0:
+		return bytes.IndexByte(s.buf, '\n') + 1
+	}
+	return 0
+}
+
+// stat tells the file's size, and whether it has no name any more: several sandboxes may
+// share it, and each of them rotates it.
+func (s *flowSink) stat() (size int64, gone bool) {
+	f, ok := s.out.(*os.File)
+	if !ok {
+		return 0, false
+	}
+	var st unix.Stat_t
+	if unix.Fstat(fdOf(f), &st) != nil {
+		return 0, false
+	}
+	return st.Size, st.Nlink == 0
+}
+
+// put writes n bytes of the buffer, whole records. If it cannot, it keeps the rest of the
+// record that was cut, and drops those after it.
+func (s *flowSink) put(n int) {
+	part := s.buf[:n]
+	done, err := s.out.Write(part)
+	s.written.Add(lines(part[:done]))
+	rest := part[done:]
+	if err != nil {
+		if done > 0 && part[done-1] != '\n' || done == 0 && s.cut > 0 {
+			s.cut = bytes.IndexByte(rest, '\n') + 1
+		} else {
+			s.cut = 0
+		}
+		s.unwritten.Add(lines(rest[s.cut:]))
+		if !s.failed {
+			s.log.Warn(fmt.Sprintf("the flow log cannot be written, records are lost: %v", err))
+		}
+		s.buf = append(rest[:s.cut:s.cut], s.buf[n:]...)
+	} else {
+		if s.failed {
+			s.log.Info("the flow log can be written again")
+		}
+		s.cut, s.fresh = 0, false
+		s.buf = append(s.buf[:0], s.buf[n:]...)
+	}
+	s.failed = err != nil
+}
+
+// hurry bounds what is still to be written, from another goroutine: a pipe that nobody
+// reads must not keep a worker that has been told to end.
+func (s *flowSink) hurry() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f, ok := s.out.(*os.File); ok {
+		_ = f.SetWriteDeadline(time.Now().Add(sinkPatience)) // files have none
+	}
+}
+
+func lines(b []byte) uint64 { return uint64(bytes.Count(b, []byte{'\n'})) }
+
+// wantFlowLog asks for the next file of the flow log.
+func (w *worker) wantFlowLog() {
+	if err := w.ch.send(message{Type: msgWantFlowLog}, nil); err != nil {
+		w.flows.sink.hand(nil)
+	}
+}
+
+// closeFlowLog writes out what is left of the flow log, which may take another file: of
+// the monitor's messages only that counts any more.
+func (w *worker) closeFlowLog(in <-chan received) {
+	closed := make(chan struct{})
+	// Owned by closeFlowLog, which waits for it.
+	go func() {
+		w.flows.close()
+		close(closed)
+	}()
+	for {
+		select {
+		case <-closed:
+			return
+		case r := <-in:
+			switch {
+			case r.err != nil:
+				in = nil // the monitor is gone: the log writes on where it is
+				w.flows.sink.hand(nil)
+			case r.m.Type == msgFlowLog:
+				_ = w.message(r.m, r.fds)
+			default:
+				closeAll(r.fds)
+			}
+		}
+	}
+}

@@ -1,0 +1,439 @@
+package forwarder
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"sluice/policy"
+)
+
+// spoken is what a client of HTTP/2 says.
+type spoken struct {
+	bytes.Buffer
+	*http2.Framer
+	block   bytes.Buffer
+	encoder *hpack.Encoder
+}
+
+func newSpoken() *spoken {
+	s := new(spoken)
+	s.WriteString(http2.ClientPreface)
+	s.Framer = http2.NewFramer(&s.Buffer, nil)
+	s.AllowIllegalWrites = true
+	s.encoder = hpack.NewEncoder(&s.block)
+	_ = s.WriteSettings()
+	return s
+}
+
+// fields encodes a block.
+func (s *spoken) fields(kv ...string) []byte {
+	s.block.Reset()
+	for i := 0; i < len(kv); i += 2 {
+		_ = s.encoder.WriteField(hpack.HeaderField{Name: kv[i], Value: kv[i+1]})
+	}
+	return bytes.Clone(s.block.Bytes())
+}
+
+// request says one in a frame; "" ends it there.
+func (s *spoken) request(stream uint32, method, path, authority string, more ...string) *spoken {
+	kv := []string{":method", method, ":scheme", "http", ":path", path, ":authority", authority}
+	if authority == "" {
+		kv = kv[:6]
+	}
+	end := !slices.Contains(more, "open")
+	if !end {
+		more = slices.Delete(slices.Clone(more), 0, 1)
+	}
+	_ = s.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: s.fields(append(kv, more...)...), EndStream: end, EndHeaders: true})
+	return s
+}
+
+func (s *spoken) data(stream uint32, end bool, data string) *spoken {
+	_ = s.WriteData(stream, end, []byte(data))
+	return s
+}
+
+// raw says a frame of any kind.
+func (s *spoken) raw(typ http2.FrameType, flags http2.Flags, stream uint32, payload string) *spoken {
+	_ = s.WriteRawFrame(typ, flags, stream, []byte(payload))
+	return s
+}
+
+// h2Server serves HTTP/2 with prior knowledge at an address of the namespace, and notes
+// the requests.
+type h2Server struct {
+	mu   sync.Mutex
+	seen []string
+}
+
+func (s *h2Server) saw() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strings.Join(slices.Sorted(slices.Values(s.seen)), ", ")
+}
+
+func serveH2(t *testing.T, at string, handle http.HandlerFunc) *h2Server {
+	t.Helper()
+	s := new(h2Server)
+	srv := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		note := fmt.Sprintf("%s %s %s", r.Method, r.Host, r.URL.Path)
+		if handle != nil {
+			s.mu.Lock()
+			s.seen = append(s.seen, note)
+			s.mu.Unlock()
+			handle(w, r)
+			return
+		}
+		body, err := io.ReadAll(r.Body)
+		if err == nil {
+			s.mu.Lock()
+			s.seen = append(s.seen, strings.TrimSpace(note+" "+string(body)))
+			s.mu.Unlock()
+			_, _ = w.Write([]byte("ok"))
+		}
+	})}
+	srv.Protocols.SetUnencryptedHTTP2(true)
+	srv.Protocols.SetHTTP1(true)
+	l, err := net.Listen("tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = srv.Serve(l) }() // until the test closes it
+	t.Cleanup(func() { _ = srv.Close() })
+	return s
+}
+
+// answersOf reads what comes until the end, as "STREAM:STATUS" in the streams' order, with
+// the texts.
+func answersOf(c net.Conn) (answers, texts string, err error) {
+	fr := http2.NewFramer(io.Discard, c)
+	fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	status := map[uint32]string{}
+	for {
+		f, err := fr.ReadFrame()
+		if err != nil {
+			var all []string
+			for _, id := range slices.Sorted(func(yield func(uint32) bool) {
+				for id := range status {
+					if !yield(id) {
+						return
+					}
+				}
+			}) {
+				all = append(all, fmt.Sprintf("%d:%s", id, status[id]))
+			}
+			return strings.Join(all, " "), texts, err
+		}
+		switch f := f.(type) {
+		case *http2.MetaHeadersFrame:
+			status[f.StreamID] = f.PseudoValue("status")
+			for _, field := range f.RegularFields() {
+				texts += field.Name + ": " + field.Value + "\n"
+			}
+		case *http2.DataFrame:
+			texts += string(f.Data())
+		case *http2.RSTStreamFrame:
+			status[f.StreamID] += "reset"
+		case *http2.GoAwayFrame:
+			texts += fmt.Sprintf("goaway %d %v\n", f.LastStreamID, f.ErrCode)
+		}
+	}
+}
+
+func TestStreamsAreJudgedOneByOne(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	const a, long = "a.example:8080", "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	get := func() *spoken { return newSpoken().request(1, "GET", "/open/1", a) }
+	post := func(more ...string) *spoken {
+		return newSpoken().request(1, "POST", "/open/p", a, append([]string{"open"}, more...)...)
+	}
+	trailers := func(s *spoken, stream uint32, kv ...string) *spoken {
+		return s.raw(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, stream, string(s.fields(kv...)))
+	}
+	const one, posted = "GET a.example:8080 /open/1", "POST a.example:8080 /open/p hello"
+	// The server's answers to what was allowed before may or may not come in time.
+	for _, row := range []struct {
+		what    string
+		say     *spoken
+		served  string // the requests that the server may have seen; "?" before what it need not
+		refused string // the stream that is answered 403; "": none is, "reset": the connection is
+	}{
+		{"two that are allowed", get().request(3, "GET", "/open/2", a), one + ", GET a.example:8080 /open/2", ""},
+		{"the first not", newSpoken().request(1, "DELETE", "/open/1", a), "", "1:403"},
+		{"the first not, of HEAD", newSpoken().request(1, "HEAD", "/x", a), "", "1:403"},
+		{"the first to another name", newSpoken().request(1, "GET", "/open/1", "b.example"), "", "1:403"},
+		{"the second not", get().request(3, "GET", "/secret", a).request(5, "GET", "/open/2", a), "?" + one, "3:403"},
+		{"the second to another name", get().request(3, "GET", "/open/1", "b.example"), "?" + one, "3:403"},
+		{"the second to another name by Host", get().request(3, "GET", "/open/1", "", "host", "b.example"), "?" + one, "3:403"},
+		{"authority by Host", newSpoken().request(1, "GET", "/open/1", "", "host", a), one, ""},
+		{"no authority", newSpoken().request(1, "GET", "/open/1", ""), "", "1:403"},
+		{"authority and Host that differ", newSpoken().request(1, "GET", "/open/1", a, "host", "b.example"), "", "reset"},
+		{"dots", newSpoken().request(1, "GET", "/open/../secret", a), "", "1:403"},
+		{"an absolute path", newSpoken().request(1, "GET", "http://b.example/open/1", a), "", "reset"},
+		{"content and a length", post("content-length", "5").data(1, false, "he").data(1, true, "llo").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
+		{"content that says it is another request", post().data(1, true, "\x00\x00\x00\x01\x05\x00\x00\x00\x03"), "POST a.example:8080 /open/p \x00\x00\x00\x01\x05\x00\x00\x00\x03", ""},
+		{"more content than its length", post("content-length", "2").data(1, true, "hello"), "", "reset"},
+		{"less content than its length", post("content-length", "7").data(1, true, "hello"), "", "reset"},
+		{"a length and no content", newSpoken().request(1, "POST", "/open/p", a, "content-length", "7"), "", "reset"},
+		{"two lengths", post("content-length", "5", "content-length", "5").data(1, true, "hello"), "", "reset"},
+		{"a coding of HTTP/1", post("transfer-encoding", "chunked").data(1, true, "hello"), "", "reset"},
+		{"a line end in a value", newSpoken().request(1, "GET", "/open/1", a, "x", "y\r\nhost: b.example"), "", "reset"},
+		{"trailers", trailers(post("x", "y").data(1, false, "hello"), 1, "x", "z").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
+		{"trailers with a path", trailers(post().data(1, false, "hello"), 1, ":path", "/secret"), "", "reset"},
+		{"a stream begun twice", get().request(1, "GET", "/open/2", a), "?" + one, "reset"},
+		{"a lower stream", newSpoken().request(3, "GET", "/open/1", a).request(1, "GET", "/open/2", a), "?" + one, "reset"},
+		{"a stream of the server's", newSpoken().request(2, "GET", "/open/1", a), "", "reset"},
+		{"CONNECT with a path", newSpoken().request(1, "CONNECT", "/open/1", a), "", "reset"},
+		{"another protocol", newSpoken().request(1, "CONNECT", "/open/1", a, ":protocol", "websocket"), "", "1:403"},
+		{"an upgrade of HTTP/1", newSpoken().request(1, "GET", "/open/1", a, "upgrade", "h2c"), "", "reset"},
+		{"a method in small letters", newSpoken().request(1, "get", "/open/1", a), "", "reset"},
+		{"two paths", newSpoken().request(1, "GET", "/open/1", a, ":path", "/secret"), "", "reset"},
+		{"a field in capitals", newSpoken().request(1, "GET", "/open/1", a, "Host", "b.example"), "", "reset"},
+		{"an underscored length", newSpoken().request(1, "GET", "/open/1", a, "content_length", "5"), "", "reset"},
+		{"a block in many frames", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 0, 1, "\x44\x07/open/1").
+			raw(http2.FrameContinuation, 0, 1, "").raw(http2.FrameContinuation, 4, 1, "\x41\x0e"+a), one, ""},
+		{"padding and priority", newSpoken().raw(http2.FrameHeaders, 1|4|8|32, 1, "\x03\x00\x00\x00\x00\x10\x82\x86\x44\x07/open/1\x41\x0e"+a+"\x00\x00\x00"), one, ""},
+		{"more padding than there is", newSpoken().raw(http2.FrameHeaders, 1|4|8, 1, "\x7f\x82\x86"), "", "reset"},
+		{"padded content", post("content-length", "5").raw(http2.FrameData, 8, 1, "\x04hel\x00\x00\x00\x00").raw(http2.FrameData, 1|8, 1, "\x00lo"), posted, ""},
+		{"a frame between a block's", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FramePing, 0, 0, "12345678"), "", "reset"},
+		{"another stream's CONTINUATION", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 4, 3, "\x84"), "", "reset"},
+		{"CONTINUATION of nothing", get().raw(http2.FrameContinuation, 4, 1, "\x84"), "?" + one, "reset"},
+		{"content of no stream", get().data(5, true, "hello"), "?" + one, "reset"},
+		{"PUSH_PROMISE", get().raw(http2.FramePushPromise, 4, 1, "\x00\x00\x00\x02\x82"), "?" + one, "reset"},
+		{"a window of five bytes", get().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01\x00"), "?" + one, "reset"},
+		{"unknown frames", newSpoken().raw(0x4d, 0xff, 7, long).request(1, "GET", "/open/1", a), one, ""},
+		{"a field that fills many segments", newSpoken().request(1, "GET", "/open/1", a, "x", strings.Repeat(long, 10)).request(3, "GET", "/open/2", a, "x", strings.Repeat(long+"x", 10)), one + ", GET a.example:8080 /open/2", ""},
+		{"a table larger than any", newSpoken().raw(http2.FrameHeaders, 1|4, 1, "\x3f\xe2\xff\x03\x82\x86\x44\x07/open/1\x41\x0e"+a), "", "reset"},
+	} {
+		for _, piece := range []int{1 << 20, 1} {
+			t.Run(row.what+", "+map[int]string{1: "byte by byte", 1 << 20: "at once"}[piece], func(t *testing.T) {
+				srv := serveH2(t, addrA.String()+":8080", nil)
+				g := newNamed(t, byRequest, nil)
+				c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
+				_ = c.SetDeadline(time.Now().Add(8 * time.Second))
+				say := bytes.Clone(row.say.Bytes())
+				go func() {
+					for p := say; len(p) > 0; p = p[min(piece, len(p)):] {
+						if _, err := c.Write(p[:min(piece, len(p))]); err != nil {
+							return
+						}
+					}
+				}()
+				if row.refused == "" {
+					eventually(t, "all are served", func() bool { return srv.saw() == row.served })
+					return
+				}
+				answers, texts, err := answersOf(c)
+				if row.refused == "reset" {
+					if !isReset(err) {
+						t.Errorf("%s, %v, want a reset; counters %v", answers, err, g.f.Stats())
+					}
+				} else {
+					want := []string{`goaway ` + row.refused[:1], `rule "egress[0] api"`}
+					if strings.Contains(row.what, "HEAD") {
+						want = want[:1]
+					}
+					for _, text := range want {
+						if !strings.Contains(texts, text) {
+							t.Errorf("the refusal says %q, not %q", texts, text)
+						}
+					}
+					if !errors.Is(err, io.EOF) || !strings.HasSuffix(answers, row.refused) {
+						t.Errorf("%q, %v, want %q and the end; counters %v", answers, err, row.refused, g.f.Stats())
+					}
+				}
+				c.Close()
+				must, may := row.served, ""
+				if strings.HasPrefix(must, "?") {
+					must, may = "", must[1:]
+				}
+				if got := srv.saw(); got != must && got != may {
+					t.Errorf("the server saw %q, want %q", got, cmp.Or(may, must))
+				}
+			})
+		}
+	}
+}
+
+// TestARefusalComesBetweenTwoFrames refuses a request while an answer is under way.
+func TestARefusalComesBetweenTwoFrames(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byRequest, nil)
+	half, rest := make(chan bool), make(chan bool)
+	serve(t, addrA.String()+":8080", func(c *net.TCPConn) {
+		_, _ = c.Write([]byte(emptySettings + "\x00\x00\x05\x01\x00\x00\x00\x00\x01\x88\x0f"))
+		<-half
+		<-rest
+		// The rest of the frame, the end of the block, and what must not follow.
+		_, _ = c.Write([]byte("\x0d\x01\x31\x00\x00\x00\x09\x04\x00\x00\x00\x01" + strings.Repeat("\x00\x00\x02\x00\x00\x00\x00\x00\x01no", 100)))
+		_, _ = io.Copy(io.Discard, c)
+	})
+	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
+	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
+	say := newSpoken().request(1, "GET", "/open/1", "a.example")
+	_, _ = c.Write(say.Bytes())
+	half <- true
+	got := make([]byte, 20)
+	if _, err := io.ReadFull(c, got); err != nil {
+		t.Fatal(err)
+	}
+	say.Reset()
+	_, _ = c.Write(say.request(3, "GET", "/secret", "a.example").Bytes())
+	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
+	rest <- true
+	answers, texts, err := answersOf(readBefore{c, bytes.NewReader(got)})
+	if answers != "1:200 3:403" || !strings.Contains(texts, "goaway 3") || strings.Contains(texts, "no\n") || strings.Contains(texts, "nono") || !errors.Is(err, io.EOF) {
+		t.Errorf("%s, %q, %v", answers, texts, err)
+	}
+}
+
+// readBefore is a connection of which something was read.
+type readBefore struct {
+	net.Conn
+	first *bytes.Reader
+}
+
+func (r readBefore) Read(p []byte) (int, error) {
+	if r.first.Len() > 0 {
+		return r.first.Read(p)
+	}
+	return r.Conn.Read(p)
+}
+
+// TestARefusalThatCannotBeToldIsAReset has a server stop within a frame.
+func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	var clock runningClock
+	g := newNamed(t, byRequest, func(c *Config) { c.Now = clock.now })
+	serve(t, addrA.String()+":8080", func(c *net.TCPConn) {
+		_, _ = c.Write([]byte(emptySettings + "\x00\x00\x05"))
+		_, _ = io.Copy(io.Discard, c)
+	})
+	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
+	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
+	say := newSpoken().request(1, "GET", "/open/1", "a.example")
+	_, _ = c.Write(say.Bytes())
+	if _, err := io.ReadFull(c, make([]byte, 12)); err != nil {
+		t.Fatal(err)
+	}
+	say.Reset()
+	_, _ = c.Write(say.request(3, "GET", "/secret", "a.example").Bytes())
+	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
+	clock.advance(refusalTimeout + time.Second)
+	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("%v, want a reset", err)
+	}
+}
+
+// TestRequestsUnderWayEndWithTheirRule reloads while one of a connection's requests is
+// answered that the new rules refuse, and once it was.
+func TestRequestsUnderWayEndWithTheirRule(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	tighter := strings.Replace(byRequest, `"/open/*"`, `/open/1`, 1)
+	for _, row := range []struct {
+		what, path string
+		finished   bool
+		reset      bool
+	}{
+		{"a request that stays allowed", "/open/1", false, false},
+		{"one that does not", "/open/slow", false, true},
+		{"one that does not, but was answered", "/open/slow", true, false},
+	} {
+		for _, protocol := range []string{"HTTP/2", "HTTP/1"} {
+			t.Run(row.what+" by "+protocol, func(t *testing.T) {
+				g := newNamed(t, byRequest, nil)
+				finish := make(chan bool)
+				srv := serveH2(t, addrA.String()+":8080", func(w http.ResponseWriter, r *http.Request) {
+					w.Header().Set("Content-Length", "2")
+					_, _ = w.Write([]byte("o"))
+					_ = http.NewResponseController(w).Flush()
+					if r.URL.Path == row.path {
+						select {
+						case <-finish:
+						case <-r.Context().Done():
+							return
+						}
+					}
+					_, _ = w.Write([]byte("k"))
+				})
+				tr := &http.Transport{Protocols: new(http.Protocols), DialContext: g.dialContext}
+				tr.Protocols.SetHTTP1(protocol == "HTTP/1")
+				tr.Protocols.SetUnencryptedHTTP2(protocol == "HTTP/2")
+				defer tr.CloseIdleConnections()
+				client := &http.Client{Transport: tr, Timeout: 8 * time.Second}
+				get := func(path string) (*http.Response, error) { return client.Get("http://a.example:8080" + path) }
+				if row.path != "/open/1" {
+					if res, err := get("/open/1"); err != nil {
+						t.Fatal(err)
+					} else if _, err := io.Copy(io.Discard, res.Body); err != nil {
+						t.Fatal(err)
+					}
+				}
+				res, err := get(row.path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if row.finished {
+					finish <- true
+					if _, err := io.Copy(io.Discard, res.Body); err != nil {
+						t.Fatal(err)
+					}
+				}
+				g.f.SetRules(compile(t, tighter))
+				if !row.finished && !row.reset {
+					finish <- true
+				}
+				if !row.finished {
+					body, err := io.ReadAll(res.Body)
+					if (err != nil) != row.reset {
+						t.Errorf("%q, %v", body, err)
+					}
+				}
+				eventually(t, "the flow is there, or not", func() bool { return (g.table.Len() == 0) == row.reset })
+				if saw := srv.saw(); strings.Count(saw, row.path) != 1 {
+					t.Errorf("the server saw %q", saw)
+				}
+			})
+		}
+	}
+}
+
+// TestStreamsInAuditMode lets pass, and tells, what the rules would refuse.
+func TestStreamsInAuditMode(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, strings.Replace(byRequest, "  defaultAction", "  mode: audit\n  defaultAction", 1), nil)
+	srv := serveH2(t, addrA.String()+":8080", nil)
+	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
+	_, _ = c.Write(newSpoken().request(1, "GET", "/open/1", "a.example").request(3, "GET", "/secret", "a.example").Bytes())
+	eventually(t, "both are served", func() bool {
+		return srv.saw() == "GET a.example /open/1, GET a.example /secret"
+	})
+	all := g.table.List()
+	if len(all) != 1 || all[0].About.(About).Seen.Kind != policy.SeenHTTP2 {
+		t.Errorf("%+v", all)
+	}
+}
