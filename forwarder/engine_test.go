@@ -1,6 +1,7 @@
 package forwarder
 
 import (
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -77,6 +78,28 @@ func newTestEngine(t *testing.T, threads int) *engine {
 		e.free()
 	})
 	return e
+}
+
+// The leader sleeps with its P: who stops the world must get it, and other goroutines
+// must not starve, also when there is but one other P.
+func TestTheLeadersSleepHoldsNobodyUp(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
+	e := newTestEngine(t, 1)
+	over := make(chan struct{})
+	go func() { // ends with the last round, or hangs with the test failed
+		defer close(over)
+		for range 100 {
+			ran := make(chan struct{})
+			e.put(&task{run: func() { close(ran) }})
+			<-ran
+			runtime.GC()
+		}
+	}()
+	select {
+	case <-over:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the world was not stopped a hundred times in 20 s")
+	}
 }
 
 // counter is a task that must not run twice at once.

@@ -207,7 +207,7 @@ func Start(p Plan) (pid int, err error) {
 	if err == nil {
 		err = outcome(said)
 	}
-	if err != nil && pid != 0 {
+	if err != nil && pid > 0 {
 		_ = unix.Kill(pid, unix.SIGKILL)
 		Reap(pid)
 	}
@@ -231,7 +231,7 @@ func outcome(said io.Reader) error {
 // maxCaps bounds the search for the last capability; the kernel's sets have 64 bits.
 const maxCaps = 64
 
-// fork returns in the parent only.
+// fork returns in the parent only: the child, or 0 and why there is none.
 //
 //go:noinline
 //go:norace
@@ -246,6 +246,9 @@ func (l *laid) fork() (int, unix.Errno) {
 	pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, l.flags, 0, 0, 0, 0, 0)
 	if errno != 0 || pid != 0 {
 		afterFork()
+		if errno != 0 {
+			pid = 0 // not -1, which to kill(2) is everybody
+		}
 		return int(pid), errno
 	}
 	afterForkInChild()
