@@ -92,15 +92,17 @@ func (ad *adding) begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	cleared := false
 	_, statErr := os.Lstat(ad.h.store.netns(ad.h.name))
 	switch old, err := ad.h.read(); {
 	case errors.Is(err, errNoRecord) && statErr != nil:
-	case err == nil && old.State != StateAdding && old.BootID == boot && old.NetNSID == podID:
+	case err == nil && (old.State == StateReady || old.State == StatePassed) && old.BootID == boot && old.NetNSID == podID:
 		return fmt.Errorf("the container %s has %s in this network already", ad.args.ContainerID, ad.args.IfName)
 	case err == nil || errors.Is(err, errTorn) || errors.Is(err, errNoRecord):
 		if err := ad.p.teardown(ctx, ad.c, ad.args, ad.h, old, false); err != nil {
 			return fmt.Errorf("clear up after an earlier call: %w", err)
 		}
+		cleared = true
 	default:
 		return err
 	}
@@ -109,6 +111,12 @@ func (ad *adding) begin(ctx context.Context) error {
 	}
 	if ad.podH, err = handle(ad.pod); err != nil {
 		return err
+	}
+	if cleared {
+		// A monitor's devices end a little after it.
+		if err := removeDevice(ad.podH, ad.args.IfName); err != nil {
+			return err
+		}
 	}
 	ad.a = &Attachment{
 		Version: recordVersion, Network: ad.c.Name, ContainerID: ad.args.ContainerID, IfName: ad.args.IfName,
@@ -172,7 +180,7 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	}
 	spec.Inbound.MTU = min(max(link.MTU, tun.MinMTU), tun.MaxMTU)
 	ad.a.Link, ad.a.Launch = link, spec
-	if err := ad.p.serve(ctx, ad.a, ad.pod, ad.podH, ad.uplink, ad.uplinkH, &ad.undo); err != nil {
+	if err := ad.p.serve(ctx, ad.h, ad.a, ad.pod, ad.podH, ad.uplink, ad.uplinkH, &ad.undo); err != nil {
 		return err
 	}
 	ad.a.State = StateReady
@@ -347,7 +355,7 @@ func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 
 // serve makes the devices and rules of an attachment whose main interface is in the
 // uplink namespace, and starts its monitor. ADD and repair share it.
-func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplink ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
+func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplink ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
 	inbound, err := openInbound(uplink, a.Launch.Inbound)
 	if err != nil {
 		return err
@@ -387,6 +395,7 @@ func (p *Plugin) serve(ctx context.Context, a *Attachment, pod ns.NetNS, podH *n
 	}
 	defer closeAll(in)
 	spec.InboundFD = in[0]
+	spec.Lock = h.lock
 	pid, start, err := p.Launcher.Launch(ctx, spec)
 	if err != nil {
 		return err

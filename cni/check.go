@@ -62,6 +62,8 @@ func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdA
 	switch a.State {
 	case StateAdding:
 		return errors.New("the attachment was never completed: delete the container and add it again")
+	case StateDeleting:
+		return errors.New("a DEL of the attachment did not end: delete the container again")
 	case StateReady:
 		if err := p.checkReady(ctx, a); err != nil {
 			return err

@@ -56,6 +56,13 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	if a != nil {
 		delegated, podPath, podID = a.Delegated, a.NetNS, a.NetNSID
 	}
+	if a != nil && a.State == StateReady {
+		// Nobody is to repair what is half taken away.
+		a.State = StateDeleting
+		if err := h.write(a); err != nil {
+			return err
+		}
+	}
 	var errs []error
 	// Of another boot, pids and namespaces mean nothing: only files are left.
 	sameBoot := a == nil || a.BootID == boot

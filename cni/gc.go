@@ -177,7 +177,7 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 		return err
 	}
 	var u undo
-	if err := u.rollback(p.serve(ctx, a, pod, podH, uplink, uplinkH, &u)); err != nil {
+	if err := u.rollback(p.serve(ctx, h, a, pod, podH, uplink, uplinkH, &u)); err != nil {
 		return fmt.Errorf("repair: %w", err)
 	}
 	return h.write(a)

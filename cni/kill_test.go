@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"slices"
@@ -85,6 +86,10 @@ func TestKilledAtAnyStep(t *testing.T) {
 	}{
 		{"DEL", func(n *node) error { return n.del() }},
 		{"GC", func(n *node) error { return n.gc(false) }},
+		// The runtime knows the container until its DEL has succeeded.
+		{"GC that knows it, STATUS, and DEL", func(n *node) error {
+			return errors.Join(n.gc(true), n.status(), n.del())
+		}},
 		{"ADD and DEL", func(n *node) error {
 			if err := n.add(); err != nil && !strings.Contains(err.Error(), "already") {
 				return err

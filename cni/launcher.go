@@ -62,4 +62,7 @@ type LaunchSpec struct {
 
 	DeviceFDs []*os.File `json:"-"` // one per queue
 	InboundFD *os.File   `json:"-"`
+	// Lock is the attachment's, which the monitor holds too until it can be found: the next
+	// verb after one that was killed in Launch must not take the pod to have none.
+	Lock *os.File `json:"-"`
 }

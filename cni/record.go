@@ -50,11 +50,13 @@ const (
 type State string
 
 // An attachment is StateAdding until ADD has succeeded; what is there of it is then
-// unknown. StatePassed is a container that Select left to the main plugin.
+// unknown, and StateDeleting from where a DEL has begun. StatePassed is a container that
+// Select left to the main plugin.
 const (
-	StateAdding State = "adding"
-	StateReady  State = "ready"
-	StatePassed State = "passed"
+	StateAdding   State = "adding"
+	StateReady    State = "ready"
+	StateDeleting State = "deleting"
+	StatePassed   State = "passed"
 )
 
 // Attachment is the durable record of one interface of one container.

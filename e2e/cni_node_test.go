@@ -327,6 +327,21 @@ func (p *pod) addrs() (all []string) {
 
 func (p *pod) String() string { return p.id }
 
+// configuration is what the pod and its uplink namespace have of a network, for a reader.
+func (p *pod) configuration(t *testing.T) string {
+	own, _, _ := strings.Cut(p.id, "-")
+	uplinks, _ := filepath.Glob(cniState + "/netns/" + own + "_*")
+	var all strings.Builder
+	for _, what := range []string{"addr", "route show table all", "-6 route show table all", "rule", "-6 rule"} {
+		fmt.Fprintf(&all, "pod: ip %s\n%s", what, run(t, p, 5*time.Second, append([]string{"ip", "-o"}, strings.Fields(what)...)...).out)
+		for _, uplink := range uplinks {
+			argv := append([]string{"nsenter", "--net=" + uplink, "ip", "-o"}, strings.Fields(what)...)
+			fmt.Fprintf(&all, "uplink: ip %s\n%s", what, run(t, p.n, 5*time.Second, argv...).out)
+		}
+	}
+	return all.String()
+}
+
 func (p *pod) start(t *testing.T, argv ...string) *proc {
 	t.Helper()
 	return p.n.start(t, append([]string{"nsenter", "--net=" + p.ns, "--"}, argv...)...)

@@ -30,7 +30,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, Keep: a.Keep,
 		FlowLog: a.FlowLog, FlowLogMaxSize: size, FlowLogMaxFiles: a.FlowLogMaxFiles,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
-		Device: a.DeviceFDs, In0: a.InboundFD,
+		Device: a.DeviceFDs, In0: a.InboundFD, Lock: a.Lock,
 	})
 }
 

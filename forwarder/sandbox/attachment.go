@@ -97,6 +97,9 @@ type AttachmentConfig struct {
 	// one. They stay the caller's to close, after RunAttachment has returned.
 	Device []*os.File `json:"-"`
 	In0    *os.File   `json:"-"`
+	// Lock, if set, is whatever the launcher holds against others who would look for a
+	// monitor: it is closed once there is one to be found, should the launcher be dead by then.
+	Lock *os.File `json:"-"`
 	// Ready, if set, is called once traffic flows.
 	Ready func(api.Info) error `json:"-"`
 	// Stderr gets warnings; nil means os.Stderr.
@@ -267,6 +270,9 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 				err = errors.Join(err, m.dir.Remove())
 			}
 		}()
+	}
+	if cfg.Lock != nil {
+		_ = cfg.Lock.Close()
 	}
 	if err != nil {
 		return err

@@ -326,3 +326,46 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 		t.Errorf("a pod without its monitor is reached: %v", err)
 	}
 }
+
+// Who comes after a launcher that was killed must see either its lock or the monitor.
+func TestAMonitorHoldsItsLaunchersLockUntilItCanBeFound(t *testing.T) {
+	p := newPod(t, tun.TAP)
+	path := filepath.Join(t.TempDir(), "lock")
+	hold := func() (*os.File, error) {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		must(t, err)
+		t.Cleanup(func() { _ = f.Close() })
+		return f, unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+
+	slow := filepath.Join(t.TempDir(), "slow")
+	must(t, os.WriteFile(slow, []byte("#!/bin/sh\nexec sleep 60\n"), 0o700))
+	cfg := p.config(t)
+	var err error
+	cfg.Lock, err = hold()
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	launched := make(chan error)
+	go func() { // ends with cancel, and is waited for
+		_, _, err := LaunchAttachment(ctx, slow, cfg)
+		launched <- err
+	}()
+	time.Sleep(100 * time.Millisecond)
+	must(t, cfg.Lock.Close())
+	if _, err := hold(); err != unix.EWOULDBLOCK {
+		t.Errorf("beside a monitor that has only begun: %v, want %v", err, unix.EWOULDBLOCK)
+	}
+	cancel()
+	if err := <-launched; err == nil {
+		t.Error("a monitor that does nothing is said to serve")
+	}
+
+	cfg = p.config(t)
+	cfg.Lock, err = hold()
+	must(t, err)
+	attach(t, cfg)
+	must(t, cfg.Lock.Close())
+	if _, err := hold(); err != nil {
+		t.Errorf("beside a monitor that serves: %v", err)
+	}
+}

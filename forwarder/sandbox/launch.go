@@ -45,6 +45,7 @@ type attachmentStart struct {
 	Config AttachmentConfig `json:"config"`
 	Device []int            `json:"device"`
 	In0    int              `json:"in0"`
+	Lock   int              `json:"lock,omitempty"`
 	Ready  int              `json:"ready,omitempty"`
 	// Resume is set when a binary has taken another's place (upgrade.go).
 	Resume *resumption `json:"resume,omitempty"`
@@ -100,6 +101,10 @@ func LaunchAttachment(ctx context.Context, exe string, cfg AttachmentConfig) (pi
 	}
 	s.In0 = attachmentFirstFD + len(handed)
 	handed = append(handed, cfg.In0)
+	if cfg.Lock != nil {
+		s.Lock = attachmentFirstFD + len(handed)
+		handed = append(handed, cfg.Lock)
+	}
 	mem, err := s.file()
 	if err != nil {
 		return 0, 0, err
@@ -260,6 +265,9 @@ func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
 	}
 	if s.In0 != 0 {
 		cfg.In0 = guest.PlainFile(s.In0)
+	}
+	if s.Lock != 0 {
+		cfg.Lock = guest.PlainFile(s.Lock)
 	}
 	return cfg, ready, nil
 }
