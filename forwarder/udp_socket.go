@@ -16,6 +16,7 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"sluice/nat"
 )
@@ -142,7 +143,7 @@ func (b *rxBatch) receive(s *hostSocket, flags int) (int, unix.Errno) {
 func (b *rxBatch) message(i int) (from netip.AddrPort, data []byte, c control) {
 	m := &b.msgs[i]
 	from = addrPortOf(b.from[i][:m.hdr.Namelen])
-	data = b.data[i*rxBufLen:][:m.n]
+	data = b.data[i*rxBufLen:][:m.n:rxBufLen]
 	ctl := unsafe.Slice((*byte)(unsafe.Pointer(&b.ctl[i][0])), rxCtlLen)
 	return from, data, parseControl(ctl[:min(int(m.hdr.Controllen), rxCtlLen)])
 }
@@ -167,16 +168,36 @@ func (s *hostSocket) pollReady(events uint32) {
 			s.drainErrors()
 			continue
 		}
-		for i := range n {
-			from, data, c := b.message(i)
-			s.deliver(from, data, &c)
-		}
+		s.deliverAll(b, n)
 		if n < rxBatchLen {
 			// The queue was empty a moment ago; what comes now makes a new edge.
 			return
 		}
 	}
 	s.rearm()
+}
+
+// deliverAll carries the n messages of b. Datagrams that one sender sent after each other,
+// all of one size, go as the train that UDP_GRO would have made of them had they come
+// together: the device then takes them in one write.
+func (s *hostSocket) deliverAll(b *rxBatch, n int) {
+	mayGlue := s.proto == protoUDP && s.d.f.dgram.emit.uso
+	for i := 0; i < n; {
+		first := i
+		from, data, c := b.message(i)
+		size, room := len(data), min(rxBufLen, maxIPv4Len-header.IPv6MinimumSize-udpHeaderLen)
+		for i++; mayGlue && i < n && size > 0 && c.gro == 0 && len(data)%size == 0; i++ {
+			nextFrom, next, nextC := b.message(i)
+			if nextFrom != from || nextC != c || len(next) > size || len(next) == 0 || len(data)+len(next) > room {
+				break
+			}
+			data = append(data, next...) // its own area of the batch has the room
+		}
+		if i > first+1 {
+			c.gro = size
+		}
+		s.deliver(from, data, &c)
+	}
 }
 
 // rearm makes epoll report s once more if it is still readable.

@@ -1,0 +1,108 @@
+package forwarder
+
+import (
+	"bytes"
+	"net"
+	"net/netip"
+	"testing"
+
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice/nat"
+)
+
+// heard puts a datagram into the batch as recvmmsg(2) does, without control messages.
+func (b *rxBatch) heard(i int, from netip.AddrPort, p []byte) {
+	b.msgs[i].hdr.Namelen = b.from[i].put(from)
+	b.msgs[i].hdr.SetControllen(0)
+	b.msgs[i].n = uint32(copy(b.data[i*rxBufLen:][:rxBufLen], p))
+}
+
+// Whatever is glued together for the device, the sandbox gets the datagrams that came.
+func TestUDPGluesEqualDatagrams(t *testing.T) {
+	for _, side := range sides {
+		t.Run(side.name, func(t *testing.T) {
+			w := newWire(t, allowAll, nil)
+			// As a device that segments would say; the wire does not, and the test looks.
+			w.f.dgram.emit.gso, w.f.dgram.emit.uso, w.f.dgram.emit.mtu = true, true, 65520
+			a, b := udpServer(t, side.listen), udpServer(t, side.listen)
+			me := at(side.guest, 4000)
+			for _, srv := range []uint16{portOf(a), portOf(b)} {
+				w.send(udpPacket(me, at(side.gateway, srv), []byte("hello")))
+			}
+			read(t, a)
+			read(t, b)
+			s := w.f.dgram.udp.lookup(nat.NewTuple(17, me, at(side.gateway, portOf(a)))).sock
+			fromA, fromB := a.LocalAddr().(*net.UDPAddr).AddrPort(), b.LocalAddr().(*net.UDPAddr).AddrPort()
+
+			type datagram struct {
+				from netip.AddrPort
+				size int
+			}
+			for _, row := range []struct {
+				name    string
+				sent    []datagram
+				packets int
+			}{
+				{"equal", []datagram{{fromA, 100}, {fromA, 100}, {fromA, 100}}, 1},
+				{"the last one shorter", []datagram{{fromA, 100}, {fromA, 100}, {fromA, 7}, {fromA, 100}}, 2},
+				{"longer", []datagram{{fromA, 100}, {fromA, 101}, {fromA, 101}}, 2},
+				{"empty", []datagram{{fromA, 0}, {fromA, 0}, {fromA, 9}, {fromA, 0}}, 4},
+				{"two senders", []datagram{{fromA, 50}, {fromB, 50}, {fromB, 50}, {fromA, 50}}, 3},
+				{"more than a packet holds", []datagram{{fromA, 30000}, {fromA, 30000}, {fromA, 30000}}, 2},
+				{"as much as one holds", []datagram{
+					{fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400},
+					{fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400},
+				}, 1},
+			} {
+				t.Run(row.name, func(t *testing.T) {
+					batch := rxPool.Get().(*rxBatch)
+					defer rxPool.Put(batch)
+					var want []datagram
+					for i, d := range row.sent {
+						p := pattern(d.size)
+						if d.size > 0 {
+							p[0] = byte(i)
+						}
+						batch.heard(i, d.from, p)
+						want = append(want, d)
+					}
+					s.deliverAll(batch, len(row.sent))
+					packets, next := 0, 0
+					for next < len(want) {
+						pkt := w.ep.Read()
+						if pkt == nil {
+							t.Fatalf("%d of %d datagrams arrived", next, len(want))
+						}
+						packets++
+						v := pkt.ToView()
+						frame, segment := v.ToSlice(), int(pkt.GSOOptions.MSS)
+						pkt.DecRef()
+						l4 := frame[ipHeaderLen(side.guest):]
+						port, payload := header.UDP(l4).SourcePort(), l4[udpHeaderLen:]
+						for first := true; first || len(payload) > 0; first = false {
+							size := len(payload)
+							if segment > 0 {
+								size = min(size, segment)
+							}
+							d := want[next]
+							expected := pattern(d.size)
+							if d.size > 0 {
+								expected[0] = byte(next)
+							}
+							if port != d.from.Port() || !bytes.Equal(payload[:size], expected) {
+								t.Fatalf("datagram %d: %d bytes from port %d, want %d from %d", next, size, port, d.size, d.from.Port())
+							}
+							payload = payload[size:]
+							next++
+						}
+					}
+					if packets != row.packets {
+						t.Errorf("%d packets, want %d", packets, row.packets)
+					}
+					w.silent("all that came")
+				})
+			}
+		})
+	}
+}
