@@ -242,7 +242,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		RuntimeDir:  ad.h.store.runtimeDir(),
 		UplinkNetNS: ad.h.store.netns(ad.h.name),
 		PodNetNS:    ad.args.Netns,
-		Device:      tun.Config{Name: ad.args.IfName, Kind: c.kind, MTU: int(c.MTU)},
+		Device:      tun.Config{Name: ad.args.IfName, Kind: c.kind, MTU: int(c.MTU), Queues: tun.DefaultQueues()},
 		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
 		Sysctls:     c.Sysctl,
 		FlowLog:     c.FlowLog,

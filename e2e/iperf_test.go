@@ -5,6 +5,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -105,6 +106,36 @@ func TestIperfBothWays(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestQueuesComeWithBulkAndGo(t *testing.T) {
+	area(t, "queues", "iperf3", "ip", "ping")
+	if runtime.NumCPU() < 2 {
+		t.Skip("SKIP: one processor has one queue")
+	}
+	w := newPair(t)
+	iperfServer(t, w.far)
+	sb := w.host.sandbox(t)
+	attached := func(want string) func() (bool, string) {
+		return func() (bool, string) {
+			link := ok(t, sb, 5*time.Second, "ip", "-d", "link", "show", "tap0").out
+			return strings.Contains(link, "numqueues "+want+" "), link
+		}
+	}
+	eventually(t, time.Second, attached("1"))
+	for range 2 {
+		bulk := sb.start(t, "iperf3", "-c", far4, "-P", "8", "-t", "2")
+		eventually(t, 5*time.Second, attached("2"))
+		<-bulk.done
+		// The leader looks when there is something to do.
+		deadline := time.Now().Add(15 * time.Second)
+		for gone, link := attached("1")(); !gone; gone, link = attached("1")() {
+			if time.Now().After(deadline) {
+				t.Fatalf("the second queue stays: %s", link)
+			}
+			ok(t, sb, 5*time.Second, "ping", "-n", "-c", "2", "-i", "0.5", gateway4)
+		}
+	}
 }
 
 func TestConntrackCountsWhatIperfMoved(t *testing.T) {

@@ -43,13 +43,16 @@ const (
 	// taskBatch is how many tasks are run before epoll is asked again.
 	taskBatch = 64
 	// helpAfter is how long the leader works without a pause, helpBytes how much it
-	// moves towards the sandbox meanwhile, and helpTurns how often that is another flow's,
-	// before it calls help. All else is better off with one thread: requests and responses,
-	// new connections, a single flow, whose endpoint has one lock, and bulk from the
-	// sandbox, which the device's one queue brings in order.
+	// moves meanwhile, and helpTurns how often that is another flow's, before it calls help
+	// and, if the sandbox sends, has the device use its other queues. All else is better off
+	// with one thread: requests and responses, new connections, and a single flow, whose
+	// endpoint has one lock.
 	helpAfter = 40 * time.Microsecond
 	helpBytes = 256 << 10
 	helpTurns = 2
+	// calmAfter is how long the device keeps its other queues without such need, and then
+	// once more until it has none of them.
+	calmAfter = 2 * time.Second
 	// pause is the least rest after which the leader counts as idle until then.
 	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
@@ -63,9 +66,13 @@ type engine struct {
 	helpers int
 	idle    atomic.Int32  // helpers that wait to be called
 	help    chan struct{} // capacity helpers; closed by the leader
+	width   atomic.Int32  // of the device: gathered, narrowed or spread
+	crowded chan struct{} // capacity 1: several flows of the sandbox's send in bulk
+	calm    chan struct{} // capacity 1: they have not for calmAfter
 	start   time.Time
 
-	bulk  atomic.Int64 // bytes moved towards the sandbox
+	bulk  atomic.Int64 // bytes moved
+	up    atomic.Int64 // those that the sandbox sent
 	turns atomic.Int64 // how often they were another flow's than the last ones
 	last  atomic.Pointer[tcpFlow]
 }
@@ -77,12 +84,18 @@ func newEngine(threads int) (*engine, error) {
 		return nil, err
 	}
 	n := max(threads-1, 0)
-	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), start: time.Now()}
+	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), crowded: make(chan struct{}, 1), calm: make(chan struct{}, 1), start: time.Now()}
 	p.onWake = e.runq.woken
 	return e, nil
 }
 
-// moved notes n bytes of fl's towards the sandbox.
+// movedUp notes n bytes of fl's that the sandbox sent.
+func (e *engine) movedUp(fl *tcpFlow, n int64) {
+	e.moved(fl, n)
+	e.up.Add(n)
+}
+
+// moved notes n bytes of fl's.
 func (e *engine) moved(fl *tcpFlow, n int64) {
 	e.bulk.Add(n)
 	if e.last.Load() != fl {
@@ -90,6 +103,9 @@ func (e *engine) moved(fl *tcpFlow, n int64) {
 		e.turns.Add(1)
 	}
 }
+
+// helped tells whether somebody beside the leader is at work.
+func (e *engine) helped() bool { return int(e.idle.Load()) < e.helpers }
 
 // put queues t; see runQueue.
 func (e *engine) put(t *task) { e.runq.put(t) }
@@ -108,8 +124,8 @@ func (e *engine) run() error {
 
 func (e *engine) lead() error {
 	events := make([]unix.EpollEvent, pollBatch)
-	var busySince time.Duration
-	var bulk, turns int64 // at busySince
+	var busySince, crowded time.Duration
+	var bulk, up, turns int64 // at busySince
 	mayKeepP := runtime.GOMAXPROCS(0) > 1
 	interrupted := false
 	for {
@@ -119,7 +135,7 @@ func (e *engine) lead() error {
 			timeout = -1
 		}
 		waited := time.Since(e.start)
-		quiet := mayKeepP && !interrupted && int(e.idle.Load()) == e.helpers
+		quiet := mayKeepP && !interrupted && !e.helped()
 		var n int
 		var err error
 		n, interrupted, err = e.poll.wait(events, timeout, quiet)
@@ -133,14 +149,29 @@ func (e *engine) lead() error {
 		now := time.Since(e.start)
 		switch {
 		case rest && now-waited > pause:
-			busySince, bulk, turns = now, e.bulk.Load(), e.turns.Load()
+			busySince, bulk, up, turns = now, e.bulk.Load(), e.up.Load(), e.turns.Load()
 		case now-busySince > helpAfter && e.bulk.Load()-bulk > helpBytes && e.turns.Load()-turns >= helpTurns && e.idle.Load() > 0:
-			select {
-			case e.help <- struct{}{}:
-			default:
+			signal(e.help)
+			if e.up.Load()-up > helpBytes {
+				crowded = now
+				if e.width.Load() != spread {
+					signal(e.crowded)
+				}
 			}
 		}
+		if now-crowded > calmAfter && e.width.Load() != gathered {
+			crowded = now
+			signal(e.calm)
+		}
 		e.work(events[:n])
+	}
+}
+
+// signal puts a token into c unless it is full.
+func signal(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 

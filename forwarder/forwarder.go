@@ -245,6 +245,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		}
 	})
 	wg.Go(f.timer)
+	wg.Go(f.spread)
 	wg.Go(func() { f.table.Run(f.ctx) })
 	<-f.ctx.Done()
 

@@ -205,6 +205,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return "reset_by_sandbox"
 		}
 		fl.tallyUp(n)
+		fl.t.f.engine.movedUp(fl, int64(n))
 		budget -= n
 		if short {
 			// The socket is full: its EPOLLOUT will come.

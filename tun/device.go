@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,10 @@ const (
 	// The kernel's own bound is 256; no sandbox has that many cores to itself.
 	MaxQueues = 16
 )
+
+// DefaultQueues is how many queues are worth having here: what a third is good for was not
+// measured.
+func DefaultQueues() int { return min(2, runtime.NumCPU()) }
 
 // Kind is the layer at which the device works.
 type Kind uint8
@@ -74,7 +79,7 @@ type Config struct {
 	Name      string // "" or a pattern such as "tap%d" lets the kernel choose
 	Kind      Kind
 	MTU       int // bytes of the IP packet; 0 means DefaultMTU
-	Queues    int // 0 means 1
+	Queues    int // 0 means 1; all but one are detached until Endpoint.Spread
 	NoOffload bool
 }
 
@@ -116,7 +121,8 @@ type Device struct {
 
 	mu     sync.Mutex
 	fds    []int
-	taken  bool // by an endpoint
+	spare  []bool // by descriptor: a queue that is detached
+	taken  bool   // by an endpoint
 	closed bool
 }
 
@@ -181,15 +187,15 @@ func (d *Device) Close() error {
 
 // take hands the descriptors over to an endpoint, which must not close them: Close
 // does.
-func (d *Device) take() ([]int, error) {
+func (d *Device) take() (fds []int, spare []bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	switch {
 	case d.closed:
-		return nil, ErrClosed
+		return nil, nil, ErrClosed
 	case d.taken:
-		return nil, errors.New("the device already has an endpoint")
+		return nil, nil, errors.New("the device already has an endpoint")
 	}
 	d.taken = true
-	return d.fds, nil
+	return d.fds, d.spare, nil
 }

@@ -37,6 +37,7 @@ type Endpoint struct {
 	gateway tcpip.LinkAddress
 	guest   atomic.Uint64 // the container's MAC in the low 48 bits
 	queues  []*queue
+	written atomic.Uint32 // how many of them are written to
 	noted   atomic.Uint64
 
 	dispatcher atomic.Pointer[dispatcher]
@@ -87,6 +88,8 @@ type queue struct {
 	// retires it (-1).
 	fdMu sync.RWMutex
 	fd   int
+	// attached is false while the kernel has no device for fd (queues.go).
+	attached atomic.Bool
 
 	reading  sync.Mutex // held while a batch is read; guards what follows
 	rx       rxbuf
@@ -117,13 +120,16 @@ func NewEndpoint(d *Device, cfg EndpointConfig) (*Endpoint, error) {
 			return nil, fmt.Errorf("making a link endpoint: %w", err)
 		}
 	}
-	fds, err := d.take()
+	fds, spare, err := d.take()
 	if err != nil {
 		return nil, fmt.Errorf("making a link endpoint: %w", err)
 	}
-	for _, fd := range fds {
-		e.queues = append(e.queues, &queue{e: e, fd: fd})
+	for i, fd := range fds {
+		q := &queue{e: e, fd: fd}
+		q.attached.Store(i >= len(spare) || !spare[i])
+		e.queues = append(e.queues, q)
 	}
+	e.written.Store(1)
 	return e, nil
 }
 

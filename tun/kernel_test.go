@@ -230,15 +230,108 @@ func TestKernelQueues(t *testing.T) {
 	}
 	e := kernelEndpoint(t, d)
 	serveEcho(t, newStack(t, e, true))
-	for range 8 {
-		echo(ns, t, gateway4, 256<<10)
+	// carried tells which of the queues carry frames, in and out.
+	carried := func() (in, out [2]bool) {
+		var before [2][2]uint64
+		for i, q := range e.queues {
+			before[i] = [2]uint64{q.count.rxFrames.Load(), q.count.txFrames.Load()}
+		}
+		for range 8 {
+			echo(ns, t, gateway4, 256<<10)
+		}
+		for i, q := range e.queues {
+			in[i], out[i] = q.count.rxFrames.Load() > before[i][0], q.count.txFrames.Load() > before[i][1]
+		}
+		return in, out
 	}
-	noDrops(t, e)
-	for i, q := range e.queues {
-		if q.count.rxFrames.Load() == 0 || q.count.txFrames.Load() == 0 {
-			t.Errorf("queue %d carried %d frames in and %d out", i, q.count.rxFrames.Load(), q.count.txFrames.Load())
+	want := func(when string, attached int, in, out [2]bool) {
+		t.Helper()
+		if n, all := e.Queues(); n != attached || all != 2 {
+			t.Errorf("%s: %d of %d queues are attached, want %d of 2", when, n, all, attached)
+		}
+		if gotIn, gotOut := carried(); gotIn != in || gotOut != out {
+			t.Errorf("%s: in by %v, out by %v; want %v and %v", when, gotIn, gotOut, in, out)
 		}
 	}
+	one, both := [2]bool{true, false}, [2]bool{true, true}
+	want("at first", 1, one, one)
+	for range 2 {
+		if err := errors.Join(e.Spread(), e.Spread()); err != nil {
+			t.Fatal(err)
+		}
+		want("spread", 2, both, both)
+		e.Narrow()
+		want("narrowed", 2, both, one) // the kernel sends a SYN to any
+		if err := errors.Join(e.Gather(), e.Gather()); err != nil {
+			t.Fatal(err)
+		}
+		want("gathered", 1, one, one)
+	}
+	noDrops(t, e)
+
+	// The next worker finds them as they are.
+	for _, spread := range []bool{false, true} {
+		if spread {
+			if err := e.Spread(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var fds []int
+		for _, fd := range d.FDs() {
+			dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fds = append(fds, dup)
+		}
+		next, err := Adopt(fds, Config{Queues: 2, MTU: 1500})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if next.spare[0] || next.spare[1] == spread {
+			t.Errorf("spread %v, and adopted with these spare: %v", spread, next.spare)
+		}
+		if err := next.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	e.Close()
+	if err := e.Spread(); !errors.Is(err, ErrClosed) {
+		t.Errorf("spreading a closed device: %v", err)
+	}
+}
+
+// Flows that are under way lose nothing while queues come and go.
+func TestKernelQueuesComeAndGoUnderTraffic(t *testing.T) {
+	ns := newNamespace(t)
+	e := kernelEndpoint(t, kernelDevice(t, ns, Config{Queues: 2, MTU: 1500}))
+	serveEcho(t, newStack(t, e, true))
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	go func() { // ends with stop
+		for {
+			for _, step := range []func() error{e.Spread, func() error { e.Narrow(); return nil }, e.Gather} {
+				if err := step(); err != nil {
+					ended <- err
+					return
+				}
+				select {
+				case <-stop:
+					ended <- nil
+					return
+				case <-time.After(3 * time.Millisecond):
+				}
+			}
+		}
+	}()
+	for range 4 {
+		echo(ns, t, gateway4, 4<<20)
+		echo(ns, t, gateway6, 4<<20)
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	noDrops(t, e)
 }
 
 func TestKernelPlainDispatcher(t *testing.T) {

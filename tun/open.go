@@ -75,6 +75,12 @@ func (d *Device) create() error {
 		if err := d.negotiate(fd); err != nil {
 			return err
 		}
+		d.spare = append(d.spare, i > 0)
+		if i > 0 {
+			if err := setQueue(fd, unix.IFF_DETACH_QUEUE); err != nil {
+				return fmt.Errorf("detaching a queue: %w", err)
+			}
+		}
 	}
 	return setMTU(d.name, d.cfg.MTU)
 }
@@ -128,6 +134,7 @@ func (d *Device) adopt(fd int) error {
 		return err
 	}
 	unix.CloseOnExec(fd)
+	d.spare = append(d.spare, req.Uint16()&unix.IFF_DETACH_QUEUE != 0)
 	return d.negotiate(fd)
 }
 

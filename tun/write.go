@@ -16,8 +16,8 @@ import (
 
 // The write path. A packet leaves on the goroutine that made it, as one writev of
 // [virtio-net header][headers][data...]; the kernel takes a frame whole or not at
-// all, so writers need no lock between them. With several queues the flow picks the
-// queue, and the kernel then answers on the same one.
+// all, so writers need no lock between them. With several queues (queues.go) the flow
+// picks the queue, and the kernel then answers on the same one.
 //
 // A full queue makes the writer wait in poll(2). The frames that are
 // lost are those that no wait would save: the interface is down (EIO), the device
@@ -53,8 +53,8 @@ func (directQDisc) Close() {}
 
 func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
 	q := e.queues[0]
-	if len(e.queues) > 1 {
-		q = e.queues[flowHash(pkt)%uint32(len(e.queues))]
+	if n := e.written.Load(); n > 1 {
+		q = e.queues[flowHash(pkt)%n]
 	}
 	var vnet [vnetHeaderLen]byte
 	h := offloadHeader(pkt)

@@ -36,7 +36,7 @@ func sandboxFlags() []cli.Flag {
 		&cli.StringFlag{Name: "link", Value: "tap", Usage: "kind of device: `tap|tun`"},
 		&cli.StringFlag{Name: "interface", Usage: "`NAME` of the device inside (default: tap0 or tun0)"},
 		&cli.IntFlag{Name: "mtu", Value: tun.DefaultMTU, Usage: fmt.Sprintf("MTU of the device, %d to %d `BYTES`", tun.MinMTU, tun.MaxMTU)},
-		&cli.IntFlag{Name: "queues", Value: 1, Usage: fmt.Sprintf("queues of the device, 1 to %d", tun.MaxQueues)},
+		&cli.IntFlag{Name: "queues", Value: tun.DefaultQueues(), Usage: fmt.Sprintf("queues of the device, 1 to %d; all are used while several flows send in bulk", tun.MaxQueues)},
 		&cli.BoolFlag{Name: "no-offload", Usage: "a device without checksum and segmentation offloads"},
 		&cli.StringFlag{Name: "mac", Usage: "hardware `ADDRESS` of the device inside (default: the kernel's choice)"},
 		&cli.StringFlag{Name: "address", Usage: "IPv4 `ADDRESS/BITS` of the sandbox (default: 10.0.2.100/24; gateway and resolver are .2 and .3)"},

@@ -101,7 +101,7 @@ func allowed(pid int) seccomp.SyscallRules {
 			internet(unix.SOCK_DGRAM, 0, unix.IPPROTO_UDP, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6)...),
 		unix.SYS_SETSOCKOPT: oneOf(1, unix.SOL_SOCKET, unix.IPPROTO_IP, unix.IPPROTO_IPV6, unix.IPPROTO_TCP,
 			unix.IPPROTO_UDP, unix.IPPROTO_ICMPV6, unix.SOL_RAW),
-		unix.SYS_IOCTL: oneOf(1, unix.SIOCINQ /* FIONREAD */, unix.SIOCOUTQ, unix.TUNGETIFF, unix.TUNGETFEATURES, unix.TUNGETVNETHDRSZ),
+		unix.SYS_IOCTL: oneOf(1, unix.SIOCINQ /* FIONREAD */, unix.SIOCOUTQ, unix.TUNGETIFF, unix.TUNGETFEATURES, unix.TUNGETVNETHDRSZ, unix.TUNSETQUEUE),
 		unix.SYS_FCNTL: oneOf(1, unix.F_GETFL, unix.F_SETFL, unix.F_GETFD, unix.F_SETFD, unix.F_DUPFD_CLOEXEC,
 			unix.F_GETPIPE_SZ, unix.F_SETPIPE_SZ),
 		unix.SYS_PRCTL:        seccomp.PerArg{seccomp.EqualTo(prSetVMA)},
