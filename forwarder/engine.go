@@ -150,8 +150,10 @@ func (e *engine) lead() error {
 		switch {
 		case rest && now-waited > pause:
 			busySince, bulk, up, turns = now, e.bulk.Load(), e.up.Load(), e.turns.Load()
-		case now-busySince > helpAfter && e.bulk.Load()-bulk > helpBytes && e.turns.Load()-turns >= helpTurns && e.idle.Load() > 0:
-			signal(e.help)
+		case now-busySince > helpAfter && e.bulk.Load()-bulk > helpBytes && e.turns.Load()-turns >= helpTurns:
+			if e.idle.Load() > 0 {
+				signal(e.help)
+			}
 			if e.up.Load()-up > helpBytes {
 				crowded = now
 				if e.width.Load() != spread {
