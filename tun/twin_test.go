@@ -307,7 +307,11 @@ func withVnet(h vnetHeader, frame []byte) []byte {
 
 func send(t testing.TB, peer int, frame []byte) {
 	t.Helper()
-	if _, err := unix.Write(peer, frame); err != nil {
+	_, err := unix.Write(peer, frame)
+	for err == unix.EINTR {
+		_, err = unix.Write(peer, frame)
+	}
+	if err != nil {
 		t.Fatalf("sending a frame of %d bytes: %v", len(frame), err)
 	}
 }
@@ -316,6 +320,9 @@ func receive(t testing.TB, peer int) (vnetHeader, []byte) {
 	t.Helper()
 	b := make([]byte, vnetHeaderLen+maxFrame)
 	n, err := unix.Read(peer, b)
+	for err == unix.EINTR {
+		n, err = unix.Read(peer, b)
+	}
 	if err != nil || n < vnetHeaderLen {
 		t.Fatalf("receiving a frame: %d bytes, %v", n, err)
 	}
