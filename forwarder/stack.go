@@ -50,7 +50,11 @@ func newStack() (*stack.Stack, error) {
 	// The forwarder takes an endpoint out of the demultiplexer as soon as it
 	// reaches TIME_WAIT (tcp.go), so the state need not hold memory either.
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(stackTimeWait)
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &cubic, &rcv, &snd, &moderate, &timeWait} {
+	// The link loses nothing, but turns packets around when another thread goes on with
+	// a flow: the sandbox's kernel queues them by processor. RACK, whose window for that is a
+	// quarter of a round trip of some µs, takes it for loss hundreds of times a second.
+	recovery := tcpip.TCPRecovery(0)
+	for _, o := range []tcpip.SettableTransportProtocolOption{&recovery, &sack, &cubic, &rcv, &snd, &moderate, &timeWait} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
 			s.Destroy()
 			return nil, fmt.Errorf("setting a TCP option of the stack (%T): %s", o, err)
