@@ -107,7 +107,7 @@ func TestCNISoak(t *testing.T) {
 			if s.repaired != nil {
 				t.Errorf("the last repair, with nothing killed any more: %v", s.repaired)
 			}
-			s.serves(t)
+			s.serves(t, slots, neighbour)
 		}
 		s.rest(t)
 	}

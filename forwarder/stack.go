@@ -52,7 +52,8 @@ func newStack() (*stack.Stack, error) {
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(stackTimeWait)
 	// The link loses nothing, but turns packets around when another thread goes on with
 	// a flow: the sandbox's kernel queues them by processor. RACK, whose window for that is a
-	// quarter of a round trip of some µs, takes it for loss hundreds of times a second.
+	// quarter of a round trip of some µs, takes it for loss hundreds of times a second, and now
+	// and then a flow hangs in it for good (tun.TestKernelDevice on a busy machine).
 	recovery := tcpip.TCPRecovery(0)
 	for _, o := range []tcpip.SettableTransportProtocolOption{&recovery, &sack, &cubic, &rcv, &snd, &moderate, &timeWait} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {

@@ -220,6 +220,9 @@ func newStack(t testing.TB, e *Endpoint, keep bool) *stack.Stack {
 			t.Fatalf("%s: %s", what, err)
 		}
 	}
+	// As in the forwarder, which says why.
+	recovery := tcpip.TCPRecovery(0)
+	fail("switching RACK off", s.SetTransportProtocolOption(tcp.ProtocolNumber, &recovery))
 	fail("CreateNIC", s.CreateNICWithOptions(testNIC, link, stack.NICOptions{QDisc: e.QDisc()}))
 	if keep {
 		var err tcpip.Error
