@@ -84,7 +84,14 @@ while [ ! -e "$work/done" ] && kill -0 "$sandbox" 2>/dev/null; do
 done
 if [ -e "$work/done" ]; then
 	echo "\$ sluice flows --ended $name"
-	"$sluice" flows --ended "$name" | tee "$work/flows"
+	for _ in $(seq 20); do # an ended flow is told of a moment later
+		"$sluice" flows --ended "$name" >"$work/flows"
+		if grep -q 192.0.2.1 "$work/flows"; then
+			break
+		fi
+		sleep 0.1
+	done
+	cat "$work/flows"
 	touch "$work/shown"
 fi
 wait "$sandbox"
