@@ -16,9 +16,9 @@ const (
 )
 
 // spread has the device use all of its queues while several flows of the sandbox's send in
-// bulk. The engine's leader, who has the time anyway, says when that is so: a timer of
-// Go's would have every thread that rests arm one of the kernel's, which leaves a virtual machine. A
-// link that refuses stays as it is.
+// bulk. The engine's leader, who has the time anyway, says when that is so, without a
+// timer of Go's, which would have threads that rest arm one of the kernel's. A link that
+// refuses stays as it is.
 func (f *Forwarder) spread() {
 	link, ok := f.cfg.Link.(spreadingLink)
 	if !ok {
