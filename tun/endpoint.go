@@ -88,7 +88,7 @@ type queue struct {
 	// retires it (-1).
 	fdMu sync.RWMutex
 	fd   int
-	// attached is false while the kernel has no device for fd (queues.go).
+	// attached is false while the kernel sends nothing to fd (queues.go).
 	attached atomic.Bool
 
 	reading  sync.Mutex // held while a batch is read; guards what follows

@@ -57,6 +57,10 @@ func (e *Endpoint) Gather() error {
 		if err := q.detach(); err != nil {
 			return err
 		}
+		// Without fdMu: a reader that delivers may write, and so want that.
+		q.reading.Lock()
+		q.rx.release()
+		q.reading.Unlock()
 	}
 	return nil
 }
@@ -90,8 +94,5 @@ func (q *queue) detach() error {
 		return err
 	}
 	q.attached.Store(false)
-	q.reading.Lock()
-	q.rx.release()
-	q.reading.Unlock()
 	return nil
 }
