@@ -17,13 +17,7 @@ func TestGateClients(t *testing.T) {
 	area(t, "gate.clients", "curl", "nginx", "git")
 	w := newWorld(t)
 	w.zone(t, gateZone...)
-	dir := nginx(t, w.far, 8080, true)
-	www := filepath.Join(dir, "www")
-	for _, d := range []string{"simple/demo", "packages"} {
-		if err := os.MkdirAll(filepath.Join(www, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
+	dir, www := packageIndex(t, w.far)
 	os.WriteFile(filepath.Join(www, "simple/demo/index.html"), []byte(`<a href="https://a.files.test:8443/packages/demo-1.0.tar.gz">demo-1.0.tar.gz</a>`), 0o644)
 	os.WriteFile(filepath.Join(www, "packages/demo-1.0.tar.gz"), []byte("a package\n"), 0o644)
 	work, repo := t.TempDir(), filepath.Join(www, "repo.git")
@@ -90,17 +84,24 @@ func wheel(t *testing.T, path string) {
 	}
 }
 
-func TestGatePip(t *testing.T) {
-	area(t, "gate.pip", "nginx", pip)
-	w := newWorld(t)
-	w.zone(t, gateZone...)
-	dir := nginx(t, w.far, 8080, true)
-	www := filepath.Join(dir, "www")
+// packageIndex serves the folders of a package index, by nginx in dir.
+func packageIndex(t *testing.T, in place) (dir, www string) {
+	t.Helper()
+	dir = nginx(t, in, 8080, true)
+	www = filepath.Join(dir, "www")
 	for _, d := range []string{"simple/demo", "packages"} {
 		if err := os.MkdirAll(filepath.Join(www, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return dir, www
+}
+
+func TestGatePip(t *testing.T) {
+	area(t, "gate.pip", "nginx", pip)
+	w := newWorld(t)
+	w.zone(t, gateZone...)
+	dir, www := packageIndex(t, w.far)
 	const file = "demo-1.0-py3-none-any.whl"
 	wheel(t, filepath.Join(www, "packages", file))
 	page := fmt.Sprintf(`<!DOCTYPE html><html><body><a href="https://a.files.test:8443/packages/%[1]s">%[1]s</a></body></html>`, file)

@@ -39,7 +39,7 @@ func (e *Endpoint) Queues() (attached, all int) {
 // the same time.
 func (e *Endpoint) Spread() error {
 	for _, q := range e.queues {
-		if err := q.attach(); err != nil {
+		if err := q.attach(true); err != nil {
 			return err
 		}
 	}
@@ -54,7 +54,7 @@ func (e *Endpoint) Narrow() { e.written.Store(1) }
 func (e *Endpoint) Gather() error {
 	e.Narrow()
 	for _, q := range e.queues[1:] {
-		if err := q.detach(); err != nil {
+		if err := q.attach(false); err != nil {
 			return err
 		}
 		// Without fdMu: a reader that delivers may write, and so want that.
@@ -65,34 +65,23 @@ func (e *Endpoint) Gather() error {
 	return nil
 }
 
-func (q *queue) attach() error {
+// attach has the kernel send to the queue, or no more.
+func (q *queue) attach(on bool) error {
+	flag := uint16(unix.IFF_DETACH_QUEUE)
+	if on {
+		flag = unix.IFF_ATTACH_QUEUE
+	}
 	q.fdMu.RLock()
 	defer q.fdMu.RUnlock()
 	switch {
 	case q.fd < 0 || q.e.closing.Load():
 		return ErrClosed
-	case q.attached.Load():
+	case q.attached.Load() == on:
 		return nil
 	}
-	if err := setQueue(q.fd, unix.IFF_ATTACH_QUEUE); err != nil {
+	if err := setQueue(q.fd, flag); err != nil {
 		return err
 	}
-	q.attached.Store(true)
-	return nil
-}
-
-func (q *queue) detach() error {
-	q.fdMu.RLock()
-	defer q.fdMu.RUnlock()
-	switch {
-	case q.fd < 0 || q.e.closing.Load():
-		return ErrClosed
-	case !q.attached.Load():
-		return nil
-	}
-	if err := setQueue(q.fd, unix.IFF_DETACH_QUEUE); err != nil {
-		return err
-	}
-	q.attached.Store(false)
+	q.attached.Store(on)
 	return nil
 }
