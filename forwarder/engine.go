@@ -50,9 +50,6 @@ const (
 	helpAfter = 40 * time.Microsecond
 	helpBytes = 256 << 10
 	helpTurns = 2
-	// calmAfter is how long the device keeps its other queues without such need, and then
-	// once more until it has none of them.
-	calmAfter = 2 * time.Second
 	// pause is the least rest after which the leader counts as idle until then.
 	pause = 20 * time.Microsecond
 	// helpRounds is how often a helper finds nothing to do before it goes.
@@ -66,10 +63,10 @@ type engine struct {
 	helpers int
 	idle    atomic.Int32  // helpers that wait to be called
 	help    chan struct{} // capacity helpers; closed by the leader
-	width   atomic.Int32  // of the device: gathered, narrowed or spread
-	crowded chan struct{} // capacity 1: several flows of the sandbox's send in bulk
-	calm    chan struct{} // capacity 1: they have not for calmAfter
 	start   time.Time
+	spread  atomic.Bool   // the device has more than its first queue attached
+	crowded chan struct{} // capacity 1: it has not, and several flows of the sandbox's send in bulk
+	crowdAt atomic.Int64  // when they did last; a Duration since start
 
 	bulk  atomic.Int64 // bytes moved
 	up    atomic.Int64 // those that the sandbox sent
@@ -84,7 +81,7 @@ func newEngine(threads int) (*engine, error) {
 		return nil, err
 	}
 	n := max(threads-1, 0)
-	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), crowded: make(chan struct{}, 1), calm: make(chan struct{}, 1), start: time.Now()}
+	e := &engine{poll: p, runq: newRunQueue(p.wake), helpers: n, help: make(chan struct{}, n), crowded: make(chan struct{}, 1), start: time.Now()}
 	p.onWake = e.runq.woken
 	return e, nil
 }
@@ -124,7 +121,7 @@ func (e *engine) run() error {
 
 func (e *engine) lead() error {
 	events := make([]unix.EpollEvent, pollBatch)
-	var busySince, crowded time.Duration
+	var busySince time.Duration
 	var bulk, up, turns int64 // at busySince
 	mayKeepP := runtime.GOMAXPROCS(0) > 1
 	interrupted := false
@@ -155,15 +152,11 @@ func (e *engine) lead() error {
 				signal(e.help)
 			}
 			if e.up.Load()-up > helpBytes {
-				crowded = now
-				if e.width.Load() != spread {
+				e.crowdAt.Store(int64(now))
+				if !e.spread.Load() {
 					signal(e.crowded)
 				}
 			}
-		}
-		if now-crowded > calmAfter && e.width.Load() != gathered {
-			crowded = now
-			signal(e.calm)
 		}
 		e.work(events[:n])
 	}

@@ -152,7 +152,9 @@ func (b batched) process() {
 	switch endpointState(b.ep) {
 	case tcp.StateSynRecv:
 	case tcp.StateError, tcp.StateClose:
-		b.fl.abort("handshake_failed")
+		if b.fl.inHandshake() { // else somebody has accepted it meanwhile
+			b.fl.abort("handshake_failed")
+		}
 	default:
 		b.fl.t.acceptor.accept()
 	}

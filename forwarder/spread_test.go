@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 )
@@ -14,6 +15,8 @@ type queuedLink struct {
 	*channel.Endpoint
 	mu       sync.Mutex
 	attached int
+	received uint64
+	busy     bool // a frame comes whenever somebody looks
 	told     []string
 	fail     error
 }
@@ -22,6 +25,15 @@ func (l *queuedLink) Queues() (attached, all int) { return l.attached, 2 }
 func (l *queuedLink) Spread() error               { return l.note("spread") }
 func (l *queuedLink) Narrow()                     { _ = l.note("narrow") }
 func (l *queuedLink) Gather() error               { return l.note("gather") }
+
+func (l *queuedLink) Received() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.busy {
+		l.received++
+	}
+	return l.received
+}
 
 func (l *queuedLink) note(what string) error {
 	l.mu.Lock()
@@ -36,39 +48,64 @@ func (l *queuedLink) heard() []string {
 	return slices.Clone(l.told)
 }
 
+func (l *queuedLink) setBusy(busy bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.busy = busy
+}
+
 func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
+	defer func(c, f, w time.Duration) { calmAfter, quietFor, quietWithin = c, f, w }(calmAfter, quietFor, quietWithin)
+	calmAfter, quietFor = 20*time.Millisecond, 2*time.Millisecond
+	crowd := func(w *wire) {
+		w.f.engine.crowdAt.Store(int64(time.Since(w.f.engine.start)))
+		if !w.f.engine.spread.Load() {
+			signal(w.f.engine.crowded)
+		}
+	}
+	all := []string{"spread", "narrow", "gather"}
 	for _, row := range []struct {
 		name     string
 		attached int
+		busy     bool
+		patience time.Duration
 		fail     error
-		signals  string // of the leader: c for a crowd, - for calm
+		do       func(w *wire, l *queuedLink)
 		want     []string
-		width    int32
 	}{
-		{"a crowd, and calm", 1, nil, "c--", []string{"spread", "narrow", "gather"}, gathered},
-		{"a crowd that comes back", 1, nil, "c-c--", []string{"spread", "narrow", "spread", "narrow", "gather"}, gathered},
-		{"left spread by the worker before", 2, nil, "-", []string{"gather"}, gathered},
-		{"the same, with a crowd", 2, nil, "c", []string{"spread"}, spread},
-		{"a kernel that refuses", 1, errors.New("refused"), "c", []string{"spread"}, gathered},
+		{"a crowd, and calm", 1, false, time.Hour, nil, func(w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"no pause, then one", 1, true, time.Hour, nil, func(w *wire, l *queuedLink) {
+			crowd(w)
+			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
+			time.Sleep(3 * calmAfter)
+			if got := l.heard(); !slices.Equal(got, all[:2]) {
+				t.Errorf("while frames came it was told %v", got)
+			}
+			l.setBusy(false)
+		}, all},
+		{"no pause at all", 1, true, 3 * calmAfter, nil, func(w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"a crowd that comes back", 1, false, time.Hour, nil, func(w *wire, l *queuedLink) {
+			crowd(w)
+			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
+			crowd(w)
+		}, []string{"spread", "narrow", "spread", "narrow", "gather"}},
+		{"left spread by the worker before", 2, false, time.Hour, nil, func(*wire, *queuedLink) {}, all[1:]},
+		{"a kernel that refuses", 1, false, time.Hour, errors.New("refused"), func(w *wire, _ *queuedLink) { crowd(w) }, all[:1]},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			l := &queuedLink{attached: row.attached, fail: row.fail}
+			quietWithin = row.patience
+			l := &queuedLink{attached: row.attached, busy: row.busy, fail: row.fail}
 			w := newWire(t, allowAll, func(c *Config) {
 				l.Endpoint = c.Link.(*channel.Endpoint)
 				c.Link = l
 			})
-			for i, s := range row.signals {
-				if s == 'c' {
-					signal(w.f.engine.crowded)
-				} else {
-					signal(w.f.engine.calm)
-				}
-				eventually(t, "the device is told", func() bool { return len(l.heard()) > i })
-			}
+			row.do(w, l)
+			eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })
+			eventually(t, "the engine knows", func() bool { return !w.f.engine.spread.Load() })
+			time.Sleep(2 * quietFor)
 			if got := l.heard(); !slices.Equal(got, row.want) {
 				t.Errorf("it was told %v, want %v", got, row.want)
 			}
-			eventually(t, "the engine knows", func() bool { return w.f.engine.width.Load() == row.width })
 			if failed := w.f.Stats()["device_spread_failed"]; (failed > 0) != (row.fail != nil) {
 				t.Errorf("device_spread_failed is %d", failed)
 			}

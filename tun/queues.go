@@ -12,8 +12,9 @@ import "golang.org/x/sys/unix"
 //
 // The kernel sends a flow's packets to the queue that the flow's last packet to the
 // sandbox came from, so after Narrow live flows come back to the first queue by themselves.
-// What is still in another one when it is detached is lost. A detached queue has nothing to
-// read, and still takes what is written.
+// New flows go to any, and what is in another one when it is detached is lost: Gather is for
+// a moment in which nothing comes. A detached queue has nothing to read, and still takes
+// what is written.
 
 // setQueue attaches or detaches a queue: IFF_ATTACH_QUEUE or IFF_DETACH_QUEUE.
 func setQueue(fd int, flag uint16) error {
@@ -33,6 +34,14 @@ func (e *Endpoint) Queues() (attached, all int) {
 		}
 	}
 	return attached, len(e.queues)
+}
+
+// Received is how many frames the device gave, other than those that were dropped.
+func (e *Endpoint) Received() (frames uint64) {
+	for _, q := range e.queues {
+		frames += q.count.rxFrames.Load()
+	}
+	return frames
 }
 
 // Spread uses all of the device's queues. Spread, Narrow and Gather must not be called at
