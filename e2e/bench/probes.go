@@ -69,7 +69,7 @@ const (
 )
 
 func allProbes(short bool) []probe {
-	t := timing{warm: 400, bulk: 2000, small: 1500, idle: 20 * time.Second, settle: 5 * time.Second, starts: 10, turns: 2}
+	t := timing{warm: 400, bulk: 2000, small: 1500, idle: 20 * time.Second, settle: 5 * time.Second, starts: 10, turns: 6}
 	families, flows := []string{"v4", "v6"}, []int{1, 8, 64}
 	if short {
 		t = timing{warm: 200, bulk: 350, small: 400, idle: 4 * time.Second, settle: time.Second, starts: 4, turns: 1}
@@ -113,10 +113,10 @@ func allProbes(short bool) []probe {
 }
 
 // costs are the probes of what a feature of sluice costs: variants of it, with and without,
-// under requests that are like q. As ratios near one are asked, they take turns more often
-// than peers do, in shorter windows.
+// under requests that are like q. As ratios near one are asked, and what scatters is where
+// the scheduler has put whom for the moment, they take many turns in short windows.
 func costs(prefix string, q request, t timing, variants ...string) []probe {
-	t.bulk, t.small = t.bulk/t.turns, t.small/t.turns
+	t.warm, t.bulk, t.small = 200, 400, 400
 	up, down := t.bulkOf("up", 8), t.bulkOf("down", 8)
 	short := request{WarmMS: t.warm, MS: t.small}
 	for _, r := range []*request{&up, &down, &short} {
