@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -205,3 +206,20 @@ type writerFunc func([]byte)
 func (f writerFunc) Write(b []byte) (int, error) { f(b); return len(b), nil }
 
 var errTaken = errors.New("taken")
+
+// What a flow's end costs the flow log's goroutine, with a log and without.
+func BenchmarkEndedFlow(b *testing.B) {
+	for name, out := range map[string]io.Writer{"ring": nil, "log": io.Discard} {
+		b.Run(name, func(b *testing.B) {
+			l := newFlowLog(out, func() time.Time { return epoch }, slog.New(slog.DiscardHandler))
+			e := flowEnd{flow: destroy(7).Flow, action: policy.Allow}
+			b.ReportAllocs()
+			for b.Loop() {
+				l.take(e)
+				if len(l.sink.buf) >= sinkSize {
+					l.sink.flush()
+				}
+			}
+		})
+	}
+}
