@@ -198,10 +198,12 @@ func (fl *dgramFlow) inDir() nat.Dir {
 // expire is called by the flow table when it ended the flow.
 func (fl *dgramFlow) expire(string) { fl.d.forget(fl) }
 
-// end releases the flow for a reason of ours.
+// end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as
+// when the table ends it: what comes in between still finds the flow, not a tuple that
+// somebody has.
 func (fl *dgramFlow) end(reason string) {
-	fl.d.forget(fl)
 	fl.lease.Release(reason)
+	fl.d.forget(fl)
 }
 
 // dgramTable holds the flows of one protocol.

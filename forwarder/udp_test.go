@@ -359,6 +359,24 @@ func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply
 }
 func (resolver) ServeStream(context.Context, net.Conn) {}
 
+// later answers from a goroutine of its own, as a resolver that had to ask does.
+type later struct{ resolver }
+
+func (later) ServePacket(ctx context.Context, q []byte, from netip.AddrPort, reply func([]byte)) {
+	go resolver{}.ServePacket(ctx, q, from, reply)
+}
+
+// A client that asks again as soon as it has its answer does so while its flow ends.
+func TestNoQuestionIsLostWhileTheLastOnesFlowEnds(t *testing.T) {
+	w := newWire(t, allowNone, func(c *Config) { c.DNSHandler = later{} })
+	for range 20_000 {
+		w.send(udpPacket(at(guest4, 4000), at(sides[0].dns, 53), []byte("abc")))
+		if _, _, answer, _ := w.recvUDP(); string(answer) != "cba" {
+			t.Fatalf("the answer is %q", answer)
+		}
+	}
+}
+
 func TestUDPQueriesGoToTheResolver(t *testing.T) {
 	for _, side := range sides {
 		t.Run(side.name, func(t *testing.T) {
