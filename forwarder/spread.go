@@ -1,9 +1,6 @@
 package forwarder
 
-import (
-	"sync/atomic"
-	"time"
-)
+import "time"
 
 // spreadingLink is a link with queues that it can do without; see tun.Endpoint.
 type spreadingLink interface {
@@ -38,7 +35,7 @@ func (f *Forwarder) spread() {
 	if all < 2 {
 		return
 	}
-	s := spreader{link: link, engine: f.engine, failed: f.stats.counter("device_spread_failed")}
+	s := spreader{link: link, engine: f.engine}
 	if attached > 1 { // the worker before us ended so
 		s.narrow()
 	}
@@ -48,16 +45,18 @@ func (f *Forwarder) spread() {
 		if !f.engine.spread.Load() {
 			look.Stop()
 		}
+		var err error
 		select {
 		case <-f.ctx.Done():
 			return
 		case <-f.engine.crowded:
-			s.spread()
+			err = s.spread()
 			look.Reset(quietFor)
 		case <-look.C:
-			s.look()
+			err = s.look()
 		}
-		if s.failed.Load() > 0 {
+		if err != nil {
+			f.stats.counter("device_spread_failed").Add(1)
 			return
 		}
 	}
@@ -67,18 +66,17 @@ func (f *Forwarder) spread() {
 type spreader struct {
 	link     spreadingLink
 	engine   *engine
-	failed   *atomic.Uint64
 	narrowed time.Duration // when, since the engine's start; 0: all are written to
 	received uint64        // when last looked at
 }
 
-func (s *spreader) spread() {
-	if s.link.Spread() != nil {
-		s.failed.Add(1)
-		return
+func (s *spreader) spread() error {
+	if err := s.link.Spread(); err != nil {
+		return err
 	}
 	s.narrowed = 0
 	s.engine.spread.Store(true)
+	return nil
 }
 
 func (s *spreader) narrow() {
@@ -88,7 +86,7 @@ func (s *spreader) narrow() {
 }
 
 // look takes the next step towards one queue, or back.
-func (s *spreader) look() {
+func (s *spreader) look() error {
 	now, crowd := time.Since(s.engine.start), time.Duration(s.engine.crowdAt.Load())
 	received := s.link.Received()
 	quiet := received == s.received
@@ -99,12 +97,12 @@ func (s *spreader) look() {
 			s.narrow()
 		}
 	case crowd > s.narrowed:
-		s.spread()
+		return s.spread()
 	case now-s.narrowed > calmAfter && quiet || now-s.narrowed > quietWithin:
-		if s.link.Gather() != nil {
-			s.failed.Add(1)
-			return
+		if err := s.link.Gather(); err != nil {
+			return err
 		}
 		s.engine.spread.Store(false)
 	}
+	return nil
 }

@@ -16,6 +16,7 @@ type queuedLink struct {
 	mu       sync.Mutex
 	attached int
 	received uint64
+	looks    int  // how often it was asked for that
 	busy     bool // a frame comes whenever somebody looks
 	told     []string
 	fail     error
@@ -29,6 +30,7 @@ func (l *queuedLink) Gather() error               { return l.note("gather") }
 func (l *queuedLink) Received() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.looks++
 	if l.busy {
 		l.received++
 	}
@@ -46,6 +48,12 @@ func (l *queuedLink) heard() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.told)
+}
+
+func (l *queuedLink) looked() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.looks
 }
 
 func (l *queuedLink) setBusy(busy bool) {
@@ -70,27 +78,28 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		busy     bool
 		patience time.Duration
 		fail     error
-		do       func(w *wire, l *queuedLink)
+		do       func(t *testing.T, w *wire, l *queuedLink)
 		want     []string
 	}{
-		{"a crowd, and calm", 1, false, time.Hour, nil, func(w *wire, _ *queuedLink) { crowd(w) }, all},
-		{"no pause, then one", 1, true, time.Hour, nil, func(w *wire, l *queuedLink) {
+		{"a crowd, and calm", 1, false, time.Hour, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"no pause, then one", 1, true, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
-			time.Sleep(3 * calmAfter)
+			enough := l.looked() + 3*int(calmAfter/quietFor)
+			eventually(t, "it was looked at for long", func() bool { return l.looked() > enough })
 			if got := l.heard(); !slices.Equal(got, all[:2]) {
 				t.Errorf("while frames came it was told %v", got)
 			}
 			l.setBusy(false)
 		}, all},
-		{"no pause at all", 1, true, 3 * calmAfter, nil, func(w *wire, _ *queuedLink) { crowd(w) }, all},
-		{"a crowd that comes back", 1, false, time.Hour, nil, func(w *wire, l *queuedLink) {
+		{"no pause at all", 1, true, 3 * calmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"a crowd that comes back", 1, false, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
 			crowd(w)
 		}, []string{"spread", "narrow", "spread", "narrow", "gather"}},
-		{"left spread by the worker before", 2, false, time.Hour, nil, func(*wire, *queuedLink) {}, all[1:]},
-		{"a kernel that refuses", 1, false, time.Hour, errors.New("refused"), func(w *wire, _ *queuedLink) { crowd(w) }, all[:1]},
+		{"left spread by the worker before", 2, false, time.Hour, nil, func(*testing.T, *wire, *queuedLink) {}, all[1:]},
+		{"a kernel that refuses", 1, false, time.Hour, errors.New("refused"), func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all[:1]},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			quietWithin = row.patience
@@ -99,10 +108,9 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 				l.Endpoint = c.Link.(*channel.Endpoint)
 				c.Link = l
 			})
-			row.do(w, l)
+			row.do(t, w, l)
 			eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })
 			eventually(t, "the engine knows", func() bool { return !w.f.engine.spread.Load() })
-			time.Sleep(2 * quietFor)
 			if got := l.heard(); !slices.Equal(got, row.want) {
 				t.Errorf("it was told %v, want %v", got, row.want)
 			}
