@@ -42,10 +42,7 @@ const (
 	maxHostSockets = 16384
 )
 
-var (
-	errTooManySockets = errors.New("too many host sockets")
-	errFlowEnded      = errors.New("the flow ended while it was set up")
-)
+var errTooManySockets = errors.New("too many host sockets")
 
 // datagrams is everything of UDP and ICMP in one forwarder.
 type datagrams struct {
@@ -69,12 +66,6 @@ func newDatagrams(f *Forwarder) *datagrams {
 func (d *datagrams) flush() {
 	d.udp.flush()
 	d.echo.flush()
-}
-
-// recheck cuts the flows that r refuses.
-func (d *datagrams) recheck(r *policy.Rules) {
-	d.udp.recheck(r)
-	d.echo.recheck(r)
 }
 
 // close ends every flow. The emitter must still work, and is closed last.
@@ -142,16 +133,13 @@ func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
 
 // dgramFlow is one pair of a sandbox endpoint and a peer.
 type dgramFlow struct {
+	pass
 	d       *dgramTable
-	tuple   nat.Tuple      // key in flows: what a packet of the sandbox carries
-	guest   netip.AddrPort // the sandbox's endpoint; the port is an echo identifier in ICMP
-	peer    netip.AddrPort // the far side as the sandbox sees it
-	target  netip.AddrPort // the far side as the host sees it
-	query   policy.Query   // asked again when rules change
-	ingress bool           // begun by a client of a published port
-	lease   *nat.Lease
-	verdict atomic.Pointer[policy.Verdict]
-	shape   atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	tuple   nat.Tuple                  // key in flows: what a packet of the sandbox carries
+	guest   netip.AddrPort             // the sandbox's endpoint; the port is an echo identifier in ICMP
+	peer    netip.AddrPort             // the far side as the sandbox sees it
+	target  netip.AddrPort             // the far side as the host sees it
+	ingress bool                       // begun by a client of a published port
 	quic    *quicFlow                  // of a flow whose first bytes were read; nil else
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
@@ -195,14 +183,23 @@ func (fl *dgramFlow) inDir() nat.Dir {
 	return nat.Reply
 }
 
-// expire is called by the flow table when it ended the flow.
+// expire implements admitted.
 func (fl *dgramFlow) expire(string) { fl.d.forget(fl) }
+
+// abort implements admitted.
+func (fl *dgramFlow) abort(reason string) { fl.end(reason) }
+
+// halt implements admitted: who sends and who receives look at revoked.
+func (fl *dgramFlow) halt() {}
+
+// underWay implements admitted.
+func (fl *dgramFlow) underWay() []policy.Seen { return nil }
 
 // end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as
 // when the table ends it: what comes in between still finds the flow, not a tuple that
 // somebody has.
 func (fl *dgramFlow) end(reason string) {
-	fl.lease.Release(reason)
+	fl.release(reason)
 	fl.d.forget(fl)
 }
 
@@ -263,22 +260,6 @@ func (d *dgramTable) lookup(t nat.Tuple) *dgramFlow {
 	fl := d.flows[t]
 	d.mu.RUnlock()
 	return fl
-}
-
-// acquire charges the flow table. On success fl must be given to install or ended.
-func (d *dgramTable) acquire(fl *dgramFlow, orig nat.Tuple, v policy.Verdict) error {
-	shape := d.f.limited.of(v)
-	fl.shape.Store(shape)
-	lease, err := d.f.table.Acquire(nat.Spec{
-		Budget: shape.budgetOf(), Orig: orig, Rule: v.Rule(), Names: d.f.names(v, orig.Dst().Addr()), About: About{Verdict: v, Seen: fl.query.Seen},
-		Ingress: fl.ingress, Short: fl.short, Expire: fl.expire,
-	})
-	if err != nil {
-		return err
-	}
-	fl.lease = lease
-	fl.verdict.Store(&v)
-	return nil
 }
 
 // install makes fl findable, on the endpoint's socket or, if it has none yet, on
@@ -380,44 +361,6 @@ func (d *dgramTable) startSocket(fd int, proto uint8) (*hostSocket, error) {
 	return s, nil
 }
 
-// recheck asks the new rules about every flow and cuts those that they refuse or
-// would send elsewhere.
-func (d *dgramTable) recheck(r *policy.Rules) {
-	for _, fl := range d.list() {
-		fl.recheck(r)
-	}
-}
-
-// stillAllowed is asked once a flow is in the table. Rules that were replaced while it
-// was set up may have been applied to the table before it was there.
-func (d *dgramTable) stillAllowed(fl *dgramFlow, judged *policy.Rules) bool {
-	now := d.f.rules.Load()
-	return now == judged || fl.recheck(now)
-}
-
-// recheck reports whether the flow may go on, and ends it otherwise. One to our own
-// resolver goes on as long as that answers at its address.
-func (fl *dgramFlow) recheck(r *policy.Rules) bool {
-	if !fl.query.Dst.IsValid() {
-		if !fl.d.f.forResolver(r, fl.peer) {
-			fl.end("policy")
-			return false
-		}
-		return true
-	}
-	v := fl.d.f.judge(r, fl.query)
-	if !v.Allowed() || (!fl.ingress && v.Target() != fl.target) {
-		fl.end("policy")
-		return false
-	}
-	fl.verdict.Store(&v)
-	shape := fl.d.f.limited.of(v)
-	fl.shape.Store(shape)
-	_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
-	fl.lease.Describe(v.Rule(), fl.d.f.names(v, fl.peer.Addr()), About{Verdict: v, Seen: fl.query.Seen})
-	return true
-}
-
 func (d *dgramTable) list() []*dgramFlow {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -447,10 +390,10 @@ func (d *dgramTable) close() {
 
 // refuse answers a packet whose flow policy did not allow: with silence, or with
 // what a reject rule of nftables sends by default.
-func (d *dgramTable) refuse(v policy.Verdict, kind icmpKind, pkt *stack.PacketBuffer, q policy.Query) {
+func (d *dgramTable) refuse(j judged, kind icmpKind, pkt *stack.PacketBuffer) {
 	d.n.refused.drop(d.f, pkt)
-	d.f.noteRefused(Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-	if v.Action() == policy.Reject {
+	d.f.refuse(j)
+	if j.verdict.Action() == policy.Reject {
 		d.f.tell(kind, 0, pkt)
 	}
 }

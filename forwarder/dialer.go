@@ -12,7 +12,9 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -173,6 +175,15 @@ func (d *Dialer) reset(fd int) {
 	// The error is of no use: the socket is closed either way.
 	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	d.close(fd)
+}
+
+// disconnect ends a stream socket's connection at once: what the kernel has not sent is not
+// sent any more, and the peer gets a reset (tcp_disconnect in net/ipv4/tcp.c). The
+// descriptor stays its owner's, and reads and writes on it fail.
+func (d *Dialer) disconnect(fd int) {
+	unspec := unix.RawSockaddr{Family: unix.AF_UNSPEC}
+	// It fails only for a socket that has no connection.
+	_, _, _ = syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspec)), unsafe.Sizeof(unspec))
 }
 
 // tuneStream sets what every spliced TCP socket wants: no delay, because bytes

@@ -108,36 +108,30 @@ const (
 
 // Forwarder carries the traffic of one sandbox.
 type Forwarder struct {
+	admission
 	cfg       Config
 	stack     *stack.Stack
-	table     *nat.Table
-	rules     atomic.Pointer[policy.Rules]
 	dialer    *Dialer
 	engine    *engine
 	pipes     pipeStock // of the relays
 	stats     stats
 	relayed   *atomic.Uint64 // flows that took the loopback short cut
-	now       func() time.Time
 	log       *slog.Logger
 	broadcast netip.Addr
 	linkLocal netip.Addr // the gateway's
 
-	tcp       *tcpForwarder
-	dgram     *datagrams // UDP and ICMP
-	publish   *publisher
-	outside   *outside // nil without Config.Inbound
-	bandwidth bandwidth
-	limited   limited                                  // rules with limits of their own
-	limits    nat.Limits                               // the table's own, before any policy's
-	drop      func(reason string, pkt []byte)          // never nil
-	inbound   stack.NetworkDispatcher                  // behind the filter; set by link.Attach
-	network   atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
+	tcp     *tcpForwarder
+	dgram   *datagrams // UDP and ICMP
+	publish *publisher
+	outside *outside                                 // nil without Config.Inbound
+	drop    func(reason string, pkt []byte)          // never nil
+	inbound stack.NetworkDispatcher                  // behind the filter; set by link.Attach
+	network atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
 
 	needTimer need
 
 	ctx    context.Context // ends when Run does; handlers get it
 	cancel context.CancelFunc
-	ruleMu sync.Mutex // serialises SetRules
 }
 
 // New sets up the stack and the forwarders. Packets are taken from the link from
@@ -149,10 +143,8 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Inbound != nil && gsoOf(cfg.Inbound) != gsoOf(cfg.Link) {
 		return nil, errors.New("forwarder: the inbound link must offer the same offloads as the sandbox's")
 	}
-	f := &Forwarder{cfg: cfg, table: cfg.Table, limits: cfg.Table.Limits(), now: cfg.Now, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
-	if f.now == nil {
-		f.now = time.Now
-	}
+	f := &Forwarder{cfg: cfg, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
+	f.admission.init(&cfg, f.forResolver)
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
 	}
@@ -160,7 +152,6 @@ func New(cfg Config) (*Forwarder, error) {
 		f.drop = func(string, []byte) {}
 	}
 	f.relayed = f.stats.counter("tcp_relayed_loopback")
-	f.rules.Store(new(policy.Rules))
 	f.dialer = newDialer(&f.stats, f.log)
 	f.dialer.pod = cfg.Inbound != nil
 	f.broadcast = directedBroadcast(cfg.Prefix4)
@@ -246,6 +237,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	})
 	wg.Go(f.timer)
 	wg.Go(f.spread)
+	wg.Go(func() { f.reaper(f.ctx) })
 	wg.Go(func() { f.table.Run(f.ctx) })
 	<-f.ctx.Done()
 
@@ -320,46 +312,20 @@ func (n *need) raise() {
 	}
 }
 
-// SetRules puts a new snapshot in force. Flows that it no longer allows are cut
-// before SetRules returns; the others notice nothing.
+// SetRules puts a new snapshot in force. When it returns, nothing moves on a flow that the
+// snapshot refuses, whatever the sandbox does; and such a flow has ended, unless the sandbox
+// holds up its device. The others notice nothing.
 func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.ruleMu.Lock()
 	defer f.ruleMu.Unlock()
 	if r == nil {
 		r = new(policy.Rules)
 	}
-	f.rules.Store(r)
-	l := r.Limits()
-	f.bandwidth.set(l)
-	f.limited.set(f.table, r)
-	f.table.SetLimits(tableLimits(f.limits, l))
-	f.tcp.recheck(r)
-	f.dgram.recheck(r)
+	f.set(r)
 	if f.outside != nil {
-		f.outside.restore(r)
-		f.outside.recheck(r)
+		f.outside.restore()
 	}
-}
-
-// tableLimits lays the policy's limits over those that the table was made with;
-// what the policy leaves open stays as it was made.
-func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
-	if l.Flows > 0 {
-		base.Max = l.Flows
-	}
-	if l.HalfOpen > 0 {
-		base.HalfOpen = l.HalfOpen
-	}
-	if l.FlowsPerDestination > 0 {
-		base.PerDestination = l.FlowsPerDestination
-	}
-	if l.NewFlowsPerSecond > 0 {
-		base.NewPerSecond = l.NewFlowsPerSecond
-	}
-	if l.TotalBytes > 0 {
-		base.TotalBytes = int64(l.TotalBytes)
-	}
-	return base
+	f.finish(f.ctx, f.revoke(r))
 }
 
 // Stats returns the counters by name.

@@ -99,6 +99,10 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 			return
 		}
 	}
+	if fl.revoked.Load() {
+		e.n.refused.drop(e.f, pkt)
+		return
+	}
 	e.enqueue(fl, pkt, a)
 }
 
@@ -125,25 +129,20 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		return known
 	}
 	peer := netip.AddrPortFrom(dst, 0)
-	q := policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request}
-	rules := e.f.rules.Load()
-	v := e.f.judge(rules, q)
-	if !v.Allowed() {
-		e.refuse(v, icmpAdminProhibited, pkt, q)
+	j := e.f.decide(policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request})
+	if !j.verdict.Allowed() {
+		e.refuse(j, icmpAdminProhibited, pkt)
 		return nil
 	}
-	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: v.Target(), query: q}
-	fl.query.Held = v.Name()
-	if err := e.acquire(fl, tuple, v); err != nil {
+	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: j.verdict.Target()}
+	if e.f.enter(&fl.pass, fl, j, entry{orig: tuple}) != nil {
 		e.n.flow.drop(e.f, pkt)
 		return nil
 	}
-	err := e.install(fl, func() (*hostSocket, error) { return e.open(v, guest) })
+	err := e.install(fl, func() (*hostSocket, error) { return e.open(j.verdict, guest) })
 	switch {
 	case err == nil:
-		if e.stillAllowed(fl, rules) {
-			return fl
-		}
+		return fl
 	case errors.Is(err, errNoPingSocket):
 		fl.end("no-ping-socket")
 		e.noPing.drop(e.f, pkt)

@@ -107,11 +107,11 @@ func restoreHop(p *datum) {
 }
 
 // refuse notes a refusal and answers as the verdict says.
-func (o *outside) refuse(v policy.Verdict, q policy.Query, pkt *stack.PacketBuffer, p *datum) {
+func (o *outside) refuse(j judged, pkt *stack.PacketBuffer, p *datum) {
 	o.n.refused.Add(1)
 	o.f.noteDrop(o.n.refused.name, pkt)
-	o.f.noteRefused(Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: v})
-	if v.Action() != policy.Reject {
+	o.f.refuse(j)
+	if j.verdict.Action() != policy.Reject {
 		return
 	}
 	if p.tcp != nil {

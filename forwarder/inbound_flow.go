@@ -20,10 +20,9 @@ import (
 
 // inboundFlow is one flow from outside.
 type inboundFlow struct {
+	pass
 	o     *outside
 	tuple nat.Tuple // from outside to the sandbox
-	lease *nat.Lease
-	query policy.Query
 
 	mu  sync.Mutex
 	tcp tcpTrack
@@ -33,8 +32,8 @@ type inboundFlow struct {
 	slot int  // in outside.memory, or noSlot
 }
 
-func (o *outside) newFlow(tuple nat.Tuple, q policy.Query) *inboundFlow {
-	return &inboundFlow{o: o, tuple: tuple, query: q, gone: true, slot: noSlot}
+func (o *outside) newFlow(tuple nat.Tuple) *inboundFlow {
+	return &inboundFlow{o: o, tuple: tuple, gone: true, slot: noSlot}
 }
 
 // queryOf is what policy is asked about a flow.
@@ -48,18 +47,15 @@ func queryOf(tuple nat.Tuple) policy.Query {
 }
 
 // admit charges the flow table for a flow and makes it findable.
-func (o *outside) admit(fl *inboundFlow, v policy.Verdict) error {
-	lease, err := o.f.table.Acquire(nat.Spec{
-		Orig: fl.tuple, Rule: v.Rule(), Ingress: true, Forwarded: true,
-		Budget: o.f.limited.of(v).budgetOf(), About: About{Verdict: v},
-		Short: fl.tuple.Proto() == protoUDP && fl.tuple.Dst().Port() == dnsPort, Expire: fl.expire,
+func (o *outside) admit(fl *inboundFlow, j judged) error {
+	err := o.f.enter(&fl.pass, fl, j, entry{
+		orig: fl.tuple, forwarded: true, short: fl.tuple.Proto() == protoUDP && fl.tuple.Dst().Port() == dnsPort,
 	})
 	if err != nil {
 		return err
 	}
-	fl.lease = lease
 	if !o.install(fl) {
-		lease.Release("stopped")
+		fl.release("stopped")
 		return errFlowEnded
 	}
 	return nil
@@ -73,11 +69,9 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 	if known := o.lookup(tuple); known != nil {
 		return known, reason{} // another reader was faster
 	}
-	q := queryOf(tuple)
-	rules := o.f.rules.Load()
-	v := rules.Decide(q)
-	if !v.Allowed() {
-		o.refuse(v, q, pkt, p)
+	j := o.f.decide(queryOf(tuple))
+	if !j.mayBegin() {
+		o.refuse(j, pkt, p)
 		return nil, reason{}
 	}
 	var flags header.TCPFlags
@@ -91,12 +85,12 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 			return nil, reason{}
 		}
 	}
-	fl := o.newFlow(tuple, q)
+	fl := o.newFlow(tuple)
 	late := flags&header.TCPFlagFin != 0 // of a flow that is over: not to be taken for one that lives
 	if late {
 		fl.tcp.state = nat.LastAck
 	}
-	if o.admit(fl, v) != nil {
+	if o.admit(fl, j) != nil {
 		return nil, o.n.flow
 	}
 	o.n.began.Add(1)
@@ -110,11 +104,6 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		} else {
 			fl.track(nat.Original, p)
 		}
-	}
-	// Rules that were replaced meanwhile may have been applied to the table before the
-	// flow was in it.
-	if now := o.f.rules.Load(); now != rules && !fl.recheck(now) {
-		return nil, o.n.refused
 	}
 	return fl, reason{}
 }
@@ -156,36 +145,27 @@ func (fl *inboundFlow) end(why string) {
 	fl.lease.Release(why)
 }
 
-// cut ends a flow that both sides may think alive, and tells them.
-func (fl *inboundFlow) cut(why string) {
-	if fl.remove() {
+// halt implements admitted: packets of a flow that cannot be found are judged as a new
+// one's are.
+func (fl *inboundFlow) halt() { fl.remove() }
+
+// abort implements admitted. Both sides may think the flow alive, and are told.
+func (fl *inboundFlow) abort(why string) {
+	if fl.remove() || fl.revoked.Load() {
 		fl.reset()
 	}
-	fl.lease.Release(why)
+	fl.release(why)
 }
 
-// expire is the table's word that the flow is over.
+// expire implements admitted.
 func (fl *inboundFlow) expire(why string) {
 	if fl.remove() && why != nat.ReasonTimeout && why != nat.ReasonEarlyDrop {
 		fl.reset()
 	}
 }
 
-// recheck reports whether the flow may go on, and cuts it otherwise.
-func (fl *inboundFlow) recheck(r *policy.Rules) bool {
-	if r.Decide(fl.query).Allowed() {
-		return true
-	}
-	fl.cut("policy")
-	return false
-}
-
-// recheck cuts the flows that r refuses.
-func (o *outside) recheck(r *policy.Rules) {
-	for _, fl := range o.list() {
-		fl.recheck(r)
-	}
-}
+// underWay implements admitted.
+func (fl *inboundFlow) underWay() []policy.Seen { return nil }
 
 // reset sends both sides of a TCP connection the reset that they believe: with the
 // number that each has asked for last. A side that has acknowledged nothing yet

@@ -27,7 +27,6 @@ import (
 	"unsafe"
 
 	"sluice/nat"
-	"sluice/policy"
 )
 
 const (
@@ -140,9 +139,9 @@ func (fl *inboundFlow) remember(s nat.State) {
 	o.mu.RUnlock()
 }
 
-// restore takes over the flows of the worker before, as far as r allows them. It does
+// restore takes over the flows of the worker before, as far as the rules allow them. It does
 // so once.
-func (o *outside) restore(r *policy.Rules) {
+func (o *outside) restore() {
 	if !o.waiting.Load() {
 		return
 	}
@@ -150,28 +149,27 @@ func (o *outside) restore(r *policy.Rules) {
 	all := o.memory.recall()
 	o.mu.Unlock()
 	for _, was := range all {
-		o.restoreFlow(r, was)
+		o.restoreFlow(was)
 	}
 	o.waiting.Store(false)
 }
 
-func (o *outside) restoreFlow(r *policy.Rules, was remembered) {
+func (o *outside) restoreFlow(was remembered) {
 	t := was.tuple
 	if !o.isPod(t.Dst().Addr()) || o.isPod(t.Src().Addr()) || o.f.isOwn(t.Src().Addr()) || t.Proto() == protoTCP && was.state == nat.Close {
 		return
 	}
-	q := queryOf(t)
-	v := r.Decide(q)
-	if !v.Allowed() {
+	j := o.f.decide(queryOf(t))
+	if !j.mayBegin() {
 		o.n.refused.Add(1)
 		return
 	}
-	fl := o.newFlow(t, q)
+	fl := o.newFlow(t)
 	fl.tcp.state = was.state
 	if was.state == nat.SynSent {
 		fl.tcp.state = nat.None // who sent it may send it again, or may be further by now
 	}
-	if o.admit(fl, v) != nil {
+	if o.admit(fl, j) != nil {
 		return
 	}
 	if t.Proto() == protoTCP {

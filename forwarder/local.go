@@ -42,13 +42,6 @@ func (f *Forwarder) noteRefusal(reason string, pkt *stack.PacketBuffer) {
 	f.drop(reason, quote(pkt, buf[:]))
 }
 
-// noteRefused records a flow that policy refused.
-func (f *Forwarder) noteRefused(r Refusal) {
-	if f.cfg.Refused != nil {
-		f.cfg.Refused(r)
-	}
-}
-
 // originalPacket copies what an ICMP error about pkt quotes.
 func originalPacket(pkt *stack.PacketBuffer) []byte {
 	n := len(pkt.NetworkHeader().Slice()) + len(pkt.TransportHeader().Slice())

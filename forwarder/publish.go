@@ -222,11 +222,10 @@ func (t *tcpListener) accept() {
 
 // ingress carries an accepted connection into the sandbox. It owns fd.
 func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
-	p := t.f.publish
-	v := t.f.rules.Load().Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
-	if !v.Allowed() {
-		p.refused.Add(1)
-		t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: client, Dst: guest, Verdict: v})
+	j := t.f.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
+	if !j.mayBegin() {
+		t.f.publish.refused.Add(1)
+		t.f.refuse(j)
 		t.f.dialer.reset(fd)
 		return
 	}
@@ -234,47 +233,36 @@ func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
 		t.f.dialer.reset(fd)
 		return
 	}
-	if client.Addr().IsLoopback() && t.relayLoopback(fd, client, guest, v) {
+	if client.Addr().IsLoopback() && t.relayLoopback(fd, j) {
 		return
 	}
-	t.ingressThroughStack(fd, client, guest, v)
+	t.ingressThroughStack(fd, j)
 }
 
 // ingressThroughStack makes the connection on the sandbox's link. It owns fd.
-func (t *tcpForwarder) ingressThroughStack(fd int, client, guest netip.AddrPort, v policy.Verdict) {
+func (t *tcpForwarder) ingressThroughStack(fd int, j judged) {
+	client, guest := j.query.Src, j.query.Dst
 	source := client
 	if client.Addr().IsLoopback() || client.Addr().IsLinkLocalUnicast() || client.Addr().Is4() != guest.Addr().Is4() {
 		source = netip.AddrPortFrom(t.f.gatewayOf(guest.Addr().Is4()), client.Port())
 	}
 	fl := &tcpFlow{
-		t: t, fd: fd, ingress: true, verdict: v, phase: phaseHandshake,
+		t: t, fd: fd, ingress: true, phase: phaseHandshake,
 		id: stack.TransportEndpointID{
 			LocalAddress: tcpipAddr(source.Addr()), LocalPort: source.Port(),
 			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
 		},
 	}
-	shape := t.f.limited.of(v)
-	fl.shape.Store(shape)
-	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true,
-		Budget: shape.budgetOf(), About: About{Verdict: v}, Expire: fl.expire,
-	})
-	if err != nil {
+	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest)}); err != nil {
 		t.f.publish.limited.Add(1)
-		t.f.dialer.reset(fd)
+		fl.abort(err.Error())
 		return
 	}
-	fl.lease = lease
-	lease.SetState(nat.SynSent)
-	t.mu.Lock()
-	if t.closed {
-		t.mu.Unlock()
-		t.f.dialer.reset(fd)
-		lease.Release("stopped")
+	fl.lease.SetState(nat.SynSent)
+	if !t.index(fl) {
+		fl.abort("stopped")
 		return
 	}
-	t.flows[fl.id] = fl
-	t.mu.Unlock()
 	if err := fl.connectGuest(); err != nil {
 		fl.abort("unreachable")
 	}

@@ -7,7 +7,8 @@ package forwarder
 // server sees 127.0.0.1 or ::1 as it would outside. Both ends are then sockets of
 // one kernel, and the bytes move by splice(2) without being copied here.
 //
-// Policy, accounting and the flow table see these flows like all others.
+// Policy, accounting, bandwidth and the flow table see these flows like all others. A
+// direction whose bandwidth is used up leaves its bytes in the socket that they came by.
 //
 // A server inside that listens on the sandbox's own address only refuses the
 // connection; the flow then goes through the stack, from the gateway's address.
@@ -29,9 +30,8 @@ const relayPipe = 1 << 20
 // relay is one flow between two sockets. Its fields are used by its task
 // only, except those that mu guards.
 type relay struct {
+	pass
 	t             *tcpForwarder
-	lease         *nat.Lease
-	verdict       policy.Verdict
 	client, guest netip.AddrPort
 	work          task
 	dirs          [2]relayDir // 0: client → guest
@@ -52,7 +52,8 @@ type relayDir struct {
 }
 
 // relayLoopback takes fd over if a socket inside the sandbox can be had.
-func (t *tcpForwarder) relayLoopback(fd int, client, guest netip.AddrPort, v policy.Verdict) bool {
+func (t *tcpForwarder) relayLoopback(fd int, j judged) bool {
+	client, guest := j.query.Src, j.query.Dst
 	if t.f.cfg.Guests == nil {
 		return false
 	}
@@ -61,22 +62,16 @@ func (t *tcpForwarder) relayLoopback(fd int, client, guest netip.AddrPort, v pol
 		return false
 	}
 	t.f.dialer.sockets.Add(1)
-	r := &relay{t: t, verdict: v, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
+	r := &relay{t: t, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
-	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), Rule: v.Rule(), Ingress: true,
-		Budget: t.f.limited.of(v).budgetOf(), About: About{Verdict: v}, Expire: r.abort,
-	})
-	if err != nil {
+	if err := t.f.enter(&r.pass, r, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest)}); err != nil {
 		t.f.publish.limited.Add(1)
-		t.f.dialer.close(inside)
-		t.f.dialer.reset(fd)
+		r.abort(err.Error())
 		return true
 	}
-	r.lease = lease
-	lease.SetState(nat.SynSent)
+	r.lease.SetState(nat.SynSent)
 	t.mu.Lock()
-	closed := t.closed
+	closed := t.closed || r.lease.Ended()
 	if !closed {
 		t.relays[r] = struct{}{}
 	}
@@ -97,7 +92,7 @@ func (r *relay) connect() bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if tuneStream(r.fds[1]) != nil {
+	if r.closed || tuneStream(r.fds[1]) != nil {
 		return false
 	}
 	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
@@ -170,29 +165,14 @@ func (r *relay) failed() bool {
 // move carries what there is in direction i. It reports whether its budget ended
 // first, and why the flow has to end, if it has.
 func (r *relay) move(i int) (again bool, reason string) {
-	d, src, dst := &r.dirs[i], r.fds[i], r.fds[1-i]
+	d, dst := &r.dirs[i], r.fds[1-i]
 	if d.done {
 		return false, ""
 	}
 	for budget := pumpBudget; budget > 0; {
-		progress := false
-		if !d.eof && d.filled < relayPipe {
-			if d.pipe == ([2]int{}) && !r.openPipe(d) {
-				return false, "out_of_descriptors"
-			}
-			n, err := splice(src, d.pipe[1], relayPipe-d.filled)
-			switch {
-			case err == unix.EAGAIN:
-			case err == unix.EINTR:
-				continue
-			case err != nil:
-				return false, "reset_by_peer"
-			case n == 0:
-				d.eof = true
-			default:
-				d.filled += n
-				progress = true
-			}
+		progress, why := r.fill(i)
+		if why != "" {
+			return false, why
 		}
 		if d.filled > 0 {
 			n, err := splice(d.pipe[0], dst, d.filled)
@@ -226,6 +206,56 @@ func (r *relay) move(i int) (again bool, reason string) {
 	return true, ""
 }
 
+// fill takes what has come in direction i, as far as its bandwidth and its pipe have room.
+func (r *relay) fill(i int) (progress bool, reason string) {
+	d := &r.dirs[i]
+	if d.eof || d.filled >= relayPipe {
+		return false, ""
+	}
+	want := relayPipe - d.filled
+	rule, sandbox := r.buckets(i)
+	paced := rule != nil || sandbox.limited()
+	if paced {
+		// Of a socket with nothing queued one byte is asked for: its end may have come.
+		queued, _ := siocinq(r.fds[i])
+		want = take(rule, sandbox, max(1, min(want, queued)), r.t.f.now(), &r.work, r.t.f.engine.runq)
+		if want == 0 {
+			return false, "" // the task is queued as soon as there are tokens
+		}
+	}
+	if d.pipe == ([2]int{}) && !r.openPipe(d) {
+		return false, "out_of_descriptors"
+	}
+	n, err := splice(r.fds[i], d.pipe[1], want)
+	for err == unix.EINTR {
+		n, err = splice(r.fds[i], d.pipe[1], want)
+	}
+	if paced {
+		untake(rule, sandbox, want-n)
+	}
+	switch {
+	case err == unix.EAGAIN:
+	case err != nil:
+		return false, "reset_by_peer"
+	case n == 0:
+		d.eof = true
+	default:
+		d.filled += n
+		return true, ""
+	}
+	return false, ""
+}
+
+// buckets are those that direction i is limited by: the rule's, which may be nil, and the
+// sandbox's.
+func (r *relay) buckets(i int) (rule, sandbox *bucket) {
+	f := &r.t.f.bandwidth
+	if i == 0 {
+		return r.ruleDown(), &f.down
+	}
+	return r.ruleUp(), &f.up
+}
+
 func (r *relay) openPipe(d *relayDir) bool {
 	if r.t.f.pipes.get(d) {
 		return true
@@ -247,7 +277,7 @@ func (r *relay) fallback() {
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
-	r.t.ingressThroughStack(fd, r.client, r.guest, r.verdict)
+	r.t.ingressThroughStack(fd, *r.answer.Load())
 }
 
 // abort ends the flow; a reset is passed on unless both ends of stream were.
@@ -283,13 +313,20 @@ func (r *relay) abort(reason string) {
 	if last {
 		r.t.f.pipes.close()
 	}
-	r.lease.SetState(nat.Close)
-	r.lease.Release(reason)
+	if r.lease != nil {
+		r.lease.SetState(nat.Close)
+	}
+	r.release(reason)
 }
 
-func (r *relay) stillAllowed(rules *policy.Rules) bool {
-	return rules.Decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: r.client, Dst: r.guest}).Allowed()
-}
+// halt implements admitted. Both ends are the host's sockets: nothing waits for the sandbox.
+func (r *relay) halt() { r.abort(reasonPolicy) }
+
+// expire implements admitted.
+func (r *relay) expire(reason string) { r.abort(reason) }
+
+// underWay implements admitted: requests on a relay are not judged.
+func (r *relay) underWay() []policy.Seen { return nil }
 
 // sparePipes is how many empty pipes are kept while there are relays.
 const sparePipes = 16

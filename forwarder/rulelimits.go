@@ -90,15 +90,15 @@ func untake(rule, sandbox *bucket, n int) {
 }
 
 // ruleUp and ruleDown are the buckets of the flow's rule, nil if it has no limits.
-func (fl *tcpFlow) ruleUp() *bucket {
-	if s := fl.shape.Load(); s != nil {
+func (p *pass) ruleUp() *bucket {
+	if s := p.shape.Load(); s != nil {
 		return &s.up
 	}
 	return nil
 }
 
-func (fl *tcpFlow) ruleDown() *bucket {
-	if s := fl.shape.Load(); s != nil {
+func (p *pass) ruleDown() *bucket {
+	if s := p.shape.Load(); s != nil {
 		return &s.down
 	}
 	return nil

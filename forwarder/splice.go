@@ -145,6 +145,9 @@ func (fl *tcpFlow) runUp() (abort string) {
 		upScratches.Put(scratch)
 	}()
 	for budget := pumpBudget; ; {
+		if fl.revoked.Load() {
+			return reasonPolicy
+		}
 		g.reset()
 		_, terr := fl.ep.Read(g, tcpip.ReadOptions{Peek: true})
 		switch terr.(type) {
@@ -229,6 +232,9 @@ func (fl *tcpFlow) runDown() (abort string) {
 		return ""
 	}
 	for budget := pumpBudget; ; {
+		if fl.revoked.Load() {
+			return reasonPolicy
+		}
 		room := downChunk
 		if fl.gate != nil {
 			if room = fl.gate.room(); room == 0 {

@@ -163,70 +163,58 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		t.f.tell(icmpTimeExceeded, 0, pkt)
 		return true
 	}
-	fl := &tcpFlow{t: t, id: id, fd: -1}
-	rules := t.f.rules.Load()
-	if t.f.forResolver(rules, dst) {
-		fl.local = true
-	} else {
-		fl.verdict = t.f.judge(rules, policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
-		switch {
-		case fl.verdict.Verify() != policy.VerifyNone:
-			fl.check = new(check)
-		case !fl.verdict.Allowed():
-			t.refused.Add(1)
-			t.f.noteRefusal("policy", pkt)
-			t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst, Verdict: fl.verdict})
-			return fl.verdict.Action() != policy.Reject
-		}
+	j := t.f.decide(policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
+	if !j.mayBegin() {
+		t.refused.Add(1)
+		t.f.noteRefusal("policy", pkt)
+		t.f.refuse(j)
+		return j.verdict.Action() != policy.Reject
 	}
-	rule := fl.verdict.Rule()
-	if fl.local {
-		rule = ruleDNS
+	fl := &tcpFlow{t: t, id: id, fd: -1, local: j.local, irs: h.SequenceNumber()}
+	if j.waits() {
+		fl.check = new(check)
 	}
-	shape := t.f.limited.of(fl.verdict)
-	fl.shape.Store(shape)
-	lease, err := t.f.table.Acquire(nat.Spec{
-		Orig:   nat.NewTuple(unix.IPPROTO_TCP, src, dst),
-		Rule:   rule,
-		Names:  t.f.names(fl.verdict, dst.Addr()),
-		About:  About{Verdict: fl.verdict},
-		Budget: shape.budgetOf(),
-		Expire: fl.expire,
-	})
-	if err != nil {
-		t.limited.Add(1)
-		t.f.noteRefusal(err.Error(), pkt)
-		return true
-	}
-	fl.lease = lease
 	fl.hops.tos = a.meta.tos
 	if a.meta.ttl <= tracerouteTTL && !own {
 		fl.hops.ttl = a.meta.ttl - 1
 	}
-	fl.syn = pkt.IncRef()
-	fl.irs = h.SequenceNumber()
 	fl.firstSYN = t.f.now()
 	fl.lastSYN = fl.firstSYN
-	lease.SetState(nat.SynSent)
-	lease.Account(nat.Original, 1, int64(pkt.Size()))
+	fl.syn = pkt.IncRef()
+	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst)}); err != nil {
+		t.limited.Add(1)
+		t.f.noteRefusal(err.Error(), pkt)
+		fl.abort(err.Error())
+		return true
+	}
+	fl.lease.SetState(nat.SynSent)
+	fl.lease.Account(nat.Original, 1, int64(pkt.Size()))
+	if !t.index(fl) {
+		fl.abort("stopped")
+		return true
+	}
+	if fl.local || fl.check != nil {
+		fl.answer()
+	} else {
+		fl.dial()
+	}
+	return true
+}
 
+// index makes a flow that has entered findable by its segments. It fails when no flow may
+// begin any more, or this one has ended already.
+func (t *tcpForwarder) index(fl *tcpFlow) bool {
 	t.mu.Lock()
 	if t.closed {
 		t.mu.Unlock()
-		fl.syn.DecRef()
-		lease.Release("stopped")
-		return true
+		return false
 	}
-	t.flows[id] = fl
+	t.flows[fl.id] = fl
 	t.mu.Unlock()
-	switch {
-	case t.f.rules.Load() != rules && !fl.stillAllowed(t.f.rules.Load()):
-		// They were replaced, and applied to the flows, before this was one.
-		fl.abort("policy")
-	case fl.local || fl.check != nil:
-		fl.answer()
-	default:
-		fl.dial()
+	if fl.lease.Ended() {
+		// Who ended it may have looked for it before it was here.
+		t.forget(fl)
+		return false
 	}
 	return true
 }
@@ -235,11 +223,11 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 func (fl *tcpFlow) dial() {
 	t := fl.t
 	fl.mu.Lock()
-	if fl.phase != phaseDialing {
+	if fl.phase != phaseDialing || fl.revoked.Load() {
 		fl.mu.Unlock()
 		return
 	}
-	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict, fl.hops, netipAddr(fl.id.RemoteAddress))
+	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict(), fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
 	if err == nil && !connected {
 		t.enterDial(fl)
@@ -278,7 +266,7 @@ func (fl *tcpFlow) dialResult(ph phase) error {
 	// Under mu, as closeHost gives the descriptor back to the kernel after it.
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
-	if fl.phase != ph || fl.fd < 0 {
+	if fl.phase != ph || fl.fd < 0 || fl.revoked.Load() {
 		return errNotDialing
 	}
 	errno, err := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -395,7 +383,7 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	fl.mu.Lock()
-	if fl.phase != phaseHandshake {
+	if fl.phase != phaseHandshake || fl.revoked.Load() {
 		fl.mu.Unlock()
 		stop()
 		c.Close()
@@ -410,17 +398,11 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	fl.abort("closed")
 }
 
-// ender is a flow of either kind, as seen by those who end it.
-type ender interface {
-	abort(reason string)
-	stillAllowed(*policy.Rules) bool
-}
-
 // all returns the flows of the moment.
-func (t *tcpForwarder) all() []ender {
+func (t *tcpForwarder) all() []admitted {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	flows := make([]ender, 0, len(t.flows)+len(t.relays))
+	flows := make([]admitted, 0, len(t.flows)+len(t.relays))
 	for _, fl := range t.flows {
 		flows = append(flows, fl)
 	}
@@ -428,15 +410,6 @@ func (t *tcpForwarder) all() []ender {
 		flows = append(flows, r)
 	}
 	return flows
-}
-
-// recheck cuts the flows that rules no longer allow.
-func (t *tcpForwarder) recheck(rules *policy.Rules) {
-	for _, fl := range t.all() {
-		if !fl.stillAllowed(rules) {
-			fl.abort("policy")
-		}
-	}
 }
 
 // forget removes fl from the index, if it is still the tuple's flow.

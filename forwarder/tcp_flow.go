@@ -17,7 +17,6 @@ import (
 	"container/list"
 	"context"
 	"errors"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,14 +46,13 @@ const (
 )
 
 type tcpFlow struct {
+	pass
 	t       *tcpForwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
-	verdict policy.Verdict            // guarded by mu if there is a check
 	check   *check                    // nil: the first bytes are nobody's business
-	lease   *nat.Lease
-	hops    ipMeta // for the dial; ttl 0: the host's default
-	ingress bool   // dialled by a client of a published port
-	local   bool   // served by ourselves: DNS over TCP
+	hops    ipMeta                    // for the dial; ttl 0: the host's default
+	ingress bool                      // dialled by a client of a published port
+	local   bool                      // served by ourselves: DNS over TCP
 	irs     uint32
 
 	wq       *waiter.Queue // ep's
@@ -62,11 +60,10 @@ type tcpFlow struct {
 	upTask   task
 	downTask task
 	settling task
-	up       pump                       // stack → host
-	down     pump                       // host → stack
-	shape    atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
-	gate     gate                       // nil: requests are not judged; set before live, under mu
-	reader   hostReader                 // of the down pump, kept here so that a write allocates nothing
+	up       pump       // stack → host
+	down     pump       // host → stack
+	gate     gate       // nil: requests are not judged; set before live, under mu
+	reader   hostReader // of the down pump, kept here so that a write allocates nothing
 
 	inBatch bool          // among inlineTCP.flows; guarded by its mu
 	inlined atomic.Bool   // the device's reader processes the endpoint
@@ -240,8 +237,7 @@ func (fl *tcpFlow) settle() {
 	switch endpointState(ep) {
 	case tcp.StateTimeWait:
 		if !fl.ingress {
-			fl.t.f.stack.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{netProto(netipAddr(fl.id.RemoteAddress))},
-				tcp.ProtocolNumber, fl.id, ep.(stack.TransportEndpoint), ports.Flags{}, 0)
+			fl.unregister(ep)
 		}
 		fl.lease.SetState(nat.TimeWait)
 		fl.end("closed")
@@ -287,7 +283,7 @@ func (fl *tcpFlow) end(reason string) {
 	if fl.check != nil && fl.check.refused {
 		reason = reasonRefused
 	}
-	fl.lease.Release(reason)
+	fl.release(reason)
 }
 
 // expire is called by the flow table when it ends the flow.
@@ -320,7 +316,10 @@ func (fl *tcpFlow) abortLocked(reason string) {
 		return
 	}
 	fl.phase = phaseClosed
-	reset := fl.resetOnComplete
+	if fl.revoked.Load() {
+		reason = reasonPolicy // whatever it was that halting has caused
+	}
+	reset := fl.resetOnComplete && reason != reasonPolicy
 	fl.syn = nil
 	fl.mu.Unlock()
 
@@ -345,8 +344,35 @@ func (fl *tcpFlow) abortLocked(reason string) {
 		fl.closeHost(true)
 	}
 	fl.t.forget(fl)
-	fl.lease.SetState(nat.Close)
-	fl.lease.Release(reason)
+	if fl.lease != nil {
+		fl.lease.SetState(nat.Close)
+	}
+	fl.release(reason)
+}
+
+// halt implements admitted. The pumps look at revoked; what the host's kernel has of the
+// flow's bytes goes with the connection. The endpoint leaves the demultiplexer, so that
+// acknowledgements fetch nothing more of what the stack has queued for the sandbox.
+func (fl *tcpFlow) halt() {
+	fl.mu.Lock()
+	ep, cancel := fl.ep, fl.cancel
+	if fl.fd >= 0 {
+		fl.t.f.dialer.disconnect(fl.fd)
+	}
+	fl.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	if ep != nil && !fl.ingress {
+		fl.unregister(ep)
+	}
+}
+
+// unregister takes the endpoint of a connection that the sandbox began out of the stack's
+// demultiplexer.
+func (fl *tcpFlow) unregister(ep tcpip.Endpoint) {
+	fl.t.f.stack.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{netProto(netipAddr(fl.id.RemoteAddress))},
+		tcp.ProtocolNumber, fl.id, ep.(stack.TransportEndpoint), ports.Flags{}, 0)
 }
 
 // closeHost closes the host socket, with a reset if asked. The pumps' locks
@@ -380,46 +406,15 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	}
 }
 
-// stillAllowed asks rules about the flow as it stands, which from then on is the rule's
-// that allows it.
-func (fl *tcpFlow) stillAllowed(rules *policy.Rules) bool {
-	if fl.local {
-		return fl.t.f.forResolver(rules, netip.AddrPortFrom(netipAddr(fl.id.LocalAddress), fl.id.LocalPort))
-	}
-	q := fl.query()
-	v := fl.t.f.judge(rules, q)
-	if fl.check != nil && q.Seen.Kind == policy.SeenNone {
-		return v.Allowed() || v.Verify() != policy.VerifyNone // it is decided when it has spoken
-	}
-	if !v.Allowed() || !fl.requestsStillAllowed(rules, q) {
-		return false
-	}
-	fl.mu.Lock()
-	same := fl.ingress || fl.verdict.Target() == v.Target()
-	fl.mu.Unlock()
-	if same {
-		shape := fl.t.f.limited.of(v)
-		fl.shape.Store(shape)
-		_ = fl.lease.Charge(shape.budgetOf(), true) // cannot fail
-		fl.lease.Describe(v.Rule(), fl.t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
-	}
-	return same
-}
-
-// requestsStillAllowed asks rules about the requests under way.
-func (fl *tcpFlow) requestsStillAllowed(rules *policy.Rules, q policy.Query) bool {
+// underWay implements admitted.
+func (fl *tcpFlow) underWay() []policy.Seen {
 	fl.mu.Lock()
 	gate := fl.gate
 	fl.mu.Unlock()
 	if gate == nil {
-		return true
+		return nil
 	}
-	for _, q.Seen = range gate.underWay() {
-		if !fl.t.f.judge(rules, q).Allowed() {
-			return false
-		}
-	}
-	return true
+	return gate.underWay()
 }
 
 // errnoOf finds the system's error number in err, or 0.

@@ -71,6 +71,10 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 			return
 		}
 	}
+	if fl.revoked.Load() {
+		u.n.refused.drop(u.f, pkt)
+		return
+	}
 	if fl.socket() == nil {
 		u.ask(fl, a, pkt)
 		return
@@ -100,48 +104,43 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if known := u.lookup(tuple); known != nil {
 		return known // another reader was faster
 	}
-	rules := u.f.rules.Load()
-	if u.f.forResolver(rules, peer) {
+	j := u.f.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
+	if j.local {
 		fl.short = true
-		if err := u.acquireLocal(fl, ruleDNS); err != nil {
+		if !u.enterLocal(fl, j) {
 			u.n.flow.drop(u.f, pkt)
-			return nil
-		}
-		if !u.stillAllowed(fl, rules) {
 			return nil
 		}
 		return fl
 	}
-	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
-	v := u.f.judge(rules, q)
 	var before []heldPacket
-	if v.Verify() != policy.VerifyNone {
-		if v, before, fl.quic = u.verify(tuple, &q, v, a, pkt); v.Verify() != policy.VerifyNone {
-			return nil
-		}
+	if j.waits() {
+		j, before, fl.quic = u.verify(tuple, j, a, pkt)
 		defer func() {
 			for i := range before {
 				before[i].pkt.DecRef()
 			}
 		}()
+		if j.waits() || j.local { // local: names are gated since its first packet came
+			return nil
+		}
 	}
-	if !v.Allowed() {
+	if !j.mayBegin() {
 		if u.f.isOwn(peer.Addr()) {
 			u.noPort.drop(u.f, pkt)
 			u.f.tell(icmpPortUnreachable, 0, pkt)
 			return nil
 		}
-		u.refuse(v, icmpPortUnreachable, pkt, q)
+		u.refuse(j, icmpPortUnreachable, pkt)
 		return nil
 	}
-	q.Held = v.Name()
-	fl.query, fl.target, fl.short = q, v.Target(), peer.Port() == dnsPort
-	if err := u.acquire(fl, tuple, v); err != nil {
+	fl.target, fl.short = j.verdict.Target(), peer.Port() == dnsPort
+	if u.f.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short}) != nil {
 		u.n.flow.drop(u.f, pkt)
 		return nil
 	}
 	err := u.install(fl, func() (*hostSocket, error) {
-		fd, err := u.f.dialer.podPacketSocket(v, guest.Addr())
+		fd, err := u.f.dialer.podPacketSocket(j.verdict, guest.Addr())
 		if err != nil {
 			return nil, err
 		}
@@ -150,9 +149,6 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if err != nil {
 		fl.end("no-socket")
 		u.noSocket(err, pkt)
-		return nil
-	}
-	if !u.stillAllowed(fl, rules) {
 		return nil
 	}
 	for _, p := range before {
@@ -174,46 +170,42 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 		return nil
 	}
 	peer := netip.AddrPortFrom(k.peer, from.Port())
-	q := policy.Query{Proto: protoUDP, Src: guest, Dst: peer}
-	rules := u.f.rules.Load()
-	v := u.f.judge(rules, q)
-	if !v.Allowed() || v.Target() != from {
+	j := u.f.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
+	if !j.verdict.Allowed() || j.verdict.Target() != from {
 		return nil
 	}
-	fl := &dgramFlow{d: &u.dgramTable, tuple: nat.NewTuple(protoUDP, guest, peer), guest: guest, peer: peer, target: from, query: q}
+	fl := &dgramFlow{d: &u.dgramTable, tuple: nat.NewTuple(protoUDP, guest, peer), guest: guest, peer: peer, target: from}
 	fl.unasked.Store(true)
 	u.openMu.Lock()
 	defer u.openMu.Unlock()
 	if known := u.lookup(fl.tuple); known != nil {
 		return known // the sandbox was faster
 	}
-	if u.acquire(fl, fl.tuple, v) != nil {
+	if u.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple}) != nil {
 		return nil
 	}
 	if err := u.install(fl, func() (*hostSocket, error) { return nil, errFlowEnded }); err != nil {
 		fl.end("no-socket")
 		return nil
 	}
-	if !u.stillAllowed(fl, rules) {
-		return nil
-	}
 	return fl
 }
 
-// acquireLocal makes fl a flow that ends here.
-func (d *dgramTable) acquireLocal(fl *dgramFlow, rule string) error {
-	lease, err := d.f.table.Acquire(nat.Spec{Orig: fl.tuple, Rule: rule, Short: fl.short, Expire: fl.expire})
-	if err != nil {
-		return err
+// enterLocal makes fl a flow that ends here.
+func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
+	if d.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short}) != nil {
+		return false
 	}
-	fl.lease = lease
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if fl.ended || d.closed {
-		return errFlowEnded
+	ok := !fl.ended && !d.closed
+	if ok {
+		d.flows[fl.tuple] = fl
 	}
-	d.flows[fl.tuple] = fl
-	return nil
+	d.mu.Unlock()
+	if !ok {
+		fl.release("stopped")
+	}
+	return ok
 }
 
 // ask gives a query to the resolver.
@@ -229,7 +221,7 @@ func (u *udpForwarder) ask(fl *dgramFlow, a arrival, pkt *stack.PacketBuffer) {
 	}
 	var answered atomic.Bool
 	u.f.cfg.DNSHandler.ServePacket(u.f.ctx, query, fl.guest, func(answer []byte) {
-		if answered.Swap(true) {
+		if answered.Swap(true) || fl.revoked.Load() {
 			return
 		}
 		size := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen + len(answer)

@@ -98,12 +98,10 @@ func (d *datagrams) unpublish(l Listener) {
 // another of the host's addresses.
 func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow {
 	u := p.u
-	q := policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest}
-	rules := u.f.rules.Load()
-	v := rules.Decide(q)
-	if !v.Allowed() {
+	j := u.f.decide(policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest})
+	if !j.mayBegin() {
 		u.ingress.refused.Add(1)
-		u.f.noteRefused(Refusal{Proto: protoUDP, Src: from, Dst: p.guest, Verdict: v})
+		u.f.refuse(j)
 		return nil
 	}
 	if old := p.sock.peer(from); old != nil {
@@ -124,15 +122,14 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 		old.end("replaced")
 	}
 	fl := &dgramFlow{
-		d: &u.dgramTable, tuple: tuple, guest: p.guest, peer: source, target: from,
-		query: q, ingress: true,
+		d: &u.dgramTable, tuple: tuple, guest: p.guest, peer: source, target: from, ingress: true,
 	}
 	fl.local.Store(&local)
 	host := p.host
 	if local.IsValid() {
 		host = netip.AddrPortFrom(local, p.host.Port())
 	}
-	if err := u.acquire(fl, nat.NewTuple(protoUDP, from, host), v); err != nil {
+	if u.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(protoUDP, from, host)}) != nil {
 		u.ingress.limited.Add(1)
 		return nil
 	}
@@ -145,9 +142,6 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	u.mu.Unlock()
 	if !ok {
 		fl.end("unpublished")
-		return nil
-	}
-	if !u.stillAllowed(fl, rules) {
 		return nil
 	}
 	return fl

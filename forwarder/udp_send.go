@@ -325,8 +325,7 @@ func (b *txBatch) push(s *hostSocket, run []txItem, msgs int) {
 	for k := 0; k < msgs; {
 		w := &b.what[k]
 		it := &run[w.first]
-		v := it.flow.verdict.Load()
-		if !it.flow.ingress && s.d.f.dialer.Check(*v, it.flow.target) != nil {
+		if !b.checked(s, it) {
 			k++
 			continue
 		}
@@ -363,10 +362,13 @@ func (b *txBatch) push(s *hostSocket, run []txItem, msgs int) {
 	}
 }
 
-// checked is the dialer's last look at an address. A published port's client was
-// judged when its flow began, and is where the datagrams came from.
+// checked is the last look at a flow and, by the dialer, at its address. A published port's
+// client was judged when its flow began, and is where the datagrams came from.
 func (b *txBatch) checked(s *hostSocket, it *txItem) bool {
-	return it.flow.ingress || s.d.f.dialer.Check(*it.flow.verdict.Load(), it.flow.target) == nil
+	if it.flow.revoked.Load() {
+		return false
+	}
+	return it.flow.ingress || s.d.f.dialer.Check(it.flow.verdict(), it.flow.target) == nil
 }
 
 // mayBePending tells errors that an ICMP error about an earlier datagram can cause.

@@ -298,10 +298,14 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	}
 }
 
-// admitDown tells whether the policy's bandwidth, and the rule's, leave room for n bytes to
-// the sandbox.
+// admitDown reports whether n bytes may go to the sandbox: the policy still allows the flow,
+// and its bandwidth, and the rule's, leave room.
 func (fl *dgramFlow) admitDown(n int) bool {
 	d := fl.d
+	if fl.revoked.Load() {
+		d.n.refused.Add(1)
+		return false
+	}
 	down, rule := &d.f.bandwidth.down, fl.shape.Load()
 	if rule != nil && !rule.down.admit(n, d.f.now()) || down.limited() && !down.admit(n, d.f.now()) {
 		d.n.slowDown.Add(1)

@@ -20,7 +20,6 @@ package forwarder
 
 import (
 	"container/list"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,28 +37,6 @@ const (
 	// refusalTimeout is how long a refusal may take to be read.
 	refusalTimeout = 5 * time.Second
 )
-
-// Refusal is a flow that policy refused, or a request on one.
-type Refusal struct {
-	Proto    uint8
-	Src, Dst netip.AddrPort
-	Verdict  policy.Verdict
-	Seen     policy.Seen // zero where nothing was read
-}
-
-// About is what the forwarder knows of a flow beside its tuple: nat.Flow.About.
-type About struct {
-	Verdict policy.Verdict
-	Seen    policy.Seen
-}
-
-// judge asks rules, and tells them what the sandbox was told of names if they care.
-func (f *Forwarder) judge(rules *policy.Rules, q policy.Query) policy.Verdict {
-	if rules.GatesNames() {
-		q.Names, q.Now = f.cfg.Names, f.now()
-	}
-	return rules.Decide(q)
-}
 
 // seenOf puts what was read into policy's words. A name that is none counts as absent.
 func seenOf(s sniff.Seen) policy.Seen {
@@ -80,18 +57,6 @@ func seenOf(s sniff.Seen) policy.Seen {
 		seen.Name = name
 	}
 	return seen
-}
-
-// names are a flow's: the one that its verdict matched by, else all those under which the
-// destination is granted now.
-func (f *Forwarder) names(v policy.Verdict, dst netip.Addr) []string {
-	switch {
-	case v.Name() != "":
-		return []string{v.Name()}
-	case f.cfg.Names == nil || !f.rules.Load().GatesNames():
-		return nil
-	}
-	return f.cfg.Names.Of(dst, f.now(), nil)
 }
 
 // checked is a flow that waits in a checkList.

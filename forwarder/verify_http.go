@@ -101,11 +101,11 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	case head == 0:
 		return 0, ""
 	}
-	q := fl.query()
+	q := fl.question()
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path})
 	rules := fl.t.f.rules.Load()
 	v := fl.t.f.judge(rules, q)
-	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict.Target() {
+	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
 		r.shut = true
 		fl.t.refusedRequest.Add(1)
 		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})

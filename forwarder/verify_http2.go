@@ -207,11 +207,11 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
 		_, _, abort = s.malformed()
 		return abort
 	}
-	q := fl.query()
+	q := fl.question()
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path})
 	rules := fl.t.f.rules.Load()
 	v := fl.t.f.judge(rules, q)
-	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict.Target() {
+	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
 		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
 		if fl.down.done.Load() {

@@ -45,25 +45,11 @@ type check struct {
 	telling task   // the refusal
 	answer  string // the client's; written before telling is queued
 
-	seen    policy.Seen // guarded by the flow's mu
-	refused bool        // likewise: 403 was sent
+	refused bool // 403 was sent; guarded by the flow's mu
 }
 
 // firstBytes is room for a look at a stream.
 var firstBytes = sync.Pool{New: func() any { return new([sniff.MaxFirst]byte) }}
-
-// query is the question that the flow is judged by, as far as it is known.
-func (fl *tcpFlow) query() policy.Query {
-	orig := fl.lease.Orig()
-	q := policy.Query{Ingress: fl.ingress, Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst()}
-	fl.mu.Lock()
-	q.Held = fl.verdict.Name()
-	if fl.check != nil {
-		q.Seen = fl.check.seen
-	}
-	fl.mu.Unlock()
-	return q
-}
 
 // verify begins to wait for the first bytes, now that the handshake is complete.
 func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
@@ -171,27 +157,23 @@ func (fl *tcpFlow) tell(what string) (abort string) {
 func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
-	q := fl.query()
-	q.Seen, q.Held = seen, ""
-	rules := t.f.rules.Load()
-	v := t.f.judge(rules, q)
-	fl.lease.Describe(v.Rule(), t.f.names(v, q.Dst.Addr()), About{Verdict: v, Seen: q.Seen})
-	if !v.Allowed() {
-		return fl.refuse(v, seen, said)
-	}
-	shape := t.f.limited.of(v)
-	if err := fl.lease.Charge(shape.budgetOf(), false); err != nil {
+	j, err := fl.hear(seen)
+	switch {
+	case err == errFlowEnded:
+		return reasonPolicy
+	case err != nil:
 		t.limited.Add(1)
 		return err.Error()
+	case !j.verdict.Allowed():
+		return fl.refuse(j.verdict, seen, said)
 	}
-	fl.shape.Store(shape)
+	v := j.verdict
 	fl.mu.Lock()
-	if fl.phase != phaseVerifying {
+	if fl.phase != phaseVerifying || fl.revoked.Load() {
 		fl.mu.Unlock()
 		return ""
 	}
 	fl.phase = phaseConnecting
-	fl.verdict, fl.check.seen = v, q.Seen
 	switch greeted := fl.check.greeted; {
 	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
 		fl.gate = &requestGate{fl: fl}
@@ -209,10 +191,6 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	}
 	if connected {
 		fl.open()
-	}
-	if now := t.f.rules.Load(); now != rules && !fl.stillAllowed(now) {
-		// They were replaced while the verdict was not to be seen.
-		return "policy"
 	}
 	return ""
 }

@@ -124,17 +124,18 @@ func (ht *heldTuples) close() {
 	}
 }
 
-// verify reads a datagram of a tuple that has no flow yet, and puts what it says into q.
-// The verdict that it returns is final, with the packets that came before, whose
-// references are the caller's; or pkt is held, and the verdict still asks. openMu is held.
-func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict, a arrival, pkt *stack.PacketBuffer) (policy.Verdict, []heldPacket, *quicFlow) {
+// verify reads a datagram of a tuple that has no flow yet, and has what it says judged.
+// The answer that it returns is final, with the packets that came before, whose
+// references are the caller's; or pkt is held, and the answer is j, which waits. openMu is held.
+func (u *udpForwarder) verify(tuple nat.Tuple, j judged, a arrival, pkt *stack.PacketBuffer) (judged, []heldPacket, *quicFlow) {
+	q := j.query
 	ht := u.held
 	ht.mu.Lock()
 	h := ht.tuples[tuple]
 	ht.mu.Unlock()
 	first := h == nil
 	if first {
-		h = &heldTuple{held: ht, tuple: tuple, query: *q}
+		h = &heldTuple{held: ht, tuple: tuple, query: q}
 	}
 	said, err := readInitials(&h.initial, pkt)
 	if err == nil && said.Kind == sniff.None {
@@ -142,7 +143,7 @@ func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict
 			if first {
 				ht.list.enter(&h.entry, h, checkTimeout)
 			}
-			return v, nil, nil
+			return j, nil, nil
 		}
 		err = sniff.ErrTooLong
 	}
@@ -157,7 +158,7 @@ func (u *udpForwarder) verify(tuple nat.Tuple, q *policy.Query, v policy.Verdict
 	if q.Seen.Kind == policy.SeenQUIC {
 		conns = &quicFlow{known: []*sniff.Initial{&h.initial}}
 	}
-	return u.f.judge(u.f.rules.Load(), *q), packets, conns
+	return u.f.decide(q), packets, conns
 }
 
 // quicFlow is the connections of a verified flow. One tuple may carry several, one after
@@ -208,7 +209,7 @@ func (u *udpForwarder) connection(fl *dgramFlow, p []byte) bool {
 		c.fresh = bounded(append(c.fresh, q))
 		return true
 	}
-	query := fl.query
+	query := fl.question()
 	query.Seen = seenOf(said)
 	v := u.f.judge(u.f.rules.Load(), query)
 	if !v.Allowed() || v.Target() != fl.target {

@@ -58,6 +58,9 @@ func (l *Lease) load() status { return status(l.status.Load()) }
 // Orig is the tuple the flow was acquired with.
 func (l *Lease) Orig() Tuple { return l.spec.Orig }
 
+// Owner is Spec.Owner.
+func (l *Lease) Owner() any { return l.spec.Owner }
+
 // Rule is the policy rule that let the flow in.
 func (l *Lease) Rule() string {
 	l.mu.Lock()

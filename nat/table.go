@@ -30,6 +30,7 @@ type Spec struct {
 	Rule    string   // the policy rule that let it in
 	Names   []string // names of the far side, if known
 	About   any      // whatever else the owner knows; comes back in Flow
+	Owner   any      // who began the flow; comes back from Lease.Owner
 	Ingress bool     // a flow towards the container: Orig.Src is the far side
 	// Forwarded: its packets pass, and both ends are elsewhere. The handshake is then
 	// theirs to bound: it is not charged to Limits.HalfOpen. As in the kernel, such a

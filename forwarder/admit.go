@@ -1,0 +1,429 @@
+package forwarder
+
+// Admission: the one way to a flow.
+//
+// A flow of any kind (TCP, UDP and ICMP echo of the sandbox, connections and datagrams to
+// published ports, relayed connections, packets from outside to a pod) begins by the same
+// two steps, which are nowhere else:
+//
+//	decide   the rules in force judge what is known of it
+//	enter    the flow table charges its budgets and, with that, holds the flow; if the rules
+//	         were replaced meanwhile, the new ones are asked before enter returns
+//
+// Both leave their result in the pass that every flow embeds. Without one a flow has no
+// lease to account to and no verdict to dial with, and the zero pass has neither.
+//
+// A new policy is applied to what the flow table holds, so a flow cannot be overlooked. It
+// takes effect in two steps, because a sandbox that does not read its device can hold up
+// whoever writes to it:
+//
+//	revoke   every flow is judged; one that is refused is marked and halted, by stores and by
+//	         system calls on host sockets, none of which waits for the sandbox
+//	reap     the halted flows are taken down, resets and all, by a goroutine of its own
+//
+// SetRules waits for the second step, but no longer than reapPatience.
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sluice/nat"
+	"sluice/policy"
+)
+
+// reapPatience bounds how long SetRules waits for what it has cut to be taken down.
+const reapPatience = 500 * time.Millisecond
+
+// reasonPolicy is why a flow ended that new rules refuse.
+const reasonPolicy = "policy"
+
+var errFlowEnded = errors.New("the flow ended while it was set up")
+
+// admission judges the flows of one forwarder. Forwarder embeds it.
+type admission struct {
+	table     *nat.Table
+	rules     atomic.Pointer[policy.Rules]
+	granted   *policy.Names // may be nil
+	bandwidth bandwidth
+	limited   limited    // rules with limits of their own
+	limits    nat.Limits // the table's own, before any policy's
+	now       func() time.Time
+	// resolver reports whether our own resolver answers at dst.
+	resolver func(r *policy.Rules, dst netip.AddrPort) bool
+	refused  func(Refusal) // may be nil
+
+	ruleMu sync.Mutex // serialises SetRules
+	halted reaping
+}
+
+// reaping is what was halted and not taken down yet: no more flows than the table held,
+// since a flow is halted once.
+type reaping struct {
+	wake chan struct{} // capacity 1
+	mu   sync.Mutex
+	jobs []reapJob
+}
+
+// reapJob is what one SetRules has halted.
+type reapJob struct {
+	flows []*pass
+	done  chan struct{} // closed by the reaper
+}
+
+// judged is a flow's question, and the answer to it. Only admission makes one that allows.
+type judged struct {
+	query   policy.Query
+	verdict policy.Verdict
+	local   bool          // for our own resolver: policy has no say
+	rules   *policy.Rules // which answered
+}
+
+// waits reports whether the verdict asks for the flow's first bytes.
+func (j *judged) waits() bool { return j.verdict.Verify() != policy.VerifyNone }
+
+// mayBegin reports whether the flow may enter.
+func (j *judged) mayBegin() bool { return j.local || j.verdict.Allowed() || j.waits() }
+
+// admitted is a flow as admission sees it. The methods may be called from any goroutine,
+// and more than once.
+type admitted interface {
+	// halt stops the flow in both directions. It must not wait for the sandbox: it neither
+	// writes to the device nor takes a lock that is held by who does.
+	halt()
+	// abort ends the flow, tells both sides, and releases the lease.
+	abort(reason string)
+	// expire is the flow table's word that the flow is over: abort without the release.
+	expire(reason string)
+	// underWay is what the requests on the flow have said that are not answered yet.
+	underWay() []policy.Seen
+}
+
+// How far a pass has come.
+const (
+	passEntering uint32 = iota
+	passAlive
+	passOver // ended before enter returned
+)
+
+// pass is a flow's leave to move. Its fields but revoked and shape are set when enter returns.
+type pass struct {
+	a     *admission
+	flow  admitted
+	lease *nat.Lease
+	life  atomic.Uint32
+	shape atomic.Pointer[ruleLimits] // of the rule that let the flow in; may hold nil
+	// revoked: new rules refuse the flow. Nothing moves from then on.
+	revoked atomic.Bool
+
+	mu     sync.Mutex // serialises judging; no lock of the flow's is held when it is taken
+	answer atomic.Pointer[judged]
+}
+
+// entry is how a flow stands in the table.
+type entry struct {
+	orig      nat.Tuple
+	short     bool // nat.Spec.Short
+	forwarded bool // nat.Spec.Forwarded
+}
+
+// init is called before anything else.
+func (a *admission) init(cfg *Config, resolver func(*policy.Rules, netip.AddrPort) bool) {
+	a.table, a.limits, a.granted, a.refused, a.resolver = cfg.Table, cfg.Table.Limits(), cfg.Names, cfg.Refused, resolver
+	if a.now = cfg.Now; a.now == nil {
+		a.now = time.Now
+	}
+	a.halted.wake = make(chan struct{}, 1)
+	a.rules.Store(new(policy.Rules))
+}
+
+// decide asks the rules in force.
+func (a *admission) decide(q policy.Query) judged {
+	rules := a.rules.Load()
+	if !q.Ingress && a.resolver(rules, q.Dst) {
+		return judged{query: q, local: true, rules: rules}
+	}
+	return judged{query: q, verdict: a.judge(rules, q), rules: rules}
+}
+
+// judge asks rules, and tells them what the sandbox was told of names if they care.
+func (a *admission) judge(rules *policy.Rules, q policy.Query) policy.Verdict {
+	if rules.GatesNames() {
+		q.Names, q.Now = a.granted, a.now()
+	}
+	return rules.Decide(q)
+}
+
+// enter charges the flow table for fl, whose pass p is. When it returns nil the flow is in
+// the table, and the rules in force allow it; fl must be complete by then as far as its
+// methods need it, because it may be halted and aborted from the moment it is in. After an
+// error the flow is not in the table.
+func (a *admission) enter(p *pass, fl admitted, j judged, e entry) error {
+	if !j.mayBegin() {
+		return errFlowEnded
+	}
+	if !j.waits() {
+		j.query.Held = j.verdict.Name()
+	}
+	p.a, p.flow = a, fl
+	p.answer.Store(&j)
+	shape := a.limited.of(j.verdict)
+	p.shape.Store(shape)
+	rule := j.verdict.Rule()
+	if j.local {
+		rule = ruleDNS
+	}
+	lease, err := a.table.Acquire(nat.Spec{
+		Orig: e.orig, Rule: rule, Names: a.namesOf(&j), About: About{Verdict: j.verdict, Seen: j.query.Seen},
+		Ingress: j.query.Ingress, Forwarded: e.forwarded, Short: e.short,
+		Budget: shape.budgetOf(), Owner: p, Expire: p.expire,
+	})
+	if err != nil {
+		return err
+	}
+	p.lease = lease
+	if !p.life.CompareAndSwap(passEntering, passAlive) {
+		return errFlowEnded
+	}
+	// Rules that came meanwhile may have been applied to the table before the flow was there.
+	if now := a.rules.Load(); now != j.rules && !p.reconsider(lease, now) || p.revoked.Load() {
+		p.revoked.Store(true)
+		lease.Release(reasonPolicy)
+		return errFlowEnded
+	}
+	return nil
+}
+
+// expire is called by the flow table when it ended the flow.
+func (p *pass) expire(reason string) {
+	if !p.life.CompareAndSwap(passEntering, passOver) {
+		p.flow.expire(reason)
+	}
+}
+
+// release gives the lease back, if enter came that far.
+func (p *pass) release(reason string) {
+	if p.lease != nil {
+		p.lease.Release(reason)
+	}
+}
+
+// verdict is the answer that the flow goes by.
+func (p *pass) verdict() policy.Verdict { return p.answer.Load().verdict }
+
+// question is what the flow was judged by last.
+func (p *pass) question() policy.Query { return p.answer.Load().query }
+
+// reconsider asks r about the flow, which from then on is the rule's that allows it, with
+// its name, its budget and its bandwidth. It reports whether the flow may go on.
+func (p *pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	j := *p.answer.Load()
+	if j.local {
+		return p.a.resolver(r, j.query.Dst)
+	}
+	was := j.verdict
+	j.verdict, j.rules = p.a.judge(r, j.query), r
+	if waiting := was.Verify() != policy.VerifyNone; !waiting {
+		if !j.verdict.Allowed() || !j.query.Ingress && j.verdict.Target() != was.Target() {
+			return false
+		}
+		for _, seen := range p.flow.underWay() {
+			q := j.query
+			q.Seen = seen
+			if !p.a.judge(r, q).Allowed() {
+				return false
+			}
+		}
+		p.answer.Store(&j)
+	} else if !j.verdict.Allowed() && !j.waits() {
+		return false // else it is decided when it has spoken
+	}
+	p.describe(lease, &j)
+	shape := p.a.limited.of(j.verdict)
+	_ = lease.Charge(shape.budgetOf(), true) // cannot fail
+	p.shape.Store(shape)
+	return true
+}
+
+// hear judges a flow that waits by what it said first. The flow may go on if the answer
+// allows it; an error says that a limit, or a new policy, forbids it all the same.
+func (p *pass) hear(seen policy.Seen) (judged, error) {
+	j, err := p.listen(seen)
+	if err != nil || !j.verdict.Allowed() {
+		return j, err
+	}
+	// Rules that came meanwhile may have been applied before what was said could be seen.
+	if now := p.a.rules.Load(); now != j.rules && !p.reconsider(p.lease, now) {
+		p.revoked.Store(true)
+	}
+	if p.revoked.Load() {
+		return j, errFlowEnded
+	}
+	return j, nil
+}
+
+func (p *pass) listen(seen policy.Seen) (judged, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	j := judged{query: p.answer.Load().query, rules: p.a.rules.Load()}
+	j.query.Seen, j.query.Held = seen, ""
+	j.verdict = p.a.judge(j.rules, j.query)
+	p.describe(p.lease, &j)
+	if !j.verdict.Allowed() {
+		return j, nil
+	}
+	shape := p.a.limited.of(j.verdict)
+	if err := p.lease.Charge(shape.budgetOf(), false); err != nil {
+		return j, err
+	}
+	p.shape.Store(shape)
+	j.query.Held = j.verdict.Name()
+	p.answer.Store(&j)
+	return j, nil
+}
+
+// describe tells the table by which rule the flow goes on.
+func (p *pass) describe(lease *nat.Lease, j *judged) {
+	lease.Describe(j.verdict.Rule(), p.a.namesOf(j), About{Verdict: j.verdict, Seen: j.query.Seen})
+}
+
+// namesOf are the far side's: the one that the verdict matched by, else all those under
+// which its address is granted now.
+func (a *admission) namesOf(j *judged) []string {
+	switch {
+	case j.local:
+		return nil
+	case j.verdict.Name() != "":
+		return []string{j.verdict.Name()}
+	case a.granted == nil || !a.rules.Load().GatesNames():
+		return nil
+	}
+	far := j.query.Dst
+	if j.query.Ingress {
+		far = j.query.Src
+	}
+	return a.granted.Of(far.Addr(), a.now(), nil)
+}
+
+// Refusal is a flow that policy refused, or a request on one.
+type Refusal struct {
+	Proto    uint8
+	Src, Dst netip.AddrPort
+	Verdict  policy.Verdict
+	Seen     policy.Seen // zero where nothing was read
+}
+
+// About is what the forwarder knows of a flow beside its tuple: nat.Flow.About.
+type About struct {
+	Verdict policy.Verdict
+	Seen    policy.Seen
+}
+
+// refuse records that a flow may not begin.
+func (a *admission) refuse(j judged) {
+	a.noteRefused(Refusal{Proto: j.query.Proto, Src: j.query.Src, Dst: j.query.Dst, Verdict: j.verdict, Seen: j.query.Seen})
+}
+
+// noteRefused records a flow, or a request, that policy refused.
+func (a *admission) noteRefused(r Refusal) {
+	if a.refused != nil {
+		a.refused(r)
+	}
+}
+
+// set puts rules and their limits in force. A flow that is judged by them finds their
+// limits, so the limits come first.
+func (a *admission) set(r *policy.Rules) {
+	l := r.Limits()
+	a.bandwidth.set(l)
+	a.limited.set(a.table, r)
+	a.table.SetLimits(tableLimits(a.limits, l))
+	a.rules.Store(r)
+}
+
+// revoke halts every flow that r refuses and that was not halted before, and returns them.
+func (a *admission) revoke(r *policy.Rules) []*pass {
+	var cut []*pass
+	for _, lease := range a.table.Leases() {
+		p, ok := lease.Owner().(*pass)
+		if !ok {
+			lease.Kill(reasonPolicy) // nobody can be asked about it
+			continue
+		}
+		if p.revoked.Load() || p.reconsider(lease, r) || p.revoked.Swap(true) {
+			continue
+		}
+		if p.life.Load() == passAlive { // else enter sees that it is revoked
+			p.flow.halt()
+			cut = append(cut, p)
+		}
+	}
+	return cut
+}
+
+// finish has the reaper take down what was halted, and waits for it for a while.
+func (a *admission) finish(ctx context.Context, cut []*pass) {
+	if len(cut) == 0 {
+		return
+	}
+	patience := time.NewTimer(reapPatience)
+	defer patience.Stop()
+	job := reapJob{cut, make(chan struct{})}
+	a.halted.mu.Lock()
+	a.halted.jobs = append(a.halted.jobs, job)
+	a.halted.mu.Unlock()
+	signal(a.halted.wake)
+	select {
+	case <-job.done:
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+}
+
+// reaper takes down what was halted until ctx ends. What is left then ends with the
+// forwarder. It is a goroutine of Run's.
+func (a *admission) reaper(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.halted.wake:
+		}
+		a.halted.mu.Lock()
+		jobs := a.halted.jobs
+		a.halted.jobs = nil
+		a.halted.mu.Unlock()
+		for _, job := range jobs {
+			for _, p := range job.flows {
+				p.flow.abort(reasonPolicy)
+			}
+			close(job.done)
+		}
+	}
+}
+
+// tableLimits lays the policy's limits over those that the table was made with;
+// what the policy leaves open stays as it was made.
+func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
+	if l.Flows > 0 {
+		base.Max = l.Flows
+	}
+	if l.HalfOpen > 0 {
+		base.HalfOpen = l.HalfOpen
+	}
+	if l.FlowsPerDestination > 0 {
+		base.PerDestination = l.FlowsPerDestination
+	}
+	if l.NewFlowsPerSecond > 0 {
+		base.NewPerSecond = l.NewFlowsPerSecond
+	}
+	if l.TotalBytes > 0 {
+		base.TotalBytes = int64(l.TotalBytes)
+	}
+	return base
+}
