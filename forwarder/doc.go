@@ -10,7 +10,7 @@
 //	gVisor netstack    reassembly, ARP, NDP, TCP
 //	  │ first segment or datagram of an unknown tuple
 //	  ▼
-//	tcp.go udp.go icmp.go ──► policy.Rules.Decide ──► nat.Table.Acquire ──► Dialer
+//	tcp.go udp.go icmp.go ──► admit.go: Decide, Acquire ────────────────► Dialer
 //	                            │  ▲ what was said                            │
 //	                            ▼  │                                          │
 //	                          verify*.go: the first bytes, HTTP requests      │
@@ -25,7 +25,7 @@
 //
 //	second link ◄══► inbound.go ◄══► link
 //	                    │ new flow
-//	                    └──► policy.Rules.Decide ──► nat.Table.Acquire
+//	                    └──► admit.go
 //
 // The package knows nothing of devices, processes or configuration files: it
 // is given a link, a flow table and a snapshot of rules, and it is the only
