@@ -46,6 +46,7 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 		t.Run(map[bool]string{true: "by --netns", false: "by PID"}[byPath], func(t *testing.T) {
 			w := newWorld(t)
 			serve(t, w.far)
+			serve(t, w.host)
 			c := container(t, w.host)
 			readyR, readyW, err := os.Pipe()
 			if err != nil {
@@ -80,6 +81,8 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 			for _, f := range families {
 				r := inContainer(t, w.host, c.pid, peerBin(), "dial", at(f.far, portWhoami))
 				r.wantStatus(t, 0).wantOut(t, `"got":"`+strings.SplitAfter(at(f.host, 0), f.host)[0])
+				// A container's reachability: the host's own addresses are open, unlike under run.
+				inContainer(t, w.host, c.pid, peerBin(), "dial", at(f.host, portWhoami)).wantStatus(t, 0).wantOut(t, `"got":"`)
 			}
 			inContainer(t, w.host, c.pid, "ip", "-o", "addr").wantOut(t, "10.0.2.100/24")
 			exitW.Close()

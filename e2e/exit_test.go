@@ -100,7 +100,7 @@ func TestInsideIsAsAsked(t *testing.T) {
 	})
 	t.Run("an ordinary user's sandbox works without a topology's help", func(t *testing.T) {
 		serve(t, w.host)
-		r := w.host.sluiceOK(t, "run", "--", peerBin(), "get", url(host4, portHTTP, "/"))
+		r := w.host.sluiceOK(t, "run", "--allow-host", "--", peerBin(), "get", url(host4, portHTTP, "/"))
 		r.wantOut(t, "hello from peer")
 	})
 }

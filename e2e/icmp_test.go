@@ -14,7 +14,7 @@ import (
 func TestPingTellsTheTruth(t *testing.T) {
 	area(t, "ping", "ping")
 	w := newWorld(t)
-	sb := w.host.sandbox(t)
+	sb := w.host.sandbox(t, "--allow-host")
 	for _, f := range families {
 		for _, row := range []struct {
 			what, argv, want string

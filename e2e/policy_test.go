@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -64,44 +65,102 @@ egress:
 	}
 }
 
-func TestDefaultPolicyClosesSpecialAddresses(t *testing.T) {
+func TestDefaultPolicyOpensPublicAddressesOnly(t *testing.T) {
 	area(t, "policy.default")
 	w := newWorld(t)
+	const (
+		host10, lan10, lan100 = "10.7.0.2", "10.7.0.1", "100.64.7.1"
+		hostFD, lanFD         = "fd07::2", "fd07::1"
+	)
+	w.host.ip(t, "addr add "+host10+"/24 dev h0\naddr add "+hostFD+"/64 dev h0 nodad")
+	w.router.ip(t, "addr add "+lan10+"/24 dev r0\naddr add "+lan100+"/32 dev lo\naddr add "+lanFD+"/64 dev r0 nodad")
 	// Even when the machine routes them, metadata and loopback stay closed.
 	w.far.ip(t, "addr add 169.254.169.254/32 dev lo\naddr add fd00:ec2::254/128 dev lo nodad")
 	w.router.ip(t, "route add 169.254.169.254/32 via "+far4+"\nroute add fd00:ec2::254/128 via "+far6)
-	serve(t, w.far)
-	serve(t, w.host)
-	sb := w.host.sandbox(t)
-	for _, row := range []struct {
-		what, to string
-		open     bool
+	for _, in := range []*netns{w.far, w.host, w.router} {
+		serve(t, in)
+	}
+	for _, to := range []string{lan10, lan100, lanFD} {
+		if d, r := dial(t, w.host, "-timeout", "2s", at(to, portWhoami)); d.Error != "" {
+			t.Fatalf("the host does not reach the local network itself\n%s", r)
+		}
+	}
+	const private, host, never = "--allow-private", "--allow-host", "never"
+	targets := []struct {
+		what, addr string
+		opener     string // "" is open, else what opens it
 	}{
-		{"the far server is open", at(far4, portWhoami), true},
-		{"the host's own address is open", at(host4, portWhoami), true},
-		{"the host's own IPv6 address is open", at(host6, portWhoami), true},
-		{"the metadata address is closed", at("169.254.169.254", portWhoami), false},
-		{"the IPv6 metadata address is closed", at("fd00:ec2::254", portWhoami), false},
-		{"the gateway does not lead to the host's loopback", at("10.0.2.2", portWhoami), false},
-		{"an IPv4-mapped loopback is closed", at("::ffff:127.0.0.2", portWhoami), false},
-		{"NAT64's metadata address is closed", at("64:ff9b::a9fe:a9fe", portWhoami), false},
-		{"this network is closed", at("0.0.0.1", portWhoami), false},
-	} {
-		t.Run(row.what, func(t *testing.T) {
-			d, r := dial(t, sb, "-timeout", "2s", row.to)
-			if open := d.Error == ""; open != row.open {
-				t.Errorf("open: %v\n%s", open, r)
+		{"the far server", far4, ""},
+		{"the far server over IPv6", far6, ""},
+		{"a neighbour in 10/8", lan10, private},
+		{"a neighbour in 100.64/10", lan100, private},
+		{"a neighbour in fc00::/7", lanFD, private},
+		{"the host's own address", host4, host},
+		{"the host's own global IPv6 address", host6, host},
+		{"the host's own private address", host10, host},
+		{"the host's own unique local address", hostFD, host},
+		{"the metadata address", "169.254.169.254", never},
+		{"the IPv6 metadata address", "fd00:ec2::254", never},
+		{"the gateway as the host's loopback", "10.0.2.2", never},
+		{"an IPv4-mapped loopback", "::ffff:127.0.0.2", never},
+		{"NAT64's metadata address", "64:ff9b::a9fe:a9fe", never},
+		{"this network", "0.0.0.1", never},
+	}
+	for _, flags := range [][]string{nil, {private}, {host}, {private, host}} {
+		t.Run(strings.Join(append([]string{"run"}, flags...), " "), func(t *testing.T) {
+			sb := w.host.sandbox(t, flags...)
+			for _, to := range targets {
+				want := to.opener == "" || slices.Contains(flags, to.opener)
+				d, r := dial(t, sb, "-timeout", "2s", at(to.addr, portWhoami))
+				if open := d.Error == ""; open != want {
+					t.Errorf("%s: open is %v\n%s", to.what, open, r)
+				}
+				if !want && d.Ms > 1000 {
+					t.Errorf("%s: not refused at once but after %.0f ms\n%s", to.what, d.Ms, r)
+				}
+				if want || to.opener == never {
+					continue
+				}
+				flows := w.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name)
+				if !strings.Contains(flows.out, "needs"+to.opener) {
+					t.Errorf("%s: no refusal in the flow table names %s\n%s", to.what, to.opener, flows)
+				}
 			}
-			if !row.open && d.Ms > 1000 {
-				t.Errorf("not refused at once but after %.0f ms\n%s", d.Ms, r)
+			said := w.host.sluiceOK(t, "logs", sb.name).out
+			for _, flag := range []string{private, host} {
+				if n := strings.Count(said, flag+" opens such addresses"); n != map[bool]int{true: 0, false: 1}[slices.Contains(flags, flag)] {
+					t.Errorf("%s is told of %d times\n%s", flag, n, said)
+				}
 			}
 		})
 	}
+	t.Run("a name that leads to a private address is refused by a rule that names the flag", func(t *testing.T) {
+		w.zone(t, "nas.lan.test. nas.lan.test. 60 A "+lan10)
+		sb := w.host.sandbox(t)
+		d, r := dial(t, sb, "-timeout", "2s", "nas.lan.test:"+fmt.Sprint(portWhoami))
+		if d.Error == "" {
+			t.Errorf("the name leads to the local network\n%s", r)
+		}
+		w.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name).wantOut(t, "needs"+private)
+	})
+	t.Run("the flags are about the default policy", func(t *testing.T) {
+		for _, flag := range []string{private, host} {
+			r := w.host.sluiceRun(t, "run", flag, "--policy", policyFile(t, "defaultAction: reject"), "--", "true")
+			r.wantStatus(t, 125).wantMessage(t, flag, "--policy")
+		}
+	})
 	t.Run("--host-loopback opens the host's loopback at the gateway", func(t *testing.T) {
 		sb := w.host.sandbox(t, "--host-loopback")
 		d, r := dial(t, sb, "-timeout", "2s", at("10.0.2.2", portWhoami))
 		if !strings.HasPrefix(d.Got, "127.0.0.1:") {
 			t.Errorf("the host's loopback saw %q\n%s", d.Got, r)
+		}
+	})
+	t.Run("a client on a private address reaches a published port", func(t *testing.T) {
+		sb := w.host.sandbox(t, "-p", "9021:"+fmt.Sprint(portWhoami))
+		serve(t, sb)
+		if d, r := dial(t, w.router, "-timeout", "3s", at(host10, 9021)); d.Error != "" || !strings.HasPrefix(d.Got, lan10) {
+			t.Errorf("the client saw %q\n%s", d.Got, r)
 		}
 	})
 }

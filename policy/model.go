@@ -196,29 +196,3 @@ const (
 
 var entities = []Entity{EntityWorld, EntityPrivate, EntityHost, EntityHostLoopback,
 	EntityLinkLocal, EntityMetadata, EntityMulticast, EntityReserved}
-
-// Default is the policy of a sandbox that was given none: the internet, the
-// local networks and the host's own addresses are open, published ports take
-// every client, and every other special address is closed. (The host's loopback
-// is open too, once the Environment maps the gateway to it.) What is refused is
-// rejected, or dropped if reject is false.
-func Default(reject bool) *Policy {
-	deny := Drop
-	if reject {
-		deny = Reject
-	}
-	return &Policy{
-		APIVersion: APIVersion,
-		Kind:       Kind,
-		Metadata:   Metadata{Name: "default"},
-		Spec: Spec{
-			DefaultAction: deny,
-			Egress: []Rule{
-				{Name: "internet", Action: Allow, To: []Peer{{Entity: EntityWorld}}},
-				{Name: "host", Action: Allow, To: []Peer{{Entity: EntityHost}}},
-				{Name: "host-loopback", Action: Allow, To: []Peer{{Entity: EntityHostLoopback}}},
-			},
-			Ingress: []Rule{{Name: "published", Action: Allow}},
-		},
-	}
-}

@@ -198,8 +198,8 @@ func TestExamplesParseCompileAndPrintBack(t *testing.T) {
 		}
 		printsBack(t, p)
 	}
-	for _, reject := range []bool{true, false} {
-		printsBack(t, Default(reject))
+	for _, b := range []Builtin{{}, {AllowPrivate: true}, {AllowHost: true}, {Pod: true}} {
+		printsBack(t, b.Policy())
 	}
 }
 

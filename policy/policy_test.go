@@ -31,7 +31,7 @@ func TestZeroValuesDeny(t *testing.T) {
 }
 
 func TestAVerdictPermitsItsTargetOnly(t *testing.T) {
-	v := mustCompile(t, Default(true), here).Decide(tcpTo("[::ffff:1.1.1.1]:443"))
+	v := mustCompile(t, Builtin{}.Policy(), here).Decide(tcpTo("[::ffff:1.1.1.1]:443"))
 	tests := []struct {
 		addr string
 		want bool
@@ -44,40 +44,74 @@ func TestAVerdictPermitsItsTargetOnly(t *testing.T) {
 			t.Errorf("%v: Permits(%s) is %v", v, tt.addr, got)
 		}
 	}
-	if v.Permits(netip.AddrPort{}) || v.Proto() != uint8(TCP) || v.String() != "allow TCP to 1.1.1.1:443 by egress[0] internet" {
+	if v.Permits(netip.AddrPort{}) || v.Proto() != uint8(TCP) || v.String() != "allow TCP to 1.1.1.1:443 by egress[2] internet" {
 		t.Errorf("verdict %v", v)
 	}
 }
 
-func TestTheDefaultPolicy(t *testing.T) {
-	env := here
-	env.HostLoopback = true
+func TestTheBuiltinPolicies(t *testing.T) {
+	looped := here
+	looped.HostLoopback = true
+	run, private, hostToo := Builtin{}, Builtin{AllowPrivate: true}, Builtin{AllowHost: true}
+	all, pod := Builtin{AllowPrivate: true, AllowHost: true}, Builtin{Pod: true}
+	ping := Query{Proto: uint8(ICMPv4), ICMPType: 8, Dst: netip.MustParseAddrPort("1.1.1.1:7")}
+	in := func(src string) Query {
+		return Query{Ingress: true, Proto: uint8(TCP), Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort("10.0.2.100:80")}
+	}
+	const needsPrivate, needsHost = "reject TCP by egress[3] needs--allow-private", "reject TCP by egress[0] needs--allow-host"
 	tests := []struct {
-		name   string
-		reject bool
-		env    Environment
-		q      Query
-		want   string
+		name    string
+		builtin Builtin
+		env     Environment
+		q       Query
+		want    string
 	}{
-		{"the internet is open", true, here, tcpTo("1.1.1.1:443"), "allow TCP to 1.1.1.1:443 by egress[0] internet"},
-		{"over IPv6 too", true, here, tcpTo("[2600::1]:443"), "allow TCP to [2600::1]:443 by egress[0] internet"},
-		{"local networks are open", true, here, tcpTo("192.168.1.7:80"), "allow TCP to 192.168.1.7:80 by egress[0] internet"},
-		{"the host's own address is open", true, here, tcpTo("192.168.1.5:22"), "allow TCP to 192.168.1.5:22 by egress[1] host"},
-		{"metadata is rejected", true, here, tcpTo("169.254.169.254:80"), "reject TCP by special:metadata"},
-		{"metadata is dropped where refusals are silent", false, here, tcpTo("169.254.169.254:80"), "drop TCP by special:metadata"},
-		{"the gateway is closed", true, here, tcpTo("10.0.2.2:22"), "reject TCP by special:gateway"},
-		{"the gateway is the host's loopback when asked for", true, env, tcpTo("10.0.2.2:22"), "allow TCP to 127.0.0.1:22 by egress[2] host-loopback"},
-		{"port 0 is nobody's", true, here, tcpTo("1.1.1.1:0"), "reject TCP by special:port-zero"},
-		{"no address is no address", true, here, Query{Proto: uint8(TCP)}, "reject TCP by special:invalid"},
-		{"ping is open, and has no port", true, here, Query{Proto: uint8(ICMPv4), ICMPType: 8, Dst: netip.MustParseAddrPort("1.1.1.1:7")}, "allow ICMP to 1.1.1.1:0 by egress[0] internet"},
-		{"a published port takes loopback clients", true, here, Query{Ingress: true, Proto: uint8(TCP), Src: netip.MustParseAddrPort("127.0.0.1:5000"), Dst: netip.MustParseAddrPort("10.0.2.100:80")}, "allow TCP to 10.0.2.100:80 by ingress[0] published"},
-		{"a published port takes link-local clients", true, here, Query{Ingress: true, Proto: uint8(TCP), Src: netip.MustParseAddrPort("[fe80::7%eth0]:5000"), Dst: netip.MustParseAddrPort("[fd00::100]:80")}, "allow TCP to [fd00::100]:80 by ingress[0] published"},
-		{"a published port takes no multicast clients", true, here, Query{Ingress: true, Proto: uint8(UDP), Src: netip.MustParseAddrPort("224.0.0.1:5000"), Dst: netip.MustParseAddrPort("10.0.2.100:80")}, "reject UDP by special:multicast"},
+		{"the internet is open", run, here, tcpTo("1.1.1.1:443"), "allow TCP to 1.1.1.1:443 by egress[2] internet"},
+		{"over IPv6 too", run, here, tcpTo("[2600::1]:443"), "allow TCP to [2600::1]:443 by egress[2] internet"},
+		{"and mapped IPv4", run, here, tcpTo("[::ffff:1.1.1.1]:443"), "allow TCP to 1.1.1.1:443 by egress[2] internet"},
+		{"ping is open, and has no port", run, here, ping, "allow ICMP to 1.1.1.1:0 by egress[2] internet"},
+		{"10/8 is closed", run, here, tcpTo("10.255.255.255:80"), needsPrivate},
+		{"172.16/12 is closed", run, here, tcpTo("172.31.0.1:80"), needsPrivate},
+		{"192.168/16 is closed", run, here, tcpTo("192.168.1.7:80"), needsPrivate},
+		{"carrier-grade NAT is closed", run, here, tcpTo("100.64.0.1:80"), needsPrivate},
+		{"unique local addresses are closed", run, here, tcpTo("[fd12::7]:80"), needsPrivate},
+		{"a mapped private address is closed", run, here, tcpTo("[::ffff:192.168.1.7]:80"), needsPrivate},
+		{"a private address behind NAT64 is closed", run, here, tcpTo("[64:ff9b::192.168.1.7]:80"), needsPrivate},
+		{"a private address behind 6to4 is closed", run, here, tcpTo("[2002:c0a8:107::1]:80"), needsPrivate},
+		{"the neighbours of private ranges are public", run, here, tcpTo("100.128.0.1:80"), "allow TCP to 100.128.0.1:80 by egress[2] internet"},
+		{"the host's private address is closed", run, here, tcpTo("192.168.1.5:22"), needsHost},
+		{"the host's global IPv6 address is closed", run, here, tcpTo("[2001:db8::5]:22"), needsHost},
+		{"the host's address behind NAT64 is closed", run, here, tcpTo("[64:ff9b::192.168.1.5]:22"), needsHost},
+		{"--allow-private opens private networks", private, here, tcpTo("192.168.1.7:80"), "allow TCP to 192.168.1.7:80 by egress[2] internet"},
+		{"--allow-private does not open the host", private, here, tcpTo("192.168.1.5:22"), needsHost},
+		{"--allow-host opens the host's addresses, private ones too", hostToo, here, tcpTo("192.168.1.5:22"), "allow TCP to 192.168.1.5:22 by egress[0] host"},
+		{"--allow-host does not open private networks", hostToo, here, tcpTo("192.168.1.7:80"), needsPrivate},
+		{"both open both", all, here, tcpTo("[2001:db8::5]:22"), "allow TCP to [2001:db8::5]:22 by egress[0] host"},
+		{"metadata is rejected", run, here, tcpTo("169.254.169.254:80"), "reject TCP by special:metadata"},
+		{"metadata inside a private range is no matter of --allow-private", run, here, tcpTo("[fd00:ec2::254]:80"), "reject TCP by special:metadata"},
+		{"nor does that open it", all, here, tcpTo("[fd00:ec2::254]:80"), "reject TCP by special:metadata"},
+		{"link-local is closed", all, here, tcpTo("169.254.1.1:80"), "reject TCP by special:link-local"},
+		{"the gateway is closed, and no matter of --allow-private", run, here, tcpTo("10.0.2.2:22"), "reject TCP by special:gateway"},
+		{"the gateway is the host's loopback when asked for", run, looped, tcpTo("10.0.2.2:22"), "allow TCP to 127.0.0.1:22 by egress[1] host-loopback"},
+		{"port 0 is nobody's", run, here, tcpTo("1.1.1.1:0"), "reject TCP by special:port-zero"},
+		{"no address is no address", run, here, Query{Proto: uint8(TCP)}, "reject TCP by special:invalid"},
+		{"a published port takes loopback clients", run, here, in("127.0.0.1:5000"), "allow TCP to 10.0.2.100:80 by ingress[0] published"},
+		{"a published port takes private clients", run, here, in("192.168.1.7:5000"), "allow TCP to 10.0.2.100:80 by ingress[0] published"},
+		{"a published port takes link-local clients", run, here, in("[fe80::7%eth0]:5000"), "allow TCP to 10.0.2.100:80 by ingress[0] published"},
+		{"a published port takes no multicast clients", run, here, in("224.0.0.1:5000"), "reject TCP by special:multicast"},
+		{"a pod reaches private networks", pod, here, tcpTo("192.168.1.7:80"), "allow TCP to 192.168.1.7:80 by egress[0] world"},
+		{"a pod reaches a node's own resolver", pod, here, tcpTo("169.254.20.10:53"), "allow TCP to 169.254.20.10:53 by egress[1] link-local"},
+		{"a pod's metadata is dropped", pod, here, tcpTo("169.254.169.254:80"), "drop TCP by special:metadata"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := mustCompile(t, Default(tt.reject), tt.env).Decide(tt.q).String(); got != tt.want {
+			v := mustCompile(t, tt.builtin.Policy(), tt.env).Decide(tt.q)
+			if got := v.String(); got != tt.want {
 				t.Errorf("got  %s\nwant %s", got, tt.want)
+			}
+			flag := map[string]string{needsPrivate: "--allow-private", needsHost: "--allow-host"}[tt.want]
+			if got := tt.builtin.OpenedBy(v); got != flag {
+				t.Errorf("opened by %q, not by %q", got, flag)
 			}
 		})
 	}

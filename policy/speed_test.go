@@ -82,7 +82,7 @@ var shapes = []struct {
 		}
 		return p, q
 	}},
-	{"the default policy and a NAT64 address", func() (*Policy, Query) { return Default(true), tcpTo("[64:ff9b::1.1.1.1]:443") }},
+	{"the default policy and a NAT64 address", func() (*Policy, Query) { return Builtin{}.Policy(), tcpTo("[64:ff9b::1.1.1.1]:443") }},
 }
 
 // manyNames is the most that a sandbox can make of one address.

@@ -13,6 +13,7 @@ import (
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 )
 
 func attachCommand() *cli.Command {
@@ -24,9 +25,12 @@ func attachCommand() *cli.Command {
 until the namespace's process ends, the exit descriptor hangs up, or a signal
 comes.
 
+Without --policy the namespace reaches what a container's does: public and private
+addresses, and the host's own.
+
    sluice attach 4711
    sluice attach --netns /run/netns/box --ready-fd 3 --exit-fd 4`,
-		Flags: append(sandboxFlags(),
+		Flags: append(sandboxFlags("all but the host's loopback, link-local and metadata addresses is open"),
 			&cli.StringFlag{Name: "netns", Usage: "`PATH` of the network namespace"},
 			&cli.StringFlag{Name: "userns", Usage: "`PATH` of the user namespace to enter (default: the one that owns the network namespace)"},
 			&cli.BoolFlag{Name: "no-configure", Usage: "only make the device: its addresses come by DHCP and router advertisements, or by hand"},
@@ -53,6 +57,7 @@ comes.
 				return errors.New("attach: give a PID or --netns PATH")
 			}
 			cfg.Start = attachTo(t)
+			cfg.Builtin = policy.Builtin{AllowPrivate: true, AllowHost: true}
 			cfg.Guest.NoConfigure = c.Bool("no-configure")
 			ready, err := descriptor(c, "ready-fd")
 			if err != nil {

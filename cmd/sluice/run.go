@@ -19,11 +19,11 @@ import (
 	"sluice/tun"
 )
 
-// sandboxFlags are common to run and attach.
-func sandboxFlags() []cli.Flag {
+// sandboxFlags are common to run and attach; withoutPolicy says what holds without --policy.
+func sandboxFlags(withoutPolicy string) []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "name", Usage: "`NAME` of the sandbox for the other commands; generated if not given"},
-		&cli.StringFlag{Name: "policy", Usage: "policy `FILE` (docs/policy.md); default: all but the host's loopback, link-local and metadata addresses is open"},
+		&cli.StringFlag{Name: "policy", Usage: "policy `FILE` (docs/policy.md); default: " + withoutPolicy},
 		&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `[IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]`; may be repeated"},
 		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 every port that the sandbox listens on, while it does"},
 		&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
@@ -59,14 +59,22 @@ func runCommand() *cli.Command {
 each connection that the policy lets through to a socket of the caller's
 network. No privilege is needed but access to /dev/net/tun.
 
+Without --policy, public addresses are open. Private networks and the host's own
+addresses are closed until --allow-private and --allow-host open them, the host's
+loopback until --host-loopback does; link-local, metadata and other special
+addresses stay closed.
+
 The exit status is COMMAND's, 128+N if signal N ended it, 126 if it cannot be
 executed, 127 if there is no such command, and 125 if sluice itself failed,
 which it explains on standard error.
 
    sluice run -- curl https://example.com
+   sluice run --allow-private -- ssh nas.lan
    sluice run --policy policy.yaml -- ./agent
    sluice run -p 8080:80 -- nginx -g 'daemon off;'`,
-		Flags: append(sandboxFlags(),
+		Flags: append(sandboxFlags("public addresses are open, all others closed"),
+			&cli.BoolFlag{Name: "allow-private", Usage: "without --policy: open private networks too (10/8, 172.16/12, 192.168/16, 100.64/10, fc00::/7)"},
+			&cli.BoolFlag{Name: "allow-host", Usage: "without --policy: open the host's own addresses too"},
 			&cli.BoolFlag{Name: "root", Usage: "be root inside, with capabilities over the sandbox's namespaces only (default: the caller's own user)"},
 			&cli.BoolFlag{Name: "subids", Usage: "map the caller's /etc/subuid and /etc/subgid ranges too"},
 			&cli.BoolFlag{Name: "pid", Usage: "a PID namespace: everything inside ends with COMMAND"},
@@ -79,6 +87,10 @@ which it explains on standard error.
 			cfg, err := sandboxConfig(c)
 			if err != nil {
 				return err
+			}
+			cfg.Builtin = policy.Builtin{AllowPrivate: c.Bool("allow-private"), AllowHost: c.Bool("allow-host")}
+			if cfg.Builtin != (policy.Builtin{}) && c.IsSet("policy") {
+				return errors.New("--allow-private and --allow-host widen the default policy, which --policy replaces: let the policy allow entity private or host")
 			}
 			g := &cfg.Guest
 			g.Command = c.Args().Slice()

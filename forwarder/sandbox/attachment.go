@@ -70,7 +70,7 @@ type AttachmentConfig struct {
 	ResolversNote string       `json:"resolversNote,omitempty"`
 
 	// Policy is the policy file's text, PolicyName its name. Without one the pod is
-	// open in both directions, as in a cluster without policies: policy.DefaultPod.
+	// open in both directions, as in a cluster without policies: policy.Builtin.
 	PolicyName string            `json:"policyName,omitempty"`
 	Policy     []byte            `json:"policy,omitempty"`
 	Limits     policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
@@ -253,9 +253,9 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if err := joinCgroups(cfg.MonitorCgroups, os.Getpid()); err != nil {
 		m.log.warnf("monitor", "%v", err)
 	}
-	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Env: cfg.environment(), Pod: true, Limits: cfg.Limits}
+	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Builtin: policy.Builtin{Pod: true}, Env: cfg.environment(), Limits: cfg.Limits}
 	if m.rules.Source == "" {
-		m.rules.Name = defaultPolicyName
+		m.rules.Name = policy.BuiltinName
 	}
 	started := time.Now()
 	if cfg.resume != nil {

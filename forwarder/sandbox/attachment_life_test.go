@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -107,7 +108,7 @@ func TestAttachmentObeysItsPolicy(t *testing.T) {
 	out := newTalk(t, p.inside, p.outside, outside4)
 	var was api.PolicyResult
 	call(t, client, api.MethodPolicyShow, nil, &was)
-	if was.Name != defaultPolicyName || !strings.Contains(was.Source, "link-local") {
+	if was.Name != policy.BuiltinName || !strings.Contains(was.Source, "link-local") {
 		t.Errorf("the policy of a pod without one is %s:\n%s", was.Name, was.Source)
 	}
 	call(t, client, api.MethodPolicySet, api.PolicySetParams{Name: "closed", Source: closedPolicy}, nil)

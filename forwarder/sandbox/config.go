@@ -40,10 +40,10 @@ type Config struct {
 
 	// HostLoopback makes the gateway address lead to the host's loopback.
 	HostLoopback bool
-	// Policy is the policy file's text, PolicyName its name; empty is the
-	// standalone default.
+	// Policy is the policy file's text, PolicyName its name; empty is Builtin.
 	PolicyName string
 	Policy     []byte
+	Builtin    policy.Builtin
 
 	Ports []api.Port
 	// PublishAuto publishes what the sandbox listens on, at PublishAutoAddr

@@ -244,7 +244,7 @@ func (m *monitor) callWorker(ctx context.Context, method string, result any) err
 func (m *monitor) policyResult() (any, error) {
 	r := api.PolicyResult{Name: m.rules.Name, Source: m.rules.Source, Generation: m.generation}
 	if r.Source == "" {
-		text, err := m.rules.builtin().YAML()
+		text, err := m.rules.Builtin.Policy().YAML()
 		if err != nil {
 			return nil, err
 		}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -85,7 +86,7 @@ func TestAChangeThatCannotBeKeptIsRefused(t *testing.T) {
 	}
 	var now api.PolicyResult
 	call(t, client, api.MethodPolicyShow, nil, &now)
-	if now.Name != defaultPolicyName || now.Generation != 0 {
+	if now.Name != policy.BuiltinName || now.Generation != 0 {
 		t.Errorf("the policy is %+v", now)
 	}
 }

@@ -62,29 +62,20 @@ func (c *workerConfig) resolvers() []netip.Addr {
 	return out
 }
 
-// rulesMessage is a policy and where it applies. An empty Source is the
-// built-in default policy, a sandbox's or a pod's.
+// rulesMessage is a policy and where it applies. An empty Source is Builtin.
 type rulesMessage struct {
-	Name   string             `json:"name"`
-	Source string             `json:"source"`
-	Env    policy.Environment `json:"env"`
-	Pod    bool               `json:"pod,omitempty"`
+	Name    string             `json:"name"`
+	Source  string             `json:"source"`
+	Builtin policy.Builtin     `json:"builtin,omitzero"`
+	Env     policy.Environment `json:"env"`
 	// Limits hold where the policy's own leave something open.
 	Limits policy.Limits `json:"limits,omitzero"`
-}
-
-// builtin is the policy that an empty Source stands for.
-func (r rulesMessage) builtin() *policy.Policy {
-	if r.Pod {
-		return policy.DefaultPod()
-	}
-	return policy.Default(true)
 }
 
 // compile makes the rules; monitor and worker both do, the one to answer with
 // the errors, the other because rules do not travel.
 func (r rulesMessage) compile() (*policy.Rules, error) {
-	p := r.builtin()
+	p := r.Builtin.Policy()
 	if r.Source != "" {
 		var err error
 		if p, err = policy.Parse(r.Name, []byte(r.Source)); err != nil {

@@ -16,10 +16,8 @@ import (
 	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 )
-
-// defaultPolicyName is what `policy show` calls the policy nobody gave.
-const defaultPolicyName = "default"
 
 // stopTimeout bounds a worker's orderly end: all flows closed, the flow log
 // written out.
@@ -135,9 +133,9 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 
 // prepare opens what the sandbox needs of the host.
 func (m *monitor) prepare() (*dns.Watcher, error) {
-	m.rules = rulesMessage{Name: m.cfg.PolicyName, Source: string(m.cfg.Policy), Env: m.cfg.environment()}
+	m.rules = rulesMessage{Name: m.cfg.PolicyName, Source: string(m.cfg.Policy), Builtin: m.cfg.Builtin, Env: m.cfg.environment()}
 	if m.rules.Source == "" {
-		m.rules.Name = defaultPolicyName
+		m.rules.Name = policy.BuiltinName
 	}
 	var err error
 	if m.rules.Env.HostAddrs, err = hostAddrs(); err != nil {

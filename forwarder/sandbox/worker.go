@@ -52,6 +52,7 @@ type worker struct {
 	dial  *upstreamDialer
 	stock *socketStock
 	flows *flowLog
+	hint  flagHint
 
 	inbound *tun.Device // in0's, until that is made
 	memory  []byte      // of its flows; never unmapped
@@ -99,7 +100,7 @@ func runWorker(log *slog.Logger) error {
 	if m.Type != msgConfig {
 		return fmt.Errorf("the first message is %q, not the configuration: this command is for sluice itself", m.Type)
 	}
-	w := &worker{ch: ch, log: log, seal: seal, clients: make(chan struct{}, maxClients), sysctls: make(map[string]string)}
+	w := &worker{ch: ch, log: log, seal: seal, hint: flagHint{warn: func(s string) { log.Warn(s) }}, clients: make(chan struct{}, maxClients), sysctls: make(map[string]string)}
 	if err := json.Unmarshal(m.Body, &w.cfg); err != nil {
 		return fmt.Errorf("decode the configuration: %w", err)
 	}
@@ -297,6 +298,7 @@ func (w *worker) dhcp() (*dhcp.Server, error) {
 
 // refused takes a flow that policy refused down.
 func (w *worker) refused(r forwarder.Refusal) {
+	w.hint.refused(w.cfg.Rules, r)
 	w.flows.refused(r, slices.Contains(w.cfg.Guest, r.Dst.Addr().Unmap()))
 }
 

@@ -1,0 +1,45 @@
+package sandbox
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/forwarder"
+	"sluice/policy"
+)
+
+func TestRefusalsOfTheDefaultNameTheirFlagOnce(t *testing.T) {
+	env := policy.Environment{HostAddrs: []netip.Addr{netip.MustParseAddr("2001:db8::5")}}
+	for _, tt := range []struct {
+		name string
+		r    rulesMessage
+		want []string
+	}{
+		{"run without a policy", rulesMessage{Env: env}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses", "TCP to 2001:db8::5 was refused: without a policy, --allow-host opens such addresses"}},
+		{"with one of the flags", rulesMessage{Env: env, Builtin: policy.Builtin{AllowHost: true}}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses"}},
+		{"a policy was given", rulesMessage{Env: env, Name: "p", Source: closedPolicy}, nil},
+		{"a pod", rulesMessage{Env: env, Builtin: policy.Builtin{Pod: true}}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			rules, err := tt.r.compile()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var said []string
+			h := flagHint{warn: func(s string) { said = append(said, s) }}
+			for range 3 {
+				for _, to := range []string{"192.168.1.7:80", "10.0.0.1:80", "[2001:db8::5]:22", "169.254.169.254:80", "1.1.1.1:80"} {
+					dst := netip.MustParseAddrPort(to)
+					v := rules.Decide(policy.Query{Proto: unix.IPPROTO_TCP, Dst: dst})
+					h.refused(tt.r, forwarder.Refusal{Proto: unix.IPPROTO_TCP, Dst: dst, Verdict: v})
+				}
+			}
+			if strings.Join(said, "\n") != strings.Join(tt.want, "\n") {
+				t.Errorf("said %q\nwant %q", said, tt.want)
+			}
+		})
+	}
+}
