@@ -20,6 +20,7 @@ package forwarder
 
 import (
 	"container/list"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,9 +39,9 @@ const (
 	refusalTimeout = 5 * time.Second
 )
 
-// seenOf puts what was read into policy's words. A name that is none counts as absent.
+// seenOf puts what was read whole, and is well formed, into policy's words.
 func seenOf(s sniff.Seen) policy.Seen {
-	seen := policy.Seen{ECH: s.ECH, Method: s.Method, Path: s.Path}
+	seen := policy.Seen{ECH: s.ECH, Method: s.Method, Path: s.Path, Override: s.Override}
 	switch s.Kind {
 	case sniff.TLS:
 		seen.Kind = policy.SeenTLS
@@ -53,8 +54,13 @@ func seenOf(s sniff.Seen) policy.Seen {
 	default:
 		seen.Kind = policy.SeenOpaque
 	}
-	if name, err := policy.NormalizeName(s.Name); err == nil {
+	if name, err := policy.NormalizeSaid(s.Name); err == nil {
 		seen.Name = name
+		return seen
+	}
+	addr, err := netip.ParseAddr(s.Name)
+	if s.Name == "" || err == nil {
+		seen.Nameless, seen.Address = seen.Kind != policy.SeenOpaque, addr
 	}
 	return seen
 }

@@ -102,7 +102,7 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 		return 0, ""
 	}
 	q := fl.question()
-	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path})
+	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
 	rules := fl.t.f.rules.Load()
 	v := fl.t.f.judge(rules, q)
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
@@ -182,7 +182,10 @@ func refusalText(v policy.Verdict, policyName string) string {
 	if v.Tried() != "" {
 		rule = v.Tried()
 	}
-	if v.Allowed() {
+	switch {
+	case v.Reason() == policy.ReasonOverride:
+		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: it has a field such as X-HTTP-Method-Override or X-Original-URL, by which a server may take it for another request.\n", policyName, rule)
+	case v.Allowed():
 		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that the connection cannot be upgraded.\n", policyName, rule)
 	}
 	return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q.\n", policyName, rule)

@@ -208,7 +208,7 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
 		return abort
 	}
 	q := fl.question()
-	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path})
+	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
 	rules := fl.t.f.rules.Load()
 	v := fl.t.f.judge(rules, q)
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {

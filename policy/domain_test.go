@@ -28,7 +28,7 @@ func granted(t testing.TB) *Names {
 	return n
 }
 
-func tls(name string) Seen { return Seen{Kind: SeenTLS, Name: name} }
+func tls(name string) Seen { return Seen{Kind: SeenTLS, Name: name, Nameless: name == ""} }
 
 func byDomain(domains ...string) Rule {
 	r := Rule{Action: Allow}
@@ -97,6 +97,9 @@ func TestLookAlikesAreRefused(t *testing.T) {
 func TestWhatTheFirstBytesMustSay(t *testing.T) {
 	pypi := byDomain("pypi.org", "**.pypi.org")
 	set := func(change func(*Rule)) []Rule { return []Rule{with(pypi, change)} }
+	nameless := func(ech Setting) []Rule {
+		return set(func(r *Rule) { r.MissingName, r.ECH = SettingAllow, ech })
+	}
 	tests := []struct {
 		name  string
 		rules []Rule
@@ -115,6 +118,13 @@ func TestWhatTheFirstBytesMustSay(t *testing.T) {
 		{"no server name does not", nil, TCP, netip.AddrPortFrom(shared, 443), tls(""), "reject TCP by default (no-name)"},
 		{"no server name does, if settled so", set(func(r *Rule) { r.MissingName = SettingAllow }), TCP, netip.AddrPortFrom(shared, 443), tls(""), "allow TCP to 198.51.100.1:443 by egress[0]"},
 		{"but a wrong one does not then", set(func(r *Rule) { r.MissingName = SettingAllow }), TCP, netip.AddrPortFrom(shared, 443), tls("other.org"), "reject TCP by default (name-mismatch)"},
+		{"nor does a hello that was not read whole", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS}, "reject TCP by default (no-name)"},
+		{"nor an encrypted hello without an outer name", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS, Nameless: true, ECH: true}, "reject TCP by default (no-name)"},
+		{"unless that is settled too", nameless(SettingAllow), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS, Nameless: true, ECH: true}, "allow TCP to 198.51.100.1:443 by egress[0]"},
+		{"nor silence", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenServerFirst}, "reject TCP by default (no-name)"},
+		{"nor opaque bytes", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenOpaque}, "reject TCP by default (no-name)"},
+		{"its own address for a name does", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenHTTP, Nameless: true, Address: shared}, "allow TCP to 198.51.100.1:443 by egress[0]"},
+		{"another address does not", nameless(""), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenHTTP, Nameless: true, Address: netip.MustParseAddr("198.51.100.2")}, "reject TCP by default (no-name)"},
 		{"an encrypted hello does not", nil, TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS, Name: "pypi.org", ECH: true}, "reject TCP by default (encrypted-hello)"},
 		{"an encrypted hello does, if settled so", set(func(r *Rule) { r.ECH = SettingAllow }), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS, Name: "pypi.org", ECH: true}, "allow TCP to 198.51.100.1:443 by egress[0]"},
 		{"with a wrong outer name it does not even then", set(func(r *Rule) { r.ECH = SettingAllow }), TCP, netip.AddrPortFrom(shared, 443), Seen{Kind: SeenTLS, Name: "other.org", ECH: true}, "reject TCP by default (name-mismatch)"},
@@ -164,6 +174,30 @@ func TestWhatTheFirstBytesMustSay(t *testing.T) {
 				t.Errorf("it does not say which rule was tried: %q", v.Tried())
 			}
 		})
+	}
+}
+
+// What a request says next may be decided by another rule than what it said first.
+func TestEachRequestIsJudgedWhereANameDecides(t *testing.T) {
+	nameless := with(byDomain("pypi.org"), func(r *Rule) { r.MissingName = SettingAllow })
+	refused := with(byDomain("other.org"), func(r *Rule) { r.Action, r.Ports = Reject, []Port{{Protocol: TCP, Port: 80}} })
+	web := Rule{Action: Allow, To: []Peer{{CIDR: cidr("198.51.100.0/24")}}}
+	for _, tt := range []struct {
+		what  string
+		rules []Rule
+		seen  Seen
+		each  bool
+	}{
+		{"by its name", []Rule{nameless}, Seen{Kind: SeenHTTP, Name: "pypi.org", Method: "GET", Path: "/"}, true},
+		{"without a name", []Rule{nameless}, Seen{Kind: SeenHTTP, Nameless: true, Method: "GET", Path: "/"}, true},
+		{"by its address below a refusal by name", []Rule{refused, web}, Seen{Kind: SeenHTTP2, Name: "third.org", Method: "GET", Path: "/"}, true},
+		{"by its address where no name decides", []Rule{web, nameless}, Seen{Kind: SeenHTTP, Name: "third.org", Method: "GET", Path: "/"}, false},
+		{"in TLS", []Rule{nameless}, tls(""), false},
+	} {
+		v := mustCompile(t, allowing(tt.rules...), here).Decide(Query{Proto: uint8(TCP), Dst: netip.AddrPortFrom(shared, 80), Names: granted(t), Now: now, Seen: tt.seen})
+		if !v.Allowed() || v.EachRequest() != tt.each {
+			t.Errorf("%s: %v, each request %v", tt.what, v, v.EachRequest())
+		}
 	}
 }
 

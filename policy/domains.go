@@ -27,11 +27,13 @@ type domains struct {
 type view uint8
 
 const (
-	viewCandidate view = iota // nothing was read, or exactly this name was said
-	viewECH                   // this name was said beside an encrypted hello
-	viewNameless              // no name was said
-	viewGrant                 // another name was said: only what needs none
-	viewSaid                  // this name was said, but the address is not granted under it: refusals
+	viewCandidate   view = iota // nothing was read, or exactly this name was said
+	viewECH                     // this name was said beside an encrypted hello
+	viewNameless                // no name was said, by what could have said one
+	viewNamelessECH             // likewise, beside an encrypted hello
+	viewUnread                  // what was said may be followed by any name
+	viewGrant                   // another name was said: only what needs none
+	viewSaid                    // this name was said, but the address is not granted under it: refusals
 	numViews
 )
 
@@ -227,6 +229,8 @@ func (b *domainsBuilder) view(i int32, all []span) {
 	put(viewCandidate, true, all)
 	put(viewECH, deny || r.ECH == SettingAllow, all)
 	put(viewNameless, deny || r.MissingName == SettingAllow, all)
+	put(viewNamelessECH, deny || r.MissingName == SettingAllow && r.ECH == SettingAllow, all)
+	put(viewUnread, deny, all)
 	put(viewGrant, false, nil)
 	if deny {
 		put(viewSaid, true, all)

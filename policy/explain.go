@@ -84,6 +84,8 @@ func because(v Verdict) string {
 		return ", and lets only clear-text HTTP pass"
 	case v.reason == ReasonRequest:
 		return ", and does not list this method and path"
+	case v.reason == ReasonOverride:
+		return ", and passes no field by which a server may take the request for another one"
 	case v.name != "":
 		return " by the name " + v.name
 	}

@@ -44,6 +44,11 @@ func TestRequestsAreJudgedByMethodAndPath(t *testing.T) {
 		t.Errorf("TLS at a rule with http: %v, reason %q", v, v.Reason())
 	}
 
+	q.Seen = Seen{Kind: SeenHTTP, Name: "pypi.org", Method: "GET", Path: "/public/", Override: true}
+	if v := rules.Decide(q); v.Allowed() || v.Reason() != ReasonOverride || v.Rule() != "egress[0] api" {
+		t.Errorf("a field that overrides the request: %v, reason %q", v, v.Reason())
+	}
+
 	tunnel := with(rule, func(r *Rule) { r.HTTP = []HTTPMatch{{Methods: []string{"CONNECT"}}} })
 	q.Seen = Seen{Kind: SeenHTTP, Name: "example.com", Method: "CONNECT"}
 	if v := mustCompile(t, allowing(tunnel), here).Decide(q); !v.Allowed() {

@@ -48,7 +48,7 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 		}
 	}
 
-	v := Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback}
+	v := Verdict{rule: ruleDefault, proto: q.Proto, action: r.fallback, requests: r.fallback == Allow && m.tried != noRule && q.Seen.isHTTP()}
 	var decided *ruleInfo
 	switch {
 	case first != noRule:
@@ -112,16 +112,19 @@ func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
 	case info.http != nil:
 		v.requests = true
 		switch {
-		case seen.Kind != SeenHTTP && seen.Kind != SeenHTTP2:
+		case !seen.isHTTP():
 			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonNotHTTP}
 		case !requestMatches(info.http, seen.Method, seen.Path):
 			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
+		case seen.Override:
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonOverride}
 		}
 	case byName && seen.Method == methodConnect:
 		// A tunnel through a proxy leads to where nobody looks.
 		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
 	default:
-		v.requests = byName && m.name == seen.Name && (seen.Kind == SeenHTTP || seen.Kind == SeenHTTP2)
+		// The next request may say another name, by which another rule decides.
+		v.requests = (byName || m.tried != noRule) && seen.isHTTP()
 	}
 	return v
 }
@@ -149,8 +152,14 @@ func (j *judgement) byName(private bool, best int32) match {
 		return m
 	}
 
-	others := viewNameless
+	others := viewUnread
 	held := false
+	switch {
+	case q.Seen.namelessAt(dst) && q.Seen.ECH:
+		others = viewNamelessECH
+	case q.Seen.namelessAt(dst):
+		others = viewNameless
+	}
 	if said != "" {
 		others = viewGrant
 		held = said == q.Held || q.Names.Holds(said, dst, q.Now)

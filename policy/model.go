@@ -60,7 +60,7 @@ type Rule struct {
 
 	// How a peer by domain matches, in egress; empty is the default.
 	Verify           VerifyRule `json:"verify,omitempty"`
-	MissingName      Setting    `json:"missingName,omitempty"`      // flows that say no name
+	MissingName      Setting    `json:"missingName,omitempty"`      // flows that say no name where they could (Seen.Nameless)
 	ECH              Setting    `json:"ech,omitempty"`              // hellos that carry an encrypted one
 	QUIC             Setting    `json:"quic,omitempty"`             // UDP, of a rule that allows
 	PrivateAddresses Setting    `json:"privateAddresses,omitempty"` // names that resolve to entity private

@@ -11,7 +11,8 @@ import (
 
 // A name has one spelling: lower case, A-labels, no trailing dot. Rules, DNS
 // questions, server names in a ClientHello and hosts in a request all come
-// through here, so that two names are equal exactly if their strings are.
+// through here, so that two names are equal exactly if their strings are. Only what a
+// person writes may be in other letters than ASCII's.
 //
 // What a resolver or a server might read otherwise than we do is refused, not
 // interpreted: escapes, bytes outside of letters, digits, - and _, and whatever
@@ -33,18 +34,13 @@ var (
 	errNameIDN     = errors.New("it is no valid internationalised name")
 )
 
-// NormalizeName gives the one spelling of a host name, or an error for what is
-// none. It allocates only if it changes something.
+// NormalizeName gives the one spelling of a host name that a person wrote, or an
+// error for what is none. It allocates only if it changes something.
 func NormalizeName(s string) (string, error) {
-	ascii, upper := true, false
-	for i := range len(s) {
-		ascii = ascii && s[i] < 0x80
-		upper = upper || 'A' <= s[i] && s[i] <= 'Z'
-	}
 	if len(s) > 4*MaxName {
 		return "", errNameLong
 	}
-	if !ascii {
+	if strings.IndexFunc(s, func(r rune) bool { return r >= utf8.RuneSelf }) >= 0 {
 		if !utf8.ValidString(s) {
 			return "", errNameIDN
 		}
@@ -55,8 +51,19 @@ func NormalizeName(s string) (string, error) {
 			return "", errNameIDN
 		}
 		s = a
-	} else if upper {
-		s = strings.ToLower(s)
+	}
+	return NormalizeSaid(s)
+}
+
+// NormalizeSaid gives the one spelling of a name that a program said: in a
+// ClientHello or in a request. Servers compare its bytes, so that nothing is mapped
+// but the case of ASCII letters; a name with any other character is none.
+func NormalizeSaid(s string) (string, error) {
+	for i := range len(s) {
+		if 'A' <= s[i] && s[i] <= 'Z' {
+			s = strings.ToLower(s)
+			break
+		}
 	}
 	s = strings.TrimSuffix(s, ".")
 	if err := checkName(s); err != nil {

@@ -44,6 +44,15 @@ func TestANameHasOneSpelling(t *testing.T) {
 			t.Errorf("%q: got %q, %v; want %q", tt.in, got, err, tt.want)
 		}
 	}
+	for said, want := range map[string]string{
+		"example.com": "example.com", "EXAMPLE.com.": "example.com", "xn--bcher-kva.example": "xn--bcher-kva.example", "a_b.test": "a_b.test",
+		"ｅｘａｍｐｌｅ.com": "", "example。com": "", "example．com": "", "bücher.example": "", "\u212aelvin.test": "", "e\u00adxample.com": "", "\xff.com": "",
+		"": "", "127.0.0.1": "", "example.com:443": "", strings.Repeat("a.", 126) + "ab": "",
+	} {
+		if got, err := NormalizeSaid(said); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q, said: got %q, %v; want %q", said, got, err, want)
+		}
+	}
 	if n := testing.AllocsPerRun(100, func() { _, _ = NormalizeName("files.pythonhosted.org") }); n != 0 {
 		t.Errorf("%v allocations for a name that is normal already", n)
 	}

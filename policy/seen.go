@@ -1,6 +1,9 @@
 package policy
 
-import "fmt"
+import (
+	"fmt"
+	"net/netip"
+)
 
 // SeenKind says what the first bytes of a flow turned out to be.
 type SeenKind uint8
@@ -28,11 +31,28 @@ func (k SeenKind) String() string {
 // was read yet.
 type Seen struct {
 	Kind SeenKind
-	Name string // as NormalizeName gives it; empty if none was said, or none that is a name
-	ECH  bool   // the ClientHello carries an encrypted one, which may say another name
+	Name string // as NormalizeSaid gives it; empty if none was said, or none that is a name
+	// Nameless reports that the first bytes were read whole, are well formed, and say
+	// no name, though their protocol could. missingName: allow is about these alone:
+	// silence, opaque bytes and broken ones may be followed by any name.
+	Nameless bool
+	// Address is what a nameless flow said in a name's place. Any other than the one it
+	// goes to counts as a wrong name.
+	Address netip.Addr
+	ECH     bool // the ClientHello carries an encrypted one, which may say another name
 
 	// Of a request; the path as it was sent, without scheme and host.
 	Method, Path string
+	// Override reports that a field of the request asks servers to take it for another
+	// one: another method, path or host.
+	Override bool
+}
+
+func (s *Seen) isHTTP() bool { return s.Kind == SeenHTTP || s.Kind == SeenHTTP2 }
+
+// namelessAt reports whether a flow to dst said no name, and nothing in a name's place.
+func (s *Seen) namelessAt(dst netip.Addr) bool {
+	return s.Nameless && s.Name == "" && (!s.Address.IsValid() || s.Address.Unmap() == dst.Unmap())
 }
 
 // Verify says what must be read before a flow may be dialled.
@@ -64,6 +84,7 @@ const (
 	ReasonQUIC     Reason = "quic"            // the rule wants TCP instead
 	ReasonNotHTTP  Reason = "not-http"        // the rule judges requests, and this is none
 	ReasonRequest  Reason = "http-request"    // the rule does not list this method and path
+	ReasonOverride Reason = "override-field"  // a field of the request asks servers to take it for another one
 	ReasonPrivate  Reason = "private-address" // the name resolves to a private address, which the rule does not want
 	ReasonUnread   Reason = "unread"          // not yet: the first bytes were not read
 )

@@ -85,7 +85,7 @@ type suggester struct {
 // said is the name that a flow said, if it is one that the address is granted
 // under.
 func (f *Observed) said() string {
-	if n, err := NormalizeName(f.Said); err == nil && slices.Contains(f.Names, n) {
+	if n, err := NormalizeSaid(f.Said); err == nil && slices.Contains(f.Names, n) {
 		return n
 	}
 	return ""

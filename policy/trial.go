@@ -84,11 +84,11 @@ func (t Trial) Run(p *Policy, env Environment) (*TrialResult, error) {
 
 // seen makes up the first bytes of the flow.
 func (t Trial) seen(verify Verify, name string, out *TrialResult) (Seen, error) {
-	s := Seen{Kind: SeenTLS, Name: name}
+	s := Seen{Kind: SeenTLS, Name: name, Nameless: name == ""}
 	if t.Said != nil {
-		s.Name = ""
+		s.Name, s.Nameless = "", *t.Said == ""
 		if *t.Said != "" {
-			n, err := NormalizeName(*t.Said)
+			n, err := NormalizeSaid(*t.Said)
 			if err != nil {
 				return s, fmt.Errorf("the name in the first bytes: %w", err)
 			}

@@ -95,7 +95,9 @@ func (w twin) byName(i int, q Query, a netip.Addr) twinMatch {
 	case q.Seen.Kind == SeenNone:
 		return twinMatch{some, some && !free && !(deny && every)}
 	case said == "":
-		return twinMatch{hit: some && (deny || free || r.MissingName == "allow")}
+		here := !q.Seen.Address.IsValid() || q.Seen.Address == q.Dst.Addr().Unmap()
+		nameless := q.Seen.Nameless && here && (!q.Seen.ECH || r.ECH == "allow")
+		return twinMatch{hit: some && (deny || free || nameless && r.MissingName == "allow")}
 	case free && some:
 		return twinMatch{hit: true}
 	case !twinMatches(r, said):
@@ -135,12 +137,14 @@ func (w twin) says(i int, r Rule, q Query, m twinMatch) twinVerdict {
 			return refused(ReasonNotHTTP)
 		case !ok:
 			return refused(ReasonRequest)
+		case q.Seen.Override:
+			return refused(ReasonOverride)
 		}
 		v.requests = true
 	case m.hit && q.Seen.Method == "CONNECT":
 		return refused(ReasonRequest)
 	case m.hit:
-		v.requests = isHTTP && twinMatches(r, q.Seen.Name) && slices.Contains(twinGranted(q), q.Seen.Name)
+		v.requests = isHTTP
 	}
 	return v
 }
@@ -261,10 +265,13 @@ func (d dice) seen() Seen {
 	s := Seen{Kind: SeenKind(1 + d(6))}
 	if d(4) != 0 {
 		s.Name = twinNames[d(len(twinNames))]
+	} else if s.Nameless = d(3) != 0; s.Nameless && d(3) == 0 {
+		s.Address = d.addr().Unmap().WithZone("")
 	}
 	switch s.Kind {
 	case SeenHTTP, SeenHTTP2:
 		s.Method, s.Path = []string{"GET", "POST", "CONNECT"}[d(3)], []string{"/a", "/b"}[d(2)]
+		s.Override = d(4) == 0
 	case SeenTLS, SeenQUIC:
 		s.ECH = d(3) == 0
 	}

@@ -173,6 +173,11 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 			break
 		}
 	}
+	for i := range rules[:decided] {
+		if named && q.Seen.isHTTP() && v.action == Allow && w.candidate(i, q, a) {
+			v.requests = true // the next one may be one that this rule decides
+		}
+	}
 	if v.action == Allow && !q.Ingress && w.around(rules, decided, q, a, byName.hit) != "" {
 		v = twinVerdict{action: w.deny(), rule: w.around(rules, decided, q, a, byName.hit)}
 	}

@@ -7,30 +7,36 @@ package sniff
 // extensions are refused, as nothing legitimate sends them and servers differ.
 type Body struct {
 	state bodyState
-	left  int64 // of the content, the chunk, or the trailer
-	digit int   // of the chunk's size
+	left  int64                // of the content, the chunk, or the trailer
+	digit int                  // of the chunk's size
+	name  [maxTrailerName]byte // of the trailer's field, so far
+	named int                  // its length
 }
 
 type bodyState uint8
 
 const (
-	bodyDone      bodyState = iota
-	bodyFixed               // left bytes
-	bodyOpen                // until the stream ends
-	chunkSize               // in the digits of a size
-	chunkSizeLF             // before its LF
-	chunkData               // left bytes
-	chunkDataCR             // before the CR behind them
-	chunkDataLF             // before its LF
-	chunkTrailer            // at the start of a line behind the last chunk
-	chunkInTrail            // within such a line
-	chunkTrailLF            // before the LF of such a line
-	chunkEndingLF           // before the LF of the empty line
+	bodyDone       bodyState = iota
+	bodyFixed                // left bytes
+	bodyOpen                 // until the stream ends
+	chunkSize                // in the digits of a size
+	chunkSizeLF              // before its LF
+	chunkData                // left bytes
+	chunkDataCR              // before the CR behind them
+	chunkDataLF              // before its LF
+	chunkTrailer             // at the start of a line behind the last chunk
+	chunkTrailName           // within the name that such a line begins with
+	chunkInTrail             // within its value
+	chunkTrailLF             // before the LF of such a line
+	chunkEndingLF            // before the LF of the empty line
 	bodyBad
 )
 
-// maxTrailer bounds what follows the last chunk.
-const maxTrailer = 4 << 10
+// maxTrailer bounds what follows the last chunk, and maxTrailerName the name of a field there.
+const (
+	maxTrailer     = 4 << 10
+	maxTrailerName = 64
+)
 
 // Done tells that the body has ended.
 func (b *Body) Done() bool { return b.state == bodyDone }
@@ -99,6 +105,16 @@ func (b *Body) step(c byte) {
 		case c == '\r':
 			next = chunkEndingLF
 		case tokenByte(c):
+			b.name[0], b.named = c, 1
+			next = chunkTrailName
+		}
+	case chunkTrailName:
+		switch {
+		case tokenByte(c) && b.named < len(b.name):
+			b.name[b.named] = c
+			b.named++
+			next = chunkTrailName
+		case c == ':' && mayTrail(string(b.name[:b.named])):
 			next = chunkInTrail
 		}
 	case chunkInTrail:
@@ -117,7 +133,7 @@ func (b *Body) step(c byte) {
 			next = bodyDone
 		}
 	}
-	if next == chunkTrailer || next == chunkInTrail {
+	if next == chunkTrailer || next == chunkTrailName || next == chunkInTrail {
 		if b.left--; b.left < 0 {
 			next = bodyBad
 		}

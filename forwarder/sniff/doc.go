@@ -45,8 +45,9 @@ type Seen struct {
 	// ECH tells that the ClientHello carries an encrypted one, whose name nobody sees.
 	// Browsers send the extension with random content too (RFC 9849, section 6.2).
 	ECH bool
-	// Method and Path are of the first HTTP request, as in Request.
+	// Method, Path and Override are of the first HTTP request, as in Request.
 	Method, Path string
+	Override     bool
 	// Stream and GRPC are of the first HTTP/2 request, as in StreamRequest.
 	Stream uint32
 	GRPC   bool

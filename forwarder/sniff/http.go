@@ -27,7 +27,9 @@ type Request struct {
 	// of the server, empty for CONNECT.
 	Path    string
 	Upgrade bool // it asks for another protocol on this connection
-	Body    Body // what follows the head
+	// Override reports that a field asks for another method, path or host.
+	Override bool
+	Body     Body // what follows the head
 }
 
 // firstRequest is ParseHead for bytes that may be no HTTP at all.
@@ -36,7 +38,7 @@ func firstRequest(p []byte) (Seen, int, error) {
 		return Seen{Kind: Opaque}, 0, nil
 	}
 	r, n, err := ParseHead(p)
-	seen := Seen{Kind: HTTP, Name: r.Name, Method: r.Method, Path: r.Path}
+	seen := Seen{Kind: HTTP, Name: r.Name, Method: r.Method, Path: r.Path, Override: r.Override}
 	if err == nil && n == 0 {
 		return seen, len(p) + untilEnd(p), nil
 	}
@@ -177,7 +179,7 @@ type fields struct {
 	host, length, coding string
 	hosts, lengths       int
 	codings              int
-	upgrade              bool
+	upgrade, override    bool
 }
 
 // add reads one field line. It reports whether it can be read in one way only.
@@ -187,8 +189,7 @@ func (f *fields) add(line []byte) bool {
 		return false
 	}
 	v := strings.Trim(string(value), " \t")
-	// Gateways to CGI and its kin take '_' for '-'.
-	folded := strings.ReplaceAll(strings.ToLower(string(name)), "_", "-")
+	folded := fold(string(name))
 	switch folded {
 	case "host":
 		f.hosts++
@@ -206,9 +207,10 @@ func (f *fields) add(line []byte) bool {
 			f.upgrade = f.upgrade || strings.Trim(option, " \t") == "upgrade"
 		}
 	default:
+		f.override = f.override || overrides(folded)
 		return true
 	}
-	return bytes.IndexByte(name, '_') < 0
+	return strings.EqualFold(folded, string(name))
 }
 
 // finish puts the pieces together.
@@ -216,7 +218,7 @@ func (r *Request) finish(target string, minor byte, f *fields) bool {
 	if f.hosts > 1 || f.hosts == 0 && minor > 0 || f.lengths > 1 || f.codings > 1 {
 		return false
 	}
-	r.Upgrade = f.upgrade
+	r.Upgrade, r.Override = f.upgrade, f.override
 	host, ok := hostOf(f.host)
 	if !ok && f.host != "" {
 		return false

@@ -243,7 +243,7 @@ func firstStream(p []byte) (Seen, int, error) {
 		case need > 0:
 			return seen, off + need, nil
 		case fr.Fields:
-			seen.Name, seen.Method, seen.Path = req.Name, req.Method, req.Path
+			seen.Name, seen.Method, seen.Path, seen.Override = req.Name, req.Method, req.Path, req.Override
 			seen.Stream, seen.GRPC = req.Stream, req.GRPC
 			return seen, 0, nil
 		}

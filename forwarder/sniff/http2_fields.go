@@ -37,18 +37,21 @@ type StreamRequest struct {
 	// Path is as it was sent, without its query: "*" for an OPTIONS of the server, empty
 	// for CONNECT.
 	Path    string
-	Upgrade bool  // it asks for another protocol on its stream (RFC 8441)
-	GRPC    bool  // the answer is read as gRPC's
-	Length  int64 // of the content; -1: not said
+	Upgrade bool // it asks for another protocol on its stream (RFC 8441)
+	// Override reports that a field asks for another method, path or host.
+	Override bool
+	GRPC     bool  // the answer is read as gRPC's
+	Length   int64 // of the content; -1: not said
 }
 
 // fieldList collects the fields of one block.
 type fieldList struct {
-	values  map[string]string // those of interest
-	size    int
-	regular bool // a field came that is no pseudo-header
-	pseudo  bool
-	bad     bool
+	values   map[string]string // those of interest
+	size     int
+	regular  bool // a field came that is no pseudo-header
+	pseudo   bool
+	override bool
+	bad      bool
 }
 
 func (l *fieldList) reset() {
@@ -88,19 +91,14 @@ func (l *fieldList) add(f hpack.HeaderField) {
 	if f.Name == "" {
 		l.bad = true
 	}
-	underscored := false
 	for _, c := range []byte(f.Name) {
 		l.bad = l.bad || !tokenByte(c) || 'A' <= c && c <= 'Z'
-		underscored = underscored || c == '_'
 	}
-	name := f.Name
-	if underscored {
-		// As in HTTP/1: gateways take '_' for '-'.
-		name = strings.ReplaceAll(name, "_", "-")
-	}
+	name := fold(f.Name)
+	l.override = l.override || overrides(name)
 	switch name {
 	case "host", "content-length":
-		l.bad = l.bad || underscored
+		l.bad = l.bad || name != f.Name
 		l.once(f)
 	case "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade":
 		l.bad = true
@@ -130,7 +128,7 @@ func (l *fieldList) finish(r *StreamRequest, again bool) bool {
 	length, sized := l.values["content-length"]
 	if again {
 		r.Trailers = true
-		return r.End && !l.pseudo && !hosted && !sized
+		return r.End && !l.pseudo && !hosted && !sized && !l.override
 	}
 	authority, named := l.values[":authority"]
 	if !named {
@@ -145,7 +143,7 @@ func (l *fieldList) finish(r *StreamRequest, again bool) bool {
 		}
 		r.Name = name
 	}
-	r.Length = -1
+	r.Length, r.Override = -1, l.override
 	if sized {
 		n, ok := decimal(length)
 		if !ok {

@@ -36,9 +36,10 @@ func (r *Responses) Expect(method string) {
 // Idle tells that every request was answered.
 func (r *Responses) Idle() bool { return !r.waiting }
 
-// Tunnel tells that the connection is no longer HTTP: CONNECT was accepted, or 101 sent.
+// Tunnel tells that the connection is no longer HTTP: CONNECT was accepted. A 101 makes none,
+// as no request that asks for another protocol is passed on: whoever sends it is not understood.
 func (r *Responses) Tunnel() bool {
-	return r.waiting && r.inBody && (r.status == 101 || r.connect && r.status/100 == 2)
+	return r.waiting && r.inBody && r.connect && r.status/100 == 2
 }
 
 // Feed takes in what the server sent.

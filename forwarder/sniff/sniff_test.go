@@ -110,6 +110,10 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 		{"with an encrypted one inside", withExtension(sni, extEncryptedHelo, []byte{0}), Seen{Kind: TLS, Name: "example.com", ECH: true}, nil},
 		{"with two server_name extensions", withExtension(sni, extServerName, list), Seen{Kind: TLS, Name: "example.com"}, ErrMalformed},
 		{"with two names in one extension", withExtension(hello(t, "192.0.2.1", nil), extServerName, two), Seen{Kind: TLS}, ErrMalformed},
+		{"with a name in full-width letters", hello(t, "ｅxample.com", nil), Seen{Kind: TLS}, ErrMalformed},
+		{"with an ideographic full stop for a dot", hello(t, "example。com", nil), Seen{Kind: TLS}, ErrMalformed},
+		{"with a dot at the name's end", withExtension(hello(t, "192.0.2.1", nil), extServerName, append([]byte{0, 15, 0, 0, 12}, "example.com."...)), Seen{Kind: TLS}, ErrMalformed},
+		{"with a blank in the name", withExtension(hello(t, "192.0.2.1", nil), extServerName, append([]byte{0, 14, 0, 0, 11}, "example com"...)), Seen{Kind: TLS}, ErrMalformed},
 		{"with bytes of another message behind it", append(append([]byte(nil), sni[:3]...), append(binary.BigEndian.AppendUint16(nil, uint16(len(sni)-5+1)), append(append([]byte(nil), sni[5:]...), 0)...)...), Seen{Kind: TLS}, ErrMalformed},
 		{"of a length that nobody sends", []byte{22, 3, 1, 0, 4, 1, 1, 0, 0}, Seen{Kind: TLS}, ErrTooLong},
 		{"that ends in an alert", append(records(sni, 100)[:105], append([]byte{21, 3, 1, 0, 2, 1, 0}, sni...)...), Seen{Kind: TLS}, ErrMalformed},
@@ -246,6 +250,8 @@ func TestRequestHeads(t *testing.T) {
 		"a coding in HTTP/1.0":              "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
 		"an underscore for a dash":          "POST / HTTP/1.1\r\nHost: a\r\nTransfer_Encoding: chunked\r\n\r\n",
 		"more fields than anybody sends":    "GET / HTTP/1.1\r\nHost: a\r\n" + strings.Repeat("X: y\r\n", maxFields) + "\r\n",
+		"a dot for a dash":                  "POST / HTTP/1.1\r\nHost: a\r\nTransfer.Encoding: chunked\r\n\r\n",
+		"a host in full-width letters":      "GET / HTTP/1.1\r\nHost: ａ.example\r\n\r\n",
 		"a tunnel to a path":                "CONNECT /x HTTP/1.1" + ok,
 		"a name that is longer than a name": "GET / HTTP/1.1\r\nHost: " + strings.Repeat("a", 256) + "\r\n\r\n",
 	} {
@@ -319,6 +325,10 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 		{"with two lengths", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", false},
 		{"with bare LFs", "GET", "HTTP/1.1 200 OK\nContent-Length: 2\n\nok", true},
 		{"in another language", "GET", "ICY 200 OK\r\nContent-Length: 2\r\n\r\nok", false},
+		{"with another protocol that nobody asked for", "GET", "HTTP/1.1 101 Switching Protocols\r\n\r\n", false},
+		{"with a tunnel that nobody asked for", "GET", "HTTP/1.1 200 Connection established\r\n\r\n", false},
+		{"with another protocol instead of a tunnel", "CONNECT", "HTTP/1.1 101 Switching Protocols\r\n\r\n", false},
+		{"with a refusal of a tunnel", "CONNECT", "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", true},
 		{"with a head without end", "GET", "HTTP/1.1 200 OK\r\n" + strings.Repeat("X: y\r\n", maxAnswerHead/5), false},
 	} {
 		for _, step := range []int{1, 5, 1 << 20} {
@@ -335,12 +345,44 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 			}
 		}
 	}
-	for method, answer := range map[string]string{"CONNECT": "HTTP/1.1 200 OK\r\n\r\n", "GET": "HTTP/1.1 101 Switching Protocols\r\n\r\n"} {
-		var r Responses
-		r.Expect(method)
-		r.Feed([]byte(answer))
-		if !r.Tunnel() {
-			t.Errorf("%s answered with %q is no tunnel", method, answer)
+	var r Responses
+	r.Feed([]byte("HTTP/1.1 200 OK\r\n\r\n"))
+	if r.Tunnel() || !r.Idle() {
+		t.Error("an answer to no request is taken for one")
+	}
+	r.Expect("CONNECT")
+	if r.Feed([]byte("HTTP/1.1 200 OK\r\n\r\n")); !r.Tunnel() {
+		t.Error("CONNECT that was accepted is no tunnel")
+	}
+}
+
+func TestFieldsThatOverrideARequest(t *testing.T) {
+	for name, override := range map[string]bool{
+		"X-Original-URL": true, "x-rewrite-url": true, "X_Original_URL": true, "X-HTTP-Method-Override": true, "X.Http.Method_Override": true, "X-HTTP-Method": true,
+		"X-Method-Override": true, "X-Forwarded-Host": true, "X-Forwarded-Prefix": true, "X-Forwarded-URI": true, "X-Forwarded-Server": true, "Forwarded": true, "X-Host": true,
+		"X-Original-Host": true, "X-HTTP-Host-Override": true, "_method": true, "X-Envoy-Original-Path": true, "X-Original-Method": true,
+		"X-Forwarded-For": false, "X-Forwarded-Proto": false, "X-Requested-With": false, "X-Real-IP": false, "Accept": false, "Origin": false, "Referer": false, "X-Request-ID": false,
+	} {
+		r, n, err := ParseHead([]byte("GET /open HTTP/1.1\r\nHost: a.example\r\n" + name + ": /secret\r\n\r\n"))
+		if err != nil || n == 0 || r.Override != override {
+			t.Errorf("%s: override %v, %v; want %v", name, r.Override, err, override)
+		}
+		lower := strings.ToLower(name)
+		for what, fields := range map[string][]string{"literal": {lower, "/secret"}, "and again, from the table": {lower, "/a", lower, "/secret"}} {
+			s, _, err := feed(t, h2(nil, headers(append([]string{":method", "GET", ":scheme", "http", ":authority", "a.example", ":path", "/open"}, fields...)...)))
+			if err != nil || s.Override != override {
+				t.Errorf("%s by HTTP/2, %s: %+v, %v; want %v", name, what, s, err, override)
+			}
+		}
+		b := Body{state: chunkSize}
+		if _, err := b.Scan([]byte("0\r\n" + name + ": /secret\r\n\r\n")); (err != nil) != override {
+			t.Errorf("%s in a trailer: %v", name, err)
+		}
+	}
+	for _, name := range []string{"Host", "hOST", "Content-Length", "content_length", "Transfer-Encoding", "Upgrade", "Connection", strings.Repeat("x", maxTrailerName+1), "no colon"} {
+		b := Body{state: chunkSize}
+		if _, err := b.Scan([]byte("0\r\n" + name + ": x\r\n\r\n")); !errors.Is(err, ErrMalformed) {
+			t.Errorf("%s in a trailer: %v", name, err)
 		}
 	}
 }

@@ -110,7 +110,7 @@ func (s *Seen) readHello(b []byte) error {
 			kind := list.uint(1)
 			name := list.vector(2)
 			if named || data.bad || len(data.b) > 0 || list.bad || len(list.b) > 0 ||
-				kind != nameTypeHost || len(name) == 0 || len(name) > maxNameLen {
+				kind != nameTypeHost || !isServerName(name) {
 				return ErrMalformed
 			}
 			named = true
@@ -120,6 +120,17 @@ func (s *Seen) readHello(b []byte) error {
 		}
 	}
 	return nil
+}
+
+// isServerName reports whether a name is as RFC 6066, section 3, wants it: ASCII, and without
+// a dot at its end. Servers disagree about the name that any other one stands for.
+func isServerName(name []byte) bool {
+	for _, c := range name {
+		if c <= ' ' || c >= 0x7f {
+			return false
+		}
+	}
+	return len(name) > 0 && len(name) <= maxNameLen && name[len(name)-1] != '.'
 }
 
 // cursor takes fields off the front of b. After an overrun everything it returns is
