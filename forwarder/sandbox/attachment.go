@@ -307,8 +307,8 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 
 	var server *controlServer
 	if m.listener != nil {
-		server = m.serverOn(m.listener, nil)
-	} else if server, err = m.listenControl(nil); err != nil {
+		server = m.serverOn(m.listener)
+	} else if server, err = m.listenControl(); err != nil {
 		return err
 	}
 	m.listener = server.l

@@ -29,15 +29,12 @@ type controlServer struct {
 
 // listenControl opens the control socket. The directory it is in is private;
 // that peers are checked one by one is the second lock on the door.
-//
-// sandbox is the user namespace whose processes are refused, or nil; the server
-// owns it.
-func (m *monitor) listenControl(sandbox *os.File) (*controlServer, error) {
+func (m *monitor) listenControl() (*controlServer, error) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: m.dir.Socket(), Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("open the control socket: %w", err)
 	}
-	s := m.serverOn(l, sandbox)
+	s := m.serverOn(l)
 	if err := os.Chmod(m.dir.Socket(), 0o600); err != nil {
 		s.close()
 		return nil, fmt.Errorf("protect the control socket: %w", err)
@@ -46,35 +43,12 @@ func (m *monitor) listenControl(sandbox *os.File) (*controlServer, error) {
 }
 
 // serverOn makes the server of a listener, and owns that.
-func (m *monitor) serverOn(l *net.UnixListener, sandbox *os.File) *controlServer {
+func (m *monitor) serverOn(l *net.UnixListener) *controlServer {
 	l.SetUnlinkOnClose(false) // the directory goes as a whole
-	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid(), sandbox: sandbox}, handle: m.handle, log: m.log}
+	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid()}, handle: m.handle, log: m.log}
 }
 
-// sandboxNamespace opens the guest's user namespace, or returns nil if that is
-// the monitor's own.
-func sandboxNamespace(pid int) (*os.File, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
-	if err != nil {
-		return nil, fmt.Errorf("identify the sandbox's user namespace: %w", err)
-	}
-	its, err := f.Stat()
-	if err == nil {
-		var own os.FileInfo
-		if own, err = os.Stat("/proc/self/ns/user"); err == nil && !os.SameFile(its, own) {
-			return f, nil
-		}
-	}
-	_ = f.Close()
-	return nil, err
-}
-
-func (s *controlServer) close() {
-	_ = s.l.Close()
-	if s.peers.sandbox != nil {
-		_ = s.peers.sandbox.Close()
-	}
-}
+func (s *controlServer) close() { _ = s.l.Close() }
 
 // serve accepts until ctx ends, and returns after its last goroutine has.
 func (s *controlServer) serve(ctx context.Context) {

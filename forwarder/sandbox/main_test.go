@@ -22,6 +22,8 @@ func TestMain(m *testing.M) {
 			os.Exit(fakeWorker(os.Args[2]))
 		case "test-rotate":
 			os.Exit(killedRotation(os.Args[2], os.Args[3]))
+		case "test-monitor":
+			os.Exit(fakeMonitor(os.Args[2]))
 		case "test-peer":
 			os.Exit(fakePeer(os.Args[2]))
 		}

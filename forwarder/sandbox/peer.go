@@ -1,133 +1,262 @@
 package sandbox
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"strconv"
+	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Who may use the control socket.
+// Who may use a control socket.
 //
-// The socket's directory is the caller's alone, and covered inside the sandbox.
-// Neither is relied on: each peer is asked for by the kernel's SO_PEERCRED. It
-// must be root or of the monitor's own uid, and a peer of that uid must not
-// live in the sandbox's user namespace or below it, because whoever is root in
-// there looks, to the host, like the caller. A peer whose namespace cannot be
-// read is refused.
+// The socket's directory is private, and covered in every sandbox. Neither is relied on:
+// root in a sandbox looks, to the host, like the sandbox's user, and root in a sandbox of
+// root's looks like root. So the kernel is asked where each peer lives:
+//
+//	uid                the monitor's own, or root's (SO_PEERCRED)
+//	network namespace  the monitor's own, whoever asks: the inside of every sandbox, pod
+//	                   and attachment is in another one
+//	user namespace     the monitor's own; a sandbox of `sluice run` is in one below
+//
+// An accepted unix socket belongs to the network namespace of the socket that connected
+// (unix_stream_connect in net/unix/af_unix.c), which SO_NETNS_COOKIE names without a
+// look at the peer. A sandbox can neither enter the monitor's network namespace nor make
+// a socket there: that takes CAP_SYS_ADMIN over it.
+//
+// Outer user namespaces. The kernel shows a process no user namespace above its own:
+// NS_GET_PARENT of one's own fails with EPERM, and so does a look at a process above.
+// Hence there is no walk: a peer that is not in the monitor's own user namespace is
+// refused, unless it is the host's root and the monitor an ordinary user of the host.
+// Then the peer's id maps, which anyone may read, must be those of the initial user
+// namespace.
+//
+// A process number may pass to another process. The peer is held by its pidfd
+// (SO_PEERPIDFD, Linux 6.5) while it is looked at; before that, the process that has the
+// number must hold the other end of the connection.
 
 var errPeer = errors.New("refused")
 
-// peerPolicy judges peers.
-type peerPolicy struct {
-	uid int
-	// sandbox is the user namespace of the guest; nil when the guest has the
-	// monitor's own (attached to a process of the host).
-	sandbox *os.File
-}
+// initialUserNS is the inode of the initial user namespace (PROC_USER_INIT_INO in
+// linux/proc_ns.h), and part of the kernel's user interface since nsfs exists.
+const initialUserNS = 0xEFFFFFFD
+
+// peerPolicy judges the peers of a monitor that runs as uid.
+type peerPolicy struct{ uid int }
 
 // check refuses a peer that may not control the sandbox.
 func (p peerPolicy) check(c *net.UnixConn) error {
-	cred, pidfd, err := peerCred(c)
-	if err != nil {
-		return fmt.Errorf("%w: peer credentials: %v", errPeer, err)
-	}
-	if pidfd >= 0 {
-		defer unix.Close(pidfd)
-	}
-	if cred.Uid == 0 && p.uid != 0 {
-		// The host's root, and not the sandbox's: no user but root can have 0
-		// mapped into a namespace.
-		return nil
-	}
-	if int(cred.Uid) != p.uid {
-		return fmt.Errorf("%w: uid %d does not own this sandbox", errPeer, cred.Uid)
-	}
-	if p.sandbox == nil {
-		return nil
-	}
-	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", cred.Pid))
-	if err != nil {
-		return fmt.Errorf("%w: cannot tell where the peer lives: %v", errPeer, err)
-	}
-	defer ns.Close()
-	// The number in cred may have passed to another process meanwhile; not if
-	// the peer is alive still.
-	if pidfd >= 0 && !processAlive(pidfd) {
-		return fmt.Errorf("%w: the peer is gone", errPeer)
-	}
-	return p.outside(ns)
-}
-
-// outside walks from a user namespace to its ancestors until it meets the
-// monitor's own. Meeting the sandbox's first, or leaving the tree below the
-// monitor, is a refusal.
-func (p peerPolicy) outside(ns *os.File) error {
-	own, err := os.Stat("/proc/self/ns/user")
-	if err != nil {
-		return fmt.Errorf("%w: %v", errPeer, err)
-	}
-	sandbox, err := p.sandbox.Stat()
-	if err != nil {
-		return fmt.Errorf("%w: %v", errPeer, err)
-	}
-	at := ns
-	// The kernel nests user namespaces 32 deep at most.
-	for range 33 {
-		fi, err := at.Stat()
-		if err != nil {
-			return fmt.Errorf("%w: %v", errPeer, err)
-		}
-		switch {
-		case os.SameFile(fi, sandbox):
-			return fmt.Errorf("%w: the peer is inside the sandbox", errPeer)
-		case os.SameFile(fi, own):
-			return nil
-		}
-		parent, err := parentNamespace(at)
-		if err != nil {
-			return fmt.Errorf("%w: the peer's user namespace is not the caller's: %v", errPeer, err)
-		}
-		defer parent.Close()
-		at = parent
-	}
-	return fmt.Errorf("%w: user namespaces nested too deep", errPeer)
-}
-
-func parentNamespace(ns *os.File) (*os.File, error) {
-	fd, err := unix.IoctlRetInt(int(ns.Fd()), unix.NS_GET_PARENT)
-	if err != nil {
-		return nil, err
-	}
-	unix.CloseOnExec(fd)
-	return os.NewFile(uintptr(fd), "user namespace"), nil
-}
-
-// peerCred returns the peer's credentials and, from Linux 6.5 on, its pidfd;
-// otherwise that is -1.
-func peerCred(c *net.UnixConn) (*unix.Ucred, int, error) {
 	rc, err := c.SyscallConn()
 	if err != nil {
-		return nil, -1, err
+		return refuse("peer: %v", err)
 	}
-	var cred *unix.Ucred
-	pidfd := -1
-	var cerr error
-	err = rc.Control(func(fd uintptr) {
-		if cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); cerr != nil {
-			return
+	var judged error
+	err = rc.Control(func(fd uintptr) { judged = p.judge(int(fd)) })
+	return errors.Join(err, judged)
+}
+
+func refuse(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{errPeer}, args...)...)
+}
+
+// judge is check by the connection's descriptor.
+func (p peerPolicy) judge(conn int) error {
+	cred, err := unix.GetsockoptUcred(conn, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return refuse("peer credentials: %v", err)
+	}
+	if int(cred.Uid) != p.uid && cred.Uid != 0 {
+		return refuse("uid %d does not own this sandbox", cred.Uid)
+	}
+	peer, err := openPeer(conn, int(cred.Pid))
+	if err != nil {
+		return refuse("cannot tell where the peer lives: %v", err)
+	}
+	defer peer.close()
+	switch same, err := peer.sharesNetwork(conn); {
+	case err != nil:
+		return refuse("cannot tell which network the peer is in: %v", err)
+	case !same:
+		return refuse("the peer is in another network namespace than this sandbox's monitor, as everything in a sandbox is")
+	}
+	var own unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/user", &own); err != nil {
+		return refuse("%v", err)
+	}
+	switch its, err := peer.namespace("user"); {
+	case err == nil && its.Dev == own.Dev && its.Ino == own.Ino:
+		return nil
+	case err == nil:
+		return refuse("the peer is in another user namespace than this sandbox's monitor, as what is in a sandbox is")
+	case cred.Uid == 0 && own.Ino == initialUserNS && peer.hasInitialMaps():
+		return nil
+	default:
+		return refuse("cannot tell where the peer lives: %v (ask as the user who started the sandbox)", err)
+	}
+}
+
+// peerProcess is the process at the other end of a connection, held by its directory of
+// /proc: once the process is gone that answers nothing, whoever has its number then.
+type peerProcess struct{ dir int }
+
+func (p peerProcess) close() { _ = unix.Close(p.dir) }
+
+// openPeer finds the process that connected. pid is its number in our PID namespace, 0
+// if it has none there.
+func openPeer(conn, pid int) (peerProcess, error) {
+	pidfd, err := unix.GetsockoptInt(conn, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	certain := err == nil
+	if errors.Is(err, unix.ENOPROTOOPT) && pid > 0 {
+		pidfd, err = unix.PidfdOpen(pid, 0)
+	}
+	if err != nil {
+		return peerProcess{}, fmt.Errorf("its process: %w", err)
+	}
+	defer unix.Close(pidfd)
+	// The mount at /proc may be another PID namespace's.
+	number, err := pidfdNumber(pidfd)
+	if err != nil {
+		return peerProcess{}, err
+	}
+	dir, err := unix.Open("/proc/"+strconv.Itoa(number), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return peerProcess{}, err
+	}
+	p := peerProcess{dir}
+	// Alive now, it had that number when the directory was opened.
+	if !processAlive(pidfd) {
+		err = errors.New("it is gone")
+	} else if !certain {
+		err = p.holdsOtherEnd(conn)
+	}
+	if err != nil {
+		p.close()
+		return peerProcess{}, err
+	}
+	return p, nil
+}
+
+// pidfdNumber is the number of a pidfd's process in the PID namespace that /proc shows.
+func pidfdNumber(pidfd int) (int, error) {
+	f, err := os.Open("/proc/self/fdinfo/" + strconv.Itoa(pidfd))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		if v, ok := strings.CutPrefix(sc.Text(), "Pid:"); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(v))
+			if err == nil && n <= 0 {
+				err = errors.New("its process is not among those that /proc shows")
+			}
+			return n, err
 		}
-		if n, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD); err == nil {
-			pidfd = n
-		}
-	})
-	return cred, pidfd, errors.Join(err, cerr)
+	}
+	return 0, errors.New("a pidfd without a process number")
 }
 
 func processAlive(pidfd int) bool {
 	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	n, err := unix.Poll(p, 0)
 	return err == nil && n == 0
+}
+
+// holdsOtherEnd makes sure that the process has the socket that conn is connected to.
+func (p peerProcess) holdsOtherEnd(conn int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(conn, &st); err != nil {
+		return err
+	}
+	all, err := netlink.UnixSocketDiagInfo()
+	if err != nil {
+		return fmt.Errorf("list the unix sockets: %w", err)
+	}
+	for _, s := range all {
+		if s.DiagMsg == nil || uint64(s.DiagMsg.INode) != st.Ino || s.Peer == nil {
+			continue
+		}
+		want := fmt.Sprintf("socket:[%d]", *s.Peer)
+		fds, err := p.readDir("fd")
+		if err != nil {
+			return err
+		}
+		buf := make([]byte, 64)
+		for _, fd := range fds {
+			if n, err := unix.Readlinkat(p.dir, "fd/"+fd, buf); err == nil && string(buf[:n]) == want {
+				return nil
+			}
+		}
+		break
+	}
+	return errors.New("its process number is somebody else's by now")
+}
+
+func (p peerProcess) readDir(name string) ([]string, error) {
+	f, err := p.open(name, unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+func (p peerProcess) open(name string, flags int) (*os.File, error) {
+	fd, err := unix.Openat(p.dir, name, unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// namespace identifies one of the process's namespaces.
+func (p peerProcess) namespace(kind string) (st unix.Stat_t, err error) {
+	err = unix.Fstatat(p.dir, "ns/"+kind, &st, 0)
+	return st, err
+}
+
+// sharesNetwork reports whether the connection was made in our own network namespace.
+func (p peerProcess) sharesNetwork(conn int) (bool, error) {
+	own, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(own)
+	theirs, err := unix.GetsockoptUint64(conn, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err == nil {
+		ours, err := unix.GetsockoptUint64(own, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		return ours == theirs, err
+	}
+	if !errors.Is(err, unix.ENOPROTOOPT) { // older than Linux 5.14
+		return false, err
+	}
+	its, err := p.namespace("net")
+	if err != nil {
+		return false, err
+	}
+	var st unix.Stat_t
+	err = unix.Stat("/proc/thread-self/ns/net", &st)
+	return st.Dev == its.Dev && st.Ino == its.Ino, err
+}
+
+// hasInitialMaps reports whether the process has the id maps of the initial user
+// namespace, seen from there: every id, as it is.
+func (p peerProcess) hasInitialMaps() bool {
+	for _, name := range []string{"uid_map", "gid_map"} {
+		f, err := p.open(name, 0)
+		if err != nil {
+			return false
+		}
+		text := make([]byte, 256)
+		n, _ := f.Read(text)
+		_ = f.Close()
+		if strings.Join(strings.Fields(string(text[:n])), " ") != "0 0 4294967295" {
+			return false
+		}
+	}
+	return true
 }

@@ -63,13 +63,40 @@ func startPeer(t *testing.T, socket string, attr *syscall.SysProcAttr, wrap ...s
 	return cmd, strings.TrimSpace(string(buf[:n]))
 }
 
-// inUserNamespace clones into a new one, where the caller is root.
-func inUserNamespace() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
+// inNamespaces clones into new ones; in a new user namespace the caller is root.
+func inNamespaces(flags uintptr) *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{Cloneflags: flags}
+	if flags&syscall.CLONE_NEWUSER != 0 {
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
 	}
+	return attr
+}
+
+// identity is inNamespaces with every id mapped to itself.
+func identity(flags uintptr) *syscall.SysProcAttr {
+	const all = 1<<32 - 1
+	attr := inNamespaces(flags)
+	attr.UidMappings = []syscall.SysProcIDMap{{Size: all}}
+	attr.GidMappings = []syscall.SysProcIDMap{{Size: all}}
+	return attr
+}
+
+// fakeMonitor serves at socket as whoever it runs as, until its standard input ends.
+func fakeMonitor(socket string) int {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err = errors.Join(err, os.Chmod(socket, 0o777)); err != nil {
+		fmt.Println("error:", err)
+		return 1
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); infoServer(l, peerPolicy{uid: os.Geteuid()}).serve(ctx) }()
+	fmt.Println("ready")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	cancel()
+	<-done
+	return 0
 }
 
 // serveInfo runs a control server that answers with its name.
@@ -78,50 +105,64 @@ func serveInfo(t *testing.T, peers peerPolicy) (socket string, log *logRing) {
 	socket = filepath.Join(shortDir(t), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	must(t, err)
-	log = newLogRing(time.Now, nil)
-	s := &controlServer{l: l, peers: peers, log: log}
+	s := infoServer(l, peers)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); s.serve(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	return socket, s.log
+}
+
+func infoServer(l *net.UnixListener, peers peerPolicy) *controlServer {
+	s := &controlServer{l: l, peers: peers, log: newLogRing(time.Now, nil)}
 	s.handle = func(_ context.Context, c *net.UnixConn, req api.Request) error {
 		if req.Method != api.MethodInfo {
 			return &api.Error{Code: api.CodeBadRequest, Message: "unknown method"}
 		}
 		return api.WriteResult(c, api.Info{Name: "served"})
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() { defer close(done); s.serve(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
-	return socket, log
+	return s
 }
 
-func TestPeersInsideTheSandboxAreRefused(t *testing.T) {
-	sandbox, line := startPeer(t, "-", inUserNamespace())
+func TestOnlyPeersOfTheMonitorsNamespacesAreServed(t *testing.T) {
+	sandbox, line := startPeer(t, "-", inNamespaces(syscall.CLONE_NEWUSER|syscall.CLONE_NEWNET))
 	if line != "ready" {
 		t.Skipf("user namespaces cannot be made here: %s", line)
 	}
-	ns, err := sandboxNamespace(sandbox.Process.Pid)
-	must(t, err)
-	if ns == nil {
-		t.Fatal("the sandbox's namespace was taken for our own")
-	}
-	socket, log := serveInfo(t, peerPolicy{uid: os.Geteuid(), sandbox: ns})
-
-	into := []string{"nsenter", "--preserve-credentials", "--user=/proc/" + fmt.Sprint(sandbox.Process.Pid) + "/ns/user"}
+	socket, log := serveInfo(t, peerPolicy{uid: os.Geteuid()})
+	const (
+		wrongUser    = "error: refused: the peer is in another user namespace"
+		wrongNetwork = "error: refused: the peer is in another network namespace"
+	)
+	of := func(kind string) string { return fmt.Sprintf("--%s=/proc/%d/ns/%s", kind, sandbox.Process.Pid, kind) }
+	refused := 0
 	for _, row := range []struct {
-		name string
-		attr *syscall.SysProcAttr
-		wrap []string
-		want string
+		name     string
+		rootOnly bool
+		attr     *syscall.SysProcAttr
+		wrap     []string
+		want     string
 	}{
-		{"our own namespace is served", nil, nil, "answer: served"},
-		{"a namespace of ours beside the sandbox's is served", inUserNamespace(), nil, "answer: served"},
-		{"the sandbox's namespace is refused", nil, into, "error: refused: the peer is inside the sandbox"},
-		{"a namespace made inside it is refused", nil, append(into, "unshare", "--user"), "error: refused: "},
+		{"our own namespaces are served", false, nil, nil, "answer: served"},
+		{"a sandbox is refused", false, nil, []string{"nsenter", "--preserve-credentials", of("user"), of("net")}, wrongNetwork},
+		{"a namespace made inside a sandbox is refused", false, nil, []string{"nsenter", "--preserve-credentials", of("user"), of("net"), "unshare", "--user"}, wrongNetwork},
+		{"root of a user namespace in our network is refused", false, inNamespaces(syscall.CLONE_NEWUSER), nil, wrongUser},
+		{"what shares our user namespace only, as an attached process or a pod does, is refused", true, inNamespaces(syscall.CLONE_NEWNET), nil, wrongNetwork},
+		{"a pod with all its namespaces is refused", true, inNamespaces(syscall.CLONE_NEWNET | syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC), nil, wrongNetwork},
+		{"root with every id mapped to itself, as in a sandbox of root's, is refused", true, identity(syscall.CLONE_NEWUSER), nil, wrongUser},
+		{"a process of another PID namespace is served", true, inNamespaces(syscall.CLONE_NEWPID), nil, "answer: served"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
+			if row.rootOnly && os.Geteuid() != 0 {
+				t.Skip("only root can make such a peer")
+			}
 			if len(row.wrap) > 0 {
 				if _, err := exec.LookPath(row.wrap[0]); err != nil {
 					t.Skip("no nsenter here")
 				}
+			}
+			if !strings.HasPrefix(row.want, "answer") {
+				refused++
 			}
 			if _, line := startPeer(t, socket, row.attr, row.wrap...); !strings.HasPrefix(line, row.want) {
 				t.Errorf("the peer was told %q, want %q", line, row.want)
@@ -129,8 +170,88 @@ func TestPeersInsideTheSandboxAreRefused(t *testing.T) {
 		})
 	}
 	lines, _ := log.last(0)
-	if len(lines) != 2 {
-		t.Errorf("%d refusals logged, want 2: %v", len(lines), lines)
+	if len(lines) != refused {
+		t.Errorf("%d refusals logged, want %d: %v", len(lines), refused, lines)
+	}
+}
+
+// Root of the host commands an ordinary user's sandbox; root in another sandbox, which to
+// that user's monitor has the same uid, does not. The monitor may look at neither.
+func TestAnOrdinaryUsersMonitorTellsRootFromRootInASandbox(t *testing.T) {
+	var st unix.Stat_t
+	must(t, unix.Stat("/proc/self/ns/user", &st))
+	if os.Geteuid() != 0 || st.Ino != initialUserNS {
+		t.Skip("only the host's root can be both")
+	}
+	dir := shortDir(t)
+	socket := filepath.Join(dir, "s")
+	must(t, os.Chown(dir, 12345, 12345))
+	for up := filepath.Dir(socket); strings.HasPrefix(up, os.TempDir()+"/"); up = filepath.Dir(up) {
+		must(t, os.Chmod(up, 0o755))
+	}
+	monitor := exec.Command(installed(t, 0o755), "test-monitor", socket)
+	monitor.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}, Pdeathsig: syscall.SIGKILL}
+	in, err := monitor.StdinPipe()
+	must(t, err)
+	out, err := monitor.StdoutPipe()
+	must(t, err)
+	must(t, monitor.Start())
+	t.Cleanup(func() { in.Close(); _ = monitor.Wait() })
+	buf := make([]byte, 64)
+	if n, err := out.Read(buf); err != nil || strings.TrimSpace(string(buf[:n])) != "ready" {
+		t.Fatalf("the monitor said %q, %v", buf[:n], err)
+	}
+	for _, row := range []struct {
+		name string
+		attr *syscall.SysProcAttr
+		want string
+	}{
+		{"the host's root", nil, "answer: served"},
+		{"root in a sandbox of root's", identity(syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET), "error: refused: the peer is in another network namespace"},
+		{"root in a pod", inNamespaces(syscall.CLONE_NEWNET | syscall.CLONE_NEWPID), "error: refused: the peer is in another network namespace"},
+		{"root alone in a user namespace", inNamespaces(syscall.CLONE_NEWUSER), "error: refused: cannot tell where the peer lives"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			if _, line := startPeer(t, socket, row.attr); !strings.HasPrefix(line, row.want) {
+				t.Errorf("the peer was told %q, want %q", line, row.want)
+			}
+		})
+	}
+}
+
+// Before Linux 6.5 a process number is all there is: it counts if that process has the
+// other end.
+func TestAProcessNumberThatPassedOnIsNoPeer(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(fds[0])
+	other, line := startPeer(t, "-", nil)
+	if line != "ready" {
+		t.Fatal(line)
+	}
+	for _, row := range []struct {
+		name string
+		pid  int
+		open bool
+		want string
+	}{
+		{"the process that has it", os.Getpid(), true, ""},
+		{"another process", other.Process.Pid, true, "somebody else's"},
+		{"nobody any more", os.Getpid(), false, "somebody else's"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			if !row.open {
+				unix.Close(fds[1])
+			}
+			dir, err := unix.Open(fmt.Sprintf("/proc/%d", row.pid), unix.O_PATH|unix.O_CLOEXEC, 0)
+			must(t, err)
+			p := peerProcess{dir}
+			defer p.close()
+			err = p.holdsOtherEnd(fds[0])
+			if got := fmt.Sprint(err); (err == nil) != (row.want == "") || !strings.Contains(got, row.want) {
+				t.Errorf("it says %v, want %q", err, row.want)
+			}
+		})
 	}
 }
 

@@ -101,7 +101,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 			m.early.kill()
 		}
 	}()
-	m.cfg.Guest.HideDirs = append(m.cfg.Guest.HideDirs, registry.path)
+	m.cfg.Guest.HideDirs = append(m.cfg.Guest.HideDirs, registry.registriesToHide()...)
 	start := m.cfg.Start
 	if start == nil {
 		start = guest.Start
@@ -115,11 +115,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	}
 	m.base.GuestPID = m.guest.PID()
 
-	inside, err := sandboxNamespace(m.guest.PID())
-	if err != nil {
-		return 0, err
-	}
-	server, err := m.listenControl(inside)
+	server, err := m.listenControl()
 	if err != nil {
 		return 0, err
 	}

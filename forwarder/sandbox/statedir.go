@@ -70,8 +70,12 @@ type Registry struct {
 	system *Registry
 }
 
-// systemDir is root's own runtime directory.
-const systemDir = "/run/sluice"
+const (
+	// systemDir is root's own runtime directory.
+	systemDir = "/run/sluice"
+	// tmpDir and a uid are the one of a user who has no session.
+	tmpDir = "/tmp/sluice-"
+)
 
 // OpenRegistry finds the caller's runtime directory, makes it if need be, and
 // checks that it is safe to use.
@@ -105,7 +109,33 @@ func runtimeDir(uid int, xdg string) string {
 	if uid == 0 {
 		return systemDir
 	}
-	return "/tmp/sluice-" + strconv.Itoa(uid)
+	return tmpDir + strconv.Itoa(uid)
+}
+
+// registryPatterns are where sandboxes keep their sockets and their records, whoever's
+// they are: runtimeDir's three places, and the CNI plugin's state.
+var registryPatterns = []string{systemDir, "/run/sluice-cni", "/run/user/[0-9]*/sluice", tmpDir + "[0-9]*"}
+
+// registriesToHide lists the registry directories there are that the caller could enter,
+// with r's own.
+func (r *Registry) registriesToHide() []string {
+	dirs := []string{r.path}
+	for _, pattern := range registryPatterns {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			continue // a pattern of ours is well formed
+		}
+		for _, dir := range found {
+			if id, ok := strings.CutPrefix(dir, tmpDir); ok && strings.Trim(id, "0123456789") != "" {
+				continue
+			}
+			fi, err := os.Lstat(dir)
+			if err == nil && fi.IsDir() && dir != r.path && (r.uid == 0 || ownerOf(fi) == r.uid) {
+				dirs = append(dirs, dir)
+			}
+		}
+	}
+	return dirs
 }
 
 func openRegistry(path string, uid int) (*Registry, error) {

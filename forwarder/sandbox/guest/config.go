@@ -32,7 +32,7 @@ type HostEntry struct {
 // Bounds on what a caller may ask for and on what a stage may send.
 const (
 	maxHostEntries  = 4096
-	maxHideDirs     = 64
+	maxHideDirs     = 4096
 	maxFiles        = 200 // descriptors handed to CMD; SCM_MAX_FD is 253
 	maxNameservers  = 16
 	maxConfigBytes  = 16 << 20
