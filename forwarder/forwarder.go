@@ -323,6 +323,7 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	}
 	f.set(r)
 	if f.outside != nil {
+		f.outside.retire()
 		f.outside.restore()
 	}
 	f.finish(f.ctx, f.revoke(r))

@@ -52,6 +52,7 @@ type outside struct {
 	sandbox outlet
 	// in and out are the queues of flows' packets, while their bandwidth is limited.
 	in, out shaper
+	ruled   []*ruleQueues // before them, of rules with bandwidth of their own; guarded by mu
 	frags   fragTable
 	replies tokenBucket // bounds resets and errors that are made here
 	n       outsideCounters
@@ -250,12 +251,18 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 
 // pass accounts for a packet of a flow and sends it on.
 func (o *outside) pass(fl *inboundFlow, d nat.Dir, pkt *stack.PacketBuffer, p *datum) reason {
-	way := &o.in
+	way, to := &o.in, &o.sandbox
 	if d == nat.Reply {
-		way = &o.out
+		way, to = &o.out, &o.in0
+	}
+	if limits := fl.shape.Load(); limits != nil {
+		q := o.queues(limits)
+		if way = &q.in; d == nat.Reply {
+			way = &q.out
+		}
 	}
 	restoreHop(p)
-	if !way.send(way.to.prepare(pkt, p), p.size) {
+	if !way.send(to.prepare(pkt, p), p.size) {
 		return o.n.bandwidth
 	}
 	fl.lease.Account(d, 1, int64(p.size))
@@ -298,6 +305,13 @@ func (o *outside) close() {
 	o.mu.Unlock()
 	for _, fl := range o.list() {
 		fl.end("stopped")
+	}
+	o.mu.RLock()
+	ruled := slices.Clone(o.ruled)
+	o.mu.RUnlock()
+	for _, q := range ruled {
+		q.in.close()
+		q.out.close()
 	}
 	o.in.close()
 	o.out.close()

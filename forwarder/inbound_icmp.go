@@ -33,10 +33,14 @@ func (o *outside) errorFromOutside(pkt *stack.PacketBuffer, p *datum) reason {
 // that and to nobody else.
 func (o *outside) errorFromSandbox(pkt *stack.PacketBuffer, p *datum) bool {
 	quoted, ok := p.quoted(pkt)
-	if !ok || quoted.Src().Addr() != p.dst || quoted.Dst().Addr() != p.src || o.lookup(quoted) == nil {
+	if !ok || quoted.Src().Addr() != p.dst || quoted.Dst().Addr() != p.src {
 		return false
 	}
-	if o.f.bandwidth.up.limited() && !o.f.bandwidth.up.admit(p.size, o.f.now()) {
+	fl := o.lookup(quoted)
+	if fl == nil {
+		return false
+	}
+	if !admitBoth(fl.ruleUp(), &o.f.bandwidth.up, p.size, o.f.now()) {
 		o.n.bandwidth.Add(1)
 		return true
 	}

@@ -5,8 +5,15 @@ package forwarder
 // dropped at the limit gets a fraction of it. So they wait here, in order, for as
 // long as a queue of queueSpan lasts, as a token bucket filter (tc-tbf(8)) has them
 // wait. What does not fit is dropped and counted.
+//
+// A rule with bandwidth of its own has queues of its own before the sandbox's, so that
+// its packets hold up nobody else's:
+//
+//	flow of a limited rule ──► the rule's queue ──┐
+//	flow of any other rule ───────────────────────┴─► the sandbox's queue ──► link
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,7 +32,8 @@ const (
 type shaper struct {
 	o      *outside
 	bucket *bucket
-	to     *outlet
+	next   *shaper // of a rule's queue: the sandbox's
+	to     *outlet // without next
 
 	waits atomic.Int32 // packets in the queue: none is overtaken when a limit goes
 
@@ -41,14 +49,12 @@ type shaper struct {
 // pkt.
 func (s *shaper) send(pkt *stack.PacketBuffer, size int) bool {
 	if !s.bucket.limited() && s.waits.Load() == 0 {
-		s.write(pkt)
-		return true
+		return s.write(pkt, size)
 	}
 	s.mu.Lock()
 	if s.first == len(s.queue) && s.bucket.admit(size, s.o.f.now()) {
 		s.mu.Unlock()
-		s.write(pkt)
-		return true
+		return s.write(pkt, size)
 	}
 	room := max(int(float64(s.bucket.rate.Load())*queueSpan.Seconds()), queueMin)
 	if s.closed || s.bytes+size > room {
@@ -70,7 +76,10 @@ func (s *shaper) send(pkt *stack.PacketBuffer, size int) bool {
 func (s *shaper) drain() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.timer = nil
+	if s.timer != nil {
+		s.timer.Stop()
+		s.timer = nil
+	}
 	if s.closed {
 		return
 	}
@@ -84,7 +93,9 @@ func (s *shaper) drain() {
 		s.queue[s.first] = nil
 		s.first++
 		s.bytes -= size
-		s.write(pkt) // under the lock: whoever comes now must come behind
+		if !s.write(pkt, size) { // under the lock: whoever comes now must come behind
+			s.o.n.bandwidth.Add(1)
+		}
 		s.waits.Add(-1)
 	}
 	if s.first == len(s.queue) {
@@ -96,11 +107,59 @@ func (s *shaper) drain() {
 	}
 }
 
-func (s *shaper) write(pkt *stack.PacketBuffer) {
+// write passes a packet on, and reports whether the next queue, if there is one, took it.
+func (s *shaper) write(pkt *stack.PacketBuffer, size int) bool {
+	if s.next != nil {
+		return s.next.send(pkt, size)
+	}
 	if !s.to.write(pkt) {
 		s.o.n.writeFailed.Add(1)
 	}
 	pkt.DecRef()
+	return true
+}
+
+// ruleQueues are those of one rule.
+type ruleQueues struct {
+	limits  *ruleLimits
+	in, out shaper
+}
+
+// queues returns those of a rule's flows, made on first use.
+func (o *outside) queues(l *ruleLimits) *ruleQueues {
+	if q := l.queues.Load(); q != nil {
+		return q
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if q := l.queues.Load(); q != nil {
+		return q
+	}
+	q := &ruleQueues{limits: l}
+	q.in = shaper{o: o, bucket: &l.down, next: &o.in, closed: o.closed}
+	q.out = shaper{o: o, bucket: &l.up, next: &o.out, closed: o.closed}
+	l.queues.Store(q)
+	o.ruled = append(o.ruled, q)
+	return q
+}
+
+// retire forgets the queues of rules that have no limits any more, and passes on what
+// waits in them. Nothing waits in them afterwards, since their buckets limit nothing.
+func (o *outside) retire() {
+	o.mu.Lock()
+	var gone []*ruleQueues
+	o.ruled = slices.DeleteFunc(o.ruled, func(q *ruleQueues) bool {
+		if o.f.limited.has(q.limits) {
+			return false
+		}
+		gone = append(gone, q)
+		return true
+	})
+	o.mu.Unlock()
+	for _, q := range gone {
+		q.in.drain()
+		q.out.drain()
+	}
 }
 
 // close drops what waits.

@@ -6,6 +6,7 @@ package forwarder
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sluice/nat"
@@ -16,6 +17,7 @@ import (
 type ruleLimits struct {
 	budget   nat.Budget
 	up, down bucket
+	queues   atomic.Pointer[ruleQueues] // of packets from outside; nil until there are any
 }
 
 func (l *ruleLimits) set(t *nat.Table, r policy.RuleLimits) {
@@ -64,6 +66,33 @@ func (l *limited) set(t *nat.Table, r *policy.Rules) {
 		gone.set(t, policy.RuleLimits{})
 	}
 	l.rules = rules
+}
+
+// has reports whether l are the limits of some rule in force.
+func (l *limited) has(of *ruleLimits) bool {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	for _, r := range l.rules {
+		if r == of {
+			return true
+		}
+	}
+	return false
+}
+
+// admitBoth reports whether a datagram of n bytes may pass by the rule, whose bucket may be
+// nil, and by the sandbox. What one refuses costs the other nothing.
+func admitBoth(rule, sandbox *bucket, n int, now time.Time) bool {
+	if rule != nil && !rule.admit(n, now) {
+		return false
+	}
+	if !sandbox.admit(n, now) {
+		if rule != nil {
+			rule.untake(n)
+		}
+		return false
+	}
+	return true
 }
 
 // take returns how many of want bytes may move now, by the rule, which may be nil, and by

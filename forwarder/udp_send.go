@@ -58,8 +58,7 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 		packets = (pkt.Data().Size() + mss - 1) / mss
 		bytes += (packets - 1) * (a.size - pkt.Data().Size())
 	}
-	up, rule := &d.f.bandwidth.up, fl.shape.Load()
-	if rule != nil && !rule.up.admit(bytes, d.f.now()) || up.limited() && !up.admit(bytes, d.f.now()) {
+	if up, rule := &d.f.bandwidth.up, fl.ruleUp(); (rule != nil || up.limited()) && !admitBoth(rule, up, bytes, d.f.now()) {
 		d.n.slowUp.drop(d.f, pkt)
 		return
 	}

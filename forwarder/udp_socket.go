@@ -306,8 +306,7 @@ func (fl *dgramFlow) admitDown(n int) bool {
 		d.n.refused.Add(1)
 		return false
 	}
-	down, rule := &d.f.bandwidth.down, fl.shape.Load()
-	if rule != nil && !rule.down.admit(n, d.f.now()) || down.limited() && !down.admit(n, d.f.now()) {
+	if down, rule := &d.f.bandwidth.down, fl.ruleDown(); (rule != nil || down.limited()) && !admitBoth(rule, down, n, d.f.now()) {
 		d.n.slowDown.Add(1)
 		return false
 	}
