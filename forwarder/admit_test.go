@@ -34,7 +34,12 @@ type lab struct {
 	begin func() bool
 	// again reports whether the flow that begin has begun still carries.
 	again func() bool
+	// wait is how long either waits for what it expects.
+	wait time.Duration
 }
+
+// expectNothing makes the lab wait no longer than silence is worth.
+func (l *lab) expectNothing() *lab { l.wait = 300 * time.Millisecond; return l }
 
 // kindsOfFlow are all of them, each in a lab of its own.
 var kindsOfFlow = []struct {
@@ -195,9 +200,10 @@ func labInboundTCP(client, pod netip.Addr) func(*testing.T, string, func(*Config
 // lab sends a packet on one side of the forwarder, and looks for one from addr, or with the
 // same contents, on the sandbox's.
 func (w *wire) lab(p func() packet, from *wire, addr netip.Addr) *lab {
-	carries := func() bool {
+	l := &lab{f: w.f, table: w.table, wait: 5 * time.Second}
+	l.begin = func() bool {
 		from.send(p())
-		deadline := time.Now().Add(500 * time.Millisecond)
+		deadline := time.Now().Add(l.wait)
 		for time.Now().Before(deadline) {
 			got, ok := w.tryRecv(time.Until(deadline))
 			if ok && got.src == addr && got.dst != client4 && (got.proto != protoICMP || got.l4[0] == echoReply4) && !isError(got) {
@@ -206,7 +212,8 @@ func (w *wire) lab(p func() packet, from *wire, addr netip.Addr) *lab {
 		}
 		return false
 	}
-	return &lab{f: w.f, table: w.table, begin: carries, again: carries}
+	l.again = l.begin
+	return l
 }
 
 // isError reports whether p is no more than the news that something was refused.
@@ -230,12 +237,14 @@ func labPublishedUDP(t *testing.T, text string, change func(*Config)) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	carries := func() bool {
+	l := &lab{f: w.f, table: w.table, wait: 5 * time.Second}
+	l.begin = func() bool {
 		_, _ = c.Write([]byte("ping"))
-		got, ok := w.tryRecv(500 * time.Millisecond)
+		got, ok := w.tryRecv(l.wait)
 		return ok && got.proto == protoUDP && !isError(got)
 	}
-	return &lab{f: w.f, table: w.table, begin: carries, again: carries}
+	l.again = l.begin
+	return l
 }
 
 // duringEntry calls f once, while the first flow is entered: after it was judged, before
@@ -256,7 +265,7 @@ func TestEveryKindOfFlowIsAskedAgainByRulesThatCameWhileItEntered(t *testing.T) 
 		t.Run(kind.name, func(t *testing.T) {
 			var l *lab
 			l = kind.lab(t, allowAll, duringEntry(func() { l.f.SetRules(compile(t, refuseAll)) }))
-			if l.begin() {
+			if l.expectNothing().begin() {
 				t.Error("a flow that was judged by the old rules began under the new ones")
 			}
 			eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
@@ -275,7 +284,7 @@ func TestEveryKindOfFlowIsCutByRulesThatRefuseIt(t *testing.T) {
 			if n := l.table.Len(); n != 0 {
 				t.Errorf("%d flows are left by rules that allow none", n)
 			}
-			if l.again() {
+			if l.expectNothing().again() {
 				t.Error("the flow goes on under rules that refuse it")
 			}
 		})
