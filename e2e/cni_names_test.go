@@ -216,6 +216,8 @@ func TestCNINames(t *testing.T) {
 		n.sluice(t, "upgrade", name)
 		answers("after an upgrade", far4)
 		n.sluice(t, "policy", "set", name, write(t, "open.yaml", "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: open}\nspec: {defaultAction: allow}\n"))
+		answers("every name by the gate", far4)
+		n.sluice(t, "policy", "set", name, write(t, "ungated.yaml", "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: ungated}\nspec: {defaultAction: allow, dns: {names: ungated}}\n"))
 		answers("by address again", other4)
 	})
 

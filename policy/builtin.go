@@ -2,7 +2,7 @@ package policy
 
 import "strings"
 
-// Builtin is the policy that holds where none was given. The zero value is the one of
+// Builtin is the policy that holds where none was given; it does not gate names. The zero value is the one of
 // `sluice run`: public addresses only, every client of a published port. (The host's
 // loopback is open too, once the Environment maps the gateway to it.) Refusals are
 // rejected at once, and their rule names the flag that would have opened the address.
@@ -34,6 +34,7 @@ func (b Builtin) Policy() *Policy {
 				{Name: "link-local", Action: Allow, To: []Peer{{Entity: EntityLinkLocal}}},
 			},
 			Ingress: []Rule{{Name: "any", Action: Allow}},
+			DNS:     DNS{Names: NamesUngated},
 		}
 		return p
 	}
@@ -49,6 +50,7 @@ func (b Builtin) Policy() *Policy {
 			{Name: "internet", Action: Allow, To: []Peer{{Entity: EntityWorld}}},
 		},
 		Ingress: []Rule{{Name: "published", Action: Allow}},
+		DNS:     DNS{Names: NamesUngated},
 	}
 	if !b.AllowPrivate {
 		// Entity world is whatever is not special, so the last rule refuses exactly the

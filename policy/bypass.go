@@ -9,12 +9,16 @@ import (
 
 // Where names are gated, flows that would resolve names past the gate are
 // refused, even by a policy that opens the internet: plain DNS on every
-// address, since the gate answers it all; DNS over TLS and QUIC, unless the
+// address, since the gate answers it all. Where some names may not be asked, or
+// rules by domain need to know who asked for which, so are DNS over TLS and QUIC, unless the
 // rule that allows lists their port by itself; and everything at public
 // resolvers (resolvers.go), unless that rule names the address, by a CIDR not
 // much wider than a site or by its exact domain.
 
 const (
+	// What lets a name be asked that no rule settles.
+	ruleAnyName = "builtin:any-name"
+
 	rulePlainDNS   = "builtin:dns"
 	ruleDNSOverTLS = "builtin:dns-over-tls"
 	ruleDoH        = "builtin:dns-over-https"
@@ -28,13 +32,19 @@ func (r *Rules) plainDNS(q *Query) bool {
 	return r.GatesNames() && !q.Ingress && carriesDNS(q.Proto) && q.Dst.Port() == portDNS
 }
 
+// hidesNames reports whether a resolver other than the gate could tell the sandbox
+// more than the gate does.
+func (r *Rules) hidesNames() bool {
+	return r.GatesNames() && (r.domains.any || !r.everyName().Allowed)
+}
+
 func carriesDNS(proto uint8) bool { return proto == uint8(TCP) || proto == uint8(UDP) }
 
 // bypass gives the name under which an allowed flow is refused after all, or
 // nothing. info is the rule that allowed it, nil for the default.
 func (j *judgement) bypass(peer netip.Addr, info *ruleInfo, m match) string {
 	q := j.query
-	if q.Ingress || !carriesDNS(q.Proto) || !j.rules.GatesNames() {
+	if q.Ingress || !carriesDNS(q.Proto) || !j.rules.hidesNames() {
 		return ""
 	}
 	if q.Dst.Port() == portDNSOverTLS && (info == nil || !info.listsDNSOverTLS) {

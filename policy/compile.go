@@ -39,6 +39,8 @@ var (
 	ErrTooManyPieces = fmt.Errorf("more than %d combinations of address and port ranges: put rules that share addresses together, or use wider port ranges", MaxPieces)
 )
 
+var errUngated = errors.New("dns: names are ungated, and rules by domain need the gate: say names: any, or leave it out")
+
 type table struct {
 	trie  bart.Table[int32] // range → node; holds 0.0.0.0/0 and ::/0, so it answers for every address
 	nodes []node
@@ -117,6 +119,12 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
+	}
+	if r.domains.any && !r.GatesNames() {
+		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, errUngated)
+	}
+	if r.dns.Names == NamesAny {
+		r.domains.everyName = r.domains.everyAllowed
 	}
 	r.ruleLimits = make(map[string]RuleLimits)
 	for i, rule := range p.Spec.Egress {

@@ -49,7 +49,7 @@ func Diff(before, after *Policy, env Environment) ([]Change, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := diffSettings(before, after)
+	out := append(diffSettings(before, after), diffNames(a, b)...)
 	for _, ingress := range []bool{false, true} {
 		d := differ{ingress: ingress}
 		d.sides[0] = side{rules: a, table: a.egress, list: before.Spec.Egress}
@@ -337,6 +337,29 @@ func (d *differ) domains() []Change {
 		}
 	}
 	return out
+}
+
+// diffNames compares what becomes of a question for a name that is in no rule.
+func diffNames(a, b *Rules) []Change {
+	outcomeOf := func(r *Rules) outcome {
+		v := NameVerdict{Rule: "no gate", Allowed: true}
+		if r.GatesNames() {
+			v = r.everyName()
+		}
+		if v.Allowed {
+			return outcome{action: Allow, rule: v.Rule}
+		}
+		return outcome{action: r.deny, rule: v.Rule}
+	}
+	x, y := outcomeOf(a), outcomeOf(b)
+	kind := Closes
+	switch {
+	case (x.action == Allow) == (y.action == Allow):
+		return nil
+	case y.action == Allow:
+		kind = Opens
+	}
+	return []Change{{Kind: kind, Direction: "egress", To: []string{"names that no rule lists"}, Ports: []string{"DNS"}, Before: x.String(), After: y.String()}}
 }
 
 // diffSettings compares what is not rules.

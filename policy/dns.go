@@ -20,12 +20,24 @@ const (
 
 var refusals = []Refusal{RefuseNXDOMAIN, RefuseREFUSED, RefuseDrop}
 
-// DNS is how names are resolved for a policy that has rules by name.
+// NamesMode says which names the sandbox may ask for, beyond those of the rules.
+type NamesMode string
+
+const (
+	NamesByRules NamesMode = ""        // those that a rule allows, and no other
+	NamesAny     NamesMode = "any"     // every name that no rule by domain refuses
+	NamesUngated NamesMode = "ungated" // the gate is off: questions pass as they are, and no rule is by domain
+)
+
+var namesModes = []NamesMode{NamesAny, NamesUngated}
+
+// DNS is how names are resolved under a policy.
 type DNS struct {
-	Refusal  Refusal  `json:"refusal,omitempty"`
-	Types    []string `json:"types,omitempty"` // query types, as DNS spells them
-	TTLFloor Duration `json:"ttlFloor,omitempty"`
-	TTLCap   Duration `json:"ttlCap,omitempty"`
+	Names    NamesMode `json:"names,omitempty"`
+	Refusal  Refusal   `json:"refusal,omitempty"`
+	Types    []string  `json:"types,omitempty"` // query types, as DNS spells them
+	TTLFloor Duration  `json:"ttlFloor,omitempty"`
+	TTLCap   Duration  `json:"ttlCap,omitempty"`
 
 	// Of names under a wildcard, which the sandbox makes up: bounds of the part that the
 	// wildcard stands for.
@@ -88,6 +100,9 @@ func (d DNS) orDefaults() DNS {
 }
 
 func (d DNS) check() error {
+	if d.Names != NamesByRules && !slices.Contains(namesModes, d.Names) {
+		return fmt.Errorf("dns: unknown names %q", string(d.Names))
+	}
 	if d.Refusal != "" && !slices.Contains(refusals, d.Refusal) {
 		return fmt.Errorf("dns: unknown refusal %q", string(d.Refusal))
 	}
@@ -137,9 +152,26 @@ type NameVerdict struct {
 	ECH     bool    // answers may tell how to encrypt a ClientHello
 }
 
-// GatesNames reports whether any egress rule matches by name. If none does,
-// every name may be asked.
-func (r *Rules) GatesNames() bool { return r != nil && r.domains != nil && r.domains.any }
+// GatesNames reports whether names are gated: questions are answered by the gate,
+// which asks only for names that DecideName allows. Every policy gates them that
+// does not say names: ungated; so does the absence of a policy.
+func (r *Rules) GatesNames() bool { return r == nil || r.dns.Names != NamesUngated }
+
+// OpensNames reports whether any name at all may be asked.
+func (r *Rules) OpensNames() bool {
+	return r != nil && r.egress != nil && (r.everyName().Allowed || r.audit || r.domains.allowed)
+}
+
+// everyName decides about a name that no rule by domain matches.
+func (r *Rules) everyName() NameVerdict {
+	switch i := r.domains.everyName; {
+	case i != noRule:
+		return NameVerdict{Rule: r.egress.rules[i].name, Allowed: r.egress.rules[i].action == Allow}
+	case r.dns.Names == NamesAny:
+		return NameVerdict{Rule: ruleAnyName, Allowed: true}
+	}
+	return NameVerdict{Rule: ruleDefault, Allowed: r.fallback == Allow}
+}
 
 // DNS gives the policy's DNS settings, defaults filled in.
 func (r *Rules) DNS() DNS {
@@ -155,7 +187,8 @@ func (r *Rules) DNS() DNS {
 // The rules are tried in their order for the name alone, whatever the port. An
 // allow rule by a domain that matches, or one for every address, lets it be
 // asked; a refusing one that does so for every protocol and port refuses it;
-// the default decides at the end.
+// names: any and then the default decide at the end. Under names: any only rules
+// by domain refuse.
 func (r *Rules) DecideName(name string) NameVerdict {
 	if r == nil || r.egress == nil {
 		return NameVerdict{Rule: ruleNoPolicy, Refusal: RefuseREFUSED}
@@ -163,7 +196,7 @@ func (r *Rules) DecideName(name string) NameVerdict {
 	if !r.GatesNames() {
 		return NameVerdict{Allowed: true, Rule: ruleDefault}
 	}
-	v := NameVerdict{Rule: ruleDefault, Allowed: r.fallback == Allow}
+	v := r.everyName()
 	i := r.domains.everyName
 	r.domains.each(name, func(s *settled) {
 		i = min(i, s.asked)
@@ -173,7 +206,7 @@ func (r *Rules) DecideName(name string) NameVerdict {
 			v.Pattern = s.pattern // the closest comes last
 		}
 	})
-	if i != noRule {
+	if i != r.domains.everyName {
 		v.Rule, v.Allowed = r.egress.rules[i].name, r.egress.rules[i].action == Allow
 	}
 	if !v.Allowed && r.audit {

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"math"
 	"net/netip"
 	"reflect"
@@ -8,9 +9,11 @@ import (
 	"time"
 )
 
+// refuse is a rule that drops what r is about.
+func refuse(r Rule) Rule { return with(r, func(r *Rule) { r.Action = Drop }) }
+
 func TestWhichNamesMayBeAsked(t *testing.T) {
 	pypi := byDomain("pypi.org", "*.pypi.org", "**.pypi.org")
-	refuse := func(r Rule) Rule { return with(r, func(r *Rule) { r.Action = Drop }) }
 	web := []Port{{Protocol: TCP, Port: 80}}
 	tests := []struct {
 		name  string
@@ -18,7 +21,10 @@ func TestWhichNamesMayBeAsked(t *testing.T) {
 		ask   string
 		want  NameVerdict
 	}{
-		{"no rule by domain gates no name", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "any.test", NameVerdict{Allowed: true, Rule: "default"}},
+		{"no name where there is no rule", nil, "any.test", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"none where rules are by address only", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "any.test", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"nor if one of them is of a resolver", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.53/32")}}, Ports: []Port{{Protocol: UDP, Port: 53}}}}, "any.test", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
+		{"nor a reverse one", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, "1.0.0.10.in-addr.arpa", NameVerdict{Rule: "default", Refusal: RefuseNXDOMAIN}},
 		{"a name on the list", []Rule{pypi}, "pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "pypi.org"}},
 		{"the closest pattern is named", []Rule{pypi}, "a.pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "*.pypi.org"}},
 		{"a deep one", []Rule{pypi}, "b.a.pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "**.pypi.org"}},
@@ -84,7 +90,12 @@ func TestWaysAroundTheGateAreClosed(t *testing.T) {
 		dst   string
 		want  string
 	}{
-		{"without rules by domain nothing is gated", []Rule{world}, UDP, "198.51.100.1:53", "egress[0]"},
+		{"plain DNS, without rules by domain", []Rule{world}, UDP, "198.51.100.1:53", "builtin:dns"},
+		{"plain DNS where the only rule lists it", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("198.51.100.1/32")}}, Ports: []Port{{Protocol: UDP, Port: 53}}}}, UDP, "198.51.100.1:53", "builtin:dns"},
+		{"DNS over TLS where every name may be asked", []Rule{world}, TCP, "198.51.100.1:853", "egress[0]"},
+		{"DNS over TLS where none may", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("198.51.0.0/16")}}}}, TCP, "198.51.100.1:853", "builtin:dns-over-tls"},
+		{"a public resolver where every name may be asked", []Rule{world}, TCP, "8.8.8.8:443", "egress[0]"},
+		{"a public resolver where none may", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("8.0.0.0/8")}}}}, TCP, "8.8.8.8:443", "builtin:dns-over-https"},
 		{"plain DNS", []Rule{gate, world}, UDP, "198.51.100.1:53", "builtin:dns"},
 		{"plain DNS over TCP", []Rule{gate, world}, TCP, "[2001:db8:1::1]:53", "builtin:dns"},
 		{"plain DNS where a rule lists it", []Rule{gate, {Action: Allow, Ports: []Port{{Protocol: UDP, Port: 53}}}}, UDP, "198.51.100.1:53", "builtin:dns"},
@@ -121,7 +132,7 @@ func TestWaysAroundTheGateAreClosed(t *testing.T) {
 
 func TestDNSSettingsHaveDefaults(t *testing.T) {
 	standard := []string{"A", "AAAA", "CNAME", "HTTPS", "SVCB", "SRV", "PTR"}
-	all := DNS{RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second), 63, 253, 8, 10000}
+	all := DNS{NamesAny, RefuseDrop, []string{"TXT"}, Duration(time.Second), Duration(2 * time.Second), 63, 253, 8, 10000}
 	bounds := DNS{MaxLabelLength: DefaultMaxLabelLength, MaxWildcardLength: DefaultMaxWildcardLength, MaxWildcardEntropy: DefaultMaxWildcardEntropy, MaxNamesPerMinute: DefaultMaxNamesPerMinute}
 	tests := []struct {
 		name     string
@@ -159,5 +170,71 @@ func TestDNSSettingsHaveDefaults(t *testing.T) {
 	}
 	if got := (*Rules)(nil).DNS(); got.Refusal != RefuseNXDOMAIN {
 		t.Errorf("no rules: %+v", got)
+	}
+}
+
+func TestWhatNamesAnyOpens(t *testing.T) {
+	pypi := byDomain("pypi.org")
+	tests := []struct {
+		name  string
+		rules []Rule
+		ask   string
+		want  NameVerdict
+	}{
+		{"every name, without a rule", nil, "any.test", NameVerdict{Allowed: true, Rule: "builtin:any-name"}},
+		{"beside a rule for another name", []Rule{pypi}, "any.test", NameVerdict{Allowed: true, Rule: "builtin:any-name"}},
+		{"a rule for the name goes before it, and grants", []Rule{pypi}, "pypi.org", NameVerdict{Allowed: true, Rule: "egress[0]", Grants: true, Pattern: "pypi.org"}},
+		{"not a name that a rule refuses", []Rule{refuse(pypi)}, "pypi.org", NameVerdict{Rule: "egress[0]", Refusal: RefuseNXDOMAIN}},
+		{"though all addresses be refused", []Rule{{Action: Reject}}, "any.test", NameVerdict{Allowed: true, Rule: "builtin:any-name"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := allowing(tt.rules...)
+			p.Spec.DNS.Names = NamesAny
+			rules := mustCompile(t, p, here)
+			if got := rules.DecideName(tt.ask); got != tt.want {
+				t.Errorf("got  %+v\nwant %+v", got, tt.want)
+			}
+			if !rules.GatesNames() || !rules.OpensNames() {
+				t.Error("the gate is not what answers")
+			}
+		})
+	}
+}
+
+// The gate is on unless a policy turns it off, which no rule by domain can live with.
+func TestOnlyUngatedTurnsTheGateOff(t *testing.T) {
+	for _, p := range []*Policy{allowing(), allowing(Rule{Action: Allow}), allowing(byDomain("pypi.org"))} {
+		if !mustCompile(t, p, here).GatesNames() {
+			t.Errorf("not gated: %+v", p.Spec)
+		}
+	}
+	if !(*Rules)(nil).GatesNames() || !new(Rules).GatesNames() || (*Rules)(nil).OpensNames() || new(Rules).OpensNames() {
+		t.Error("without rules names are gated, and none is open")
+	}
+	for _, p := range []*Policy{Builtin{}.Policy(), Builtin{Pod: true}.Policy()} {
+		if mustCompile(t, p, here).GatesNames() {
+			t.Errorf("%+v gates names", p.Spec)
+		}
+	}
+	p := allowing(byDomain("pypi.org"))
+	p.Spec.DNS.Names = NamesUngated
+	if _, err := Compile(p, here); !errors.Is(err, errUngated) {
+		t.Errorf("rules by domain without the gate: %v", err)
+	}
+	for _, tt := range []struct {
+		name  string
+		rules []Rule
+		opens bool
+	}{
+		{"none", nil, false},
+		{"addresses", []Rule{{Action: Allow, To: []Peer{{CIDR: cidr("10.0.0.0/8")}}}}, false},
+		{"a domain refused", []Rule{refuse(byDomain("pypi.org"))}, false},
+		{"a domain", []Rule{byDomain("pypi.org")}, true},
+		{"the world", []Rule{{Action: Allow, To: []Peer{{Entity: EntityWorld}}}}, true},
+	} {
+		if got := mustCompile(t, allowing(tt.rules...), here).OpensNames(); got != tt.opens {
+			t.Errorf("%s: OpensNames is %v", tt.name, got)
+		}
 	}
 }

@@ -17,10 +17,13 @@ import (
 // has a line for each view of them: the rules that are still to be reckoned with
 // under that view, each for the ports that it is so for.
 type domains struct {
-	at        map[string]*[3]*settled // suffix → entry by depth
-	labels    int                     // of the longest suffix
-	any       bool                    // some egress rule matches by name
-	everyName int32                   // the first rule that settles every name, whatever it is
+	at      map[string]*[3]*settled // suffix → entry by depth
+	labels  int                     // of the longest suffix
+	any     bool                    // some egress rule matches by name
+	allowed bool                    // ... and allows
+	// The first rule that settles every name, whatever it is, and the first of those
+	// that allows.
+	everyName, everyAllowed int32
 }
 
 // view is what is known of a flow whose address is granted under a name.
@@ -163,15 +166,18 @@ func (p pattern) String() string {
 // compileDomains makes the index of the rules by name. spans are those of the
 // rules.
 func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
-	d := &domains{at: make(map[string]*[3]*settled), everyName: noRule}
+	d := &domains{at: make(map[string]*[3]*settled), everyName: noRule, everyAllowed: noRule}
 	b := &domainsBuilder{refs: make(map[pattern][]int32), rules: rules}
 	for v := range numViews {
 		b.caches[v] = lineCache{spans: make([][]span, len(rules)), made: make(map[string]*line)}
 	}
 	for i := range rules {
 		r := &rules[i]
-		if d.everyName == noRule && settlesEveryName(r) {
-			d.everyName = int32(i)
+		if settlesEveryName(r) {
+			d.everyName = min(d.everyName, int32(i))
+			if r.Action == Allow {
+				d.everyAllowed = min(d.everyAllowed, int32(i))
+			}
 		}
 		named := false
 		for _, p := range r.To {
@@ -189,7 +195,7 @@ func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
 			}
 		}
 		if named {
-			d.any = true
+			d.any, d.allowed = true, d.allowed || r.Action == Allow
 			b.view(int32(i), spans[i])
 		}
 	}

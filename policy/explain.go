@@ -63,9 +63,9 @@ func Explain(p *Policy, env Environment, q Query) (*Explanation, error) {
 }
 
 var builtinReasons = map[string]string{
-	rulePlainDNS:   "the policy has rules by domain, so that DNS is answered inside, and no packet of it goes out",
-	ruleDNSOverTLS: "the policy has rules by domain, and no rule lists port 853 by itself",
-	ruleDoH:        "the policy has rules by domain, and no rule names this public resolver by its address or exact domain",
+	rulePlainDNS:   "names are gated, so that DNS is answered inside, and no packet of it goes out",
+	ruleDNSOverTLS: "names are gated, and no rule lists port 853 by itself",
+	ruleDoH:        "names are gated, and no rule names this public resolver by its address or exact domain",
 	ruleInvalid:    "it is no address",
 	ruleZone:       "the address has a zone, which means nothing outside of the sandbox",
 	rulePortZero:   "port 0 is reserved",

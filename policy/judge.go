@@ -42,7 +42,7 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	}
 	first := t.first(i, j.key)
 	m := match{rule: noRule, tried: noRule}
-	if !q.Ingress && info.lock == open && r.GatesNames() {
+	if !q.Ingress && info.lock == open && r.domains.any {
 		if m = j.byName(isPrivate(peer), first); m.rule != noRule {
 			first = m.rule
 		}

@@ -102,6 +102,7 @@ func (p *parser) dns(n *yaml.Node, out *DNS) {
 		return field{name, false, func(v *yaml.Node) { *dst = p.number(v, name, 1, most) }}
 	}
 	p.mapping(n, "dns", []field{
+		{"names", false, func(v *yaml.Node) { out.Names = oneOf(p, v, "names", namesModes) }},
 		{"refusal", false, func(v *yaml.Node) { out.Refusal = oneOf(p, v, "refusal", refusals) }},
 		{"types", false, func(v *yaml.Node) {
 			words := make([]string, len(queryTypes))

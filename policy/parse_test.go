@@ -109,6 +109,7 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"a path that is none", rule("ports: [{protocol: TCP}], http: [{path: a}]"), []string{`path is "a"; expected a path such as /simple/requests/`}},
 		{"a path that servers resolve", rule("ports: [{protocol: TCP}], http: [{path: /a/../b}]"), []string{"without segments such as .. that servers resolve"}},
 		{"an unknown mode", head + "spec: {mode: audits}\n", []string{"f:4:14: mode is \"audits\"; did you mean audit?"}},
+		{"names that are neither", head + "spec: {dns: {names: all}}\n", []string{`names is "all"; expected one of any, ungated`}},
 		{"an unknown refusal", head + "spec: {dns: {refusal: servfail}}\n", []string{`refusal is "servfail"; expected one of nxdomain, refused, drop`}},
 		{"an unknown query type", head + "spec: {dns: {types: [ANY]}}\n", []string{`f:4:22: a query type is "ANY"; expected one of A, AAAA`}},
 		{"no query types", head + "spec: {dns: {types: []}}\n", []string{"types is an empty list"}},
@@ -211,7 +212,7 @@ const everything = `spec:
   - {name: a, action: allow, to: [{domain: '*.Example.com.'}, {domain: bücher.example}], verify: strict, missingName: allow, ech: allow, quic: refuse, privateAddresses: allow, limits: {flows: 1, totalBytes: 1Gi}}
   - {action: drop, to: [{domain: '**.example.com'}], verify: grant}
   - {action: allow, ports: [{protocol: TCP, port: 80}], http: [{methods: [GET, M-SEARCH], path: /a/*}, {path: '*'}]}
-  dns: {refusal: refused, types: [A, TXT, A], ttlFloor: 90s, ttlCap: 2h, maxLabelLength: 20, maxWildcardLength: 40, maxWildcardEntropy: 3.75, maxNamesPerMinute: 7}
+  dns: {names: any, refusal: refused, types: [A, TXT, A], ttlFloor: 90s, ttlCap: 2h, maxLabelLength: 20, maxWildcardLength: 40, maxWildcardEntropy: 3.75, maxNamesPerMinute: 7}
   limits: {halfOpen: 5, dnsQueriesPerSecond: 7}
 `
 
@@ -225,7 +226,7 @@ func TestNamesAndRequestsParseAndPrintBack(t *testing.T) {
 			QUIC: SettingRefuse, PrivateAddresses: SettingAllow, Limits: RuleLimits{Flows: 1, TotalBytes: 1 << 30}},
 		{Action: Drop, To: []Peer{{Domain: "**.example.com"}}, Verify: VerifyRuleGrant},
 		{Action: Allow, Ports: []Port{{Protocol: TCP, Port: 80}}, HTTP: []HTTPMatch{{Methods: []string{"GET", "M-SEARCH"}, Path: "/a/*"}, {Path: "*"}}},
-	}, DNS: DNS{RefuseREFUSED, []string{"A", "TXT"}, Duration(90 * time.Second), Duration(2 * time.Hour), 20, 40, 3.75, 7}, Limits: Limits{HalfOpen: 5, DNSQueriesPerSecond: 7}}
+	}, DNS: DNS{NamesAny, RefuseREFUSED, []string{"A", "TXT"}, Duration(90 * time.Second), Duration(2 * time.Hour), 20, 40, 3.75, 7}, Limits: Limits{HalfOpen: 5, DNSQueriesPerSecond: 7}}
 	if !reflect.DeepEqual(p.Spec, want) {
 		t.Errorf("got  %+v\nwant %+v", p.Spec, want)
 	}

@@ -121,10 +121,10 @@ func TestWhatUnlocksASpecialAddress(t *testing.T) {
 				peer = Peer{CIDR: cidr(tt.peer)}
 			}
 			rules := mustCompile(t, allowing(Rule{Action: Allow, To: []Peer{peer}}), tt.env)
-			v := rules.Decide(Query{Proto: uint8(UDP), Dst: netip.AddrPortFrom(netip.MustParseAddr(tt.dst), 53)})
+			v := rules.Decide(Query{Proto: uint8(UDP), Dst: netip.AddrPortFrom(netip.MustParseAddr(tt.dst), 123)})
 			var want netip.AddrPort
 			if tt.target != "" {
-				want = netip.AddrPortFrom(netip.MustParseAddr(tt.target), 53)
+				want = netip.AddrPortFrom(netip.MustParseAddr(tt.target), 123)
 			}
 			if v.Target() != want || v.Allowed() != (tt.target != "") {
 				t.Errorf("got %v, want target %q", v, tt.target)

@@ -308,7 +308,7 @@ func (s *suggester) replay(rules *Rules, f Observed) string {
 		return ""
 	}
 	if v.Rule() == rulePlainDNS {
-		return "DNS to other resolvers, which the gate answers itself where rules are by domain"
+		return "DNS to other resolvers, which the gate answers itself"
 	}
 	return fmt.Sprintf("%v to %s: %v", Protocol(f.Proto), cmp.Or(name, a.String()), v)
 }

@@ -19,6 +19,11 @@ var (
 type twinMatch struct{ hit, pending bool }
 
 func (w twin) gates() bool {
+	return w.p.Spec.DNS.Names != "ungated"
+}
+
+// byDomain reports whether some rule is by domain.
+func (w twin) byDomain() bool {
 	return slices.ContainsFunc(w.p.Spec.Egress, func(r Rule) bool {
 		return slices.ContainsFunc(r.To, func(p Peer) bool { return p.Domain != "" })
 	})
@@ -180,7 +185,11 @@ func (w twin) whyNot(r Rule, q Query, a netip.Addr) Reason {
 
 // around names the way around the gate that a flow is.
 func (w twin) around(rules []Rule, decided int, q Query, a netip.Addr, byName bool) string {
-	if !w.gates() || q.Proto != 6 && q.Proto != 17 {
+	enforced := w
+	plain := *w.p
+	plain.Spec.Mode = ""
+	enforced.p = &plain
+	if !w.gates() || q.Proto != 6 && q.Proto != 17 || !w.byDomain() && enforced.decideName("nothing.example").Allowed {
 		return ""
 	}
 	var r Rule
@@ -210,6 +219,10 @@ func (w twin) decideName(name string) NameVerdict {
 	}
 	refusal := w.p.Spec.DNS.orDefaults().Refusal
 	v := NameVerdict{Rule: "default", Allowed: w.p.Spec.DefaultAction == Allow}
+	openly := w.p.Spec.DNS.Names == "any"
+	if openly {
+		v = NameVerdict{Rule: "builtin:any-name", Allowed: true}
+	}
 	grants := false
 	for _, r := range w.p.Spec.Egress {
 		grants = grants || twinMatches(r, name)
@@ -226,7 +239,7 @@ func (w twin) decideName(name string) NameVerdict {
 			reach = reach || p.Protocol == TCP || p.Protocol == UDP
 		}
 		if r.Action == Allow && (twinMatches(r, name) || reach && (every4 || every6)) ||
-			r.Action != Allow && always && (twinMatches(r, name) || every4 && every6) {
+			r.Action != Allow && always && (twinMatches(r, name) || every4 && every6 && !openly) {
 			v.Rule, v.Allowed = ruleName(false, i, r.Name), r.Action == Allow
 			break
 		}

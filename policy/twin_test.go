@@ -355,6 +355,7 @@ func (d dice) policy() *Policy {
 	if d(6) == 0 {
 		p.Spec.Mode = Audit
 	}
+	p.Spec.DNS.Names = []NamesMode{"", "", "any"}[d(3)]
 	for range d(5) {
 		p.Spec.Egress = append(p.Spec.Egress, d.rule(false))
 	}

@@ -28,7 +28,7 @@ func policyCompareCommands() []*cli.Command {
 		{
 			Name: "suggest", Usage: "make a policy from a flow log: what passed passes again, and nothing else", ArgsUsage: "FLOWLOG",
 			Description: "Reads the lines of --flow-log, or the output of `sluice flows --ended -o json`; - reads standard input.\n" +
-				"To learn a policy, run with one in `mode: audit` that has a rule by domain, so that names are known.\n" +
+				"To learn a policy, run with one in `mode: audit`, under which names are known.\n" +
 				"What can not be put into rules is told in comments at the top.",
 			Flags: []cli.Flag{
 				&cli.StringFlag{Name: "name", Value: "suggested", Usage: "the policy's `NAME`"},

@@ -56,7 +56,7 @@ func (r *Resolver) inForce() (rules *policy.Rules, gates bool) {
 		return nil, false
 	}
 	rules = r.rules()
-	return rules, rules == nil || rules.GatesNames()
+	return rules, rules.GatesNames()
 }
 
 // judgeName decides about a question that was well formed and is not ours to answer.
@@ -96,8 +96,8 @@ func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v po
 }
 
 // queryRate is how many questions a second are taken; zero has no bound.
-func queryRate(rules *policy.Rules) int {
-	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !rules.GatesNames() {
+func queryRate(rules *policy.Rules, gates bool) int {
+	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !gates {
 		return n
 	}
 	return gatedRate

@@ -22,7 +22,7 @@ func TestOnlyGatedAnswersWhileNamesAreGated(t *testing.T) {
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
 metadata: {name: open}
-spec: {defaultAction: reject}
+spec: {defaultAction: reject, dns: {names: ungated}}
 `)
 	var rules atomic.Pointer[policy.Rules]
 	rules.Store(gated)

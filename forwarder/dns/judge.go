@@ -69,7 +69,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		return verdict{answer: qy.fail(msg, code)}
 	}
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
-	if !r.rate.take(queryRate(rules), time.Now()) {
+	if !r.rate.take(queryRate(rules, gates), time.Now()) {
 		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
 	}
 	if records, code, known := r.local.find(qy.q); known {

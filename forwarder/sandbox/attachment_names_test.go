@@ -35,6 +35,14 @@ spec:
 `
 )
 
+// ungatedPolicy leaves names to the pod's own resolver, and opens no address.
+const ungatedPolicy = `
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata: {name: ungated}
+spec: {defaultAction: reject, dns: {names: ungated}}
+`
+
 // nameServer answers A with one address for any name, and notes what it is asked. It is
 // silent about what ends in slow.test.
 type nameServer struct {
@@ -195,14 +203,18 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 	}
 
 	set(t, client, "open", strings.Replace(podNames, "to: [{domain: pypi.test}, {domain: \"*.slow.test\"}], ports: [{protocol: TCP, port: 8080}]", "to: [{entity: world}]", 1))
+	each("every name by the gate", always("192.0.2.1"), "evil.test")
+	set(t, client, "ungated", strings.Replace(ungatedPolicy, "reject", "allow", 1))
 	each("by address again", own, "evil.test")
-	set(t, client, "closed", closedPolicy)
-	asked = len(trusted.questions())
+	set(t, client, "closed, and ungated", ungatedPolicy)
 	for _, network := range []string{"udp", "tcp"} {
 		if got := p.query(t, network, outside4, "pypi.test"); !strings.Contains(got, "refused") && !strings.Contains(got, "denied") {
-			t.Errorf("a policy without names or addresses: over %s it is told %q", network, got)
+			t.Errorf("a policy without the gate or addresses: over %s it is told %q", network, got)
 		}
 	}
+	set(t, client, "closed", closedPolicy)
+	asked = len(trusted.questions())
+	each("a policy without names or addresses", always("NXDOMAIN"), "pypi.test")
 	if n := len(trusted.questions()); n != asked {
 		t.Errorf("%d questions went out under a policy that allows none", n-asked)
 	}

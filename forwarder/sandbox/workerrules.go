@@ -18,7 +18,7 @@ import (
 func (w *worker) setRules(r *policy.Rules) {
 	d := r.DNS()
 	w.names.Configure(policy.NamesConfig{TTLFloor: time.Duration(d.TTLFloor), TTLCap: time.Duration(d.TTLCap)})
-	if w.in0 != nil && r.GatesNames() {
+	if w.in0 != nil && r.GatesNames() && r.OpensNames() {
 		w.tellResolvers(r)
 	}
 	w.rules.Store(r)
@@ -37,7 +37,7 @@ func (w *worker) tellResolvers(r *policy.Rules) {
 		w.log.Info(fmt.Sprintf("names of the policy %s are asked of %v (%s)", r.Name(), u, w.cfg.ResolversNote))
 		return
 	}
-	w.log.Warn(fmt.Sprintf("the policy %s has rules by domain, and no resolver is known that could be asked for the pod (%s): no name resolves, and the rules match nothing; "+
+	w.log.Warn(fmt.Sprintf("the policy %s lets names be asked, and no resolver is known that could be asked for the pod (%s): no name resolves, and rules by domain match nothing; "+
 		"name resolvers in the network configuration, or have the runtime say which the pod has (docs/cni.md), and make the pod anew", r.Name(), w.cfg.ResolversNote))
 }
 
