@@ -31,7 +31,7 @@ var allowed = map[string][]string{
 	"forwarder/sandbox/api":     {"nat", "policy"},
 	"forwarder/sandbox/confine": {},
 	"forwarder/sandbox/fork":    {},
-	"forwarder/sandbox/guest":   {"tun", "forwarder/sandbox/fork"},
+	"forwarder/sandbox/guest":   {"tun", "forwarder/sandbox/confine", "forwarder/sandbox/fork"},
 	"cni":                       {"tun"},
 	"e2e":                       {},
 	"e2e/peer":                  {},

@@ -1,8 +1,10 @@
 package e2e
 
-// Ways out of a sandbox that are no network: other sandboxes' control sockets.
+// Ways out of a sandbox that are no network: other sandboxes' control sockets, the
+// terminal, address families that no namespace confines, IPC.
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -81,5 +83,75 @@ func TestSandboxesDoNotCommandEachOther(t *testing.T) {
 	}
 	if r := w.host.sluiceOK(t, "port", "ls", victim.name); strings.Contains(r.out, "9321") {
 		t.Errorf("the victim publishes a port\n%s", r)
+	}
+}
+
+// insides are the flags of the kinds of sandbox that a way out is tried from.
+var insides = [][]string{nil, {rootInside}, {"--pid"}, {rootInside, "--pid"}}
+
+// tries reads what `peer ways` says.
+func tries(t *testing.T, r result) map[string]string {
+	t.Helper()
+	var v map[string]string
+	for line := range strings.Lines(r.out) {
+		if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &v) == nil {
+			return v
+		}
+	}
+	t.Fatalf("no attempts\n%s", r)
+	return nil
+}
+
+func TestTerminalAndFamiliesAreNoWayOut(t *testing.T) {
+	area(t, "ways.calls", "script")
+	w := newPair(t)
+	for _, flags := range insides {
+		t.Run(fmt.Sprint(flags), func(t *testing.T) {
+			// Its own terminal is the controlling one of all that script starts.
+			line := shellQuote(append(append([]string{sluiceBin(), "run"}, flags...), "--", peerBin(), "ways"))
+			p := w.host.startPlain(t, "script", "-qec", line, "/dev/null")
+			r := p.wait(t, 20*time.Second).wantStatus(t, 0)
+			got := tries(t, r)
+			for name, want := range map[string]string{
+				"unix": "done", "inet": "done", "inet6": "done", "netlink": "done",
+				"vsock": "EAFNOSUPPORT", "vsock with high bits": "EAFNOSUPPORT", "alg": "EAFNOSUPPORT", "tipc": "EAFNOSUPPORT", "bluetooth": "EAFNOSUPPORT",
+				"io_uring": "ENOSYS", "TIOCSTI": "EPERM", "TIOCSTI with high bits": "EPERM", "TIOCLINUX": "EPERM",
+			} {
+				if got[name] != want {
+					t.Errorf("%s: %q, want %q\n%s", name, got[name], want, r)
+				}
+			}
+		})
+	}
+	t.Run("whoever may be traced inside is filtered too", func(t *testing.T) {
+		sb := w.host.sandbox(t, rootInside)
+		seen := 0
+		for _, pid := range descendants(sb.run.pid) {
+			if !inside(t, sb, pid) {
+				continue
+			}
+			seen++
+			if s := status(pid); s["Seccomp"] != "2" {
+				t.Errorf("process %d has Seccomp %s\n%s", pid, s["Seccomp"], describe([]int{pid}))
+			}
+		}
+		if seen < 2 {
+			t.Errorf("%d processes are inside, not the stage and the agent", seen)
+		}
+	})
+}
+
+func TestIPCIsTheSandboxesOwn(t *testing.T) {
+	area(t, "ways.ipc", "ipcmk", "ipcs", "ipcrm")
+	w := newPair(t)
+	r := run(t, w.host, 5*time.Second, "ipcmk", "-M", "4096").wantStatus(t, 0)
+	id := strings.TrimSpace(r.out[strings.LastIndex(r.out, ":")+1:])
+	defer run(t, w.host, 5*time.Second, "ipcrm", "-m", id)
+	ok(t, w.host, 5*time.Second, "ipcs", "-m", "-i", id)
+	for _, flags := range insides {
+		sb := w.host.sandbox(t, flags...)
+		if r := run(t, sb, 5*time.Second, "ipcs", "-m"); r.status != 0 || containsWord(r.out, "4096") {
+			t.Errorf("flags %v: the caller's shared memory is seen inside\n%s", flags, r)
+		}
 	}
 }

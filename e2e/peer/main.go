@@ -26,6 +26,7 @@ var commands = map[string]func(args []string) error{
 	"dns":     dnsServe,
 	"dial":    dial,
 	"udp":     udpClient,
+	"ways":    ways,
 	"mapping": mapping,
 	"forge":   forge,
 	"get":     get,

@@ -23,6 +23,8 @@
 // syscall.AllThreadsSyscall, which does not exist in a binary with cgo: such a
 // binary is refused.
 //
-// What is left: sockets of the Internet families, the descriptors handed over, and
+// FilterCommand is the other filter: of what runs inside a sandbox.
+//
+// What is left to a worker: sockets of the Internet families, the descriptors handed over, and
 // memory. The package imports nothing of ours.
 package confine

@@ -2,6 +2,9 @@ package confine
 
 import "golang.org/x/sys/unix"
 
+// nativeArch is the one ABI whose system calls the command of a sandbox has.
+const nativeArch = unix.AUDIT_ARCH_X86_64
+
 // archAlways are the older names that amd64 still has and x/sys still uses.
 var archAlways = []uintptr{unix.SYS_EPOLL_WAIT, unix.SYS_POLL}
 

@@ -27,6 +27,7 @@ var helpers = map[string]func() error{
 	"busy":      helpBusy,
 	"panic":     helpPanic,
 	"fault":     helpFault,
+	"command":   commandHelper,
 }
 
 var stdio = []int{0, 1, 2}

@@ -25,6 +25,10 @@
 // that the sandbox listens on never come from the stage at all: the monitor
 // asks the kernel itself, over a sock_diag socket that was opened inside.
 //
+// From before CMD starts, the stage and all that it starts are under a filter of system
+// calls (confine.FilterCommand): some sockets lead past every network namespace, and a
+// terminal may be typed into.
+//
 // Nothing outlives the monitor. CMD dies with the stage (PR_SET_PDEATHSIG), the
 // stage sees the channel's end and kills whatever else lives in the sandbox's
 // user namespace; with a PID namespace the stage is its init and the kernel

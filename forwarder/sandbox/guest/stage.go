@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/forwarder/sandbox/confine"
 )
 
 // The stage: the process inside. It believes the monitor. In the order of its
@@ -172,6 +174,11 @@ func (s *stage) serve() {
 }
 
 func (s *stage) exec() {
+	// The stage itself too: root inside may trace it, and would have it make the calls.
+	if err := confine.FilterCommand(); err != nil {
+		_ = s.ch.send(message{Op: opFailed, Number: StatusOurs, Text: err.Error()})
+		return
+	}
 	cmd, err := startCommand(s.spec)
 	if err != nil {
 		_ = s.ch.send(message{Op: opFailed, Number: err.Status, Text: err.Text})
