@@ -90,6 +90,8 @@ type queue struct {
 	fd   int
 	// attached is false while the kernel sends nothing to fd (queues.go).
 	attached atomic.Bool
+	// stuck: the last frame found no room for writePatience (write.go).
+	stuck atomic.Bool
 
 	reading  sync.Mutex // held while a batch is read; guards what follows
 	rx       rxbuf

@@ -237,7 +237,7 @@ func TestOutgoingOffloads(t *testing.T) {
 	}
 }
 
-// A full queue makes writers wait and loses nothing, whether the packet comes in a few
+// A full queue that is read makes writers wait and loses nothing, whether the packet comes in a few
 // pieces or in more than one writev takes.
 func TestFullQueueBlocksAndNeverDrops(t *testing.T) {
 	e, peer := newTwinEndpoint(t, Config{}, allOffloads)
@@ -285,6 +285,42 @@ func TestFullQueueBlocksAndNeverDrops(t *testing.T) {
 	wg.Wait()
 	if s := e.Stats(); s.TxFrames != writers*each || s.TxWaits == 0 {
 		t.Errorf("%d frames written after %d waits", s.TxFrames, s.TxWaits)
+	}
+}
+
+// A container that takes nothing in holds a writer up once, and then costs it no time until
+// there is room again.
+func TestAQueueThatStaysFullIsNotWaitedForAgain(t *testing.T) {
+	e, peer := newTwinEndpoint(t, Config{}, allOffloads)
+	send := func() {
+		pkt := outgoing(e, header.IPv4ProtocolNumber, 0, ipv4Packet(17, make([]byte, 1000)), 0)
+		write(t, e, pkt)
+	}
+	full := func() uint64 { return e.Stats().Dropped[queueFull.String()] }
+	for full() == 0 {
+		send()
+	}
+	sent := e.Stats().TxFrames
+	start := time.Now()
+	const more = 1000
+	for range more {
+		send()
+	}
+	if took := time.Since(start); took > more*writePatience/100 {
+		t.Errorf("%d frames that found no room took %v", more, took)
+	}
+	if n := full(); n != 1+more {
+		t.Errorf("%d frames were counted as lost for lack of room, want %d", n, 1+more)
+	}
+	for range sent {
+		receive(t, peer)
+	}
+	for range 5 {
+		send()
+		receive(t, peer)
+	}
+	if s := e.Stats(); s.TxFrames != sent+5 || s.TxWaits != 1 {
+		t.Errorf("%d frames were written after %d waits, want %d after one", s.TxFrames, s.TxWaits, sent+5)
 	}
 }
 

@@ -59,7 +59,7 @@ func FuzzInbound(f *testing.F) {
 func seen(e *Endpoint) uint64 {
 	s := e.Stats()
 	n := s.RxFrames
-	for r := shortVnetHeader; r < interfaceDown; r++ {
+	for r := shortVnetHeader; r < queueFull; r++ {
 		n += s.Dropped[r.String()]
 	}
 	return n

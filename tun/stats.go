@@ -30,6 +30,7 @@ const (
 	gsoZeroSize
 	gsoWithoutChecksum
 	gsoProtocolMismatch
+	queueFull
 	interfaceDown
 	writeFailed
 	deviceGone
@@ -59,6 +60,7 @@ var reasonNames = [numReasons]string{
 	gsoZeroSize:         "rx-gso-zero-size",
 	gsoWithoutChecksum:  "rx-gso-without-checksum",
 	gsoProtocolMismatch: "rx-gso-protocol-mismatch",
+	queueFull:           "tx-queue-full",
 	interfaceDown:       "tx-interface-down",
 	writeFailed:         "tx-write-failed",
 	deviceGone:          "tx-device-gone",

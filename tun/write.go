@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -19,10 +20,12 @@ import (
 // all, so writers need no lock between them. With several queues (queues.go) the flow
 // picks the queue, and the kernel then answers on the same one.
 //
-// A full queue makes the writer wait in poll(2). The frames that are
-// lost are those that no wait would save: the interface is down (EIO), the device
-// is gone (EBADFD), the kernel refused the frame. They are counted and, as on any
-// wire, not reported to the sender.
+// A full queue makes the writer wait in poll(2), for at most writePatience: a container can
+// keep its device full for as long as it likes, and nobody else may wait for that. A frame
+// that found no room by then is lost, and until the queue has taken one again the next are
+// not waited for at all. The other frames that are lost are those that no wait would save:
+// the interface is down (EIO), the device is gone (EBADFD), the kernel refused the frame.
+// All are counted and, as on any wire, not reported to the sender.
 
 // maxIOV is how many pieces one writev gathers from the stack; a packet in more
 // pieces than that is copied together first. The array lives on the writer's stack.
@@ -82,6 +85,8 @@ func (e *Endpoint) writePacket(pkt *stack.PacketBuffer) tcpip.Error {
 		if h.gsoType != gsoNone {
 			q.count.txGSO.Add(1)
 		}
+	case errno == unix.EAGAIN:
+		why = queueFull
 	case errno == unix.EIO:
 		why = interfaceDown
 	case isGone(errno):
@@ -118,27 +123,39 @@ func (q *queue) writev(iov []unix.Iovec) syscall.Errno {
 	}
 }
 
-// writeSlowly writes a frame that is in one piece, waiting for room as long as the
-// device lives.
+// writeSlowly writes a frame that is in one piece, waiting for room a while. EAGAIN means
+// that there was none.
 func (q *queue) writeSlowly(frame []byte) syscall.Errno {
 	iov := []unix.Iovec{{Base: &frame[0]}}
 	iov[0].SetLen(len(frame))
-	for waited := false; ; {
+	var began time.Time
+	for {
 		errno := q.writev(iov)
-		if errno != unix.EAGAIN {
+		switch {
+		case errno != unix.EAGAIN:
+			q.stuck.Store(false)
 			return errno
-		}
-		if !waited {
-			waited = true
+		case q.stuck.Load():
+			return errno
+		case began.IsZero():
+			began = time.Now()
 			q.count.txWaits.Add(1)
+		case time.Since(began) >= writePatience:
+			q.stuck.Store(true)
+			return errno
 		}
 		q.awaitRoom()
 	}
 }
 
-// roomWait bounds one wait for room, in milliseconds, so that Close need not wait
-// longer for a writer.
-const roomWait = 50
+const (
+	// writePatience bounds the wait for room in a queue. A kernel that takes the container's
+	// packets in at all makes room in microseconds.
+	writePatience = 200 * time.Millisecond
+	// roomWait bounds one poll of it, in milliseconds, so that Close need not wait longer
+	// for a writer.
+	roomWait = 50
+)
 
 // awaitRoom waits until the queue may take a frame again, or was closed.
 func (q *queue) awaitRoom() {
