@@ -232,6 +232,9 @@ func (p *pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 		if !j.verdict.Allowed() || !j.query.Ingress && j.verdict.Target() != was.Target() {
 			return false
 		}
+		if j.verdict.EachRequest() && !was.EachRequest() {
+			return false // there is no gate for the requests to come
+		}
 		for _, seen := range p.flow.underWay() {
 			q := j.query
 			q.Seen = seen

@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/nat"
 )
@@ -175,8 +176,13 @@ func (fl *tcpFlow) runUp() (abort string) {
 				}
 				continue
 			}
-			if n == 0 || abort != "" {
+			switch {
+			case abort != "":
 				return abort
+			case n == 0 && endpointState(fl.ep) == tcp.StateError:
+				return "reset_by_sandbox" // what is held passes no more
+			case n == 0:
+				return ""
 			}
 			g.trim(n)
 		}

@@ -82,7 +82,7 @@ type tcpForwarder struct {
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
 	shortRead, lastHop, malformed, noConnection                     *atomic.Uint64
-	refusedFirst, refusedRequest, firstMalformed                    *atomic.Uint64
+	refusedFirst, refusedRequest, refusedHello, firstMalformed      *atomic.Uint64
 }
 
 func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
@@ -105,6 +105,7 @@ func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
 		shortRead:        f.stats.counter("tcp_short_read"),
 		refusedFirst:     f.stats.counter("tcp_refused_by_first_bytes"),
 		refusedRequest:   f.stats.counter("tcp_refused_request"),
+		refusedHello:     f.stats.counter("tcp_refused_hello"),
 		firstMalformed:   f.stats.counter("tcp_first_bytes_malformed"),
 		checks:           newCheckList(f, "tcp"),
 	}

@@ -135,6 +135,25 @@ func TestAWrongNameBehindARequestWithoutOne(t *testing.T) {
 	}
 }
 
+// TestARequestThatNobodyJudgedEndsWithItsRules has rules come that judge each request of a
+// connection, of which the ones before judged none.
+func TestARequestThatNobodyJudgedEndsWithItsRules(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	audit := strings.Replace(strings.ReplaceAll(byName, "a.example", "z.example"), "  defaultAction", "  mode: audit\n  defaultAction", 1)
+	g := newNamed(t, audit, nil)
+	s := serve(t, addrA.String()+":0", echo)
+	c := g.mustDial(s.at)
+	if _, err := sendAndRead(c, []byte("GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	g.f.SetRules(compile(t, byName))
+	if _, err := sendAndRead(c, []byte("GET /x HTTP/1.1\r\nHost: b.example\r\n\r\n"), 1<<20); !isReset(err) {
+		t.Errorf("another request: %v, want a reset", err)
+	}
+}
+
 // TestNamesAreComparedAsTheyAreSaid has hellos say what a mapping would make the allowed name of.
 func TestNamesAreComparedAsTheyAreSaid(t *testing.T) {
 	if !namespaced(t) {
@@ -202,8 +221,12 @@ func (g *guest) held() (n int) {
 	g.f.tcp.mu.Lock()
 	defer g.f.tcp.mu.Unlock()
 	for _, fl := range g.f.tcp.flows {
-		queued, _ := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
-		n += queued
+		fl.mu.Lock()
+		if fl.ep != nil {
+			queued, _ := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+			n += queued
+		}
+		fl.mu.Unlock()
 	}
 	return n
 }

@@ -177,6 +177,8 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	switch greeted := fl.check.greeted; {
 	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
 		fl.gate = &requestGate{fl: fl}
+	case seen.Kind == policy.SeenTLS && (seen.Name != "" || seen.Nameless):
+		fl.gate = &helloGate{fl: fl, seen: seen}
 	case v.EachRequest(), greeted:
 		fl.gate = newStreamGate(fl, greeted, v.EachRequest())
 	}

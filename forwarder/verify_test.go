@@ -349,7 +349,7 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 	}
 	clock.advance(2 * time.Hour) // the grants are over, but the flows live
 	g.f.SetRules(compile(t, strings.Replace(byName, `, {domain: "*.a.example"}`, "", 1)))
-	if _, err := sendAndRead(a, []byte("still here"), 100); err != nil {
+	if _, err := sendAndRead(a, []byte("\x15\x03\x03\x00\x02\x01\x00"), 100); err != nil {
 		t.Errorf("the flow that is still allowed: %v", err)
 	}
 	for what, c := range map[string]*gonet.TCPConn{"whose rule is gone": www, "that has not spoken, and whose grant is over": waits} {

@@ -2,6 +2,7 @@
 //
 //	stream    ──Stream───► TLS ClientHello · HTTP/1 head · HTTP/2 preface ──► Seen
 //	datagrams ──Initial.Add──► QUIC v1 and v2 Initial packets, decrypted ───► Seen
+//	stream    ──NextRecord, Hello, HelloAnswer──► whether another ClientHello follows, and its name
 //	stream    ──ParseHead, Body, Responses──► where one HTTP/1 message ends and the next begins
 //	stream    ──Frames, FrameEnds──► the requests of an HTTP/2 connection, and its frames' ends
 //
@@ -70,7 +71,7 @@ func Stream(p []byte) (s Seen, need int, err error) {
 	}
 	switch {
 	case p[0] == recordHandshake:
-		s, need, err = clientHello(p)
+		s, _, need, err = Hello(p)
 	case hasPrefix(p, preface):
 		s, need, err = firstStream(p)
 	default:

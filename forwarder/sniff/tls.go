@@ -19,8 +19,10 @@ const (
 	maxNameLen       = 255
 )
 
-func clientHello(p []byte) (Seen, int, error) {
-	seen := Seen{Kind: TLS}
+// Hello reads the ClientHello at the front of p, in records of size bytes together. If it
+// does not end in p, need says how many bytes there must be to go on.
+func Hello(p []byte) (seen Seen, size, need int, err error) {
+	seen.Kind = TLS
 	var msg []byte // the handshake message as far as it goes
 	whole := -1    // its length, once known
 	for off := 0; ; {
@@ -29,7 +31,7 @@ func clientHello(p []byte) (Seen, int, error) {
 			if len(rest) > 0 && rest[0] != recordHandshake || len(rest) > 1 && rest[1] != 3 {
 				return notTLS(off)
 			}
-			return seen, off + recordHeader + max(1, whole-len(msg)), nil
+			return seen, 0, off + recordHeader + max(1, whole-len(msg)), nil
 		}
 		n := int(binary.BigEndian.Uint16(rest[3:]))
 		if rest[0] != recordHandshake || rest[1] != 3 || n == 0 || n > recordMax {
@@ -48,16 +50,16 @@ func clientHello(p []byte) (Seen, int, error) {
 			if len(msg) >= handshakeHeader {
 				whole = handshakeHeader + int(msg[1])<<16 + int(msg[2])<<8 + int(msg[3])
 				if whole > MaxFirst {
-					return seen, 0, ErrTooLong
+					return seen, 0, 0, ErrTooLong
 				}
 			}
 		}
 		switch {
 		case whole >= 0 && len(msg) > whole, whole >= 0 && len(msg) == whole && len(part) < n:
-			return seen, 0, ErrMalformed
+			return seen, 0, 0, ErrMalformed
 		case whole >= 0 && len(msg) == whole:
-			err := seen.readHello(msg[handshakeHeader:])
-			return seen, 0, err
+			err = seen.readHello(msg[handshakeHeader:])
+			return seen, off + recordHeader + n, 0, err
 		case len(part) < n:
 			// What is missing is in this record, or in another one with a header. To
 			// ask for all of it bounds how often tiny records are looked through.
@@ -65,7 +67,7 @@ func clientHello(p []byte) (Seen, int, error) {
 			if len(part)+missing > n {
 				missing += recordHeader
 			}
-			return seen, len(p) + missing, nil
+			return seen, 0, len(p) + missing, nil
 		}
 		off += recordHeader + n
 	}
@@ -73,11 +75,11 @@ func clientHello(p []byte) (Seen, int, error) {
 
 // notTLS is what bytes are that are no handshake record: something else if it is the
 // first one, and nothing that any server understands later.
-func notTLS(off int) (Seen, int, error) {
+func notTLS(off int) (seen Seen, size, need int, err error) {
 	if off == 0 {
-		return Seen{Kind: Opaque}, 0, nil
+		return Seen{Kind: Opaque}, 0, 0, nil
 	}
-	return Seen{Kind: TLS}, 0, ErrMalformed
+	return Seen{Kind: TLS}, 0, 0, ErrMalformed
 }
 
 // readHello reads the body of a ClientHello.

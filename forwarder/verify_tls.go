@@ -1,0 +1,169 @@
+package forwarder
+
+// ClientHellos behind the first one, each judged before a byte of it is passed on.
+//
+// The gate stands in both pumps of a flow that began with a ClientHello. Going up it walks
+// the records, and what could begin another hello waits until the server's answer is known:
+//
+//	answer              records of the handshake        other records
+//	none yet            wait                            pass: early data, the change of ciphers
+//	HelloRetryRequest   one hello, of the same name     pass
+//	another ServerHello pass, if the first one is no hello, and nothing more is looked at
+//	no TLS              end the flow                    end the flow, but for alerts
+//
+// Servers that ask for another hello take the name from it, so it must say what the first
+// one said: a client's second hello does not differ in that (RFC 8446, section 4.1.2).
+// Behind an answer that is no TLS nobody knows what the server makes of further bytes.
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/forwarder/sniff"
+	"sluice/policy"
+)
+
+// helloGate is one flow's, of which nothing has passed yet.
+type helloGate struct {
+	fl   *tcpFlow
+	seen policy.Seen // what the first hello said
+
+	settled atomic.Bool // the server asks for no other hello
+
+	// Guarded by the flow's up.mu.
+	open  bool // nothing more is to be judged
+	ahead int  // bytes that may pass, from the front of what is queued; may be more than are queued
+	need  int  // bytes that must be queued before another hello is looked at again
+	heard int  // hellos that were let pass: the first one, and one for each that the server asked for
+
+	mu     sync.Mutex
+	answer sniff.HelloAnswer
+}
+
+func (h *helloGate) admit(g *gather) (pass, drop int, abort string) {
+	if h.open {
+		return g.bytes, 0, ""
+	}
+	at := place{g: g}
+	at.skip(h.ahead)
+	for h.ahead < g.bytes {
+		var look [sniff.RecordLook]byte
+		r, need, err := sniff.NextRecord(look[:at.look(look[:])])
+		switch {
+		case err != nil:
+			return h.malformed()
+		case need > 0:
+			if h.ahead == 0 && endpointState(h.fl.ep) != tcp.StateEstablished {
+				return h.malformed() // its end came before the record's
+			}
+			return h.ahead, 0, ""
+		case h.ahead > 0 && (r.Handshake || h.settled.Load()):
+			return h.ahead, 0, ""
+		case h.settled.Load():
+			if r.Hello {
+				return h.malformed()
+			}
+			h.open = true
+			return g.bytes, 0, ""
+		case r.Handshake:
+			return h.further(g)
+		case !r.Alert && h.foreign():
+			return h.malformed()
+		}
+		h.ahead += r.Size
+		at.skip(r.Size)
+	}
+	return g.bytes, 0, ""
+}
+
+func (h *helloGate) foreign() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.answer.Foreign
+}
+
+func (h *helloGate) malformed() (int, int, string) {
+	h.fl.t.firstMalformed.Add(1)
+	return 0, 0, "malformed_hello"
+}
+
+// further decides about a record of the handshake at the front of what is queued.
+func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
+	h.mu.Lock()
+	answer := h.answer
+	h.mu.Unlock()
+	switch {
+	case answer.Foreign:
+		return h.malformed()
+	case h.heard > answer.Retries:
+		return 0, 0, "" // answered has it looked at again
+	}
+	fl := h.fl
+	queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+	if terr != nil {
+		return 0, 0, "reset_by_sandbox"
+	}
+	ended := endpointState(fl.ep) != tcp.StateEstablished
+	if queued < h.need && !ended {
+		return 0, 0, ""
+	}
+	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	defer firstBytes.Put(buf)
+	look := peekInto{to: buf[:]}
+	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
+		return 0, 0, "reset_by_sandbox"
+	}
+	said, size, need, err := sniff.Hello(buf[:look.n])
+	switch {
+	case err != nil, need > 0 && ended:
+		return h.malformed()
+	case need > 0:
+		h.need = need
+		return 0, 0, ""
+	}
+	if seen := seenOf(said); seen != h.seen {
+		return 0, 0, h.refuse(seen)
+	}
+	h.heard++
+	h.need, h.ahead = 0, size
+	return min(size, g.bytes), 0, ""
+}
+
+// refuse ends the flow, whatever the rules say of the other name: the server was dialled for
+// the first one.
+func (h *helloGate) refuse(seen policy.Seen) (abort string) {
+	fl := h.fl
+	fl.t.refusedHello.Add(1)
+	q := fl.question()
+	q.Seen, q.Held = seen, ""
+	v := fl.t.f.judge(fl.t.f.rules.Load(), q)
+	fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: seen})
+	return reasonRefused
+}
+
+func (h *helloGate) passed(_ *gather, n int) { h.ahead = max(h.ahead-n, 0) }
+
+func (h *helloGate) room() int { return downChunk }
+
+// answered has what waits looked at when the answer is known.
+func (h *helloGate) answered(p []byte) {
+	if h.settled.Load() {
+		return
+	}
+	h.mu.Lock()
+	before := h.answer.Retries
+	h.answer.Feed(p)
+	known := h.answer.Settled || h.answer.Foreign || h.answer.Retries != before
+	h.settled.Store(h.answer.Settled)
+	h.mu.Unlock()
+	if known {
+		h.fl.t.f.engine.put(&h.fl.upTask)
+	}
+}
+
+// underWay is nothing beside what the flow itself was judged by.
+func (h *helloGate) underWay() []policy.Seen { return nil }
