@@ -32,7 +32,7 @@ var allowed = map[string][]string{
 	"forwarder/sandbox/confine": {},
 	"forwarder/sandbox/fork":    {},
 	"forwarder/sandbox/guest":   {"tun", "forwarder/sandbox/confine", "forwarder/sandbox/fork"},
-	"cni":                       {"tun"},
+	"cni":                       {"tun", "policy"},
 	"e2e":                       {},
 	"e2e/peer":                  {},
 	"e2e/bench":                 {},

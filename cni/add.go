@@ -255,7 +255,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		s.Describe = []string{"pod", a.Pod.Namespace + "/" + a.Pod.Name, a.IfName, "network", a.Network}
 	}
 	var err error
-	if s.PolicyName, s.Policy, err = c.policyFor(a.Pod); err != nil {
+	if s.Policy, err = c.policyFor(a.Pod); err != nil {
 		return nil, err
 	}
 	if s.Limits, err = c.limits(); err != nil {

@@ -191,7 +191,7 @@ func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) erro
 	if _, err := haveRules(); err != nil {
 		return notAvailable("nf_tables", err)
 	}
-	if _, _, err := c.policyFor(Pod{}); err != nil {
+	if _, err := c.policyFor(Pod{}); err != nil {
 		return notAvailable("the policy", err)
 	}
 	if len(c.Delegate) > 0 {

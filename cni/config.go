@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -150,13 +151,34 @@ func loadConfig(stdin []byte) (*Config, error) {
 	c := &Config{}
 	d := json.NewDecoder(bytes.NewReader(stdin))
 	d.DisallowUnknownFields()
-	if err := d.Decode(c); err != nil {
+	err := d.Decode(c)
+	if err == nil {
+		err = policyKeysSaySomething(stdin)
+	}
+	if err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "sluice: the network configuration", err.Error())
 	}
 	if err := c.check(); err != nil {
 		return nil, types.NewError(types.ErrInvalidNetworkConfig, "sluice: the network configuration", err.Error())
 	}
 	return c, nil
+}
+
+// policyKeysSaySomething refuses null and "" for what a pod's policy depends on: a template
+// that was not filled in must not look like a key that is not there.
+func policyKeysSaySomething(stdin []byte) error {
+	var keys map[string]json.RawMessage
+	if err := json.Unmarshal(stdin, &keys); err != nil {
+		return err
+	}
+	for key, value := range keys {
+		for _, name := range []string{"policy", "policyDir", "failClosed"} {
+			if text := string(value); strings.EqualFold(key, name) && (text == "null" || text == `""`) {
+				return fmt.Errorf("%s is %s: give it a value, or leave it out", key, text)
+			}
+		}
+	}
+	return nil
 }
 
 func (c *Config) check() error {

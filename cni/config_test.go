@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"sluice/tun"
 )
 
@@ -26,6 +28,11 @@ func TestConfigurationIsDecodedStrictly(t *testing.T) {
 		{"a key of select that is not ours", `"select": {"namespace": ["a"]}`, "namespace"},
 		{"a capability that nobody declared", `"runtimeConfig": {"teleport": true}`, "teleport"},
 		{"a relative policy", `"policy": "x.yaml"`, "absolute path"},
+		{"a policy that is null", `"policy": null`, "policy"},
+		{"a policy without a name", `"policy": ""`, "policy"},
+		{"a policyDir that is null", `"policyDir": null`, "policyDir is null"},
+		{"a policyDir without a name", `"policyDir": ""`, "policyDir is"},
+		{"a failClosed that is null, in other letters", `"failclosed": null`, "failclosed is null"},
 		{"a policy that is a number", `"policy": 3`, "want a policy"},
 		{"a relative policyDir", `"policyDir": "policies"`, "policyDir"},
 		{"a relative stateDir", `"stateDir": "state"`, "stateDir"},
@@ -102,37 +109,102 @@ func TestPodOf(t *testing.T) {
 	}
 }
 
+// policyNamed is a policy's text.
+func policyNamed(name string) string {
+	return "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: " + name + "}\nspec: {}\n"
+}
+
 func TestThePolicyOfAPod(t *testing.T) {
 	dir := t.TempDir()
 	must(t, os.MkdirAll(filepath.Join(dir, "a"), 0o700))
-	for name, text := range map[string]string{"a/web.yaml": "web's", "a.yaml": "a's", "net.yaml": "the network's"} {
-		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
+	for _, name := range []string{"a/web", "a", "net"} {
+		must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(policyNamed(strings.ReplaceAll(name, "/", "-"))), 0o600))
 	}
+	const inline = `{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": {"name": "inline"}, "spec": {}}`
 	for _, row := range []struct {
 		name string
 		c    Config
 		pod  Pod
 		want string
 	}{
-		{"its own", Config{PolicyDir: dir}, Pod{Namespace: "a", Name: "web"}, "web's"},
-		{"its namespace's", Config{PolicyDir: dir}, Pod{Namespace: "a", Name: "db"}, "a's"},
-		{"the configuration's file", Config{PolicyDir: dir, Policy: policySource{Path: dir + "/net.yaml"}}, Pod{Namespace: "b", Name: "web"}, "the network's"},
-		{"the configuration's text", Config{Policy: policySource{Text: []byte("inline")}}, Pod{}, "inline"},
-		{"none", Config{PolicyDir: dir}, Pod{Namespace: "b"}, ""},
-		{"none, and closed then", Config{PolicyDir: dir, FailClosed: true}, Pod{Namespace: "b"}, closedPolicy},
+		{"its own", Config{PolicyDir: dir}, Pod{Namespace: "a", Name: "web"}, "a-web"},
+		{"its namespace's", Config{PolicyDir: dir}, Pod{Namespace: "a", Name: "db"}, "a"},
+		{"the configuration's file", Config{PolicyDir: dir, Policy: policySource{Path: dir + "/net.yaml"}}, Pod{Namespace: "b", Name: "web"}, "net"},
+		{"the configuration's text", Config{Policy: policySource{Text: []byte(inline)}}, Pod{}, "inline"},
+		{"none, and closed then", Config{PolicyDir: dir, FailClosed: true}, Pod{Namespace: "b"}, "closed"},
 	} {
-		_, text, err := row.c.policyFor(row.pod)
-		if err != nil || string(text) != row.want {
-			t.Errorf("%s: %q, %v", row.name, text, err)
+		s, err := row.c.policyFor(row.pod)
+		if _, given := s.Document(); err != nil || !given {
+			t.Errorf("%s: %v, %v", row.name, s, err)
+			continue
+		}
+		if p, err := s.Policy(); err != nil || p.Metadata.Name != row.want {
+			t.Errorf("%s: %v, %v", row.name, p, err)
 		}
 	}
+	none, err := (&Config{PolicyDir: dir}).policyFor(Pod{Namespace: "b"})
+	if b, ok := none.Builtin(); err != nil || !ok || !b.Pod {
+		t.Errorf("none: %v, %v", none, err)
+	}
 	for _, pod := range []Pod{{Namespace: "..", Name: "x"}, {Namespace: "a", Name: "../a"}, {Namespace: "a/b"}} {
-		if _, _, err := (&Config{PolicyDir: dir}).policyFor(pod); err == nil {
+		if _, err := (&Config{PolicyDir: dir}).policyFor(pod); err == nil {
 			t.Errorf("the pod %+v has a policy outside its directory", pod)
 		}
 	}
-	if _, _, err := (&Config{Policy: policySource{Path: dir + "/missing.yaml"}}).policyFor(Pod{}); err == nil {
-		t.Error("a policy that is not there is no error")
+}
+
+// A policy that is named and cannot be read whole is an error, whatever failClosed says and
+// whatever else could be had in its place.
+func TestAPolicyThatCannotBeReadIsAnError(t *testing.T) {
+	whole := policyNamed("whole")
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"empty": "", "comments": "# nothing\n", "marker": "---\n", "null": "null\n", "mapping": "{}\n",
+		"cut": whole[:len(whole)-12], "cut-in-a-line": strings.TrimSuffix(whole, "spec: {}\n") + "spec:\n  defaultAction: drop",
+		"not-utf8": whole + "# \xff\n", "zero": whole + "# \x00\n", "bom": "\ufeff" + whole, "two": whole + "---\n" + whole,
+	} {
+		must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(text), 0o600))
+	}
+	big, err := os.Create(filepath.Join(dir, "100MiB.yaml"))
+	must(t, err)
+	must(t, big.Truncate(100<<20))
+	must(t, big.Close())
+	must(t, os.Mkdir(filepath.Join(dir, "directory.yaml"), 0o700))
+	must(t, unix.Mkfifo(filepath.Join(dir, "fifo.yaml"), 0o600))
+	must(t, os.Symlink("nowhere", filepath.Join(dir, "dangling.yaml")))
+	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	must(t, err)
+	other := filepath.Join(t.TempDir(), "other.yaml")
+	must(t, os.WriteFile(other, []byte(whole), 0o600))
+	check := func(what string, c Config, pod Pod) {
+		t.Helper()
+		for _, closed := range []bool{false, true} {
+			c.FailClosed = closed
+			if s, err := c.policyFor(pod); err == nil || !s.IsZero() {
+				t.Errorf("%s, failClosed %v: %v, %v", what, closed, s, err)
+			}
+		}
+	}
+	for _, path := range append(files, filepath.Join(dir, "missing.yaml")) {
+		name := strings.TrimSuffix(filepath.Base(path), ".yaml")
+		check("policy "+name, Config{Policy: policySource{Path: path}}, Pod{})
+		if name == "missing" {
+			continue // in policyDir it means that the pod has none of its own
+		}
+		check("policyDir, a namespace's "+name, Config{PolicyDir: dir, Policy: policySource{Path: other}}, Pod{Namespace: name, Name: "x"})
+		check("policyDir, a pod's "+name, Config{PolicyDir: filepath.Dir(dir), Policy: policySource{Path: other}}, Pod{Namespace: filepath.Base(dir), Name: name})
+	}
+	for what, text := range map[string]string{"an empty object": "{}", "an object without a spec": `{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": {"name": "a"}}`} {
+		check(what, Config{Policy: policySource{Text: []byte(text)}}, Pod{})
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+	must(t, os.Symlink("nowhere", filepath.Join(dir, "gone")))
+	for what, policyDir := range map[string]string{"a policyDir that is missing": dir + "/none", "a policyDir that is a file": other, "a policyDir that leads nowhere": dir + "/gone"} {
+		check(what, Config{PolicyDir: policyDir, Policy: policySource{Path: other}}, Pod{Namespace: "a", Name: "x"})
+		check(what, Config{PolicyDir: policyDir}, Pod{})
+	}
+	for _, namespace := range []string{"file", "gone"} {
+		check("a namespace's directory that is none: "+namespace, Config{PolicyDir: dir, Policy: policySource{Path: other}}, Pod{Namespace: namespace, Name: "x"})
 	}
 }
 

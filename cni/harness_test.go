@@ -318,10 +318,8 @@ func (l *procLauncher) Alive(_ context.Context, a LaunchSpec) error {
 func (l *procLauncher) Gone(a LaunchSpec) (bool, error) { return !lives(l.pid(a.Name)), nil }
 
 func (l *procLauncher) Check(a LaunchSpec) error {
-	if strings.Contains(string(a.Policy), "mistake") {
-		return errors.New("a mistake in the policy")
-	}
-	return nil
+	_, err := a.Policy.Policy()
+	return err
 }
 
 func (l *procLauncher) living() (out []int) {

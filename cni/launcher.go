@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -47,11 +48,12 @@ type LaunchSpec struct {
 	// Resolvers are missing from records of builds that did not serve names.
 	Resolvers Resolvers `json:"resolvers,omitzero"`
 
-	PolicyName string            `json:"policyName,omitempty"`
-	Policy     []byte            `json:"policy,omitempty"`
-	Limits     json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
-	Sysctls    map[string]string `json:"sysctls,omitempty"`
-	FlowLog    string            `json:"flowLog,omitempty"`
+	// Policy is missing from records of builds that kept it otherwise: such a monitor is not
+	// started anew, and its pod stays closed until it is made anew.
+	Policy  policy.Source     `json:"policySource,omitzero"`
+	Limits  json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
+	Sysctls map[string]string `json:"sysctls,omitempty"`
+	FlowLog string            `json:"flowLog,omitempty"`
 	// FlowLogMaxSize and FlowLogMaxFiles are as in Config.
 	FlowLogMaxSize  string `json:"flowLogMaxSize,omitempty"`
 	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`

@@ -9,10 +9,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"sluice/policy"
 )
 
-// The policy that an attachment starts with. Its text is only carried here; whoever
-// launches the monitor knows what it means.
+// The policy that an attachment starts with. A file, a directory or an object that the
+// configuration names is a policy that was given: one that is missing, empty or cannot be
+// read whole makes ADD fail, whatever failClosed says. Only a configuration that names
+// none, or a policyDir that has nothing for the pod, leaves it without.
 
 // closedPolicy is that of a pod without one under failClosed.
 const closedPolicy = `apiVersion: sluice.dev/v1alpha1
@@ -21,55 +25,92 @@ metadata: {name: closed}
 spec: {defaultAction: drop}
 `
 
-// maxPolicy bounds a policy's text, in bytes.
-const maxPolicy = 1 << 20
+// policyFor finds a pod's policy: its own, its namespace's, the configuration's, and last
+// what holds where none was given.
+func (c *Config) policyFor(pod Pod) (policy.Source, error) {
+	d, found, err := c.policyDocument(pod)
+	switch {
+	case err != nil:
+		return policy.Source{}, err
+	case found:
+		return policy.Given(d), nil
+	}
+	return policy.NotGiven(policy.Builtin{Pod: true}), nil
+}
 
-// policyFor finds a pod's policy: its own, its namespace's, the configuration's. An
-// empty text is the default of a pod without policies.
-func (c *Config) policyFor(pod Pod) (name string, text []byte, err error) {
-	if c.PolicyDir != "" && pod.Namespace != "" {
-		for _, part := range []string{pod.Namespace, pod.Name} {
-			if strings.ContainsRune(part, filepath.Separator) || strings.HasPrefix(part, ".") {
-				return "", nil, fmt.Errorf("the pod's name %q/%q is none that policyDir can hold", pod.Namespace, pod.Name)
-			}
-		}
-		paths := []string{filepath.Join(c.PolicyDir, pod.Namespace+".yaml")}
-		if pod.Name != "" {
-			paths = append([]string{filepath.Join(c.PolicyDir, pod.Namespace, pod.Name+".yaml")}, paths...)
-		}
-		for _, path := range paths {
-			text, err := readPolicy(path)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			return path, text, err
+// policyDocument finds the document that applies to a pod, if there is one.
+func (c *Config) policyDocument(pod Pod) (d policy.Document, found bool, err error) {
+	if c.PolicyDir != "" {
+		if d, found, err := policyInDir(c.PolicyDir, pod); found || err != nil {
+			return d, found, err
 		}
 	}
 	switch {
 	case c.Policy.Path != "":
-		text, err := readPolicy(c.Policy.Path)
-		return c.Policy.Path, text, err
+		d, err = policy.ReadDocumentFile(c.Policy.Path)
 	case c.Policy.Text != nil:
-		return "policy of network " + c.Name, c.Policy.Text, nil
+		d, err = policy.NewDocument("policy of network "+c.Name, c.Policy.Text)
 	case c.FailClosed:
-		return "closed", []byte(closedPolicy), nil
+		d, err = policy.NewDocument("closed", []byte(closedPolicy))
+	default:
+		return policy.Document{}, false, nil
 	}
-	return "", nil, nil
+	return d, err == nil, err
 }
 
-func readPolicy(path string) ([]byte, error) {
+// policyInDir reads NAMESPACE/NAME.yaml or NAMESPACE.yaml. Not to be there is a matter of
+// the last name of a path alone: a directory that is missing or a link that leads nowhere
+// is an error, or taking it away would take the policies along.
+func policyInDir(dir string, pod Pod) (d policy.Document, found bool, err error) {
+	for _, part := range []string{pod.Namespace, pod.Name} {
+		if strings.ContainsRune(part, filepath.Separator) || strings.HasPrefix(part, ".") {
+			return d, false, fmt.Errorf("the pod's name %q/%q is none that policyDir can hold", pod.Namespace, pod.Name)
+		}
+	}
+	if err := isDirectory(dir); err != nil {
+		return d, false, fmt.Errorf("policyDir: %w", err)
+	}
+	if pod.Namespace == "" {
+		return d, false, nil
+	}
+	paths := []string{filepath.Join(dir, pod.Namespace+".yaml")}
+	own := filepath.Join(dir, pod.Namespace)
+	if there, err := exists(own); err != nil {
+		return d, false, fmt.Errorf("policyDir: %w", err)
+	} else if there && pod.Name != "" {
+		if err := isDirectory(own); err != nil {
+			return d, false, fmt.Errorf("policyDir: %w", err)
+		}
+		paths = append([]string{filepath.Join(own, pod.Name+".yaml")}, paths...)
+	}
+	for _, path := range paths {
+		there, err := exists(path)
+		if err != nil {
+			return d, false, fmt.Errorf("policyDir: %w", err)
+		}
+		if there {
+			d, err := policy.ReadDocumentFile(path)
+			return d, err == nil, err
+		}
+	}
+	return d, false, nil
+}
+
+// exists reports whether there is anything at path, be it a link that leads nowhere.
+func exists(path string) (bool, error) {
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func isDirectory(path string) error {
 	fi, err := os.Stat(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the policy: %w", err)
+	if err == nil && !fi.IsDir() {
+		err = fmt.Errorf("%s is not a directory", path)
 	}
-	if fi.Size() > maxPolicy {
-		return nil, fmt.Errorf("read the policy: %s has %d bytes, more than %d", path, fi.Size(), maxPolicy)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the policy: %w", err)
-	}
-	return text, nil
+	return err
 }
 
 // limits are the configuration's with the runtime's bandwidth, which goes first: it is

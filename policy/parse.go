@@ -40,15 +40,16 @@ func (e *Error) Error() string { return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Li
 // joins one *Error for each mistake; name is only used in those.
 func Parse(name string, data []byte) (*Policy, error) {
 	p := &parser{file: name}
-	if len(data) > MaxPolicyBytes {
-		p.errorAt(1, 1, "the file has %d bytes; expected at most %d", len(data), MaxPolicyBytes)
+	var bad *textError
+	if errors.As(checkText(data), &bad) {
+		p.errorAt(bad.line, bad.col, "%s", bad.msg)
 		return nil, p.err()
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	var doc, more yaml.Node
 	switch err := dec.Decode(&doc); {
 	case errors.Is(err, io.EOF):
-		p.errorAt(1, 1, "the file is empty; expected a policy that starts with apiVersion: %s and kind: %s", APIVersion, Kind)
+		p.errorAt(1, 1, emptyText)
 		return nil, p.err()
 	case err != nil:
 		p.syntaxError(err)

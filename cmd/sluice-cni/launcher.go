@@ -27,7 +27,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
 		Resolvers: a.Resolvers.Servers, ResolversNote: a.Resolvers.Note,
-		PolicyName: a.PolicyName, Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, Keep: a.Keep,
+		Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, Keep: a.Keep,
 		FlowLog: a.FlowLog, FlowLogMaxSize: size, FlowLogMaxFiles: a.FlowLogMaxFiles,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,
 		Device: a.DeviceFDs, In0: a.InboundFD, Lock: a.Lock,
@@ -48,12 +48,9 @@ func (launcher) Gone(a cni.LaunchSpec) (bool, error) {
 
 func (launcher) Check(a cni.LaunchSpec) error {
 	var errs []error
-	if len(a.Policy) > 0 {
-		if _, err := policy.Parse(a.PolicyName, a.Policy); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	_, err := limitsOf(a)
+	_, err := a.Policy.Policy()
+	errs = append(errs, err)
+	_, err = limitsOf(a)
 	errs = append(errs, err)
 	_, err = flowLogSizeOf(a)
 	errs = append(errs, err)

@@ -39,7 +39,7 @@ addresses, and the host's own.
 		),
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {
-			cfg, err := sandboxConfig(c)
+			cfg, err := sandboxConfig(c, policy.Builtin{AllowPrivate: true, AllowHost: true})
 			if err != nil {
 				return err
 			}
@@ -57,7 +57,6 @@ addresses, and the host's own.
 				return errors.New("attach: give a PID or --netns PATH")
 			}
 			cfg.Start = attachTo(t)
-			cfg.Builtin = policy.Builtin{AllowPrivate: true, AllowHost: true}
 			cfg.Guest.NoConfigure = c.Bool("no-configure")
 			ready, err := descriptor(c, "ready-fd")
 			if err != nil {

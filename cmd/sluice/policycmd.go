@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -38,29 +37,12 @@ func policyCommand() *cli.Command {
 	}
 }
 
-// maxPolicy bounds a policy file: what one request can carry.
-const maxPolicy = api.MaxRequest / 2
-
-// readPolicy reads a policy file; - is standard input.
-func readPolicy(path string) (name string, data []byte, err error) {
-	var r io.Reader = os.Stdin
-	name = "standard input"
-	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return "", nil, fmt.Errorf("read the policy: %w", err)
-		}
-		defer f.Close()
-		r, name = f, filepath.Base(path)
+// readPolicy reads a policy file and calls it name; the path - is standard input.
+func readPolicy(path, name string) (policy.Document, error) {
+	if path == "-" {
+		return policy.ReadDocumentFrom(os.Stdin, "standard input")
 	}
-	data, err = io.ReadAll(io.LimitReader(r, maxPolicy+1))
-	if err != nil {
-		return "", nil, fmt.Errorf("read the policy: %w", err)
-	}
-	if len(data) > maxPolicy {
-		return "", nil, fmt.Errorf("read the policy: %s is larger than %d bytes", name, maxPolicy)
-	}
-	return name, data, nil
+	return policy.ReadDocument(path, name)
 }
 
 func policyCheck(c *cli.Context) error {
@@ -69,15 +51,7 @@ func policyCheck(c *cli.Context) error {
 	}
 	var errs []error
 	for _, path := range c.Args().Slice() {
-		name, data, err := readPolicy(path)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		if path != "-" {
-			name = path // as the caller wrote it, so that editors find the place
-		}
-		p, err := policy.Parse(name, data)
+		d, p, err := parsePolicy(path)
 		if err == nil {
 			_, err = policy.Compile(p, policy.Environment{})
 		}
@@ -86,7 +60,7 @@ func policyCheck(c *cli.Context) error {
 			continue
 		}
 		_, _ = fmt.Fprintf(c.App.Writer, "%s: policy %q is right: %d egress and %d ingress rules, default %s\n",
-			name, p.Metadata.Name, len(p.Spec.Egress), len(p.Spec.Ingress), p.Spec.DefaultAction)
+			d.Name(), p.Metadata.Name, len(p.Spec.Egress), len(p.Spec.Ingress), p.Spec.DefaultAction)
 	}
 	return errors.Join(errs...)
 }
@@ -120,9 +94,10 @@ func policySet(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	name, data, err := readPolicy(args[len(args)-1])
+	path := args[len(args)-1]
+	d, err := readPolicy(path, filepath.Base(path))
 	if err != nil {
 		return err
 	}
-	return client.Call(c.Context, api.MethodPolicySet, api.PolicySetParams{Name: name, Source: string(data)}, nil)
+	return client.Call(c.Context, api.MethodPolicySet, api.PolicySetParams{Name: d.Name(), Source: d.Text()}, nil)
 }

@@ -43,11 +43,11 @@ func policyDiff(c *cli.Context) error {
 	if c.NArg() != 2 {
 		return errors.New("policy diff: want BEFORE and AFTER, two policy files")
 	}
-	before, err := parsePolicy(c.Args().Get(0))
+	_, before, err := parsePolicy(c.Args().Get(0))
 	if err != nil {
 		return err
 	}
-	after, err := parsePolicy(c.Args().Get(1))
+	_, after, err := parsePolicy(c.Args().Get(1))
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,7 @@ func policyTrial(c *cli.Context, explain bool) error {
 	if c.NArg() != 1 {
 		return fmt.Errorf("policy %s: want one FILE", c.Command.Name)
 	}
-	p, err := parsePolicy(c.Args().First())
+	_, p, err := parsePolicy(c.Args().First())
 	if err != nil {
 		return err
 	}
@@ -86,16 +86,15 @@ func policyTrial(c *cli.Context, explain bool) error {
 	return err
 }
 
-// parsePolicy reads and parses a policy file; - is standard input.
-func parsePolicy(path string) (*policy.Policy, error) {
-	name, data, err := readPolicy(path)
+// parsePolicy reads and parses a policy file, which it calls as the caller wrote it, so that
+// editors find the place of an error; - is standard input.
+func parsePolicy(path string) (policy.Document, *policy.Policy, error) {
+	d, err := readPolicy(path, path)
 	if err != nil {
-		return nil, err
+		return d, nil, err
 	}
-	if path != "-" {
-		name = path // as the caller wrote it, so that editors find the place
-	}
-	return policy.Parse(name, data)
+	p, err := d.Policy()
+	return d, p, err
 }
 
 func trialOf(c *cli.Context) (policy.Trial, error) {

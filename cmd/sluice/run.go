@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -84,12 +85,12 @@ which it explains on standard error.
 		Before:       noStrayOptions,
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {
-			cfg, err := sandboxConfig(c)
+			none := policy.Builtin{AllowPrivate: c.Bool("allow-private"), AllowHost: c.Bool("allow-host")}
+			cfg, err := sandboxConfig(c, none)
 			if err != nil {
 				return err
 			}
-			cfg.Builtin = policy.Builtin{AllowPrivate: c.Bool("allow-private"), AllowHost: c.Bool("allow-host")}
-			if cfg.Builtin != (policy.Builtin{}) && c.IsSet("policy") {
+			if _, given := cfg.Policy.Document(); given && none != (policy.Builtin{}) {
 				return errors.New("--allow-private and --allow-host widen the default policy, which --policy replaces: let the policy allow entity private or host")
 			}
 			g := &cfg.Guest
@@ -132,8 +133,8 @@ func noStrayOptions(c *cli.Context) error {
 	return nil
 }
 
-// sandboxConfig reads the common flags.
-func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
+// sandboxConfig reads the common flags; none holds without --policy.
+func sandboxConfig(c *cli.Context, none policy.Builtin) (sandbox.Config, error) {
 	cfg := sandbox.Config{
 		Name: c.String("name"), Version: buildVersion(),
 		NoIPv4: c.Bool("ipv6-only"), NoIPv6: c.Bool("ipv4-only"),
@@ -145,8 +146,9 @@ func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
 		Name: c.String("interface"), MTU: c.Int("mtu"), Queues: c.Int("queues"), NoOffload: c.Bool("no-offload"),
 	}
 	var errs []error
+	// A flag that was given is one, whatever its value: an empty one is an error of its own.
 	try := func(name string, f func(string) error) {
-		if v := c.String(name); v != "" {
+		if v := c.String(name); v != "" || c.IsSet(name) {
 			if err := f(v); err != nil {
 				errs = append(errs, fmt.Errorf("--%s: %w", name, err))
 			}
@@ -230,8 +232,10 @@ func sandboxConfig(c *cli.Context) (sandbox.Config, error) {
 		cfg.Sysctls[name] = value
 		return nil
 	})
-	try("policy", func(v string) (err error) {
-		cfg.PolicyName, cfg.Policy, err = readPolicy(v)
+	cfg.Policy = policy.NotGiven(none)
+	try("policy", func(v string) error {
+		d, err := readPolicy(v, filepath.Base(v))
+		cfg.Policy = policy.Given(d)
 		return err
 	})
 	return cfg, errors.Join(errs...)

@@ -69,12 +69,10 @@ type AttachmentConfig struct {
 	Resolvers     []netip.Addr `json:"resolvers,omitempty"`
 	ResolversNote string       `json:"resolversNote,omitempty"`
 
-	// Policy is the policy file's text, PolicyName its name. Without one the pod is
-	// open in both directions, as in a cluster without policies: policy.Builtin.
-	PolicyName string            `json:"policyName,omitempty"`
-	Policy     []byte            `json:"policy,omitempty"`
-	Limits     policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
-	Sysctls    map[string]string `json:"sysctls,omitempty"`
+	// Policy is required: a document, or that the pod was given none and what holds then.
+	Policy  policy.Source     `json:"policy"`
+	Limits  policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
+	Sysctls map[string]string `json:"sysctls,omitempty"`
 	// FlowLog is a file to append flow records to, FlowLogMaxSize and FlowLogMaxFiles its
 	// bounds, as in Config.
 	FlowLog         string `json:"flowLog,omitempty"`
@@ -125,6 +123,8 @@ func (c AttachmentConfig) withDefaults() (AttachmentConfig, error) {
 		return c, errors.New("an attachment needs the uplink network namespace")
 	case len(c.Addrs) == 0:
 		return c, errors.New("an attachment needs an address of the pod")
+	case c.Policy.IsZero():
+		return c, fmt.Errorf("an attachment needs a policy: %w", policy.ErrNoSource)
 	case len(c.Device) == 0 || c.In0 == nil:
 		return c, errors.New("an attachment needs the descriptors of the pod's device and of the inbound one")
 	}
@@ -253,10 +253,7 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if err := joinCgroups(cfg.MonitorCgroups, os.Getpid()); err != nil {
 		m.log.warnf("monitor", "%v", err)
 	}
-	m.rules = rulesMessage{Name: cfg.PolicyName, Source: string(cfg.Policy), Builtin: policy.Builtin{Pod: true}, Env: cfg.environment(), Limits: cfg.Limits}
-	if m.rules.Source == "" {
-		m.rules.Name = policy.BuiltinName
-	}
+	m.rules = rulesMessage{Policy: cfg.Policy, Env: cfg.environment(), Limits: cfg.Limits}
 	started := time.Now()
 	if cfg.resume != nil {
 		started = cfg.resume.Started

@@ -279,7 +279,8 @@ func TestALaunchThatFailsSaysWhyAndLeavesNothing(t *testing.T) {
 		change func(*AttachmentConfig)
 		want   string
 	}{
-		{"a bad policy", func(c *AttachmentConfig) { c.Policy = []byte("kind: Nonsense\n") }, "Nonsense"},
+		{"a bad policy", func(c *AttachmentConfig) { c.Policy = unparsed(t, "kind: Nonsense\n") }, "Nonsense"},
+		{"no policy, and not said that there is none", func(c *AttachmentConfig) { c.Policy = policy.Source{} }, policy.ErrNoSource.Error()},
 		{"no uplink", func(c *AttachmentConfig) { c.UplinkNetNS = "/run/netns/none" }, "uplink network namespace"},
 		{"a bad tunable", func(c *AttachmentConfig) { c.Sysctls = map[string]string{"nonsense": "1"} }, "nonsense"},
 		{"devices the wrong way round", func(c *AttachmentConfig) { c.Device[0], c.In0 = c.In0, c.Device[0] }, "queue"},

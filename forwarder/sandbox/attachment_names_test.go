@@ -257,7 +257,7 @@ func TestAPodWithoutResolversHasNoNames(t *testing.T) {
 // way, and connections, both bounded.
 func TestAPodsQuestionsHoldFewSockets(t *testing.T) {
 	p, cfg, trusted, _ := newPodWithNames(t)
-	cfg.PolicyName, cfg.Policy = "names", []byte(podNames)
+	cfg.Policy = given(t, podNames)
 	_, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)

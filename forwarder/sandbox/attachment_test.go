@@ -20,6 +20,7 @@ import (
 
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -193,6 +194,7 @@ func (p *pod) config(t *testing.T) AttachmentConfig {
 		UplinkNetNS: p.uplink.path(), Addrs: []netip.Prefix{podAddr4, podAlso4, podAddr6},
 		Link:    tun.Config{Kind: p.tap.Kind(), MTU: p.tap.MTU()},
 		Inbound: tun.Config{MTU: tun.MaxMTU},
+		Policy:  policy.NotGiven(policy.Builtin{Pod: true}),
 	}
 	for _, fd := range p.tap.FDs() {
 		dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)

@@ -75,7 +75,7 @@ func TestChannelCarriesLargeMessages(t *testing.T) {
 	monitor, worker := pair(t)
 	before := openFDs(t)
 	source := strings.Repeat("0123456789abcdef", 200<<10/16)
-	if err := monitor.Send(msgRules, 1, rulesMessage{Source: source}); err != nil {
+	if err := monitor.Send(msgRules, 1, rulesMessage{Policy: unparsed(t, source)}); err != nil {
 		t.Fatal(err)
 	}
 	m, fds, err := worker.Receive()
@@ -83,13 +83,14 @@ func TestChannelCarriesLargeMessages(t *testing.T) {
 		t.Fatalf("%v, %v", fds, err)
 	}
 	var r rulesMessage
-	if err := json.Unmarshal(m.Body, &r); err != nil || r.Source != source {
-		t.Errorf("a body of %d bytes came as %d, %v", len(source), len(r.Source), err)
+	err = json.Unmarshal(m.Body, &r)
+	if d, given := r.Policy.Document(); err != nil || !given || d.Text() != source {
+		t.Errorf("a policy of %d bytes came as %d, %v", len(source), len(d.Text()), err)
 	}
 	if after := openFDs(t); after > before { // an earlier test's may still be on their way out
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
-	if err := monitor.Send(msgRules, 1, rulesMessage{Source: strings.Repeat("x", maxMessage)}); err == nil {
+	if err := monitor.Send(msgRules, 1, strings.Repeat("x", maxMessage)); err == nil {
 		t.Error("a message over the limit was sent")
 	}
 }

@@ -40,10 +40,8 @@ type Config struct {
 
 	// HostLoopback makes the gateway address lead to the host's loopback.
 	HostLoopback bool
-	// Policy is the policy file's text, PolicyName its name; empty is Builtin.
-	PolicyName string
-	Policy     []byte
-	Builtin    policy.Builtin
+	// Policy is required: a document, or that none was given and what holds then.
+	Policy policy.Source
 
 	Ports []api.Port
 	// PublishAuto publishes what the sandbox listens on, at PublishAutoAddr

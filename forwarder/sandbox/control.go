@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
 )
 
 // maxControlConns bounds the connections being served by the monitor; those
@@ -216,40 +218,36 @@ func (m *monitor) callWorker(ctx context.Context, method string, result any) err
 
 // policyResult is called with mu held.
 func (m *monitor) policyResult() (any, error) {
-	r := api.PolicyResult{Name: m.rules.Name, Source: m.rules.Source, Generation: m.generation}
-	if r.Source == "" {
-		text, err := m.rules.Builtin.Policy().YAML()
-		if err != nil {
-			return nil, err
-		}
-		r.Source = string(text)
+	text, err := m.rules.Policy.Text()
+	if err != nil {
+		return nil, err
 	}
-	return r, nil
+	return api.PolicyResult{Name: m.rules.Policy.Name(), Source: text, Generation: m.generation}, nil
 }
 
 // setPolicy puts a policy in force; one with errors leaves the old one there.
 func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
-	if p.Source == "" {
-		return nil, &api.Error{Code: api.CodeInvalid, Message: "the policy is empty"}
-	}
-	if p.Name == "" {
-		p.Name = "policy"
-	}
+	name := cmp.Or(p.Name, "policy")
 	m.change.Lock()
 	defer m.change.Unlock()
 	r := m.rules
-	r.Name, r.Source = p.Name, p.Source
-	err := m.keep(func(k *kept) {
-		k.Policy, k.Generation = &keptPolicy{r.Name, r.Source}, m.generation+1
-	}, func() error { return m.applyRules(r) })
+	d, err := policy.NewDocument(name, []byte(p.Source))
 	if err != nil {
-		m.log.infof("monitor", "policy %s refused: %v", p.Name, err)
-		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Name)
+		err = &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	} else {
+		r.Policy = policy.Given(d)
+		err = m.keep(func(k *kept) {
+			k.Policy, k.Generation = r.Policy, m.generation+1
+		}, func() error { return m.applyRules(r) })
+	}
+	if err != nil {
+		m.log.infof("monitor", "policy %s refused: %v", name, err)
+		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Policy.Name())
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.generation++
-	m.log.infof("monitor", "policy %s is in force", p.Name)
+	m.log.infof("monitor", "policy %s is in force", name)
 	return m.policyResult()
 }
 

@@ -18,10 +18,11 @@ type flagHint struct {
 }
 
 func (h *flagHint) refused(rules rulesMessage, r forwarder.Refusal) {
-	if rules.Source != "" {
+	builtin, ok := rules.Policy.Builtin()
+	if !ok {
 		return
 	}
-	if flag := rules.Builtin.OpenedBy(r.Verdict); flag != "" && h.first(flag) {
+	if flag := builtin.OpenedBy(r.Verdict); flag != "" && h.first(flag) {
 		h.warn(fmt.Sprintf("%v to %v was refused: without a policy, %s opens such addresses", policy.Protocol(r.Proto), r.Dst.Addr(), flag))
 	}
 }

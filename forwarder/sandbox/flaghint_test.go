@@ -18,10 +18,10 @@ func TestRefusalsOfTheDefaultNameTheirFlagOnce(t *testing.T) {
 		r    rulesMessage
 		want []string
 	}{
-		{"run without a policy", rulesMessage{Env: env}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses", "TCP to 2001:db8::5 was refused: without a policy, --allow-host opens such addresses"}},
-		{"with one of the flags", rulesMessage{Env: env, Builtin: policy.Builtin{AllowHost: true}}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses"}},
-		{"a policy was given", rulesMessage{Env: env, Name: "p", Source: closedPolicy}, nil},
-		{"a pod", rulesMessage{Env: env, Builtin: policy.Builtin{Pod: true}}, nil},
+		{"run without a policy", rulesMessage{Policy: policy.NotGiven(policy.Builtin{}), Env: env}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses", "TCP to 2001:db8::5 was refused: without a policy, --allow-host opens such addresses"}},
+		{"with one of the flags", rulesMessage{Policy: policy.NotGiven(policy.Builtin{AllowHost: true}), Env: env}, []string{"TCP to 192.168.1.7 was refused: without a policy, --allow-private opens such addresses"}},
+		{"a policy was given", rulesMessage{Policy: given(t, closedPolicy), Env: env}, nil},
+		{"a pod", rulesMessage{Policy: policy.NotGiven(policy.Builtin{Pod: true}), Env: env}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			rules, err := tt.r.compile()

@@ -1,11 +1,15 @@
 package sandbox
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+
+	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
 )
 
 // What was changed in an attachment while it ran, for a monitor that comes after one
@@ -18,14 +22,29 @@ import (
 // kept is the file's content. A field that was never set is missing, and what the
 // monitor is started with holds.
 type kept struct {
-	Policy     *keptPolicy       `json:"policy,omitempty"`
-	Generation uint64            `json:"generation,omitempty"`
+	Policy     policy.Source     `json:"policy,omitzero"`
+	Generation uint64            `json:"generation,omitempty"` // of Policy; 0 without one
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 }
 
-type keptPolicy struct {
-	Name   string `json:"name"`
-	Source string `json:"source"`
+// decodeKept reads the file's content, which says something, and all that it says.
+func decodeKept(b []byte) (kept, error) {
+	var k kept
+	if len(bytes.TrimSpace(b)) == 0 {
+		return k, errors.New("the file is empty")
+	}
+	if err := api.DecodeStrict(b, &k); err != nil {
+		return k, err
+	}
+	switch {
+	case k.Policy.IsZero() && k.Generation != 0:
+		return k, errors.New("a policy was set, which the file lacks")
+	case !k.Policy.IsZero() && k.Generation == 0:
+		return k, errors.New("a policy is there that was never set")
+	case k.Policy.IsZero() && len(k.Sysctls) == 0:
+		return k, errors.New("the file says nothing")
+	}
+	return k, nil
 }
 
 // remember takes over what is kept, at the start of a monitor.
@@ -39,15 +58,15 @@ func (m *monitor) remember() error {
 	}
 	var k kept
 	if err == nil {
-		err = json.Unmarshal(b, &k)
+		k, err = decodeKept(b)
 	}
 	if err != nil {
 		// Not knowing what was set last, the pod must not get what was set before.
 		return fmt.Errorf("read the settings that were kept: %w: remove %s to start with those of the configuration", err, m.att.Keep)
 	}
-	if k.Policy != nil {
-		m.rules.Name, m.rules.Source = k.Policy.Name, k.Policy.Source
-		m.log.infof("monitor", "policy %s, which was set before, is in force", k.Policy.Name)
+	if !k.Policy.IsZero() {
+		m.rules.Policy = k.Policy
+		m.log.infof("monitor", "policy %s, which was set before, is in force", k.Policy.Name())
 	}
 	m.generation = k.Generation
 	if k.Sysctls != nil {
@@ -64,7 +83,7 @@ func (m *monitor) keep(f func(*kept), apply func() error) error {
 	}
 	k := kept{Generation: m.generation, Sysctls: m.sysctls}
 	if m.generation > 0 {
-		k.Policy = &keptPolicy{m.rules.Name, m.rules.Source}
+		k.Policy = m.rules.Policy
 	}
 	f(&k)
 	b, err := json.Marshal(k)

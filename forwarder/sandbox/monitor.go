@@ -385,7 +385,7 @@ func (m *monitor) info() api.Info {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	i := m.base
-	i.State, i.Restarts, i.LastFailure, i.Policy = m.state, m.restarts, m.failure, m.rules.Name
+	i.State, i.Restarts, i.LastFailure, i.Policy = m.state, m.restarts, m.failure, m.rules.Policy.Name()
 	i.Flows = -1
 	if m.link != nil {
 		i.WorkerPID = m.link.p.cmd.Pid

@@ -62,12 +62,11 @@ func (c *workerConfig) resolvers() []netip.Addr {
 	return out
 }
 
-// rulesMessage is a policy and where it applies. An empty Source is Builtin.
+// rulesMessage is a policy and where it applies. The zero value cannot be encoded, nor be
+// compiled: a message that lost its policy denies.
 type rulesMessage struct {
-	Name    string             `json:"name"`
-	Source  string             `json:"source"`
-	Builtin policy.Builtin     `json:"builtin,omitzero"`
-	Env     policy.Environment `json:"env"`
+	Policy policy.Source      `json:"policy"`
+	Env    policy.Environment `json:"env"`
 	// Limits hold where the policy's own leave something open.
 	Limits policy.Limits `json:"limits,omitzero"`
 }
@@ -75,12 +74,9 @@ type rulesMessage struct {
 // compile makes the rules; monitor and worker both do, the one to answer with
 // the errors, the other because rules do not travel.
 func (r rulesMessage) compile() (*policy.Rules, error) {
-	p := r.Builtin.Policy()
-	if r.Source != "" {
-		var err error
-		if p, err = policy.Parse(r.Name, []byte(r.Source)); err != nil {
-			return nil, err
-		}
+	p, err := r.Policy.Policy()
+	if err != nil {
+		return nil, err
 	}
 	p.Spec.Limits = p.Spec.Limits.Or(r.Limits)
 	return policy.Compile(p, r.Env)

@@ -16,7 +16,6 @@ import (
 	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
-	"sluice/policy"
 )
 
 // stopTimeout bounds a worker's orderly end: all flows closed, the flow log
@@ -129,10 +128,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 
 // prepare opens what the sandbox needs of the host.
 func (m *monitor) prepare() (*dns.Watcher, error) {
-	m.rules = rulesMessage{Name: m.cfg.PolicyName, Source: string(m.cfg.Policy), Builtin: m.cfg.Builtin, Env: m.cfg.environment()}
-	if m.rules.Source == "" {
-		m.rules.Name = policy.BuiltinName
-	}
+	m.rules = rulesMessage{Policy: m.cfg.Policy, Env: m.cfg.environment()}
 	var err error
 	if m.rules.Env.HostAddrs, err = hostAddrs(); err != nil {
 		return nil, err

@@ -19,6 +19,7 @@ import (
 
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
+	"sluice/policy"
 )
 
 // The whole of it with real namespaces, a real device and a real worker: this
@@ -66,6 +67,9 @@ func start(t *testing.T, cfg Config) *running {
 	defer r.Close()
 	if cfg.Guest.Command == nil {
 		cfg.Guest.Command = inside
+	}
+	if cfg.Policy.IsZero() {
+		cfg.Policy = policy.NotGiven(policy.Builtin{})
 	}
 	run := &running{stderr: new(lockedBuffer)}
 	cfg.Guest.Stdin, cfg.Stderr = r, run.stderr
@@ -157,8 +161,8 @@ func TestRunLeavesNothingBehind(t *testing.T) {
 
 func TestWorkerIsReplacedWithAllItHad(t *testing.T) {
 	r := start(t, Config{Ports: []api.Port{{Proto: "tcp", GuestPort: 80}}})
-	policy := "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: closed}\nspec: {defaultAction: drop, limits: {flows: 99}}\n"
-	r.call(t, api.MethodPolicySet, api.PolicySetParams{Name: "closed.yaml", Source: policy}, nil)
+	closed := "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata: {name: closed}\nspec: {defaultAction: drop, limits: {flows: 99}}\n"
+	r.call(t, api.MethodPolicySet, api.PolicySetParams{Name: "closed.yaml", Source: closed}, nil)
 	r.call(t, api.MethodSysctlSet, api.SysctlParams{Name: "nf_conntrack_udp_timeout", Value: "5"}, nil)
 	var ports api.PortsResult
 	r.call(t, api.MethodPortsAdd, api.PortsParams{Spec: "127.0.0.1:0:81"}, &ports)
@@ -279,12 +283,16 @@ func TestRunFailsWithCauseAndStatus(t *testing.T) {
 		want string
 	}{
 		{"a port that is taken", Config{Ports: []api.Port{port(t, fmt.Sprintf("127.0.0.1:%d:80", at))}}, "the port is taken by"},
-		{"a policy with errors", Config{PolicyName: "p.yaml", Policy: []byte("kind: Pod\n")}, "p.yaml:1:"},
+		{"a policy with errors", Config{Policy: unparsed(t, "kind: Pod\n")}, "p.yaml:1:"},
+		{"no policy, and not said that there is none", Config{}, policy.ErrNoSource.Error()},
 		{"a name that cannot be", Config{Name: "a/b"}, `"a/b"`},
 		{"a flow log that cannot be", Config{FlowLog: "/nonexistent/log"}, "--flow-log: open /nonexistent/log"},
 		{"no address at all", Config{NoIPv4: true, NoIPv6: true}, "IPv4 or IPv6"},
 	} {
 		row.cfg.Guest.Command = inside
+		if row.cfg.Policy.IsZero() && row.want != policy.ErrNoSource.Error() {
+			row.cfg.Policy = policy.NotGiven(policy.Builtin{})
+		}
 		exit, err := Run(t.Context(), row.cfg)
 		if exit != guest.StatusOurs || err == nil || !strings.Contains(err.Error(), row.want) {
 			t.Errorf("%s: exit %d, %v; want %d and %q", row.name, exit, err, guest.StatusOurs, row.want)

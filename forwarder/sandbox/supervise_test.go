@@ -153,7 +153,7 @@ func startFake(t *testing.T, fate string) (*workerLink, *[]string) {
 	must(t, err)
 	t.Cleanup(p.kill)
 	l := newWorkerLink(p, func(*workerLink, bool) {}, nil, newKeptGrants())
-	must(t, l.post(msgConfig, workerConfig{}))
+	must(t, l.post(msgConfig, workerConfig{Rules: noPolicy}))
 	return l, lines
 }
 

@@ -42,7 +42,7 @@ import (
 
 // takeoverVersion is that of resumption and attachmentStart: a binary takes over
 // from one of the same version.
-const takeoverVersion = "sluice attachment 2"
+const takeoverVersion = "sluice attachment 3"
 
 // probeArgument, in the place of a name, makes AttachmentMain print takeoverVersion.
 const probeArgument = "--version"

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"time"
+	"unicode/utf8"
 )
 
 // ReadRequest reads the one request line of a connection. It reads no byte
@@ -21,6 +22,10 @@ func ReadRequest(c net.Conn, deadline time.Time) (Request, error) {
 	line, err := readLine(c, MaxRequest)
 	if err != nil {
 		return req, err
+	}
+	if !utf8.Valid(line) {
+		// The decoder would put U+FFFD in the place of what it does not understand.
+		return req, &Error{CodeBadRequest, "bad request: not UTF-8"}
 	}
 	if err := DecodeStrict(line, &req); err != nil {
 		return req, &Error{CodeBadRequest, "bad request: " + err.Error()}

@@ -4,13 +4,15 @@ import (
 	"encoding/json"
 	"net/netip"
 	"time"
+
+	"sluice/policy"
 )
 
 // Bounds of the protocol.
 const (
-	// MaxRequest bounds the request line. The largest request is a policy: ten
-	// thousand CIDRs with names come to about one MiB.
-	MaxRequest = 4 << 20
+	// MaxRequest bounds the request line. The largest request is a policy, whose quotes and
+	// newlines take two bytes each.
+	MaxRequest = 2*policy.MaxPolicyBytes + 64<<10
 	// MaxResponse bounds one line of an answer; a full table of 65 536 flows
 	// is about 40 MiB of JSON.
 	MaxResponse = 128 << 20
