@@ -39,9 +39,9 @@ var allowed = map[string][]string{
 	"hack/report":               {},
 }
 
-// forTests are what only tests may import: they play a kubelet to a real containerd, or a
-// client of gRPC, which is no business of the module's own programs.
-var forTests = []string{"k8s.io/cri-api/", "google.golang.org/grpc", "golang.org/x/net/websocket"}
+// forTests are what only tests may import: they play a kubelet to a real containerd, a
+// client of gRPC, or QUIC's ends, which is no business of the module's own programs.
+var forTests = []string{"k8s.io/cri-api/", "google.golang.org/grpc", "golang.org/x/net/websocket", "golang.org/x/net/quic", "github.com/quic-go/"}
 
 func isForTests(path string) bool {
 	return slices.ContainsFunc(forTests, func(p string) bool { return strings.HasPrefix(path, p) })

@@ -27,6 +27,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -98,8 +99,10 @@ type admitted interface {
 	abort(reason string)
 	// expire is the flow table's word that the flow is over: abort without the release.
 	expire(reason string)
-	// underWay is what the requests on the flow have said that are not answered yet.
-	underWay() []policy.Seen
+	// underWay is the questions that were asked about the flow beside its own, q, and that
+	// must be asked again: of the requests that are not answered yet, of the connections
+	// inside it.
+	underWay(q policy.Query) []policy.Query
 }
 
 // How far a pass has come.
@@ -147,6 +150,12 @@ func (a *admission) decide(q policy.Query) judged {
 		return judged{query: q, local: true, rules: rules}
 	}
 	return judged{query: q, verdict: a.judge(rules, q), rules: rules}
+}
+
+// together reports whether an answer allows what may share a flow with another answer: to
+// the same target, within the same limits.
+func (a *admission) together(j, other *judged) bool {
+	return j.verdict.Allowed() && j.verdict.Target() == other.verdict.Target() && a.limited.of(j.verdict) == a.limited.of(other.verdict)
 }
 
 // judge asks rules, and tells them what the sandbox was told of names if they care.
@@ -235,9 +244,7 @@ func (p *pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 		if j.verdict.EachRequest() && !was.EachRequest() {
 			return false // there is no gate for the requests to come
 		}
-		for _, seen := range p.flow.underWay() {
-			q := j.query
-			q.Seen = seen
+		for _, q := range p.flow.underWay(j.query) {
 			if !p.a.judge(r, q).Allowed() {
 				return false
 			}
@@ -251,6 +258,20 @@ func (p *pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 	_ = lease.Charge(shape.budgetOf(), true) // cannot fail
 	p.shape.Store(shape)
 	return true
+}
+
+// also has the flow go by another answer, which was given about a connection inside it: of
+// the same target and limits as its own, and among what underWay returns by now. It reports
+// whether the flow may go on.
+func (p *pass) also(j judged) bool {
+	p.mu.Lock()
+	p.answer.Store(&j)
+	p.describe(p.lease, &j)
+	p.mu.Unlock()
+	if now := p.a.rules.Load(); now != j.rules && !p.reconsider(p.lease, now) {
+		p.revoked.Store(true)
+	}
+	return !p.revoked.Load()
 }
 
 // hear judges a flow that waits by what it said first. The flow may go on if the answer
@@ -292,7 +313,13 @@ func (p *pass) listen(seen policy.Seen) (judged, error) {
 
 // describe tells the table by which rule the flow goes on.
 func (p *pass) describe(lease *nat.Lease, j *judged) {
-	lease.Describe(j.verdict.Rule(), p.a.namesOf(j), About{Verdict: j.verdict, Seen: j.query.Seen})
+	names := p.a.namesOf(j)
+	for _, q := range p.flow.underWay(j.query) {
+		if q.Held != "" && !slices.Contains(names, q.Held) {
+			names = append(names, q.Held)
+		}
+	}
+	lease.Describe(j.verdict.Rule(), names, About{Verdict: j.verdict, Seen: j.query.Seen})
 }
 
 // namesOf are the far side's: the one that the verdict matched by, else all those under

@@ -70,7 +70,7 @@ func (d *datagrams) flush() {
 
 // close ends every flow. The emitter must still work, and is closed last.
 func (d *datagrams) close() {
-	d.udp.held.close()
+	d.udp.quic.close()
 	d.udp.close()
 	d.echo.close()
 	d.emit.close()
@@ -140,7 +140,7 @@ type dgramFlow struct {
 	peer    netip.AddrPort             // the far side as the sandbox sees it
 	target  netip.AddrPort             // the far side as the host sees it
 	ingress bool                       // begun by a client of a published port
-	quic    *quicFlow                  // of a flow whose first bytes were read; nil else
+	quic    *quicTuple                 // of a flow whose first bytes were read; nil else
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
 	sent    atomic.Uint64              // header fields of the last packet, see noteSent
@@ -192,8 +192,13 @@ func (fl *dgramFlow) abort(reason string) { fl.end(reason) }
 // halt implements admitted: who sends and who receives look at revoked.
 func (fl *dgramFlow) halt() {}
 
-// underWay implements admitted.
-func (fl *dgramFlow) underWay() []policy.Seen { return nil }
+// underWay implements admitted: all that QUIC connections on the flow have said.
+func (fl *dgramFlow) underWay(policy.Query) []policy.Query {
+	if fl.quic == nil {
+		return nil
+	}
+	return fl.quic.questions()
+}
 
 // end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as
 // when the table ends it: what comes in between still finds the flow, not a tuple that
@@ -348,6 +353,14 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 	d.mu.Unlock()
 	if last {
 		s.close()
+	}
+	fl.rest()
+}
+
+// rest lets go of what is known of the flow's QUIC connections. It may be called again.
+func (fl *dgramFlow) rest() {
+	if fl.quic != nil {
+		fl.quic.detach(fl)
 	}
 }
 

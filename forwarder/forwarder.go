@@ -287,7 +287,7 @@ func (f *Forwarder) timer() {
 		f.needTimer.Store(false)
 		now := f.now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
-		checks, held := f.tcp.checks.expire(now), f.dgram.udp.held.list.expire(now)
+		checks, held := f.tcp.checks.expire(now), f.dgram.udp.quic.list.expire(now)
 		if f.publish.retry() || handshakes || dials || checks || held {
 			f.needTimer.Store(true)
 		} else if !f.needTimer.Load() {

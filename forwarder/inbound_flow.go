@@ -165,7 +165,7 @@ func (fl *inboundFlow) expire(why string) {
 }
 
 // underWay implements admitted.
-func (fl *inboundFlow) underWay() []policy.Seen { return nil }
+func (fl *inboundFlow) underWay(policy.Query) []policy.Query { return nil }
 
 // reset sends both sides of a TCP connection the reset that they believe: with the
 // number that each has asked for last. A side that has acknowledged nothing yet

@@ -326,7 +326,7 @@ func (r *relay) halt() { r.abort(reasonPolicy) }
 func (r *relay) expire(reason string) { r.abort(reason) }
 
 // underWay implements admitted: requests on a relay are not judged.
-func (r *relay) underWay() []policy.Seen { return nil }
+func (r *relay) underWay(policy.Query) []policy.Query { return nil }
 
 // sparePipes is how many empty pipes are kept while there are relays.
 const sparePipes = 16

@@ -407,14 +407,18 @@ func (fl *tcpFlow) closeHost(reset bool) {
 }
 
 // underWay implements admitted.
-func (fl *tcpFlow) underWay() []policy.Seen {
+func (fl *tcpFlow) underWay(q policy.Query) (all []policy.Query) {
 	fl.mu.Lock()
 	gate := fl.gate
 	fl.mu.Unlock()
 	if gate == nil {
 		return nil
 	}
-	return gate.underWay()
+	for _, seen := range gate.underWay() {
+		q.Seen = seen
+		all = append(all, q)
+	}
+	return all
 }
 
 // errnoOf finds the system's error number in err, or 0.

@@ -24,7 +24,7 @@ type udpForwarder struct {
 	checksum, length, noPort reason
 	ingress                  ingressCounters
 	published                map[netip.AddrPort]*hostSocket // by host address; guarded by mu
-	held                     *heldTuples
+	quic                     *quicGate
 }
 
 func newUDPForwarder(f *Forwarder) *udpForwarder {
@@ -34,7 +34,7 @@ func newUDPForwarder(f *Forwarder) *udpForwarder {
 		noPort:    f.reason("udp_closed_port"), // nothing of ours listens there
 		ingress:   newIngressCounters(f),
 		published: make(map[netip.AddrPort]*hostSocket),
-		held:      newHeldTuples(f),
+		quic:      newQUICGate(f),
 	}
 	u.init(f, "udp")
 	return u
@@ -79,7 +79,7 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 		u.ask(fl, a, pkt)
 		return
 	}
-	if fl.quic != nil && !u.mayPass(fl, pkt) {
+	if fl.quic != nil && !u.mayPass(fl, pkt, a) {
 		return
 	}
 	if fl.unasked.Load() {
@@ -116,11 +116,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	var before []heldPacket
 	if j.waits() {
 		j, before, fl.quic = u.verify(tuple, j, a, pkt)
-		defer func() {
-			for i := range before {
-				before[i].pkt.DecRef()
-			}
-		}()
+		defer func() { dropHeld(before) }()
 		if j.waits() || j.local { // local: names are gated since its first packet came
 			return nil
 		}
@@ -135,7 +131,11 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 		return nil
 	}
 	fl.target, fl.short = j.verdict.Target(), peer.Port() == dnsPort
+	if fl.quic != nil {
+		fl.quic.attach(fl)
+	}
 	if u.f.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short}) != nil {
+		fl.rest()
 		u.n.flow.drop(u.f, pkt)
 		return nil
 	}
@@ -148,6 +148,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	})
 	if err != nil {
 		fl.end("no-socket")
+		fl.rest() // the table may have ended it before
 		u.noSocket(err, pkt)
 		return nil
 	}

@@ -279,6 +279,9 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		s.d.n.unsolicited.Add(1)
 		return
 	}
+	if fl.quic != nil && !fl.quic.answered(data, c.gro) {
+		return // counted there
+	}
 	if !fl.ingress && !fl.replied.Load() {
 		s.noteReply(fl, c.local)
 	}

@@ -1,16 +1,15 @@
 package forwarder
 
-// Verification of QUIC.
+// Verification of QUIC: the way of a packet.
 //
 // The datagrams of a tuple whose verdict asks for the first bytes are held here, before
 // there is a flow, a lease or a socket, until the ClientHello in them is whole; then
-// the flow begins with them, in the order in which they came. What is no QUIC says no
-// name, and is judged as that at once.
+// the flow begins with them, in the order in which they came. The gate stays: in the flow,
+// what carries a long header is read likewise, and held if need be (verify_quic.go). What is
+// no QUIC says no name, and is judged as that at once.
 
 import (
 	"slices"
-	"sync"
-	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -25,227 +24,246 @@ const (
 	maxHeldPackets = 16
 )
 
-// heldTuples are the tuples whose first bytes are not whole.
-type heldTuples struct {
-	f         *Forwarder
-	list      *checkList
-	malformed *atomic.Uint64
-
-	mu     sync.Mutex
-	tuples map[nat.Tuple]*heldTuple
-	closed bool
-}
-
-func newHeldTuples(f *Forwarder) *heldTuples {
-	return &heldTuples{
-		f: f, list: newCheckList(f, "udp"), tuples: make(map[nat.Tuple]*heldTuple),
-		malformed: f.stats.counter("udp_first_bytes_malformed"),
-	}
-}
-
-// heldTuple is one of them.
-type heldTuple struct {
-	held  *heldTuples
-	tuple nat.Tuple
-	query policy.Query
-	entry checkEntry
-
-	// Guarded by udpForwarder.openMu.
-	initial sniff.Initial
-	// Guarded by held.mu.
-	packets []heldPacket
-	bytes   int
-}
-
+// heldPacket is a packet that waits for hellos to be whole.
 type heldPacket struct {
-	pkt *stack.PacketBuffer // a reference of its own
-	a   arrival
+	pkt   *stack.PacketBuffer // a reference of its own
+	a     arrival
+	needs []awaited
 }
 
-// checkExpired drops what is held: nobody says the rest.
-func (h *heldTuple) checkExpired(bool) {
-	packets := h.held.take(h.tuple, h)
+func dropHeld(packets []heldPacket) {
 	for i := range packets {
 		packets[i].pkt.DecRef()
 	}
-	if len(packets) == 0 {
-		return // it was decided meanwhile
-	}
-	f := h.held.f
-	q := h.query
-	q.Seen = policy.Seen{Kind: policy.SeenOpaque}
-	if v := f.judge(f.rules.Load(), q); !v.Allowed() {
-		f.noteRefused(Refusal{Proto: protoUDP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-	}
 }
 
-// take ends the holding of a tuple, by h if that is not nil, and returns what was held.
-func (ht *heldTuples) take(tuple nat.Tuple, h *heldTuple) []heldPacket {
-	ht.mu.Lock()
-	defer ht.mu.Unlock()
-	now := ht.tuples[tuple]
-	if now == nil || h != nil && now != h {
-		return nil
+// quicRead is what becomes of a packet.
+type quicRead struct {
+	passes, held bool
+	// said is by what it passes, or why it does not.
+	said judged
+	// before are packets that were held and pass now, before it. Their references are the
+	// caller's.
+	before []heldPacket
+}
+
+// read judges a packet of qt's. mu is held.
+func (qt *quicTuple) read(pkt *stack.PacketBuffer, a arrival) (r quicRead) {
+	refused, ok := qt.recheck()
+	if !ok {
+		return quicRead{said: refused}
 	}
-	delete(ht.tuples, tuple)
-	packets := now.packets
-	now.packets = nil
+	needs, silent, ok := qt.dissect(pkt)
+	if !ok {
+		return qt.refuse(qt.unread())
+	}
+	for _, n := range needs {
+		allowed, waits, why := qt.settle(n)
+		if !allowed && !waits {
+			return qt.refuse(why)
+		}
+		r.held = r.held || waits
+	}
+	switch {
+	case silent && len(qt.said) == 0:
+		return qt.refuse(qt.ask(policy.Seen{Kind: policy.SeenOpaque}))
+	case !r.held:
+		return quicRead{passes: true, said: qt.said[len(qt.said)-1], before: qt.release()}
+	case !qt.hold(heldPacket{pkt, a, needs}):
+		return qt.refuse(qt.unread())
+	}
+	return r
+}
+
+// refuse drops a packet, for the reason given, and those that wait for the same. Rules that
+// let it pass all the same, as in audit mode, need no more of it. mu is held.
+func (qt *quicTuple) refuse(why judged) quicRead {
+	r := quicRead{said: why, passes: why.verdict.Allowed() && qt.note(why)}
+	qt.held, qt.size = slices.DeleteFunc(qt.held, func(p heldPacket) bool {
+		pass, _ := qt.awaits(p)
+		if !pass {
+			p.pkt.DecRef()
+		}
+		return !pass
+	}), 0
+	for _, p := range qt.held {
+		qt.size += p.pkt.Data().Size()
+	}
+	return r
+}
+
+// awaits reports whether a packet that was held may pass at all, and whether not yet. mu is held.
+func (qt *quicTuple) awaits(p heldPacket) (pass, wait bool) {
+	pass = true
+	for _, n := range p.needs {
+		allowed, waits, _ := qt.settle(n)
+		pass, wait = pass && (allowed || waits), wait || waits
+	}
+	return pass, wait
+}
+
+// dissect reads the datagrams of a packet: what it waits for, and whether some of them say
+// nothing. It fails if one cannot be read. mu is held.
+func (qt *quicTuple) dissect(pkt *stack.PacketBuffer) (needs []awaited, silent, ok bool) {
+	now := qt.gate.f.now()
+	ok, silent = true, pkt.Data().Size() == 0
+	eachDatagram(pkt, func(p []byte) bool {
+		if !sniff.LongHeader(p) {
+			silent = true
+			return true
+		}
+		var n awaited
+		if n, ok = qt.needs(p, now); ok {
+			needs = append(needs, n)
+		}
+		return ok
+	})
+	return needs, silent, ok
+}
+
+// hold keeps a packet. It fails if there are too many. mu is held.
+func (qt *quicTuple) hold(p heldPacket) bool {
+	size := p.pkt.Data().Size()
+	if qt.gate.closed || qt.size+size > maxHeldBytes || len(qt.held) == maxHeldPackets {
+		qt.gate.full.Add(1)
+		return false
+	}
+	p.pkt.IncRef()
+	qt.held, qt.size = append(qt.held, p), qt.size+size
+	return true
+}
+
+// release takes the packets that pass now, and drops those that never will. mu is held.
+func (qt *quicTuple) release() (out []heldPacket) {
+	kept := qt.held[:0]
+	qt.size = 0
+	for _, p := range qt.held {
+		switch pass, wait := qt.awaits(p); {
+		case !pass:
+			p.pkt.DecRef()
+		case wait:
+			kept, qt.size = append(kept, p), qt.size+p.pkt.Data().Size()
+		default:
+			out = append(out, p)
+		}
+	}
+	clear(qt.held[len(kept):])
+	qt.held = kept
+	return out
+}
+
+// takeHeld ends the holding of packets. mu is held.
+func (qt *quicTuple) takeHeld() []heldPacket {
+	packets := qt.held
+	qt.held, qt.size = nil, 0
 	return packets
 }
 
-// keep holds a packet of h, which is not in the table yet if it is the first. It fails
-// if there are too many, or h was given up meanwhile.
-func (ht *heldTuples) keep(h *heldTuple, first bool, pkt *stack.PacketBuffer, a arrival) bool {
-	ht.mu.Lock()
-	defer ht.mu.Unlock()
-	h.bytes += pkt.Data().Size()
-	if ht.closed || !first && ht.tuples[h.tuple] != h || h.bytes > maxHeldBytes || len(h.packets) == maxHeldPackets {
-		return false
+// checkExpired drops what is held: nobody says the rest.
+func (qt *quicTuple) checkExpired(bool) {
+	g := qt.gate
+	g.mu.Lock()
+	packets, begun := qt.takeHeld(), qt.flow != nil
+	g.mu.Unlock()
+	dropHeld(packets)
+	if len(packets) == 0 || begun {
+		return // it was decided meanwhile
 	}
-	h.packets = append(h.packets, heldPacket{pkt.IncRef(), a})
-	ht.tuples[h.tuple] = h
-	return true
+	g.refused(qt.ask(policy.Seen{Kind: policy.SeenOpaque}))
+}
+
+// refused logs a refusal, if policy is its reason.
+func (g *quicGate) refused(j judged) {
+	if !j.local && !j.verdict.Allowed() {
+		g.f.refuse(j)
+	}
 }
 
 // close drops everything that is held.
-func (ht *heldTuples) close() {
-	ht.mu.Lock()
-	ht.closed = true
-	var all []*heldTuple
-	for _, h := range ht.tuples {
-		all = append(all, h)
+func (g *quicGate) close() {
+	g.mu.Lock()
+	g.closed = true
+	var packets []heldPacket
+	var entries []*checkEntry
+	for _, qt := range g.tuples {
+		packets, entries = append(packets, qt.takeHeld()...), append(entries, &qt.entry)
 	}
-	ht.mu.Unlock()
-	for _, h := range all {
-		ht.list.leave(&h.entry)
-		for _, p := range ht.take(h.tuple, h) {
-			p.pkt.DecRef()
-		}
+	g.mu.Unlock()
+	for _, e := range entries {
+		g.list.leave(e)
 	}
+	dropHeld(packets)
 }
 
-// verify reads a datagram of a tuple that has no flow yet, and has what it says judged.
-// The answer that it returns is final, with the packets that came before, whose
-// references are the caller's; or pkt is held, and the answer is j, which waits. openMu is held.
-func (u *udpForwarder) verify(tuple nat.Tuple, j judged, a arrival, pkt *stack.PacketBuffer) (judged, []heldPacket, *quicFlow) {
-	q := j.query
-	ht := u.held
-	ht.mu.Lock()
-	h := ht.tuples[tuple]
-	ht.mu.Unlock()
-	first := h == nil
-	if first {
-		h = &heldTuple{held: ht, tuple: tuple, query: q}
-	}
-	said, err := readInitials(&h.initial, pkt)
-	if err == nil && said.Kind == sniff.None {
-		if ht.keep(h, first, pkt, a) {
-			if first {
-				ht.list.enter(&h.entry, h, checkTimeout)
-			}
-			return j, nil, nil
-		}
-		err = sniff.ErrTooLong
-	}
-	q.Seen = seenOf(said)
-	if err != nil {
-		ht.malformed.Add(1)
-		q.Seen = policy.Seen{Kind: policy.SeenQUIC}
-	}
-	ht.list.leave(&h.entry)
-	packets := ht.take(tuple, h)
-	var conns *quicFlow
-	if q.Seen.Kind == policy.SeenQUIC {
-		conns = &quicFlow{known: []*sniff.Initial{&h.initial}}
-	}
-	return u.f.decide(q), packets, conns
-}
-
-// quicFlow is the connections of a verified flow. One tuple may carry several, one after
-// the other or at once, and each says a name of its own.
-type quicFlow struct {
-	mu    sync.Mutex
-	known []*sniff.Initial // verified
-	fresh []*sniff.Initial // their ClientHello is not whole yet
-}
-
-// maxConnections bounds the connections of one tuple; the oldest are forgotten.
-const maxConnections = 8
-
-// mayPass tells whether a packet of a verified flow may pass: it begins no connection to a
-// name that is not allowed. What comes before a ClientHello is whole passes, as no server can
-// do anything with it.
-func (u *udpForwarder) mayPass(fl *dgramFlow, pkt *stack.PacketBuffer) bool {
-	ok := true
-	eachDatagram(pkt, func(p []byte) bool {
-		ok = !sniff.MayBegin(p) || u.connection(fl, p)
-		return ok
-	})
-	return ok
-}
-
-// connection judges the connection that a datagram begins, or goes on with.
-func (u *udpForwarder) connection(fl *dgramFlow, p []byte) bool {
-	c := fl.quic
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, q := range c.known {
-		if q.Continues(p) {
-			return true
-		}
-	}
-	at := slices.IndexFunc(c.fresh, func(q *sniff.Initial) bool { return q.SameID(p) })
-	q := new(sniff.Initial)
-	if at >= 0 {
-		q = c.fresh[at]
-		c.fresh = slices.Delete(c.fresh, at, at+1)
-	}
-	said, err := q.Add(p)
+// wait has a tuple told when what it holds is late, unless it holds nothing any more.
+func (g *quicGate) wait(qt *quicTuple, r quicRead) {
+	g.mu.Lock()
+	holds := len(qt.held)
+	g.mu.Unlock()
 	switch {
-	case err != nil || said.Kind == sniff.Opaque:
-		u.held.malformed.Add(1)
-		return false
-	case said.Kind == sniff.None:
-		c.fresh = bounded(append(c.fresh, q))
+	case holds == 0:
+		g.list.leave(&qt.entry)
+	case holds == 1 && r.held:
+		g.list.enter(&qt.entry, qt, checkTimeout)
+	}
+}
+
+// verify reads a packet of a tuple that has no flow yet, and has what it says judged.
+// The answer that it returns is final, with the packets that came before, whose
+// references are the caller's; or pkt is held or dropped, and the answer is j, which waits.
+// openMu is held.
+func (u *udpForwarder) verify(tuple nat.Tuple, j judged, a arrival, pkt *stack.PacketBuffer) (judged, []heldPacket, *quicTuple) {
+	g := u.quic
+	g.mu.Lock()
+	qt := g.tupleOf(tuple, j.query)
+	r := qt.read(pkt, a)
+	if r.passes {
+		g.rest(qt)
+	} else {
+		g.drop(qt)
+	}
+	g.mu.Unlock()
+	g.wait(qt, r)
+	if !r.passes && (r.held || r.said.verdict.Allowed()) {
+		return j, nil, nil
+	}
+	return r.said, r.before, qt
+}
+
+// mayPass reports whether a packet of a verified flow may pass now: all that it belongs to
+// was judged, and is allowed. One that has to wait is held. Packets that waited for it are
+// sent before it.
+func (u *udpForwarder) mayPass(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) bool {
+	long := false
+	eachDatagram(pkt, func(p []byte) bool { long = sniff.LongHeader(p); return !long })
+	if !long {
 		return true
 	}
-	query := fl.question()
-	query.Seen = seenOf(said)
-	v := u.f.judge(u.f.rules.Load(), query)
-	if !v.Allowed() || v.Target() != fl.target {
-		u.n.refused.Add(1)
-		u.f.noteRefused(Refusal{Proto: protoUDP, Src: query.Src, Dst: query.Dst, Verdict: v, Seen: query.Seen})
+	qt, g := fl.quic, u.quic
+	g.mu.Lock()
+	known := len(qt.said)
+	r := qt.read(pkt, a)
+	more := len(qt.said) > known
+	g.mu.Unlock()
+	g.wait(qt, r)
+	if more && !fl.also(r.said) {
+		dropHeld(r.before)
 		return false
 	}
-	c.known = bounded(append(c.known, q))
-	return true
-}
-
-func bounded(list []*sniff.Initial) []*sniff.Initial {
-	if len(list) > maxConnections {
-		list = slices.Delete(list, 0, 1)
+	for _, p := range r.before {
+		u.enqueue(fl, p.pkt, p.a)
 	}
-	return list
-}
-
-// readInitials gives the datagrams of a packet, which may be a train, to initial.
-func readInitials(initial *sniff.Initial, pkt *stack.PacketBuffer) (said sniff.Seen, err error) {
-	said.Kind = sniff.Opaque // an empty datagram
-	eachDatagram(pkt, func(p []byte) bool {
-		said, err = initial.Add(p)
-		return err == nil && said.Kind == sniff.None
-	})
-	return said, err
+	dropHeld(r.before)
+	if !r.passes && !r.held {
+		u.n.refused.Add(1)
+		g.refused(r.said)
+	}
+	return r.passes
 }
 
 // eachDatagram yields the datagrams of a packet, until one is enough.
 func eachDatagram(pkt *stack.PacketBuffer, yield func([]byte) bool) {
-	v := pkt.Data().AsRange().ToView()
-	if v == nil {
-		return
-	}
-	defer v.Release()
-	data := v.AsSlice()
+	data, _ := pkt.Data().PullUp(pkt.Data().Size())
 	size := len(data)
 	if mss := int(pkt.GSOOptions.MSS); mss > 0 {
 		size = mss

@@ -47,17 +47,21 @@ func FuzzInitial(f *testing.F) {
 		if len(frames) > 4096 {
 			return
 		}
-		var q Initial
+		var q reader
 		if len(frames) > 20 {
-			_, _ = q.Add(seal(t, version1, rfcConnID, 0, frames, 0))
+			_, _ = q.add(seal(t, version1, rfcConnID, 0, frames, 0))
 		}
 		before := bytes.Clone(datagram)
-		_, _ = MayBegin(datagram), q.Continues(datagram)
-		s, err := q.Add(datagram)
-		if err == nil && s.Kind == QUIC && q.keys == nil {
-			t.Fatalf("%+v without keys", s)
+		SourceIDs(datagram, func(id []byte) {
+			if len(id) > 255 {
+				t.Fatal("an ID that no header can carry")
+			}
+		})
+		s, err := q.add(datagram)
+		if err == nil && s.Kind == QUIC && q.q.Err() != nil {
+			t.Fatalf("%+v of what is broken", s)
 		}
-		if len(q.crypto) > MaxFirst || !bytes.Equal(before, datagram) {
+		if q.q != nil && q.q.Size() > MaxFirst || !bytes.Equal(before, datagram) {
 			t.Fatal("a bound is broken, or the datagram was written to")
 		}
 	})

@@ -1,218 +1,262 @@
 package sniff
 
-import (
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/hkdf"
-	"crypto/sha256"
-	"encoding/binary"
-	"errors"
-)
+import "errors"
 
-// QUIC Initial packets (RFC 9000, section 17.2.2; RFC 9001, section 5; RFC 9369). They
-// are encrypted with keys that follow from the connection ID in them, so that everyone on
-// the way can read them. The ClientHello in them may be cut into CRYPTO frames of any
-// size and order, in several packets of a datagram and in several datagrams.
+// What a QUIC client says before the handshake (RFC 9000, sections 12.2 and 17.2; RFC 9369).
+//
+// A datagram is taken apart as a server does it (Split): one or more packets with long
+// headers, then perhaps one with a short header, which goes to the datagram's end. The
+// server finds the connection by the first packet's destination connection ID. Which keys
+// open the Initial packets depends on the connection, so that the caller has to know whose
+// ID it is: the client's first one, from which the keys follow, or one that the server has
+// chosen since (SourceIDs).
+//
+// Initial is one connection. Its ClientHello comes in CRYPTO frames of any size and order, in
+// several packets and datagrams, some of which may never arrive at the server. So every byte
+// that was said stays, and must be the same whenever it is said again. What the server puts
+// together is then always a part of what was read here.
 
 const (
-	version1 = 0x00000001
-	version2 = 0x6b3343cf
-
 	maxConnID = 20
-	tagLen    = 16
-	sampleLen = 16
-
-	// maxDatagrams is how many datagrams are read before the ClientHello must be whole.
-	maxDatagrams = 16
-	// maxPackets bounds the Initial packets of one datagram.
+	// maxPackets bounds the packets with long headers of one datagram.
 	maxPackets = 16
+	// numberWindow is how far the packet numbers of a connection's Initial packets may be
+	// from the first one's. It bounds the Initial packets of a connection, and the numbers
+	// that a server may take a shortened one for.
+	numberWindow = 128
 )
 
-type quicVersion struct {
-	salt        []byte
-	initial     byte // the packet type, in bits 4 and 5
-	key, iv, hp string
+// errUnreadable is said of datagrams in which a server might find a connection that cannot
+// be read here: of a version that is not known, cut, for several connections at once, or of
+// types that only servers send.
+var errUnreadable = errors.New("long-header packets that cannot be read")
+
+// LongHeader reports whether a datagram begins with a long header. No other can begin a
+// connection. Nearly all of an established connection's datagrams have a short one.
+func LongHeader(p []byte) bool { return len(p) > 0 && p[0]&0x80 != 0 }
+
+// Datagram is a datagram that begins with a long header. It refers to the bytes that were split.
+type Datagram struct {
+	ID    []byte // the destination connection ID of all its packets
+	Early bool   // some carry 0-RTT data
+
+	version  uint32
+	initials []longPacket
 }
 
-var quicVersions = map[uint32]quicVersion{
-	version1: {
-		salt: []byte{0x38, 0x76, 0x2c, 0xf7, 0xf5, 0x59, 0x34, 0xb3, 0x4d, 0x17,
-			0x9a, 0xe6, 0xa4, 0xc8, 0x0c, 0xad, 0xcc, 0xbb, 0x7f, 0x0a},
-		initial: 0, key: "quic key", iv: "quic iv", hp: "quic hp",
-	},
-	version2: {
-		salt: []byte{0x0d, 0xed, 0xe3, 0xde, 0xf7, 0x00, 0xa6, 0xdb, 0x81, 0x93,
-			0x81, 0xbe, 0x6e, 0x26, 0x9d, 0xcb, 0xf9, 0xbd, 0x2e, 0xd9},
-		initial: 1, key: "quicv2 key", iv: "quicv2 iv", hp: "quicv2 hp",
-	},
+// Initial reports whether there are Initial packets in it.
+func (d *Datagram) Initial() bool { return len(d.initials) > 0 }
+
+type longPacket struct {
+	bytes []byte
+	at    int // the place of the packet number
 }
 
-// Initial collects the ClientHello of one QUIC connection. The zero value is ready.
-type Initial struct {
-	version   uint32
-	connID    string
-	keys      *initialKeys
-	datagrams int
-	crypto    []byte // the handshake stream as far as anything of it came
-	have      []bool // which of its bytes did
-	front     int    // how many at its front
+// longHeader reads what all versions share (RFC 8999, section 5.1).
+func (c *cursor) longHeader() (first byte, version uint32, id, source []byte) {
+	first, version = byte(c.uint(1)), uint32(c.uint(4))
+	return first, version, c.vector(1), c.vector(1)
 }
 
-var errNotQUIC = errors.New("not a QUIC Initial packet")
-
-// MayBegin tells whether a datagram may begin a connection, as those that carry an Initial
-// packet do, and those whose packets cannot be told apart: of a version that is not known
-// here, or broken. Of a connection that is set up no datagram may.
-func MayBegin(p []byte) bool {
-	begins := false
-	walk(p, func(_ []byte, _ int, initial bool) bool {
-		begins = initial
-		return !initial
-	})
-	return begins
-}
-
-// walk yields the long-header packets of a datagram (RFC 9000, section 12.2), each with the
-// place of its packet number, and whether it is, or may be, an Initial.
-func walk(p []byte, yield func(packet []byte, at int, initial bool) bool) {
-	for len(p) > 0 && p[0]&0x80 != 0 {
+// Split takes a datagram apart. All its long-header packets must be of one version and for
+// one connection ID (RFC 9000, section 12.2), and of a type that a client sends.
+func Split(p []byte) (d Datagram, err error) {
+	for n := 0; LongHeader(p); n++ {
 		c := cursor{b: p}
-		first := c.uint(1)
-		v, known := quicVersions[uint32(c.uint(4))]
-		c.vector(1)
-		c.vector(1)
-		initial := byte(first)>>4&3 == v.initial
-		if initial {
+		first, version, id, source := c.longHeader()
+		v, known := quicVersions[version]
+		if c.bad || !known || n == maxPackets || len(id) > maxConnID || len(source) > maxConnID {
+			return d, errUnreadable
+		}
+		if n == 0 {
+			d.ID, d.version = id, version
+		}
+		if string(id) != string(d.ID) || version != d.version {
+			return d, errUnreadable
+		}
+		kind := (first>>4 - v.initial) & 3
+		if kind == 0 {
 			c.take(c.varint()) // token
 		}
 		length := c.varint()
 		at := len(p) - len(c.b)
-		if c.bad || !known || length > len(c.b) {
-			yield(p, 0, true)
+		packet := longPacket{p[:at+len(c.take(length))], at}
+		switch {
+		case c.bad:
+			return d, errUnreadable
+		case kind == 0 && length < 4+sampleLen:
+			return d, errUnreadable
+		case kind == 0:
+			d.initials = append(d.initials, packet)
+		case kind == 1:
+			d.Early = true
+		case kind == 3: // Retry
+			return d, errUnreadable
+		}
+		p = p[len(packet.bytes):]
+	}
+	return d, nil
+}
+
+// SourceIDs yields the connection IDs that a server has chosen in a datagram of its own. The
+// one of a Retry is left out: the client begins anew with it, and new keys.
+func SourceIDs(p []byte, yield func(id []byte)) {
+	for n := 0; LongHeader(p) && n < maxPackets; n++ {
+		c := cursor{b: p}
+		first, version, _, source := c.longHeader()
+		v, known := quicVersions[version]
+		kind := (first>>4 - v.initial) & 3
+		if c.bad || !known || kind == 3 {
 			return
 		}
-		if !yield(p[:at+length], at, initial) {
-			return
+		yield(source)
+		if kind == 0 {
+			c.take(c.varint())
 		}
-		p = p[at+length:]
+		c.take(c.varint())
+		p = c.b
 	}
 }
 
-// Continues tells whether all Initial packets of a datagram, of which there must be one, are
-// of the connection that was read: its keys remain those of its first packet, while the
-// server chooses another connection ID (RFC 9001, section 5.2).
-func (q *Initial) Continues(p []byte) bool {
-	ours := false
-	walk(p, func(packet []byte, at int, initial bool) bool {
-		if !initial {
-			return true
-		}
-		ours = q.keys != nil && at > 0 && len(packet) >= at+4+sampleLen && binary.BigEndian.Uint32(packet[1:]) == q.version
-		if ours {
-			_, ours = q.keys.open(packet, at)
-		}
-		return ours
-	})
-	return ours
+// Initial is a QUIC connection as far as its Initial packets go.
+type Initial struct {
+	id    []byte
+	keys  map[uint32]*initialKeys // by version: it may change under way (RFC 9368)
+	first int64                   // the first packet number, -1 before it
+	said  Seen                    // by the first ClientHello
+	whole int                     // the bytes of the whole ClientHellos at the stream's front
+	err   error                   // what broke it, for ever
+
+	crypto []byte // the handshake stream as far as anything of it came
+	front  int    // how many of its bytes came without a gap
+	have   []bool // which of those behind front did
 }
 
-// SameID tells whether a datagram's first packet is to the connection ID that was read.
-func (q *Initial) SameID(p []byte) bool {
-	c := cursor{b: p}
-	c.skip(5)
-	return q.keys != nil && string(c.vector(1)) == q.connID && !c.bad
+// NewInitial is the connection that a client begins with a connection ID.
+func NewInitial(id []byte) *Initial {
+	return &Initial{id: append([]byte(nil), id...), keys: make(map[uint32]*initialKeys, 1), first: -1}
 }
 
-// Add reads a datagram. A Seen of Kind None asks for more. What is no QUIC is Opaque, if
-// it came first; later datagrams that cannot be read are ErrMalformed.
-func (q *Initial) Add(p []byte) (Seen, error) {
-	seen := Seen{Kind: QUIC}
-	if q.datagrams++; q.datagrams > maxDatagrams {
-		return seen, ErrTooLong
-	}
-	read := false
-	for range maxPackets {
-		rest, err := q.packet(p)
-		if errors.Is(err, errNotQUIC) {
-			break // packets of other types, and padding, may follow
-		}
-		if err != nil {
-			return seen, err
-		}
-		read = true
-		if p = rest; len(p) == 0 {
-			break
-		}
-	}
-	if !read {
-		if q.datagrams == 1 {
-			return Seen{Kind: Opaque}, nil
-		}
-		return seen, ErrMalformed
-	}
-	if q.front < handshakeHeader {
-		return Seen{}, nil
-	}
-	whole := handshakeHeader + int(q.crypto[1])<<16 + int(q.crypto[2])<<8 + int(q.crypto[3])
-	switch {
-	case q.crypto[0] != typeClientHello:
-		return seen, ErrMalformed
-	case whole > MaxFirst:
-		return seen, ErrTooLong
-	case q.front < whole:
-		return Seen{}, nil
-	case len(q.crypto) > whole:
-		return seen, ErrMalformed
-	}
-	err := seen.readHello(q.crypto[handshakeHeader:whole])
-	// What Continues needs stays; there is nothing more to add.
-	*q = Initial{version: q.version, connID: q.connID, keys: q.keys, datagrams: maxDatagrams}
-	return seen, err
+// Size is how many bytes of the handshake stream are kept, at most MaxFirst.
+func (q *Initial) Size() int { return len(q.crypto) }
+
+// Opened is what the Initial packets of a datagram carry.
+type Opened struct {
+	first  int64
+	frames [][]byte
+	far    bool // some packet number is outside the window
+	closed int  // packets that these keys do not open
 }
 
-// packet reads the packet at the front of p and returns what follows it.
-func (q *Initial) packet(p []byte) (rest []byte, err error) {
-	c := cursor{b: p}
-	first := c.uint(1)
-	version := uint32(c.uint(4))
-	connID := c.vector(1)
-	source := c.vector(1)
-	v, known := quicVersions[version]
-	if c.bad || first&0xc0 != 0xc0 || !known || len(connID) > maxConnID || len(source) > maxConnID {
-		return nil, errNotQUIC
-	}
-	if byte(first)>>4&3 != v.initial {
-		return nil, errNotQUIC
-	}
-	c.take(c.varint()) // token
-	length := c.varint()
-	at := len(p) - len(c.b) // of the packet number
-	if c.bad || length > len(c.b) || length < 4+sampleLen {
-		return nil, errNotQUIC
-	}
-	if q.keys == nil {
-		keys, err := newInitialKeys(v, connID)
-		if err != nil {
-			return nil, errNotQUIC
+// Whole reports whether every Initial packet of the datagram is the connection's.
+func (o *Opened) Whole() bool { return o.closed == 0 && !o.far }
+
+// Any reports whether any of them is.
+func (o *Opened) Any() bool { return len(o.frames) > 0 }
+
+// Open opens the Initial packets of a datagram by the connection's keys.
+func (q *Initial) Open(d *Datagram) Opened {
+	keys := q.keys[d.version]
+	if keys == nil {
+		var err error
+		if keys, err = newInitialKeys(quicVersions[d.version], q.id); err != nil {
+			return Opened{closed: len(d.initials)}
 		}
-		q.keys, q.version, q.connID = keys, version, string(connID)
+		q.keys[d.version] = keys
 	}
-	if q.version != version || q.connID != string(connID) {
-		return nil, ErrMalformed
+	o := Opened{first: q.first}
+	for _, p := range d.initials {
+		o.open(keys, p)
 	}
-	frames, ok := q.keys.open(p[:at+length], at)
-	if !ok {
-		if q.front == 0 && len(q.crypto) == 0 {
-			q.keys = nil
-			return nil, errNotQUIC
-		}
-		return nil, ErrMalformed
-	}
-	return p[at+length:], q.frames(frames)
+	return o
 }
 
-// frames takes the handshake's bytes out of a packet's frames (RFC 9000, section 12.4).
-func (q *Initial) frames(p []byte) error {
+// open tries every number that a server may take the packet's for, whichever of the numbers
+// in the window it has seen.
+func (o *Opened) open(keys *initialKeys, p longPacket) {
+	s := keys.unmask(p.bytes, p.at)
+	tried := [3]int64{s.numberAfter(-1), -1, -1}
+	if o.first >= 0 {
+		tried[1], tried[2] = s.numberAfter(max(o.first-numberWindow, -1)), s.numberAfter(o.first+numberWindow)
+	}
+	for i, n := range tried {
+		if n < 0 || i > 0 && n == tried[i-1] {
+			continue
+		}
+		frames, ok := s.open(n)
+		if !ok {
+			continue
+		}
+		if o.first < 0 {
+			o.first = n
+		}
+		o.far = o.far || max(n-o.first, o.first-n) >= numberWindow
+		o.frames = append(o.frames, frames)
+		return
+	}
+	o.closed++
+}
+
+// Add takes in what was opened. The datagram may go on to the server once the ClientHellos
+// are whole as far as its bytes go: Whole() >= end. An error, which stays for all that
+// comes later, says that it never may.
+func (q *Initial) Add(o Opened) (end int, err error) {
+	if q.first < 0 {
+		q.first = o.first
+	}
+	for _, frames := range o.frames {
+		if q.err == nil {
+			end, q.err = q.frames(frames, end)
+		}
+	}
+	if q.err == nil {
+		q.err = q.hellos()
+	}
+	return end, q.err
+}
+
+// Whole is how many bytes of the handshake stream are whole ClientHellos.
+func (q *Initial) Whole() int { return q.whole }
+
+// Said is what the first ClientHello said, of Kind None as long as it is not whole. Those
+// after it, as a HelloRetryRequest asks for, say the same.
+func (q *Initial) Said() Seen { return q.said }
+
+// Err is what broke the connection.
+func (q *Initial) Err() error { return q.err }
+
+// hellos reads the ClientHellos that became whole.
+func (q *Initial) hellos() error {
+	for q.front >= q.whole+handshakeHeader {
+		c := cursor{b: q.crypto[q.whole:q.front]}
+		typ, length := c.uint(1), c.uint(3)
+		switch {
+		case typ != typeClientHello:
+			return ErrMalformed
+		case length > MaxFirst-q.whole-handshakeHeader:
+			return ErrTooLong
+		case length > len(c.b):
+			return nil
+		}
+		seen := Seen{Kind: QUIC}
+		if err := seen.readHello(c.take(length)); err != nil {
+			return err
+		}
+		if q.whole > 0 && seen != q.said {
+			return ErrMalformed
+		}
+		q.said = seen
+		q.whole += handshakeHeader + length
+	}
+	return nil
+}
+
+// frames takes the handshake's bytes out of a packet's frames, which are those that a client
+// may send there (RFC 9000, section 12.4), and returns where they end, if that is beyond end.
+func (q *Initial) frames(p []byte, end int) (int, error) {
+	if len(p) == 0 {
+		return end, ErrMalformed
+	}
 	c := cursor{b: p}
 	for len(c.b) > 0 {
 		switch typ := c.varint(); typ {
@@ -235,39 +279,56 @@ func (q *Initial) frames(p []byte) error {
 			offset := c.varint()
 			data := c.take(c.varint())
 			if c.bad {
-				return ErrMalformed
+				return end, ErrMalformed
 			}
 			if err := q.put(offset, data); err != nil {
-				return err
+				return end, err
 			}
+			if len(data) > 0 {
+				end = max(end, offset+len(data))
+			}
+		case 0x1c: // CONNECTION_CLOSE, of the transport
+			c.varint()
+			c.varint()
+			c.take(c.varint())
 		default:
-			return ErrMalformed
+			return end, ErrMalformed
 		}
 		if c.bad {
-			return ErrMalformed
+			return end, ErrMalformed
 		}
 	}
-	return nil
+	return end, nil
 }
 
 // put notes bytes of the handshake stream. A byte that came before must be the same.
 func (q *Initial) put(offset int, data []byte) error {
-	end := offset + len(data)
-	if offset > MaxFirst || end > MaxFirst {
+	if len(data) == 0 {
+		return nil
+	}
+	if offset > MaxFirst || offset+len(data) > MaxFirst {
 		return ErrTooLong
 	}
-	if end > len(q.crypto) {
-		q.crypto = append(q.crypto, make([]byte, end-len(q.crypto))...)
-		q.have = append(q.have, make([]bool, end-len(q.have))...)
+	if more := offset + len(data) - len(q.crypto); more > 0 {
+		q.crypto = append(q.crypto, make([]byte, more)...)
+		q.have = append(q.have, make([]bool, more)...)
 	}
 	for i, b := range data {
-		if q.have[offset+i] && q.crypto[offset+i] != b {
+		at := offset + i
+		if (at < q.front || q.have[at-q.front]) && q.crypto[at] != b {
 			return ErrMalformed
 		}
-		q.crypto[offset+i], q.have[offset+i] = b, true
+		q.crypto[at] = b
+		if at >= q.front {
+			q.have[at-q.front] = true
+		}
 	}
-	for q.front < len(q.have) && q.have[q.front] {
-		q.front++
+	n := 0
+	for n < len(q.have) && q.have[n] {
+		n++
+	}
+	if q.front, q.have = q.front+n, q.have[n:]; len(q.have) == 0 {
+		q.have = nil
 	}
 	return nil
 }
@@ -281,68 +342,4 @@ func (c *cursor) varint() int {
 	n := 1 << (c.b[0] >> 6)
 	v := c.uint(n)
 	return v &^ (3 << (8*n - 2))
-}
-
-// initialKeys are the client's.
-type initialKeys struct {
-	aead cipher.AEAD
-	iv   []byte
-	hp   cipher.Block
-}
-
-func newInitialKeys(v quicVersion, connID []byte) (*initialKeys, error) {
-	initial, err := hkdf.Extract(sha256.New, connID, v.salt)
-	if err != nil {
-		return nil, err
-	}
-	client, err := expandLabel(initial, "client in", sha256.Size)
-	if err != nil {
-		return nil, err
-	}
-	k := new(initialKeys)
-	var blocks [2]cipher.Block
-	for i, label := range []string{v.key, v.hp} {
-		key, err := expandLabel(client, label, 16)
-		if err != nil {
-			return nil, err
-		}
-		if blocks[i], err = aes.NewCipher(key); err != nil {
-			return nil, err
-		}
-	}
-	k.hp = blocks[1]
-	if k.aead, err = cipher.NewGCM(blocks[0]); err != nil {
-		return nil, err
-	}
-	k.iv, err = expandLabel(client, v.iv, 12)
-	return k, err
-}
-
-// expandLabel is HKDF-Expand-Label with an empty context (RFC 8446, section 7.1).
-func expandLabel(secret []byte, label string, n int) ([]byte, error) {
-	info := append([]byte{byte(n >> 8), byte(n), byte(len("tls13 ") + len(label))}, "tls13 "...)
-	info = append(append(info, label...), 0)
-	return hkdf.Expand(sha256.New, secret, string(info), n)
-}
-
-// open removes the protection of a packet whose packet number is at at (RFC 9001, section
-// 5.4). The packet itself is left as it is.
-func (k *initialKeys) open(p []byte, at int) ([]byte, bool) {
-	var mask [aes.BlockSize]byte
-	k.hp.Encrypt(mask[:], p[at+4:at+4+sampleLen])
-	first := p[0] ^ mask[0]&0x0f
-	n := int(first&3) + 1
-	head := append([]byte(nil), p[:at+n]...)
-	head[0] = first
-	var number uint64 // counts from 0, so that what was cut off is 0 too
-	for i := range n {
-		head[at+i] ^= mask[1+i]
-		number = number<<8 | uint64(head[at+i])
-	}
-	nonce := append([]byte(nil), k.iv...)
-	for i := range 8 {
-		nonce[len(nonce)-1-i] ^= byte(number >> (8 * i))
-	}
-	frames, err := k.aead.Open(nil, nonce, p[at+n:], head)
-	return frames, err == nil
 }
