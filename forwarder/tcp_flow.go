@@ -263,7 +263,7 @@ func (fl *tcpFlow) connected(ep tcpip.Endpoint) {
 }
 
 func endpointState(ep tcpip.Endpoint) tcp.EndpointState {
-	return tcp.EndpointState(ep.(*tcp.Endpoint).State())
+	return tcp.EndpointState(ep.State())
 }
 
 // end releases what the flow still holds: its tuple and its lease.

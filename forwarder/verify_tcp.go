@@ -130,19 +130,41 @@ func (fl *tcpFlow) readFirst() (abort string) {
 		}
 		return ""
 	}
+	if err != nil {
+		fl.t.firstMalformed.Add(1)
+	}
+	return fl.decide(firstSeen(said, look.n, err), &said)
+}
+
+// firstSeen puts into policy's words what sniff.Stream made of the first n bytes, when no more
+// are waited for.
+func firstSeen(said sniff.Seen, n int, err error) policy.Seen {
 	seen := seenOf(said)
 	switch {
-	case look.n == 0:
+	case n == 0:
 		seen = policy.Seen{Kind: policy.SeenServerFirst}
 	case err != nil:
 		// It may have said a name, and another one besides. Where a request ends that
 		// breaks the rules nobody knows, so that nobody could read an answer to it.
-		fl.t.firstMalformed.Add(1)
 		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
 			seen.Kind = policy.SeenOpaque
 		}
 	}
-	return fl.decide(seen, &said)
+	return seen
+}
+
+// newGate judges what follows the first bytes of a flow that was let in by v; nil if nothing
+// that follows matters.
+func newGate(fl *tcpFlow, v policy.Verdict, seen policy.Seen, greeted bool) gate {
+	switch {
+	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
+		return &requestGate{fl: fl}
+	case seen.Kind == policy.SeenTLS && (seen.Name != "" || seen.Nameless):
+		return &helloGate{fl: fl, seen: seen}
+	case v.EachRequest(), greeted:
+		return newStreamGate(fl, greeted, v.EachRequest())
+	}
+	return nil
 }
 
 // tell sends the sandbox something in the far side's place.
@@ -174,14 +196,7 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 		return ""
 	}
 	fl.phase = phaseConnecting
-	switch greeted := fl.check.greeted; {
-	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
-		fl.gate = &requestGate{fl: fl}
-	case seen.Kind == policy.SeenTLS && (seen.Name != "" || seen.Nameless):
-		fl.gate = &helloGate{fl: fl, seen: seen}
-	case v.EachRequest(), greeted:
-		fl.gate = newStreamGate(fl, greeted, v.EachRequest())
-	}
+	fl.gate = newGate(fl, v, seen, fl.check.greeted)
 	fd, connected, err := t.f.dialer.tcpConnect(v, fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
 	if err == nil && !connected {
