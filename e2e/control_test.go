@@ -158,6 +158,36 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 		d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 9205))
 		return d.Error == "ECONNREFUSED", "a port whose listener ended is still forwarded\n" + r.String()
 	})
+	t.Run("without the ports of the host's services", func(t *testing.T) {
+		h := w.host.start(t, peerBin(), "serve", "-base", "5436", "127.0.0.1") // 5436 to 5447, and not at ::1
+		h.waitText(t, `"listening"`, 5*time.Second)
+		sb := w.host.sandbox(t, "--publish-auto", rootInside)
+		var inside []*proc
+		for _, base := range []string{"5430", "78"} { // 5430 to 5441, 78 to 89
+			p := sb.start(t, peerBin(), "serve", "-base", base)
+			p.waitText(t, `"listening"`, 5*time.Second)
+			inside = append(inside, p)
+		}
+		eventually(t, 5*time.Second, func() (bool, string) {
+			d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 5435))
+			return d.Error == "", "an ordinary port is not forwarded\n" + r.String()
+		})
+		for _, addr := range []string{"127.0.0.1", "::1"} {
+			for _, port := range []int{80, 83, 5432, 5433} {
+				if d, r := dial(t, w.host, "-timeout", "1s", at(addr, port)); d.Error != "ECONNREFUSED" {
+					t.Errorf("the sandbox has the host's port %d\n%s", port, r)
+				}
+			}
+		}
+		if d, r := dial(t, w.host, "-timeout", "1s", at("::1", 5441)); d.Error != "ECONNREFUSED" {
+			t.Errorf("the sandbox has ::1 of a service of the host's at 127.0.0.1\n%s", r)
+		}
+		w.host.sluiceOK(t, "logs", sb.name).wantOut(t, "publish it with -p 5432:5432")
+		for _, p := range inside { // the ports go with them
+			p.signal(syscall.SIGKILL)
+			p.wait(t, 5*time.Second)
+		}
+	})
 	t.Run("without busy polling", func(t *testing.T) {
 		ticks := func() (sum int) {
 			for _, pid := range append(descendants(sb.run.pid), sb.run.pid) {

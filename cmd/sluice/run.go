@@ -26,7 +26,7 @@ func sandboxFlags(withoutPolicy string) []cli.Flag {
 		&cli.StringFlag{Name: "name", Usage: "`NAME` of the sandbox for the other commands; generated if not given"},
 		&cli.StringFlag{Name: "policy", Usage: "policy `FILE` (docs/policy.md); default: " + withoutPolicy},
 		&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `[IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]`; may be repeated"},
-		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 every port that the sandbox listens on, while it does"},
+		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 and ::1 every port that the sandbox listens on, while it does, but those below 1024, well-known ones and those that are taken"},
 		&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
 		&cli.StringSliceFlag{Name: "dns", Usage: "name server `ADDRESS[:PORT]` to ask instead of the host's; may be repeated"},
 		&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's; may be repeated"},

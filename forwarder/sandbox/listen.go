@@ -151,21 +151,33 @@ func portOwner(proto string, at netip.AddrPort) string {
 // socketInodes collects, as readlink prints them, the sockets of a /proc/net
 // table that hold the local port.
 func socketInodes(table, proto string, port uint16, into map[string]bool) {
+	eachSocket(table, proto, func(p uint16, inode string) {
+		if p == port {
+			into["socket:["+inode+"]"] = true
+		}
+	})
+}
+
+// eachSocket yields the local ports and inodes of a /proc/net table's sockets, of TCP those
+// that listen. A table that is not there, as IPv6's may be, is empty.
+func eachSocket(table, proto string, yield func(port uint16, inode string)) {
 	f, err := os.Open(table)
 	if err != nil {
 		return
 	}
 	defer f.Close()
-	want := fmt.Sprintf(":%04X", port)
 	for s := bufio.NewScanner(f); s.Scan(); {
 		fields := strings.Fields(s.Text())
 		// sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode
-		if len(fields) < 10 || !strings.HasSuffix(fields[1], want) {
+		if len(fields) < 10 {
 			continue
 		}
 		if listening := fields[3] == "0A"; proto == "tcp" && !listening {
 			continue
 		}
-		into["socket:["+fields[9]+"]"] = true
+		_, text, _ := strings.Cut(fields[1], ":")
+		if port, err := strconv.ParseUint(text, 16, 16); err == nil {
+			yield(uint16(port), fields[9])
+		}
 	}
 }

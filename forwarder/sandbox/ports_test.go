@@ -147,9 +147,10 @@ func TestListenOnKeepsFamiliesApart(t *testing.T) {
 
 func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 	var log []string
-	table := portTable{open: nullOpen(81)}
+	table := portTable{open: nullOpen(8081)}
+	others := map[heldPort]bool{{"tcp", 8082}: true, {"udp", 8080}: true}
 	a := &autoPublisher{
-		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool), taken: table.find,
+		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool), taken: table.find, held: func() map[heldPort]bool { return others },
 		publish: func(p api.Port) ([]published, error) {
 			made, err := table.add(p, true, true)
 			if err == nil {
@@ -174,11 +175,14 @@ func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 		now  []autoPort
 		want string
 	}{
-		{"what listens is published", []autoPort{by("127.0.0.1:80")}, "+127.0.0.1:80:80"},
-		{"once", []autoPort{by("127.0.0.1:80")}, ""},
-		{"what is taken on the host is left out", []autoPort{by("127.0.0.1:80"), by("127.0.0.1:81")}, "!127.0.0.1:81:81"},
-		{"what is gone is withdrawn", []autoPort{by("[::1]:80")}, "-127.0.0.1:80:80 +[::1]:80:80"},
-		{"all of it", nil, "-[::1]:80:80"},
+		{"what listens is published", []autoPort{by("127.0.0.1:8080")}, "+127.0.0.1:8080:8080"},
+		{"once", []autoPort{by("127.0.0.1:8080")}, ""},
+		{"what is taken on the host is left out", []autoPort{by("127.0.0.1:8080"), by("127.0.0.1:8081")}, "!127.0.0.1:8081:8081"},
+		{"what is gone is withdrawn", []autoPort{by("[::1]:8080")}, "-127.0.0.1:8080:8080 +[::1]:8080:8080"},
+		{"all of it", nil, "-[::1]:8080:8080"},
+		{"a port below 1024 is not taken", []autoPort{by("127.0.0.1:80"), by("[::1]:1023")}, ""},
+		{"nor a well-known one", []autoPort{by("127.0.0.1:5432"), by("[::1]:6379"), by("127.0.0.1:27017")}, ""},
+		{"nor one that another has in either family", []autoPort{by("[::1]:8082")}, ""},
 	} {
 		log = nil
 		set := make(map[autoPort]bool)
@@ -190,11 +194,11 @@ func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 			t.Errorf("%s: %q, want %q", row.name, got, row.want)
 		}
 	}
-	hand := port(t, "127.0.0.1:90:90")
+	hand := port(t, "127.0.0.1:9090:9090")
 	_, err := table.add(hand, true, true)
 	must(t, err)
 	log = nil
-	a.update(map[autoPort]bool{by("127.0.0.1:90"): true})
+	a.update(map[autoPort]bool{by("127.0.0.1:9090"): true})
 	a.update(nil)
 	if len(log) != 0 || !table.find(hand) {
 		t.Errorf("a port published by hand was touched: %v", log)

@@ -121,7 +121,28 @@ type autoPublisher struct {
 	publish func(api.Port) ([]published, error)
 	remove  func(api.Port) ([]published, error)
 	taken   func(api.Port) bool // published by hand already
+	held    func() map[heldPort]bool
 	log     *logRing
+	warned  int
+}
+
+// maxAutoWarnings bounds what a sandbox that listens on ports which cannot be had, again and
+// again, makes its monitor say.
+const maxAutoWarnings = 32
+
+// refuse says why a port is not published, once while it is listened on.
+func (a *autoPublisher) refuse(key autoPort, err error) {
+	if a.refused[key] {
+		return
+	}
+	a.refused[key] = true
+	if a.warned++; a.warned > maxAutoWarnings {
+		return
+	}
+	a.log.warnf("monitor", "--publish-auto: %v", err)
+	if a.warned == maxAutoWarnings {
+		a.log.warnf("monitor", "--publish-auto: no more is said of ports that cannot be published")
+	}
 }
 
 // update takes the whole set of ports that are listened on now.
@@ -141,16 +162,25 @@ func (a *autoPublisher) update(now map[autoPort]bool) {
 			delete(a.refused, key)
 		}
 	}
+	var held map[heldPort]bool // looked up once, for ports that are new
 	for key := range now {
 		p := api.Port{Proto: key.proto, HostIP: key.host.Addr(), HostPort: key.host.Port(), GuestPort: key.host.Port(), Auto: true}
 		if _, ok := a.made[key]; ok || a.taken(p) {
 			continue
 		}
+		if err := reservedPort(key); err != nil {
+			a.refuse(key, err)
+			continue
+		}
+		if held == nil {
+			held = a.held()
+		}
+		if held[heldPort{key.proto, key.host.Port()}] {
+			a.refuse(key, fmt.Errorf("%s/%s: another program of the host has the port, in this family or the other", key.host, key.proto))
+			continue
+		}
 		if _, err := a.publish(p); err != nil {
-			if !a.refused[key] {
-				a.refused[key] = true
-				a.log.warnf("monitor", "--publish-auto: %v", err)
-			}
+			a.refuse(key, err)
 			continue
 		}
 		a.made[key] = p
@@ -191,7 +221,7 @@ func autoHosts(p guest.Port, at netip.Addr) []netip.AddrPort {
 func (m *monitor) publishListening(ctx context.Context) {
 	a := &autoPublisher{
 		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool),
-		publish: m.publish, remove: m.unpublish, taken: m.ports.find, log: m.log,
+		publish: m.publish, remove: m.unpublish, taken: m.ports.find, held: m.ports.heldByOthers, log: m.log,
 	}
 	// Several sockets inside can lead to one port of the host: it goes with the
 	// last of them.
