@@ -37,7 +37,7 @@ import (
 )
 
 // reapPatience bounds how long SetRules waits for what it has cut to be taken down.
-const reapPatience = 500 * time.Millisecond
+const reapPatience = 300 * time.Millisecond
 
 // reasonPolicy is why a flow ended that new rules refuse.
 const reasonPolicy = "policy"

@@ -218,5 +218,13 @@ func (e *engine) work(events []unix.EpollEvent) (did bool) {
 // close makes run return. Tasks that are queued are not run.
 func (e *engine) close() { e.poll.close() }
 
+// Responds returns a channel that is closed when the engine has run a task that is queued
+// now: never, if its goroutines hang.
+func (f *Forwarder) Responds() <-chan struct{} {
+	done := make(chan struct{})
+	f.engine.put(&task{run: func() { close(done) }})
+	return done
+}
+
 // free releases the engine's descriptors. No goroutine may be in it.
 func (e *engine) free() { e.poll.free() }

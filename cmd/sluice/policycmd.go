@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 )
@@ -30,6 +31,7 @@ func policyCommand() *cli.Command {
 			{
 				Name: "set", Usage: "replace the policy of a running sandbox", ArgsUsage: "[NAME] FILE",
 				Description: "Flows that the new policy allows go on undisturbed; those that it denies are cut.\n" +
+					"A monitor that is stopped is continued, or killed, which leaves the sandbox without a network.\n" +
 					"A file with errors changes nothing. - reads standard input.",
 				BashComplete: completeNames, Action: policySet,
 			},
@@ -99,5 +101,5 @@ func policySet(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return client.Call(c.Context, api.MethodPolicySet, api.PolicySetParams{Name: d.Name(), Source: d.Text()}, nil)
+	return sandbox.SetPolicy(c.Context, client, api.PolicySetParams{Name: d.Name(), Source: d.Text()})
 }

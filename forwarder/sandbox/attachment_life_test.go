@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,8 @@ type talk struct {
 	net.Conn
 	server net.Conn
 	said   int
+	// patience is how long say waits; 0: as long as it takes.
+	patience time.Duration
 }
 
 func newTalk(t *testing.T, from, to namespace, at string) *talk {
@@ -70,7 +73,7 @@ func newTalk(t *testing.T, from, to namespace, at string) *talk {
 func (k *talk) say() error {
 	k.said++
 	word := fmt.Sprintf("word %d", k.said)
-	_ = k.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = k.SetDeadline(time.Now().Add(cmp.Or(k.patience, 10*time.Second)))
 	if _, err := io.WriteString(k, word); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +21,9 @@ import (
 // messages without descriptors and treats anything else as the worker's
 // failure, which ends it.
 //
+// Neither waits for the other for long: a send that finds no room for sendTimeout fails, and
+// until there is room again the next fail at once.
+//
 // A packet is bounded by maxPacket, which fits every default socket buffer. A
 // message that is larger (a policy with thousands of addresses) travels as a
 // memfd attached to a packet that says so, and only towards the worker.
@@ -27,6 +31,8 @@ import (
 const (
 	maxPacket  = 64 << 10
 	maxMessage = 16 << 20
+	// sendTimeout bounds the wait for room. Each side reads as long as it runs.
+	sendTimeout = time.Second
 	// maxFDs bounds the descriptors of one message: the kernel's SCM_MAX_FD.
 	maxFDs = 253
 )
@@ -43,6 +49,7 @@ const (
 	msgStop      = "stop"      // → end all flows, flush the flow log, exit
 	msgSocket    = "socket"    // → socketMessage and a fresh socket of the guest's namespace, or none
 	msgFlowLog   = "flow-log"  // → the next file of the flow log; without a descriptor there is none
+	msgPing      = "ping"      // → acknowledged by whoever moves the packets
 	msgReady     = "ready"     // ← confined and running
 	msgAck       = "ack"       // ← the message of that sequence number took effect, or Error
 
@@ -65,8 +72,9 @@ type message struct {
 // channel is one end of the socketpair. Sends are serialised by a mutex,
 // receives belong to one goroutine.
 type channel struct {
-	f  *os.File // in the runtime poller, so that Close ends a blocked Receive
-	mu sync.Mutex
+	f     *os.File // in the runtime poller, so that Close ends a blocked Receive
+	mu    sync.Mutex
+	stuck bool // the last send found no room in time; guarded by mu
 	// receiveFDs says whether descriptors may come in; elsewhere they are
 	// closed and the message is refused.
 	receiveFDs bool
@@ -133,16 +141,25 @@ func (c *channel) send(m message, fds []int) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.f.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
+		return fmt.Errorf("channel: send %s: %w", m.Type, err)
+	}
 	var serr error
 	err = rc.Write(func(fd uintptr) bool {
 		_, serr = unix.SendmsgN(int(fd), packet, oob, nil, unix.MSG_NOSIGNAL)
-		return !errors.Is(serr, unix.EAGAIN)
+		return c.stuck || !errors.Is(serr, unix.EAGAIN)
 	})
+	if c.stuck = errors.Is(serr, unix.EAGAIN); c.stuck {
+		return fmt.Errorf("channel: send %s: %w", m.Type, errStuck)
+	}
 	if err := errors.Join(err, serr); err != nil {
 		return fmt.Errorf("channel: send %s: %w", m.Type, err)
 	}
 	return nil
 }
+
+// errStuck means that the other side has not read for a while.
+var errStuck = errors.New("the other side does not read")
 
 func bodyFile(b []byte) (*os.File, error) {
 	fd, err := unix.MemfdCreate("message", unix.MFD_CLOEXEC)

@@ -225,29 +225,37 @@ func (m *monitor) policyResult() (any, error) {
 	return api.PolicyResult{Name: m.rules.Policy.Name(), Source: text, Generation: m.generation}, nil
 }
 
-// setPolicy puts a policy in force; one with errors leaves the old one there.
+// setPolicy puts a policy in force; one with errors leaves the old one there. From the
+// moment that it is kept no older one comes back, whatever becomes of this process, of the
+// worker, or of the answer.
 func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 	name := cmp.Or(p.Name, "policy")
-	m.change.Lock()
+	m.lockChange()
 	defer m.change.Unlock()
 	r := m.rules
 	d, err := policy.NewDocument(name, []byte(p.Source))
+	if err == nil {
+		r.Policy = policy.Given(d)
+		_, err = r.compile()
+	}
 	if err != nil {
 		err = &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	} else {
-		r.Policy = policy.Given(d)
-		err = m.keep(func(k *kept) {
-			k.Policy, k.Generation = r.Policy, m.generation+1
-		}, func() error { return m.applyRules(r) })
+		err = m.keep(func(k *kept) { k.Policy, k.Generation = r.Policy, m.generation+1 })
 	}
 	if err != nil {
 		m.log.infof("monitor", "policy %s refused: %v", name, err)
 		return nil, fmt.Errorf("%w\nthe policy in force is still %s", err, m.rules.Policy.Name())
 	}
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.generation++
+	m.mu.Unlock()
+	if err := m.applyRules(r); err != nil {
+		return nil, &api.Error{Code: api.CodeFailed, Message: fmt.Sprintf("the policy is now %s, but not yet in force: %v", name, err)}
+	}
 	m.log.infof("monitor", "policy %s is in force", name)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	return m.policyResult()
 }
 
@@ -267,17 +275,19 @@ func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
 		next = make(map[string]string)
 	}
 	next[p.Name] = p.Value
-	if err := m.keep(func(k *kept) { k.Sysctls = next }, func() error {
-		if err := l.request(msgSysctl, p); err != nil {
-			return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
-		}
-		return nil
-	}); err != nil {
-		return nil, err
+	// Only the worker knows whether the value is one.
+	switch err := l.request(msgSysctl, p); {
+	case err != nil && l.survived(err) == nil:
+		return nil, errRestarting
+	case err != nil:
+		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	}
 	m.mu.Lock()
 	m.sysctls = next
 	m.mu.Unlock()
+	if err := m.keep(func(k *kept) { k.Sysctls = next }); err != nil {
+		return nil, fmt.Errorf("the change is in force, but would be lost with the monitor: %w", err)
+	}
 	return api.SysctlResult{Values: map[string]string{p.Name: p.Value}}, nil
 }
 

@@ -16,8 +16,9 @@ import (
 // that was killed: the policy and the tunables that were set. Whoever starts monitors
 // names the file (AttachmentConfig.Keep) and removes it with the attachment.
 //
-// It is written before a change is in force and gets its name after: a change that a
-// client was told of is kept, and one that was refused is not.
+// A policy is kept before the worker is told of it: once it may be in force anywhere, a
+// monitor that is killed leaves it to its successor, and never an older one. A tunable is
+// kept once the worker has taken it, and before the client is told.
 
 // kept is the file's content. A field that was never set is missing, and what the
 // monitor is started with holds.
@@ -75,11 +76,10 @@ func (m *monitor) remember() error {
 	return nil
 }
 
-// keep has f make a change in what is kept, and apply put it in force: both happen, or
-// neither. Called with change held.
-func (m *monitor) keep(f func(*kept), apply func() error) error {
+// keep has f make a change in what is kept, in one step. Called with change held.
+func (m *monitor) keep(f func(*kept)) error {
 	if m.att == nil || m.att.Keep == "" {
-		return apply()
+		return nil
 	}
 	k := kept{Generation: m.generation, Sysctls: m.sysctls}
 	if m.generation > 0 {
@@ -91,15 +91,12 @@ func (m *monitor) keep(f func(*kept), apply func() error) error {
 		return fmt.Errorf("keep the settings: %w", err)
 	}
 	next := m.att.Keep + ".new"
-	if err := os.WriteFile(next, b, 0o600); err != nil {
-		return fmt.Errorf("keep the settings: %w", err)
+	if err = os.WriteFile(next, b, 0o600); err == nil {
+		err = os.Rename(next, m.att.Keep)
 	}
-	if err := apply(); err != nil {
+	if err != nil {
 		_ = os.Remove(next)
-		return err
-	}
-	if err := os.Rename(next, m.att.Keep); err != nil {
-		return fmt.Errorf("the change is in force, but would be lost with the monitor: %w", err)
+		return fmt.Errorf("keep the settings: %w", err)
 	}
 	return nil
 }

@@ -65,6 +65,7 @@ type monitor struct {
 
 	mu       sync.Mutex
 	link     *workerLink   // nil while there is no worker
+	starting *process      // a worker that is not ready yet, or nil
 	came     chan struct{} // closed when link is set, then replaced
 	state    api.State
 	restarts uint64
@@ -87,6 +88,26 @@ func (m *monitor) worker() *workerLink {
 // workerWait bounds how long a client's request waits for a worker that is being
 // restarted.
 const workerWait = 2 * time.Second
+
+// changePatience is how long a new policy waits for another change.
+const changePatience = 700 * time.Millisecond
+
+// lockChange takes change. Whoever holds it is waiting for a worker: one that keeps a new
+// policy waiting is killed, so that nobody can put the policy off by stopping it.
+func (m *monitor) lockChange() {
+	t := time.AfterFunc(changePatience, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.starting != nil {
+			_ = m.starting.cmd.Kill()
+		}
+		if m.link != nil {
+			_ = m.link.p.cmd.Kill()
+		}
+	})
+	defer t.Stop()
+	m.change.Lock()
+}
 
 // awaitWorker returns the link to a running worker other than not, which the
 // caller found dead; nil if there is none in time.
@@ -112,7 +133,15 @@ func (m *monitor) awaitWorker(ctx context.Context, not *workerLink) *workerLink 
 
 // ended and reason make a workerLink supervised.
 func (l *workerLink) ended() <-chan struct{} { return l.p.done }
-func (l *workerLink) reason() string         { return l.p.why }
+
+func (l *workerLink) reason() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.blame != "" {
+		return "it " + l.blame
+	}
+	return l.p.why
+}
 
 // spawnWorker starts a worker's process, which then waits for its configuration.
 func (m *monitor) spawnWorker() (*process, error) {
@@ -138,6 +167,8 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 			m.log.warnf("monitor", "%v", err)
 		}
 	}
+	m.setStarting(p)
+	defer m.setStarting(nil)
 	if err := m.introduce(ctx, l); err != nil {
 		p.kill()
 		// Its own words explain more than a broken channel does.
@@ -151,7 +182,14 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 	close(m.came)
 	m.came = make(chan struct{})
 	m.mu.Unlock()
+	go l.watch(watchEvery, ackTimeout) // ends with the worker
 	return l, nil
+}
+
+func (m *monitor) setStarting(p *process) {
+	m.mu.Lock()
+	m.starting = p
+	m.mu.Unlock()
 }
 
 // introduce hands everything over and waits until the worker serves. Called
@@ -312,8 +350,13 @@ func (m *monitor) tell(typ string, body any, fds ...int) error {
 	if l == nil {
 		return nil
 	}
-	err := l.request(typ, body, fds...)
-	if errors.Is(err, errWorkerGone) {
+	return l.survived(l.request(typ, body, fds...))
+}
+
+// survived is what went wrong with a request, but for the worker's end: its successor
+// starts with what it was told.
+func (l *workerLink) survived(err error) error {
+	if errors.Is(err, errWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
 		return nil
 	}
 	return err
@@ -352,32 +395,36 @@ func (m *monitor) setHostAddrs(list []netip.Addr) {
 		return
 	}
 	r.Env.HostAddrs = list
-	if err := m.applyRules(r); err != nil {
-		m.log.warnf("monitor", "apply the host's new addresses: %v", err)
+	if _, err := r.compile(); err != nil {
+		m.log.warnf("monitor", "compile the policy for the host's new addresses: %v", err)
 		return
+	}
+	if m.applyRules(r) != nil {
+		return // the log has it
 	}
 	m.log.infof("monitor", "the host has %d addresses", len(list))
 }
 
-// applyRules makes rules the ones in force, or changes nothing. Called with
-// change held.
+// applyRules makes rules that compile the ones in force, for good: a worker that does not
+// take them is killed, and the next one starts with them. An error says that such a worker
+// has not ended yet. Called with change held.
 func (m *monitor) applyRules(r rulesMessage) error {
-	if _, err := r.compile(); err != nil {
-		return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
-	}
-	old := m.rules
-	m.storeRules(r)
-	if err := m.tell(msgRules, r); err != nil {
-		m.storeRules(old)
-		return fmt.Errorf("the worker did not take the policy: %w", err)
-	}
-	return nil
-}
-
-func (m *monitor) storeRules(r rulesMessage) {
 	m.mu.Lock()
 	m.rules = r
 	m.mu.Unlock()
+	l := m.worker()
+	if l == nil {
+		return nil
+	}
+	err := l.requestWithin(rulesTimeout, msgRules, r)
+	if err != nil && l.survived(err) != nil {
+		// It says that it cannot: with other rules it must not go on.
+		err = l.hung("refused the policy: " + err.Error())
+	}
+	if err != nil {
+		m.log.warnf("monitor", "the policy %s: %v", r.Policy.Name(), err)
+	}
+	return l.survived(err)
 }
 
 // info describes the sandbox, without asking the worker.

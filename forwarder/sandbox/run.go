@@ -75,7 +75,11 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 
 	started := time.Now()
 	m.base = m.cfg.info(started)
-	if err := m.dir.WriteState(State{Name: m.cfg.Name, PID: os.Getpid(), Command: m.cfg.Guest.Command, Started: started}); err != nil {
+	born, err := processStart(os.Getpid())
+	if err != nil {
+		return 0, err
+	}
+	if err := m.dir.WriteState(State{Name: m.cfg.Name, PID: os.Getpid(), Start: born, Command: m.cfg.Guest.Command, Started: started}); err != nil {
 		return 0, err
 	}
 	// What cannot be had is found out before anything is started.

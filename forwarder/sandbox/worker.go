@@ -345,6 +345,11 @@ func (w *worker) messages(in <-chan received, ended chan error) (answer *os.File
 			case r.m.Type == msgStop && len(r.fds) == 1:
 				return os.NewFile(uintptr(r.fds[0]), "farewell"), nil
 			}
+			if r.m.Type == msgPing {
+				closeAll(r.fds)
+				w.wg.Go(func() { w.pong(r.m.Seq) })
+				continue
+			}
 			err := w.message(r.m, r.fds)
 			if r.m.Seq == 0 {
 				if err != nil {
@@ -360,6 +365,16 @@ func (w *worker) messages(in <-chan received, ended chan error) (answer *os.File
 				return nil, err
 			}
 		}
+	}
+}
+
+// pong answers the monitor's question whether packets move, as soon as whoever moves them
+// has had its turn. It is a goroutine of its own, since that may be never.
+func (w *worker) pong(seq uint64) {
+	select {
+	case <-w.fwd.Responds():
+		_ = w.ch.send(message{Type: msgAck, Seq: seq}, nil) // a monitor that does not read asks again
+	case <-w.ctx.Done():
 	}
 }
 

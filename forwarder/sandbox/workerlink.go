@@ -31,13 +31,26 @@ type workerLink struct {
 	wantFlowLog func(l *workerLink)
 	logWants    atomic.Int64  // such wishes that are not answered yet
 	grants      *policy.Names // what its workers granted
+
+	// blame is why the monitor has killed the worker; guarded by mu.
+	blame string
 }
 
 var errWorkerGone = errors.New("the worker is not running")
 
-// ackTimeout bounds one request. The slowest is a policy of ten thousand
-// addresses, well under a second.
-const ackTimeout = 5 * time.Second
+// A worker that does not answer is killed: what it goes on doing nobody knows, and its
+// successor starts with all that it was to be told.
+const (
+	// ackTimeout bounds one request.
+	ackTimeout = 5 * time.Second
+	// rulesTimeout bounds new rules. Ten thousand addresses take a worker some 100 ms.
+	rulesTimeout = time.Second
+	// killPatience bounds the wait for the end of a worker that was killed.
+	killPatience = 300 * time.Millisecond
+	// watchEvery is how often a worker is asked whether its packets move. Asking wakes an
+	// idle worker, hence no more often.
+	watchEvery = 10 * time.Second
+)
 
 func newWorkerLink(p *process, wantSocket func(*workerLink, bool), wantFlowLog func(*workerLink), grants *policy.Names) *workerLink {
 	l := &workerLink{p: p, acks: make(map[uint64]chan error), ready: make(chan struct{}), wantSocket: wantSocket, wantFlowLog: wantFlowLog, grants: grants}
@@ -110,13 +123,53 @@ func (l *workerLink) close() {
 	}
 }
 
+// watch kills a worker that hangs. It is owned by the link, and ends with the worker.
+func (l *workerLink) watch(every, patience time.Duration) {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-l.ended():
+			return
+		case <-t.C:
+		}
+		if l.requestWithin(patience, msgPing, nil) != nil {
+			return
+		}
+	}
+}
+
+// hung kills a worker that failed to do something in time.
+func (l *workerLink) hung(why string) error {
+	l.mu.Lock()
+	l.blame = why + ", and was killed"
+	l.mu.Unlock()
+	_ = l.p.cmd.Kill()
+	t := time.NewTimer(killPatience)
+	defer t.Stop()
+	select {
+	case <-l.ended():
+		return fmt.Errorf("%w: it %s, and was killed", errWorkerGone, why)
+	case <-t.C:
+		return fmt.Errorf("the worker %s, was killed, and has not ended yet", why)
+	}
+}
+
 // post sends a message that nobody acknowledges.
 func (l *workerLink) post(typ string, body any, fds ...int) error {
-	return l.p.ch.Send(typ, 0, body, fds...)
+	err := l.p.ch.Send(typ, 0, body, fds...)
+	if errors.Is(err, errStuck) {
+		return l.hung("did not take " + typ)
+	}
+	return err
 }
 
 // request sends a message and waits until it took effect.
 func (l *workerLink) request(typ string, body any, fds ...int) error {
+	return l.requestWithin(ackTimeout, typ, body, fds...)
+}
+
+func (l *workerLink) requestWithin(patience time.Duration, typ string, body any, fds ...int) error {
 	ch := make(chan error, 1)
 	l.mu.Lock()
 	if l.gone {
@@ -127,21 +180,25 @@ func (l *workerLink) request(typ string, body any, fds ...int) error {
 	seq := l.seq
 	l.acks[seq] = ch
 	l.mu.Unlock()
-	if err := l.p.ch.Send(typ, seq, body, fds...); err != nil {
+	forget := func() {
 		l.mu.Lock()
 		delete(l.acks, seq)
 		l.mu.Unlock()
+	}
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	if err := l.p.ch.Send(typ, seq, body, fds...); err != nil {
+		forget()
+		if errors.Is(err, errStuck) {
+			return l.hung("did not take " + typ)
+		}
 		return err
 	}
-	t := time.NewTimer(ackTimeout)
-	defer t.Stop()
 	select {
 	case err := <-ch:
 		return err
 	case <-t.C:
-		l.mu.Lock()
-		delete(l.acks, seq)
-		l.mu.Unlock()
-		return fmt.Errorf("the worker did not confirm %s within %s", typ, ackTimeout)
+		forget()
+		return l.hung(fmt.Sprintf("did not confirm %s within %s", typ, patience))
 	}
 }
