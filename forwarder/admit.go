@@ -56,6 +56,7 @@ type admission struct {
 	// resolver reports whether our own resolver answers at dst.
 	resolver func(r *policy.Rules, dst netip.AddrPort) bool
 	refused  func(Refusal) // may be nil
+	tombs    *tombs        // nil without Config.Inbound
 
 	ruleMu sync.Mutex // serialises SetRules
 	halted reaping
@@ -354,8 +355,12 @@ type About struct {
 	Seen    policy.Seen
 }
 
-// refuse records that a flow may not begin.
+// refuse records that a flow may not begin. The peer of a refused datagram does not begin
+// by the same ports what the sandbox may not.
 func (a *admission) refuse(j judged) {
+	if j.query.Proto == protoUDP && !j.query.Ingress {
+		a.tombs.bury(nat.NewTuple(protoUDP, j.query.Dst, j.query.Src))
+	}
 	a.noteRefused(Refusal{Proto: j.query.Proto, Src: j.query.Src, Dst: j.query.Dst, Verdict: j.verdict, Seen: j.query.Seen})
 }
 

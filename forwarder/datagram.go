@@ -189,8 +189,13 @@ func (fl *dgramFlow) expire(string) { fl.d.forget(fl) }
 // abort implements admitted.
 func (fl *dgramFlow) abort(reason string) { fl.end(reason) }
 
-// halt implements admitted: who sends and who receives look at revoked.
-func (fl *dgramFlow) halt() {}
+// halt implements admitted: who sends and who receives look at revoked. The peer of what
+// was cut off does not begin anew by the same ports.
+func (fl *dgramFlow) halt() {
+	if fl.tuple.Proto() == protoUDP && !fl.ingress {
+		fl.d.f.tombs.bury(fl.tuple.Reverse())
+	}
+}
 
 // underWay implements admitted: all that QUIC connections on the flow have said.
 func (fl *dgramFlow) underWay(policy.Query) []policy.Query {
@@ -336,7 +341,7 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 	if d.flows[fl.tuple] == fl {
 		delete(d.flows, fl.tuple)
 	}
-	s := fl.sock
+	s, proto := fl.sock, fl.tuple.Proto()
 	var last bool
 	if s != nil {
 		s.mu.Lock()
@@ -351,6 +356,9 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 		}
 	}
 	d.mu.Unlock()
+	if s != nil && d.f.tombs != nil && proto != protoUDP && !fl.ingress {
+		d.f.tombs.bury(nat.NewTuple(proto, netip.AddrPortFrom(fl.target.Addr(), s.identifier()), netip.AddrPortFrom(fl.guest.Addr(), fl.tuple.Dst().Port())))
+	}
 	if last {
 		s.close()
 	}
@@ -367,6 +375,10 @@ func (fl *dgramFlow) rest() {
 // startSocket makes a polled socket of a descriptor of the dialer's.
 func (d *dgramTable) startSocket(fd int, proto uint8) (*hostSocket, error) {
 	s := d.newHostSocket(fd, proto, d.f.dialer.close)
+	if proto == protoUDP && d.f.tombs != nil {
+		s.tombs = d.f.tombs
+		s.tombs.opened(s.ownPort())
+	}
 	if err := s.start(); err != nil {
 		s.close()
 		return nil, err

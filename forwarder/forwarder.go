@@ -75,6 +75,9 @@ type Config struct {
 	// Memory outlives this forwarder: in it the flows of Inbound are noted for the
 	// next one, MemorySize bytes of zeroes at first. It may be nil.
 	Memory []byte
+	// Asks reports whether this process asks a server by sockets of its own, past
+	// the forwarder: nothing begins a flow of Inbound from there. It may be nil.
+	Asks func(netip.AddrPort) bool
 	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
 	// neighbour solicitation is answered, but for the Guest addresses.
 	OnlyHost bool
@@ -189,6 +192,8 @@ func (f *Forwarder) attach() error {
 	f.dgram = newDatagrams(f)
 	f.publish = newPublisher(f)
 	if f.cfg.Inbound != nil {
+		_, ports := splitMemory(f.cfg.Memory)
+		f.tombs = newTombs(f.now, ports)
 		f.outside = newOutside(f)
 	}
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)

@@ -176,6 +176,14 @@ func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocke
 	return e.startSocket(fd, v.Proto())
 }
 
+// identifier is what the socket's requests carry outside; the kernel has it for a port.
+func (s *hostSocket) identifier() uint16 {
+	if s.raw != nil {
+		return s.rawID
+	}
+	return s.ownPort()
+}
+
 // echoPeer finds the flow that a message from a, or an error about a message to a, is of.
 func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *dgramFlow {
 	if s.raw != nil {

@@ -21,6 +21,13 @@ package forwarder
 // errors by what they quote (inbound_icmp.go), fragments by their identifier
 // (inbound_frag.go).
 //
+// An inbound flow lets the sandbox speak to its client past the egress rules, as every
+// API of the field has it, so only a client may begin one, by what begins one: a SYN, a
+// datagram or an echo request that ingress policy allows, and that is not the rest of
+// something that our own sockets said (tombs.go). What the sandbox sends is no answer
+// if it begins something itself (a SYN, an echo request), asks a resolver while
+// names are gated, or carries a route of its own.
+//
 // Offloads survive: a segment of 64 KiB with an open checksum leaves as one, and
 // nothing is copied. The kernel of the uplink namespace forwards between in0 and the
 // pod's old interface and so takes one off each packet's hop limit; it is put back
@@ -40,6 +47,7 @@ import (
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"sluice/nat"
@@ -73,9 +81,9 @@ type outside struct {
 type outsideCounters struct {
 	short, version, length, headers, family, foreign, martian, protocol reason
 	tcpFlags, tcpStray, icmpType, icmpUnrelated, icmpQuote              reason
-	fragment, fragmentShort                                             reason
-	refused, flow, bandwidth, waiting                                   reason
-	began, restored, pickedUp, related, rejected, limited, writeFailed  *atomic.Uint64
+	fragment, fragmentShort, sourceRoute                                reason
+	refused, flow, bandwidth, waiting, rests                            reason
+	began, restored, related, rejected, limited, writeFailed            *atomic.Uint64
 }
 
 func newOutside(f *Forwarder) *outside {
@@ -97,7 +105,9 @@ func newOutside(f *Forwarder) *outside {
 			martian:       r("inbound_martian_source"),
 			protocol:      r("inbound_protocol"),
 			tcpFlags:      r("inbound_tcp_flags"),
-			tcpStray:      r("inbound_tcp_stray"), // of no flow, and nothing that begins one
+			tcpStray:      r("inbound_tcp_stray"), // of no flow, and nothing that begins one: answered by a reset
+			sourceRoute:   r("inbound_source_route"),
+			rests:         r("inbound_rests"), // by a tuple of our own sockets, or of a flow that was refused
 			icmpType:      r("inbound_icmp_type"),
 			icmpUnrelated: r("inbound_icmp_unrelated"),
 			icmpQuote:     r("inbound_icmp_quote"), // an error whose quotation cannot be read
@@ -108,8 +118,7 @@ func newOutside(f *Forwarder) *outside {
 			bandwidth:     r("inbound_bandwidth"),
 			waiting:       r("inbound_not_ready"), // no rules yet
 			began:         c("inbound_flows"),
-			restored:      c("inbound_flows_restored"),  // from the worker before
-			pickedUp:      c("inbound_flows_picked_up"), // in mid-stream
+			restored:      c("inbound_flows_restored"), // from the worker before
 			related:       c("inbound_icmp_related"),
 			rejected:      c("inbound_rejected"), // resets and errors sent outside
 			limited:       c("inbound_rejected_limited"),
@@ -118,8 +127,8 @@ func newOutside(f *Forwarder) *outside {
 	}
 	o.in = shaper{o: o, bucket: &f.bandwidth.down, to: &o.sandbox}
 	o.out = shaper{o: o, bucket: &f.bandwidth.up, to: &o.in0}
-	if len(f.cfg.Memory) >= 2*memorySlot {
-		o.memory.data = f.cfg.Memory
+	if slots, _ := splitMemory(f.cfg.Memory); slots != nil {
+		o.memory.data = slots
 		o.waiting.Store(true)
 	}
 	return o
@@ -157,8 +166,12 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 	switch {
 	case !slices.Contains(o.f.cfg.Guest, p.dst):
 		return o.n.foreign
-	case p.src.IsLoopback() || p.src.IsMulticast() || p.src.IsUnspecified() || o.f.isGuest(p.src) || o.f.isOwn(p.src):
+	case p.src.IsLoopback() || p.src.IsMulticast() || p.src.IsUnspecified() || o.f.isGuest(p.src) || o.f.isOwn(p.src) || o.f.isSubnetBroadcast(p.src):
 		return o.n.martian
+	case p.routed:
+		return o.n.sourceRoute
+	case o.waiting.Load():
+		return o.n.waiting // whose it is will be known when the flows of the worker before are
 	}
 	if p.frag == fragLater {
 		fl := o.frags.find(nat.Original, &p, o.f.now())
@@ -207,7 +220,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 		return false
 	}
 	var p datum
-	if why := o.parse(pkt, &p); why.Uint64 != nil {
+	if why := o.parse(pkt, &p); why.Uint64 != nil || p.routed {
 		return false
 	}
 	if o.waiting.Load() {
@@ -227,17 +240,24 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 		case icmpIsRequest:
 			return false
 		}
+		if o.forGate(&p) {
+			return false
+		}
 		fl = o.lookup(p.tuple().Reverse())
 	}
 	if fl == nil {
 		return false
 	}
 	if p.proto == protoTCP && p.frag != fragLater {
-		if reopened := fl.track(nat.Reply, &p); reopened {
-			// The sandbox begins a flow of its own by the same two ports.
-			fl.end("reopened")
+		if p.tcp.Flags()&tcpFlagsMask == header.TCPFlagSyn {
+			// The sandbox begins a flow of its own by the same two ports, be it that the
+			// client's is over or that both begin at once.
+			if fl.over() {
+				fl.end("reopened")
+			}
 			return false
 		}
+		fl.track(nat.Reply, &p)
 	}
 	if p.frag == fragFirst {
 		o.frags.note(nat.Reply, &p, fl, o.f.now())
@@ -247,6 +267,12 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 		o.f.noteDrop(why.name, pkt)
 	}
 	return true
+}
+
+// forGate reports whether the sandbox's packet asks a resolver while names are gated:
+// then it is the gate's, whatever flow there may be.
+func (o *outside) forGate(p *datum) bool {
+	return p.dport == dnsPort && (p.proto == protoUDP || p.proto == protoTCP) && o.f.rules.Load().GatesNames()
 }
 
 // pass accounts for a packet of a flow and sends it on.
@@ -298,7 +324,7 @@ func (o *outside) list() []*inboundFlow {
 }
 
 // close forgets every flow. Nobody is told: the two ends of each are alive, and
-// whoever carries the pod's packets next picks the flow up.
+// the worker that carries the pod's packets next takes the flows from memory.
 func (o *outside) close() {
 	o.mu.Lock()
 	o.closed = true

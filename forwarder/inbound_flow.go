@@ -62,48 +62,48 @@ func (o *outside) admit(fl *inboundFlow, j judged) error {
 }
 
 // begin judges the first packet of a flow and lets it in, or returns why not. A
-// reason without a counter means that the packet was dealt with.
+// reason without a counter means that the packet was dealt with. A flow is never
+// picked up in mid-stream: those of the worker before are in its memory, and any other
+// segment belongs to what is over, or to a connection of our own socket's.
 func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*inboundFlow, reason) {
 	o.beginMu.Lock()
 	defer o.beginMu.Unlock()
 	if known := o.lookup(tuple); known != nil {
 		return known, reason{} // another reader was faster
 	}
+	// Asked also where policy refuses: a stream that goes on rests on.
+	rests := o.f.tombs.rests(tuple) || o.f.cfg.Asks != nil && o.f.cfg.Asks(tuple.Src())
 	j := o.f.decide(queryOf(tuple))
 	if !j.mayBegin() {
 		o.refuse(j, pkt, p)
 		return nil, reason{}
 	}
-	var flags header.TCPFlags
 	if p.proto == protoTCP {
-		switch flags = p.tcp.Flags() & tcpFlagsMask; {
-		case flags == header.TCPFlagSyn|header.TCPFlagAck:
-			return nil, o.n.tcpStray // nobody here asked
+		switch flags := p.tcp.Flags() & tcpFlagsMask; {
 		case flags&header.TCPFlagRst != 0:
 			// The end of a flow that is not known any more: the sandbox may want to know.
 			o.forward(&o.sandbox, pkt, p)
 			return nil, reason{}
+		case flags != header.TCPFlagSyn:
+			o.refuseTCP(p)
+			return nil, o.n.tcpStray
+		case o.f.table.Lookup(tuple.Reverse()) != nil:
+			rests = true // the sandbox has a connection by these two ports, and it is not this one
 		}
 	}
-	fl := o.newFlow(tuple)
-	late := flags&header.TCPFlagFin != 0 // of a flow that is over: not to be taken for one that lives
-	if late {
-		fl.tcp.state = nat.LastAck
+	if rests {
+		if p.proto == protoUDP {
+			o.sendError(icmpPortUnreachable, pkt, p) // as the host of a closed socket does
+		}
+		return nil, o.n.rests
 	}
+	fl := o.newFlow(tuple)
 	if o.admit(fl, j) != nil {
 		return nil, o.n.flow
 	}
 	o.n.began.Add(1)
 	if p.proto == protoTCP {
-		if flags != header.TCPFlagSyn {
-			o.n.pickedUp.Add(1)
-		}
-		if late {
-			fl.lease.SetState(nat.LastAck)
-			fl.remember(nat.LastAck)
-		} else {
-			fl.track(nat.Original, p)
-		}
+		fl.track(nat.Original, p)
 	}
 	return fl, reason{}
 }

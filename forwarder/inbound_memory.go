@@ -3,12 +3,12 @@ package forwarder
 // What a worker remembers for its successor.
 //
 // The flows of the inbound path have both their ends elsewhere, so they can outlive
-// a worker, be it killed or replaced by another binary. A flow that the outside
-// continues is picked up by its next packet. One that the sandbox continues is not: a
-// segment of it looks like one of a connection that the old worker terminated, which
-// the stack answers with a reset. So the tuples are noted in memory that whoever
-// starts workers keeps (Config.Memory), and taken from there when the first rules
-// come. Until then the sandbox's packets are dropped: its kernel sends them again.
+// a worker, be it killed or replaced by another binary. Their next packets do not tell
+// that they are of such a flow: a segment of the sandbox's looks like one of a connection
+// that the old worker terminated, and one from outside like one that is late for a
+// socket of the old worker's. So the tuples are noted in memory that whoever starts
+// workers keeps (Config.Memory), and taken from there when the first rules come. Until
+// then all packets are dropped: TCP sends them again.
 //
 // What is found there is believed no more than a packet: it was written by a worker
 // that may have been taken over. Each flow is judged anew.
@@ -16,6 +16,7 @@ package forwarder
 //	0   magic, high-water mark (slots that were ever used)
 //	64  slot 0: used, protocol, state, family, ports, addresses
 //	128 slot 1 …
+//	…   the last tombMemory bytes: the ports of the worker's own sockets (tombs.go)
 //
 // A slot is written before it is marked as used, and unmarked before it is written
 // again, so that a worker may die at any time.
@@ -34,9 +35,20 @@ const (
 	memorySlots = nat.DefaultMax
 	memoryMagic = 0x31464c53 // "SLF1", little endian
 	// MemorySize is what Config.Memory should have, in bytes. Only what is used of it
-	// is ever touched.
-	MemorySize = memorySlot * (1 + memorySlots)
+	// is ever touched. One of another size, which another binary made, holds
+	// another number of flows.
+	MemorySize = memorySlot*(1+memorySlots) + tombMemory
 )
+
+// splitMemory gives the parts of Config.Memory: that of the flows and that of our own
+// sockets' ports; both nil if it is too small to hold either.
+func splitMemory(memory []byte) (flows, ports []byte) {
+	n := len(memory) - tombMemory
+	if n < 2*memorySlot {
+		return nil, nil
+	}
+	return memory[:n:n], memory[n:]
+}
 
 // flowMemory notes flows. Guarded by outside.mu.
 type flowMemory struct {

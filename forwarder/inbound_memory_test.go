@@ -80,7 +80,7 @@ func TestThePodWaitsForRules(t *testing.T) {
 }
 
 func TestMemoryIsUsedAgain(t *testing.T) {
-	memory := make([]byte, memorySlot*(1+8)) // room for 8
+	memory := make([]byte, memorySlot*(1+8)+tombMemory) // room for 8
 	w := generation(t, memory, allowAll)
 	for i := range uint16(100) {
 		arrives(t, w.out, w.wire, udpPacket(at(client4, 1000+i), at(guest4, 80), nil))
@@ -97,7 +97,7 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 }
 
 func TestMoreFlowsThanMemory(t *testing.T) {
-	memory := make([]byte, memorySlot*(1+8))
+	memory := make([]byte, memorySlot*(1+8)+tombMemory)
 	t.Run("before", func(t *testing.T) {
 		w := generation(t, memory, allowAll)
 		for i := range uint16(20) {
@@ -112,8 +112,8 @@ func TestMoreFlowsThanMemory(t *testing.T) {
 // of it, and the forwarder works.
 func TestHostileMemory(t *testing.T) {
 	client, server := at(client4, 40000), at(guest4, 80)
-	good := make([]byte, memorySlot*(1+64))
-	m := flowMemory{data: good}
+	good := make([]byte, memorySlot*(1+64)+tombMemory)
+	m := flowMemory{data: good[:len(good)-tombMemory]}
 	m.recall()
 	for i := range uint16(60) {
 		m.note(nat.NewTuple(protoTCP, at(client4, i+1), server), nat.Established)

@@ -55,8 +55,9 @@ type datum struct {
 	frag     fragKind
 	icmp     icmpRole
 	v6       bool
-	l4       int // where the transport header begins
-	size     int // of the packet, by its IP header
+	routed   bool // it carries a route of its own: source routing, or a routing header
+	l4       int  // where the transport header begins
+	size     int  // of the packet, by its IP header
 
 	fragID  uint32
 	fragOff int
@@ -113,6 +114,7 @@ func (o *outside) parse4(pkt *stack.PacketBuffer, p *datum) reason {
 	h = header.IPv4(p.head)
 	p.src, p.dst = netip.AddrFrom4([4]byte(h[12:16])), netip.AddrFrom4([4]byte(h[16:20]))
 	p.proto = h.Protocol()
+	p.routed = sourceRouted(h, pkt)
 	p.setFragment(int(h.FragmentOffset()), h.More(), uint32(h.ID()))
 	return reason{}
 }
@@ -138,6 +140,7 @@ func (o *outside) parse6(pkt *stack.PacketBuffer, p *datum) reason {
 			if !p.need(pkt, p.l4+8) {
 				return o.n.short
 			}
+			p.routed = p.routed || p.proto == uint8(header.IPv6RoutingExtHdrIdentifier)
 			p.proto, p.l4 = p.head[p.l4], p.l4+8+8*int(p.head[p.l4+1])
 		case header.IPv6FragmentExtHdrIdentifier:
 			if p.frag != fragNone || !p.need(pkt, p.l4+header.IPv6FragmentHeaderSize) {

@@ -2,13 +2,12 @@ package forwarder
 
 // TCP flows of the inbound path, tracked by flags as nf_conntrack does
 // (net/netfilter/nf_conntrack_proto_tcp.c, the table tcp_conntracks), with
-// nf_conntrack_tcp_be_liberal and nf_conntrack_tcp_loose on: what is out of window
-// passes, since the two ends check that themselves, and a flow may be picked up in
-// mid-stream, which is what lets it survive a new worker.
+// nf_conntrack_tcp_be_liberal on and nf_conntrack_tcp_loose off: what is out of window
+// passes, since the two ends check that themselves, but only a SYN begins a flow.
 //
-// One thing differs. A flow that was picked up is not ESTABLISHED before the sandbox
-// has answered: a flood of forged segments would otherwise fill the table with
-// flows that may stay for days.
+// A flow of the worker before whose handshake was under way goes on in mid-stream. It
+// is not ESTABLISHED before the sandbox has answered. SYNs from both sides are two
+// flows: the sandbox's own is judged as what it is (outside.answer).
 
 import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -18,9 +17,7 @@ import (
 
 // tcpTrack is what is known of one connection. Guarded by its flow's mu.
 type tcpTrack struct {
-	state nat.State // None: picked up in mid-stream and not answered yet
-	// both: SYNs came from both sides (nf_conntrack's SYN_SENT2).
-	both bool
+	state nat.State // None: in mid-stream and not answered yet
 	// ack is the highest acknowledgement each side has sent; acked whether it has.
 	ack   [2]uint32
 	acked [2]bool
@@ -45,16 +42,17 @@ func sane(flags header.TCPFlags) bool {
 }
 
 // see moves the connection by one segment from a side. reopened means that the
-// segment begins another connection with the same tuple; nothing has changed then.
+// segment begins another connection with the same tuple; nothing has changed then. A
+// SYN without ACK comes from the client alone.
 func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (reopened bool) {
 	switch flags & tcpFlagsMask {
 	case header.TCPFlagSyn:
-		if reopened = t.syn(d); reopened {
+		if t.syn() {
 			return true
 		}
 	case header.TCPFlagSyn | header.TCPFlagAck:
-		if d == nat.Reply && t.state == nat.SynSent || t.both {
-			t.state, t.both = nat.SynRecv, false
+		if d == nat.Reply && t.state == nat.SynSent {
+			t.state = nat.SynRecv
 		}
 	case header.TCPFlagFin | header.TCPFlagAck:
 		t.fin(d)
@@ -62,7 +60,7 @@ func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (
 		t.acknowledge(d)
 	default:
 		if t.believes(d, seq) {
-			t.state, t.both = nat.Close, false
+			t.state = nat.Close
 		}
 		return false
 	}
@@ -73,18 +71,21 @@ func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (
 	return false
 }
 
-func (t *tcpTrack) syn(d nat.Dir) (reopened bool) {
-	switch t.state {
-	case nat.None:
-		if d == nat.Original {
-			t.state = nat.SynSent
-		}
-	case nat.SynSent:
-		t.both = t.both || d == nat.Reply
-	case nat.TimeWait, nat.Close:
-		return true
+// syn is the client's.
+func (t *tcpTrack) syn() (reopened bool) {
+	if t.state == nat.None {
+		t.state = nat.SynSent
 	}
-	return false
+	return t.isOver()
+}
+
+// isOver reports whether a SYN of the same two ports begins another connection.
+func (t *tcpTrack) isOver() bool { return t.state == nat.TimeWait || t.state == nat.Close }
+
+func (fl *inboundFlow) over() bool {
+	fl.mu.Lock()
+	defer fl.mu.Unlock()
+	return fl.tcp.isOver()
 }
 
 func (t *tcpTrack) fin(d nat.Dir) {

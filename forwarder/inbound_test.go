@@ -218,7 +218,6 @@ func TestInboundForgeriesAreDropped(t *testing.T) {
 		{"SYN and FIN", "inbound_tcp_flags", segment(at(client4, 1), pod, header.TCPFlagSyn|header.TCPFlagFin, 1, 0)},
 		{"SYN and RST", "inbound_tcp_flags", segment(at(client4, 1), pod, header.TCPFlagSyn|header.TCPFlagRst, 1, 0)},
 		{"FIN alone", "inbound_tcp_flags", segment(at(client4, 1), pod, header.TCPFlagFin, 1, 0)},
-		{"an answer to nothing", "inbound_tcp_stray", segment(at(client4, 1), pod, header.TCPFlagSyn|header.TCPFlagAck, 1, 1)},
 		{"an answer to no ping", "inbound_icmp_type", answerOf(echoPacket(client4, guest4, 1, 1, nil))},
 		{"a redirect", "inbound_icmp_type", packet{src: client4, dst: guest4, proto: protoICMP, l4: append([]byte{5, 1, 0, 0, 0, 0, 0, 0}, pattern(28)...)}},
 		{"a router advertisement", "inbound_icmp_type", packet{src: client6, dst: guest6, proto: protoICMPv6, l4: append([]byte{134, 0, 0, 0}, pattern(12)...)}},

@@ -357,6 +357,7 @@ func (fl *tcpFlow) halt() {
 	fl.mu.Lock()
 	ep, cancel := fl.ep, fl.cancel
 	if fl.fd >= 0 {
+		fl.bury(fl.fd) // the kernel is going to forget the port
 		fl.t.f.dialer.disconnect(fl.fd)
 	}
 	fl.mu.Unlock()
@@ -399,10 +400,18 @@ func (fl *tcpFlow) closeHost(reset bool) {
 		return
 	}
 	fl.t.f.engine.poll.release(tok) // closing takes it out of epoll
+	fl.bury(fd)
 	if reset {
 		fl.t.f.dialer.reset(fd)
 	} else {
 		fl.t.f.dialer.close(fd)
+	}
+}
+
+// bury has the tuple of the host socket rest (tombs.go), once it has one.
+func (fl *tcpFlow) bury(fd int) {
+	if !fl.ingress {
+		fl.t.f.burySocket(fd, fl.verdict().Target())
 	}
 }
 

@@ -44,6 +44,8 @@ type hostSocket struct {
 	raw   *rawEcho
 	rawID uint16
 
+	tombs *tombs // of a UDP socket that a pod's port is for, which rests when it closes; nil else
+
 	dead  bool // closed or about to be; guarded by d.mu
 	poll  *poller
 	token pollToken
@@ -99,6 +101,9 @@ func (s *hostSocket) close() {
 	s.poll.remove(s.token, s.fd)
 	s.close1(s.fd)
 	s.fd = -1
+	if s.tombs != nil {
+		s.tombs.closed(uint16(s.port.Load()))
+	}
 }
 
 // rxBatch is the scratch area of one receiving goroutine.

@@ -24,7 +24,8 @@ import (
 // A special range is a node that guards what is inside it: once the walk leaves
 // it upwards, only rules that cross count – in egress the reject and drop rules,
 // in ingress all – and never those of entity world, which is by definition
-// outside. Exceptions are cut out of a CIDR before it gets here: 10.0.0.0/8
+// outside. Where an ingress rule has to name its client, only reject and drop
+// rules cross, and the node holds those itself. Exceptions are cut out of a CIDR before it gets here: 10.0.0.0/8
 // except 10.1.0.0/16 is eight ranges.
 
 // Bounds on what Compile builds, about 64 MiB at worst.
@@ -319,6 +320,21 @@ func upperHalf(p netip.Prefix) netip.Prefix {
 	return netip.PrefixFrom(a, p.Bits()+1)
 }
 
+// enclosed is what counts at p, a range of clients that have to be named: what names it, and
+// the reject and drop rules of the ranges around it.
+func (b *builder) enclosed(p netip.Prefix, around []netip.Prefix, rules []ruleInfo) []ref {
+	list := slices.Clone(b.at[p])
+	for _, outer := range around {
+		for _, r := range b.at[outer] {
+			if r.crosses && rules[r.rule].action != Allow {
+				list = append(list, r)
+			}
+		}
+	}
+	slices.SortFunc(list, func(x, y ref) int { return int(x.rule - y.rule) })
+	return slices.CompactFunc(list, func(x, y ref) bool { return x.rule == y.rule })
+}
+
 // link makes the nodes, parents before children.
 func (b *builder) link(t *table, spans [][]span) error {
 	order := make([]netip.Prefix, 0, len(b.at))
@@ -342,7 +358,15 @@ func (b *builder) link(t *table, spans [][]span) error {
 		n := &t.nodes[i]
 		*n = node{parent: -1, least: noRule, leastCrossing: noRule, class: b.special[p]}
 		n.guard = classes[n.class].lock != open
-		if len(around) > 0 {
+		refs := b.at[p]
+		switch c, special := b.special[p]; {
+		case special && b.ingress && classes[c].namedClient:
+			var outer []netip.Prefix
+			for _, j := range around {
+				outer = append(outer, order[j])
+			}
+			refs = b.enclosed(p, outer, t.rules)
+		case len(around) > 0:
 			n.parent = around[len(around)-1]
 			up := &t.nodes[n.parent]
 			n.leastCrossing = up.leastCrossing
@@ -357,7 +381,7 @@ func (b *builder) link(t *table, spans [][]span) error {
 			}
 		}
 		var own, crossing []int32
-		for _, r := range b.at[p] {
+		for _, r := range refs {
 			own = append(own, r.rule)
 			if r.crosses {
 				crossing = append(crossing, r.rule)

@@ -112,7 +112,11 @@ func (r *Rules) Decide(q Query) Verdict {
 	if v.action != Allow {
 		return v
 	}
-	if !q.Ingress {
+	if q.Ingress {
+		if rule := j.closedClient(peer, at); rule != "" {
+			return r.refuse(q, rule)
+		}
+	} else {
 		if embeds := classes[at.embeds].embeds; embeds != nil {
 			for _, inner := range embeds(target.As16()) {
 				w := j.judgeInner(inner)

@@ -114,7 +114,7 @@ func (s *side) decide(d *differ, at int32, name string, key uint32) outcome {
 			o.terms = terms(&s.list[i], named)
 		}
 		return o
-	case !d.ingress && info.lock != open:
+	case info.closed(d.ingress):
 		return refused
 	}
 	o := outcome{action: s.rules.fallback, rule: ruleDefault}

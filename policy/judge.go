@@ -54,7 +54,7 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	case first != noRule:
 		decided = &t.rules[first]
 		v = j.verdict(decided, m)
-	case !q.Ingress && info.lock != open:
+	case info.closed(q.Ingress):
 		return r.refuse(*q, info.rule), at
 	}
 	if v.action == Allow {
@@ -70,7 +70,7 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 			v.tried, v.reason = t.rules[m.tried].name, m.reason
 		}
 		switch {
-		case !r.audit || !q.Ingress && info.lock != open:
+		case !r.audit || info.closed(q.Ingress):
 		case j.learns():
 			v = Verdict{rule: v.rule, proto: v.proto, action: r.deny, reason: ReasonUnread, verify: VerifyFirstBytes}
 		default:
@@ -203,6 +203,44 @@ func (j *judgement) candidate(private bool, best int32) int32 {
 		return noRule
 	}
 	return lowest
+}
+
+// closedClient gives the name under which a client is refused that the rules let in, or
+// nothing. A client is answered, whatever the rules for egress say: so an address
+// that carries one which is closed to every rule is no client, nor is, while names are
+// gated, a server that would resolve names past the gate.
+func (j *judgement) closedClient(peer netip.Addr, at *node) string {
+	q := j.query
+	if embeds := classes[at.embeds].embeds; embeds != nil {
+		for _, inner := range embeds(peer.As16()) {
+			if c := j.classOf(inner); classes[c].lock == never || classes[c].namedClient {
+				return classes[c].rule
+			}
+		}
+	}
+	if !carriesDNS(q.Proto) || !j.rules.GatesNames() {
+		return ""
+	}
+	switch port := q.Src.Port(); {
+	case port == portDNS:
+		return rulePlainDNS
+	case port != portDNSOverTLS && !isPublicResolver(peer):
+	case j.rules.Decide(Query{Proto: q.Proto, Src: q.Dst, Dst: netip.AddrPortFrom(peer, port), Names: q.Names, Now: q.Now}).Allowed():
+	case port == portDNSOverTLS:
+		return ruleDNSOverTLS
+	default:
+		return ruleDoH
+	}
+	return ""
+}
+
+// classOf is the class of an address that was found inside the peer.
+func (j *judgement) classOf(inner netip.Addr) class {
+	i, ok := j.table.trie.Lookup(inner)
+	if !ok {
+		return ordinary // the range embeds only one address
+	}
+	return j.table.nodes[i].class
 }
 
 // judgeInner judges an address that was found inside the destination. The

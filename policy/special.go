@@ -39,9 +39,11 @@ import (
 // unlocks link-local. A host address inside another special range stays in that
 // range, and so do not-so-special neighbours: the stricter reading wins.
 //
-// As a client (ingress) only this-network, multicast, broadcast and v4-compat
-// are refused: nobody can have such an address. For the rest the classes just
-// say what the entities mean.
+// As a client (ingress) this-network, multicast, broadcast and v4-compat are refused:
+// nobody can have such an address. A metadata service is no client either, unless a
+// rule names it: who begins a flow is answered, which would open it. For the rest
+// the classes just say what the entities mean; but no client's address embeds one that
+// is never unlocked, or a metadata service.
 type class uint8
 
 const (
@@ -80,9 +82,17 @@ type classInfo struct {
 	rule    string // the name under which a verdict refuses it
 	lock    lock
 	martian bool // never a client's address
-	entity  Entity
-	ranges  []netip.Prefix                      // none: they come with the Environment
-	embeds  func(b [16]byte) (v4 [2]netip.Addr) // nil: nothing inside
+	// namedClient: as a client too it needs a rule that names it.
+	namedClient bool
+	entity      Entity
+	ranges      []netip.Prefix                      // none: they come with the Environment
+	embeds      func(b [16]byte) (v4 [2]netip.Addr) // nil: nothing inside
+}
+
+// closed reports whether, in one direction, only a rule that names an address of the
+// class lets it pass.
+func (i *classInfo) closed(ingress bool) bool {
+	return i.lock != open && (!ingress || i.namedClient)
 }
 
 var classes = [numClasses]classInfo{
@@ -90,7 +100,7 @@ var classes = [numClasses]classInfo{
 	thisNetwork:  {rule: "special:this-network", martian: true, ranges: prefixes("0.0.0.0/8", "::/128")},
 	loopback:     {rule: "special:loopback", ranges: prefixes("127.0.0.0/8", "::1/128")},
 	linkLocal:    {rule: "special:link-local", lock: named, entity: EntityLinkLocal, ranges: prefixes("169.254.0.0/16", "fe80::/10")},
-	metadata:     {rule: "special:metadata", lock: named, entity: EntityMetadata, ranges: metadataServices},
+	metadata:     {rule: "special:metadata", lock: named, namedClient: true, entity: EntityMetadata, ranges: metadataServices},
 	multicast:    {rule: "special:multicast", lock: named, martian: true, entity: EntityMulticast, ranges: prefixes("224.0.0.0/4", "ff00::/8")},
 	reserved:     {rule: "special:reserved", lock: named, entity: EntityReserved, ranges: prefixes("240.0.0.0/4")},
 	broadcast:    {rule: "special:broadcast", martian: true, ranges: prefixes("255.255.255.255/32")},

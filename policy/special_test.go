@@ -182,3 +182,44 @@ func TestTheTableIsConsistent(t *testing.T) {
 		}
 	}
 }
+
+// Who begins a flow is answered, whatever egress rules say: so what is closed begins none.
+func TestClosedAddressesAreNoClients(t *testing.T) {
+	anybody := allowing()
+	anybody.Spec.Ingress = []Rule{{Name: "any", Action: Allow}, {Name: "cidrs", Action: Allow, From: []Peer{{CIDR: everyIPv4}, {CIDR: everyIPv6}, {Entity: EntityLinkLocal}}}}
+	anybody.Spec.DNS.Names = NamesUngated
+	named := allowing()
+	named.Spec.Ingress = []Rule{{Action: Drop, From: []Peer{{CIDR: cidr("fd00::/8")}}}, {Name: "any", Action: Allow}, {Action: Allow, From: []Peer{{Entity: EntityMetadata}}}}
+	gated := allowing(byDomain("a.test"), Rule{Action: Allow, Ports: []Port{{Protocol: TCP, Port: 853}}, To: []Peer{{CIDR: cidr("8.8.8.8/32")}}})
+	gated.Spec.Ingress = anybody.Spec.Ingress
+	tests := []struct {
+		name   string
+		policy *Policy
+		client string
+		by     string
+	}{
+		{"a metadata service not by what lets everybody in", anybody, "169.254.169.254:80", "special:metadata"},
+		{"nor an IPv6 one", anybody, "[fd00:ec2::254]:80", "special:metadata"},
+		{"a metadata service by a rule that names it", named, "169.254.169.254:80", "ingress[2]"},
+		{"a drop rule around it goes before", named, "[fd00:ec2::254]:80", "ingress[0]"},
+		{"behind NAT64", anybody, "[64:ff9b::169.254.169.254]:80", "special:metadata"},
+		{"behind 6to4", anybody, "[2002:a9fe:a9fe::1]:80", "special:metadata"},
+		{"loopback behind NAT64", anybody, "[64:ff9b::127.0.0.1]:80", "special:loopback"},
+		{"an ordinary address behind NAT64", anybody, "[64:ff9b::8.8.8.8]:80", "ingress[0] any"},
+		{"a link-local neighbour", anybody, "169.254.1.1:80", "ingress[0] any"},
+		{"a client from port 53", anybody, "192.0.2.1:53", "ingress[0] any"},
+		{"a client from port 53 while names are gated", gated, "192.0.2.1:53", "builtin:dns"},
+		{"from port 853", gated, "192.0.2.1:853", "builtin:dns-over-tls"},
+		{"a public resolver", gated, "1.1.1.1:443", "builtin:dns-over-https"},
+		{"one that a rule opens", gated, "8.8.8.8:853", "ingress[0] any"},
+		{"any other", gated, "192.0.2.1:443", "ingress[0] any"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			v := mustCompile(t, tt.policy, here).Decide(Query{Ingress: true, Proto: uint8(TCP), Src: netip.MustParseAddrPort(tt.client), Dst: netip.MustParseAddrPort("10.0.2.100:80")})
+			if v.Rule() != tt.by {
+				t.Errorf("got %v, want %s", v, tt.by)
+			}
+		})
+	}
+}

@@ -44,6 +44,9 @@ func (w twin) decide(q Query) twinVerdict {
 	}
 	if q.Ingress {
 		v, _ := w.judge(q, src)
+		if rule := w.closedClient(q, src); v.action == Allow && rule != "" {
+			return twinVerdict{action: deny, rule: rule}
+		}
 		if v.action == Allow {
 			v.target = netip.AddrPortFrom(dst, port)
 		}
@@ -74,6 +77,31 @@ func (w twin) decide(q Query) twinVerdict {
 	}
 	v.target = netip.AddrPortFrom(dst, port)
 	return v
+}
+
+// closedClient is what refuses a client that the rules let in.
+func (w twin) closedClient(q Query, src netip.Addr) string {
+	for _, inner := range twinEmbedded(src) {
+		if c, _ := w.class(inner, true); c == metadata || classes[c].lock == never {
+			return classes[c].rule
+		}
+	}
+	if !w.gates() || q.Proto != 6 && q.Proto != 17 {
+		return ""
+	}
+	port := q.Src.Port()
+	if port == 53 {
+		return "builtin:dns"
+	}
+	back := w.decide(Query{Proto: q.Proto, Src: q.Dst, Dst: netip.AddrPortFrom(src, port), Names: q.Names, Now: q.Now})
+	switch {
+	case back.action == Allow && back.verify == VerifyNone:
+	case port == 853:
+		return "builtin:dns-over-tls"
+	case isPublicResolver(src):
+		return "builtin:dns-over-https"
+	}
+	return ""
 }
 
 func (w twin) deny() Action {
@@ -148,7 +176,8 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 	}
 	named := !q.Ingress && info.lock == open
 	v, decided := twinVerdict{action: w.p.Spec.DefaultAction, rule: "default"}, len(rules)
-	if !q.Ingress && info.lock != open {
+	closed := info.lock != open && (!q.Ingress || c == metadata)
+	if closed {
 		v = twinVerdict{action: w.deny(), rule: info.rule}
 	}
 	var byName twinMatch
@@ -159,7 +188,7 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 				peers = append(peers, p)
 			}
 		}
-		precise := !q.Ingress && r.Action == Allow
+		precise := (!q.Ingress || c == metadata) && r.Action == Allow
 		hit := len(r.To)+len(r.From) == 0 && (!precise || info.lock == open)
 		for _, p := range peers {
 			hit = hit || w.peer(p, a, c, around, precise, q.Ingress)
@@ -185,7 +214,7 @@ func (w twin) judge(q Query, a netip.Addr) (twinVerdict, class) {
 		if named {
 			v.tried, v.reason = w.tried(rules[:decided], q, a, v)
 		}
-		audit := w.p.Spec.Mode == Audit && (q.Ingress || info.lock == open)
+		audit := w.p.Spec.Mode == Audit && !closed
 		silent := q.Proto != 6 && q.Proto != 17 || q.Proto == 6 && slices.Contains(serverFirst, q.Dst.Port()) || q.Proto == 17 && slices.Contains(nameless, q.Dst.Port())
 		if audit && !q.Ingress && q.Seen.Kind == SeenNone && !silent && len(twinGranted(q)) > 0 {
 			v = twinVerdict{action: w.deny(), rule: v.rule, reason: ReasonUnread, verify: VerifyFirstBytes}
@@ -370,7 +399,7 @@ func (d dice) query(names *Names) Query {
 	return Query{
 		Names: names, Now: twinNow, Seen: d.seen(), Held: d.held(),
 		Ingress: d(3) == 0, Proto: protos[d(len(protos))],
-		Src: netip.AddrPortFrom(d.addr(), 1234), Dst: netip.AddrPortFrom(d.addr(), []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 65529, 65530, 65535, 22, 53, 123, 853}[d(16)]),
+		Src: netip.AddrPortFrom(d.addr(), []uint16{1234, 1234, 53, 853}[d(4)]), Dst: netip.AddrPortFrom(d.addr(), []uint16{0, 1, 2, 3, 4, 5, 6, 7, 8, 65529, 65530, 65535, 22, 53, 123, 853}[d(16)]),
 		ICMPType: uint8(d(3) * 127), ICMPCode: uint8(d(3)),
 	}
 }

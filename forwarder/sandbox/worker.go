@@ -172,7 +172,7 @@ func (w *worker) run(fds []int) error {
 		if w.inbound, err = tun.Adopt(h.inbound, *w.cfg.Inbound); err != nil {
 			return fmt.Errorf("adopt the inbound device: %w", err)
 		}
-		if w.memory, err = unix.Mmap(h.memory, 0, forwarder.MemorySize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		if w.memory, err = mapMemory(h.memory); err != nil {
 			return fmt.Errorf("map the memory for flows: %w", err)
 		}
 	}
@@ -270,7 +270,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		}
 		// Who is told of the pod's addresses is told by its runtime.
 		fc.Inbound, fc.OnlyHost, fc.DHCPHandler = w.in0, true, nil
-		fc.Memory = w.memory
+		fc.Memory, fc.Asks = w.memory, w.dial.asks
 	}
 	if w.fwd, err = forwarder.New(fc); err != nil {
 		return err

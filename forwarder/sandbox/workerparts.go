@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"sluice/forwarder/dns"
 )
 
@@ -22,6 +24,7 @@ import (
 // is compared with it once more in the hook right before connect.
 type upstreamDialer struct {
 	servers atomic.Pointer[map[netip.AddrPort]bool]
+	before  atomic.Pointer[map[netip.AddrPort]bool] // the list before this one, whose answers may be late
 }
 
 var errNotUpstream = errors.New("not an upstream server")
@@ -32,13 +35,24 @@ func newUpstreamDialer(u dns.Upstreams) *upstreamDialer {
 	return d
 }
 
+// asks reports whether server is, or was before the list was last replaced, one that
+// is asked. Nothing that it sends begins a flow into a pod: it is late for a socket
+// of the resolver's, of this worker or of the one before.
+func (d *upstreamDialer) asks(server netip.AddrPort) bool {
+	if (*d.servers.Load())[server] {
+		return true
+	}
+	before := d.before.Load()
+	return before != nil && (*before)[server]
+}
+
 // allow replaces the list.
 func (d *upstreamDialer) allow(u dns.Upstreams) {
 	m := make(map[netip.AddrPort]bool, len(u.Servers))
 	for _, s := range u.Servers {
 		m[s] = true
 	}
-	d.servers.Store(&m)
+	d.before.Store(d.servers.Swap(&m))
 }
 
 // Dial implements dns.Dialer.
@@ -54,6 +68,16 @@ func (d *upstreamDialer) Dial(ctx context.Context, network string, server netip.
 		return nil, fmt.Errorf("dial the upstream server %s: %w", server, err)
 	}
 	return c, nil
+}
+
+// mapMemory maps the memory for flows as large as it is, which is as large as the
+// binary wanted it that made it.
+func mapMemory(fd int) ([]byte, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	return unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 }
 
 // socketStock keeps a few sockets of the guest's network namespace at hand, for
