@@ -21,6 +21,9 @@ import (
 // handed to the worker count until it has them.
 const maxControlConns = 32
 
+// maxLogFollowers bounds those of them that last: whoever sets a policy finds a place.
+const maxLogFollowers = 16
+
 // controlServer accepts on the control socket.
 type controlServer struct {
 	l      *net.UnixListener
@@ -305,6 +308,9 @@ func (m *monitor) handleLogs(ctx context.Context, c *net.UnixConn, req api.Reque
 		return nil
 	}
 	lines, more, cancel := m.log.follow(p.Last)
+	if cancel == nil {
+		return &api.Error{Code: api.CodeUnavailable, Message: fmt.Sprintf("%d clients follow the log already", maxLogFollowers)}
+	}
 	defer cancel()
 	if api.WriteResult(c, api.LogsResult{Lines: lines}) != nil {
 		return nil

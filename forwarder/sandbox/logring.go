@@ -21,6 +21,10 @@ const (
 	// logFollowerQueue bounds what a slow `logs -f` can hold back; beyond it lines
 	// are lost to that follower.
 	logFollowerQueue = 256
+	// echoQueue bounds the lines that wait for a standard error that takes none, and
+	// echoPatience is how long whoever adds a line waits for it to be written.
+	echoQueue    = 64
+	echoPatience = 100 * time.Millisecond
 )
 
 type logRing struct {
@@ -33,6 +37,17 @@ type logRing struct {
 	next      int
 	dropped   uint64
 	followers map[chan api.LogLine]struct{}
+	echoing   echoing
+}
+
+// echoing is what is on its way to standard error. A terminal that was told to wait, or a
+// pipe that nobody reads, takes nothing for as long as it likes, and lines are added by
+// those who hold locks: they wait for echoPatience, and not again until it goes on.
+type echoing struct {
+	mu    sync.Mutex
+	lines []api.LogLine
+	done  chan struct{} // closed when lines is empty; nil while nobody writes
+	stuck bool
 }
 
 func newLogRing(now func() time.Time, echo func(api.LogLine)) *logRing {
@@ -65,8 +80,49 @@ func (l *logRing) add(level, source, text string) {
 	}
 	l.mu.Unlock()
 	if l.echo != nil {
-		l.echo(line)
+		l.echoing.add(line, l.echo)
 	}
+}
+
+// add has line written, and waits a while until it is. Beyond echoQueue a line is only in
+// the ring.
+func (e *echoing) add(line api.LogLine, write func(api.LogLine)) {
+	e.mu.Lock()
+	if len(e.lines) < echoQueue {
+		e.lines = append(e.lines, line)
+	}
+	if e.done == nil {
+		e.done = make(chan struct{})
+		go e.drain(write) // ends when all is written; at the latest with the process
+	}
+	done, stuck := e.done, e.stuck
+	e.mu.Unlock()
+	if stuck {
+		return
+	}
+	t := time.NewTimer(echoPatience)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+		e.mu.Lock()
+		e.stuck = e.done == done
+		e.mu.Unlock()
+	}
+}
+
+func (e *echoing) drain(write func(api.LogLine)) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for len(e.lines) > 0 {
+		line := e.lines[0]
+		e.lines = e.lines[1:]
+		e.mu.Unlock()
+		write(line)
+		e.mu.Lock()
+	}
+	close(e.done)
+	e.lines, e.done, e.stuck = nil, nil, false
 }
 
 // last returns the newest n lines, oldest first; 0 means all that are kept.
@@ -88,11 +144,15 @@ func (l *logRing) lastLocked(n int) []api.LogLine {
 }
 
 // follow returns the newest n lines and a channel of those to come; no line
-// falls between them. cancel ends it; the channel is never closed.
+// falls between them. cancel ends it; the channel is never closed. With maxLogFollowers
+// already there cancel is nil.
 func (l *logRing) follow(n int) (lines []api.LogLine, ch <-chan api.LogLine, cancel func()) {
 	c := make(chan api.LogLine, logFollowerQueue)
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if len(l.followers) >= maxLogFollowers {
+		return nil, nil, nil
+	}
 	l.followers[c] = struct{}{}
 	return l.lastLocked(n), c, func() {
 		l.mu.Lock()
