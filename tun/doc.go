@@ -20,7 +20,8 @@
 // The container is hostile. What it sends, and what its kernel's header says
 // about it, is checked before the stack sees it (inspect.go); a frame that fails
 // is counted under one reason and dropped, nothing else happens. In the other
-// direction nothing is dropped: a full queue makes the writer wait.
+// direction nothing is dropped while the container reads: a full queue makes the
+// writer wait, but not for one that stays full (write.go).
 //
 // The package knows nothing of flows, policy or addresses above the link.
 package tun
