@@ -198,6 +198,10 @@ func (c *Config) check() error {
 			return fmt.Errorf("%s %q: want an absolute path", name, path)
 		}
 	}
+	c.StateDir = filepath.Clean(c.StateDir)
+	if c.StateDir == "/" {
+		return errors.New("stateDir: want a directory of its own")
+	}
 	if c.FlowLog == "" && (c.FlowLogMaxSize != "" || c.FlowLogMaxFiles != 0) {
 		return errors.New("flowLogMaxSize and flowLogMaxFiles bound a flowLog, which is not given")
 	}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/privdir"
 )
 
 // The state directory.
@@ -137,20 +139,18 @@ var (
 // lockWait bounds the wait for another verb that works on the same attachment.
 const lockWait = 30 * time.Second
 
-// openStore makes the state directory if need be. It is root's alone: records say
-// what DEL removes.
+// openStore makes the state directory if need be. It is root's alone, with the way to it and
+// what is in it: records say what DEL removes, and with which programs.
 func openStore(path string) (store, error) {
-	for _, dir := range []string{path, filepath.Join(path, attachmentsDir), filepath.Join(path, netnsDir)} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return store{}, fmt.Errorf("make the state directory: %w", err)
+	uid := os.Geteuid()
+	err := privdir.MakeAll(path, uid, 0o022)
+	for _, dir := range []string{attachmentsDir, netnsDir} {
+		if err == nil {
+			err = privdir.Make(filepath.Join(path, dir), uid, 0o022)
 		}
 	}
-	fi, err := os.Stat(path)
 	if err != nil {
 		return store{}, fmt.Errorf("the state directory: %w", err)
-	}
-	if fi.Mode().Perm()&0o022 != 0 {
-		return store{}, fmt.Errorf("the state directory %s is writable for others (mode %#o): chmod 700 it", path, fi.Mode().Perm())
 	}
 	return store{path}, nil
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/privdir"
 )
 
 // The state directory.
@@ -24,8 +26,9 @@ import (
 //
 // RUNTIME is $XDG_RUNTIME_DIR/sluice, /run/sluice for root, and otherwise
 // /tmp/sluice-UID. All of it is 0700 and the caller's own: a RUNTIME or NAME
-// that is a symbolic link, someone else's, or open to others is refused, so
-// nobody can make a sandbox put its socket where they can reach it.
+// that is a symbolic link, someone else's, or open to others is refused, and so is one
+// that others could replace (package privdir), so nobody can make a sandbox put its socket
+// where they can reach it.
 //
 // The lock, not a pid, proves life: the kernel drops it with the process, kill
 // -9 included. Who can take it may clean up. A cleaner removes the directory
@@ -148,34 +151,16 @@ func openRegistry(path string, uid int) (*Registry, error) {
 // privateDir makes path, or checks that what is there is a directory of uid's
 // that nobody else can enter or replace.
 func privateDir(path string, uid int) error {
-	err := os.Mkdir(path, 0o700)
-	if err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	fi, err := os.Lstat(path)
-	if err != nil {
-		return err
-	}
+	err := privdir.Make(path, uid, 0o077)
+	var owner *privdir.OwnerError
+	var mode *privdir.ModeError
 	switch {
-	case fi.Mode()&fs.ModeSymlink != 0:
-		return fmt.Errorf("%s is a symbolic link: remove it", path)
-	case !fi.IsDir():
-		return fmt.Errorf("%s is not a directory: remove it", path)
-	case ownerOf(fi) != uid:
-		return fmt.Errorf("%s belongs to uid %d, not to %d: remove it, or set XDG_RUNTIME_DIR to a directory of your own", path, ownerOf(fi), uid)
-	case fi.Mode().Perm() == coveredMode:
+	case errors.As(err, &owner):
+		return fmt.Errorf("%w: set XDG_RUNTIME_DIR to a directory of your own, such as /run/user/%d, or have uid %d or root remove it", err, uid, owner.Owner)
+	case errors.As(err, &mode) && mode.Mode == coveredMode:
 		return fmt.Errorf("%s is covered here: from inside a sandbox, sandboxes cannot be controlled (set XDG_RUNTIME_DIR to nest one)", path)
-	case fi.Mode().Perm()&0o077 != 0:
-		return fmt.Errorf("%s is open to others (mode %#o): chmod 700 it", path, fi.Mode().Perm())
 	}
-	parent, err := os.Stat(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	if parent.Mode().Perm()&0o022 != 0 && parent.Mode()&fs.ModeSticky == 0 {
-		return fmt.Errorf("%s can be replaced by others: its parent is writable to them and has no sticky bit", path)
-	}
-	return nil
+	return err
 }
 
 func ownerOf(fi fs.FileInfo) int {

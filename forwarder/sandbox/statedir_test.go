@@ -165,9 +165,24 @@ func TestUnsafeRuntimeDirectoriesAreRefused(t *testing.T) {
 			return uid
 		}, "not a directory"},
 		{"someone else's directory", func(t *testing.T, path string) int {
+			if uid != 0 {
+				t.Skip("SKIP: only root gives a directory away")
+			}
 			must(t, os.Mkdir(path, 0o700))
-			return uid + 1
-		}, "belongs to uid"},
+			must(t, os.Chown(path, 4242, 4242))
+			return uid
+		}, "belongs to uid 4242, not to 0: set XDG_RUNTIME_DIR to a directory of your own"},
+		{"a link of someone else's on the way", func(t *testing.T, path string) int {
+			if uid != 0 {
+				t.Skip("SKIP: only root gives a link away")
+			}
+			up := filepath.Dir(path)
+			must(t, os.Rename(up, up+".real"))
+			t.Cleanup(func() { _ = os.RemoveAll(up + ".real") })
+			must(t, os.Symlink(up+".real", up))
+			must(t, os.Lchown(up, 4242, 4242))
+			return uid
+		}, "can be led elsewhere by uid 4242"},
 		{"a directory open to others", func(t *testing.T, path string) int {
 			must(t, os.Mkdir(path, 0o700))
 			must(t, os.Chmod(path, 0o750))
