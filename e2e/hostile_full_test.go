@@ -155,3 +155,15 @@ func endlessNames(t *testing.T, h *hostile, v6 bool) string {
 		sb.asks(t, v6)
 	})
 }
+
+// endlessQuestions: an answer that cannot be read cannot be kept, so that each question
+// goes upstream, until there were too many.
+func endlessQuestions(t *testing.T, h *hostile, v6 bool) string {
+	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, hostileSpec))
+	return sb.refused(t, "refusedTunnel", func() {
+		if m := sb.many(t, v6, "loop.files.test", "-count", "300", "-ahead", "1"); m.Codes["REFUSED"] == 0 || m.Codes["NOERROR"] != 0 {
+			t.Errorf("300 times the same question, and 240 may go upstream in a minute: %+v", m)
+		}
+		sb.asks(t, v6)
+	})
+}

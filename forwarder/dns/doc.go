@@ -11,8 +11,8 @@
 //
 // While the policy gates names (Config.Rules), what it refuses is answered at once
 // and never asked upstream; what it allows is asked in words of our own, and the
-// answer is read, sifted, granted and written anew (gate.go, sift.go). Names under
-// wildcards are bounded against tunnels (tunnel.go). The caller sends us the
+// answer is read, sifted, granted, kept and written anew (gate.go, sift.go, cache.go).
+// Questions that go upstream are bounded against tunnels (tunnel.go). The caller sends us the
 // questions to every resolver then, and is told of each (record.go). A pod has a
 // resolver of its own, in whose place we answer only then (Config.OnlyGated).
 //

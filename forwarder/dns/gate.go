@@ -2,9 +2,9 @@ package dns
 
 // The gate: what becomes of a question while the policy gates names.
 //
-//	question ─ normal form ─ rules ─ type ─ tunnel.go ─► a question of our own ─► upstream
-//	                                                                                │
-//	client ◄─── written anew ◄─── granted ◄─── sift.go ◄────────────────────────────┘
+//	question ─ cache.go ─ normal form ─ rules ─ type ─ tunnel.go ─► a question of our own ─► upstream
+//	              │                                                                            │
+//	client ◄── written anew ◄── granted ◄── cache.go ◄── tunnel.go ◄── sift.go ◄───────────────┘
 //
 // Nothing is asked upstream that the policy refuses, and nothing but the name and
 // the type goes there: the client's header, options and spelling stay here. The
@@ -41,6 +41,7 @@ const (
 
 var (
 	errEmptied = errors.New("all addresses in the answer are closed by the policy")
+	errChanged = errors.New("the policy changed, and no longer lets the name be asked")
 	errGrant   = errors.New("granting the addresses")
 )
 
@@ -77,6 +78,9 @@ func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
 		v.Audited, v.Rule = true, rule
 	}
 	qy.gated = &gated{name: name, verdict: v}
+	if out := r.fromCacheAgain(rules, qy); out != nil {
+		return verdict{answer: out}
+	}
 	return verdict{forward: qy}
 }
 
@@ -89,18 +93,61 @@ func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v po
 	if !slices.Contains(settings.Types, typeName(qy.q.qtype)) {
 		return ruleType, policy.RefuseREFUSED, &r.stats.RefusedType
 	}
-	if reason := r.tunnels.admit(settings, v.Pattern, name, time.Now()); reason != tunnelOpen {
-		return string(reason), policy.RefuseREFUSED, &r.stats.RefusedTunnel
-	}
 	return "", "", nil
 }
 
-// queryRate is how many questions a second are taken; zero has no bound.
-func queryRate(rules *policy.Rules, gates bool) int {
-	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !gates {
-		return n
+// fromCacheAgain answers qy from what was kept under other rules, if those in force,
+// which let it be asked, would have made the same of it.
+func (r *Resolver) fromCacheAgain(rules *policy.Rules, qy *query) []byte {
+	now := time.Now()
+	generation := r.cache.generation()
+	e := r.cache.peek(cacheKey{qy.q.name, qy.q.qtype}, now)
+	if e == nil || e.rules == rules {
+		return nil
 	}
-	return gatedRate
+	if e = e.stands(rules, qy.gated.verdict, now); e == nil || r.grant(e, now) != nil {
+		return nil
+	}
+	r.cache.put(e, generation)
+	return r.tellCached(e, qy, now)
+}
+
+// fromCache answers qy from the cache, if it can: the rules in force are those that
+// let it be asked.
+func (r *Resolver) fromCache(rules *policy.Rules, qy *query) []byte {
+	now := time.Now()
+	e, due := r.cache.lookup(cacheKey{qy.q.name, qy.q.qtype}, rules, now)
+	if e == nil || due && r.grant(e, now) != nil {
+		return nil
+	}
+	return r.tellCached(e, qy, now)
+}
+
+func (r *Resolver) tellCached(e *cached, qy *query, now time.Time) []byte {
+	r.stats.Cached.Add(1)
+	r.record(e.event(qy))
+	return r.fit(e.write(qy, now), qy)
+}
+
+// grant grants an answer's addresses, for as long as they are told.
+func (r *Resolver) grant(e *cached, now time.Time) error {
+	addrs := e.addrs()
+	if len(addrs) == 0 {
+		return nil
+	}
+	if err := r.names.Grant(e.name, addrs, e.left(now), now); err != nil {
+		r.stats.GrantsRefused.Add(1)
+		return fmt.Errorf("%w: %w", errGrant, err)
+	}
+	return nil
+}
+
+// event is what is told of an answer that was passed on.
+func (e *cached) event(qy *query) Event {
+	return Event{
+		From: qy.from, Stream: qy.stream, Name: e.name, Type: typeName(qy.q.qtype), Rule: e.verdict.Rule, Audited: e.verdict.Audited,
+		Forwarded: true, Code: int(e.answer.code), Addrs: e.answer.addrs, Names: e.answer.names, TTL: e.answer.ttl,
+	}
 }
 
 // refuse makes the answer to a question that goes nowhere. It names the rule, to
@@ -122,35 +169,50 @@ func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule strin
 func (r *Resolver) forwardGated(qy *query) answer {
 	key := strconv.Itoa(int(qy.q.qtype)) + " " + qy.gated.name
 	v, err, _ := r.flights.Do(key, func() (any, error) { return r.askGated(qy) })
-	e := Event{From: qy.from, Stream: qy.stream, Name: qy.gated.name, Type: typeName(qy.q.qtype), Rule: qy.gated.verdict.Rule, Audited: qy.gated.verdict.Audited, Forwarded: true}
-	s, _ := v.(*sifted)
-	var out []byte
-	if err == nil {
-		out, err = s.message(qy)
-	}
-	switch {
-	case errors.Is(err, errEmptied):
-		// As if the name did not exist: there is nothing behind it for the sandbox.
-		e.Forwarded, e.Rule, e.Code, e.Reason = false, ruleRebind, int(rcodeNXDomain), err.Error()
-		out = qy.failBecause(qy.asked, rcodeNXDomain, ruleRebind)
-	case err != nil:
-		r.stats.ServFail.Add(1)
-		e.Rule = ruleUpstream
-		if errors.Is(err, errGrant) {
-			e.Rule = ruleBounds
-		}
-		e.Forwarded, e.Code, e.Reason = false, int(rcodeServFail), err.Error()
-		out = qy.failBecause(qy.asked, rcodeServFail, e.Rule)
-	default:
+	if c, ok := v.(*cached); ok && err == nil {
 		r.stats.Forwarded.Add(1)
-		e.Code, e.Addrs, e.Names, e.TTL = int(s.code), s.addrs, s.names, s.ttl
+		r.record(c.event(qy))
+		return answer{msg: r.fit(c.write(qy, time.Now()), qy), release: func() {}}
 	}
-	r.record(e)
-	return answer{msg: r.fit(out, qy), release: func() {}}
+	// As if the name did not exist, where there is nothing behind it for the sandbox.
+	rule, code, counter := ruleUpstream, rcodeServFail, &r.stats.ServFail
+	var tunnel tunnelReason
+	switch {
+	case errors.As(err, &tunnel):
+		rule, code, counter = string(tunnel), rcodeRefused, &r.stats.RefusedTunnel
+	case errors.Is(err, errEmptied):
+		rule, code, counter = ruleRebind, rcodeNXDomain, nil
+	case errors.Is(err, errGrant):
+		rule = ruleBounds
+	}
+	if counter != nil {
+		counter.Add(1)
+	}
+	r.record(Event{
+		From: qy.from, Stream: qy.stream, Name: qy.gated.name, Type: typeName(qy.q.qtype), Rule: rule,
+		Audited: qy.gated.verdict.Audited, Code: int(code), Reason: err.Error(),
+	})
+	return answer{msg: r.fit(qy.failBecause(qy.asked, code, rule), qy), release: func() {}}
 }
 
 // askGated asks for qy's name and type, for every client that wants to know.
-func (r *Resolver) askGated(qy *query) (*sifted, error) {
+func (r *Resolver) askGated(qy *query) (*cached, error) {
+	name := qy.gated.name
+	rules, verdict, err := r.decideAgain(qy)
+	if err != nil {
+		return nil, err
+	}
+	if e, _ := r.cache.lookup(cacheKey{qy.q.name, qy.q.qtype}, rules, time.Now()); e != nil {
+		return e, nil // it came between this question and its turn
+	}
+	beyond := r.tunnels.admit(rules.DNS(), verdict.Pattern, name, time.Now())
+	if beyond != tunnelOpen {
+		if !rules.Audit() {
+			return nil, beyond
+		}
+		r.stats.RefusedTunnel.Add(1)
+	}
+	generation := r.cache.generation()
 	// Not the client's own context: others wait for this too.
 	ctx, cancel := context.WithTimeout(r.ctx, r.limits.QueryTime)
 	defer cancel()
@@ -159,9 +221,10 @@ func (r *Resolver) askGated(qy *query) (*sifted, error) {
 		return nil, err
 	}
 	defer a.release()
-	rules, _ := r.inForce()
-	name, dns := qy.gated.name, rules.DNS()
-	verdict := rules.DecideName(name) // the rules of now: they may have changed
+	if rules, verdict, err = r.decideAgain(qy); err != nil {
+		return nil, err
+	}
+	dns := rules.DNS()
 	s, err := sift(a.msg, qy.q, siftRules{
 		admit:  func(addr netip.Addr) bool { return rules.Grantable(name, addr) },
 		ech:    verdict.ECH,
@@ -176,13 +239,36 @@ func (r *Resolver) askGated(qy *query) (*sifted, error) {
 	if s.emptied() {
 		return nil, errEmptied
 	}
-	if len(s.addrs) > 0 && verdict.Grants {
-		if err := r.names.Grant(name, s.addrs, s.ttl, time.Now()); err != nil {
-			r.stats.GrantsRefused.Add(1)
-			return nil, fmt.Errorf("%w: %w", errGrant, err)
-		}
+	if beyond != tunnelOpen {
+		verdict.Audited, verdict.Rule = true, string(beyond)
 	}
-	return s, nil
+	now := time.Now()
+	e, err := newCached(qy, rules, verdict, s, now)
+	if err != nil {
+		return nil, err
+	}
+	if reason := r.tunnels.told(dns, verdict.Pattern, name, e.size, r.cache.says(e.key, e), now); reason != tunnelOpen && !rules.Audit() {
+		return nil, reason
+	}
+	if err := r.grant(e, now); err != nil {
+		return nil, err
+	}
+	r.cache.put(e, generation)
+	return e, nil
+}
+
+// decideAgain judges qy's name by the rules of now, which may not be those of when it
+// came.
+func (r *Resolver) decideAgain(qy *query) (*policy.Rules, policy.NameVerdict, error) {
+	rules, _ := r.inForce()
+	v := rules.DecideName(qy.gated.name)
+	if !v.Allowed {
+		return nil, v, errChanged
+	}
+	if qy.gated.verdict.Audited {
+		v.Audited, v.Rule = true, qy.gated.verdict.Rule
+	}
+	return rules, v, nil
 }
 
 // newQuery makes a question of our own: recursion, our buffer size, and letters

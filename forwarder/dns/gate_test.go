@@ -2,6 +2,7 @@ package dns
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -66,6 +67,14 @@ func newGate(t testing.TB, text string, up func([]byte) [][]byte, edit ...func(*
 	}
 	g.Resolver = newResolver(t, cfg)
 	return g
+}
+
+// forget makes the next question as good as the first.
+func (g *gate) forget() {
+	g.cache.flush()
+	g.tunnels.mu.Lock()
+	defer g.tunnels.mu.Unlock()
+	g.tunnels.patterns, g.tunnels.asked = nil, 0
 }
 
 func (g *gate) granted(name, addr string) bool {
@@ -212,6 +221,7 @@ func TestAQuestionIsAskedInOurOwnWords(t *testing.T) {
 	}
 	spellings := make(map[string]bool)
 	for range 20 {
+		g.forget()
 		packet(g.Resolver, q)
 		spellings[seen.Question[0].Name] = true
 	}
@@ -235,7 +245,7 @@ func TestAnswersAreSifted(t *testing.T) {
 			[]string{"pypi.test. 60 A 198.51.100.1"}, 0, []string{"198.51.100.1"}, nil},
 		{"aliases are followed under the name asked for, in whatever order", "pypi.test", dns.TypeA,
 			[]string{"an edge.cdn.test. 30 A 198.51.100.2", "an PYPI.test. 60 CNAME cdn.test.", "an cdn.test. 90 CNAME Edge.cdn.test."},
-			[]string{"pypi.test. 60 CNAME cdn.test.", "cdn.test. 90 CNAME edge.cdn.test.", "edge.cdn.test. 30 A 198.51.100.2"}, 0, []string{"198.51.100.2"}, nil},
+			[]string{"pypi.test. 30 CNAME cdn.test.", "cdn.test. 30 CNAME edge.cdn.test.", "edge.cdn.test. 30 A 198.51.100.2"}, 0, []string{"198.51.100.2"}, nil},
 		{"records that nobody asked for are left out", "pypi.test", dns.TypeA,
 			[]string{"an pypi.test. 60 A 198.51.100.1", "an other.test. 60 A 198.51.100.9", "an pypi.test. 60 AAAA 2001:db8::9", "an pypi.test. 60 TXT x",
 				"ns pypi.test. 60 NS ns.evil.test.", "ex ns.evil.test. 60 A 198.51.100.9", "ex pypi.test. 60 A 198.51.100.9"},
@@ -365,8 +375,8 @@ func TestAnswersComeInBounds(t *testing.T) {
 
 func TestQuestionsComeInBounds(t *testing.T) {
 	g := newGate(t, gatedPolicy+"  limits: {dnsQueriesPerSecond: 10}\n", says())
-	for range 30 {
-		packet(g.Resolver, ask(t, "pypi.test", dns.TypeA))
+	for i := range 30 {
+		packet(g.Resolver, ask(t, fmt.Sprintf("n%d.deep.test", i), dns.TypeA))
 	}
 	if n := len(g.net.dialled()); n < 10 || n > 12 || g.Stats().OverRate < 18 {
 		t.Errorf("%d of 30 went upstream, %d counted", n, g.Stats().OverRate)

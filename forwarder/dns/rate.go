@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// gatedRate is how many questions a second are taken while the policy gates names
-// and sets no limit of its own.
+// gatedRate is how many questions a second are taken that the cache has no answer to,
+// while the policy gates names and sets no limit of its own.
 const gatedRate = 1000
 
 // bucket is a token bucket that holds one second's worth. Its zero value is full.

@@ -99,6 +99,7 @@ type Resolver struct {
 	tunnels tunnels
 	rate    bucket
 	flights singleflight.Group // questions of the gate on their way upstream
+	cache   cache
 
 	set      atomic.Pointer[serverSet]
 	inFlight chan struct{} // a token per forwarded query
@@ -151,6 +152,7 @@ func (r *Resolver) SetUpstreams(u Upstreams) {
 		return
 	}
 	r.set.Store(newServerSet(u))
+	r.cache.flush()
 	if r.only {
 		return // whether it needs any depends on the policy: who sets that says so
 	}

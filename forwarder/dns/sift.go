@@ -184,6 +184,9 @@ func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules s
 			continue
 		}
 		a.Header.TTL = clampTTL(a.Header.TTL, rules.maxTTL)
+		if b, ok := a.Body.(*dnsmessage.SOAResource); ok {
+			a.Header.TTL = min(a.Header.TTL, clampTTL(b.MinTTL, rules.maxTTL))
+		}
 		s.soa = &a
 		return
 	}
@@ -237,19 +240,37 @@ func bare(b *dnsmessage.SVCBResource, ech bool) bool {
 	return true
 }
 
-// message writes the answer to qy.
-func (s *sifted) message(qy *query) ([]byte, error) {
-	h := dnsmessage.Header{
-		ID: qy.id, Response: true, RecursionAvailable: true, RCode: s.code, Truncated: s.cut,
-		RecursionDesired: be16(qy.asked, 2)&bitRD != 0, CheckingDisabled: be16(qy.asked, 2)&bitCD != 0,
+// told is the TTL that all records are told with: the least of theirs, so that TTLs say
+// as little as they can.
+func (s *sifted) told() uint32 {
+	ttl := uint32(s.ttl / time.Second)
+	if s.soa != nil {
+		ttl = min(ttl, s.soa.Header.TTL)
 	}
-	name, err := dnsmessage.NewName(qy.q.name.dotted())
+	return ttl
+}
+
+// holds is for how long the answer may be told again.
+func (s *sifted) holds() time.Duration {
+	switch {
+	case s.code != dnsmessage.RCodeSuccess && s.code != dnsmessage.RCodeNameError:
+		return cacheFailure
+	case s.cut, len(s.records) == 0 && s.soa == nil:
+		return cacheFloor
+	}
+	return max(time.Duration(s.told())*time.Second, cacheFloor)
+}
+
+// message writes the answer to q, without an ID, the client's bits and an OPT record.
+func (s *sifted) message(q question) ([]byte, error) {
+	h := dnsmessage.Header{Response: true, RecursionAvailable: true, RCode: s.code, Truncated: s.cut}
+	name, err := dnsmessage.NewName(q.name.dotted())
 	if err != nil {
 		return nil, fmt.Errorf("writing the question: %w", err)
 	}
 	m := dnsmessage.Message{
 		Header:    h,
-		Questions: []dnsmessage.Question{{Name: name, Type: dnsmessage.Type(qy.q.qtype), Class: dnsmessage.ClassINET}},
+		Questions: []dnsmessage.Question{{Name: name, Type: dnsmessage.Type(q.qtype), Class: dnsmessage.ClassINET}},
 		Answers:   append(append([]dnsmessage.Resource(nil), s.aliases...), s.records...),
 	}
 	if s.soa != nil {
@@ -258,11 +279,6 @@ func (s *sifted) message(qy *query) ([]byte, error) {
 	out, err := m.Pack()
 	if err != nil {
 		return nil, fmt.Errorf("writing the answer: %w", err)
-	}
-	copy(out[headerLen:qy.q.end], qy.asked[headerLen:]) // the client's own spelling
-	if qy.edns {
-		// Without the DO bit: signatures over what was left out are of no use.
-		out = appendOPT(out, false)
 	}
 	return out, nil
 }

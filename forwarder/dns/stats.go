@@ -10,7 +10,7 @@ type counters struct {
 	Streams, StreamsRefused, StreamsIdle                          atomic.Uint64
 	RefusedName, RefusedType, RefusedTunnel, OverRate             atomic.Uint64
 	UpstreamFolded, AnswersRefused, RecordsForeign                atomic.Uint64
-	RecordsRebound, GrantsRefused, Ungated                        atomic.Uint64
+	RecordsRebound, GrantsRefused, Ungated, Cached                atomic.Uint64
 }
 
 // Stats are totals since New.
@@ -39,6 +39,7 @@ type Stats struct {
 	Ungated  uint64 `json:"ungated"`  // not answered: the policy had just left names to others
 
 	// While the policy gates names.
+	Cached         uint64 `json:"cached"`         // answered from the cache
 	RefusedName    uint64 `json:"refusedName"`    // no rule lets it be asked
 	RefusedType    uint64 `json:"refusedType"`    // the policy does not list it
 	RefusedTunnel  uint64 `json:"refusedTunnel"`  // the bounds against tunnels
@@ -62,6 +63,6 @@ func (r *Resolver) Stats() Stats {
 		OverRate: c.OverRate.Load(), RefusedName: c.RefusedName.Load(), RefusedType: c.RefusedType.Load(),
 		RefusedTunnel: c.RefusedTunnel.Load(), UpstreamFolded: c.UpstreamFolded.Load(), AnswersRefused: c.AnswersRefused.Load(),
 		RecordsForeign: c.RecordsForeign.Load(), RecordsRebound: c.RecordsRebound.Load(), GrantsRefused: c.GrantsRefused.Load(),
-		Ungated: c.Ungated.Load(),
+		Ungated: c.Ungated.Load(), Cached: c.Cached.Load(),
 	}
 }

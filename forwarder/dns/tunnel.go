@@ -1,18 +1,34 @@
 package dns
 
 // Bounds against tunnels: names under a wildcard are chosen by the sandbox, so
-// each question for a new one carries bytes out to whoever serves the zone.
-// That cannot be stopped, only made narrow. Of the part of a name that a
-// wildcard stands for,
+// each question for a new one carries bytes out to whoever serves the zone, and
+// each answer carries some in. So does the choice among known names and types, if
+// the zone's server sees it. None of that can be stopped, only made narrow.
+//
+// What is counted is questions that go upstream: the cache (cache.go) answers the
+// others. Of the part of a name that a wildcard stands for,
 //
 //   - a label may have maxLabelLength bytes and the whole part maxWildcardLength;
-//   - a long part may not look like encoded bytes (maxWildcardEntropy);
-//   - maxNamesPerMinute different names may be asked for, for each pattern of the
-//     policy. A name asked for within the last two minutes costs nothing.
+//   - a long part may not look like encoded bytes (maxWildcardEntropy), nor may
+//     the new names of a minute together.
 //
-// All are settings of the policy (policy.DNS). What is left is at most
-// maxNamesPerMinute × maxWildcardLength bytes a minute for a pattern.
-// Names that a rule spells out in full carry nothing and are not bounded here.
+// For each pattern of the policy, in each minute,
+//
+//   - maxNamesPerMinute new names may be asked for. A name asked for in this minute
+//     or the one before is not new;
+//   - twice as many questions may be asked, types and repeats included;
+//   - what the new names spell, and questionCost bytes for each question, which is more than
+//     the choice of one known name and type can tell, may come to maxNamesPerMinute ×
+//     maxWildcardLength bytes;
+//   - the data in answers may come to answerPerName bytes for each of maxNamesPerMinute.
+//
+// A name that a rule spells out in full is asked exactQuestions times in a minute at
+// most, and told exactAnswers bytes. Data that did not change since the last answer
+// costs nothing. The sandbox as a whole may ask sandboxPatterns patterns' worth of names.
+//
+// That makes, with the defaults, 200 bytes a second out and 512 in for a wildcard, 3
+// out and 273 in for an exact name, and 20 questions a second in all. The max* are
+// settings of the policy (policy.DNS).
 
 import (
 	"hash/maphash"
@@ -31,52 +47,147 @@ const (
 	// base32 has about 4.5 bits in a byte at that length and 4.7 at 90 bytes, the
 	// longest names that load balancers are given 4.4, hexadecimal digits at most 4.
 	tunnelLong = 56
+	// tunnelSample is from how many bytes on that of a minute's new names does: forty
+	// of an ordinary length. Random base32 has 4.95 there, words and numbers 4.3.
+	tunnelSample = 512
 
 	// tunnelPatterns bounds the patterns that are remembered.
 	tunnelPatterns = 4096
+
+	// questionCost is what a question tells by its name and type if neither is new, in
+	// bytes: a choice of 2 × 10000 names and 17 types is 19 bits.
+	questionCost = 3
+	// answerCost is what an answer tells by its code and TTL.
+	answerCost = 4
+	// answerPerName is the data in answers for each new name: four addresses of each
+	// family, and two aliases.
+	answerPerName = 256
+	// exactQuestions bounds the questions for one exact name in a minute, and
+	// exactAnswers the data in their answers: A, AAAA and HTTPS every five seconds.
+	exactQuestions = 60
+	exactAnswers   = 16 << 10
+	// sandboxPatterns is how many patterns a sandbox can make full use of.
+	sandboxPatterns = 10
 )
 
-// tunnelReason is why a name was refused; empty if it was not.
+// tunnelReason is why a question was refused; empty if it was not.
 type tunnelReason string
 
 const (
-	tunnelOpen     tunnelReason = ""
-	tunnelTooLong  tunnelReason = "tunnel:length"
-	tunnelRandom   tunnelReason = "tunnel:entropy"
-	tunnelTooMany  tunnelReason = "tunnel:names"
-	tunnelNoMemory tunnelReason = "tunnel:patterns"
+	tunnelOpen      tunnelReason = ""
+	tunnelTooLong   tunnelReason = "tunnel:length"
+	tunnelRandom    tunnelReason = "tunnel:entropy"
+	tunnelTooMany   tunnelReason = "tunnel:names"
+	tunnelQuestions tunnelReason = "tunnel:questions"
+	tunnelAnswers   tunnelReason = "tunnel:answers"
+	tunnelNoMemory  tunnelReason = "tunnel:patterns"
 )
 
-// tunnels counts the names of each pattern. Its zero value is ready.
+// Error makes a refusal the outcome of a question.
+func (t tunnelReason) Error() string { return "a bound against tunnels: " + string(t) }
+
+// tunnels counts the questions of each pattern. Its zero value is ready.
 type tunnels struct {
 	mu       sync.Mutex
 	seed     maphash.Seed
-	patterns map[string]*patternNames
+	patterns map[string]*patternUse
+
+	since time.Time // when this minute of the sandbox's began
+	asked int       // in it
 }
 
-// patternNames is the names asked for under one pattern, by hash, in this minute
-// and the one before.
-type patternNames struct {
+// patternUse is what was asked under one pattern in this minute: the names, by hash,
+// of it and of the one before.
+type patternUse struct {
 	since    time.Time // when this minute began
 	now, old map[uint64]struct{}
-	fresh    int // of now, those that are not in old; at most maxNamesPerMinute
+
+	fresh     int // of now, those that are not in old; at most maxNamesPerMinute
+	asked     int // questions
+	out, in   int // bytes
+	letters   letters
+	spelledBy int // the bytes that letters counted
 }
 
-// admit says whether name, which matched pattern, may be asked for. Without a
-// pattern, where the policy lets every name be asked, it is the name's last two
-// labels that count as one. The bounds are a policy's, defaults filled in.
-func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) tunnelReason {
+// letters counts how often each byte of names occurs.
+type letters [256]uint32
+
+func (l *letters) add(part string) {
+	for i := range len(part) {
+		l[part[i]]++
+	}
+}
+
+// entropy is the mean information of a byte in bits, judged by how often each occurs.
+func (l *letters) entropy() float64 {
+	total := 0
+	for _, n := range l {
+		total += int(n)
+	}
+	var bits float64
+	for _, n := range l {
+		if n > 0 {
+			p := float64(n) / float64(total)
+			bits -= p * math.Log2(p)
+		}
+	}
+	return bits
+}
+
+// countedFor tells which pattern a question counts for, and what of its name the sandbox
+// chose: nothing of an exact name. Without a pattern, where the policy lets every name
+// be asked, it is the name's last two labels that count as one.
+func countedFor(pattern, name string) (counted, chosen string) {
 	if pattern == "" {
 		pattern = "**." + name
 		if i := strings.LastIndexByte(name, '.'); i > 0 {
 			pattern = "**." + name[strings.LastIndexByte(name[:i], '.')+1:]
 		}
 	}
-	suffix := strings.TrimLeft(pattern, "*")
-	if suffix == pattern {
-		return tunnelOpen // an exact name
+	if pattern == name {
+		return pattern, ""
 	}
-	part := strings.TrimSuffix(name, suffix)
+	return pattern, strings.TrimSuffix(strings.TrimSuffix(name, strings.TrimLeft(pattern, "*.")), ".")
+}
+
+// admit says whether a question for name, which matched pattern, may go upstream, and
+// counts it if so. The bounds are a policy's, defaults filled in.
+func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) tunnelReason {
+	pattern, part := countedFor(pattern, name)
+	var own letters
+	if pattern != name {
+		if reason := shape(bounds, part, &own); reason != tunnelOpen {
+			return reason
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if now.Sub(t.since) >= tunnelMinute {
+		t.since, t.asked = now, 0
+	}
+	p, reason := t.pattern(pattern, now)
+	if reason != tunnelOpen {
+		return reason
+	}
+	most := exactQuestions
+	if pattern != name {
+		most = 2 * bounds.MaxNamesPerMinute
+	}
+	if p.asked >= most || t.asked >= sandboxPatterns*max(bounds.MaxNamesPerMinute, exactQuestions) {
+		return tunnelQuestions
+	}
+	if pattern != name {
+		if reason := p.spell(bounds, part, maphash.String(t.seed, name), &own); reason != tunnelOpen {
+			return reason
+		}
+	}
+	p.asked++
+	t.asked++
+	return tunnelOpen
+}
+
+// shape judges what one name spells by itself, and counts its letters.
+func shape(bounds policy.DNS, part string, own *letters) tunnelReason {
 	if len(part) > bounds.MaxWildcardLength {
 		return tunnelTooLong
 	}
@@ -85,8 +196,54 @@ func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) 
 			return tunnelTooLong
 		}
 	}
-	if len(part) >= tunnelLong && entropy(part) >= bounds.MaxWildcardEntropy {
+	own.add(part)
+	if len(part) >= tunnelLong && own.entropy() >= bounds.MaxWildcardEntropy {
 		return tunnelRandom
+	}
+	return tunnelOpen
+}
+
+// spell charges a question for what its name tells.
+func (p *patternUse) spell(bounds policy.DNS, part string, hash uint64, own *letters) tunnelReason {
+	cost := questionCost
+	_, known := p.now[hash]
+	_, before := p.old[hash]
+	if fresh := !known && !before; fresh {
+		if p.fresh >= bounds.MaxNamesPerMinute {
+			return tunnelTooMany
+		}
+		all := p.letters
+		for i, n := range own {
+			all[i] += n
+		}
+		if p.spelledBy+len(part) >= tunnelSample && all.entropy() >= bounds.MaxWildcardEntropy {
+			return tunnelRandom
+		}
+		cost += len(part)
+		if p.out+cost > bounds.MaxNamesPerMinute*bounds.MaxWildcardLength {
+			return tunnelTooMany
+		}
+		p.fresh++
+		p.letters = all
+		p.spelledBy += len(part)
+	} else if p.out+cost > bounds.MaxNamesPerMinute*bounds.MaxWildcardLength {
+		return tunnelQuestions
+	}
+	p.out += cost
+	p.now[hash] = struct{}{}
+	return tunnelOpen
+}
+
+// told charges an answer's data for a name that was admitted: all of it unless it is
+// what the last answer said.
+func (t *tunnels) told(bounds policy.DNS, pattern, name string, size int, same bool, now time.Time) tunnelReason {
+	pattern, _ = countedFor(pattern, name)
+	if same {
+		size = 0
+	}
+	most := exactAnswers
+	if pattern != name {
+		most = max(most, answerPerName*bounds.MaxNamesPerMinute)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -94,24 +251,17 @@ func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) 
 	if reason != tunnelOpen {
 		return reason
 	}
-	h := maphash.String(t.seed, name)
-	if _, known := p.now[h]; known {
-		return tunnelOpen
+	if p.in+answerCost+size > most {
+		return tunnelAnswers
 	}
-	if _, known := p.old[h]; !known {
-		if p.fresh >= bounds.MaxNamesPerMinute {
-			return tunnelTooMany
-		}
-		p.fresh++
-	}
-	p.now[h] = struct{}{}
+	p.in += answerCost + size
 	return tunnelOpen
 }
 
-// pattern returns the names of a pattern, of the minutes that are due.
-func (t *tunnels) pattern(pattern string, now time.Time) (*patternNames, tunnelReason) {
+// pattern returns the use of a pattern, of the minutes that are due.
+func (t *tunnels) pattern(pattern string, now time.Time) (*patternUse, tunnelReason) {
 	if t.patterns == nil {
-		t.seed, t.patterns = maphash.MakeSeed(), make(map[string]*patternNames)
+		t.seed, t.patterns = maphash.MakeSeed(), make(map[string]*patternUse)
 	}
 	p := t.patterns[pattern]
 	if p == nil {
@@ -121,14 +271,14 @@ func (t *tunnels) pattern(pattern string, now time.Time) (*patternNames, tunnelR
 		if len(t.patterns) >= tunnelPatterns {
 			return nil, tunnelNoMemory
 		}
-		p = &patternNames{since: now, now: make(map[uint64]struct{})}
+		p = &patternUse{since: now, now: make(map[uint64]struct{})}
 		t.patterns[pattern] = p
 	}
 	switch age := now.Sub(p.since); {
 	case age >= 2*tunnelMinute:
-		*p = patternNames{since: now, now: make(map[uint64]struct{})}
+		*p = patternUse{since: now, now: make(map[uint64]struct{})}
 	case age >= tunnelMinute:
-		*p = patternNames{since: now, now: make(map[uint64]struct{}), old: p.now}
+		*p = patternUse{since: now, now: make(map[uint64]struct{}), old: p.now}
 	}
 	return p, tunnelOpen
 }
@@ -140,21 +290,4 @@ func (t *tunnels) forget(now time.Time) {
 			delete(t.patterns, pattern)
 		}
 	}
-}
-
-// entropy is the mean information of a byte of s in bits, judged by how often
-// each occurs in it.
-func entropy(s string) float64 {
-	var counts [256]int
-	for i := range len(s) {
-		counts[s[i]]++
-	}
-	var bits float64
-	for _, n := range counts {
-		if n > 0 {
-			p := float64(n) / float64(len(s))
-			bits -= p * math.Log2(p)
-		}
-	}
-	return bits
 }

@@ -75,6 +75,9 @@ func TestTunnelNames(t *testing.T) {
 		if r := ask("*.a.test", policy.DefaultMaxNamesPerMinute+i); r != tunnelOpen {
 			t.Fatalf("name %d in the next minute: %s", i, r)
 		}
+		if i == 0 { // room for one more question
+			continue
+		}
 		if r := ask("*.a.test", i); r != tunnelOpen {
 			t.Fatalf("name %d again in the next minute: %s", i, r)
 		}
@@ -82,6 +85,13 @@ func TestTunnelNames(t *testing.T) {
 	if r := ask("*.a.test", 2*policy.DefaultMaxNamesPerMinute); r != tunnelTooMany {
 		t.Errorf("one more in the next minute: %q", r)
 	}
+	if r := ask("*.a.test", 0); r != tunnelOpen {
+		t.Errorf("the last question: %q", r)
+	}
+	if r := ask("*.a.test", 0); r != tunnelQuestions {
+		t.Errorf("a known name once more than there are questions: %q", r)
+	}
+	now = now.Add(tunnelMinute)
 	for i := range tunnelPatterns + 10 {
 		ask(fmt.Sprintf("*.p%d.test", i), 0)
 	}
