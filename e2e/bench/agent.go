@@ -29,7 +29,8 @@ type request struct {
 	MS       int    `json:"ms,omitempty"`
 	ID       uint64 `json:"id,omitempty"`
 	Parallel int    `json:"parallel,omitempty"`
-	Speaks   string `json:"speaks,omitempty"` // what each TCP connection says first (greeting.go)
+	Port     int    `json:"port,omitempty"`   // of UDP; 0: the far side's
+	Speaks   string `json:"speaks,omitempty"` // what each TCP connection says first (greeting.go), or "dns" what each datagram does
 
 	Name     string   `json:"name,omitempty"`
 	Prefixes []string `json:"prefixes,omitempty"`

@@ -25,6 +25,7 @@ const (
 	withRules   = "sluice+rules"
 	withLog     = "sluice+log"
 	withDomains = "sluice+domains"
+	withNames   = "sluice+names"
 	pasta       = "pasta"
 	slirp       = "slirp4netns"
 	veth        = "veth"
@@ -235,6 +236,11 @@ func (f *fleet) launch(name string, mtu int) (*instance, error) {
 		return sluice("--flow-log", f.path("logs/flows.json"))
 	case withDomains:
 		return sluice("--policy", f.path("domains.yaml"), "--add-host", farName+":"+farNamed)
+	case withNames:
+		if err := f.startNameServer(); err != nil {
+			return nil, err
+		}
+		return sluice("--policy", f.path("names.yaml"), "--dns", fmt.Sprintf("127.0.0.1:%d", namesPort))
 	case pasta:
 		if f.o.Pasta == "" {
 			return nil, errAbsent

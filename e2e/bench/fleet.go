@@ -16,6 +16,7 @@ import (
 type fleet struct {
 	o       options
 	far     *process
+	names   *process             // dnsmasq, once a cell needs it
 	running map[string]*instance // by candidate and MTU
 	absent  map[string]error     // what could not be started; not tried again
 	notes   []string
@@ -45,8 +46,10 @@ func (f *fleet) close() {
 	for _, i := range f.running {
 		i.close()
 	}
-	if f.far != nil {
-		f.far.stop()
+	for _, p := range []*process{f.far, f.names} {
+		if p != nil {
+			p.stop()
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ package main
 // arrives later from an earlier filling is told apart by its number and not counted.
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"time"
@@ -18,9 +19,15 @@ import (
 const lossLimit = 50 * time.Millisecond
 
 func datagrams(q request) (reply, error) {
-	to, err := addrPort(q.Addr, bulkPort)
+	to, err := addrPort(q.Addr, cmp.Or(q.Port, bulkPort))
 	if err != nil {
 		return reply{}, err
+	}
+	var question []byte
+	reads := q.Size
+	if q.Speaks == "dns" {
+		question = askedQuestion()
+		q.Size, reads = len(question), answerLen
 	}
 	if q.Window < 1 || q.Window > batch || q.Size < 4 || q.Size > 2048 {
 		return reply{}, fmt.Errorf("window %d or size %d out of range", q.Window, q.Size)
@@ -36,7 +43,10 @@ func datagrams(q request) (reply, error) {
 	}
 	setTimeouts(fd, lossLimit)
 
-	out, in := newMmsgs(q.Window, q.Size), newMmsgs(q.Window, q.Size)
+	out, in := newMmsgs(q.Window, q.Size), newMmsgs(q.Window, reads)
+	for _, d := range out.data {
+		copy(d, question)
+	}
 	for i := range q.Window { // a connected socket needs no names
 		out.msgs[i].hdr.Name, in.msgs[i].hdr.Name = nil, nil
 	}
@@ -53,7 +63,11 @@ func datagrams(q request) (reply, error) {
 	mark := func() {
 		filling++
 		for _, d := range out.data {
-			binary.BigEndian.PutUint32(d, filling)
+			if question != nil {
+				binary.BigEndian.PutUint16(d, uint16(filling))
+			} else {
+				binary.BigEndian.PutUint32(d, filling)
+			}
 		}
 	}
 	mark()
@@ -83,8 +97,14 @@ func datagrams(q request) (reply, error) {
 		default:
 			fresh := 0
 			for i := range n {
-				if binary.BigEndian.Uint32(in.data[i]) == filling {
+				d := in.data[i][:in.msgs[i].n]
+				switch {
+				case question == nil && binary.BigEndian.Uint32(d) == filling:
 					fresh++
+				case question != nil && binary.BigEndian.Uint16(d) == uint16(filling):
+					if fresh++; !isAnswer(d) {
+						return r, fmt.Errorf("a question is answered %x", d)
+					}
 				}
 			}
 			underWay = max(0, underWay-fresh)

@@ -7,6 +7,7 @@ package main
 //	connect/v4/rate        connect + byte + close per second, 16 at once; …/failed
 //	udp-rtt/v4             round trips of 64 bytes a second, one at a time
 //	udp-1400/v4/rate       echoes a second with 64 under way; …/loss in percent
+//	dns/v4/rate            answers a second to one question, through the gate and of dnsmasq itself; …/loss in percent
 //	cost/connect/v4        as above, sluice with 10 000 rules or the flow log on, and without
 //	cost/tls/connect/v4    as above, a ClientHello first, sluice with 1 000 rules by domain, and without
 //	idle/… flows/… start/… a sandbox at rest, with 10 000 idle flows, and begun and ended
@@ -105,7 +106,7 @@ func allProbes(short bool) []probe {
 		// Off, too, the greeting is sent, so that both carry the same bytes.
 		out = append(out, costs("cost/"+speaks+"/", request{Addr: farNamed, Speaks: speaks}, t, ours, withDomains)...)
 	}
-	out = append(out, idleProbe(t), flowsProbe(t))
+	out = append(out, dnsProbe(t), idleProbe(t), flowsProbe(t))
 	if short { // what varies little
 		out[len(out)-1].rounds, out[len(out)-2].rounds = 1, 1
 	}
@@ -222,16 +223,20 @@ func udpProbe(name, fam string, size, window int, t timing) probe {
 	}
 	return probe{name: name, family: fam, cells: cells,
 		run: func(_ *fleet, i *instance, target string) (map[string]float64, error) {
-			r, err := i.ask(request{Op: "udp", Addr: target, Size: size, Window: window, WarmMS: t.warm, MS: t.small}, 20*time.Second)
-			if err != nil {
-				return nil, err
-			}
-			m := map[string]float64{cells[0]: float64(r.Count) / r.Seconds}
-			if window > 1 {
-				m[cells[1]] = 100 * float64(r.Lost) / float64(max(1, r.Sent))
-			}
-			return m, nil
+			return datagramCells(i, request{Op: "udp", Addr: target, Size: size, Window: window, WarmMS: t.warm, MS: t.small}, name)
 		}}
+}
+
+func datagramCells(i *instance, q request, name string) (map[string]float64, error) {
+	r, err := i.ask(q, 20*time.Second)
+	switch rate := float64(r.Count) / r.Seconds; {
+	case err != nil:
+		return nil, err
+	case q.Window == 1:
+		return map[string]float64{name: rate}, nil
+	default:
+		return map[string]float64{name + "/rate": rate, name + "/loss": 100 * float64(r.Lost) / float64(max(1, r.Sent))}, nil
+	}
 }
 
 // startProbe times a whole run of `true`. pasta's plain form leaves the network unconfigured.

@@ -126,7 +126,7 @@ func gather(undo *restorer, o *options) error {
 	if err := copyFile("/proc/self/exe", filepath.Join(dir, "bench")); err != nil {
 		return err
 	}
-	for name, text := range map[string][]byte{"rules.yaml": manyRules(10_000), "domains.yaml": manyDomains(1_000)} {
+	for name, text := range map[string][]byte{"rules.yaml": manyRules(10_000), "domains.yaml": manyDomains(1_000), "names.yaml": []byte(namesPolicy)} {
 		if err := os.WriteFile(filepath.Join(dir, name), text, 0o644); err != nil {
 			return err
 		}

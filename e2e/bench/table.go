@@ -49,6 +49,13 @@ func printTable(w io.Writer, r *results) error {
 		}
 	}
 	writeBlock(&b, rows, 2)
+	rows = [][]string{{"cell", "unit", "through the gate", "the server itself", "gate ÷ server"}}
+	for _, cell := range r.Order {
+		if strings.HasPrefix(cell, "dns/") {
+			rows = append(rows, []string{cell, unit(cell), figure(r.Cells[cell][withNames]), figure(r.Cells[cell][host]), ratio(r, cell, withNames, host)})
+		}
+	}
+	writeBlock(&b, rows, 2)
 	if s := r.Cells["start/true"][pastaConfigured]; s != nil {
 		fmt.Fprintf(&b, "\nstart/true of %s, which also sets up the network as sluice does: %s ms\n", pastaConfigured, figure(s))
 	}

@@ -114,6 +114,9 @@ func targets(short bool) []target {
 		target{cell: "idle/cpu", candidate: ours, what: "worker", most: true, strict: true, bound: 0.1, unit: "%"},
 		target{cell: "idle/wakeups", candidate: ours, what: "worker", most: true, strict: true, bound: 5, unit: "/s"},
 	)
+	gate := over("dns/v4/rate", host, 0.8, false).unlike(withNames, "dns/v4/rate")
+	gate.what = withNames + " ÷ the server itself"
+	ts = append(ts, gate)
 	for _, cell := range []string{"cost/up/8/65520/v4", "cost/down/8/65520/v4", "cost/connect/v4/rate"} {
 		for _, variant := range []string{withRules, withLog} {
 			t := over(cell, ours, 0.97, false).unlike(variant, cell)
@@ -151,7 +154,7 @@ func judge(r *results) (out []verdict) {
 // units by a cell's name.
 func unit(cell string) string {
 	for _, u := range []struct{ part, unit string }{
-		{"/loss", "%"}, {"/failed", ""}, {fairCell, ""}, {"connect", "/s"}, {"tcp-rtt", "µs"}, {"udp-", "/s"},
+		{"/loss", "%"}, {"/failed", ""}, {fairCell, ""}, {"connect", "/s"}, {"tcp-rtt", "µs"}, {"udp-", "/s"}, {"dns/", "/s"},
 		{"idle/cpu", "%"}, {"idle/wakeups", "/s"}, {"idle/", "MiB"}, {"flows/bytes", "B/flow"}, {"start/", "ms"},
 	} {
 		if strings.Contains(cell, u.part) {
