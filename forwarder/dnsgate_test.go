@@ -66,6 +66,7 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 // waiting never answers: a question that is on its way.
 type waiting struct{}
 
+func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte                        { return nil }
 func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte)) {}
 func (waiting) ServeStream(ctx context.Context, _ net.Conn)                       { <-ctx.Done() }
 

@@ -29,6 +29,9 @@ type DNSHandler interface {
 	// any goroutine. It must not block, and may keep neither query nor reply
 	// beyond its work on them.
 	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte))
+	// AnswerPacket answers one datagram from memory, or returns nil: it is for
+	// ServePacket then. It keeps nothing of query.
+	AnswerPacket(query []byte, from netip.AddrPort) []byte
 	// ServeStream serves one connection and returns when it ends.
 	ServeStream(ctx context.Context, c net.Conn)
 }

@@ -61,6 +61,9 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 	guest, peer := netip.AddrPortFrom(a.src, h.SourcePort()), netip.AddrPortFrom(a.dst, h.DestinationPort())
 	tuple := nat.NewTuple(protoUDP, guest, peer)
 	fl := u.lookup(tuple)
+	if fl == nil && u.answered(guest, peer, a, pkt) {
+		return
+	}
 	if fl == nil || a.meta.ttl <= 1 {
 		if u.lastHop(a, pkt) {
 			return
@@ -207,6 +210,25 @@ func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
 		fl.release("stopped")
 	}
 	return ok
+}
+
+// answered reports whether the datagram is a query that the resolver answered from memory.
+// Nothing is on its way then, so that there is no flow to keep.
+func (u *udpForwarder) answered(guest, peer netip.AddrPort, a arrival, pkt *stack.PacketBuffer) bool {
+	if peer.Port() != dnsPort || a.meta.ttl <= 1 || !u.f.forResolver(u.f.rules.Load(), peer) {
+		return false
+	}
+	v := pkt.Data().AsRange().ToView()
+	if v == nil {
+		return false
+	}
+	defer v.Release()
+	answer := u.f.cfg.DNSHandler.AnswerPacket(v.AsSlice(), guest)
+	if answer == nil {
+		return false
+	}
+	u.f.dgram.emit.udp(peer, guest, ipMeta{ttl: defaultTTL}, answer, false)
+	return true
 }
 
 // ask gives a query to the resolver.

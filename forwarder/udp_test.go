@@ -362,6 +362,9 @@ func (resolver) ServeStream(context.Context, net.Conn) {}
 // later answers from a goroutine of its own, as a resolver that had to ask does.
 type later struct{ resolver }
 
+func (resolver) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
+func (later) AnswerPacket([]byte, netip.AddrPort) []byte    { return nil }
+
 func (later) ServePacket(ctx context.Context, q []byte, from netip.AddrPort, reply func([]byte)) {
 	go resolver{}.ServePacket(ctx, q, from, reply)
 }

@@ -117,8 +117,11 @@ func (r *Resolver) fromCacheAgain(rules *policy.Rules, qy *query) []byte {
 func (r *Resolver) fromCache(rules *policy.Rules, qy *query) []byte {
 	now := time.Now()
 	e, due := r.cache.lookup(cacheKey{qy.q.name, qy.q.qtype}, rules, now)
-	if e == nil || due && r.grant(e, now) != nil {
+	switch {
+	case e == nil, due && r.grant(e, now) != nil:
 		return nil
+	case !r.rate.take(rules.Limits().DNSQueriesPerSecond, now):
+		return nil // to be refused as any
 	}
 	return r.tellCached(e, qy, now)
 }
@@ -148,6 +151,15 @@ func (e *cached) event(qy *query) Event {
 		From: qy.from, Stream: qy.stream, Name: e.name, Type: typeName(qy.q.qtype), Rule: e.verdict.Rule, Audited: e.verdict.Audited,
 		Forwarded: true, Code: int(e.answer.code), Addrs: e.answer.addrs, Names: e.answer.names, TTL: e.answer.ttl,
 	}
+}
+
+// queryRate is how many questions a second are taken that the cache has no answer to;
+// zero has no bound.
+func queryRate(rules *policy.Rules, gates bool) int {
+	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !gates {
+		return n
+	}
+	return gatedRate
 }
 
 // refuse makes the answer to a question that goes nowhere. It names the rule, to

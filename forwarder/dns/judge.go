@@ -69,18 +69,13 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		return verdict{answer: qy.fail(msg, code)}
 	}
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
-	rate := rules.Limits().DNSQueriesPerSecond
-	if !r.rate.take(rate, time.Now()) {
-		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
-	}
 	if gates {
 		if out := r.fromCache(rules, &qy); out != nil {
 			return verdict{answer: out}
 		}
-		// What is answered from memory costs no more than to refuse it.
-		if rate == 0 && !r.rate.take(gatedRate, time.Now()) {
-			return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
-		}
+	}
+	if !r.rate.take(queryRate(rules, gates), time.Now()) {
+		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
 	}
 	if records, code, known := r.local.find(qy.q); known {
 		r.stats.Local.Add(1)

@@ -209,6 +209,25 @@ func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrP
 	}()
 }
 
+// AnswerPacket answers one datagram from the cache, at once, or returns nil: it is for
+// ServePacket then. It keeps no reference to msg.
+func (r *Resolver) AnswerPacket(msg []byte, from netip.AddrPort) []byte {
+	rules, gates := r.inForce()
+	if !gates || len(msg) < headerLen || be16(msg, 2)&bitQR != 0 {
+		return nil
+	}
+	qy, code := parseQuery(msg)
+	if code != rcodeSuccess {
+		return nil
+	}
+	qy.from, qy.asked = from, msg
+	out := r.fromCache(rules, &qy)
+	if out != nil {
+		r.stats.Queries.Add(1)
+	}
+	return out
+}
+
 // Close stops all work and returns after the last goroutine.
 func (r *Resolver) Close() {
 	r.mu.Lock()

@@ -165,12 +165,12 @@ func readQuestion(msg []byte) (question, bool) {
 	if off-headerLen > maxName || off+4 > len(msg) {
 		return question{}, false
 	}
-	n := []byte(msg[headerLen:off])
-	b := make([]byte, len(n))
-	for i, c := range n {
+	var b [maxName]byte
+	n := copy(b[:], msg[headerLen:off])
+	for i, c := range b[:n] {
 		b[i] = lower(c)
 	}
-	return question{name: name(b), qtype: be16(msg, off), class: be16(msg, off+2), end: off + 4}, true
+	return question{name: name(b[:n]), qtype: be16(msg, off), class: be16(msg, off+2), end: off + 4}, true
 }
 
 // record is one resource record's place in a message.
