@@ -64,18 +64,31 @@ func (s *named) heard(name string) bool {
 	return slices.Contains(s.names, name)
 }
 
-func (s *named) tls(t *testing.T) *tls.Config {
-	conf := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"echo"}}
+func (s *named) hear(name string) {
+	s.namesMu.Lock()
+	defer s.namesMu.Unlock()
+	s.names = append(s.names, name)
+}
+
+// recordingTLS is a server's of both names, that tells which it was asked for.
+func recordingTLS(t testing.TB, record func(name string)) *tls.Config {
+	conf := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"echo", "h3"}}
 	for _, name := range []string{"a.example", "b.example"} {
 		conf.Certificates = append(conf.Certificates, certificate(t, name))
 	}
 	conf.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-		s.namesMu.Lock()
-		defer s.namesMu.Unlock()
-		s.names = append(s.names, h.ServerName)
+		record(h.ServerName)
 		return nil, nil
 	}
 	return conf
+}
+
+// listenQUICGo starts a quic-go server, of both versions.
+func listenQUICGo(t testing.TB, tr *quicgo.Transport, conf *tls.Config) *quicgo.Listener {
+	t.Helper()
+	l, err := tr.Listen(conf, &quicgo.Config{Versions: []quicgo.Version{quicgo.Version1, quicgo.Version2}})
+	must(t, err)
+	return l
 }
 
 // quicServers are the real servers: what starts one on a socket.
@@ -85,16 +98,21 @@ var quicServers = []struct {
 }{
 	{"quic-go", startQUICGo},
 	{"x/net", func(t *testing.T, s *named) {
-		e, err := quic.NewEndpoint(s.lossy, &quic.Config{TLSConfig: s.tls(t)})
+		e, err := quic.NewEndpoint(s.lossy, &quic.Config{TLSConfig: recordingTLS(t, s.hear)})
 		must(t, err)
 		serveQUIC(t, e)
 	}},
 }
 
 func startQUICGo(t *testing.T, s *named) {
-	tr := &quicgo.Transport{Conn: s.lossy}
-	l, err := tr.Listen(s.tls(t), &quicgo.Config{Versions: []quicgo.Version{quicgo.Version1, quicgo.Version2}})
-	must(t, err)
+	serveQUICGo(t, &quicgo.Transport{Conn: s.lossy}, recordingTLS(t, s.hear))
+}
+
+// serveQUICGo echoes every stream of a quic-go server, of both versions, which ends with the
+// test.
+func serveQUICGo(t *testing.T, tr *quicgo.Transport, conf *tls.Config) {
+	t.Helper()
+	l := listenQUICGo(t, tr, conf)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -181,7 +199,7 @@ func (a *attacker) chosen(port int) []byte {
 
 // initial is an Initial packet in a datagram of its own.
 func (a *attacker) initial(id []byte, number uint32, frames ...[]byte) []byte {
-	return crafted{id: id, number: number, frames: slices.Concat(frames...), size: 1200}.seal(a.t)
+	return crafted{id: id, number: number, frames: slices.Concat(frames...), size: 1200}.seal()
 }
 
 // quicAttacks are ways to have a server hear b.example beside a.example. Directly, each
@@ -251,7 +269,7 @@ var quicAttacks = []struct {
 		a.lose(a.initial(id, 0, craftCrypto(0, craftHello(a.t, "a.example"))))
 		a.send(a.initial(id, 1, craftCrypto(0, one)))
 		head := slices.Concat(longHead(0xe0, quic1, id, nil), []byte{0x40, 20}, make([]byte, 20))
-		a.send(slices.Concat(head, crafted{id: craftID(), keys: id, number: 2, frames: craftCrypto(len(one), two), size: 1200}.seal(a.t)))
+		a.send(slices.Concat(head, crafted{id: craftID(), keys: id, number: 2, frames: craftCrypto(len(one), two), size: 1200}.seal()))
 	}},
 	{"behind a packet for nobody", nil, func(a *attacker) {
 		head := slices.Concat(longHead(0xe0, quic1, craftID(), nil), []byte{0x40, 20}, make([]byte, 20))
@@ -270,12 +288,12 @@ var quicAttacks = []struct {
 		a.lose(a.initial(id, 0, craftCrypto(0, craftHello(a.t, "a.example"))))
 		a.send(a.initial(id, 1, craftCrypto(0, one)))
 		server := a.chosen(0)
-		a.send(crafted{id: server, keys: id, number: 2, frames: craftCrypto(1, two), size: 1200}.seal(a.t))
+		a.send(crafted{id: server, keys: id, number: 2, frames: craftCrypto(1, two), size: 1200}.seal())
 	}},
 	{"as version 2 of an allowed connection", []string{"quic-go"}, func(a *attacker) {
 		id := craftID()
 		a.lose(a.initial(id, 0, craftCrypto(0, craftHello(a.t, "a.example"))))
-		a.send(crafted{version: quic2, id: id, number: 1, frames: craftCrypto(0, craftHello(a.t, "b.example")), size: 1200}.seal(a.t))
+		a.send(crafted{version: quic2, id: id, number: 1, frames: craftCrypto(0, craftHello(a.t, "b.example")), size: 1200}.seal())
 	}},
 	{"after bytes that are no QUIC", []string{"quic-go", "x/net"}, func(a *attacker) {
 		a.send([]byte("hello"), a.initial(craftID(), 0, craftCrypto(0, craftHello(a.t, "b.example"))))
@@ -286,7 +304,7 @@ func halves(b []byte) (one, two []byte) { return b[:len(b)/2], b[len(b)/2:] }
 
 // mixed are two hellos that both say a.example, and of which one's bytes before cut and the
 // other's behind it say b.example: what is a name there is inside padding in the other.
-func mixed(t *testing.T) (one, two []byte, cut int) {
+func mixed(t testing.TB) (one, two []byte, cut int) {
 	t.Helper()
 	body := craftHello(t, "")[4:]
 	at := 34 + 1 + int(body[34])

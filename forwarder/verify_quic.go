@@ -296,14 +296,19 @@ func (qt *quicTuple) find(d *sniff.Datagram, now time.Time) (*quicConn, sniff.Op
 	switch {
 	case found == nil || !opened.Whole():
 		return nil, sniff.Opened{}
-	case known && own != c && found != own:
-		// The server's choice.
-		qt.ids[id] = found
-	case found != own || known && own != c:
-		// Another connection's by an ID that its server did not choose, or a server's
-		// choice by keys that no server would try.
+	case own == c && found != own, known && own != c && found == own:
+		// The client's choice by another connection's keys, or the server's by keys that no
+		// server would try.
 		g.foreign.Add(1)
 		return nil, sniff.Opened{}
+	case known && found != own:
+		qt.ids[id] = found
+	case found != own:
+		// An ID that the server chose later and told under encryption, when it had the whole
+		// hello. To a server that does not know it, the packet is noise.
+		if !g.own(id, qt, found) {
+			return nil, sniff.Opened{}
+		}
 	case !known:
 		if !g.room(qt, now) || !g.own(id, qt, own) {
 			return nil, sniff.Opened{}

@@ -24,7 +24,7 @@ import (
 )
 
 // certificate is one of a server of that name, which nobody has to trust.
-func certificate(t *testing.T, name string) tls.Certificate {
+func certificate(t testing.TB, name string) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
