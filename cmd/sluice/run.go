@@ -65,6 +65,10 @@ addresses are closed until --allow-private and --allow-host open them, the host'
 loopback until --host-loopback does; link-local, metadata and other special
 addresses stay closed.
 
+COMMAND's files are the caller's. Sockets in them that lead past the network (D-Bus,
+docker, ssh-agent, X11 …) are out of reach with --policy, unless --allow-socket or
+--host-sockets leaves them; a line on standard error says what is covered.
+
 The exit status is COMMAND's, 128+N if signal N ended it, 126 if it cannot be
 executed, 127 if there is no such command, and 125 if sluice itself failed,
 which it explains on standard error.
@@ -79,6 +83,9 @@ which it explains on standard error.
 			&cli.BoolFlag{Name: "root", Usage: "be root inside, with capabilities over the sandbox's namespaces only (default: the caller's own user)"},
 			&cli.BoolFlag{Name: "subids", Usage: "map the caller's /etc/subuid and /etc/subgid ranges too"},
 			&cli.BoolFlag{Name: "pid", Usage: "a PID namespace: everything inside ends with COMMAND"},
+			&cli.StringSliceFlag{Name: "allow-socket", Usage: "with --policy: leave the host's socket at `PATH`, or all below that directory, in reach; may be repeated"},
+			&cli.BoolFlag{Name: "host-sockets", Usage: "leave all of the host's sockets in reach: D-Bus, docker, ssh-agent, X11, resolver daemons …"},
+			&cli.BoolFlag{Name: "quiet", Usage: "do not say on standard error what is covered, nor what a start by root means"},
 			&cli.IntFlag{Name: "preserve-fds", Usage: "hand `N` more descriptors to COMMAND, from 3 on"},
 			&cli.BoolFlag{Name: "show-flows", Usage: "print the flows that were seen to standard error at the end"},
 		),
@@ -104,6 +111,15 @@ which it explains on standard error.
 			g.SubIDs, g.PIDNamespace = c.Bool("subids"), c.Bool("pid")
 			if g.Files, err = preserved(c.Int("preserve-fds")); err != nil {
 				return err
+			}
+			cfg.UnderPolicy, cfg.HostSockets, cfg.Quiet = c.IsSet("policy"), c.Bool("host-sockets"), c.Bool("quiet")
+			if cfg.AllowSockets = c.StringSlice("allow-socket"); len(cfg.AllowSockets) > 0 && cfg.HostSockets {
+				return errors.New("--allow-socket leaves one socket in reach, --host-sockets all of them: give one of the two")
+			}
+			for _, name := range []string{"policy", "flow-log"} {
+				if v := c.String(name); v != "" && v != "-" {
+					cfg.ReadOnly = append(cfg.ReadOnly, v)
+				}
 			}
 			if c.Bool("show-flows") {
 				cfg.Ended = func(r api.FlowsResult) { _ = printEnded(os.Stderr, r) }

@@ -43,6 +43,16 @@ type Config struct {
 	// Policy is required: a document, or that none was given and what holds then.
 	Policy policy.Source
 
+	// UnderPolicy covers the host's sockets: somebody has said what the command may
+	// reach. AllowSockets are left in reach all the same, HostSockets leaves all.
+	UnderPolicy  bool
+	AllowSockets []string
+	HostSockets  bool
+	// ReadOnly are files that are about the command, which it may not change.
+	ReadOnly []string
+	// Quiet says nothing of what is covered.
+	Quiet bool
+
 	Ports []api.Port
 	// PublishAuto publishes what the sandbox listens on, at PublishAutoAddr
 	// (default 127.0.0.1).

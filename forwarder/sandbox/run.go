@@ -104,10 +104,12 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 			m.early.kill()
 		}
 	}()
-	m.cfg.Guest.HideDirs = append(m.cfg.Guest.HideDirs, registry.registriesToHide()...)
 	start := m.cfg.Start
 	if start == nil {
 		start = guest.Start
+		if err := m.cover(registry); err != nil {
+			return 0, err
+		}
 	}
 	if m.guest, err = start(ctx, m.cfg.Guest); err != nil {
 		return 0, err
@@ -115,6 +117,9 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	defer func() { err = errors.Join(err, m.guest.Close()) }()
 	for _, note := range m.guest.Notes() {
 		m.log.infof("guest", "%s", note)
+	}
+	if line := m.covered(); line != "" && m.cfg.Start == nil {
+		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s\n", line)
 	}
 	m.base.GuestPID = m.guest.PID()
 

@@ -68,6 +68,7 @@ func start(t *testing.T, cfg Config) *running {
 	if cfg.Guest.Command == nil {
 		cfg.Guest.Command = inside
 	}
+	cfg.Quiet = true
 	if cfg.Policy.IsZero() {
 		cfg.Policy = policy.NotGiven(policy.Builtin{})
 	}

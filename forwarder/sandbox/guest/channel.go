@@ -36,6 +36,8 @@ type message struct {
 	Signal int      `json:"signal,omitempty"`
 	Text   string   `json:"text,omitempty"`
 	Notes  []string `json:"notes,omitempty"`
+	// Covered is how many sockets of the host's CMD cannot reach.
+	Covered int `json:"covered,omitempty"`
 }
 
 var errBadMessage = errors.New("malformed message on the guest channel")

@@ -32,8 +32,8 @@ type HostEntry struct {
 // Bounds on what a caller may ask for and on what a stage may send.
 const (
 	maxHostEntries  = 4096
-	maxHideDirs     = 4096
-	maxFiles        = 200 // descriptors handed to CMD; SCM_MAX_FD is 253
+	maxHideDirs     = 4096 // and as many of each other kind of path
+	maxFiles        = 200  // descriptors handed to CMD; SCM_MAX_FD is 253
 	maxNameservers  = 16
 	maxConfigBytes  = 16 << 20
 	maxMessageBytes = 64 << 10
@@ -70,10 +70,22 @@ type Config struct {
 	ResolvOptions []string
 	Hosts         []HostEntry // first in /etc/hosts; they win over the caller's file
 
-	// HideDirs are covered by empty read-only directories. That binds an
-	// ordinary CMD; root inside can uncover them, so what lies there must
-	// check its peers too.
+	// What CMD does not reach of the caller's files. Not even root inside can
+	// uncover it (nest.go), but what is made there later shows, except in
+	// HideDirs and WithoutSockets.
+
+	// HideDirs are covered by empty read-only directories.
 	HideDirs []string
+	// WithoutSockets are directories of which CMD sees a copy without the sockets.
+	WithoutSockets []string
+	// HideSockets are sockets elsewhere.
+	HideSockets []string
+	// AllowSockets are paths in WithoutSockets and HideSockets, clean and without
+	// symbolic links, that are left in reach, with all that is below them.
+	AllowSockets []string
+	// ReadOnly are files that CMD may read and not change.
+	ReadOnly []string
+
 	// Sysctls are set in the new network namespace, by their dotted names.
 	Sysctls map[string]string
 	// NoConfigure makes the device and nothing else (attach without --config).
@@ -99,6 +111,11 @@ func (c *Config) validate(run bool) error {
 	}
 	if len(c.HideDirs) > maxHideDirs {
 		bad("%d directories to hide, at most %d are taken", len(c.HideDirs), maxHideDirs)
+	}
+	for _, paths := range [][]string{c.WithoutSockets, c.HideSockets, c.AllowSockets, c.ReadOnly} {
+		if len(paths) > maxHideDirs {
+			bad("%d paths to cover or leave, at most %d are taken", len(paths), maxHideDirs)
+		}
 	}
 	if len(c.DNS) > maxNameservers {
 		bad("%d name servers, at most %d are taken", len(c.DNS), maxNameservers)

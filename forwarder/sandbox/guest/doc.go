@@ -1,15 +1,16 @@
 // Package guest makes and keeps the inside of a sandbox: the namespaces, the
 // TAP or TUN device in them, its addresses and routes, the private
-// /etc/resolv.conf and /etc/hosts, and the command that runs there.
+// /etc/resolv.conf, /etc/hosts and /etc/nsswitch.conf, and the command that runs there.
 //
 // It is the only code that enters a sandbox. It knows nothing of packets,
 // policy or flows: it hands the device's descriptors out and is done with them.
 //
 //	 monitor (caller's namespaces)            guest stage (new namespaces)
 //	┌───────────────────────────┐            ┌──────────────────────────────┐
-//	│ Start: clone ─────────────┼── exec ───►│ waits for its id maps        │
+//	│ Start: clone ─────────────┼── exec ───►│ outer: waits for its id maps │
 //	│ writes uid_map, gid_map   │            │                              │
-//	│ ── mapped ────────────────┼──channel──►│ lo, device, addresses,       │
+//	│ ── mapped ────────────────┼──channel──►│ covers sockets, starts inner │
+//	│                           │            │ inner: lo, device, addresses,│
 //	│                           │            │ routes, sysctls, mounts      │
 //	│ Device() ◄── ready + fds ─┼────────────┼─                             │
 //	│ Release ── exec ──────────┼───────────►│ fork ──► CMD (caller's tty,  │

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// The contents of the sandbox's resolv.conf(5) and hosts(5).
+// The contents of the sandbox's resolv.conf(5), hosts(5) and nsswitch.conf(5).
 
 func resolvText(cfg *Config) []byte {
 	var b bytes.Buffer
@@ -83,5 +83,20 @@ func hostsText(cfg *Config, hostname string, callers []byte) []byte {
 		}
 	}
 	b.Write(rest.Bytes())
+	return b.Bytes()
+}
+
+// nsswitchText is the caller's file with one source of host names: hosts(5) and DNS, which
+// is our own resolver's. Others, such as systemd-resolved, avahi, sssd and winbind, ask a
+// daemon of the host's, and its answers are no grants.
+func nsswitchText(callers []byte) []byte {
+	var b bytes.Buffer
+	b.WriteString("# The line of hosts is by sluice.\nhosts: files dns\n")
+	for line := range strings.Lines(string(callers)) {
+		text, _, _ := strings.Cut(line, "#")
+		if name, _, _ := strings.Cut(text, ":"); strings.TrimSpace(name) != "hosts" {
+			b.WriteString(line)
+		}
+	}
 	return b.Bytes()
 }

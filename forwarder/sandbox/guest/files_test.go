@@ -141,3 +141,20 @@ func TestHostsTextIsBounded(t *testing.T) {
 		t.Errorf("%d bytes, ending in %q", len(got), got[len(got)-40:])
 	}
 }
+
+func TestHostNamesHaveOneSource(t *testing.T) {
+	for _, row := range []struct{ name, callers, want string }{
+		{"nothing else", "", "hosts: files dns\n"},
+		{"the line is replaced", "passwd: files sss\nhosts: resolve [!UNAVAIL=return] files dns\nservices: db\n", "hosts: files dns\npasswd: files sss\nservices: db\n"},
+		{"with blanks, and twice", " hosts : mdns4\nhosts:wins\n", "hosts: files dns\n"},
+		{"a comment stays", "# hosts: nis\n", "hosts: files dns\n# hosts: nis\n"},
+		{"without a newline at its end", "hosts: nis", "hosts: files dns\n"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			_, got, _ := strings.Cut(string(nsswitchText([]byte(row.callers))), "\n")
+			if got != row.want {
+				t.Errorf("got %q, want %q", got, row.want)
+			}
+		})
+	}
+}

@@ -62,6 +62,7 @@ type Guest struct {
 	cookie  uint64 // of the guest's network namespace
 	ephem   portRange
 	notes   []string
+	covered int
 	gone    chan struct{} // closed by readLoop when the channel ended
 	exited  chan struct{} // closed once status or err is final
 	started chan error    // CMD's start, one value
@@ -103,13 +104,9 @@ func Start(ctx context.Context, cfg Config) (*Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	flags := uintptr(unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWIPC)
-	if cfg.PIDNamespace {
-		flags |= unix.CLONE_NEWPID
-	}
 	spec := stageSpec{Mode: modeRun, Config: cfg, Files: len(cfg.Files), PingGroups: maps.pingGroups()}
 	return start(ctx, spec, notes, func(files []*os.File) (*stageProcess, error) {
-		p, err := cloneStage(flags, cfg, files)
+		p, err := cloneStage(unix.CLONE_NEWUSER|unix.CLONE_NEWNS, cfg, files)
 		if err != nil {
 			return nil, explainClone(err)
 		}
@@ -153,7 +150,7 @@ func start(ctx context.Context, spec stageSpec, notes []string, spawn func([]*os
 		asks: make(map[uint32]chan socketAnswer),
 	}
 	if spec.Mode == modeRun {
-		if g.userns, err = namespaceID(fmt.Sprintf("/proc/%d/ns/user", proc.pid)); err != nil {
+		if g.userns, err = namespaceID(fmt.Sprintf("/proc/%d/ns/user", proc.number())); err != nil {
 			proc.kill()
 			ch.close()
 			return nil, fmt.Errorf("identifying the sandbox's user namespace: %w", err)
@@ -217,8 +214,10 @@ func (g *Guest) await(spec stageSpec) error {
 		closeAll(files)
 		return fmt.Errorf("%w: %q with %d descriptors instead of the device", errBadMessage, m.Op, len(files))
 	}
+	<-g.proc.settled // at the latest now: the inner stage speaks
 	g.device, g.diag = files[:queues], files[queues]
 	g.notes = append(g.notes, m.Notes...)
+	g.covered = m.Covered
 	g.ephem = portRange{uint16(m.Number >> 16), uint16(m.Number)}
 	cookie, err := netnsCookie(int(g.diag.Fd()))
 	if err != nil && !errors.Is(err, unix.ENOPROTOOPT) { // older than Linux 5.14
@@ -244,10 +243,13 @@ func (g *Guest) Device() []*os.File { return g.device }
 
 // PID is the stage's, for as long as the sandbox lives: /proc/PID/ns/net is the
 // guest's network namespace, /proc/PID/ns/user its user namespace.
-func (g *Guest) PID() int { return g.proc.pid }
+func (g *Guest) PID() int { return g.proc.number() }
 
 // Notes tell what could not be had on this machine and was done without.
 func (g *Guest) Notes() []string { return g.notes }
+
+// Covered is how many sockets of the host's CMD cannot reach.
+func (g *Guest) Covered() int { return g.covered }
 
 // Release starts CMD. An *ExecError says that it could not be.
 func (g *Guest) Release() error {

@@ -21,7 +21,8 @@ func joinStage(spaces []fork.Namespace, files []*os.File) (*stageProcess, error)
 	for _, f := range files {
 		plan.Files = append(plan.Files, int(f.Fd()))
 	}
-	p := &stageProcess{done: make(chan struct{})}
+	p := newStageProcess()
+	close(p.settled)
 	up := make(chan error)
 	// Keeps the forking thread, to which the child's parent-death signal is
 	// tied; ends with the child.

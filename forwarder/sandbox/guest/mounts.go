@@ -13,8 +13,8 @@ import (
 
 // The sandbox's view of the file system: the caller's, but for a few mounts.
 //
-// /etc/resolv.conf and /etc/hosts are replaced by files on a tmpfs of their
-// own. Three things make that harder than a bind mount:
+// /etc/resolv.conf, /etc/hosts and /etc/nsswitch.conf are replaced by files on a
+// tmpfs of their own. Three things make that harder than a bind mount:
 //
 //   - resolv.conf may be a symbolic link, even a dangling one. move_mount(2)
 //     does not follow it: the file is mounted on the link itself;
@@ -29,8 +29,9 @@ import (
 // comes back: no path of the sandbox ever shows it.
 
 const (
-	resolvConf = "/etc/resolv.conf"
-	hostsFile  = "/etc/hosts"
+	resolvConf   = "/etc/resolv.conf"
+	hostsFile    = "/etc/hosts"
+	nsswitchConf = "/etc/nsswitch.conf"
 )
 
 // staging is any directory; only the throw-away namespace sees it covered.
@@ -50,11 +51,6 @@ func (s *stage) mounts() error {
 	if err := remountSys(); err != nil {
 		s.note("/sys still shows the caller's network devices: %v", err)
 	}
-	for _, dir := range cfg.HideDirs {
-		if err := hide(dir); err != nil {
-			return fmt.Errorf("hiding %s: %w", dir, err)
-		}
-	}
 	hosts, err := os.ReadFile(hostsFile)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		s.note("the caller's %s is left out: %v", hostsFile, err)
@@ -63,6 +59,12 @@ func (s *stage) mounts() error {
 	files := []*privateFile{
 		{path: resolvConf, content: resolvText(cfg)},
 		{path: hostsFile, content: hostsText(cfg, hostname, hosts)},
+	}
+	// Where there is none, the C library has no other sources either.
+	if callers, err := os.ReadFile(nsswitchConf); err == nil {
+		files = append(files, &privateFile{path: nsswitchConf, content: nsswitchText(callers)})
+	} else if !errors.Is(err, os.ErrNotExist) {
+		s.note("%s is the caller's, and may name a resolver of the host's: %v", nsswitchConf, err)
 	}
 	if err := supplyAbsent(files); err != nil {
 		s.note("%v; the cure: create an empty one", err)
@@ -74,15 +76,6 @@ func (s *stage) mounts() error {
 	}
 	go watchMounts(files)
 	return nil
-}
-
-func hide(dir string) error {
-	const flags = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	err := unix.Mount("tmpfs", dir, "tmpfs", flags, "mode=0555,size=4k,nr_inodes=2")
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	return err
 }
 
 // privateFile is one file of the host that the sandbox sees another in place of.

@@ -20,7 +20,8 @@ const StageCommand = "guest"
 const (
 	channelFD   = 3
 	planFD      = 4
-	firstFileFD = 5
+	innerFD     = 5 // the outer stage says on it which process the inner one is
+	firstFileFD = 6
 )
 
 // stageCaps are kept over the stage's exec in the ambient set: what it takes to
@@ -32,21 +33,47 @@ var stageCaps = []uintptr{
 	unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH,
 }
 
-// stageProcess is the running stage.
-type stageProcess struct {
-	pid  int
-	done chan struct{} // closed when it has been waited for
+// outerCaps are the outer stage's: it writes the id maps of the inner one's user
+// namespace too, which may have root in it.
+var outerCaps = append([]uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETFCAP}, stageCaps...)
 
-	mu     sync.Mutex
-	reaped bool   // guarded by mu: from then on pid may be somebody else's
+// stageProcess is the running stage: the outer one, and from then on that has made it the
+// inner one.
+type stageProcess struct {
+	done    chan struct{} // closed when it has been waited for
+	settled chan struct{} // closed when pid changes no more
+
+	mu     sync.Mutex // guards all below
+	pid    int
+	reaped bool // from then on pid may be somebody else's
+	killed bool
 	text   string // how it ended; written before done is closed
+}
+
+func newStageProcess() *stageProcess {
+	return &stageProcess{done: make(chan struct{}), settled: make(chan struct{})}
 }
 
 func (p *stageProcess) kill() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.killed = true
 	if !p.reaped {
 		_ = unix.Kill(p.pid, unix.SIGKILL)
+	}
+}
+
+func (p *stageProcess) number() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pid
+}
+
+func (p *stageProcess) become(pid int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pid = pid; p.killed {
+		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 }
 
@@ -62,10 +89,15 @@ func (p *stageProcess) collect(wait func() string) {
 	close(p.done)
 }
 
-// cloneStage starts the stage in new namespaces. Its parent-death signal comes
+// cloneStage starts the outer stage in new namespaces. Its parent-death signal comes
 // when the forking thread ends, not the process, so one goroutine keeps that
-// thread until the stage is over.
+// thread until the stage is over. The inner stage is that thread's child as well.
 func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, error) {
+	inner, said, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer said.Close()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{"sluice", StageCommand}
 	cmd.Env = []string{}
@@ -79,13 +111,13 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 	if cfg.Stderr != nil {
 		cmd.Stderr = cfg.Stderr
 	}
-	cmd.ExtraFiles = append(files, cfg.Files...)
+	cmd.ExtraFiles = append(append(files, said), cfg.Files...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  flags,
-		AmbientCaps: stageCaps,
+		AmbientCaps: outerCaps,
 		Pdeathsig:   parentDeath(cfg.PIDNamespace),
 	}
-	p := &stageProcess{done: make(chan struct{})}
+	p := newStageProcess()
 	up := make(chan error)
 	go func() {
 		runtime.LockOSThread()
@@ -96,10 +128,24 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 		}
 		up <- err
 		if err != nil {
+			_ = inner.Close()
 			return
 		}
 		fork.Await(p.pid)
-		p.collect(func() string { _ = cmd.Wait(); return cmd.ProcessState.String() })
+		// Its end of the pipe is closed by now, and the inner stage has executed.
+		pid := readInner(inner)
+		_ = inner.Close()
+		if pid != 0 {
+			p.become(pid)
+		}
+		close(p.settled)
+		if pid == 0 {
+			p.collect(func() string { _ = cmd.Wait(); return cmd.ProcessState.String() })
+			return
+		}
+		_ = cmd.Wait()
+		fork.Await(pid)
+		p.collect(func() string { return describe(fork.Reap(pid)) })
 	}()
 	if err := <-up; err != nil {
 		return nil, err

@@ -159,6 +159,8 @@ func TestGatewayOutsideThePrefix(t *testing.T) {
 func TestWhoCommandIs(t *testing.T) {
 	needRoot(t)
 	const ask = "id -u; id -g; cat /proc/self/uid_map | tr -s ' '; grep -E 'CapPrm|CapEff|CapAmb|CapInh' /proc/self/status | sort; cat /proc/self/setgroups"
+	// The map that is seen is the inner user namespace's: every id of the outer one, as it
+	// is there.
 	const none = "0000000000000000"
 	all := capsOfRoot(t)
 	for _, row := range []struct {
@@ -173,11 +175,11 @@ func TestWhoCommandIs(t *testing.T) {
 		{"an ordinary user keeps its uid and no capability", scene{UID: ordinary}, KeepCaller, false,
 			[]string{"65534", "65534", " 65534 65534 1", "CapAmb: " + none, "CapEff: " + none, "CapInh: " + none, "CapPrm: " + none, "deny"}},
 		{"an ordinary user becomes root inside", scene{UID: ordinary}, MapRoot, false,
-			[]string{"0", "0", " 0 65534 1", "CapAmb: " + none, "CapEff: " + all, "CapInh: " + none, "CapPrm: " + all, "deny"}},
+			[]string{"0", "0", " 0 0 1", "CapAmb: " + none, "CapEff: " + all, "CapInh: " + none, "CapPrm: " + all, "deny"}},
 		{"subordinate ids surround the kept uid", scene{UID: ordinary, SubIDs: "65534:100000:70000\n"}, KeepCaller, true,
-			[]string{"65534", "65534", " 65534 65534 1", " 0 100000 65534", " 65535 165534 4466", "CapAmb: " + none, "CapEff: " + none, "CapInh: " + none, "CapPrm: " + none, "allow"}},
+			[]string{"65534", "65534", " 65534 65534 1", " 0 0 65534", " 65535 65535 4466", "CapAmb: " + none, "CapEff: " + none, "CapInh: " + none, "CapPrm: " + none, "allow"}},
 		{"subordinate ids follow root inside", scene{UID: ordinary, SubIDs: "nobody:100000:65536\n"}, MapRoot, true,
-			[]string{"0", "0", " 0 65534 1", " 1 100000 65536", "CapAmb: " + none, "CapEff: " + all, "CapInh: " + none, "CapPrm: " + all, "allow"}},
+			[]string{"0", "0", " 0 0 1", " 1 1 65536", "CapAmb: " + none, "CapEff: " + all, "CapInh: " + none, "CapPrm: " + all, "allow"}},
 		{"without a grant the one id is mapped", scene{UID: ordinary}, KeepCaller, true,
 			[]string{"65534", "65534", " 65534 65534 1", "CapAmb: " + none, "CapEff: " + none, "CapInh: " + none, "CapPrm: " + none, "deny"}},
 	} {
@@ -363,7 +365,7 @@ func TestPIDNamespaceHasAnInitThatReaps(t *testing.T) {
 		// The orphan's pid must vanish, which takes an init that collects it.
 		out := playShell(t, s, `cat /proc/1/cmdline | tr '\0' ' '; echo; sh -c 'sh -c "exit 0" & echo $!' >/tmp/sluice-orphan.$$; p=$(cat /tmp/sluice-orphan.$$); rm /tmp/sluice-orphan.$$; i=0; while [ -d /proc/$p ] && [ $i -lt 500 ]; do sleep 0.01; i=$((i+1)); done; [ -d /proc/$p ] && echo zombie || echo collected; ls -d /proc/[0-9]* | wc -l`)
 		lines := strings.Split(out, "\n")
-		if len(lines) < 3 || lines[0] != "sluice guest " || lines[1] != "collected" {
+		if len(lines) < 3 || lines[0] != "sluice guest inner " || lines[1] != "collected" {
 			t.Errorf("%q", out)
 		}
 	})

@@ -17,7 +17,7 @@ import (
 // The stage: the process inside. It believes the monitor. In the order of its
 // life: take the orders, wait for the id maps, build network and mounts, hand
 // the device out, start CMD on request, and hold the namespaces until the
-// channel ends.
+// channel ends. A new sandbox has an outer stage first (nest.go).
 
 type stageMode uint8
 
@@ -32,6 +32,7 @@ type stageSpec struct {
 	Config     Config
 	Files      int    // how many descriptors for CMD lie from firstFileFD on
 	PingGroups string // for net.ipv4.ping_group_range
+	Covered    int    // sockets that the outer stage covered, for the inner one to tell
 }
 
 // guestSignals are those that may be meant for CMD. Typed at the terminal they
@@ -45,7 +46,10 @@ var guestSignals = []os.Signal{
 // its orders come over descriptors that only Start and Attach prepare.
 func Main(args []string) int {
 	s, err := newStage()
-	if err != nil || len(args) != 0 {
+	if s != nil {
+		s.inner = len(args) == 1 && args[0] == innerArgument
+	}
+	if err != nil || len(args) != 0 && !s.inner {
 		fmt.Fprintf(os.Stderr, "sluice: %q is what sluice run and sluice attach start for themselves\n", StageCommand)
 		return StatusOurs
 	}
@@ -55,6 +59,7 @@ func Main(args []string) int {
 type stage struct {
 	ch    *channel
 	spec  stageSpec
+	inner bool     // of a new sandbox, in the namespaces that CMD gets
 	cmd   *command // nil until started
 	notes []string
 }
@@ -98,8 +103,16 @@ func (s *stage) run() int {
 		return s.fail(fmt.Errorf("tying the guest to its monitor: %w", err))
 	}
 	// A monitor that died before that shows as the channel's end.
-	if m, _, err := s.ch.receive(0); err != nil || m.Op != opMapped {
-		return StatusOurs
+	if !s.inner {
+		if m, _, err := s.ch.receive(0); err != nil || m.Op != opMapped {
+			return StatusOurs
+		}
+		if s.spec.Mode == modeRun {
+			if err := s.nest(); err != nil {
+				return s.fail(explainInside(err))
+			}
+			return 0
+		}
 	}
 	if err := s.setup(); err != nil {
 		return s.fail(explainInside(err))
@@ -149,7 +162,7 @@ func (s *stage) setup() error {
 	defer unix.Close(diag)
 	ephemeral := readPortRange()
 	return s.ch.send(message{
-		Op: opReady, Notes: s.notes, Number: int(ephemeral.first)<<16 | int(ephemeral.last),
+		Op: opReady, Notes: s.notes, Covered: s.spec.Covered, Number: int(ephemeral.first)<<16 | int(ephemeral.last),
 	}, append(dev.FDs(), diag)...)
 }
 
