@@ -128,10 +128,19 @@ func inScratch(build func() (int, error)) (int, error) {
 		err error
 	}
 	done := make(chan result)
-	go func() {
+	var scratch func()
+	scratch = func() {
 		// Never unlocked: the thread ends with the goroutine and takes the
-		// namespace along.
+		// namespace along. The main thread does not end, and /proc/self is it: held
+		// here meanwhile, it is not the one that another goroutine gets.
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			over := make(chan struct{})
+			go func() { defer close(over); scratch() }()
+			<-over
+			runtime.UnlockOSThread()
+			return
+		}
 		fd, err := -1, unix.Unshare(unix.CLONE_NEWNS|unix.CLONE_FS)
 		if err == nil {
 			err = unix.Mount("tmpfs", staging, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755,size=32m")
@@ -140,7 +149,8 @@ func inScratch(build func() (int, error)) (int, error) {
 			fd, err = build()
 		}
 		done <- result{fd, err}
-	}()
+	}
+	go scratch()
 	r := <-done
 	return r.fd, r.err
 }
