@@ -18,6 +18,7 @@ dhclient=isc-dhcp-client
 dig=bind9-dnsutils
 dnsmasq=dnsmasq-base
 git=git
+iodine=iodine
 ip=iproute2
 iptables=iptables
 ipcmk=util-linux

@@ -1,0 +1,74 @@
+package e2e
+
+// Real tunnels through a name server, under a policy that allows their zone by a
+// wildcard, types and all. Their far end is the sandbox's upstream itself, which is
+// as good as a zone of their own can be.
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// tunnelSpec allows all that a policy can.
+const tunnelSpec = `
+defaultAction: reject
+dns: {types: [A, AAAA, CNAME, HTTPS, SVCB, SRV, PTR, MX, NS, SOA, TXT, CAA, NAPTR]}
+egress:
+- {action: allow, to: [{domain: tunnel.test}, {domain: "**.tunnel.test"}]}`
+
+// What a pattern lets through in a second, out and in (forwarder/dns, tunnel.go).
+const tunnelOut, tunnelIn = 200, 512
+
+func TestATunnelOverDNSIsNarrow(t *testing.T) {
+	area(t, "gate.tunnel", "iodine", "iodined", "ping")
+	w := newWorld(t)
+	server := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
+	says := func(p *proc, text string, within time.Duration) { // it speaks on standard error
+		t.Helper()
+		eventually(t, within, func() (bool, string) {
+			r := p.result("").String()
+			return strings.Contains(r, text), "it does not say " + text + "\n" + r
+		})
+	}
+	says(server, "Listening to dns", 10*time.Second)
+	client := func(sb *sandbox, options ...string) *proc {
+		return sb.start(t, append(append([]string{"iodine", "-f", "-r", "-P", "secret"}, options...), dns4, "tunnel.test")...)
+	}
+	carried := func(sb *sandbox) int {
+		// 64 bytes a packet, each way, for ten seconds.
+		r := run(t, sb, 30*time.Second, "ping", "-i", "0.2", "-c", "50", "-s", "36", "-W", "1", "10.77.0.1")
+		n := 0
+		for f := range strings.SplitSeq(r.out, ", ") {
+			if count, ok := strings.CutSuffix(f, " received"); ok {
+				n, _ = strconv.Atoi(count)
+			}
+		}
+		return n * 64 / 10
+	}
+	t.Run("without a policy it works", func(t *testing.T) {
+		sb := w.host.sandbox(t, rootInside)
+		p := client(sb, "-T", "CNAME", "-M", "100", "-m", "100", "-L", "0", "-I", "1")
+		says(p, "Connection setup complete", 60*time.Second)
+		if n := carried(sb); n == 0 {
+			t.Error("the tunnel carries nothing")
+		}
+	})
+	for _, options := range []string{"-T CNAME -O Base32 -M 100 -m 100 -L 0 -I 1", "-T TXT -O Base32 -M 80 -m 100 -L 0 -I 1"} {
+		t.Run(options, func(t *testing.T) {
+			sb := w.host.sandbox(t, rootInside, "--policy", policyFile(t, tunnelSpec))
+			p := client(sb, strings.Fields(options)...)
+			eventually(t, 90*time.Second, func() (bool, string) {
+				s := sb.tally(t)
+				return s["dns refusedTunnel"] > 0, fmt.Sprintf("no question is refused\n%s", p.result(""))
+			})
+			if n := carried(sb); n > min(tunnelOut, tunnelIn) {
+				t.Errorf("it carries %d bytes a second each way", n)
+			} else {
+				t.Logf("it carries %d bytes a second each way", n)
+			}
+		})
+	}
+}
