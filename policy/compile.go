@@ -379,6 +379,9 @@ func (b *builder) link(t *table, spans [][]span) error {
 			if n.embeds = up.embeds; classes[n.class].embeds != nil {
 				n.embeds = n.class
 			}
+			if n.class == metadata {
+				n.embeds = ordinary // it is the address that it spells
+			}
 		}
 		var own, crossing []int32
 		for _, r := range refs {

@@ -117,16 +117,14 @@ func (r *Rules) Decide(q Query) Verdict {
 			return r.refuse(q, rule)
 		}
 	} else {
-		if embeds := classes[at.embeds].embeds; embeds != nil {
-			for _, inner := range embeds(target.As16()) {
-				w := j.judgeInner(inner)
-				if w.action != Allow {
-					return w
-				}
-				v.name, v.requests = cmp.Or(v.name, w.name), v.requests || w.requests
-				if w.audited && !v.audited {
-					v.audited, v.rule, v.tried, v.reason = true, w.rule, w.tried, w.reason
-				}
+		for _, inner := range embedded(at.embeds, target.As16()) {
+			w := j.judgeInner(inner)
+			if w.action != Allow {
+				return w
+			}
+			v.name, v.requests = cmp.Or(v.name, w.name), v.requests || w.requests
+			if w.audited && !v.audited {
+				v.audited, v.rule, v.tried, v.reason = true, w.rule, w.tried, w.reason
 			}
 		}
 		if at.class == hostLoopback {

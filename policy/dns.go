@@ -232,12 +232,10 @@ func (r *Rules) Grantable(name string, addr netip.Addr) bool {
 	if !ok {
 		return false
 	}
-	if embeds := classes[at.embeds].embeds; embeds != nil {
-		for _, inner := range embeds(addr.As16()) {
-			if inner.IsValid() {
-				if _, ok := r.grantable(name, inner); !ok {
-					return false
-				}
+	for _, inner := range embedded(at.embeds, addr.As16()) {
+		if inner.IsValid() {
+			if _, ok := r.grantable(name, inner); !ok {
+				return false
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"math"
 	"slices"
 	"strings"
 )
@@ -163,6 +164,16 @@ func (p pattern) String() string {
 	return [...]string{exact: "", oneLabel: "*.", manyLabels: "**."}[p.depth] + p.suffix
 }
 
+// namedSpans are the spans of a rule for the addresses of its domains. A rule that lets a
+// name in without listing protocols means what names are said in: an echo request says
+// none, and carries what it likes to who answers at the address.
+func namedSpans(r *Rule, spans []span) []span {
+	if r.Action != Allow || len(r.Ports) > 0 || len(r.ICMP) > 0 {
+		return spans
+	}
+	return []span{{portKey(TCP, 0), portKey(TCP, math.MaxUint16)}, {portKey(UDP, 0), portKey(UDP, math.MaxUint16)}}
+}
+
 // compileDomains makes the index of the rules by name. spans are those of the
 // rules.
 func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
@@ -196,7 +207,7 @@ func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
 		}
 		if named {
 			d.any, d.allowed = true, d.allowed || r.Action == Allow
-			b.view(int32(i), spans[i])
+			b.view(int32(i), namedSpans(r, spans[i]))
 		}
 	}
 	for p, list := range b.refs {

@@ -211,11 +211,9 @@ func (j *judgement) candidate(private bool, best int32) int32 {
 // gated, a server that would resolve names past the gate.
 func (j *judgement) closedClient(peer netip.Addr, at *node) string {
 	q := j.query
-	if embeds := classes[at.embeds].embeds; embeds != nil {
-		for _, inner := range embeds(peer.As16()) {
-			if c := j.classOf(inner); classes[c].lock == never || classes[c].namedClient {
-				return classes[c].rule
-			}
+	for _, inner := range embedded(at.embeds, peer.As16()) {
+		if c := j.classOf(inner); classes[c].lock == never || classes[c].namedClient {
+			return classes[c].rule
 		}
 	}
 	if !carriesDNS(q.Proto) || !j.rules.GatesNames() {

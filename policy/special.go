@@ -25,6 +25,10 @@ import (
 //	nat64-local    64:ff9b:1::/48                  RFC 8215           CIDR inside, and what it embeds as a /96
 //	6to4           2002::/16                       RFC 3056           ordinary, and what it embeds
 //	teredo         2001::/32                       RFC 4380           ordinary, and what it embeds (server, client)
+//	unique-local   fc00::/7                        RFC 4193           ordinary; and a metadata service that it spells
+//	                                                                  in its last 32 bits, as link-local
+//	(ISATAP)       ::0:5efe:0:0, ::200:5efe:0:0    RFC 5214           by interface identifier, in every range: what
+//	                                                                  the range says, and what it embeds
 //	host           Environment.HostAddrs           –                  entity host, CIDR of the one address
 //	gateway        Environment.Gateway4/6          –                  never
 //	host-loopback  the gateway, if it stands for   –                  entity host-loopback, CIDR inside loopback,
@@ -61,6 +65,7 @@ const (
 	nat64Local
 	sixToFour
 	teredo
+	uniqueLocal
 	host
 	gateway
 	hostLoopback
@@ -99,7 +104,7 @@ var classes = [numClasses]classInfo{
 	ordinary:     {lock: open},
 	thisNetwork:  {rule: "special:this-network", martian: true, ranges: prefixes("0.0.0.0/8", "::/128")},
 	loopback:     {rule: "special:loopback", ranges: prefixes("127.0.0.0/8", "::1/128")},
-	linkLocal:    {rule: "special:link-local", lock: named, entity: EntityLinkLocal, ranges: prefixes("169.254.0.0/16", "fe80::/10")},
+	linkLocal:    {rule: "special:link-local", lock: named, entity: EntityLinkLocal, ranges: prefixes("169.254.0.0/16", "fe80::/10"), embeds: metadataInLast32},
 	metadata:     {rule: "special:metadata", lock: named, namedClient: true, entity: EntityMetadata, ranges: metadataServices},
 	multicast:    {rule: "special:multicast", lock: named, martian: true, entity: EntityMulticast, ranges: prefixes("224.0.0.0/4", "ff00::/8")},
 	reserved:     {rule: "special:reserved", lock: named, entity: EntityReserved, ranges: prefixes("240.0.0.0/4")},
@@ -110,6 +115,7 @@ var classes = [numClasses]classInfo{
 	nat64Local:   {rule: "special:nat64-local", lock: named, ranges: prefixes("64:ff9b:1::/48"), embeds: inLast32},
 	sixToFour:    {rule: "special:6to4", lock: open, ranges: prefixes("2002::/16"), embeds: in6to4},
 	teredo:       {rule: "special:teredo", lock: open, ranges: prefixes("2001::/32"), embeds: inTeredo},
+	uniqueLocal:  {rule: "special:unique-local", lock: open, ranges: prefixes("fc00::/7"), embeds: metadataInLast32},
 	host:         {rule: "special:host", lock: named, entity: EntityHost},
 	gateway:      {rule: "special:gateway"},
 	hostLoopback: {rule: "special:host-loopback", lock: named, entity: EntityHostLoopback},
@@ -131,6 +137,11 @@ var metadataServices = prefixes(
 	"169.254.169.254/32", "fd00:ec2::254/128", // AWS; the first also GCP, Azure, OpenStack and most others
 	"169.254.170.2/32",                      // AWS ECS task credentials
 	"169.254.170.23/32", "fd00:ec2::23/128", // AWS EKS pod identity
+	"fd00:a9fe:a9fe::1/128", "fe80::a9fe:a9fe/128", // Akamai (Linode); the second also OpenStack
+	"fd00:c1::a9fe:a9fe/128",              // Oracle Cloud
+	"100.96.0.96/32",                      // Volcengine
+	"100.80.80.80/32",                     // UCloud
+	"fd00:100::100:200/128",               // Alibaba Cloud by IPv6
 	"fd20:ce::254/128",                    // GCP
 	"168.63.129.16/32",                    // Azure wire server
 	"100.100.100.200/32",                  // Alibaba Cloud
@@ -139,7 +150,8 @@ var metadataServices = prefixes(
 )
 
 // privateRanges are entity private: ordinary addresses, not special ones.
-var privateRanges = prefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
+// 198.18.0.0/15 (RFC 2544) and fec0::/10 (RFC 3879) are of no public network either.
+var privateRanges = prefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "198.18.0.0/15", "fc00::/7", "fec0::/10")
 
 var (
 	everyIPv4     = netip.MustParsePrefix("0.0.0.0/0")
@@ -158,6 +170,32 @@ func prefixes(list ...string) []netip.Prefix {
 
 func inLast32(b [16]byte) [2]netip.Addr {
 	return [2]netip.Addr{netip.AddrFrom4([4]byte(b[12:16]))}
+}
+
+// metadataInLast32 finds the IPv4 address of a metadata service at the end of an address
+// of the local network, as clouds write the IPv6 address of the same service:
+// fd00:c1::a9fe:a9fe, fe80::a9fe:a9fe.
+func metadataInLast32(b [16]byte) (none [2]netip.Addr) {
+	a := netip.AddrFrom4([4]byte(b[12:16]))
+	for _, p := range metadataServices {
+		if p.Contains(a) {
+			return [2]netip.Addr{a}
+		}
+	}
+	return none
+}
+
+// embedded gives the IPv4 addresses that an address carries by its range, of class c, and
+// by its interface identifier, whatever its range: ISATAP (RFC 5214 section 6.1).
+func embedded(c class, b [16]byte) (inner [3]netip.Addr) {
+	if embeds := classes[c].embeds; embeds != nil {
+		two := embeds(b)
+		inner[0], inner[1] = two[0], two[1]
+	}
+	if b[8]&^2 == 0 && [3]byte(b[9:12]) == [3]byte{0, 0x5e, 0xfe} {
+		inner[2] = netip.AddrFrom4([4]byte(b[12:16]))
+	}
+	return inner
 }
 
 func in6to4(b [16]byte) [2]netip.Addr {

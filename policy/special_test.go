@@ -39,6 +39,10 @@ func TestSpecialAddressesStayClosedToABroadAllow(t *testing.T) {
 		{"169.254.20.10", "special:link-local"}, {"fe80::9", "special:link-local"}, // the host's own, yet link-local
 		{"169.254.169.254", "special:metadata"}, {"fd00:ec2::254", "special:metadata"}, {"169.254.170.2", "special:metadata"}, {"169.254.170.23", "special:metadata"},
 		{"fd00:ec2::23", "special:metadata"}, {"fd20:ce::254", "special:metadata"}, {"100.100.100.200", "special:metadata"}, {"168.63.129.16", "special:metadata"},
+		{"fd00:a9fe:a9fe::1", "special:metadata"}, {"fe80::a9fe:a9fe", "special:metadata"}, {"fd00:c1::a9fe:a9fe", "special:metadata"}, {"100.96.0.96", "special:metadata"},
+		{"100.80.80.80", "special:metadata"}, {"fd00:100::100:200", "special:metadata"},
+		{"fd12:3456::a9fe:a9fe", "special:metadata"}, {"fd12:3456::6464:64c8", "special:metadata"}, // as yet unknown clouds'
+		{"2600::5efe:127.0.0.1", "special:loopback"}, {"2600::200:5efe:a9fe:a9fe", "special:metadata"}, {"fd00::5efe:192.168.1.5", "special:host"},
 		{"192.0.0.192", "special:metadata"}, {"169.254.42.42", "special:metadata"}, {"fd00:42::42", "special:metadata"},
 		{"224.0.0.1", "special:multicast"}, {"239.255.255.250", "special:multicast"}, {"ff02::1", "special:multicast"},
 		{"240.0.0.1", "special:reserved"}, {"255.255.255.254", "special:reserved"}, {"255.255.255.255", "special:broadcast"},
@@ -88,6 +92,7 @@ func TestWhatUnlocksASpecialAddress(t *testing.T) {
 		{"metadata by its one address", "169.254.169.254/32", "169.254.169.254", here, "169.254.169.254"},
 		{"IPv6 metadata by its entity", "metadata", "fd00:ec2::254", here, "fd00:ec2::254"},
 		{"IPv6 metadata not by entity private", "private", "fd00:ec2::254", here, ""},
+		{"metadata of a local network by its one address", "fd00:c1::a9fe:a9fe/128", "fd00:c1::a9fe:a9fe", here, "fd00:c1::a9fe:a9fe"},
 		{"multicast by its entity", "multicast", "ff02::fb", here, "ff02::fb"},
 		{"class E by its entity", "reserved", "240.0.0.1", here, "240.0.0.1"},
 		{"broadcast not by what opens class E", "reserved", "255.255.255.255", here, ""},
@@ -203,6 +208,8 @@ func TestClosedAddressesAreNoClients(t *testing.T) {
 		{"a metadata service by a rule that names it", named, "169.254.169.254:80", "ingress[2]"},
 		{"a drop rule around it goes before", named, "[fd00:ec2::254]:80", "ingress[0]"},
 		{"behind NAT64", anybody, "[64:ff9b::169.254.169.254]:80", "special:metadata"},
+		{"spelled by an address of a local network", anybody, "[fd12::a9fe:a9fe]:80", "special:metadata"},
+		{"behind ISATAP", anybody, "[2600::5efe:a9fe:a9fe]:80", "special:metadata"},
 		{"behind 6to4", anybody, "[2002:a9fe:a9fe::1]:80", "special:metadata"},
 		{"loopback behind NAT64", anybody, "[64:ff9b::127.0.0.1]:80", "special:loopback"},
 		{"an ordinary address behind NAT64", anybody, "[64:ff9b::8.8.8.8]:80", "ingress[0] any"},

@@ -165,11 +165,7 @@ func (s *suggester) add(f Observed) {
 
 // carriedBy gives the addresses inside an address.
 func carriedBy(a netip.Addr) []netip.Addr {
-	embeds := classes[classOf(netip.PrefixFrom(a, a.BitLen()))].embeds
-	if embeds == nil {
-		return nil
-	}
-	list := embeds(a.As16())
+	list := embedded(classOf(netip.PrefixFrom(a, a.BitLen())), a.As16())
 	return slices.DeleteFunc(list[:], func(a netip.Addr) bool { return !a.IsValid() })
 }
 

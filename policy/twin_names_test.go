@@ -79,7 +79,8 @@ func (w twin) fits(r Rule, q Query, a netip.Addr) bool {
 	for _, p := range privateRanges {
 		private = private || p.Contains(a)
 	}
-	return twinPorts(r, q) && (r.Action != Allow || !private || r.PrivateAddresses == "allow")
+	silent := r.Action == Allow && len(r.Ports)+len(r.ICMP) == 0 && q.Proto != 6 && q.Proto != 17
+	return twinPorts(r, q) && !silent && (r.Action != Allow || !private || r.PrivateAddresses == "allow")
 }
 
 // candidate reports whether a rule is right but for what was said.

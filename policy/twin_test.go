@@ -1,9 +1,11 @@
 package policy
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -112,10 +114,27 @@ func (w twin) deny() Action {
 }
 
 func twinEmbedded(a netip.Addr) []netip.Addr {
+	b := a.As16()
+	last := netip.AddrFrom4([4]byte(b[12:]))
+	if !a.Is4() && (strings.HasPrefix(fmt.Sprintf("%x", b[8:]), "00005efe") || strings.HasPrefix(fmt.Sprintf("%x", b[8:]), "02005efe")) {
+		return append(twinByRange(a), last)
+	}
+	return twinByRange(a)
+}
+
+func twinByRange(a netip.Addr) []netip.Addr {
 	in := func(s string) bool { return netip.MustParsePrefix(s).Contains(a) }
 	b := a.As16()
 	switch {
-	case a.Is4():
+	case a.Is4() || slices.Contains(metadataServices, netip.PrefixFrom(a, a.BitLen())):
+		return nil
+	case in("fc00::/7"), in("fe80::/10"):
+		last := netip.AddrFrom4([4]byte(b[12:]))
+		for _, p := range metadataServices {
+			if p.Addr() == last {
+				return []netip.Addr{last}
+			}
+		}
 		return nil
 	case in("64:ff9b::/96"), in("64:ff9b:1::/48"), in("::ffff:0:0:0/96"):
 		return []netip.Addr{netip.AddrFrom4([4]byte(b[12:]))}
@@ -306,6 +325,7 @@ var (
 		"fd00:ec2::254", "fd00:ec2::253", "ff02::1", "2001:db8::5", "2001:db8::6", "2600::1", "fe80::1%eth0", "::ffff:1.1.1.1%eth0",
 		"64:ff9b::1.1.1.1", "64:ff9b::127.0.0.1", "64:ff9b::10.0.2.2", "64:ff9b::169.254.169.254", "64:ff9b:1::8.8.8.8", "64:ff9b:1::10.0.0.1",
 		"2002:101:101::1", "2002:7f00:1::1", "2002:808:808::1", "2002:a00:202::1", "::ffff:0:1.1.1.1", "::ffff:0:169.254.169.254",
+		"2600::5efe:808:808", "2600::200:5efe:a9fe:a9fe", "fd00:c1::a9fe:a9fe", "fd12::a9fe:a9fe", "fe80::6464:64c8", "198.18.0.1",
 		"2001:0:101:101::f7f7:f7f7", "2001:0:101:101::80ff:fffe", "2001:0:7f00:1::f7f7:f7f7",
 	}
 )
