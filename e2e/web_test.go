@@ -45,18 +45,25 @@ http {
 // nginx starts one in a place; dir gets www/ and access.log.
 func nginx(t *testing.T, in place, port int, tls bool) (dir string) {
 	t.Helper()
-	dir = t.TempDir()
+	dir, secure := t.TempDir(), ""
+	if tls {
+		certificate(t, dir, "", webNames...)
+		secure = fmt.Sprintf("listen 8443 ssl http2; listen [::]:8443 ssl http2; ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", dir)
+	}
+	nginxIn(t, in, dir, port, secure)
+	return dir
+}
+
+// nginxIn starts one with more in its server's block.
+func nginxIn(t *testing.T, in place, dir string, port int, secure string) {
+	t.Helper()
 	if err := os.MkdirAll(filepath.Join(dir, "www"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	os.WriteFile(filepath.Join(dir, "www", "index.html"), []byte("hello from nginx\n"), 0o644)
-	user, secure := "", ""
+	user := ""
 	if privileged {
 		user = "user root;"
-	}
-	if tls {
-		certificate(t, dir)
-		secure = fmt.Sprintf("listen 8443 ssl http2; listen [::]:8443 ssl http2; ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", dir)
 	}
 	conf := filepath.Join(dir, "nginx.conf")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, nginxConf, user, dir, port, secure), 0o644); err != nil {
@@ -70,10 +77,14 @@ func nginx(t *testing.T, in place, port int, tls bool) (dir string) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	return dir
 }
 
-func certificate(t *testing.T, dir string) {
+// webNames are those of the servers that every test knows.
+var webNames = []string{"web.test", "pypi.test", "a.files.test", "git.test"}
+
+// certificate puts one for the names into dir, and its key, their files' names beginning with
+// prefix.
+func certificate(t *testing.T, dir, prefix string, names ...string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -82,7 +93,7 @@ func certificate(t *testing.T, dir string) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "web.test"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"web.test", "pypi.test", "a.files.test", "git.test"}, IPAddresses: []net.IP{net.ParseIP(far4), net.ParseIP(far6)},
+		DNSNames: names, IPAddresses: []net.IP{net.ParseIP(far4), net.ParseIP(far6)},
 		IsCA: true, BasicConstraintsValid: true,
 	}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
@@ -93,8 +104,8 @@ func certificate(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	os.WriteFile(filepath.Join(dir, "cert.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}), 0o644)
-	os.WriteFile(filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+	os.WriteFile(filepath.Join(dir, prefix+"cert.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}), 0o644)
+	os.WriteFile(filepath.Join(dir, prefix+"key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
 }
 
 func TestCurlSpeaksEveryHTTPToEveryFamily(t *testing.T) {

@@ -33,6 +33,7 @@ var commands = map[string]func(args []string) error{
 	"h2":      h2,
 	"short":   short,
 	"hold":    hold,
+	"hellos":  hellos,
 	"knock":   knock,
 	"xfer":    xfer,
 	"synrst":  synrst,
