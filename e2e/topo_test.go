@@ -57,6 +57,9 @@ const (
 	portSource  = base + 9
 	portInspect = base + 10
 	portDrip    = base + 11
+
+	portStill      = base + 12
+	portStillBytes = base + 13
 )
 
 type world struct {

@@ -7,7 +7,8 @@ package forwarder
 // two steps, which are nowhere else:
 //
 //	decide   the rules in force judge what is known of it
-//	enter    the flow table charges its budgets and, with that, holds the flow; if the rules
+//	enter    the memory budget is asked for room (memory.go), then
+//	         the flow table charges its budgets and, with that, holds the flow; if the rules
 //	         were replaced meanwhile, the new ones are asked before enter returns
 //
 // Both leave their result in the pass that every flow embeds. Without one a flow has no
@@ -49,6 +50,7 @@ type admission struct {
 	table     *nat.Table
 	rules     atomic.Pointer[policy.Rules]
 	granted   *policy.Names // may be nil
+	memory    *memory
 	bandwidth bandwidth
 	limited   limited    // rules with limits of their own
 	limits    nat.Limits // the table's own, before any policy's
@@ -130,8 +132,9 @@ type pass struct {
 // entry is how a flow stands in the table.
 type entry struct {
 	orig      nat.Tuple
-	short     bool // nat.Spec.Short
-	forwarded bool // nat.Spec.Forwarded
+	short     bool    // nat.Spec.Short
+	forwarded bool    // nat.Spec.Forwarded
+	memory    *shares // of a flow that holds bytes; nil for others
 }
 
 // init is called before anything else.
@@ -170,11 +173,22 @@ func (a *admission) judge(rules *policy.Rules, q policy.Query) policy.Verdict {
 // enter charges the flow table for fl, whose pass p is. When it returns nil the flow is in
 // the table, and the rules in force allow it; fl must be complete by then as far as its
 // methods need it, because it may be halted and aborted from the moment it is in. After an
-// error the flow is not in the table.
+// error the flow is not in the table, and holds nothing of the memory budget.
 func (a *admission) enter(p *pass, fl admitted, j judged, e entry) error {
 	if !j.mayBegin() {
 		return errFlowEnded
 	}
+	if !a.memory.admit(e.memory) {
+		return errMemory
+	}
+	err := a.enterTable(p, fl, j, e)
+	if err != nil && e.memory != nil {
+		e.memory.leave()
+	}
+	return err
+}
+
+func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
 	if !j.waits() {
 		j.query.Held = j.verdict.Name()
 	}

@@ -85,6 +85,12 @@ type Config struct {
 	// neighbour solicitation is answered, but for the Guest addresses.
 	OnlyHost bool
 
+	// MemoryMarks are those of the budget for what the sandbox's bytes take (memory.go); the
+	// zero value stands for the default. MemoryPressure is told when pressure begins and ends;
+	// it must not block, and may be nil.
+	MemoryMarks    MemoryMarks
+	MemoryPressure func(bool)
+
 	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
 	// no ping sockets; each is -1 or zero when there is none. Owned by the forwarder.
 	RawICMP4, RawICMP6 int
@@ -158,6 +164,10 @@ func New(cfg Config) (*Forwarder, error) {
 		f.drop = func(string, []byte) {}
 	}
 	f.relayed = f.stats.counter("tcp_relayed_loopback")
+	var err error
+	if f.memory, err = newMemory(&f.stats, cfg.MemoryMarks, f.memoryTurned); err != nil {
+		return nil, fmt.Errorf("forwarder: %w", err)
+	}
 	f.dialer = newDialer(&f.stats, f.log)
 	f.dialer.pod = cfg.Inbound != nil
 	f.broadcast = directedBroadcast(cfg.Prefix4)
@@ -169,7 +179,6 @@ func New(cfg Config) (*Forwarder, error) {
 	if n <= 0 {
 		n = min(runtime.GOMAXPROCS(0), maxThreads)
 	}
-	var err error
 	if f.engine, err = newEngine(n); err != nil {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
@@ -183,12 +192,13 @@ func New(cfg Config) (*Forwarder, error) {
 // attach builds the stack with its handlers in place and only then lets the link
 // deliver to it.
 func (f *Forwarder) attach() error {
-	s, err := newStack()
+	queue := new(tcpQueue)
+	s, err := newStack(queue)
 	if err != nil {
 		return err
 	}
 	f.stack = s
-	if f.tcp, err = newTCPForwarder(f); err != nil {
+	if f.tcp, err = newTCPForwarder(f, queue); err != nil {
 		s.Destroy()
 		return err
 	}
@@ -278,8 +288,8 @@ func (f *Forwarder) Run(ctx context.Context) error {
 }
 
 // timer looks after what has no event of its own: handshakes that nobody completes,
-// dials that nobody waits for, and listeners that ran out of descriptors. It sleeps while there are none. The
-// flow table has a timer of its own.
+// dials that nobody waits for, listeners that ran out of descriptors, and flows under memory pressure. It sleeps
+// while there are none. The flow table has a timer of its own.
 func (f *Forwarder) timer() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
@@ -296,7 +306,11 @@ func (f *Forwarder) timer() {
 		now := f.now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
 		checks, held := f.tcp.checks.expire(now), f.dgram.udp.quic.list.expire(now)
-		if f.publish.retry() || handshakes || dials || checks || held {
+		pressed := f.memory.pressed.Load()
+		if pressed {
+			f.tcp.tallyAll()
+		}
+		if f.publish.retry() || handshakes || dials || checks || held || pressed {
 			f.needTimer.Store(true)
 		} else if !f.needTimer.Load() {
 			t.Stop()
@@ -350,6 +364,8 @@ func (f *Forwarder) Stats() map[string]uint64 {
 		icmp.V6.PacketsReceived.TimeExceeded, icmp.V6.PacketsReceived.ParamProblem, icmp.V6.PacketsReceived.RedirectMsg)
 	// Headers that the stack answers with a parameter problem, such as a route behind others.
 	m["stack_parameter_problems"] = sumOf(icmp.V4.PacketsSent.ParamProblem, icmp.V6.PacketsSent.ParamProblem)
+	m["memory_used"] = uint64(max(f.memory.used.Load(), 0))
+	m["memory_high"] = uint64(f.memory.high.Load())
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m

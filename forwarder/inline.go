@@ -28,7 +28,6 @@ import (
 
 // inlineTCP is the flows whose endpoints have segments queued in this batch.
 type inlineTCP struct {
-	queue   segmentQueue
 	batched bool // the link says when a batch ends
 
 	mu    sync.Mutex
@@ -93,7 +92,7 @@ func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	}
 	pkt.Data().CapLength(total - hl - thl)
 	in.enter(fl, ep)
-	in.queue.QueuePacket(ep, id, pkt)
+	f.tcp.queue.put(fl, ep, id, pkt)
 	return true
 }
 
@@ -146,6 +145,7 @@ func (b batched) process() {
 	b.ep.UnlockUser()
 	b.fl.inlined.Store(false)
 	b.fl.runWanted(true)
+	b.fl.settleMemory(b.ep)
 	if !shaking {
 		return
 	}

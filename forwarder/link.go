@@ -117,11 +117,17 @@ func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuf
 	case eps == nil:
 	case proto != header.ARPProtocolNumber && (t.f.passUDP(proto, pkt) || t.f.passTCP(proto, pkt)):
 		return
-	case proto == header.IPv4ProtocolNumber:
-		eps[0].HandlePacket(pkt)
-		return
-	case proto == header.IPv6ProtocolNumber:
-		eps[1].HandlePacket(pkt)
+	case proto == header.IPv4ProtocolNumber, proto == header.IPv6ProtocolNumber:
+		// It may wait for other fragments.
+		if wasteful(pkt) {
+			pkt = t.f.memory.compact(pkt)
+			defer pkt.DecRef()
+		}
+		ep := eps[0]
+		if proto == header.IPv6ProtocolNumber {
+			ep = eps[1]
+		}
+		ep.HandlePacket(pkt)
 		return
 	}
 	t.NetworkDispatcher.DeliverNetworkPacket(proto, pkt)

@@ -30,7 +30,3 @@ func handleListen(ep *tcp.Endpoint)
 type segmentQueue interface {
 	QueuePacket(stack.TransportEndpoint, stack.TransportEndpointID, *stack.PacketBuffer)
 }
-
-func segmentQueueOf(s *stack.Stack) segmentQueue {
-	return s.TransportProtocolInstance(tcp.ProtocolNumber).(segmentQueue)
-}

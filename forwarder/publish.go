@@ -253,7 +253,7 @@ func (t *tcpForwarder) ingressThroughStack(fd int, j judged) {
 			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
 		},
 	}
-	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest)}); err != nil {
+	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), memory: &fl.mem.shares}); err != nil {
 		t.f.publish.limited.Add(1)
 		fl.abort(err.Error())
 		return
@@ -283,6 +283,9 @@ func (fl *tcpFlow) connectGuest() error {
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
 	opts.SetKeepAlive(true)
+	if fl.t.f.memory.pressed.Load() {
+		opts.SetReceiveBufferSize(receiveStartPressed, false)
+	}
 	from := tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort}
 	if terr := ep.Bind(from); terr != nil {
 		// The client's address counts more than its port.

@@ -35,6 +35,7 @@ type relay struct {
 	client, guest netip.AddrPort
 	work          task
 	dirs          [2]relayDir // 0: client → guest
+	mem           shares      // of the memory budget: what the pipes hold
 	connecting    bool
 
 	mu     sync.Mutex // held while the descriptors are used, so that close cannot pull them away
@@ -64,7 +65,7 @@ func (t *tcpForwarder) relayLoopback(fd int, j judged) bool {
 	t.f.dialer.sockets.Add(1)
 	r := &relay{t: t, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
-	if err := t.f.enter(&r.pass, r, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest)}); err != nil {
+	if err := t.f.enter(&r.pass, r, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), memory: &r.mem}); err != nil {
 		t.f.publish.limited.Add(1)
 		r.abort(err.Error())
 		return true
@@ -147,6 +148,8 @@ func (r *relay) run() {
 	if reason == "" && r.dirs[0].done && r.dirs[1].done {
 		reason = "closed"
 	}
+	r.mem.down.set(max(int64(r.dirs[0].filled), flowMinimum))
+	r.mem.up.set(max(int64(r.dirs[1].filled), flowMinimum))
 	r.mu.Unlock()
 	switch {
 	case reason != "":
@@ -209,10 +212,10 @@ func (r *relay) move(i int) (again bool, reason string) {
 // fill takes what has come in direction i, as far as its bandwidth and its pipe have room.
 func (r *relay) fill(i int) (progress bool, reason string) {
 	d := &r.dirs[i]
-	if d.eof || d.filled >= relayPipe {
+	want := int(min(relayPipe, r.mem.m.limit(false))) - d.filled
+	if d.eof || want <= 0 {
 		return false, ""
 	}
-	want := relayPipe - d.filled
 	rule, sandbox := r.buckets(i)
 	paced := rule != nil || sandbox.limited()
 	if paced {
@@ -313,6 +316,7 @@ func (r *relay) abort(reason string) {
 	if last {
 		r.t.f.pipes.close()
 	}
+	r.mem.leave()
 	if r.lease != nil {
 		r.lease.SetState(nat.Close)
 	}

@@ -145,6 +145,8 @@ func (fl *tcpFlow) runUp() (abort string) {
 		g.reset()
 		upScratches.Put(scratch)
 	}()
+	moved := 0
+	defer func() { fl.mem.fit(fl.ep.(*tcp.Endpoint), moved) }()
 	for budget := pumpBudget; ; {
 		if fl.revoked.Load() {
 			return reasonPolicy
@@ -214,6 +216,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return "reset_by_sandbox"
 		}
 		fl.tallyUp(n)
+		moved += n
 		fl.t.f.engine.movedUp(fl, int64(n))
 		budget -= n
 		if short {
@@ -265,8 +268,12 @@ func (fl *tcpFlow) runDown() (abort string) {
 			fl.t.f.engine.put(&fl.downTask)
 			return ""
 		}
+		held := fl.mem.maySend(fl.ep.(*tcp.Endpoint), min(queued, room))
+		if held == 0 {
+			return ""
+		}
 		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
-		granted := fl.t.downSize(min(queued, room))
+		granted := fl.t.downSize(held)
 		if limit.limited() || rule != nil {
 			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
 				return ""
@@ -275,6 +282,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		fl.reader = hostReader{fd: fl.fd, left: granted, gate: fl.gate}
 		n, terr := fl.ep.Write(&fl.reader, tcpip.WriteOptions{})
 		untake(rule, limit, granted-int(n))
+		fl.mem.wrote(int(n))
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
@@ -348,12 +356,17 @@ func (fl *tcpFlow) tallyUp(payload int) {
 	// its own pump never runs.
 	if fl.down.mu.TryLock() {
 		fl.tallyDown(0)
-		fl.down.mu.Unlock()
-		if fl.down.again.Load() {
-			// The down pump was called meanwhile, found its lock taken, and left it
-			// to the holder to go round again.
-			fl.t.f.engine.put(&fl.downTask)
-		}
+		fl.unlockDown()
+	}
+}
+
+// unlockDown gives back the down pump's lock when it was taken for something else.
+func (fl *tcpFlow) unlockDown() {
+	fl.down.mu.Unlock()
+	if fl.down.again.Load() {
+		// The pump was called meanwhile, found its lock taken, and left it to the holder
+		// to go round again.
+		fl.t.f.engine.put(&fl.downTask)
 	}
 }
 

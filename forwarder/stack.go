@@ -21,15 +21,17 @@ import (
 
 const nicID tcpip.NICID = 1
 
-// Buffers of one TCP flow inside the stack, each way: what a flow starts with
-// and what it may grow to.
+// Buffers of one TCP flow inside the stack. The send buffer starts at tcpBufferDefault and may
+// grow to tcpBufferMax; the receive buffer starts at receiveStart, and may grow to
+// tcpBufferDefault (memory_flow.go).
 const (
 	tcpBufferMin     = 4 << 10
 	tcpBufferDefault = 1 << 20
 	tcpBufferMax     = 4 << 20
 )
 
-func newStack() (*stack.Stack, error) {
+// newStack makes a stack whose segments for endpoints go through queue.
+func newStack(queue *tcpQueue) (*stack.Stack, error) {
 	s := stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{
 			arp.NewProtocol,
@@ -39,12 +41,12 @@ func newStack() (*stack.Stack, error) {
 			ipv6.NewProtocolWithOptions(ipv6.Options{}),
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+			newTCPProtocol(queue), udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	cubic := tcpip.CongestionControlOption("reno")
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: receiveStart, Max: tcpBufferDefault}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	// The forwarder takes an endpoint out of the demultiplexer as soon as it

@@ -64,7 +64,7 @@ const (
 type tcpForwarder struct {
 	f        *Forwarder
 	acceptor *acceptor
-	refuser  *tcp.Forwarder // answers SYNs with RST
+	queue    *tcpQueue // of every endpoint
 	inline   inlineTCP
 	// gsoPayload is the payload of the largest packet that the stack makes of a write,
 	// gso_max_size less MAX_TCP_HEADER as in Linux.
@@ -85,9 +85,10 @@ type tcpForwarder struct {
 	refusedFirst, refusedRequest, refusedHello, firstMalformed      *atomic.Uint64
 }
 
-func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
+func newTCPForwarder(f *Forwarder, queue *tcpQueue) (*tcpForwarder, error) {
 	t := &tcpForwarder{
 		f:                f,
+		queue:            queue,
 		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
 		relays:           make(map[*relay]struct{}),
 		refused:          f.stats.counter("tcp_refused_by_policy"),
@@ -109,14 +110,11 @@ func newTCPForwarder(f *Forwarder) (*tcpForwarder, error) {
 		firstMalformed:   f.stats.counter("tcp_first_bytes_malformed"),
 		checks:           newCheckList(f, "tcp"),
 	}
-	t.inline.queue = segmentQueueOf(f.stack)
+	queue.t = t
 	t.gsoPayload = downChunk
 	if g, ok := f.cfg.Link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
 		t.gsoPayload = int(g.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	}
-	// The flow table bounds what is in flight; the stack's own bound only has
-	// to be out of its way.
-	t.refuser = tcp.NewForwarder(f.stack, 0, 1<<20, func(r *tcp.ForwarderRequest) { r.Complete(true) })
 	var err error
 	t.acceptor, err = newAcceptor(t)
 	return t, err
@@ -182,7 +180,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	fl.firstSYN = t.f.now()
 	fl.lastSYN = fl.firstSYN
 	fl.syn = pkt.IncRef()
-	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst)}); err != nil {
+	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares}); err != nil {
 		t.limited.Add(1)
 		t.f.noteRefusal(err.Error(), pkt)
 		fl.abort(err.Error())
@@ -368,6 +366,7 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 	}
 	fl.lease.SetState(nat.Established)
 	if local {
+		fl.mem.holdStream(ep)
 		go func() { // ends with the connection, which close closes
 			defer t.wg.Done()
 			t.serveLocal(fl, gonet.NewTCPConn(wq, ep))
@@ -421,6 +420,7 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	}
 	t.leaveDialLocked(fl)
 	t.mu.Unlock()
+	fl.mem.leave()
 	if fl.check != nil {
 		t.checks.leave(&fl.check.entry)
 	}

@@ -30,24 +30,39 @@ type acceptor struct {
 	task  task
 
 	mu sync.Mutex // held while a listener is used
-	v4 *tcp.Endpoint
-	v6 *tcp.Endpoint
+	// What a listener accepts has the listener's receive buffer: those of pressed have less.
+	plain, pressed listeners
 }
+
+// listeners accept for one family each.
+type listeners struct{ v4, v6 *tcp.Endpoint }
 
 func newAcceptor(t *tcpForwarder) (*acceptor, error) {
 	a := &acceptor{t: t}
 	a.task.run = a.accept
 	a.entry.Init(a, waiter.ReadableEvents)
-	var err error
-	if a.v4, err = a.listen(header.IPv4ProtocolNumber); err == nil {
-		if a.v6, err = a.listen(header.IPv6ProtocolNumber); err != nil {
-			a.v4.Close()
+	for _, row := range []struct {
+		to     **tcp.Endpoint
+		proto  tcpip.NetworkProtocolNumber
+		buffer int64
+	}{
+		{&a.plain.v4, header.IPv4ProtocolNumber, receiveStart},
+		{&a.plain.v6, header.IPv6ProtocolNumber, receiveStart},
+		{&a.pressed.v4, header.IPv4ProtocolNumber, receiveStartPressed},
+		{&a.pressed.v6, header.IPv6ProtocolNumber, receiveStartPressed},
+	} {
+		l, err := a.listen(row.proto, row.buffer)
+		if err != nil {
+			a.close()
+			return nil, err
 		}
+		*row.to = l
 	}
-	return a, err
+	return a, nil
 }
 
-func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber) (*tcp.Endpoint, error) {
+// listen makes a listener whose connections begin with a receive buffer of that size.
+func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber, buffer int64) (*tcp.Endpoint, error) {
 	var wq waiter.Queue
 	s := a.t.f.stack
 	e, terr := s.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
@@ -57,7 +72,8 @@ func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber) (*tcp.Endpoint, err
 	ep := e.(*tcp.Endpoint)
 	opts := ep.SocketOptions()
 	opts.SetV6Only(true)
-	opts.SetReceiveBufferSize(tcpBufferDefault, true)
+	// Untold, so that windows are scaled for what the buffer may grow to.
+	opts.SetReceiveBufferSize(buffer, false)
 	// What is accepted reserves its tuple; that of an endpoint which is in TIME_WAIT
 	// but out of the demultiplexer may be reserved again.
 	opts.SetReuseAddress(true)
@@ -74,16 +90,20 @@ func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber) (*tcp.Endpoint, err
 
 // offer has the stack answer syn, if it is well-formed.
 func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) {
-	l := a.v6
+	set := &a.plain
+	if a.t.f.memory.pressed.Load() {
+		set = &a.pressed
+	}
+	l := set.v6
 	if id.LocalAddress.Len() == header.IPv4AddressSize {
-		l = a.v4
+		l = set.v4
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	// As a user holds it, the stack leaves the SYN to us; see inline.go.
 	l.LockUser()
 	l.ResumeWork()
-	a.t.inline.queue.QueuePacket(l, id, syn)
+	a.t.queue.queue.QueuePacket(l, id, syn)
 	handleListen(l)
 }
 
@@ -93,7 +113,7 @@ func (a *acceptor) NotifyEvent(waiter.EventMask) { a.t.f.engine.put(&a.task) }
 
 // accept is a task.
 func (a *acceptor) accept() {
-	for _, l := range [...]*tcp.Endpoint{a.v4, a.v6} {
+	for _, l := range a.all() {
 		for {
 			a.mu.Lock()
 			ep, wq, terr := l.Accept(nil)
@@ -106,8 +126,14 @@ func (a *acceptor) accept() {
 	}
 }
 
+func (a *acceptor) all() [4]*tcp.Endpoint {
+	return [...]*tcp.Endpoint{a.plain.v4, a.plain.v6, a.pressed.v4, a.pressed.v6}
+}
+
 func (a *acceptor) close() {
-	for _, l := range [...]*tcp.Endpoint{a.v4, a.v6} {
-		l.Close()
+	for _, l := range a.all() {
+		if l != nil {
+			l.Close()
+		}
 	}
 }

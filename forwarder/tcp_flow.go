@@ -64,6 +64,7 @@ type tcpFlow struct {
 	down     pump       // host → stack
 	gate     gate       // nil: requests are not judged; set before live, under mu
 	reader   hostReader // of the down pump, kept here so that a write allocates nothing
+	mem      tcpMemory
 
 	inBatch bool          // among inlineTCP.flows; guarded by its mu
 	inlined atomic.Bool   // the device's reader processes the endpoint
@@ -329,7 +330,7 @@ func (fl *tcpFlow) abortLocked(reason string) {
 	switch {
 	case syn != nil:
 		if reset {
-			fl.t.refuser.HandlePacket(fl.id, syn)
+			fl.t.queue.HandleUnknownDestinationPacket(fl.id, syn)
 		}
 		syn.DecRef()
 	case ph == phaseHandshake && !fl.ingress:

@@ -305,7 +305,7 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 // port comes to the policy like any other.
 func TestTCPAcceptorIsOutOfReach(t *testing.T) {
 	w := newWire(t, allowAll, nil)
-	for _, l := range []*tcp.Endpoint{w.f.tcp.acceptor.v4, w.f.tcp.acceptor.v6} {
+	for _, l := range w.f.tcp.acceptor.all() {
 		id := l.TransportEndpointInfo.ID
 		if id.LocalPort == 0 {
 			t.Fatal("the acceptor has no port, so the test would tell nothing")
@@ -315,6 +315,6 @@ func TestTCPAcceptorIsOutOfReach(t *testing.T) {
 		}
 	}
 	src := netip.AddrPortFrom(guest4, 10002)
-	w.send(segment(src, netip.AddrPortFrom(gateway4, w.f.tcp.acceptor.v4.TransportEndpointInfo.ID.LocalPort), header.TCPFlagSyn, 1000, 0))
+	w.send(segment(src, netip.AddrPortFrom(gateway4, w.f.tcp.acceptor.plain.v4.TransportEndpointInfo.ID.LocalPort), header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagRst) // of the host, where the port is closed
 }

@@ -126,15 +126,18 @@ func logs(c *cli.Context) error {
 
 func sysctlCommand() *cli.Command {
 	return &cli.Command{
-		Name: "sysctl", Usage: "read or set tunables of a sandbox's flow table", ArgsUsage: "[NAME] [TUNABLE[=VALUE]...]",
-		Description: "Tunables have nf_conntrack's names and units; without one, all are printed.",
-		Flags:       []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames,
+		Name: "sysctl", Usage: "read or set tunables of a sandbox's flow table and memory budget", ArgsUsage: "[NAME] [TUNABLE[=VALUE]...]",
+		Description: "Tunables have nf_conntrack's names and units; without one, all are printed. net.ipv4.tcp_mem is the budget for\n" +
+			"what the sandbox's buffers take: its low, pressure and high mark in pages of 4 KiB, such as 'tcp_mem=32768 49152 65536'.",
+		Flags: []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames,
 		Action: sysctl,
 	}
 }
 
 func sysctl(c *cli.Context) error {
-	client, tunables, err := target(c, func(s string) bool { return !strings.ContainsAny(s, "=") && !strings.Contains(s, "nf_conntrack_") })
+	client, tunables, err := target(c, func(s string) bool {
+		return !strings.ContainsAny(s, "=") && !strings.Contains(s, "nf_conntrack_") && !strings.Contains(s, "tcp_mem")
+	})
 	if err != nil {
 		return err
 	}

@@ -46,7 +46,7 @@ func sandboxFlags(withoutPolicy string) []cli.Flag {
 		&cli.StringFlag{Name: "gateway6", Usage: "IPv6 `ADDRESS` of the gateway"},
 		&cli.BoolFlag{Name: "ipv4-only", Usage: "no IPv6 inside"},
 		&cli.BoolFlag{Name: "ipv6-only", Usage: "no IPv4 inside"},
-		&cli.StringSliceFlag{Name: "sysctl", Usage: "flow table setting `NAME=VALUE`, such as nf_conntrack_max=1000; may be repeated"},
+		&cli.StringSliceFlag{Name: "sysctl", Usage: "setting `NAME=VALUE` of the flow table or the memory budget, such as nf_conntrack_max=1000; may be repeated"},
 		&cli.BoolFlag{Name: "verbose", Usage: "say on standard error what happens"},
 	}
 }

@@ -40,6 +40,7 @@ var commands = map[string]func(args []string) error{
 	"eat-fds": eatDescriptors,
 	"raw":     raw,
 	"pause":   pause,
+	"pour":    pour,
 }
 
 func main() {

@@ -17,6 +17,8 @@ package main
 //	base+9  udp       source of datagrams: answers "N" with N datagrams of one byte
 //	base+10 udp       answers with the length, the TTL and the DSCP of what came
 //	base+11 udp       answers ten times a second, for a minute
+//	base+12 tcp       writes without end and reads nothing (pour.go)
+//	base+13 tcp       the same in pieces of one byte
 
 import (
 	"crypto/sha256"
@@ -64,6 +66,13 @@ func serve(args []string) error {
 				return err
 			}
 			go func() { failed <- accept(l, handle) }()
+		}
+		for i, size := range map[int]int{12: 64 << 10, 13: 1} {
+			l, err := listenStill(host, *base+i)
+			if err != nil {
+				return err
+			}
+			go func() { failed <- accept(l, pourServe(size)) }()
 		}
 		l, err := listenTCP(host, *base+8)
 		if err != nil {

@@ -11,7 +11,7 @@ import (
 // cgroupMemory returns the smallest memory limit of the cgroups that the
 // caller is in, v2 or v1, or 0 when there is none. The worker, which has no
 // file system, is told the result and sets its soft limit below it, so that it
-// collects garbage rather than dies.
+// collects garbage rather than dies, and the marks of its budget (workermemory.go).
 func cgroupMemory() int64 {
 	return cgroupMemoryAt("/proc/self/mountinfo", "/proc/self/cgroup")
 }

@@ -241,7 +241,7 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
 	w.Grants = keptGrants(m.grants, time.Now())
 	w.HasRaw4, w.HasRaw6 = m.raw[0] >= 0, m.raw[1] >= 0
-	w.MemoryLimit = cgroupMemory() / 10 * 9
+	w.CgroupMemory = cgroupMemory()
 	for _, fd := range m.raw {
 		if fd >= 0 {
 			fds = append(fds, fd)

@@ -44,8 +44,8 @@ type workerConfig struct {
 	HasFlowLog bool `json:"has_flow_log,omitempty"`
 	// FlowLogMax is the size of its file in bytes that it asks for another at; 0: never.
 	FlowLogMax int64 `json:"flow_log_max,omitempty"`
-	// MemoryLimit is the Go runtime's soft limit in bytes; 0 means none.
-	MemoryLimit int64 `json:"memory_limit,omitempty"`
+	// CgroupMemory is the smallest memory limit of the worker's cgroups in bytes; 0 means none.
+	CgroupMemory int64 `json:"cgroup_memory,omitempty"`
 	// GuestSockets says that the monitor hands out sockets of the guest's
 	// network namespace.
 	GuestSockets bool `json:"guest_sockets,omitempty"`

@@ -54,8 +54,9 @@ type worker struct {
 	flows *flowLog
 	hint  flagHint
 
-	inbound *tun.Device // in0's, until that is made
-	memory  []byte      // of its flows; never unmapped
+	inbound *tun.Device           // in0's, until that is made
+	memory  []byte                // of its flows; never unmapped
+	marks   forwarder.MemoryMarks // that fwd is made with
 
 	ctx     context.Context // of control connections; ends with the worker
 	clients chan struct{}   // a token per control connection
@@ -153,8 +154,8 @@ func (w *worker) run(fds []int) error {
 	if err != nil {
 		return err
 	}
-	if w.cfg.MemoryLimit > 0 {
-		debug.SetMemoryLimit(w.cfg.MemoryLimit)
+	if w.cfg.CgroupMemory > 0 {
+		debug.SetMemoryLimit(w.cfg.CgroupMemory / 10 * 9)
 	}
 	rules, err := w.cfg.Rules.compile()
 	if err != nil {
@@ -235,8 +236,9 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
 	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
+	w.marks = memoryMarks(c.CgroupMemory)
 	for name, value := range c.Sysctls {
-		if err := w.table.SetSysctl(name, value); err != nil {
+		if err := w.setTunable(name, value); err != nil {
 			return err
 		}
 	}
@@ -260,6 +262,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		RawICMP4: h.raw4, RawICMP6: h.raw6,
 		Drop: w.link.NoteDrop, Refused: w.refused, Log: w.log,
 	}
+	fc.MemoryMarks, fc.MemoryPressure = w.marks, collect(w.ctx)
 	if c.GuestSockets {
 		w.stock = newSocketStock(w.wantSocket)
 		fc.Guests = w.stock

@@ -7,12 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"strings"
 	"time"
 
 	"sluice/forwarder/sandbox/api"
-	"sluice/nat"
 	"sluice/tun"
 )
 
@@ -205,15 +203,15 @@ func (w *worker) stats() (api.StatsResult, error) {
 func (w *worker) readSysctl(name string) (api.SysctlResult, error) {
 	names := []string{trimSysctl(name)}
 	if name == "" {
-		names = nat.SysctlNames()
+		names = tunables()
 	}
 	r := api.SysctlResult{Values: make(map[string]string)}
 	for _, n := range names {
-		v, err := w.table.Sysctl(n)
+		v, err := w.tunable(n)
 		if err != nil {
 			return r, &api.Error{Code: api.CodeNotFound, Message: err.Error()}
 		}
-		r.Values[n] = strconv.FormatInt(v, 10)
+		r.Values[n] = v
 	}
 	return r, nil
 }

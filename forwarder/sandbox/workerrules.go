@@ -26,7 +26,7 @@ func (w *worker) setRules(r *policy.Rules) {
 	w.limits = r.Limits()
 	for name, value := range w.sysctls {
 		if !w.policySets(name) {
-			_ = w.table.SetSysctl(name, value) // it was accepted before
+			_ = w.setTunable(name, value) // it was accepted before
 		}
 	}
 }
@@ -46,7 +46,7 @@ func (w *worker) setSysctl(p api.SysctlParams) error {
 	if w.policySets(p.Name) {
 		return fmt.Errorf("%s is set by the policy: change it there", p.Name)
 	}
-	if err := w.table.SetSysctl(p.Name, p.Value); err != nil {
+	if err := w.setTunable(p.Name, p.Value); err != nil {
 		return err
 	}
 	w.sysctls[p.Name] = p.Value

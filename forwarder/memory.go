@@ -1,0 +1,303 @@
+package forwarder
+
+// The memory budget: one for a sandbox, over everything that holds its bytes.
+//
+// What is counted is what the bytes take, not what they are: the chunks that they lie in,
+// as the pool rounds them, and the structures around them (a byte in a segment of its own
+// takes about a KiB). Charged are each TCP flow's two queues in the stack, out-of-order
+// segments included (memory_flow.go), the resolver's connections, the relays' pipes, and
+// datagrams and packets that wait. The three marks are those of Linux's tcp_mem:
+//
+//	                 low           pressure          high
+//	    no pressure   │               │                │
+//	──────────────────┼───────────────┼────────────────┼──────
+//	                  ├── pressure, once entered ──────┤ nobody enters
+//
+// Above pressure, and until use is below low again, receive windows shrink, and a flow may
+// hold its share of what is left; one that moves may hold more. At high no flow is let in. A flow that was let
+// in has paid for flowMinimum each way and is never denied that, so that it goes on: use
+// therefore stays below high, but for what the goroutines that charge at the same moment
+// overlook of each other.
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// MemoryMarks are the marks of the budget in bytes: net.ipv4.tcp_mem, which has pages.
+type MemoryMarks struct{ Low, Pressure, High int64 }
+
+const (
+	// DefaultMemory is the high mark unless set otherwise: a full flow table's guaranteed
+	// minimum (nat.DefaultMax times two of flowMinimum) is as much.
+	DefaultMemory = 256 << 20
+	// LeastMemory is the least high mark: 1 024 flows and a few large segments.
+	LeastMemory = 8 << 20
+	// mostMemory keeps sums of it far from overflow.
+	mostMemory = 1 << 50
+
+	// flowMinimum is what each direction of a TCP flow may hold whatever the pressure:
+	// a small segment and the structures around it.
+	flowMinimum = 2 << 10
+	// flowPressed bounds what a direction may hold under pressure.
+	flowPressed = 256 << 10
+	// movingPart is the part of what is left that one flow may take which moves.
+	movingPart = 16
+	// flowMost bounds it otherwise. Netstack's own bound (tcpBufferMax) counts bytes, and is
+	// reached first unless they come in small pieces.
+	flowMost = 2 * tcpBufferMax
+)
+
+// errMemory refuses a flow at the high mark.
+var errMemory = errors.New("memory budget is used up")
+
+// MarksBelow returns the marks for a high mark. Pressure begins earlier than tcp_mem's two
+// thirds: half of the budget is for what many flows hold at their least.
+func MarksBelow(high int64) MemoryMarks {
+	return MemoryMarks{Low: high / 8 * 3, Pressure: high / 2, High: high}
+}
+
+// valid reports why m can be no budget.
+func (m MemoryMarks) valid() error {
+	switch {
+	case m.High < LeastMemory || m.High > mostMemory:
+		return fmt.Errorf("the high mark %d is not between %d and %d bytes", m.High, LeastMemory, int64(mostMemory))
+	case m.Low <= 0 || m.Low > m.Pressure || m.Pressure > m.High:
+		return fmt.Errorf("the marks %d, %d and %d do not rise", m.Low, m.Pressure, m.High)
+	}
+	return nil
+}
+
+// memory is the budget. All its methods may be called at any time by anybody.
+type memory struct {
+	used                atomic.Int64
+	flows               atomic.Int64 // that share it
+	low, pressure, high atomic.Int64
+	pressed             atomic.Bool
+	onPressure          func(bool) // told of each change; must not block
+
+	entered, refused, cut, dropped, compacted *atomic.Uint64
+}
+
+func newMemory(s *stats, marks MemoryMarks, onPressure func(bool)) (*memory, error) {
+	m := &memory{
+		onPressure: onPressure,
+		entered:    s.counter("memory_pressure_entered"),
+		refused:    s.counter("memory_refused_flows"),
+		cut:        s.counter("memory_cut_segments"),     // a part was not taken in
+		dropped:    s.counter("memory_dropped_segments"), // nor any of them
+		compacted:  s.counter("memory_compacted_packets"),
+	}
+	if marks == (MemoryMarks{}) {
+		marks = MarksBelow(DefaultMemory)
+	}
+	return m, m.setMarks(marks)
+}
+
+func (m *memory) setMarks(marks MemoryMarks) error {
+	if err := marks.valid(); err != nil {
+		return err
+	}
+	m.low.Store(marks.Low)
+	m.pressure.Store(marks.Pressure)
+	m.high.Store(marks.High)
+	m.add(0)
+	return nil
+}
+
+// marks are the ones in force.
+func (m *memory) marks() MemoryMarks {
+	return MemoryMarks{m.low.Load(), m.pressure.Load(), m.high.Load()}
+}
+
+// add takes n bytes, or gives back -n. What there is to take is the caller's to ask before.
+func (m *memory) add(n int64) {
+	used := m.used.Add(n)
+	switch pressed := m.pressed.Load(); {
+	case !pressed && used > m.pressure.Load():
+		m.turn(true)
+	case pressed && used < m.low.Load():
+		m.turn(false)
+	}
+}
+
+func (m *memory) turn(pressed bool) {
+	if !m.pressed.CompareAndSwap(!pressed, pressed) {
+		return
+	}
+	if pressed {
+		m.entered.Add(1)
+	}
+	if m.onPressure != nil {
+		m.onPressure(pressed)
+	}
+}
+
+// left is how much there is below high; negative where there is less than nothing.
+func (m *memory) left() int64 { return m.high.Load() - m.used.Load() }
+
+// admit reports whether a flow may begin. One that holds bytes is charged its guaranteed
+// minimum, which its leave repays.
+func (m *memory) admit(s *shares) bool {
+	if s != nil && s.enter(m) || s == nil && m.left() > 0 {
+		return true
+	}
+	m.refused.Add(1)
+	return false
+}
+
+// compact returns a copy of a wasteful packet, which is the caller's.
+func (m *memory) compact(pkt *stack.PacketBuffer) *stack.PacketBuffer {
+	m.compacted.Add(1)
+	return compact(pkt)
+}
+
+// limit is what one direction of a flow may hold at this moment. Between pressure and high
+//
+//	the first half    is for all: a flow may have an equal share of what is left of it
+//	the third quarter is for flows that have shown that they move, a large part for each
+//	the last quarter  is for the guaranteed minimum of flows that are still to come
+//
+// so that flows that stand still, however many, do not end the others.
+func (m *memory) limit(moving bool) int64 {
+	if !m.pressed.Load() {
+		return flowMost
+	}
+	pressure, used := m.pressure.Load(), m.used.Load()
+	quarter := (m.high.Load() - pressure) / 4
+	limit := (pressure + 2*quarter - used) / (m.flows.Load() + 1)
+	if moving {
+		limit = max(limit, (pressure+3*quarter-used)/movingPart)
+	}
+	return min(max(limit, flowMinimum), flowPressed)
+}
+
+// charge is what one holder has taken of a budget. Once released it takes nothing any more.
+type charge struct {
+	m    *memory
+	held atomic.Int64 // -1: released
+}
+
+// set makes the charge n bytes. It may be called by several at once: the last one's counts.
+func (c *charge) set(n int64) {
+	for {
+		old := c.held.Load()
+		if old < 0 || old == n {
+			return
+		}
+		if c.held.CompareAndSwap(old, n) {
+			c.m.add(n - old)
+			return
+		}
+	}
+}
+
+// try makes the charge n bytes more if they are left below high.
+func (c *charge) try(n int64) bool {
+	if c.m.left() < n {
+		return false
+	}
+	for {
+		old := c.held.Load()
+		if old < 0 {
+			return false
+		}
+		if c.held.CompareAndSwap(old, old+n) {
+			c.m.add(n)
+			return true
+		}
+	}
+}
+
+// give makes it n bytes less.
+func (c *charge) give(n int64) {
+	for {
+		old := c.held.Load()
+		if old < 0 {
+			return
+		}
+		if c.held.CompareAndSwap(old, old-n) {
+			c.m.add(-n)
+			return
+		}
+	}
+}
+
+// release repays all of it, for good. It may be called more than once, and reports whether it
+// was the first time.
+func (c *charge) release() bool {
+	old := c.held.Swap(-1)
+	if old > 0 {
+		c.m.add(-old)
+	}
+	return old >= 0
+}
+
+// shares is what a flow of bytes has of the budget, each way.
+type shares struct {
+	m        *memory
+	up, down charge
+}
+
+// enter charges the guaranteed minimum, or reports that there is no room for it. It is repaid
+// by leave.
+func (s *shares) enter(m *memory) bool {
+	s.m, s.up.m, s.down.m = m, m, m
+	m.flows.Add(1)
+	if !s.up.try(flowMinimum) || !s.down.try(flowMinimum) {
+		s.leave()
+		return false
+	}
+	return true
+}
+
+// leave repays everything. It may be called more than once.
+func (s *shares) leave() {
+	if s.m != nil && s.up.release() {
+		s.down.release()
+		s.m.flows.Add(-1)
+	}
+}
+
+// MemorySysctl is the budget's name among the settings.
+const MemorySysctl = "net.ipv4.tcp_mem"
+
+// memoryPage is the page of net.ipv4.tcp_mem, whatever the machine's.
+const memoryPage = 4096
+
+// ParseMemory reads the marks as net.ipv4.tcp_mem has them: low, pressure and high in pages
+// of 4 KiB.
+func ParseMemory(value string) (m MemoryMarks, err error) {
+	fields := strings.Fields(value)
+	if len(fields) != 3 {
+		return m, fmt.Errorf("setting %s: %q is not three numbers of pages: low, pressure, high", MemorySysctl, value)
+	}
+	var n [3]int64
+	for i, f := range fields {
+		if n[i], err = strconv.ParseInt(f, 10, 64); err != nil || n[i] < 0 || n[i] > mostMemory/memoryPage {
+			return m, fmt.Errorf("setting %s: %q is not a number of pages", MemorySysctl, f)
+		}
+	}
+	m = MemoryMarks{n[0] * memoryPage, n[1] * memoryPage, n[2] * memoryPage}
+	if err := m.valid(); err != nil {
+		return MemoryMarks{}, fmt.Errorf("setting %s: %w", MemorySysctl, err)
+	}
+	return m, nil
+}
+
+// String is what ParseMemory reads.
+func (m MemoryMarks) String() string {
+	return fmt.Sprintf("%d %d %d", m.Low/memoryPage, m.Pressure/memoryPage, m.High/memoryPage)
+}
+
+// SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
+// shrink as they move.
+func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.memory.setMarks(m) }
+
+// Memory returns the marks in force.
+func (f *Forwarder) Memory() MemoryMarks { return f.memory.marks() }

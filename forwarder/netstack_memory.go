@@ -1,0 +1,182 @@
+package forwarder
+
+// What a TCP endpoint of netstack's holds. The API tells how many bytes there are to read;
+// what they take, and what waits to be sent, is in fields of its own.
+
+import (
+	"fmt"
+	"reflect"
+	"sync/atomic"
+	"unsafe"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// receiveMemUsed is what netstack counts of the segments that ep holds of the sandbox's, in
+// whichever queue: their bytes, headers included, and the structures around them.
+//
+//go:linkname receiveMemUsed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).receiveMemUsed
+func receiveMemUsed(ep *tcp.Endpoint) int
+
+// tcpFields is where the fields are that no method tells.
+var tcpFields = findTCPFields()
+
+type tcpOffsets struct {
+	sndBufUsed, rcvBufUsed, rcv, rcvNxt uintptr
+}
+
+// findTCPFields panics if netstack has changed: the counts would be nonsense.
+func findTCPFields() (o tcpOffsets) {
+	of := func(t reflect.Type, want reflect.Type, path ...string) (offset uintptr, last reflect.Type) {
+		for _, name := range path {
+			f, ok := t.FieldByName(name)
+			if !ok {
+				panic(fmt.Sprintf("forwarder: netstack's %s has no field %s", t, name))
+			}
+			offset += f.Offset
+			t = f.Type
+		}
+		if want != nil && t.Kind() != want.Kind() {
+			panic(fmt.Sprintf("forwarder: netstack's field %v is a %s, not a %s", path, t, want))
+		}
+		return offset, t
+	}
+	ep, number := reflect.TypeFor[tcp.Endpoint](), reflect.TypeFor[int]()
+	o.sndBufUsed, _ = of(ep, number, "sndQueueInfo", "TCPSndBufState", "SndBufUsed")
+	o.rcvBufUsed, _ = of(ep, number, "TCPRcvBufState", "RcvBufUsed")
+	var receiver reflect.Type
+	o.rcv, receiver = of(ep, reflect.TypeFor[*int](), "rcv")
+	o.rcvNxt, _ = of(receiver.Elem(), reflect.TypeFor[uint32](), "TCPReceiverState", "RcvNxt")
+	return o
+}
+
+// sendQueued is how many bytes ep holds that the sandbox has not acknowledged. It is asked
+// without the lock that guards it, as a size only: what changes meanwhile is asked again.
+func sendQueued(ep *tcp.Endpoint) int {
+	return int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.sndBufUsed))))
+}
+
+// receiveQueued is how many bytes of ep there are to read; likewise.
+func receiveQueued(ep *tcp.Endpoint) int {
+	return int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.rcvBufUsed))))
+}
+
+// receiveNext is the sequence number that ep waits for; likewise. It is 0 and false before
+// the handshake's end.
+func receiveNext(ep *tcp.Endpoint) (uint32, bool) {
+	rcv := atomic.LoadPointer((*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(ep), tcpFields.rcv)))
+	if rcv == nil {
+		return 0, false
+	}
+	return atomic.LoadUint32((*uint32)(unsafe.Add(rcv, tcpFields.rcvNxt))), true
+}
+
+const (
+	// segmentOverhead is about what a segment takes beside its bytes: its own structure, the
+	// packet's, a view and a chunk's header.
+	segmentOverhead = tcp.SegOverheadSize + viewOverhead
+	// viewOverhead is what each further chunk takes beside its bytes.
+	viewOverhead = 96
+	// leastChunk and mostChunk are the pool's.
+	leastChunk = 64
+	mostChunk  = buffer.MaxChunkSize
+	// waste is how much larger than its bytes a waiting packet's chunks may be, as a
+	// fraction: wasteOf / wasteIn.
+	wasteOf, wasteIn = 3, 2
+)
+
+// chunksFor is what chunks for n bytes take if they are filled from the front.
+func chunksFor(n int) (size int) {
+	for ; n > mostChunk; n -= mostChunk {
+		size += mostChunk + viewOverhead
+	}
+	chunk := leastChunk
+	for chunk < n {
+		chunk <<= 1
+	}
+	return size + chunk
+}
+
+// chunkOf is the chunk to put the first of left bytes into: the pool's next larger one, or the
+// next smaller one, which leaves some for another, if the larger would be a waste.
+func chunkOf(left int) int {
+	chunk := leastChunk
+	for chunk < left && chunk < mostChunk {
+		chunk <<= 1
+	}
+	if chunk > leastChunk && chunk*wasteIn > left*wasteOf {
+		chunk >>= 1
+	}
+	return chunk
+}
+
+// packetCost is what pkt takes: its chunks and the structures around them.
+func packetCost(pkt *stack.PacketBuffer) (size int) {
+	views, _ := pkt.AsViewList()
+	for v := views.Front(); v != nil; v = v.Next() {
+		size += v.Capacity() + viewOverhead
+	}
+	return size + stack.PacketBufferStructSize
+}
+
+// wasteful reports whether pkt's chunks are much larger than the packet: 9 KiB for 2 KiB of
+// an 8 KiB view, 128 bytes for each 8 of a packet that came in fragments.
+func wasteful(pkt *stack.PacketBuffer) bool {
+	bytes := pkt.Size()
+	allowed := bytes*wasteOf/wasteIn + 2*viewOverhead
+	size := 0
+	views, _ := pkt.AsViewList()
+	for v := views.Front(); v != nil; v = v.Next() {
+		if size += v.Capacity() + viewOverhead/2; size > allowed {
+			return true
+		}
+	}
+	return false
+}
+
+// compact returns the bytes of pkt in a packet of its own, in chunks of about their size, with
+// the headers that were parsed and what the link said of it.
+func compact(pkt *stack.PacketBuffer) *stack.PacketBuffer {
+	var out buffer.Buffer
+	left := pkt.Size()
+	views, skip := pkt.AsViewList()
+	v := views.Front()
+	for left > 0 {
+		to := buffer.NewView(chunkOf(left))
+		for room := min(to.Capacity(), left); room > 0; {
+			for skip >= v.Size() {
+				skip -= v.Size()
+				v = v.Next()
+			}
+			n, err := to.Write(v.AsSlice()[skip:min(skip+room, v.Size())])
+			if err != nil {
+				panic("forwarder: a view does not take what it was made for: " + err.Error())
+			}
+			room, left, skip = room-n, left-n, skip+n
+		}
+		// Every view but the last is full, so Append links it and copies nothing.
+		if err := out.Append(to); err != nil {
+			panic("forwarder: appending to a buffer of one's own: " + err.Error())
+		}
+	}
+	c := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: out})
+	consume(c.LinkHeader(), len(pkt.LinkHeader().Slice()))
+	consume(c.NetworkHeader(), len(pkt.NetworkHeader().Slice()))
+	consume(c.TransportHeader(), len(pkt.TransportHeader().Slice()))
+	c.NetworkProtocolNumber, c.TransportProtocolNumber = pkt.NetworkProtocolNumber, pkt.TransportProtocolNumber
+	c.PktType, c.NICID, c.InputNICID = pkt.PktType, pkt.NICID, pkt.InputNICID
+	c.RXChecksumValidated, c.GSOOptions, c.NetworkPacketInfo = pkt.RXChecksumValidated, pkt.GSOOptions, pkt.NetworkPacketInfo
+	return c
+}
+
+// consume marks n bytes as a header that the packet had.
+func consume(h stack.PacketHeader, n int) {
+	if n == 0 {
+		return
+	}
+	if _, ok := h.Consume(n); !ok {
+		panic("forwarder: a copy of a packet is shorter than its headers")
+	}
+}
