@@ -288,7 +288,7 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := m.dir.WriteState(State{Name: cfg.Name, PID: os.Getpid(), Start: start, Command: cfg.Describe, Started: started}); err != nil {
+	if err := m.dir.WriteState(State{Name: cfg.Name, PID: os.Getpid(), Start: start, Command: cfg.Describe, Started: started, Keep: cfg.Keep}); err != nil {
 		return err
 	}
 	if m.flowLog, err = openFlowFile(cfg.FlowLog, cfg.FlowLogMaxSize, cfg.FlowLogMaxFiles, m.log); err != nil {

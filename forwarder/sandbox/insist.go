@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/api"
+	"sluice/policy"
 )
 
 // A monitor that was stopped.
@@ -36,7 +37,7 @@ const (
 )
 
 // errMonitorStopped is what is left to say of a monitor that was killed.
-var errMonitorStopped = errors.New("the sandbox's monitor was stopped and could not be made to go on: it was killed, and the sandbox has no network any more; the policy was not set")
+var errMonitorStopped = errors.New("the sandbox's monitor was stopped and could not be made to go on: it was killed, and the sandbox has no network any more")
 
 // SetPolicy puts a policy in force in the sandbox whose control socket client has, also if
 // the monitor is stopped, or kept from going on.
@@ -65,9 +66,26 @@ func SetPolicy(ctx context.Context, client api.Client, p api.PolicySetParams) er
 				return fmt.Errorf("%w: %w", errMonitorStopped, err)
 			}
 			<-answer // which the end of the monitor is
-			return errMonitorStopped
+			return setForTheNext(s.Keep, p)
 		}
 	}
+}
+
+// setForTheNext sets the policy of an attachment whose monitor is gone: the next one, with
+// which the attachment is repaired, starts with it and with nothing older. No other sandbox has
+// a next one.
+func setForTheNext(keep string, p api.PolicySetParams) error {
+	if keep == "" {
+		return errMonitorStopped
+	}
+	d, err := policy.NewDocument(p.Name, []byte(p.Source))
+	if err == nil {
+		err = keepPolicy(keep, d)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; a repair would bring the policy before this one back: %w", errMonitorStopped, err)
+	}
+	return fmt.Errorf("%w until it is repaired, which puts this policy in force", errMonitorStopped)
 }
 
 // monitorState reads the state file that lies beside a control socket.

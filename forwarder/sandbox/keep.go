@@ -48,18 +48,55 @@ func decodeKept(b []byte) (kept, error) {
 	return k, nil
 }
 
+// readKept reads the file; the error is fs.ErrNotExist where nothing was ever kept.
+func readKept(path string) (kept, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return kept{}, err
+	}
+	return decodeKept(b)
+}
+
+// write replaces the file in one step.
+func (k kept) write(path string) error {
+	b, err := json.Marshal(k)
+	if err == nil {
+		next := path + ".new"
+		if err = os.WriteFile(next, b, 0o600); err == nil {
+			err = os.Rename(next, path)
+		}
+		if err != nil {
+			_ = os.Remove(next)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("keep the settings: %w", err)
+	}
+	return nil
+}
+
+// keepPolicy has the next monitor start with a policy that the one before, which is gone,
+// did not take.
+func keepPolicy(path string, d policy.Document) error {
+	k, err := readKept(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read the settings that were kept: %w", err)
+	}
+	if old, given := k.Policy.Document(); given && old == d {
+		return nil // it was kept, but not in force yet
+	}
+	k.Policy, k.Generation = policy.Given(d), k.Generation+1
+	return k.write(path)
+}
+
 // remember takes over what is kept, at the start of a monitor.
 func (m *monitor) remember() error {
 	if m.att.Keep == "" {
 		return nil
 	}
-	b, err := os.ReadFile(m.att.Keep)
+	k, err := readKept(m.att.Keep)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	var k kept
-	if err == nil {
-		k, err = decodeKept(b)
 	}
 	if err != nil {
 		// Not knowing what was set last, the pod must not get what was set before.
@@ -86,17 +123,5 @@ func (m *monitor) keep(f func(*kept)) error {
 		k.Policy = m.rules.Policy
 	}
 	f(&k)
-	b, err := json.Marshal(k)
-	if err != nil {
-		return fmt.Errorf("keep the settings: %w", err)
-	}
-	next := m.att.Keep + ".new"
-	if err = os.WriteFile(next, b, 0o600); err == nil {
-		err = os.Rename(next, m.att.Keep)
-	}
-	if err != nil {
-		_ = os.Remove(next)
-		return fmt.Errorf("keep the settings: %w", err)
-	}
-	return nil
+	return k.write(m.att.Keep)
 }

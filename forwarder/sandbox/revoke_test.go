@@ -92,7 +92,10 @@ func TestAPolicyIsInForceWhateverBecomesOfTheProcesses(t *testing.T) {
 			}
 			if err != nil {
 				isGone(t, info.WorkerPID)
-				return
+				// The next monitor, with which the pod is repaired, starts with the new policy.
+				must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
+				_, client = attach(t, cfg)
+				call(t, client, api.MethodInfo, nil, &info)
 			}
 			// Nor does anything older come back with the next worker.
 			for end := time.Now().Add(10 * time.Second); info.State != api.StateRunning || info.Flows < 0; {

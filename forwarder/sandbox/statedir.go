@@ -62,6 +62,8 @@ type State struct {
 	// Start is when the process started, in clock ticks since boot: with it PID is
 	// no other process's. 0 where nobody is to be signalled.
 	Start uint64 `json:"start,omitempty"`
+	// Keep is AttachmentConfig.Keep: where a policy is set that the monitor cannot take.
+	Keep string `json:"keep,omitempty"`
 }
 
 // Registry is the runtime directory of one user.
