@@ -19,7 +19,7 @@ type packet struct {
 	proto        int
 	sport, dport int
 	tos, ttl     int
-	payload      int  // bytes after TCP's header, for TCP
+	payload      int  // bytes after the header of TCP or UDP
 	neighbour    bool // of neighbour discovery or multicast listeners
 }
 
@@ -188,6 +188,9 @@ func dissect(b []byte, whole int) (p packet, ok bool) {
 	}
 	if p.proto == 6 && len(rest) >= 20 {
 		p.payload = whole - int(rest[12]>>4)*4
+	}
+	if p.proto == 17 {
+		p.payload = whole - 8
 	}
 	if p.proto == 58 && len(rest) > 0 {
 		p.neighbour = rest[0] >= 130 && rest[0] <= 137 || rest[0] == 143
