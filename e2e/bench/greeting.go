@@ -16,6 +16,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -87,6 +90,12 @@ func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 	got := 0
 	for want := headerLen; got < want && want <= len(b); {
 		n, e := rawRecv(fd, b[got:want])
+		if e == unix.EINTR {
+			// By the runtime, which wants to stop this goroutine: the kernel restarts no call
+			// on a socket with a timeout (signal(7)).
+			runtime.Gosched()
+			continue
+		}
 		if e != 0 || n == 0 {
 			return h, "", false
 		}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"runtime"
 	"testing"
 	"time"
 
@@ -58,12 +59,19 @@ func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 		t.Fatal(err)
 	}
 	defer rawClose(fds[0])
-	setTimeouts(fds[0], 10*time.Second)
-	go func() { // ends when all is written: the socket has room for it
+	for _, fd := range fds { // with which a signal of the runtime's ends a call
+		setTimeouts(fd, 10*time.Second)
+	}
+	go func() { // ends when all is written
 		defer rawClose(fds[1])
 		for len(b) > 0 {
 			n := min(piece, len(b))
-			if _, e := rawSend(fds[1], b[:n]); e != 0 {
+			_, e := rawSend(fds[1], b[:n])
+			if e == unix.EINTR {
+				runtime.Gosched()
+				continue
+			}
+			if e != 0 {
 				return
 			}
 			b = b[n:]
