@@ -23,10 +23,10 @@ import (
 
 const (
 	// farName is what the far side is called in the policy by domains, and farNamed the
-	// address under that name (RFC 2544: for benchmarks). It is no interface's, as rules by domain
-	// do not lead to the host's own addresses.
+	// address under that name (RFC 5737: for documentation), which leads here: rules by domain
+	// lead neither to private addresses nor to the host's own.
 	farName  = "far.bench.test"
-	farNamed = "198.18.0.1"
+	farNamed = "203.0.113.1"
 
 	speaksTLS  = "tls"
 	speaksHTTP = "http"

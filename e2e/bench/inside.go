@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -21,6 +22,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -120,7 +123,7 @@ func prepareNamespaces(o *options) error {
 	if err := linkUp("lo"); err != nil {
 		return err
 	}
-	if err := anyIP(farNamed); err != nil {
+	if err := leadHere(netip.MustParseAddr(farNamed)); err != nil {
 		return err
 	}
 	if err := cable("up0", "up1", 65520); err != nil {
@@ -188,17 +191,26 @@ func addresses(name string, prefixes ...string) error {
 	return netlink.LinkSetUp(l)
 }
 
-// anyIP makes an address this namespace's that is no interface's.
-func anyIP(addr string) error {
-	lo, err := netlink.LinkByName("lo")
+// leadHere has connections of this namespace to an IPv4 address of nobody's come to its own
+// loopback:
+//
+//	table ip bench { chain output { type nat hook output priority dstnat; ip daddr ADDR redirect } }
+func leadHere(addr netip.Addr) error {
+	conn, err := nftables.New()
 	if err != nil {
 		return err
 	}
-	ip := net.ParseIP(addr)
-	err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL,
-		Scope: netlink.SCOPE_HOST, Dst: &net.IPNet{IP: ip, Mask: net.CIDRMask(32, 32)}})
-	if err != nil {
-		return fmt.Errorf("local route for %s: %w", addr, err)
+	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "bench"})
+	chain := conn.AddChain(&nftables.Chain{Name: "output", Table: table, Type: nftables.ChainTypeNAT,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest})
+	const destination = 16 // in an IPv4 header
+	conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+		&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: destination, Len: 4, DestRegister: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: addr.AsSlice()},
+		&expr.Redir{},
+	}})
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("redirect %s: %w", addr, err)
 	}
 	return nil
 }
