@@ -14,7 +14,7 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build run demo-cni test bench soak-cni bench-cni e2e-kube lint fuzz clean
+.PHONY: build run demo-cni test bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -50,6 +50,10 @@ bench: build
 # same ones again.
 soak-cni: build
 	hack/e2e-cni.sh 40m TestCNISoak SLUICE_SOAK_KILLS=$(KILLS) $(if $(SEED),SLUICE_SOAK_SEED=$(SEED))
+
+# As root: 5 000 flows whose readers stand still (docs/performance.md).
+soak-memory: build
+	hack/e2e-cni.sh 10m TestReadersThatStandStill SLUICE_STILL_FLOWS=5000
 
 # As root, on a machine that does nothing else: what the plugin costs a pod (docs/cni.md).
 bench-cni: build

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs end-to-end tests of the CNI plugin alone, with what `make test` builds for them.
+# Runs single end-to-end tests as root, longer than `make test` does, with what that builds
+# for them.
 set -euo pipefail
 if [ $# -lt 2 ]; then
 	echo "usage: $0 TIMEOUT TESTS [NAME=VALUE...]" >&2
@@ -8,7 +9,7 @@ fi
 cd "$(dirname "$0")/.."
 go=${GO:-go}
 if [ "$(id -u)" != 0 ]; then
-	echo "$0: a container runtime calls its plugins as root: sudo make …" >&2
+	echo "$0: these tests run as root: sudo make …" >&2
 	exit 2
 fi
 hack/deps.sh

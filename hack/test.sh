@@ -55,7 +55,7 @@ e2e() {
 	local name=$1
 	shift
 	step "end-to-end tests as $name"
-	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 12m 2>&1) </dev/null |
+	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 16m 2>&1) </dev/null |
 		build/test2json -t -p "sluice/e2e ($name)" |
 		"$report" -name "$name" -dir "$reports" -v || true
 }
