@@ -27,7 +27,7 @@ egress:
 ` + inboundNames
 	inboundNames = `- {name: name, action: allow, to: [{domain: late.test}], ports: [{protocol: TCP, port: 7008}]}
 ingress:
-- {name: clients, action: allow, from: [{entity: world}]}`
+- {name: clients, action: allow}`
 
 	// secretSize is the payload of what must not leave; nothing else is of this size.
 	secretSize = 777
@@ -286,7 +286,7 @@ func (w *outsider) answersLate(t *testing.T, _ bool) {
 	}
 }
 
-// isMetadata: a closed address is no client, whatever ingress says of the world.
+// isMetadata: a closed address is no client where everybody may be one.
 func (w *outsider) isMetadata(t *testing.T, six bool) {
 	service := pick(six, metadata4, metadata6)
 	for _, when := range []string{"before a reload", "after it"} {
