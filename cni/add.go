@@ -172,6 +172,7 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if spec.Addrs = link.prefixes(); len(spec.Addrs) == 0 {
 		return fmt.Errorf("%s has no address: the main plugin must give it one", ad.args.IfName)
 	}
+	spec.Metadata, spec.NAT64 = ad.c.metadata, ad.c.nat64
 	if spec.Resolvers, err = ad.c.resolversFor(ad.result, spec.Addrs); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 
+	"sluice/policy"
 	"sluice/tun"
 )
 
@@ -45,6 +47,11 @@ type Config struct {
 	// Resolvers are asked for the names that a pod's policy allows (resolvers.go).
 	Resolvers resolverList `json:"resolvers,omitempty"`
 
+	// MetadataAddresses are metadata services beside those that are known (docs/policy.md),
+	// NAT64Prefixes the prefixes of the network's translators. Both only close addresses.
+	MetadataAddresses []string `json:"metadataAddresses,omitempty"`
+	NAT64Prefixes     []string `json:"nat64Prefixes,omitempty"`
+
 	Mode   string   `json:"mode,omitempty"` // "tap" (default) or "tun"
 	MTU    mtu      `json:"mtu,omitempty"`  // bytes; "auto" (default) is the main interface's
 	Select Selector `json:"select,omitzero"`
@@ -68,6 +75,8 @@ type Config struct {
 	OldValidAttachments []types.GCAttachment `json:"cni.dev/attachments,omitempty"`
 
 	kind       tun.Kind
+	metadata   []netip.Prefix   // of MetadataAddresses
+	nat64      []netip.Prefix   // of NAT64Prefixes
 	prevResult *types100.Result // nil without one
 }
 
@@ -164,7 +173,7 @@ func loadConfig(stdin []byte) (*Config, error) {
 	return c, nil
 }
 
-// policyKeysSaySomething refuses null and "" for what a pod's policy depends on: a template
+// policyKeysSaySomething refuses null and "" for what a pod's policy and its rules depend on: a template
 // that was not filled in must not look like a key that is not there.
 func policyKeysSaySomething(stdin []byte) error {
 	var keys map[string]json.RawMessage
@@ -172,7 +181,7 @@ func policyKeysSaySomething(stdin []byte) error {
 		return err
 	}
 	for key, value := range keys {
-		for _, name := range []string{"policy", "policyDir", "failClosed"} {
+		for _, name := range []string{"policy", "policyDir", "failClosed", "metadataAddresses", "nat64Prefixes"} {
 			if text := string(value); strings.EqualFold(key, name) && (text == "null" || text == `""`) {
 				return fmt.Errorf("%s is %s: give it a value, or leave it out", key, text)
 			}
@@ -189,6 +198,13 @@ func (c *Config) check() error {
 		c.kind = tun.TUN
 	default:
 		return fmt.Errorf("mode %q: want tap or tun", c.Mode)
+	}
+	var err error
+	if c.metadata, err = policy.ParseMetadata(c.MetadataAddresses); err != nil {
+		return fmt.Errorf("metadataAddresses: %w", err)
+	}
+	if c.nat64, err = policy.ParseNAT64(c.NAT64Prefixes); err != nil {
+		return fmt.Errorf("nat64Prefixes: %w", err)
 	}
 	if c.StateDir == "" {
 		c.StateDir = DefaultStateDir

@@ -48,6 +48,10 @@ type LaunchSpec struct {
 	// Resolvers are missing from records of builds that did not serve names.
 	Resolvers Resolvers `json:"resolvers,omitzero"`
 
+	// Metadata and NAT64 are the configuration's, as a policy.Environment has them.
+	Metadata []netip.Prefix `json:"metadata,omitempty"`
+	NAT64    []netip.Prefix `json:"nat64,omitempty"`
+
 	// Policy is missing from records of builds that kept it otherwise: such a monitor is not
 	// started anew, and its pod stays closed until it is made anew.
 	Policy  policy.Source     `json:"policySource,omitzero"`

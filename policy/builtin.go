@@ -12,7 +12,7 @@ type Builtin struct {
 	AllowHost    bool `json:"allowHost,omitempty"`
 	// Pod is the policy of a pod: open in both directions, as pods are in a cluster without
 	// policies. The clouds' metadata services hand a node's credentials to whoever asks, so
-	// they stay closed until a policy names them; a link-local address that is none of them,
+	// they stay closed until a policy names them; the node itself is open, as its services are; a link-local address that is none of them,
 	// as a node's own resolver has, is open. Refusals are dropped, as Kubernetes wants it.
 	Pod bool `json:"pod,omitempty"`
 }
@@ -32,6 +32,7 @@ func (b Builtin) Policy() *Policy {
 			Egress: []Rule{
 				{Name: "world", Action: Allow, To: []Peer{{Entity: EntityWorld}}},
 				{Name: "link-local", Action: Allow, To: []Peer{{Entity: EntityLinkLocal}}},
+				{Name: "node", Action: Allow, To: []Peer{{Entity: EntityHost}}},
 			},
 			Ingress: []Rule{{Name: "any", Action: Allow}},
 			DNS:     DNS{Names: NamesUngated},

@@ -89,7 +89,8 @@ func (t *table) first(at int32, key uint32) int32 {
 }
 
 // Compile makes the rules of a policy for one environment. A policy that Parse
-// returned fails only by its size.
+// returned fails only by its size. Where the host's own addresses are not known, or are too
+// many, what it returns denies everything.
 func Compile(p *Policy, env Environment) (*Rules, error) {
 	if p == nil {
 		return nil, errors.New("compile policy: there is none")
@@ -101,11 +102,15 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 		deny:     p.Spec.DefaultAction,
 		audit:    p.Spec.Mode == Audit,
 		dns:      p.Spec.DNS.orDefaults(),
+		carriers: carriers{nat64: env.NAT64, metadata: env.Metadata},
 	}
 	if p.Spec.Mode != "" && !slices.Contains(modes, p.Spec.Mode) {
 		return nil, fmt.Errorf("compile policy %s: unknown mode %q", p.Metadata.Name, string(p.Spec.Mode))
 	}
 	if err := p.Spec.DNS.check(); err != nil {
+		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
+	}
+	if err := env.check(); err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
 	}
 	if r.fallback > Allow {
@@ -126,6 +131,9 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 	}
 	if r.dns.Names == NamesAny {
 		r.domains.everyName = r.domains.everyAllowed
+	}
+	if env.HostUnknown || len(env.Host) > MaxHostRanges {
+		return &Rules{name: r.name, limits: r.limits}, nil
 	}
 	r.ruleLimits = make(map[string]RuleLimits)
 	for i, rule := range p.Spec.Egress {
@@ -214,15 +222,14 @@ func (b *builder) addRule(i int32, r *Rule) error {
 		var err error
 		switch peer.Entity {
 		case "":
-			err = b.addCIDR(peer, ref{i, crosses})
+			err = b.addCIDR(peer, ref{i, crosses}, r.Action)
 		case EntityWorld:
 			err = errors.Join(b.add(everyIPv4, ref{i, false}), b.add(everyIPv6, ref{i, false}))
-		default:
-			for _, p := range members(peer.Entity, b.special, b.ingress) {
-				if err = b.add(p, ref{i, crosses}); err != nil {
-					break
-				}
+			if b.ingress && b.env.HostClients {
+				err = errors.Join(err, b.addEntity(EntityHost, ref{i, false}))
 			}
+		default:
+			err = b.addEntity(peer.Entity, ref{i, crosses})
 		}
 		if err != nil {
 			return err
@@ -231,11 +238,24 @@ func (b *builder) addRule(i int32, r *Rule) error {
 	return nil
 }
 
-func (b *builder) addCIDR(peer Peer, r ref) error {
+func (b *builder) addEntity(e Entity, r ref) error {
+	for _, p := range members(e, b.special, b.ingress) {
+		if _, guarded := b.guards.LookupPrefix(p); guarded && e == EntityPrivate && !r.crosses {
+			continue // where it is the host's it is not named by being private
+		}
+		if err := b.add(p, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *builder) addCIDR(peer Peer, r ref, action Action) error {
 	return subtract(peer.CIDR, peer.Except, func(p netip.Prefix) error {
 		// A piece may lie inside a special range that the CIDR as written does
 		// not: cutting something out of the internet names nothing special.
-		if guard, ok := b.guards.LookupPrefix(p); ok && !r.crosses && !covers(guard, peer.CIDR) {
+		guard, ok := b.guards.LookupPrefix(p)
+		if ok && action == Allow && classes[b.special[guard]].closed(b.ingress) && !covers(guard, peer.CIDR) {
 			return nil
 		}
 		if err := b.add(p, r); err != nil {
@@ -253,7 +273,7 @@ func (b *builder) addLoopback(p netip.Prefix, r ref) error {
 	}
 	for _, m := range []struct{ gateway, loop netip.Addr }{{b.env.Gateway4, hostLoopback4}, {b.env.Gateway6, hostLoopback6}} {
 		g := m.gateway.Unmap()
-		if g.IsValid() && p.Contains(m.loop) && (r.crosses || classOf(p) == loopback) {
+		if g.IsValid() && b.special[netip.PrefixFrom(g, g.BitLen())] == hostLoopback && p.Contains(m.loop) && (r.crosses || classOf(p) == loopback) {
 			if err := b.add(netip.PrefixFrom(g, g.BitLen()), r); err != nil {
 				return err
 			}
@@ -376,12 +396,17 @@ func (b *builder) link(t *table, spans [][]span) error {
 			if _, named := b.special[p]; !named {
 				n.class = up.class
 			}
-			if n.embeds = up.embeds; classes[n.class].embeds != nil {
-				n.embeds = n.class
+		}
+		if len(around) > 0 {
+			n.embeds = t.nodes[around[len(around)-1]].embeds
+		}
+		if _, special := b.special[p]; special {
+			if fixed := classOf(p); classes[fixed].embeds != nil {
+				n.embeds = fixed
 			}
-			if n.class == metadata {
-				n.embeds = ordinary // it is the address that it spells
-			}
+		}
+		if n.class == metadata && (n.embeds == linkLocal || n.embeds == uniqueLocal) {
+			n.embeds = ordinary // it is the address that it spells
 		}
 		var own, crossing []int32
 		for _, r := range refs {

@@ -38,6 +38,7 @@ type Rules struct {
 	fallback        Action
 	audit           bool
 	dns             DNS
+	carriers        carriers
 	limits          Limits
 	ruleLimits      map[string]RuleLimits // by the rule's name in verdicts
 }
@@ -117,7 +118,7 @@ func (r *Rules) Decide(q Query) Verdict {
 			return r.refuse(q, rule)
 		}
 	} else {
-		for _, inner := range embedded(at.embeds, target.As16()) {
+		for _, inner := range r.carriers.embedded(at.embeds, target) {
 			w := j.judgeInner(inner)
 			if w.action != Allow {
 				return w

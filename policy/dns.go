@@ -232,7 +232,7 @@ func (r *Rules) Grantable(name string, addr netip.Addr) bool {
 	if !ok {
 		return false
 	}
-	for _, inner := range embedded(at.embeds, addr.As16()) {
+	for _, inner := range r.carriers.embedded(at.embeds, addr) {
 		if inner.IsValid() {
 			if _, ok := r.grantable(name, inner); !ok {
 				return false

@@ -211,7 +211,7 @@ func (j *judgement) candidate(private bool, best int32) int32 {
 // gated, a server that would resolve names past the gate.
 func (j *judgement) closedClient(peer netip.Addr, at *node) string {
 	q := j.query
-	for _, inner := range embedded(at.embeds, peer.As16()) {
+	for _, inner := range j.rules.carriers.embedded(at.embeds, peer) {
 		if c := j.classOf(inner); classes[c].lock == never || classes[c].namedClient {
 			return classes[c].rule
 		}

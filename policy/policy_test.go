@@ -101,6 +101,7 @@ func TestTheBuiltinPolicies(t *testing.T) {
 		{"a published port takes no multicast clients", run, here, in("224.0.0.1:5000"), "reject TCP by special:multicast"},
 		{"a pod reaches private networks", pod, here, tcpTo("192.168.1.7:80"), "allow TCP to 192.168.1.7:80 by egress[0] world"},
 		{"a pod reaches a node's own resolver", pod, here, tcpTo("169.254.20.10:53"), "allow TCP to 169.254.20.10:53 by egress[1] link-local"},
+		{"a pod reaches its node", pod, here, tcpTo("192.168.1.5:10250"), "allow TCP to 192.168.1.5:10250 by egress[2] node"},
 		{"a pod's metadata is dropped", pod, here, tcpTo("169.254.169.254:80"), "drop TCP by special:metadata"},
 	}
 	for _, tt := range tests {

@@ -29,7 +29,9 @@ import (
 //	                                                                  in its last 32 bits, as link-local
 //	(ISATAP)       ::0:5efe:0:0, ::200:5efe:0:0    RFC 5214           by interface identifier, in every range: what
 //	                                                                  the range says, and what it embeds
-//	host           Environment.HostAddrs           –                  entity host, CIDR of the one address
+//	host           Environment.Host                –                  entity host, CIDR inside (for one address: of it)
+//	metadata       Environment.Metadata            –                  entity metadata, CIDR inside (as above)
+//	(own NAT64)    Environment.NAT64               RFC 6052, 7050     in every range: what the range says, and what it embeds
 //	gateway        Environment.Gateway4/6          –                  never
 //	host-loopback  the gateway, if it stands for   –                  entity host-loopback, CIDR inside loopback,
 //	               the host's loopback                                CIDR of the gateway
@@ -185,19 +187,6 @@ func metadataInLast32(b [16]byte) (none [2]netip.Addr) {
 	return none
 }
 
-// embedded gives the IPv4 addresses that an address carries by its range, of class c, and
-// by its interface identifier, whatever its range: ISATAP (RFC 5214 section 6.1).
-func embedded(c class, b [16]byte) (inner [3]netip.Addr) {
-	if embeds := classes[c].embeds; embeds != nil {
-		two := embeds(b)
-		inner[0], inner[1] = two[0], two[1]
-	}
-	if b[8]&^2 == 0 && [3]byte(b[9:12]) == [3]byte{0, 0x5e, 0xfe} {
-		inner[2] = netip.AddrFrom4([4]byte(b[12:16]))
-	}
-	return inner
-}
-
 func in6to4(b [16]byte) [2]netip.Addr {
 	return [2]netip.Addr{netip.AddrFrom4([4]byte(b[2:6]))}
 }
@@ -208,67 +197,6 @@ func inTeredo(b [16]byte) [2]netip.Addr {
 		netip.AddrFrom4([4]byte(b[4:8])),
 		netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]}),
 	}
-}
-
-// Environment is what the rules must know about where they run.
-type Environment struct {
-	Gateway4     netip.Addr   `json:"gateway4,omitzero"`
-	Gateway6     netip.Addr   `json:"gateway6,omitzero"`
-	DNS4         netip.Addr   `json:"dns4,omitzero"`
-	DNS6         netip.Addr   `json:"dns6,omitzero"`
-	Guest        []netip.Addr `json:"guest,omitempty"`
-	HostAddrs    []netip.Addr `json:"hostAddrs,omitempty"`    // every address of the host's own interfaces
-	HostLoopback bool         `json:"hostLoopback,omitempty"` // the gateway address stands for the host's loopback
-}
-
-// boundaries lists every special range, the environment's single addresses last
-// and each only once, the strictest class first to claim it.
-func (env Environment) boundaries(ingress bool) map[netip.Prefix]class {
-	out := make(map[netip.Prefix]class)
-	for c := range numClasses {
-		for _, p := range classes[c].ranges {
-			out[p] = c
-		}
-	}
-	special := func(a netip.Addr) bool {
-		for c := range numClasses {
-			if classes[c].lock == open {
-				continue
-			}
-			for _, p := range classes[c].ranges {
-				if p.Contains(a) {
-					return true
-				}
-			}
-		}
-		return false
-	}
-	claim := func(c class, addrs ...netip.Addr) {
-		for _, a := range addrs {
-			if a = a.Unmap().WithZone(""); !a.IsValid() {
-				continue
-			}
-			p := netip.PrefixFrom(a, a.BitLen())
-			if _, taken := out[p]; !taken {
-				out[p] = c
-			}
-		}
-	}
-	if !ingress {
-		gw := gateway
-		if env.HostLoopback {
-			gw = hostLoopback
-		}
-		claim(gw, env.Gateway4, env.Gateway6)
-		claim(dnsServer, env.DNS4, env.DNS6)
-		claim(guest, env.Guest...)
-	}
-	for _, a := range env.HostAddrs {
-		if !special(a.Unmap().WithZone("")) {
-			claim(host, a)
-		}
-	}
-	return out
 }
 
 // members lists the addresses of an entity other than world, among the special

@@ -9,8 +9,8 @@ import (
 var here = Environment{
 	Gateway4: netip.MustParseAddr("10.0.2.2"), Gateway6: netip.MustParseAddr("fe80::2"),
 	DNS4: netip.MustParseAddr("10.0.2.3"), DNS6: netip.MustParseAddr("fd00::3"),
-	Guest:     []netip.Addr{netip.MustParseAddr("10.0.2.100")},
-	HostAddrs: []netip.Addr{netip.MustParseAddr("192.168.1.5"), netip.MustParseAddr("2001:db8::5"), netip.MustParseAddr("169.254.20.10"), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("fe80::9%eth0")},
+	Guest: []netip.Addr{netip.MustParseAddr("10.0.2.100")},
+	Host:  prefixes("192.168.1.5/32", "2001:db8::5/128", "169.254.20.10/32", "127.0.0.1/32", "fe80::9/128"),
 }
 
 func mustCompile(t *testing.T, p *Policy, env Environment) *Rules {

@@ -163,9 +163,9 @@ func (s *suggester) add(f Observed) {
 	}
 }
 
-// carriedBy gives the addresses inside an address.
+// carriedBy gives the addresses inside an address, as far as addresses alone tell.
 func carriedBy(a netip.Addr) []netip.Addr {
-	list := embedded(classOf(netip.PrefixFrom(a, a.BitLen())), a.As16())
+	list := new(carriers).embedded(classOf(netip.PrefixFrom(a, a.BitLen())), a)
 	return slices.DeleteFunc(list[:], func(a netip.Addr) bool { return !a.IsValid() })
 }
 

@@ -61,7 +61,7 @@ func (w twin) decide(q Query) twinVerdict {
 	if v.action != Allow {
 		return v
 	}
-	for _, inner := range twinEmbedded(dst) {
+	for _, inner := range w.embedded(dst) {
 		i, ic := w.judge(q, inner)
 		if ic == hostLoopback && i.action == Allow {
 			return twinVerdict{action: deny, rule: "special:gateway"}
@@ -83,7 +83,7 @@ func (w twin) decide(q Query) twinVerdict {
 
 // closedClient is what refuses a client that the rules let in.
 func (w twin) closedClient(q Query, src netip.Addr) string {
-	for _, inner := range twinEmbedded(src) {
+	for _, inner := range w.embedded(src) {
 		if c, _ := w.class(inner, true); c == metadata || classes[c].lock == never {
 			return classes[c].rule
 		}
@@ -156,6 +156,21 @@ func (w twin) class(a netip.Addr, ingress bool) (class, netip.Prefix) {
 			}
 		}
 	}
+	widen := func(to class, list []netip.Prefix) {
+		for _, p := range list {
+			if p.Bits() == 0 && p.Contains(a) {
+				p = netip.PrefixFrom(a, 1).Masked()
+			}
+			if p.Contains(a) {
+				if c = to; !around.IsValid() || p.Bits() > around.Bits() {
+					around = p
+				}
+			}
+		}
+	}
+	if classes[c].lock == open || c == linkLocal || c == reserved {
+		widen(metadata, w.env.Metadata)
+	}
 	if around == one {
 		return c, one
 	}
@@ -175,10 +190,8 @@ func (w twin) class(a netip.Addr, ingress bool) (class, netip.Prefix) {
 			}
 		}
 	}
-	for _, h := range w.env.HostAddrs {
-		if a == h && classes[c].lock == open {
-			return host, one
-		}
+	if classes[c].lock == open {
+		widen(host, w.env.Host)
 	}
 	return c, around
 }
@@ -267,7 +280,7 @@ func (w twin) peer(p Peer, a netip.Addr, c class, around netip.Prefix, precise, 
 		}
 		return p.CIDR.Contains(loop) && !contains(p.Except, loop) && (!precise || covers(within, p.CIDR))
 	case EntityWorld:
-		return classes[c].lock == open
+		return classes[c].lock == open || ingress && c == host && w.env.HostClients
 	case EntityPrivate:
 		return contains(privateRanges, a) && (!precise || classes[c].lock == open)
 	case EntityHostLoopback:
@@ -284,7 +297,7 @@ func (w twin) peer(p Peer, a netip.Addr, c class, around netip.Prefix, precise, 
 			return true
 		}
 	}
-	return false
+	return p.Entity == EntityHost && w.within(host, w.env.Host, a, ingress) || p.Entity == EntityMetadata && w.within(metadata, w.env.Metadata, a, ingress)
 }
 
 func twinPorts(r Rule, q Query) bool {
@@ -314,8 +327,8 @@ var (
 	twinEnv = Environment{
 		Gateway4: netip.MustParseAddr("10.0.2.2"), Gateway6: netip.MustParseAddr("fd00::2"),
 		DNS4: netip.MustParseAddr("10.0.2.3"), DNS6: netip.MustParseAddr("fd00::3"),
-		Guest:     []netip.Addr{netip.MustParseAddr("10.0.2.100"), netip.MustParseAddr("fd00::100")},
-		HostAddrs: []netip.Addr{netip.MustParseAddr("192.168.1.5"), netip.MustParseAddr("2001:db8::5"), netip.MustParseAddr("169.254.20.10"), netip.MustParseAddr("fe80::5"), netip.MustParseAddr("2002:808:808::1")},
+		Guest: []netip.Addr{netip.MustParseAddr("10.0.2.100"), netip.MustParseAddr("fd00::100")},
+		Host:  prefixes("192.168.1.5/32", "2001:db8::5/128", "169.254.20.10/32", "fe80::5/128", "2002:808:808::1/128"),
 	}
 	twinAddrs = []string{
 		"1.1.1.1", "8.8.8.8", "10.0.2.2", "10.0.2.3", "10.0.2.100", "10.0.2.7", "192.168.1.5", "192.168.1.6",
@@ -325,7 +338,8 @@ var (
 		"fd00:ec2::254", "fd00:ec2::253", "ff02::1", "2001:db8::5", "2001:db8::6", "2600::1", "fe80::1%eth0", "::ffff:1.1.1.1%eth0",
 		"64:ff9b::1.1.1.1", "64:ff9b::127.0.0.1", "64:ff9b::10.0.2.2", "64:ff9b::169.254.169.254", "64:ff9b:1::8.8.8.8", "64:ff9b:1::10.0.0.1",
 		"2002:101:101::1", "2002:7f00:1::1", "2002:808:808::1", "2002:a00:202::1", "::ffff:0:1.1.1.1", "::ffff:0:169.254.169.254",
-		"2600::5efe:808:808", "2600::200:5efe:a9fe:a9fe", "fd00:c1::a9fe:a9fe", "fd12::a9fe:a9fe", "fe80::6464:64c8", "198.18.0.1",
+		"2600::5efe:808:808", "2600::200:5efe:a9fe:a9fe", "fd00:c1::a9fe:a9fe", "fd12::a9fe:a9fe", "fe80::6464:64c8", "198.18.0.1", "fd12::101:101", "fd12::ac10:1", "2600:0:7f00:1::", "2600:0:101:101::1",
+		"2600:64:a9fe:a9:fe::", "2600:64:a9fe:a9fe::", "2001:db8::a9:fea9:fe00:0", "2001:db8::c0:a801:500:0", "2001:db8:0:7f::1:0:0", "2001:db8:64::7f00:1", "2001:db8:64::c0a8:105", "192.168.1.255",
 		"2001:0:101:101::f7f7:f7f7", "2001:0:101:101::80ff:fffe", "2001:0:7f00:1::f7f7:f7f7",
 	}
 )
@@ -426,8 +440,7 @@ func (d dice) query(names *Names) Query {
 
 func (d dice) compare(t *testing.T, queries int) {
 	t.Helper()
-	p, env := d.policy(), twinEnv
-	env.HostLoopback = d(2) == 0
+	p, env := d.policy(), d.environment()
 	rules, err := Compile(p, env)
 	if err != nil {
 		text, _ := p.YAML()
@@ -442,7 +455,7 @@ func (d dice) compare(t *testing.T, queries int) {
 		if got != want || v.Proto() != q.Proto {
 			text, _ := p.YAML()
 			names := q.Names.Of(q.Dst.Addr(), q.Now, nil)
-			t.Fatalf("query %+v, granted %v (host loopback %v):\n got %+v\nwant %+v\n%s", q, names, env.HostLoopback, got, want, text)
+			t.Fatalf("query %+v, granted %v, environment %+v:\n got %+v\nwant %+v\n%s", q, names, env, got, want, text)
 		}
 		if v.Permits(want.target) != (want.action == Allow) {
 			t.Fatalf("%v: Permits(%v) is %v", v, want.target, v.Permits(want.target))

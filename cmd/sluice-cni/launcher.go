@@ -27,6 +27,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
 		Resolvers: a.Resolvers.Servers, ResolversNote: a.Resolvers.Note,
+		Metadata: a.Metadata, NAT64: a.NAT64,
 		Policy: a.Policy, Limits: limits, Sysctls: a.Sysctls, Keep: a.Keep,
 		FlowLog: a.FlowLog, FlowLogMaxSize: size, FlowLogMaxFiles: a.FlowLogMaxFiles,
 		MonitorCgroups: a.Cgroups, WorkerCgroups: a.Cgroups,

@@ -28,6 +28,8 @@ func sandboxFlags(withoutPolicy string) []cli.Flag {
 		&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `[IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]`; may be repeated"},
 		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 and ::1 every port that the sandbox listens on, while it does, but those below 1024, well-known ones and those that are taken"},
 		&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
+		&cli.StringSliceFlag{Name: "metadata-address", Usage: "take `ADDR|CIDR` for a metadata service too (docs/policy.md); may be repeated"},
+		&cli.StringSliceFlag{Name: "nat64-prefix", Usage: "judge addresses behind the network's own NAT64 `PREFIX` also as the IPv4 address that they carry; may be repeated"},
 		&cli.StringSliceFlag{Name: "dns", Usage: "name server `ADDRESS[:PORT]` to ask instead of the host's; may be repeated"},
 		&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's; may be repeated"},
 		&cli.StringSliceFlag{Name: "add-host", Usage: "answer `NAME:ADDRESS`; may be repeated"},
@@ -209,6 +211,14 @@ func sandboxConfig(c *cli.Context, none policy.Builtin) (sandbox.Config, error) 
 	try("address6", prefixOf(&g.Addr6, 6))
 	try("gateway", addrOf(&g.Gateway4, 4))
 	try("gateway6", addrOf(&g.Gateway6, 6))
+	prefixes := func(name string, into *[]netip.Prefix, parse func([]string) ([]netip.Prefix, error)) {
+		var err error
+		if *into, err = parse(c.StringSlice(name)); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", name, err))
+		}
+	}
+	prefixes("metadata-address", &cfg.Metadata, policy.ParseMetadata)
+	prefixes("nat64-prefix", &cfg.NAT64, policy.ParseNAT64)
 	each("publish", func(v string) error {
 		p, err := sandbox.ParsePort(v)
 		cfg.Ports = append(cfg.Ports, p)

@@ -69,6 +69,11 @@ type AttachmentConfig struct {
 	Resolvers     []netip.Addr `json:"resolvers,omitempty"`
 	ResolversNote string       `json:"resolversNote,omitempty"`
 
+	// Metadata are metadata services beside those that are known, NAT64 the prefixes of the
+	// network's translators.
+	Metadata []netip.Prefix `json:"metadata,omitempty"`
+	NAT64    []netip.Prefix `json:"nat64,omitempty"`
+
 	// Policy is required: a document, or that the pod was given none and what holds then.
 	Policy  policy.Source     `json:"policy"`
 	Limits  policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
@@ -185,10 +190,10 @@ func (c *AttachmentConfig) upstreams() dns.Upstreams {
 	return u
 }
 
-// environment is where the rules apply. The node's addresses are nothing special
-// to a pod, which must reach the kubelet and the API's services.
+// environment is where the rules apply, but for the host's addresses: the node's, in whose
+// network namespace the monitor is. Clients have them who came by way of the node.
 func (c *AttachmentConfig) environment() policy.Environment {
-	env := policy.Environment{Guest: c.guest()}
+	env := policy.Environment{Guest: c.guest(), HostClients: true, Metadata: c.Metadata, NAT64: c.NAT64}
 	for _, g := range c.Gateways {
 		if g.Is4() {
 			env.Gateway4 = g
@@ -273,6 +278,13 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	}
 	if err != nil {
 		return err
+	}
+	// Also a binary that takes over starts from what the node has now.
+	m.rules.Env = cfg.environment()
+	var hostErr error
+	if m.rules.Env.Host, hostErr = hostRanges(); hostErr != nil {
+		m.log.warnf("monitor", "%v: everything is denied until that is known", hostErr)
+		m.rules.Env.HostUnknown = true
 	}
 	if _, err := m.rules.compile(); err != nil {
 		return err
@@ -371,6 +383,7 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() { server.serve(inner) })
+	wg.Go(func() { m.watchHost(inner) })
 
 	if m.att.Ready != nil {
 		if err := m.att.Ready(m.info()); err != nil {

@@ -38,6 +38,10 @@ type Config struct {
 	ResolvConf string                  // "" means /etc/resolv.conf
 	Hosts      map[string][]netip.Addr // --add-host
 
+	// Metadata are metadata services beside those that are known, NAT64 the prefixes of the
+	// network's translators.
+	Metadata []netip.Prefix
+	NAT64    []netip.Prefix
 	// HostLoopback makes the gateway address lead to the host's loopback.
 	HostLoopback bool
 	// Policy is required: a document, or that none was given and what holds then.
@@ -169,6 +173,8 @@ func (c *Config) environment() policy.Environment {
 		DNS4: c.DNS4, DNS6: c.DNS6,
 		Guest:        addrs(c.Guest.Addr4.Addr(), c.Guest.Addr6.Addr()),
 		HostLoopback: c.HostLoopback,
+		Metadata:     c.Metadata,
+		NAT64:        c.NAT64,
 	}
 }
 

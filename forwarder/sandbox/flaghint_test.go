@@ -12,7 +12,7 @@ import (
 )
 
 func TestRefusalsOfTheDefaultNameTheirFlagOnce(t *testing.T) {
-	env := policy.Environment{HostAddrs: []netip.Addr{netip.MustParseAddr("2001:db8::5")}}
+	env := policy.Environment{Host: []netip.Prefix{netip.MustParsePrefix("2001:db8::5/128")}}
 	for _, tt := range []struct {
 		name string
 		r    rulesMessage

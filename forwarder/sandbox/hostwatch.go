@@ -3,33 +3,18 @@ package sandbox
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
-
-// hostAddrs lists every address of the caller's network namespace.
-func hostAddrs() ([]netip.Addr, error) {
-	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil, fmt.Errorf("list the host's addresses: %w", err)
-	}
-	var out []netip.Addr
-	for _, a := range list {
-		if a.IPNet == nil {
-			continue
-		}
-		if ip, ok := netip.AddrFromSlice(a.IP); ok {
-			out = append(out, ip.Unmap())
-		}
-	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out), nil
-}
 
 // uplinkMTU is the MTU of a family's default route, the route's own or its device's;
 // without such a route the smallest of the devices that are up; 0 if there is none.
@@ -61,67 +46,85 @@ func uplinkMTU(family int) (int, error) {
 	return mtu, nil
 }
 
-// addrSettle lets a burst of changes (an interface that comes up) pass before
+// hostSettle lets a burst of changes (an interface that comes up) pass before
 // rules are compiled once for all of it.
-const addrSettle = 100 * time.Millisecond
+const hostSettle = 100 * time.Millisecond
 
-// watchHostAddrs calls changed with the new list after each change, until ctx
-// ends. It runs on the caller's goroutine.
-func watchHostAddrs(ctx context.Context, changed func([]netip.Addr)) error {
-	done := make(chan struct{})
-	defer close(done)
-	updates := make(chan netlink.AddrUpdate, 64)
-	lost := make(chan error, 1)
-	err := netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{
-		ErrorCallback: func(err error) {
-			select {
-			case lost <- err:
-			default:
-			}
-		},
-	})
+// hostEvents are the groups in which the kernel announces what changes the host's ranges.
+var hostEvents = []uint{
+	unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+	unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+}
+
+// watchHostRanges calls changed with the host's ranges, at once and after each change,
+// until ctx ends: with errTooManyHost where there are more than can be told. It runs on the
+// caller's goroutine, and in its network namespace.
+func watchHostRanges(ctx context.Context, changed func([]netip.Prefix, error)) error {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, hostEvents...)
 	if err != nil {
 		return fmt.Errorf("watch the host's addresses: %w", err)
 	}
-	// The library's goroutine blocks on a full channel: what is left in it when
-	// we go must not hold it.
-	defer func() {
-		go func() {
-			for range updates {
-			}
-		}()
+	events, lost := make(chan struct{}, 1), make(chan error, 1)
+	// Owned by watchHostRanges, which closes the socket and waits.
+	go func() {
+		lost <- readHostEvents(s, events)
 	}()
-	last, err := hostAddrs()
-	if err != nil {
-		return err
-	}
-	changed(last)
-	for {
+	ended := false
+	defer func() {
+		s.Close()
+		if !ended {
+			<-lost
+		}
+	}()
+	var last []netip.Prefix
+	for first, tooMany := true, false; ; first = false {
+		now, err := hostRanges()
+		if err != nil && !errors.Is(err, errTooManyHost) {
+			return err
+		}
+		if first || tooMany != (err != nil) || !slices.Equal(now, last) {
+			last, tooMany = now, err != nil
+			changed(now, err)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-lost:
-			if ctx.Err() != nil {
-				return nil
-			}
+			ended = true
 			return fmt.Errorf("watch the host's addresses: %w", err)
-		case <-updates:
+		case <-events:
 		}
-		sleepContext(ctx, addrSettle)
-		for drained := false; !drained; {
-			select {
-			case <-updates:
-			default:
-				drained = true
-			}
-		}
-		now, err := hostAddrs()
-		if err != nil {
-			return err
-		}
-		if !slices.Equal(now, last) {
-			last = now
-			changed(now)
+		sleepContext(ctx, hostSettle)
+		select {
+		case <-events: // what came meanwhile is in the next list
+		default:
 		}
 	}
+}
+
+// readHostEvents passes on that something changed, until the socket ends. What the kernel
+// had to drop may have been a change.
+func readHostEvents(s *nl.NetlinkSocket, events chan<- struct{}) error {
+	for {
+		list, from, err := s.Receive()
+		if err != nil && !errors.Is(err, unix.ENOBUFS) {
+			return err
+		}
+		if err == nil && (from.Pid != nl.PidKernel || !slices.ContainsFunc(list, changesHost)) {
+			continue
+		}
+		select {
+		case events <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// changesHost reports whether a message may be of a change in the host's ranges; a route
+// to elsewhere, of which some hosts have many, is not.
+func changesHost(m syscall.NetlinkMessage) bool {
+	if m.Header.Type != unix.RTM_NEWROUTE && m.Header.Type != unix.RTM_DELROUTE {
+		return true
+	}
+	return len(m.Data) < unix.SizeofRtMsg || slices.Contains(ownRoutes, int(nl.DeserializeRtMsg(m.Data).Type))
 }

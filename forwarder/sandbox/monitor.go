@@ -385,19 +385,23 @@ func (m *monitor) setUpstreams(u dns.Upstreams, err error) {
 	}
 }
 
-// setHostAddrs is called by the watcher of the host's addresses: the rules are
-// compiled anew, because what is the host's own has changed.
-func (m *monitor) setHostAddrs(list []netip.Addr) {
+// setHost is called by the watcher of the host's addresses: the rules are compiled anew,
+// because what is the host's own has changed. Where that cannot be told, or no rules can be
+// made for it, the older list would leave addresses open: everything is denied.
+func (m *monitor) setHost(list []netip.Prefix, err error) {
 	m.change.Lock()
 	defer m.change.Unlock()
 	r := m.rules
-	if slices.Equal(r.Env.HostAddrs, list) {
-		return
+	r.Env.Host, r.Env.HostUnknown = list, err != nil
+	if err == nil {
+		if slices.Equal(m.rules.Env.Host, list) && !m.rules.Env.HostUnknown {
+			return
+		}
+		_, err = r.compile()
 	}
-	r.Env.HostAddrs = list
-	if _, err := r.compile(); err != nil {
-		m.log.warnf("monitor", "compile the policy for the host's new addresses: %v", err)
-		return
+	if err != nil {
+		m.log.warnf("monitor", "%v: everything is denied until they are fewer", err)
+		r.Env.Host, r.Env.HostUnknown = nil, true
 	}
 	if m.applyRules(r) != nil {
 		return // the log has it

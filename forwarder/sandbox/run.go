@@ -139,7 +139,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 func (m *monitor) prepare() (*dns.Watcher, error) {
 	m.rules = rulesMessage{Policy: m.cfg.Policy, Env: m.cfg.environment()}
 	var err error
-	if m.rules.Env.HostAddrs, err = hostAddrs(); err != nil {
+	if m.rules.Env.Host, err = hostRanges(); err != nil {
 		return nil, err
 	}
 	if _, err := m.rules.compile(); err != nil {
@@ -297,7 +297,7 @@ func inForeground() bool {
 // watchHost follows the host's addresses until ctx ends.
 func (m *monitor) watchHost(ctx context.Context) {
 	for {
-		err := watchHostAddrs(ctx, m.setHostAddrs)
+		err := watchHostRanges(ctx, m.setHost)
 		if ctx.Err() != nil {
 			return
 		}
