@@ -28,6 +28,7 @@ var hostileScenes = []attempt{
 	{name: "questions that come too fast", scene: fastQuestions},
 	{name: "names without end under a wildcard", scene: endlessNames},
 	{name: "one question without end, whose answer cannot be kept", scene: endlessQuestions},
+	{name: "an echo request with a payload, under a rule that allows echo", scene: echoPayload},
 	{name: "100 000 forged answers of the resolver", scene: forgers},
 	{name: "egress before there is a policy", scene: beforePolicy},
 	{name: "egress while the worker is killed", scene: killedWorker},

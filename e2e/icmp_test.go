@@ -23,14 +23,27 @@ func TestPingTellsTheTruth(t *testing.T) {
 			{"the host's own address answers", "ping -c 3 -i 0.2 -W 2 " + f.host, "3 received, 0% packet loss", 0},
 			{"a far host answers", "ping -c 3 -i 0.2 -W 2 " + f.far, "3 received, 0% packet loss", 0},
 			{"20 000 bytes come back whole", "ping -c 2 -i 0.2 -W 2 -s 20000 " + f.far, "20008 bytes from", 0},
+			{"a pattern comes back", "ping -c 3 -i 0.2 -W 2 -s 56 -p ff " + f.far, "3 received, 0% packet loss", 0},
+			{"a pattern comes back in a large packet", "ping -c 3 -i 0.2 -W 2 -s 1400 -p ff " + f.far, "3 received, 0% packet loss", 0},
+			{"a pattern comes back in fragments", "ping -c 3 -i 0.2 -W 2 -s 8000 -p ff " + f.far, "3 received, 0% packet loss", 0},
+			{"a hundred a second are carried", "ping -c 300 -i 0.01 -W 2 " + f.far, "300 received, 0% packet loss", 0},
 			{"a silent host is silent", "ping -c 1 -W 1 " + f.silent, "0 received, 100% packet loss", 1},
 			{"an absent host is unreachable", "ping -c 1 -W 2 " + f.noHost, "nreachable", 1},
 		} {
 			t.Run(f.name+" "+row.what, func(t *testing.T) {
-				run(t, sb, 15*time.Second, strings.Fields(row.argv)...).wantStatus(t, row.status).wantOut(t, row.want)
+				r := run(t, sb, 15*time.Second, strings.Fields(row.argv)...).wantStatus(t, row.status).wantOut(t, row.want)
+				if strings.Contains(r.out, "wrong data") || strings.Contains(r.out, "DUP!") {
+					t.Errorf("other bytes come back, or more than once\n%s", r)
+				}
 			})
 		}
 	}
+	t.Run("a flood of 100 is carried", func(t *testing.T) {
+		root := w.host.sandbox(t, rootInside)
+		for _, f := range families {
+			run(t, root, 15*time.Second, "ping", "-f", "-q", "-c", "100", "-W", "2", f.far).wantStatus(t, 0).wantOut(t, "100 received")
+		}
+	})
 	t.Run("two pings at once are not mixed up", func(t *testing.T) {
 		a := sb.start(t, "ping", "-c", "20", "-i", "0.05", "-W", "2", far4)
 		b := sb.start(t, "ping", "-c", "20", "-i", "0.05", "-W", "2", other4)

@@ -107,7 +107,8 @@ type arrival struct {
 	meta     ipMeta
 	id       uint16
 	df       bool
-	size     int // of the IP packet
+	size     int    // of the IP packet
+	wire     uint16 // the sequence number that an echo request leaves with (icmp_book.go)
 }
 
 // arrivalOf reads the headers of a packet that has been through the stack.
@@ -141,6 +142,7 @@ type dgramFlow struct {
 	target  netip.AddrPort             // the far side as the host sees it
 	ingress bool                       // begun by a client of a published port
 	quic    *quicTuple                 // of a flow whose first bytes were read; nil else
+	echo    *echoFlow                  // of a flow of echo requests; nil else
 	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
 	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
 	sent    atomic.Uint64              // header fields of the last packet, see noteSent
@@ -365,10 +367,14 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 	fl.rest()
 }
 
-// rest lets go of what is known of the flow's QUIC connections. It may be called again.
+// rest lets go of what is known of the flow's QUIC connections and echo requests. It may
+// be called again.
 func (fl *dgramFlow) rest() {
 	if fl.quic != nil {
 		fl.quic.detach(fl)
+	}
+	if fl.echo != nil {
+		fl.d.f.dgram.echo.book.forget(fl)
 	}
 }
 

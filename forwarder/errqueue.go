@@ -73,8 +73,16 @@ func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, e *extendedErr)
 		src = fl.peer.Addr() // the gateway, where that stands for the host
 	}
 	var buf [icmpQuoteIPv6]byte
+	var orig []byte
+	if s.proto == protoUDP {
+		orig = fl.requote(buf[:], quoted)
+	} else if sent := s.d.f.dgram.echo.book.answered(fl, quoted); sent != nil {
+		orig = sent.quote(buf[:])
+	} else {
+		return
+	}
 	s.d.n.errors.Add(1)
-	s.d.f.dgram.errs.sendForm(icmpForm{e.typ, e.cod}, info, fl.requote(buf[:], quoted), src)
+	s.d.f.dgram.errs.sendForm(icmpForm{e.typ, e.cod}, info, orig, src)
 }
 
 // errorInfo is the last word of the ICMP header, or false for a type that is no error.
@@ -102,49 +110,36 @@ func errorInfo(e *extendedErr) (uint32, bool) {
 	return 0, false
 }
 
-// requote writes the packet that the sandbox sent, as far as it is known: the IP header
-// of the flow's last packet, the transport header with the sandbox's own ports or
-// identifier, and behind it what the error quoted.
+// requote writes the datagram that the sandbox sent, as far as it is known: the IP header
+// of the flow's last packet, the UDP header with the sandbox's own ports, and behind it
+// what the error quoted.
 func (fl *dgramFlow) requote(buf, quoted []byte) []byte {
 	a := fl.lastSent()
-	proto := fl.tuple.Proto()
 	hl := ipHeaderLen(fl.peer.Addr())
-	if min := hl + udpHeaderLen; a.size < min {
-		a.size = min
-	}
-	putIPHeader(buf, fl.guest.Addr(), fl.peer.Addr(), proto, a.meta, a.size, a.id, a.df)
-	if fl.peer.Addr().Is4() {
-		binary.BigEndian.PutUint16(buf[10:], ^checksum.Checksum(buf[:hl], 0))
-	}
-	l4 := buf[hl:]
-	if proto == protoUDP {
-		putUDPHeader(l4, fl.guest.Port(), fl.peer.Port(), a.size-hl)
-		n := udpHeaderLen + copy(l4[udpHeaderLen:], quoted)
-		if n == a.size-hl { // all of it is there to be summed
-			finishUDP(fl.guest.Addr(), fl.peer.Addr(), l4[:n])
-		}
-		return buf[:hl+n]
-	}
-	n := copy(l4, quoted)
-	if n < echoHeaderLen {
-		// Too short to be an echo request: RFC 792 promises these eight bytes.
-		clear(l4[n:echoHeaderLen])
-		n = echoHeaderLen
-	}
-	rewriteEchoID(l4, fl.guest.Port())
-	if proto == protoICMPv6 && n == a.size-hl {
-		// Its checksum covers the source address, which was the host's.
-		finishICMP(fl.guest.Addr(), fl.peer.Addr(), l4[:n])
+	a.size = max(a.size, hl+udpHeaderLen)
+	l4 := fl.quoteHeader(buf, a)
+	putUDPHeader(l4, fl.guest.Port(), fl.peer.Port(), a.size-hl)
+	n := udpHeaderLen + copy(l4[udpHeaderLen:], quoted)
+	if n == a.size-hl { // all of it is there to be summed
+		finishUDP(fl.guest.Addr(), fl.peer.Addr(), l4[:n])
 	}
 	return buf[:hl+n]
 }
 
-// rewriteEchoID replaces the identifier and corrects the checksum for it (RFC 1624).
-func rewriteEchoID(l4 []byte, id uint16) {
-	old := binary.BigEndian.Uint16(l4[4:])
-	sum := uint32(^binary.BigEndian.Uint16(l4[2:])) + uint32(^old) + uint32(id)
-	sum = sum&0xffff + sum>>16
-	sum = sum&0xffff + sum>>16
-	binary.BigEndian.PutUint16(l4[2:], ^uint16(sum))
-	binary.BigEndian.PutUint16(l4[4:], id)
+// quote writes the request as the sandbox sent it, as far as buf goes, whatever the error
+// quoted of what left.
+func (s *echoSent) quote(buf []byte) []byte {
+	l4 := s.key.flow.quoteHeader(buf, s.a)
+	n := copy(l4, s.msg)
+	return buf[:len(buf)-len(l4)+n]
+}
+
+// quoteHeader writes the IP header of a packet of the sandbox, and returns what is left of buf.
+func (fl *dgramFlow) quoteHeader(buf []byte, a arrival) []byte {
+	hl := ipHeaderLen(fl.peer.Addr())
+	putIPHeader(buf, fl.guest.Addr(), fl.peer.Addr(), fl.tuple.Proto(), a.meta, a.size, a.id, a.df)
+	if fl.peer.Addr().Is4() {
+		binary.BigEndian.PutUint16(buf[10:], ^checksum.Checksum(buf[:hl], 0))
+	}
+	return buf[hl:]
 }

@@ -7,6 +7,9 @@ package forwarder
 // and sockets are used, the identifier standing for the port. The kernel lets only
 // replies through to a ping socket and fills in identifier and checksum.
 //
+// What a request says stays here: it leaves with zeroes for a payload, and its reply
+// brings the sandbox's own bytes back (icmp_book.go).
+//
 // Where ping sockets are not permitted (net.ipv4.ping_group_range) and a raw socket was
 // handed over, all identifiers share that (icmp_raw.go). With neither, every request
 // is refused, counted, answered with an ICMP error, and the operator told once.
@@ -38,6 +41,8 @@ type echoForwarder struct {
 	checksum, other, noPing reason
 	raw                     [2]*rawEcho // by family; nil where there is none
 	warn                    sync.Once
+	book                    echoBook
+	zeroes                  []byte // the payload of every request, never written
 }
 
 func newEchoForwarder(f *Forwarder) *echoForwarder {
@@ -47,6 +52,8 @@ func newEchoForwarder(f *Forwarder) *echoForwarder {
 		noPing:   f.reason("icmp_no_ping_socket"),
 	}
 	e.init(f, "icmp")
+	e.book.init(f, e.n.flow)
+	e.zeroes = make([]byte, maxIPv4Len)
 	e.raw[0] = newRawEcho(e, f.cfg.RawICMP4, protoICMP)
 	e.raw[1] = newRawEcho(e, f.cfg.RawICMP6, protoICMPv6)
 	return e
@@ -103,6 +110,11 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 		e.n.refused.drop(e.f, pkt)
 		return
 	}
+	var refusal reason
+	if a.wire, refusal = e.book.enter(fl, pkt, a); refusal.Uint64 != nil {
+		refusal.drop(e.f, pkt)
+		return
+	}
 	e.enqueue(fl, pkt, a)
 }
 
@@ -134,7 +146,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		e.refuse(j, icmpAdminProhibited, pkt)
 		return nil
 	}
-	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: j.verdict.Target()}
+	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: j.verdict.Target(), echo: new(echoFlow)}
 	if e.f.enter(&fl.pass, fl, j, entry{orig: tuple}) != nil {
 		e.n.flow.drop(e.f, pkt)
 		return nil
@@ -166,7 +178,7 @@ func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocke
 		for _, refusal := range []error{unix.EACCES, unix.EPERM, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EINVAL} {
 			if errors.Is(err, refusal) {
 				if raw := e.raw[familyIndex(guest.Addr())]; raw != nil {
-					return raw.identifier(guest)
+					return raw.identifier()
 				}
 				return nil, errors.Join(errNoPingSocket, err)
 			}
@@ -194,7 +206,20 @@ func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *dgramFlow {
 	return s.peer(netip.AddrPortFrom(a, 0))
 }
 
-// deliverEcho carries an echo reply to the sandbox.
+// echoMessage writes the request that leaves for it: its header, and as many zeroes as the
+// sandbox sent bytes. The kernel fills in identifier and checksum on a ping socket, and the
+// checksum on a raw ICMPv6 socket.
+func (s *hostSocket) echoMessage(it *txItem) (head, payload []byte) {
+	head = make([]byte, echoHeaderLen)
+	head[0] = it.pkt.TransportHeader().Slice()[0]
+	binary.BigEndian.PutUint16(head[4:], s.rawID)
+	binary.BigEndian.PutUint16(head[6:], it.wire)
+	binary.BigEndian.PutUint16(head[2:], ^checksum.Checksum(head, 0)) // zeroes add nothing
+	return head, s.d.f.dgram.echo.zeroes[:it.pkt.Data().Size()]
+}
+
+// deliverEcho carries an echo reply to the sandbox: that there is one and how long, with the
+// bytes of the request.
 func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 	if s.raw != nil && s.proto == protoICMP {
 		data = stripIPv4(data)
@@ -212,11 +237,19 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 		s.d.n.unsolicited.Add(1)
 		return
 	}
-	binary.BigEndian.PutUint16(data[4:], fl.guest.Port())
-	size := ipHeaderLen(fl.guest.Addr()) + len(data)
+	sent := s.d.f.dgram.echo.book.answered(fl, data)
+	if sent == nil {
+		return
+	}
+	head := [echoHeaderLen]byte(sent.msg)
+	head[0] = reply
+	payload := sent.msg[echoHeaderLen:min(len(sent.msg), len(data))]
+	meta := fl.arrivingMeta(c)
+	meta.tos = sent.a.meta.tos // as Linux answers
+	size := ipHeaderLen(fl.guest.Addr()) + echoHeaderLen + len(payload)
 	if !fl.admitDown(size) {
 		return
 	}
 	fl.lease.Account(nat.Reply, 1, int64(size))
-	s.d.f.dgram.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), fl.arrivingMeta(c), data)
+	s.d.f.dgram.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), meta, head[:], payload)
 }

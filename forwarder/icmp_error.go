@@ -69,7 +69,10 @@ type tokenBucket struct {
 	last time.Time
 }
 
-func (b *tokenBucket) take(now time.Time) bool {
+func (b *tokenBucket) take(now time.Time) bool { return b.takeN(1, now) }
+
+// takeN takes what n events take, or nothing.
+func (b *tokenBucket) takeN(n float64, now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.last.IsZero() {
@@ -78,10 +81,10 @@ func (b *tokenBucket) take(now time.Time) bool {
 		b.have = min(b.burst, b.have+b.rate*d.Seconds())
 	}
 	b.last = now
-	if b.have < 1 {
+	if b.have < n {
 		return false
 	}
-	b.have--
+	b.have -= n
 	return true
 }
 

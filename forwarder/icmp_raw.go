@@ -10,7 +10,6 @@ package forwarder
 import (
 	"encoding/binary"
 	"math/rand/v2"
-	"net/netip"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -58,13 +57,13 @@ func newRawEcho(e *echoForwarder, fd int, proto uint8) *rawEcho {
 }
 
 // identifier draws an identifier for an echo identifier of the sandbox.
-func (r *rawEcho) identifier(guest netip.AddrPort) (*hostSocket, error) {
+func (r *rawEcho) identifier() (*hostSocket, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.ids) >= 1<<15 {
 		return nil, errTooManySockets
 	}
-	id := guest.Port()
+	id := uint16(rand.Uint32())
 	for id == 0 || r.ids[id] != nil {
 		id = uint16(rand.Uint32())
 	}

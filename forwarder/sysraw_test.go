@@ -52,7 +52,12 @@ func FuzzRequote(f *testing.F) {
 		fl.tuple = nat.NewTuple(proto, fl.guest, fl.peer)
 		fl.sent.Store(sent)
 		var buf [icmpQuoteIPv6]byte
-		b := fl.requote(buf[:], quoted)
+		var b []byte
+		if udp {
+			b = fl.requote(buf[:], quoted)
+		} else {
+			b = (&echoSent{key: echoKey{flow: fl}, a: fl.lastSent(), msg: append(make([]byte, echoHeaderLen), quoted...)}).quote(buf[:])
+		}
 		to, ok := errorRecipient(b)
 		if len(b) < 28 || to != me {
 			t.Fatalf("recipient %s, %v of %x", to, ok, b)

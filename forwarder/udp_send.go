@@ -38,6 +38,7 @@ type txItem struct {
 	pkt  *stack.PacketBuffer // a reference of its own
 	meta ipMeta
 	df   bool
+	wire uint16 // an echo request's sequence number outside
 }
 
 // size is the length of what is sent of the packet.
@@ -71,7 +72,7 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 		meta.ttl--
 	}
 	d.pendMu.Lock()
-	d.pending = append(d.pending, txItem{flow: fl, pkt: pkt.IncRef(), meta: meta, df: a.df})
+	d.pending = append(d.pending, txItem{flow: fl, pkt: pkt.IncRef(), meta: meta, df: a.df, wire: a.wire})
 	now := !d.batched || len(d.pending) >= maxPending
 	d.pendMu.Unlock()
 	if now {
@@ -255,13 +256,21 @@ func trainLen(run []txItem) int {
 
 // appendIovs points iovs at what of the packet is sent. It fails if they are too few.
 func (s *hostSocket) appendIovs(iovs []unix.Iovec, it *txItem) (int, bool) {
-	if s.rawID != 0 && len(iovs) > 0 {
-		return s.flatten(iovs, it), true
+	if it.flow.echo != nil {
+		if len(iovs) < 2 {
+			return 0, false
+		}
+		head, payload := s.echoMessage(it)
+		iovs[0].Base = &head[0]
+		iovs[0].SetLen(len(head))
+		if len(payload) == 0 {
+			return 1, true
+		}
+		iovs[1].Base = &payload[0]
+		iovs[1].SetLen(len(payload))
+		return 2, true
 	}
 	skip := it.pkt.HeaderSize()
-	if it.flow.tuple.Proto() != protoUDP {
-		skip -= echoHeaderLen
-	}
 	views, off := it.pkt.AsViewList()
 	skip += off
 	n := 0
@@ -289,23 +298,17 @@ func (s *hostSocket) appendIovs(iovs []unix.Iovec, it *txItem) (int, bool) {
 	return n, true
 }
 
-// flatten copies what of the packet is sent into one piece.
+// flatten copies a datagram into one piece.
 func (s *hostSocket) flatten(iovs []unix.Iovec, it *txItem) int {
 	flat := it.bytes()
-	if s.rawID != 0 {
-		rewriteEchoID(flat, s.rawID)
-	}
 	iovs[0].Base = &flat[0]
 	iovs[0].SetLen(len(flat))
 	return 1
 }
 
-// bytes copies what is sent of the packet.
+// bytes copies what is sent of a datagram's packet.
 func (it *txItem) bytes() []byte {
 	skip := it.pkt.HeaderSize()
-	if it.flow.tuple.Proto() != protoUDP {
-		skip -= echoHeaderLen
-	}
 	flat := make([]byte, 0, it.size())
 	views, off := it.pkt.AsViewList()
 	skip += off
