@@ -117,23 +117,7 @@ func TestTerminal(t *testing.T) {
 	w := newPair(t)
 	start := func(t *testing.T, sh string) (*proc, *os.File) {
 		t.Helper()
-		master, slave := openPTY(t)
-		cmd := exec.Command(sluiceBin(), "run", "--", "sh", "-c", sh)
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
-		p := w.host.startCmd(t, w.host.plain, cmd)
-		slave.Close()
-		go func() {
-			buf := make([]byte, 4096)
-			for {
-				n, err := master.Read(buf)
-				if err != nil {
-					return
-				}
-				p.stream(&p.out).Write(buf[:n])
-			}
-		}()
-		return p, master
+		return inTerminal(t, w.host, sluiceBin(), "run", "--", "sh", "-c", sh)
 	}
 	t.Run("Ctrl-C reaches the command, and the status is 130", func(t *testing.T) {
 		p, master := start(t, "echo ready; exec sleep 60")
@@ -172,6 +156,28 @@ func TestTerminal(t *testing.T) {
 		master.Close()
 		p.wait(t, 5*time.Second)
 	})
+}
+
+// inTerminal starts a command that leads the session of a terminal of its own.
+func inTerminal(t *testing.T, n *netns, argv ...string) (*proc, *os.File) {
+	t.Helper()
+	master, slave := openPTY(t)
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	p := n.startCmd(t, n.plain, cmd)
+	slave.Close()
+	go func() {
+		buf := make([]byte, 4096)
+		for {
+			n, err := master.Read(buf)
+			if err != nil {
+				return
+			}
+			p.stream(&p.out).Write(buf[:n])
+		}
+	}()
+	return p, master
 }
 
 func openPTY(t *testing.T) (master, slave *os.File) {

@@ -181,7 +181,7 @@ func (m *monitor) covered() string {
 	} else {
 		fmt.Fprintf(&b, "%d sockets of the host (--allow-socket, --host-sockets)", m.guest.Covered())
 	}
-	b.WriteString(", the terminal's input, AF_VSOCK, IPC")
+	b.WriteString(", the caller's terminal, AF_VSOCK, IPC")
 	if len(m.cfg.Guest.ReadOnly) > 0 {
 		fmt.Fprintf(&b, "; read-only: %s", strings.Join(m.cfg.Guest.ReadOnly, ", "))
 	}

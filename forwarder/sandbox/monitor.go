@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,7 @@ type monitor struct {
 	spawner *spawner
 	early   *process // spawned for the first startWorker; nil afterwards
 	signals chan os.Signal
+	console atomic.Pointer[guest.Console] // for echo; nil until the command starts, and without a terminal
 	ports   portTable
 	base    api.Info  // what does not change
 	flowLog *flowFile // nil without one

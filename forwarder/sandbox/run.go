@@ -49,14 +49,18 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 // wrong or everything was asked for.
 func (m *monitor) echo(l api.LogLine) {
 	if m.cfg.Verbose || l.Level == "warning" {
-		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s\n", l.Text)
+		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s%s", l.Text, m.console.Load().Newline())
 	}
 }
 
 func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	// From before there is anything to clear up: command takes what comes meanwhile.
 	m.signals = make(chan os.Signal, 16)
-	signal.Notify(m.signals, forwarded...)
+	if len(m.cfg.Guest.Command) > 0 {
+		guest.NotifyJob(m.signals)
+	} else {
+		signal.Notify(m.signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
+	}
 	defer signal.Stop(m.signals)
 
 	registry, err := OpenRegistry()
@@ -235,7 +239,10 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 		}
 	}
 	if len(m.cfg.Guest.Command) > 0 {
-		if err := m.guest.Release(); err != nil {
+		m.console.Store(m.guest.Console())
+		// From here on the terminal may be raw: it is the caller's again at every return.
+		defer m.guest.Console().Close()
+		if err := m.guest.ReleaseJob(); err != nil {
 			return guest.Status{}, err
 		}
 	}
@@ -255,43 +262,26 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 			return o.status, o.err
 		case <-ctx.Done():
 			return guest.Status{}, nil
+		case sig := <-m.guest.Stopped():
+			if err := m.guest.StopJob(sig); err != nil {
+				m.log.warnf("monitor", "continue the command: %v", err)
+			}
 		case s := <-m.signals:
+			sig, ok := s.(syscall.Signal)
 			if len(m.cfg.Guest.Command) == 0 {
 				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
 					continue // there is nobody they could be meant for
 				}
 				return guest.Status{}, nil
 			}
-			m.forward(s)
+			if !ok {
+				continue
+			}
+			if err := m.guest.PassOn(sig); err != nil {
+				m.log.warnf("monitor", "pass %s on: %v", unix.SignalName(sig), err)
+			}
 		}
 	}
-}
-
-// The signals that are meant for the command when sent to the monitor.
-var forwarded = []os.Signal{
-	syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2,
-}
-
-// forward passes a signal on, unless the terminal has sent it to the command as
-// well: that shares our foreground process group.
-func (m *monitor) forward(s os.Signal) {
-	sig, ok := s.(syscall.Signal)
-	if !ok || (sig == syscall.SIGINT || sig == syscall.SIGQUIT) && inForeground() {
-		return
-	}
-	if err := m.guest.Signal(sig); err != nil {
-		m.log.warnf("monitor", "pass %s on: %v", unix.SignalName(sig), err)
-	}
-}
-
-func inForeground() bool {
-	tty, err := os.OpenFile("/dev/tty", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return false
-	}
-	defer tty.Close()
-	group, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
-	return err == nil && group == unix.Getpgrp()
 }
 
 // watchHost follows the host's addresses until ctx ends.

@@ -15,7 +15,8 @@ import (
 // families that programs need and that the namespace confines. io_uring makes sockets
 // without the system call that is looked at, so there is none.
 //
-// A terminal that is shared with the caller takes more than output: TIOCSTI types into it
+// The caller's terminal is not the command's, but one may be handed to it by descriptor,
+// and takes more than output: TIOCSTI types into it
 // (before Linux 6.2, or with dev.tty.legacy_tiocsti=1), TIOCLINUX pastes into a virtual
 // console, and what was typed is run by the caller's shell, outside. TIOCSETD changes
 // what the terminal does with its bytes. All three are refused.

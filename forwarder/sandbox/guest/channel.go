@@ -17,13 +17,18 @@ const (
 	opExec   = "exec"   // start CMD
 	opSignal = "signal" // send Number to CMD
 	opSocket = "socket" // make a socket of kind Text
+	opFront  = "front"  // CMD is in its terminal's foreground, from its start if that is to come
 )
 
 // … and what the stage says.
 const (
+	// opTerminal is first if there is one: the master of CMD's terminal comes along.
+	opTerminal = "terminal"
+
 	opReady   = "ready"   // the device stands; its descriptors come along
 	opFailed  = "failed"  // Text is why; before ready it is final, with an ID it answers a request
 	opStarted = "started" // CMD runs
+	opStopped = "stopped" // CMD was stopped by signal Signal
 	opExited  = "exited"  // CMD ended with status Number, by signal Signal if not 0
 	opMade    = "made"    // the socket asked for by ID comes along
 )

@@ -3,9 +3,11 @@ package guest
 import (
 	"errors"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -20,17 +22,32 @@ import (
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 type command struct {
-	pidfd int                  // signals through it cannot meet a stranger
-	ended chan unix.WaitStatus // one value
+	pid    int                  // and its process group's
+	pidfd  int                  // signals through it cannot meet a stranger
+	states chan unix.WaitStatus // how CMD was stopped, any number, and how it ended, once
+
+	mu   sync.Mutex
+	over bool // CMD has been waited for; guarded by mu
 }
 
+// signal passes on what came to the monitor. What a terminal would have sent is for CMD's
+// group, as it would have been.
 func (c *command) signal(sig syscall.Signal) {
+	switch sig {
+	case unix.SIGINT, unix.SIGQUIT, unix.SIGTSTP, unix.SIGCONT:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.over {
+			_ = unix.Kill(-c.pid, sig)
+		}
+		return
+	}
 	if sig > 0 && sig <= 64 {
 		_ = unix.PidfdSendSignal(c.pidfd, sig, nil, 0)
 	}
 }
 
-func startCommand(spec stageSpec) (*command, *ExecError) {
+func startCommand(spec stageSpec, front bool) (*command, *ExecError) {
 	type result struct {
 		cmd *command
 		err *ExecError
@@ -44,12 +61,15 @@ func startCommand(spec stageSpec) (*command, *ExecError) {
 			up <- result{nil, &ExecError{StatusOurs, "dropping capabilities: " + err.Error()}}
 			return
 		}
-		pid, err := forkCommand(spec)
+		// Before there is a child, so that none of its signals is missed.
+		changed := make(chan os.Signal, 1)
+		signal.Notify(changed, unix.SIGCHLD)
+		pid, err := forkCommand(spec, front)
 		if err != nil {
 			up <- result{nil, err}
 			return
 		}
-		cmd := &command{ended: make(chan unix.WaitStatus, 1)}
+		cmd := &command{pid: pid, states: make(chan unix.WaitStatus, 1)}
 		var perr error
 		if cmd.pidfd, perr = unix.PidfdOpen(pid, 0); perr != nil {
 			_ = unix.Kill(pid, unix.SIGKILL)
@@ -58,12 +78,7 @@ func startCommand(spec stageSpec) (*command, *ExecError) {
 			return
 		}
 		up <- result{cmd, nil}
-		if !spec.Config.PIDNamespace {
-			fork.Await(pid)
-			cmd.ended <- fork.Reap(pid)
-			return
-		}
-		reapAll(pid, cmd.ended)
+		cmd.collect(changed, spec.Config.PIDNamespace)
 	}()
 	r := <-up
 	return r.cmd, r.err
@@ -84,23 +99,35 @@ func dropInherited() error {
 	return unix.Capset(&hdr, &data[0])
 }
 
-// reapAll is the duty of a PID namespace's init: every orphan is its child. It
-// ends when nobody is left.
-func reapAll(pid int, ended chan<- unix.WaitStatus) {
+// collect reports how CMD is stopped and ends. As a PID namespace's init it collects the
+// orphans too, which are all its children, and goes on until nobody is left. It waits for
+// SIGCHLD: a system call that blocks would hold one of the runtime's processors.
+func (c *command) collect(changed <-chan os.Signal, init bool) {
+	whom := c.pid
+	if init {
+		whom = -1
+	}
 	for {
 		var ws unix.WaitStatus
-		got, err := unix.Wait4(-1, &ws, 0, nil)
+		c.mu.Lock() // signal meets no stranger that gets the number
+		got, err := unix.Wait4(whom, &ws, unix.WNOHANG|unix.WUNTRACED, nil)
+		ended := got == c.pid && !ws.Stopped()
+		c.over = c.over || ended
+		c.mu.Unlock()
+		if err == nil && got == c.pid {
+			c.states <- ws
+		}
 		switch {
 		case err == unix.EINTR:
-		case err != nil:
+		case err != nil, ended && !init:
 			return
-		case got == pid:
-			ended <- ws
+		case got == 0:
+			<-changed
 		}
 	}
 }
 
-func forkCommand(spec stageSpec) (int, *ExecError) {
+func forkCommand(spec stageSpec, front bool) (int, *ExecError) {
 	name := spec.Config.Command[0]
 	files := []uintptr{0, 1, 2}
 	for i := range spec.Files {
@@ -108,7 +135,10 @@ func forkCommand(spec stageSpec) (int, *ExecError) {
 	}
 	attr := &syscall.ProcAttr{
 		Env: spec.Config.Env, Files: files,
-		Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+		Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true},
+	}
+	if fd, found := firstTerminal(); found && front {
+		attr.Sys.Foreground, attr.Sys.Ctty = true, fd
 	}
 	worst := error(unix.ENOENT)
 	for _, path := range candidates(name, spec.Config.Env) {

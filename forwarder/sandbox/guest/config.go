@@ -47,7 +47,8 @@ type Config struct {
 	Env     []string // CMD's environment; nil means the caller's
 	Dir     string   // CMD's working directory; "" means the caller's
 
-	// Stdin, Stdout and Stderr are CMD's 0, 1 and 2; nil means the caller's.
+	// Stdin, Stdout and Stderr are CMD's 0, 1 and 2; nil means the caller's. Those that
+	// are terminals are all replaced by the sandbox's own (Console).
 	Stdin, Stdout, Stderr *os.File `json:"-"`
 	// Files[i] becomes descriptor 3+i of CMD. Nothing else is inherited.
 	Files []*os.File `json:"-"`
@@ -90,6 +91,17 @@ type Config struct {
 	Sysctls map[string]string
 	// NoConfigure makes the device and nothing else (attach without --config).
 	NoConfigure bool
+}
+
+// streams are CMD's 0, 1 and 2, but for a terminal, which it gets in place of the caller's.
+func (c *Config) streams() [3]*os.File {
+	out := [3]*os.File{os.Stdin, os.Stdout, os.Stderr}
+	for i, f := range []*os.File{c.Stdin, c.Stdout, c.Stderr} {
+		if f != nil {
+			out[i] = f
+		}
+	}
+	return out
 }
 
 func (c *Config) validate(run bool) error {

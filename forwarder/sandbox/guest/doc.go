@@ -13,8 +13,8 @@
 //	│                           │            │ inner: lo, device, addresses,│
 //	│                           │            │ routes, sysctls, mounts      │
 //	│ Device() ◄── ready + fds ─┼────────────┼─                             │
-//	│ Release ── exec ──────────┼───────────►│ fork ──► CMD (caller's tty,  │
-//	│                           │◄─ started ─┼─          session and group) │
+//	│ Release ── exec ──────────┼───────────►│ fork ──► CMD (a tty and      │
+//	│                           │◄─ started ─┼─          group of its own)  │
 //	│ Socket, Signal ───────────┼──requests─►│ holds the namespaces         │
 //	│ Wait ◄── exited ──────────┼────────────┼─ reaps                       │
 //	└───────────────────────────┘            └──────────────────────────────┘
@@ -28,7 +28,8 @@
 //
 // From before CMD starts, the stage and all that it starts are under a filter of system
 // calls (confine.FilterCommand): some sockets lead past every network namespace, and a
-// terminal may be typed into.
+// terminal may be typed into. The caller's terminal is none of theirs: Console copies
+// between it and one of the sandbox's own.
 //
 // Nothing outlives the monitor. CMD dies with the stage (PR_SET_PDEATHSIG), the
 // stage sees the channel's end and kills whatever else lives in the sandbox's

@@ -59,14 +59,16 @@ type Guest struct {
 	userns  nsID // the namespace that is ours to clear up; zero when attached
 	device  []*os.File
 	diag    *os.File
-	cookie  uint64 // of the guest's network namespace
+	console *Console // nil without a terminal
+	cookie  uint64   // of the guest's network namespace
 	ephem   portRange
 	notes   []string
 	covered int
 	gone    chan struct{} // closed by readLoop when the channel ended
 	exited  chan struct{} // closed once status or err is final
 	started chan error    // CMD's start, one value
-	stop    func()        // ends what watches an attached target; never nil
+	stopped chan syscall.Signal
+	stop    func() // ends what watches an attached target; never nil
 
 	mu       sync.Mutex
 	status   Status
@@ -147,7 +149,8 @@ func start(ctx context.Context, spec stageSpec, notes []string, spawn func([]*os
 	g := &Guest{
 		ch: ch, proc: proc, notes: notes, stop: func() {},
 		gone: make(chan struct{}), exited: make(chan struct{}), started: make(chan error, 1),
-		asks: make(map[uint32]chan socketAnswer),
+		stopped: make(chan syscall.Signal, 1),
+		asks:    make(map[uint32]chan socketAnswer),
 	}
 	if spec.Mode == modeRun {
 		if g.userns, err = namespaceID(fmt.Sprintf("/proc/%d/ns/user", proc.number())); err != nil {
@@ -204,6 +207,12 @@ func (g *Guest) await(spec stageSpec) error {
 	}
 	queues := max(spec.Config.Link.Queues, 1)
 	m, files, err := g.ch.receive(queues + 1)
+	if err == nil && m.Op == opTerminal && len(files) == 1 {
+		if g.console, err = newConsole(files[0], spec.Config.streams()); err != nil {
+			return fmt.Errorf("taking the terminal: %w", err)
+		}
+		m, files, err = g.ch.receive(queues + 1)
+	}
 	switch {
 	case err != nil:
 		return g.orphaned(err)
@@ -299,7 +308,17 @@ func (g *Guest) finish(s Status, err error) {
 	}
 }
 
-// Signal sends sig to CMD. Before Release and after its end there is nobody to
+// Console is between the caller's terminal and CMD's; nil if CMD has none.
+func (g *Guest) Console() *Console { return g.console }
+
+// Stopped gives the signal by which CMD was stopped, for StopJob; one that nobody has taken
+// yet stands for those after it.
+func (g *Guest) Stopped() <-chan syscall.Signal { return g.stopped }
+
+// toFront puts CMD into its terminal's foreground; before Release, from its start.
+func (g *Guest) toFront() error { return g.ch.send(message{Op: opFront}) }
+
+// Signal sends sig to CMD, or to its process group if a terminal would have. Before Release and after its end there is nobody to
 // send it to, which is not an error.
 func (g *Guest) Signal(sig syscall.Signal) error {
 	if err := g.ch.send(message{Op: opSignal, Number: int(sig)}); err != nil {
@@ -345,6 +364,11 @@ func (g *Guest) read() error {
 				code = StatusOurs
 			}
 			g.started <- &ExecError{Status: code, Text: m.Text}
+		case m.Op == opStopped && running && m.Signal > 0 && m.Signal <= 64:
+			select {
+			case g.stopped <- syscall.Signal(m.Signal):
+			default:
+			}
 		case m.Op == opExited && running && m.Number >= 0 && m.Number <= 255 && m.Signal >= 0 && m.Signal <= 64:
 			g.finish(Status{Code: m.Number, Signal: syscall.Signal(m.Signal)}, nil)
 		default:
@@ -366,6 +390,7 @@ func (g *Guest) Close() error {
 	g.mu.Unlock()
 	g.finish(Status{}, ErrClosed)
 	g.stop()
+	g.console.Close()
 	g.ch.close()
 	if g.userns != (nsID{}) {
 		outlive(g.device)

@@ -306,7 +306,7 @@ func driveOnce(s scene) int {
 	if s.Relay {
 		defer relay(g)()
 	}
-	if err := g.Release(); err != nil {
+	if err := g.ReleaseJob(); err != nil {
 		defer g.Close()
 		return complain(err)
 	}

@@ -37,11 +37,18 @@ func (s *stage) nest() error {
 		return err
 	}
 	s.spec.Covered = sockets
+	if err := s.terminal(); err != nil {
+		return err
+	}
 	flags := uintptr(unix.CLONE_PARENT | unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC)
 	if s.spec.Config.PIDNamespace {
 		flags |= unix.CLONE_NEWPID
 	}
-	attr := &syscall.SysProcAttr{Cloneflags: flags, AmbientCaps: stageCaps}
+	// Root inside may trace the inner stage: it must not be in the caller's session either.
+	attr := &syscall.SysProcAttr{Cloneflags: flags, AmbientCaps: stageCaps, Setsid: true}
+	if fd, found := firstTerminal(); found {
+		attr.Setctty, attr.Ctty = true, fd
+	}
 	if attr.UidMappings, err = sameIDs("/proc/self/uid_map"); err != nil {
 		return err
 	}

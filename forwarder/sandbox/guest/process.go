@@ -101,16 +101,8 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{"sluice", StageCommand}
 	cmd.Env = []string{}
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if cfg.Stdin != nil {
-		cmd.Stdin = cfg.Stdin
-	}
-	if cfg.Stdout != nil {
-		cmd.Stdout = cfg.Stdout
-	}
-	if cfg.Stderr != nil {
-		cmd.Stderr = cfg.Stderr
-	}
+	streams := cfg.streams()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = streams[0], streams[1], streams[2]
 	cmd.ExtraFiles = append(append(files, said), cfg.Files...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  flags,

@@ -4,19 +4,12 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
-// relay is the monitor's part in signals, as sluice run does it: what arrives is
-// passed on, but for what the terminal has sent to CMD as well.
+// relay is the monitor's part in job control, as sluice run does it.
 func relay(g *Guest) (stop func()) {
 	ch := make(chan os.Signal, 16)
-	for _, sig := range guestSignals {
-		if !signal.Ignored(sig) {
-			signal.Notify(ch, sig)
-		}
-	}
+	NotifyJob(ch)
 	done := make(chan struct{})
 	// Ends when stop closes done.
 	go func() {
@@ -24,12 +17,10 @@ func relay(g *Guest) (stop func()) {
 			select {
 			case <-done:
 				return
+			case sig := <-g.Stopped():
+				_ = g.StopJob(sig)
 			case sig := <-ch:
-				s := sig.(syscall.Signal)
-				if (s == unix.SIGINT || s == unix.SIGQUIT) && inForeground() {
-					continue
-				}
-				_ = g.Signal(s)
+				_ = g.PassOn(sig.(syscall.Signal))
 			}
 		}
 	}()
@@ -37,15 +28,4 @@ func relay(g *Guest) (stop func()) {
 		signal.Stop(ch)
 		close(done)
 	}
-}
-
-// inForeground says whether the terminal's keys reach this process's group.
-func inForeground() bool {
-	tty, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return false
-	}
-	defer unix.Close(tty)
-	group, err := unix.IoctlGetInt(tty, unix.TIOCGPGRP)
-	return err == nil && group == unix.Getpgrp()
 }

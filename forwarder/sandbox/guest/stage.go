@@ -35,8 +35,7 @@ type stageSpec struct {
 	Covered    int    // sockets that the outer stage covered, for the inner one to tell
 }
 
-// guestSignals are those that may be meant for CMD. Typed at the terminal they
-// reach CMD by themselves, as a member of the foreground process group.
+// guestSignals are those that may be meant for CMD. The stage outlives them.
 var guestSignals = []os.Signal{
 	unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP,
 	unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH,
@@ -61,6 +60,7 @@ type stage struct {
 	spec  stageSpec
 	inner bool     // of a new sandbox, in the namespaces that CMD gets
 	cmd   *command // nil until started
+	front bool     // CMD is, or will be, in its terminal's foreground
 	notes []string
 }
 
@@ -180,6 +180,8 @@ func (s *stage) serve() {
 			if s.cmd != nil {
 				s.cmd.signal(syscall.Signal(m.Number))
 			}
+		case opFront:
+			s.toFront()
 		case opSocket:
 			s.socket(m)
 		}
@@ -192,7 +194,7 @@ func (s *stage) exec() {
 		_ = s.ch.send(message{Op: opFailed, Number: StatusOurs, Text: err.Error()})
 		return
 	}
-	cmd, err := startCommand(s.spec)
+	cmd, err := startCommand(s.spec, s.front)
 	if err != nil {
 		_ = s.ch.send(message{Op: opFailed, Number: err.Status, Text: err.Text})
 		return
@@ -203,13 +205,29 @@ func (s *stage) exec() {
 	}
 	// Ends with CMD; it is the only one that reports.
 	go func() {
-		ws := <-cmd.ended
+		ws := <-cmd.states
+		for ; ws.Stopped(); ws = <-cmd.states {
+			_ = s.ch.send(message{Op: opStopped, Signal: int(ws.StopSignal())})
+		}
 		m := message{Op: opExited, Number: ws.ExitStatus()}
 		if ws.Signaled() {
 			m.Number, m.Signal = statusSignalled+int(ws.Signal()), int(ws.Signal())
 		}
 		_ = s.ch.send(m)
 	}()
+}
+
+// toFront puts CMD into its terminal's foreground, once: then it is CMD's to give away.
+func (s *stage) toFront() {
+	fd, found := firstTerminal()
+	if !found || s.front {
+		return
+	}
+	s.front = true
+	if s.cmd != nil {
+		// Until now the foreground was the stage's own group.
+		_ = unix.IoctlSetPointerInt(fd, unix.TIOCSPGRP, s.cmd.pid)
+	}
 }
 
 // clearUp kills whatever still lives in the sandbox. The monitor does the same

@@ -70,7 +70,9 @@ func TestTerminalWorksAsWithoutUs(t *testing.T) {
 			t.Run(fmt.Sprintf("PID namespace %v", pidns), func(t *testing.T) {
 				master, slave := openPTY(t)
 				script := `trap 'echo interrupted' INT; trap 'echo size $(stty size)' WINCH; trap 'echo continued' CONT; trap 'echo quit; exit 5' QUIT
-tty -s && echo terminal; echo ready; while :; do sleep 0.02; done`
+tty -s && echo terminal; echo ready; while :; do read x; done`
+				// A shell that is starting a program (vfork(2)) when Ctrl-Z stops that does not
+				// stop itself, with a terminal of anybody's: so it starts none meanwhile.
 				s := scene{UID: uid, Relay: true, Config: baseConfig("sh", "-c", script)}
 				s.Config.PIDNamespace = pidns
 				cmd := exec.Command("/proc/self/exe", "shell", s.text(t))
