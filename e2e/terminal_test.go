@@ -14,8 +14,9 @@ func TestTerminalIsTheCommandsOwn(t *testing.T) {
 	// outside runs a script of the caller's shell, where $S is sluice run.
 	outside := func(t *testing.T, script string) result {
 		t.Helper()
-		p, _ := inTerminal(t, w.host, "sh", "-c", "S='"+sluiceBin()+" run --quiet --'; "+script+"; echo th''e end")
-		p.waitText(t, "the end", 30*time.Second) // all that was printed has been read
+		p, master := inTerminal(t, w.host, "sh", "-c", "S='"+sluiceBin()+" run --quiet --'; "+script+"; echo th''e end; read x")
+		p.waitText(t, "the end", 30*time.Second) // and so all that was printed has been read
+		master.Write([]byte("\n"))
 		return p.wait(t, 30*time.Second).wantStatus(t, 0)
 	}
 	t.Run("no descriptor and no path leads to the caller's", func(t *testing.T) {
@@ -45,10 +46,11 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		outside(t, `echo through | $S sh -c 'test ! -t 0 && test -t 1 && cat'; $S sh -c 'test -t 0 && test ! -t 1 && echo piped' | cat`).wantOut(t, "through").wantOut(t, "piped")
 	})
 	t.Run("a command of a pipeline takes the keyboard when it reads", func(t *testing.T) {
-		p, master := inTerminal(t, w.host, "bash", "-ic", sluiceBin()+` run --quiet -- sh -c 'echo ready; read x </dev/tty; echo "got $x"' | cat`)
+		p, master := inTerminal(t, w.host, "bash", "-ic", sluiceBin()+` run --quiet -- sh -c 'echo ready; read x </dev/tty; echo "got $x"' | cat; read x`)
 		p.waitText(t, "ready", 10*time.Second)
 		master.Write([]byte("typed\n"))
 		p.waitText(t, "got typed", 10*time.Second)
+		master.Write([]byte("\n"))
 		p.wait(t, 10*time.Second).wantStatus(t, 0)
 	})
 	t.Run("the caller's shell stops and continues it as a job", func(t *testing.T) {
