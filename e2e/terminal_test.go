@@ -72,8 +72,9 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		key := func(s string) { master.Write([]byte(s)) }
 		key("echo $((40+2)) answers\n")
 		p.waitText(t, "42 answers", 10*time.Second)
-		key("echo sl''eeping; sleep 60\n")
-		p.waitText(t, "sleeping\r", 10*time.Second)
+		// From within the job: until it is one, Ctrl-Z is the shell's, which ignores it.
+		key("sh -c 'echo sl\"\"eeping; exec sleep 60'\n")
+		p.waitText(t, "sleeping", 10*time.Second)
 		key("\x1a")
 		p.waitText(t, "Stopped", 10*time.Second)
 		key("kill -9 %1; wait; exit 4\n")
