@@ -46,10 +46,11 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		outside(t, `echo through | $S sh -c 'test ! -t 0 && test -t 1 && cat'; $S sh -c 'test -t 0 && test ! -t 1 && echo piped' | cat`).wantOut(t, "through").wantOut(t, "piped")
 	})
 	t.Run("a command of a pipeline takes the keyboard when it reads", func(t *testing.T) {
-		p, master := inTerminal(t, w.host, "bash", "-ic", sluiceBin()+` run --quiet -- sh -c 'echo ready; read x </dev/tty; echo "got $x"' | cat; read x`)
+		p, master := inTerminal(t, w.host, "bash", "-ic", sluiceBin()+` run --quiet -- sh -c 'echo ready; read x </dev/tty; echo "got $x"' | cat; echo out""side; read x`)
 		p.waitText(t, "ready", 10*time.Second)
 		master.Write([]byte("typed\n"))
 		p.waitText(t, "got typed", 10*time.Second)
+		p.waitText(t, "outside", 10*time.Second) // before it, keys are the command's, which is at its end
 		master.Write([]byte("\n"))
 		p.wait(t, 10*time.Second).wantStatus(t, 0)
 	})
@@ -77,7 +78,8 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		p.waitText(t, "sleeping", 10*time.Second)
 		key("\x1a")
 		p.waitText(t, "Stopped", 10*time.Second)
-		key("kill -9 %1; wait; exit 4\n")
+		// A shell with stopped jobs says so at the first exit, and goes at the second.
+		key("kill -9 %1; exit 4\nexit 4\n")
 		r := p.wait(t, 10*time.Second).wantStatus(t, 4)
 		if strings.Contains(r.out, "cannot set terminal process group") {
 			t.Errorf("the shell has no job control\n%s", r)
