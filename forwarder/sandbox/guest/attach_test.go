@@ -172,6 +172,24 @@ func TestAttachByRootToAPath(t *testing.T) {
 	}
 }
 
+// The stage lives where its target's root may trace it, and take what it has.
+func TestAnAttachedStageHasNothingOfTheCallersTerminal(t *testing.T) {
+	needRoot(t)
+	g, err := Attach(t.Context(), Target{NetNS: netnsPath(t)}, baseConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	for fd := range 3 {
+		if to, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", g.proc.pid, fd)); err != nil || to != os.DevNull {
+			t.Errorf("descriptor %d of the stage is %s, %v", fd, to, err)
+		}
+	}
+	if session, err := unix.Getsid(g.proc.pid); err != nil || session != g.proc.pid {
+		t.Errorf("the stage is in session %d, %v", session, err)
+	}
+}
+
 func TestAttachEndsWithItsTarget(t *testing.T) {
 	needRoot(t)
 	path := netnsPath(t)

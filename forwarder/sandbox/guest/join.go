@@ -12,11 +12,18 @@ import (
 )
 
 // joinStage starts the stage in the given namespaces (the user namespace first),
-// with files as channelFD and planFD.
+// with files as channelFD and planFD. The stage has nothing of the caller's terminal and
+// session: root of the target's user namespace may trace it.
 func joinStage(spaces []fork.Namespace, files []*os.File) (*stageProcess, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("starting the guest stage: %w", err)
+	}
+	defer null.Close()
+	fd := int(null.Fd())
 	plan := fork.Plan{
-		Args: []string{"sluice", StageCommand}, Files: []int{-1, -1, -1},
-		Join: spaces, Ambient: stageCaps, DeathSignal: unix.SIGKILL,
+		Args: []string{"sluice", StageCommand}, Files: []int{fd, fd, fd},
+		Join: spaces, Ambient: stageCaps, DeathSignal: unix.SIGKILL, Session: true,
 	}
 	for _, f := range files {
 		plan.Files = append(plan.Files, int(f.Fd()))
