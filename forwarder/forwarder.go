@@ -306,7 +306,8 @@ func (f *Forwarder) timer() {
 		now := f.now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
 		checks, held := f.tcp.checks.expire(now), f.dgram.udp.quic.list.expire(now)
-		pressed := f.memory.pressed.Load()
+		// What starves is asked again whether or not there is pressure any more.
+		pressed := f.memory.starving.Swap(false) || f.memory.pressed.Load()
 		if pressed {
 			f.tcp.tallyAll()
 		}

@@ -79,7 +79,8 @@ type memory struct {
 	flows               atomic.Int64 // that share it
 	low, pressure, high atomic.Int64
 	pressed             atomic.Bool
-	onPressure          func(bool) // told of each change; must not block
+	starving            atomic.Bool // a flow was starved since the timer looked (tallyAll)
+	onPressure          func(bool)  // told of each change; must not block
 
 	entered, refused, cut, dropped, compacted *atomic.Uint64
 }

@@ -49,7 +49,7 @@ const (
 // tcpMemory is the charges of a flow through the stack.
 type tcpMemory struct {
 	shares
-	starved atomic.Bool   // the down pump waits until less is held
+	starved atomic.Bool   // the down pump waits until less is held (maySend)
 	moving  atomic.Bool   // up: what came was taken at once, and was much
 	queued  atomic.Uint32 // where the last segment that was queued in order ends
 
@@ -80,12 +80,15 @@ func (fm *tcpMemory) tallySent(ep *tcp.Endpoint) {
 }
 
 // maySend is how many of queued bytes may be read from the host socket and written to the
-// stack now. If it is 0 the endpoint becomes writable as soon as the sandbox acknowledges
-// some. The caller holds the down pump's mu.
+// stack now. If it is 0 the flow is starved until the pump asks again, which settleMemory has
+// it do when the sandbox has acknowledged some, and so has the endpoint, if it can be told in
+// time. The caller holds the down pump's mu.
 func (fm *tcpMemory) maySend(ep *tcp.Endpoint, queued int) int {
 	fm.tallySent(ep)
 	n := fm.sendRoom(queued)
 	if n == 0 {
+		fm.starved.Store(true)
+		fm.m.starving.Store(true)
 		fm.starve(ep)
 		// What was acknowledged before is told by nobody.
 		fm.tallySent(ep)
@@ -98,11 +101,15 @@ func (fm *tcpMemory) maySend(ep *tcp.Endpoint, queued int) int {
 		ep.SocketOptions().SetSendBufferSize(fm.sendBuffer, false)
 		fm.sendBuffer = 0
 	}
+	if n > 0 && fm.starved.Load() {
+		fm.starved.Store(false)
+	}
 	return n
 }
 
 // starve has the endpoint tell of the next acknowledgement: netstack tells when less than half
-// of the send buffer is used that was more.
+// of the send buffer is used that was more. One that is being processed at this moment may go by
+// the size before, and be told by nobody.
 func (fm *tcpMemory) starve(ep *tcp.Endpoint) {
 	opts := ep.SocketOptions()
 	if fm.sendBuffer == 0 {
@@ -340,6 +347,10 @@ func (fl *tcpFlow) settleMemory(ep *tcp.Endpoint) {
 		return // see holdStream
 	}
 	fl.mem.tallyReceived(ep)
+	if fl.mem.starved.Load() {
+		fl.t.f.engine.put(&fl.downTask) // which tallies what is sent
+		return
+	}
 	if fl.mem.down.held.Load() > flowMinimum && fl.down.mu.TryLock() {
 		fl.mem.tallySent(ep)
 		fl.unlockDown()

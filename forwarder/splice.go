@@ -270,6 +270,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		}
 		held := fl.mem.maySend(fl.ep.(*tcp.Endpoint), min(queued, room))
 		if held == 0 {
+			fl.t.f.needTimer.raise()
 			return ""
 		}
 		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()

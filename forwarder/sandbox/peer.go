@@ -2,6 +2,8 @@ package sandbox
 
 import (
 	"bufio"
+	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -9,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -172,28 +174,58 @@ func (p peerProcess) holdsOtherEnd(conn int) error {
 	if err := unix.Fstat(conn, &st); err != nil {
 		return err
 	}
-	all, err := netlink.UnixSocketDiagInfo()
+	other, err := otherEnd(uint32(st.Ino))
 	if err != nil {
-		return fmt.Errorf("list the unix sockets: %w", err)
+		return fmt.Errorf("look up its socket: %w", err)
 	}
-	for _, s := range all {
-		if s.DiagMsg == nil || uint64(s.DiagMsg.INode) != st.Ino || s.Peer == nil {
-			continue
+	want := fmt.Sprintf("socket:[%d]", other)
+	fds, err := p.readDir("fd")
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 64)
+	for _, fd := range fds {
+		if n, err := unix.Readlinkat(p.dir, "fd/"+fd, buf); err == nil && string(buf[:n]) == want {
+			return nil
 		}
-		want := fmt.Sprintf("socket:[%d]", *s.Peer)
-		fds, err := p.readDir("fd")
-		if err != nil {
-			return err
-		}
-		buf := make([]byte, 64)
-		for _, fd := range fds {
-			if n, err := unix.Readlinkat(p.dir, "fd/"+fd, buf); err == nil && string(buf[:n]) == want {
-				return nil
-			}
-		}
-		break
 	}
 	return errors.New("its process number is somebody else's by now")
+}
+
+// unixDiagRequest asks for one unix socket and its peer (struct unix_diag_req of
+// linux/unix_diag.h).
+type unixDiagRequest struct{ inode uint32 }
+
+func (r unixDiagRequest) Len() int { return 24 }
+
+func (r unixDiagRequest) Serialize() []byte {
+	const showPeer, anyCookie = 1 << 2, ^uint64(0)
+	b := make([]byte, r.Len())
+	b[0] = unix.AF_UNIX
+	binary.NativeEndian.PutUint32(b[4:], ^uint32(0)) // in every state
+	binary.NativeEndian.PutUint32(b[8:], r.inode)
+	binary.NativeEndian.PutUint32(b[12:], showPeer)
+	binary.NativeEndian.PutUint64(b[16:], anyCookie)
+	return b
+}
+
+// otherEnd is the inode of the socket that the one with inode is connected to; 0 if that
+// is closed.
+func otherEnd(inode uint32) (uint32, error) {
+	const header, attrPeer = 16, 2 // struct unix_diag_msg; UNIX_DIAG_PEER
+	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)
+	req.AddData(unixDiagRequest{inode})
+	msgs, err := req.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
+	if err != nil || len(msgs) != 1 || len(msgs[0]) < header {
+		return 0, cmp.Or(err, errors.New("the kernel does not tell"))
+	}
+	attrs, err := nl.ParseRouteAttr(msgs[0][header:])
+	for _, a := range attrs {
+		if a.Attr.Type == attrPeer && len(a.Value) == 4 {
+			return binary.NativeEndian.Uint32(a.Value), nil
+		}
+	}
+	return 0, err
 }
 
 func (p peerProcess) readDir(name string) ([]string, error) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -338,6 +339,10 @@ func TestSignalsAreForwarded(t *testing.T) {
 	needRoot(t)
 	for _, sig := range []syscall.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGINT, unix.SIGQUIT} {
 		t.Run(sig.String(), func(t *testing.T) {
+			// What this process handles, its children do not ignore, as they would under nohup.
+			handled := make(chan os.Signal, 1)
+			signal.Notify(handled, sig)
+			defer signal.Stop(handled)
 			script := fmt.Sprintf("trap 'echo got; exit 9' %d; echo ready; while :; do sleep 0.02; done", int(sig))
 			s := scene{UID: ordinary, Relay: true, Config: baseConfig("sh", "-c", script)}
 			cmd := s.command(t)
