@@ -67,7 +67,7 @@ func (t *portTable) heldByOthers() map[heldPort]bool {
 	held := make(map[heldPort]bool)
 	for _, proto := range []string{"tcp", "udp"} {
 		for _, family := range []string{"", "6"} {
-			eachSocket("/proc/net/"+proto+family, proto, func(port uint16, inode string) {
+			eachSocket("/proc/thread-self/net/"+proto+family, proto, func(port uint16, inode string) {
 				if !own[inode] {
 					held[heldPort{proto, port}] = true
 				}

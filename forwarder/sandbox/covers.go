@@ -77,7 +77,7 @@ func (m *monitor) cover(r *Registry) error {
 		return nil
 	}
 	g.WithoutSockets = append(g.WithoutSockets, runtimeDirs()...)
-	listed, err := listedSockets("/proc/self/net/unix")
+	listed, err := listedSockets("/proc/thread-self/net/unix")
 	if err != nil {
 		return fmt.Errorf("find the host's sockets: %w", err)
 	}

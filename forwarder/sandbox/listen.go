@@ -124,7 +124,7 @@ func firstFreePort() string {
 func portOwner(proto string, at netip.AddrPort) string {
 	inodes := make(map[string]bool)
 	for _, suffix := range []string{"", "6"} {
-		socketInodes("/proc/net/"+proto+suffix, proto, at.Port(), inodes)
+		socketInodes("/proc/thread-self/net/"+proto+suffix, proto, at.Port(), inodes)
 	}
 	if len(inodes) == 0 {
 		return ""
@@ -159,7 +159,9 @@ func socketInodes(table, proto string, port uint16, into map[string]bool) {
 }
 
 // eachSocket yields the local ports and inodes of a /proc/net table's sockets, of TCP those
-// that listen. A table that is not there, as IPv6's may be, is empty.
+// that listen. A table that is not there, as IPv6's may be, is empty. It is the thread's own
+// (/proc/thread-self): the process's is the main thread's, which may be in a namespace that a
+// goroutine has left it in.
 func eachSocket(table, proto string, yield func(port uint16, inode string)) {
 	f, err := os.Open(table)
 	if err != nil {
