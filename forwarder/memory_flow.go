@@ -28,7 +28,7 @@ import (
 const (
 	// receiveStart is the receive buffer that a flow begins with, of which netstack offers
 	// half as window; receiveStartPressed under pressure.
-	receiveStart        = 128 << 10
+	receiveStart        = tcpBufferDefault
 	receiveStartPressed = 8 << 10
 	// receiveOffered is what the segments of a window of receiveStartPressed take at most. In
 	// order they are taken in under pressure as long as anything is left: a flow that keeps to
