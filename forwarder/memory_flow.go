@@ -27,8 +27,9 @@ import (
 
 const (
 	// receiveStart is the receive buffer that a flow begins with, of which netstack offers
-	// half as window; receiveStartPressed under pressure.
-	receiveStart        = tcpBufferDefault
+	// half as window; receiveStartPressed under pressure. First bytes are judged where they
+	// wait, and 1 500 segments of one byte, a ClientHello, take more than 1 MiB.
+	receiveStart        = tcpBufferMax
 	receiveStartPressed = 8 << 10
 	// receiveOffered is what the segments of a window of receiveStartPressed take at most. In
 	// order they are taken in under pressure as long as anything is left: a flow that keeps to

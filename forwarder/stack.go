@@ -22,8 +22,7 @@ import (
 const nicID tcpip.NICID = 1
 
 // Buffers of one TCP flow inside the stack. The send buffer starts at tcpBufferDefault and may
-// grow to tcpBufferMax; the receive buffer starts at receiveStart, and may grow to
-// tcpBufferDefault (memory_flow.go).
+// grow to tcpBufferMax; the receive buffer starts at receiveStart (memory_flow.go).
 const (
 	tcpBufferMin     = 4 << 10
 	tcpBufferDefault = 1 << 20
@@ -46,7 +45,7 @@ func newStack(queue *tcpQueue) (*stack.Stack, error) {
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	cubic := tcpip.CongestionControlOption("reno")
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: receiveStart, Max: tcpBufferDefault}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: receiveStart, Max: tcpBufferMax}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	// The forwarder takes an endpoint out of the demultiplexer as soon as it
