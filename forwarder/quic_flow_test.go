@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -33,15 +32,7 @@ func quicGoEcho(ctx context.Context, pc net.PacketConn, to netip.AddrPort, name 
 	if err != nil {
 		return err
 	}
-	if _, err := s.Write([]byte("hello")); err != nil {
-		return err
-	}
-	s.Close()
-	got, err := io.ReadAll(s)
-	if err == nil && string(got) != "hello" {
-		err = fmt.Errorf("%q came back", got)
-	}
-	return err
+	return echoed(s, func() { _ = s.Close() })
 }
 
 func TestOrdinaryQUICClientsNoticeNothing(t *testing.T) {

@@ -121,10 +121,15 @@ func quicEcho(ctx context.Context, e *quic.Endpoint, to netip.AddrPort, name str
 	if err != nil {
 		return err
 	}
+	return echoed(s, s.CloseWrite)
+}
+
+// echoed has a few bytes echoed on a stream, whose sending side end closes.
+func echoed(s io.ReadWriter, end func()) error {
 	if _, err := s.Write([]byte("hello")); err != nil {
 		return err
 	}
-	s.CloseWrite()
+	end()
 	got, err := io.ReadAll(s)
 	if err == nil && string(got) != "hello" {
 		err = fmt.Errorf("%q came back", got)
