@@ -24,6 +24,7 @@ const tunnelOut, tunnelIn = 200, 512
 
 func TestATunnelOverDNSIsNarrow(t *testing.T) {
 	area(t, "gate.tunnel", "iodine", "iodined", "ping")
+	asRoot(t, "iodined serves uid 0 only")
 	w := newWorld(t)
 	server := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
 	says := func(p *proc, text string, within time.Duration) { // it speaks on standard error
