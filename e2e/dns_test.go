@@ -4,6 +4,7 @@ package e2e
 // far namespace.
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -128,4 +129,72 @@ func TestDNSFlags(t *testing.T) {
 	ok(t, sb, 10*time.Second, "getent", "ahosts", "six.lan").wantOut(t, "2001:db8:2::10")
 	ok(t, sb, 10*time.Second, "cat", "/etc/resolv.conf").wantOut(t, "search test")
 	ok(t, sb, 10*time.Second, "cat", "/etc/hosts").wantOut(t, "printer.lan")
+}
+
+// TestLinkLocalResolver has what router advertisements give every home network: a resolver
+// at a link-local address, with the interface that it is on.
+func TestLinkLocalResolver(t *testing.T) {
+	area(t, "dns.zone", "dig")
+	w := newPair(t)
+	const router = "fe80::53"
+	w.far.ip(t, "addr add "+router+"/64 dev f0 nodad")
+	w.host.ip(t, "addr add fe80::2/64 dev h0 nodad")
+	w.nameServer(t, "router", router+"%f0")
+	w.nameServer(t, "plain", far4)
+	index := func() string {
+		i, _, _ := strings.Cut(ok(t, w.host, 5*time.Second, "ip", "-o", "link", "show", "h0").out, ":")
+		return i
+	}
+	conf := func(servers ...string) {
+		t.Helper()
+		w.host.file(t, "/etc/resolv.conf", "nameserver "+strings.Join(servers, "\nnameserver ")+"\n")
+	}
+	conf(router + "%h0")
+	answers := func(t *testing.T, in place, tag string) {
+		t.Helper()
+		eventually(t, 10*time.Second, func() (bool, string) {
+			r := run(t, in, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
+			return strings.Contains(r.out, tag), "the server with the tag " + tag + " is not asked\n" + r.String()
+		})
+		ok(t, in, 10*time.Second, "getent", "ahosts", "web.test").wantOut(t, far4).wantOut(t, far6)
+	}
+	answers(t, w.host, "router") // direct
+	sb := w.host.sandbox(t)
+	worker := sb.worker()
+	answers(t, sb, "router")
+	ok(t, sb, 10*time.Second, "dig", "+tcp", "+short", "web.test").wantOut(t, far4)
+	ok(t, sb, 10*time.Second, "dig", "+noedns", "big.test", "TXT").wantOut(t, "Truncated, retrying in TCP mode").wantOut(t, "\"39-xxx")
+	for _, row := range []struct {
+		what    string
+		servers []string
+		tag     string
+	}{
+		{"by its index", []string{router + "%" + index()}, "router"},
+		{"second, behind one that refuses", []string{pair4, router + "%h0"}, "router"},
+		{"first, on an interface that there is not", []string{router + "%usb0", far4}, "plain"},
+		{"as before", []string{router + "%h0"}, "router"},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			conf(row.servers...)
+			answers(t, sb, row.tag)
+		})
+	}
+	t.Run("on an interface that is made anew", func(t *testing.T) {
+		before := index()
+		w.host.ip(t, "link del h0")
+		w.host.ip(t, "link add h1 type veth peer name h2") // has the index
+		w.host.ip(t, fmt.Sprintf("link add h0 type veth peer name f0 netns %d\naddr add fe80::2/64 dev h0 nodad\nlink set h0 up", w.far.tid))
+		w.far.ip(t, "addr add "+router+"/64 dev f0 nodad\nlink set f0 up")
+		w.nameServer(t, "anew", "-port", "53", router+"%f0")
+		if now := index(); now == before {
+			t.Fatalf("the interface has the index %s again", now)
+		}
+		eventually(t, 10*time.Second, func() (bool, string) {
+			r := run(t, sb, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
+			return strings.Contains(r.out, "anew"), "the server is not asked\n" + r.String()
+		})
+	})
+	if now := sb.worker(); now != worker {
+		t.Errorf("the worker ended: %d became %d", worker, now)
+	}
 }

@@ -55,7 +55,7 @@ func TestTheHostTakesMoreThanItsAddresses(t *testing.T) {
 
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	late, seen := netip.MustParsePrefix("2001:db8:f::/48"), false
+	late, seen, looked := netip.MustParsePrefix("2001:db8:f::/48"), false, 0
 	err = watchHostRanges(ctx, func(list []netip.Prefix, err error) {
 		switch {
 		case err != nil:
@@ -66,7 +66,10 @@ func TestTheHostTakesMoreThanItsAddresses(t *testing.T) {
 			seen = true
 			cancel()
 		}
-	})
+	}, func() { looked++ })
+	if looked < 2 {
+		t.Errorf("looked was called %d times, for the first look and a new route", looked)
+	}
 	if err != nil || !seen {
 		t.Errorf("a route that was added was not seen: %v", err)
 	}

@@ -57,9 +57,10 @@ var hostEvents = []uint{
 }
 
 // watchHostRanges calls changed with the host's ranges, at once and after each change,
-// until ctx ends: with errTooManyHost where there are more than can be told. It runs on the
+// until ctx ends: with errTooManyHost where there are more than can be told. After every
+// event, also one that leaves the ranges as they were, it calls looked. It runs on the
 // caller's goroutine, and in its network namespace.
-func watchHostRanges(ctx context.Context, changed func([]netip.Prefix, error)) error {
+func watchHostRanges(ctx context.Context, changed func([]netip.Prefix, error), looked func()) error {
 	s, err := nl.Subscribe(unix.NETLINK_ROUTE, hostEvents...)
 	if err != nil {
 		return fmt.Errorf("watch the host's addresses: %w", err)
@@ -86,6 +87,7 @@ func watchHostRanges(ctx context.Context, changed func([]netip.Prefix, error)) e
 			last, tooMany = now, err != nil
 			changed(now, err)
 		}
+		looked()
 		select {
 		case <-ctx.Done():
 			return nil

@@ -18,6 +18,8 @@ func TestMain(m *testing.M) {
 			os.Exit(AttachmentMain("test"))
 		case "guest":
 			os.Exit(guest.Main(os.Args[2:]))
+		case "test-filtered":
+			os.Exit(filteredPaths())
 		case "test-worker":
 			os.Exit(fakeWorker(os.Args[2]))
 		case "test-rotate":

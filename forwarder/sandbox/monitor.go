@@ -63,6 +63,7 @@ type monitor struct {
 	rules      rulesMessage
 	generation uint64 // of rules: how often policy.set succeeded
 	upstreams  dns.Upstreams
+	named      dns.Upstreams // upstreams before their zones were looked up
 	sysctls    map[string]string
 
 	mu       sync.Mutex
@@ -375,13 +376,32 @@ func (m *monitor) setUpstreams(u dns.Upstreams, err error) {
 	}
 	m.change.Lock()
 	defer m.change.Unlock()
-	if m.upstreams.Equal(u) {
+	m.passUpstreams(u)
+}
+
+// lookAgain has the zones of resolvers looked up again.
+func (m *monitor) lookAgain() {
+	m.change.Lock()
+	defer m.change.Unlock()
+	if m.att == nil { // a pod's resolvers have none
+		m.passUpstreams(m.named)
+	}
+}
+
+// passUpstreams stores the resolvers and tells the worker. change is held.
+func (m *monitor) passUpstreams(named dns.Upstreams) {
+	u, missing := withIndexes(named, interfaceIndex)
+	news := !m.named.Equal(named)
+	if news && len(missing) > 0 {
+		m.log.warnf("monitor", "resolvers with the zones %q are not asked until there are such interfaces", missing)
+	}
+	if !news && m.upstreams.Equal(u) {
 		return
 	}
 	m.mu.Lock()
-	m.upstreams = u
+	m.named, m.upstreams = named, u
 	m.mu.Unlock()
-	m.log.infof("monitor", "upstream resolvers are now %v", u.Servers)
+	m.log.infof("monitor", "upstream resolvers are now %v", named.Servers)
 	if err := m.tell(msgUpstreams, u); err != nil {
 		m.log.warnf("monitor", "pass the resolvers on: %v", err)
 	}

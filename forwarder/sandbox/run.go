@@ -287,7 +287,7 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 // watchHost follows the host's addresses until ctx ends.
 func (m *monitor) watchHost(ctx context.Context) {
 	for {
-		err := watchHostRanges(ctx, m.setHost)
+		err := watchHostRanges(ctx, m.setHost, m.lookAgain)
 		if ctx.Err() != nil {
 			return
 		}

@@ -11,7 +11,8 @@
 //	        3 limits         no core dump, no message queues; not dumpable, no ptrace
 //	        4 privileges     no_new_privs; no capability in any set, bounding included
 //	        5 Landlock       no file system at all; signals and abstract sockets stay inside
-//	seal:   6 seccomp        an allow-list by call and argument; anything else kills
+//	seal:   6 seccomp        an allow-list by call and argument; a few calls that libraries
+//	                         try fail with an errno, anything else kills
 //
 // Enter takes longest of all that a worker does before it serves, so it comes before
 // the configuration and the device do, while the sandbox is being made.

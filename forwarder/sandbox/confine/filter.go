@@ -14,7 +14,8 @@ import (
 // Rules look at arguments wherever one call does many things: socket, ioctl, fcntl,
 // prctl, clone, mmap, setsockopt. Pointers cannot be looked at, so calls that take
 // paths are not allowed at all. A few calls are answered with an error instead of
-// death, because libraries try them and have another way.
+// death, because libraries try them and have another way: package net asks a netlink
+// socket for the name of every zone that it meets, and does without.
 
 const (
 	// threadFlags are what the Go runtime passes to clone, and nothing that would
@@ -130,7 +131,13 @@ func answered() map[unix.Errno]seccomp.SyscallRules {
 		seccomp.PerArg{seccomp.EqualTo(unix.AF_INET), any0, seccomp.EqualTo(unix.IPPROTO_MPTCP)},
 		seccomp.PerArg{seccomp.EqualTo(unix.AF_INET6), any0, seccomp.EqualTo(unix.IPPROTO_MPTCP)},
 	})
-	return map[unix.Errno]seccomp.SyscallRules{unix.ENOENT: absent, unix.ENOSYS: old, unix.EPROTONOSUPPORT: mptcp}
+	families := seccomp.NewSyscallRules() // as in a kernel that has no others
+	families.Set(unix.SYS_SOCKET, seccomp.And{
+		seccomp.PerArg{seccomp.NotEqual(unix.AF_INET)}, seccomp.PerArg{seccomp.NotEqual(unix.AF_INET6)},
+	})
+	return map[unix.Errno]seccomp.SyscallRules{
+		unix.ENOENT: absent, unix.ENOSYS: old, unix.EPROTONOSUPPORT: mptcp, unix.EAFNOSUPPORT: families,
+	}
 }
 
 // program is the whole filter for the process pid.
@@ -141,7 +148,7 @@ func program(pid int) seccomp.Program {
 		{Rules: never, Action: seccomp.KillProcess},
 		{Rules: allowed(pid), Action: seccomp.Allow},
 	}
-	for _, errno := range []unix.Errno{unix.ENOENT, unix.ENOSYS, unix.EPROTONOSUPPORT} {
+	for _, errno := range []unix.Errno{unix.ENOENT, unix.ENOSYS, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT} {
 		sets = append(sets, seccomp.RuleSet{Rules: answered()[errno], Action: seccomp.ReturnError.Code(uint16(errno))})
 	}
 	return seccomp.Program{RuleSets: sets, Options: seccomp.ProgramOptions{

@@ -108,10 +108,6 @@ var forbidden = map[string]func(){
 	},
 	"memory made executable":     func() { call(unix.SYS_MPROTECT, 0, 0, unix.PROT_EXEC) },
 	"memfd without cloexec":      func() { call(unix.SYS_MEMFD_CREATE, ptr("x"), 0) },
-	"a netlink socket":           func() { call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW, 0) },
-	"a packet socket":            func() { call(unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW, 0) },
-	"a unix socket":              func() { call(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM, 0) },
-	"a vsock socket":             func() { call(unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM, 0) },
 	"a raw socket":               func() { call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP) },
 	"an SCTP socket":             func() { call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_SCTP) },
 	"a UDP-Lite socket":          func() { call(unix.SYS_SOCKET, unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE) },
@@ -165,6 +161,16 @@ func helpAnswered() error {
 	}
 	if _, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_MPTCP); err != unix.EPROTONOSUPPORT {
 		return fmt.Errorf("an MPTCP socket: %v", err)
+	}
+	for _, family := range []int{unix.AF_UNIX, unix.AF_NETLINK, unix.AF_PACKET, unix.AF_ALG, unix.AF_VSOCK, unix.AF_XDP} {
+		for _, typ := range []int{unix.SOCK_STREAM, unix.SOCK_DGRAM, unix.SOCK_RAW} {
+			if _, err := unix.Socket(family, typ, 0); err != unix.EAFNOSUPPORT {
+				return fmt.Errorf("a socket of the family %d and type %d: %v", family, typ, err)
+			}
+		}
+	}
+	if list, err := net.Interfaces(); !errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("listing the interfaces: %v, %v", list, err)
 	}
 	fmt.Println("fine")
 	return nil
