@@ -136,21 +136,21 @@ func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
 type dgramFlow struct {
 	pass
 	d       *dgramTable
-	tuple   nat.Tuple                  // key in flows: what a packet of the sandbox carries
-	guest   netip.AddrPort             // the sandbox's endpoint; the port is an echo identifier in ICMP
-	peer    netip.AddrPort             // the far side as the sandbox sees it
-	target  netip.AddrPort             // the far side as the host sees it
-	ingress bool                       // begun by a client of a published port
-	quic    *quicTuple                 // of a flow whose first bytes were read; nil else
-	echo    *echoFlow                  // of a flow of echo requests; nil else
-	sock    *hostSocket                // nil for the resolver's flows; guarded by d.mu
-	local   atomic.Pointer[netip.Addr] // address that a published flow's client used
-	sent    atomic.Uint64              // header fields of the last packet, see noteSent
-	queries atomic.Int32               // of a short flow: sent and not answered
-	short   bool                       // done when every query was answered
-	replied atomic.Bool                // the reply tuple is known
-	unasked atomic.Bool                // begun by the peer, and the sandbox has sent nothing; cleared with d.mu and sock.mu held
-	ended   bool                       // guarded by d.mu
+	tuple   nat.Tuple      // key in flows: what a packet of the sandbox carries
+	guest   netip.AddrPort // the sandbox's endpoint; the port is an echo identifier in ICMP
+	peer    netip.AddrPort // the far side as the sandbox sees it
+	target  netip.AddrPort // the far side as the host sees it
+	ingress bool           // begun by a client of a published port
+	quic    *quicTuple     // of a flow whose first bytes were read; nil else
+	echo    *echoFlow      // of a flow of echo requests; nil else
+	sock    *hostSocket    // nil for the resolver's flows; guarded by d.mu
+	local   netip.Addr     // of a published flow: the host's address that the client writes to, if known
+	sent    atomic.Uint64  // header fields of the last packet, see noteSent
+	queries atomic.Int32   // of a short flow: sent and not answered
+	short   bool           // done when every query was answered
+	replied atomic.Bool    // the reply tuple is known
+	unasked atomic.Bool    // begun by the peer, and the sandbox has sent nothing; cleared with d.mu and sock.mu held
+	ended   bool           // guarded by d.mu
 }
 
 // noteSent remembers the header of the sandbox's last packet, for an ICMP error to quote.

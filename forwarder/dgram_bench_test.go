@@ -39,7 +39,7 @@ func steady(t testing.TB, size int) (out func(n int), in func()) {
 	w.f.dgram.udp.mu.RLock()
 	s := w.f.dgram.udp.socks[me]
 	w.f.dgram.udp.mu.RUnlock()
-	for deadline := time.Now().Add(5 * time.Second); !s.peer(srvAddr(srv)).replied.Load(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Second); !s.peer(srvAddr(srv), netip.Addr{}).replied.Load(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("no answer arrived")
 		}

@@ -34,14 +34,15 @@ func (s *hostSocket) drainErrors() {
 		for i := range n {
 			to, quoted, c := b.message(i)
 			if c.hasErr {
-				s.translate(to, quoted, &c.err)
+				s.translate(to, quoted, &c)
 			}
 		}
 	}
 }
 
-// translate tells the sandbox of one error about a packet that was sent to to.
-func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, e *extendedErr) {
+// translate tells the sandbox of one error, c.err, about a packet that was sent to to.
+func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, c *control) {
+	e := &c.err
 	switch e.origin {
 	case unix.SO_EE_ORIGIN_LOCAL:
 		// The refusal to send is dealt with by the sender, who has the packet.
@@ -55,7 +56,7 @@ func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, e *extendedErr)
 	}
 	var fl *dgramFlow
 	if s.proto == protoUDP {
-		fl = s.peer(to)
+		fl = s.peer(to, c.local)
 	} else {
 		fl = s.echoPeer(to.Addr(), quoted)
 	}

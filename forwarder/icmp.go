@@ -203,7 +203,7 @@ func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *dgramFlow {
 			return nil
 		}
 	}
-	return s.peer(netip.AddrPortFrom(a, 0))
+	return s.peer(netip.AddrPortFrom(a, 0), netip.Addr{})
 }
 
 // echoMessage writes the request that leaves for it: its header, and as many zeroes as the

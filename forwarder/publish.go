@@ -18,14 +18,6 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-	"gvisor.dev/gvisor/pkg/waiter"
-
-	"sluice/nat"
-	"sluice/policy"
 )
 
 // acceptBudget is how many connections one listener may take before the others
@@ -205,7 +197,7 @@ func (t *tcpListener) accept() {
 		switch err {
 		case nil:
 			t.p.f.dialer.sockets.Add(1)
-			t.p.f.tcp.ingress(fd, addrPort(sa), t.l.Guest)
+			t.p.f.tcp.ingress(fd, caller{from: addrPort(sa), host: localAddr(fd, t.l.Host), guest: t.l.Guest})
 		case unix.EAGAIN:
 			return
 		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.EPERM:
@@ -218,94 +210,6 @@ func (t *tcpListener) accept() {
 		}
 	}
 	t.p.f.engine.put(&t.accepting)
-}
-
-// ingress carries an accepted connection into the sandbox. It owns fd.
-func (t *tcpForwarder) ingress(fd int, client, guest netip.AddrPort) {
-	j := t.f.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: client, Dst: guest})
-	if !j.mayBegin() {
-		t.f.publish.refused.Add(1)
-		t.f.refuse(j)
-		t.f.dialer.reset(fd)
-		return
-	}
-	if err := tuneStream(fd); err != nil {
-		t.f.dialer.reset(fd)
-		return
-	}
-	if client.Addr().IsLoopback() && t.relayLoopback(fd, j) {
-		return
-	}
-	t.ingressThroughStack(fd, j)
-}
-
-// ingressThroughStack makes the connection on the sandbox's link. It owns fd.
-func (t *tcpForwarder) ingressThroughStack(fd int, j judged) {
-	client, guest := j.query.Src, j.query.Dst
-	source := client
-	if client.Addr().IsLoopback() || client.Addr().IsLinkLocalUnicast() || client.Addr().Is4() != guest.Addr().Is4() {
-		source = netip.AddrPortFrom(t.f.gatewayOf(guest.Addr().Is4()), client.Port())
-	}
-	fl := &tcpFlow{
-		t: t, fd: fd, ingress: true, phase: phaseHandshake,
-		id: stack.TransportEndpointID{
-			LocalAddress: tcpipAddr(source.Addr()), LocalPort: source.Port(),
-			RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port(),
-		},
-	}
-	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), memory: &fl.mem.shares}); err != nil {
-		t.f.publish.limited.Add(1)
-		fl.abort(err.Error())
-		return
-	}
-	fl.lease.SetState(nat.SynSent)
-	if !t.index(fl) {
-		fl.abort("stopped")
-		return
-	}
-	if err := fl.connectGuest(); err != nil {
-		fl.abort("unreachable")
-	}
-}
-
-// connectGuest starts the connection inside the stack, from the client's address;
-// settle learns how it ends.
-func (fl *tcpFlow) connectGuest() error {
-	proto := header.IPv6ProtocolNumber
-	if fl.id.RemoteAddress.Len() == header.IPv4AddressSize {
-		proto = header.IPv4ProtocolNumber
-	}
-	fl.wq = new(waiter.Queue)
-	ep, terr := fl.t.f.stack.NewEndpoint(tcp.ProtocolNumber, proto, fl.wq)
-	if terr != nil {
-		return errors.New(terr.String())
-	}
-	opts := ep.SocketOptions()
-	opts.SetReuseAddress(true)
-	opts.SetKeepAlive(true)
-	if fl.t.f.memory.pressed.Load() {
-		opts.SetReceiveBufferSize(receiveStartPressed, false)
-	}
-	from := tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort}
-	if terr := ep.Bind(from); terr != nil {
-		// The client's address counts more than its port.
-		from.Port = 0
-		if terr := ep.Bind(from); terr != nil {
-			ep.Close()
-			return errors.New(terr.String())
-		}
-	}
-	fl.prepare()
-	fl.mu.Lock()
-	fl.ep = ep
-	fl.wq.EventRegister(&fl.entry)
-	fl.mu.Unlock()
-	fl.connecting.Store(true)
-	terr = ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: fl.id.RemoteAddress, Port: fl.id.RemotePort})
-	if _, started := terr.(*tcpip.ErrConnectStarted); terr != nil && !started {
-		return errors.New(terr.String())
-	}
-	return nil
 }
 
 // addrPort converts the kernel's address, unmapped.

@@ -8,11 +8,14 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+
+	"sluice/nat"
 )
 
 // serveInside listens in the guest and serves each connection with handle.
@@ -98,7 +101,8 @@ func TestPublishedPortsCarryConnectionsIn(t *testing.T) {
 func TestPublishedFlowsStandInTheTableFromTheClientsSide(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	g.serveInside(80, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) })
-	c := hostDial(t, g.publishTCP("127.0.0.1:0", 80))
+	to := g.publishTCP("127.0.0.1:0", 80)
+	c := hostDial(t, to)
 	_, _ = c.Write(make([]byte, 1000))
 	_, _ = io.ReadFull(c, make([]byte, 1000))
 	l := g.table.List()
@@ -107,8 +111,11 @@ func TestPublishedFlowsStandInTheTableFromTheClientsSide(t *testing.T) {
 	}
 	fl := l[0]
 	client := c.LocalAddr().(*net.TCPAddr).AddrPort()
-	if fl.Orig.Src() != client || fl.Orig.Dst() != netip.AddrPortFrom(guest4, 80) || fl.State.String() != "ESTABLISHED" {
-		t.Errorf("the flow is %v in %v, want from %s to the guest's port 80, ESTABLISHED", fl.Orig, fl.State, client)
+	if fl.Orig.Src() != client || fl.Orig.Dst() != to || fl.State.String() != "ESTABLISHED" {
+		t.Errorf("the flow is %v in %v, want from %s to %s, ESTABLISHED", fl.Orig, fl.State, client, to)
+	}
+	if want := nat.NewTuple(unix.IPPROTO_TCP, at(guest4, 80), at(gateway4, client.Port())); fl.Reply != want {
+		t.Errorf("the answers are %v, want %v", fl.Reply, want)
 	}
 }
 
@@ -232,4 +239,119 @@ func openFDs(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return len(d)
+}
+
+// dialFrom connects from a given port, which other connections may have too.
+func dialFrom(t *testing.T, from, to netip.AddrPort) *net.TCPConn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Timeout: 5 * time.Second, Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+	}}
+	c, err := d.Dial("tcp4", to.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn)
+}
+
+func TestOneClientPortReachesOneGuestPortBySeveralHostPorts(t *testing.T) {
+	for _, c := range []struct {
+		what    string
+		sockets GuestSockets
+	}{
+		{"through the stack", nil},
+		{"from loopback to loopback", &hostsOwn{}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = c.sockets })
+			// The same server stands on the host, which hostsOwn takes for the sandbox's namespace.
+			l, err := net.Listen("tcp4", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+				}
+			}()
+			port := uint16(l.Addr().(*net.TCPAddr).Port)
+			g.serveInside(port, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) })
+			one, two := g.publishTCP("0.0.0.0:0", port), g.publishTCP("0.0.0.0:0", port)
+			host := func(addr string, p netip.AddrPort) netip.AddrPort { return at(netip.MustParseAddr(addr), p.Port()) }
+			client := netip.MustParseAddrPort("127.0.0.1:0")
+			var conns []*net.TCPConn
+			to := []netip.AddrPort{host("127.0.0.1", one), host("127.0.0.1", two), host("127.0.0.2", one), host("127.0.0.2", two)}
+			for _, a := range to {
+				conn := dialFrom(t, client, a)
+				client = conn.LocalAddr().(*net.TCPAddr).AddrPort()
+				conns = append(conns, conn)
+			}
+			for i, conn := range conns {
+				word := to[i].String()
+				_, _ = conn.Write([]byte(word))
+				got := make([]byte, len(word))
+				if _, err := io.ReadFull(conn, got); err != nil || string(got) != word {
+					t.Fatalf("to %s: %q, %v", word, got, err)
+				}
+				l := g.table.Lookup(nat.NewTuple(unix.IPPROTO_TCP, client, to[i]))
+				if l == nil {
+					t.Fatalf("no flow to %s in the table: %v", word, g.table.List())
+				}
+				if reply := l.Snapshot().Reply; reply.Src() != at(guest4, port) {
+					t.Errorf("the answers to %s come from %s", word, reply.Src())
+				}
+			}
+		})
+	}
+}
+
+func TestClientMayConnectAgainFromThePortItHasJustReset(t *testing.T) {
+	g := newGuest(t, allowAll, nil)
+	g.serveInside(80, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) })
+	to := g.publishTCP("127.0.0.1:0", 80)
+	client := netip.MustParseAddrPort("127.0.0.1:0")
+	for range 300 {
+		c := dialFrom(t, client, to)
+		client = c.LocalAddr().(*net.TCPAddr).AddrPort()
+		_, _ = c.Write([]byte("x"))
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetLinger(0)
+		c.Close()
+	}
+}
+
+func TestSourcePortsAreOfTheClientsKindAndDiffer(t *testing.T) {
+	for _, port := range []uint16{0, 1, 22, 511, 512, 599, 600, 1023, 1024, 40000, 65535} {
+		kind := func(p uint16) int {
+			switch {
+			case p < 512:
+				return 0
+			case p < 1024:
+				return 1
+			}
+			return 2
+		}
+		seen := map[uint16]bool{}
+		for p := range sourcePorts(port) {
+			if len(seen) == 0 && port != 0 && p != port {
+				t.Errorf("the first port for %d is %d", port, p)
+			}
+			if p == 0 || seen[p] || kind(p) != kind(port) {
+				t.Errorf("%d appears under %d", port, p)
+			}
+			seen[p] = true
+		}
+		if len(seen) < sourceTries-1 {
+			t.Errorf("%d ports for %d", len(seen), port)
+		}
+	}
 }

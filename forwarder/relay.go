@@ -31,12 +31,12 @@ const relayPipe = 1 << 20
 // only, except those that mu guards.
 type relay struct {
 	pass
-	t             *tcpForwarder
-	client, guest netip.AddrPort
-	work          task
-	dirs          [2]relayDir // 0: client → guest
-	mem           shares      // of the memory budget: what the pipes hold
-	connecting    bool
+	t          *tcpForwarder
+	caller     caller
+	work       task
+	dirs       [2]relayDir // 0: client → guest
+	mem        shares      // of the memory budget: what the pipes hold
+	connecting bool
 
 	mu     sync.Mutex // held while the descriptors are used, so that close cannot pull them away
 	fds    [2]int     // 0: the client's, 1: inside the sandbox
@@ -53,24 +53,22 @@ type relayDir struct {
 }
 
 // relayLoopback takes fd over if a socket inside the sandbox can be had.
-func (t *tcpForwarder) relayLoopback(fd int, j judged) bool {
-	client, guest := j.query.Src, j.query.Dst
+func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
 	if t.f.cfg.Guests == nil {
 		return false
 	}
-	inside, ok := t.f.cfg.Guests.Stream(client.Addr().Is6())
+	inside, ok := t.f.cfg.Guests.Stream(c.from.Addr().Is6())
 	if !ok {
 		return false
 	}
 	t.f.dialer.sockets.Add(1)
-	r := &relay{t: t, client: client, guest: guest, fds: [2]int{fd, inside}, connecting: true}
+	r := &relay{t: t, caller: c, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
-	if err := t.f.enter(&r.pass, r, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, client, guest), memory: &r.mem}); err != nil {
-		t.f.publish.limited.Add(1)
+	if err := t.enterCaller(&r.pass, r, c, j, &r.mem); err != nil {
 		r.abort(err.Error())
 		return true
 	}
-	r.lease.SetState(nat.SynSent)
+	r.lease.SetReply(nat.NewTuple(unix.IPPROTO_TCP, c.guest, c.from))
 	t.mu.Lock()
 	closed := t.closed || r.lease.Ended()
 	if !closed {
@@ -88,7 +86,7 @@ func (t *tcpForwarder) relayLoopback(fd int, j judged) bool {
 // connect starts the connection inside.
 func (r *relay) connect() bool {
 	loop := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	if r.client.Addr().Is6() {
+	if r.caller.from.Addr().Is6() {
 		loop = netip.IPv6Loopback()
 	}
 	r.mu.Lock()
@@ -96,7 +94,7 @@ func (r *relay) connect() bool {
 	if r.closed || tuneStream(r.fds[1]) != nil {
 		return false
 	}
-	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
+	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.caller.guest.Port())))
 	if err != nil && err != unix.EINPROGRESS {
 		r.connecting = err == unix.ECONNREFUSED
 		if !r.connecting {
@@ -189,7 +187,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 				d.filled -= n
 				budget -= n
 				progress = true
-				r.lease.Account(nat.Dir(i), int64(segmentsOf(n)), int64(n+segmentsOf(n)*tcpOverhead(r.client.Addr().Is4())))
+				r.lease.Account(nat.Dir(i), int64(segmentsOf(n)), int64(n+segmentsOf(n)*tcpOverhead(r.caller.from.Addr().Is4())))
 			}
 		}
 		if d.filled == 0 && (d.eof || !progress) {
@@ -280,7 +278,7 @@ func (r *relay) fallback() {
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
-	r.t.ingressThroughStack(fd, *r.answer.Load())
+	r.t.ingressThroughStack(fd, r.caller, *r.answer.Load())
 }
 
 // abort ends the flow; a reset is passed on unless both ends of stream were.

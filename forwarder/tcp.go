@@ -210,6 +210,11 @@ func (t *tcpForwarder) index(fl *tcpFlow) bool {
 	}
 	t.flows[fl.id] = fl
 	t.mu.Unlock()
+	return t.indexed(fl)
+}
+
+// indexed reports whether fl, which was put into the index, is still to be there.
+func (t *tcpForwarder) indexed(fl *tcpFlow) bool {
 	if fl.lease.Ended() {
 		// Who ended it may have looked for it before it was here.
 		t.forget(fl)
@@ -412,12 +417,19 @@ func (t *tcpForwarder) all() []admitted {
 	return flows
 }
 
-// forget removes fl from the index, if it is still the tuple's flow.
-func (t *tcpForwarder) forget(fl *tcpFlow) {
+// unindex removes fl from the index, if it is still the tuple's flow.
+func (t *tcpForwarder) unindex(fl *tcpFlow) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	if t.flows[fl.id] == fl {
 		delete(t.flows, fl.id)
 	}
+}
+
+// forget gives back what fl has beside its sockets and its lease.
+func (t *tcpForwarder) forget(fl *tcpFlow) {
+	t.unindex(fl)
+	t.mu.Lock()
 	t.leaveDialLocked(fl)
 	t.mu.Unlock()
 	fl.mem.leave()

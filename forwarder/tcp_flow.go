@@ -197,10 +197,12 @@ func (fl *tcpFlow) pollReady(events uint32) {
 	}
 }
 
-func (fl *tcpFlow) inHandshake() bool {
+func (fl *tcpFlow) inHandshake() bool { return fl.in(phaseHandshake) }
+
+func (fl *tcpFlow) in(ph phase) bool {
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
-	return fl.phase == phaseHandshake
+	return fl.phase == ph
 }
 
 // settle looks at how far the endpoint has come. It is a task.

@@ -6,9 +6,10 @@ package forwarder
 // that strangers may write to it: their first datagram is judged by the ingress
 // rules and begins a flow. The sandbox sees the client's own address. A client on
 // the host's loopback, or on a link, cannot appear as itself and is seen as the
-// gateway, with a port of its own. What the sandbox answers finds the flow by its
-// tuple like any datagram, and leaves by the listener from the address that the
-// client wrote to, which IP_PKTINFO told.
+// gateway. What the sandbox answers finds the flow by its tuple like any datagram, and
+// leaves by the listener from the address that the client wrote to, which IP_PKTINFO
+// told. So a client that writes to two ports or two addresses of the host which lead to
+// one port inside has two flows, of which the second has another source port there.
 
 import (
 	"errors"
@@ -94,8 +95,7 @@ func (d *datagrams) unpublish(l Listener) {
 	s.close()
 }
 
-// client begins a flow for a datagram from an address that has none, or has one for
-// another of the host's addresses.
+// client begins a flow for a datagram to local from an address that has none.
 func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow {
 	u := p.u
 	j := u.f.decide(policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest})
@@ -104,10 +104,6 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 		u.f.refuse(j)
 		return nil
 	}
-	if old := p.sock.peer(from); old != nil {
-		old.local.Store(&local)
-		return old
-	}
 	u.openMu.Lock()
 	defer u.openMu.Unlock()
 	source, ok := p.source(from)
@@ -115,16 +111,10 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 		u.ingress.noSource.Add(1)
 		return nil
 	}
-	tuple := nat.NewTuple(protoUDP, p.guest, source)
-	if old := u.lookup(tuple); old != nil {
-		// The sandbox had addressed this client from the published port. From now on
-		// its datagrams must leave by the listener, or the client would not know them.
-		old.end("replaced")
-	}
 	fl := &dgramFlow{
-		d: &u.dgramTable, tuple: tuple, guest: p.guest, peer: source, target: from, ingress: true,
+		d: &u.dgramTable, tuple: nat.NewTuple(protoUDP, p.guest, source),
+		guest: p.guest, peer: source, target: from, local: local, ingress: true,
 	}
-	fl.local.Store(&local)
 	host := p.host
 	if local.IsValid() {
 		host = netip.AddrPortFrom(local, p.host.Port())
@@ -133,7 +123,7 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 		u.ingress.limited.Add(1)
 		return nil
 	}
-	fl.lease.SetReply(nat.NewTuple(protoUDP, p.guest, source))
+	fl.lease.SetReply(fl.tuple)
 	u.mu.Lock()
 	ok = !fl.ended && !u.closed && u.published[p.host] == p.sock
 	if ok {
@@ -147,26 +137,24 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	return fl
 }
 
-// sourceTries bounds the search for a port under which a client appears as the gateway.
-const sourceTries = 64
-
 // source is the address that the sandbox sees a client under. openMu is held.
 func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
-	a := from.Addr()
-	if !a.IsLoopback() && !a.IsLinkLocalUnicast() && a.Is4() == p.guest.Addr().Is4() {
-		return from, true
-	}
-	gw := p.u.f.gatewayOf(p.guest.Addr().Is4())
-	if !gw.IsValid() {
+	a := p.u.f.clientInside(from.Addr(), p.guest.Addr())
+	if !a.IsValid() {
 		return from, false
 	}
-	port := from.Port()
-	for range sourceTries {
-		s := netip.AddrPortFrom(gw, port)
-		if port != 0 && p.u.lookup(nat.NewTuple(protoUDP, p.guest, s)) == nil {
+	for port := range sourcePorts(from.Port()) {
+		s := netip.AddrPortFrom(a, port)
+		old := p.u.lookup(nat.NewTuple(protoUDP, p.guest, s))
+		if s == from && old != nil && !old.ingress {
+			// The sandbox had addressed this client from the published port. From now on
+			// its datagrams must leave by the listener, or the client would not know them.
+			old.end("replaced")
+			old = nil
+		}
+		if old == nil {
 			return s, true
 		}
-		port = port*5 + 12345 // visits every port (Hull and Dobell), in no order of interest
 	}
 	return from, false
 }

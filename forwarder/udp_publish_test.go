@@ -142,3 +142,51 @@ func TestUDPClientsOnLoopbackWithOnePortAreToldApart(t *testing.T) {
 		}
 	}
 }
+
+func TestUDPClientOfSeveralHostPortsIsAnsweredByTheOneItAsked(t *testing.T) {
+	ns := inNetns(t)
+	for _, a := range []string{"192.0.2.10", "192.0.2.11", "192.0.2.20"} {
+		ip(t, "addr", "add", a+"/32", "dev", "lo")
+	}
+	for _, c := range []struct {
+		what, client string
+		listen, to   []string
+	}{
+		{"two ports of the host", "192.0.2.20:0", []string{"0.0.0.0:8080", "0.0.0.0:8081"}, []string{"192.0.2.10:8080", "192.0.2.10:8081"}},
+		{"two addresses of the host", "192.0.2.20:0", []string{"0.0.0.0:8080"}, []string{"192.0.2.10:8080", "192.0.2.11:8080"}},
+		{"two addresses, a port each", "192.0.2.20:0", []string{"192.0.2.10:8080", "192.0.2.11:8080"}, []string{"192.0.2.10:8080", "192.0.2.11:8080"}},
+		{"a client on loopback", "127.0.0.1:0", []string{"127.0.0.1:8080", "127.0.0.1:8081"}, []string{"127.0.0.1:8080", "127.0.0.1:8081"}},
+	} {
+		ns.run(t, c.what, func(t *testing.T) {
+			w := newWire(t, allowAll, nil)
+			for _, l := range c.listen {
+				publishUDP(w, l, guest4)
+			}
+			client := udpServer(t, c.client)
+			seen := make([]netip.AddrPort, len(c.to))
+			for range 2 { // the second time, all flows are there
+				for i, to := range c.to {
+					if _, err := client.WriteToUDPAddrPort([]byte(to), netip.MustParseAddrPort(to)); err != nil {
+						t.Fatal(err)
+					}
+					var payload []byte
+					seen[i], _, payload, _ = w.recvUDP()
+					if string(payload) != to {
+						t.Fatalf("the sandbox got %q, expected %q", payload, to)
+					}
+				}
+				for i, to := range c.to {
+					w.send(udpPacket(at(guest4, 80), seen[i], []byte(to)))
+					if got, from := read(t, client); string(got) != to || from.String() != to {
+						t.Errorf("the answer of %s is %q from %s", to, got, from)
+					}
+				}
+			}
+			for _, to := range c.to {
+				if l := w.table.Lookup(nat.NewTuple(unix.IPPROTO_UDP, srvAddr(client), netip.MustParseAddrPort(to))); l == nil {
+					t.Errorf("no flow in the table to %s: %v", to, w.table.List())
+				}
+			}
+		})
+	}
+}

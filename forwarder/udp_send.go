@@ -219,8 +219,8 @@ func txControl(room *txCtl, it *txItem, segment int) []byte {
 		c = appendCmsgInt(c, unix.IPPROTO_IP, unix.IP_TTL, int(it.meta.ttl))
 		c = appendCmsgInt(c, unix.IPPROTO_IP, unix.IP_TOS, int(it.meta.tos))
 	}
-	if local := it.flow.local.Load(); local != nil && local.IsValid() {
-		c = appendPktinfo(c, *local)
+	if it.flow.local.IsValid() {
+		c = appendPktinfo(c, it.flow.local)
 	}
 	if segment > 0 {
 		var d [2]byte

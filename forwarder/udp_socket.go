@@ -51,9 +51,9 @@ type hostSocket struct {
 	token pollToken
 
 	mu    sync.Mutex
-	guest netip.AddrPort                // the endpoint; invalid for a shared socket
-	peers map[netip.AddrPort]*dgramFlow // by host-side address; written with d.mu held too
-	known map[netip.Addr]knownPeer      // the addresses of peers, whatever the port; likewise
+	guest netip.AddrPort           // the endpoint; invalid for a shared socket
+	peers map[peerKey]*dgramFlow   // written with d.mu held too
+	known map[netip.Addr]knownPeer // the addresses of peers, whatever the port; likewise
 
 	// txMu is held while sending, rxMu while receiving, and both while closing, so
 	// that no system call ever meets a descriptor that belongs to somebody else
@@ -73,7 +73,7 @@ type hostSocket struct {
 func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
 	return &hostSocket{
 		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.engine.poll,
-		peers: make(map[netip.AddrPort]*dgramFlow, 1), known: make(map[netip.Addr]knownPeer, 1), lastDiscover: discover{mode: -1},
+		peers: make(map[peerKey]*dgramFlow, 1), known: make(map[netip.Addr]knownPeer, 1), lastDiscover: discover{mode: -1},
 	}
 }
 
@@ -217,6 +217,15 @@ func (s *hostSocket) rearm() {
 	_ = unix.EpollCtl(s.poll.epfd, unix.EPOLL_CTL_MOD, s.fd, &ev)
 }
 
+// peerKey is a flow's far side as the host sees it. A client of a published port that writes
+// to two addresses of the host has two flows: each answers from its own.
+type peerKey struct {
+	addr  netip.AddrPort
+	local netip.Addr // dgramFlow.local
+}
+
+func (fl *dgramFlow) peerKey() peerKey { return peerKey{fl.target, fl.local} }
+
 // knownPeer is an address that the sandbox has sent to.
 type knownPeer struct {
 	flows int        // of that address
@@ -225,7 +234,7 @@ type knownPeer struct {
 
 // addPeer and removePeer keep both maps. They are called with d.mu and mu held.
 func (s *hostSocket) addPeer(fl *dgramFlow) {
-	s.peers[fl.target] = fl
+	s.peers[fl.peerKey()] = fl
 	if !fl.unasked.Load() {
 		s.addKnown(fl)
 	}
@@ -238,10 +247,10 @@ func (s *hostSocket) addKnown(fl *dgramFlow) {
 }
 
 func (s *hostSocket) removePeer(fl *dgramFlow) {
-	if s.peers[fl.target] != fl {
+	if s.peers[fl.peerKey()] != fl {
 		return
 	}
-	delete(s.peers, fl.target)
+	delete(s.peers, fl.peerKey())
 	if fl.unasked.Load() {
 		return
 	}
@@ -253,10 +262,14 @@ func (s *hostSocket) removePeer(fl *dgramFlow) {
 	}
 }
 
-// peer finds the flow of a host-side address.
-func (s *hostSocket) peer(a netip.AddrPort) *dgramFlow {
+// peer finds the flow of a host-side address. Of a published port's flows it wants local,
+// the host's own address.
+func (s *hostSocket) peer(a netip.AddrPort, local netip.Addr) *dgramFlow {
+	if s.client == nil {
+		local = netip.Addr{}
+	}
 	s.mu.Lock()
-	fl := s.peers[a]
+	fl := s.peers[peerKey{a, local}]
 	s.mu.Unlock()
 	return fl
 }
@@ -267,13 +280,9 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		s.deliverEcho(from, data, c)
 		return
 	}
-	fl := s.peer(from)
-	if s.client != nil {
-		// A client may change the address that it speaks to.
-		if fl == nil || c.local.IsValid() && *fl.local.Load() != c.local {
-			fl = s.client(from, c.local)
-		}
-		if fl == nil {
+	fl := s.peer(from, c.local)
+	if fl == nil && s.client != nil {
+		if fl = s.client(from, c.local); fl == nil {
 			return // counted by client
 		}
 	}

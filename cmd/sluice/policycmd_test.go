@@ -151,7 +151,7 @@ func TestPolicySuggestReadsAFlowLog(t *testing.T) {
 {"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"10.0.2.3"},"l4":{"UDP":{"destination_port":53}},"l7":{"dns":{"query":"pypi.org."}}}
 {"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"2001:db8::9"},"l4":{"ICMPv6":{"type":128,"code":0}}}
 {"verdict":"FORWARDED","traffic_direction":"EGRESS","IP":{"source":"10.0.2.100","destination":"203.0.113.2"},"l4":{"protocol":47}}
-{"verdict":"FORWARDED","traffic_direction":"INGRESS","IP":{"source":"192.0.2.7","destination":"10.0.2.100"},"l4":{"TCP":{"destination_port":8080}}}
+{"verdict":"FORWARDED","traffic_direction":"INGRESS","IP":{"source":"192.0.2.7","destination":"192.0.2.1"},"l4":{"TCP":{"destination_port":9090}},"reply_source":"10.0.2.100:8080"}
 `
 	const want = `# Not covered: protocol 47, which rules can not list
 apiVersion: sluice.dev/v1alpha1

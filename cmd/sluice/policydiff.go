@@ -124,6 +124,9 @@ func observed(r *api.FlowRecord) (policy.Observed, bool) {
 	default:
 		o.Proto = l.Other
 	}
+	if o.Ingress && o.Port != 0 && r.ReplySource.IsValid() {
+		o.Port = r.ReplySource.Port() // policy judges where a published port leads
+	}
 	question := r.L7 != nil && r.L7.DNS != nil // to the resolver, which the gate answers
 	return o, (r.Verdict == api.VerdictForwarded || r.Verdict == api.VerdictAudit) && o.Proto != 0 && !question
 }
