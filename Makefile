@@ -14,7 +14,7 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build run demo-cni test bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
+.PHONY: build run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
 
 # One static binary for people, and one that is a CNI plugin.
 build:
@@ -34,6 +34,11 @@ demo-cni: build
 # Installs what is missing as root, says what is missing otherwise.
 test: build
 	hack/test.sh
+
+# As root: every client of the matrix "as without" (e2e/aswithout_test.go), those too that are too
+# large for `make test`. Installs what they need; a client that cannot run is a failure.
+clients: build
+	hack/clients.sh
 
 # A Kubernetes of two nodes with every pod behind Sluice, in one to three minutes. KUBE_TOOLS
 # is the directory of the programs that start one; unset, what it must hold is said.

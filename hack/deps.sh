@@ -1,10 +1,10 @@
 #!/bin/bash
 # Programs that the tests use, and the Debian packages that have them. As root
 # installs what is missing; otherwise says what to install and goes on: the tests that
-# need it are then skipped by name.
+# need it are then skipped by name. Arguments are more of them.
 set -euo pipefail
 
-# program=package
+# program=package; a program may be any file with its path
 needed='
 /usr/bin/pip3=python3-pip
 /usr/lib/cni/ptp=containernetworking-plugins
@@ -17,6 +17,8 @@ curl=curl
 dhclient=isc-dhcp-client
 dig=bind9-dnsutils
 dnsmasq=dnsmasq-base
+drill=ldnsutils
+getent=libc-bin
 git=git
 iodine=iodine
 ip=iproute2
@@ -24,15 +26,19 @@ iptables=iptables
 ipcmk=util-linux
 iperf3=iperf3
 newuidmap=uidmap
+nc=netcat-openbsd
 nft=nftables
 nginx=nginx-light
 nsenter=util-linux
+perl=perl
 ping=iputils-ping
 podman=podman
+/usr/bin/python3=python3
 rsync=rsync
 script=bsdutils
 setpriv=util-linux
 shellcheck=shellcheck
+socat=socat
 ssh=openssh-client
 sshd=openssh-server
 stty=coreutils
@@ -40,11 +46,12 @@ tracepath=iputils-tracepath
 traceroute=traceroute
 tshark=tshark
 unshare=util-linux
+wget=wget
 '
 
 packages=()
-for entry in $needed; do
-	if ! command -v "${entry%%=*}" >/dev/null; then
+for entry in $needed "$@"; do
+	if [ ! -e "${entry%%=*}" ] && ! command -v "${entry%%=*}" >/dev/null; then
 		packages+=("${entry#*=}")
 	fi
 done

@@ -38,9 +38,11 @@ var commands = map[string]func(args []string) error{
 	"xfer":    xfer,
 	"synrst":  synrst,
 	"eat-fds": eatDescriptors,
+	"fetch":   fetch,
 	"raw":     raw,
 	"pause":   pause,
 	"pour":    pour,
+	"web":     web,
 }
 
 func main() {

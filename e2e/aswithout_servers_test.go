@@ -1,0 +1,96 @@
+package e2e
+
+// The servers of the matrix (aswithout_test.go), all in far.
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// matrixZone is what far's name server says.
+var matrixZone = slicesOf(
+	named("web", far4, far6),
+	named("four.web", far4), named("six.web", far6),
+	named("half.web", far4, noHost6),             // the family that is tried first has no route
+	named("other-half.web", noHost4, far6),       // the other one
+	named("late.web", far4, silent6),             // the family that is tried first never answers
+	named("several.web", noHost4, closed4, far4), // the first addresses lead nowhere
+	[]string{"alias.web.test. alias.web.test. 300 CNAME web.test.", "alias.web.test. web.test. 300 A " + far4, "alias.web.test. web.test. 300 AAAA " + far6},
+	[]string{"web.test. web.test. 300 MX 10 six.web.test.", `web.test. web.test. 300 TXT "v=spf1 -all"`},
+	[]string{"_http._tcp.web.test. _http._tcp.web.test. 300 SRV 0 0 8081 four.web.test."},
+)
+
+func slicesOf(lists ...[]string) (all []string) {
+	for _, l := range lists {
+		all = append(all, l...)
+	}
+	return all
+}
+
+// named are the address records of a name in test.
+func named(name string, addrs ...string) (records []string) {
+	for _, a := range addrs {
+		kind := "A"
+		if strings.Contains(a, ":") {
+			kind = "AAAA"
+		}
+		records = append(records, fmt.Sprintf("%[1]s.test. %[1]s.test. 300 %s %s", name, kind, a))
+	}
+	return records
+}
+
+// settings writes the file with the variables that a row's script has.
+func (m *matrix) settings(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(m.dir, "settings")
+	ssh := strings.Join(m.ssh, " ")
+	text := fmt.Sprintf("peer=%q far4=%s far6=%s ca=%s/cert.pem repo=%[4]s/git/repo.git user=%s ssh=%q sftp=%q\n",
+		peerBin(), far4, far6, m.dir, sshUser(), ssh, strings.Replace(ssh, "ssh -F none -p", "sftp -F none -P", 1))
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func sshUser() string {
+	if privileged {
+		return "root"
+	}
+	return "tester"
+}
+
+var servers = map[string]func(*testing.T, *matrix){
+	"serve": func(t *testing.T, m *matrix) { serve(t, m.w.far) },
+	"nginx": func(t *testing.T, m *matrix) {
+		pair := fmt.Sprintf("ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", m.dir)
+		nginxIn(t, m.w.far, m.dir, 8080, "listen 8443 ssl http2; listen [::]:8443 ssl http2; "+pair)
+	},
+	"sshd": func(t *testing.T, m *matrix) {
+		if privileged { // whose shell and its start-up files may be anything
+			users, err := os.ReadFile("/etc/passwd")
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.w.far.file(t, "/etc/passwd", regexp.MustCompile(`(?m)^root:.*`).ReplaceAllString(string(users), "root:x:0:0:root:"+os.Getenv("HOME")+":/bin/sh"))
+		}
+		m.ssh = sshServer(t, m.w)
+	},
+	"web": func(t *testing.T, m *matrix) {
+		git := filepath.Join(m.dir, "git")
+		ok(t, m.w.far, 30*time.Second, "sh", "-ec", `
+mkdir "$0"; cd "$0"
+git init -q -b main work; cd work
+seq 200000 >data; git add data
+git -c user.name=t -c user.email=t@t.test commit -q -m one
+git clone -q --bare . ../repo.git; git -C ../repo.git config http.receivepack true`, git)
+		p := m.w.far.start(t, peerBin(), "web", "-cert", filepath.Join(m.dir, "cert.pem"), "-key", filepath.Join(m.dir, "key.pem"), "-git", git)
+		p.waitText(t, `"listening"`, 5*time.Second)
+		daemon := m.w.far.start(t, "git", "daemon", "--export-all", "--reuseaddr", "--base-path="+git, "--verbose")
+		daemon.waitStream(t, &daemon.err, 5*time.Second, "ready git daemon", func(s string) bool { return strings.Contains(s, "Ready to rumble") })
+	},
+}

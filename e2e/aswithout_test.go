@@ -1,0 +1,209 @@
+package e2e
+
+// As without: a matrix of real clients, each of which must see through Sluice what it sees
+// without. Every row of the tables (aswithout_clients_test.go and, for `make clients`,
+// aswithout_more_test.go) is a command that runs in four ways against the same servers in far
+// (aswithout_servers_test.go):
+//
+//	direct   in the namespace "host": what the others are compared with
+//	none     in a sandbox without a policy
+//	cidr     under a policy that allows far's networks
+//	domain   under a policy that allows far's names
+//
+// Exit status, standard output and standard error must be the same, once what differs by time or
+// chance is hidden. A difference that is meant is in the row, with its reason, and must be there.
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// client is a row. Its zero value compares all of the output, and expects success.
+type client struct {
+	name   string // what is tried, beginning with the program
+	needs  string // programs, a space between
+	server string // of servers: the one it goes to
+	to     string // names and addresses to go to, a space between: $to in run, and $at as URLs have it; web.test if empty
+
+	// run is a script of bash that ends at the first failure, in a directory of its own. Besides $to
+	// and $at it has what settings returns.
+	run    string
+	status int    // without Sluice
+	says   string // is in the output without Sluice, or the row would prove nothing
+	hide   string // a regular expression of what differs from one run to the next
+
+	differs []difference
+}
+
+// difference is one that is meant.
+type difference struct {
+	by     string // the way in which it shows; every sandbox if empty
+	to     string // a regular expression of the names and addresses for which it does
+	status int    // in its place
+	says   string // is in the output there
+	why    string
+}
+
+// barred is the difference of clients that go to an address where a rule wants a name to be said.
+func barred(status int, says string) []difference {
+	return []difference{{by: "domain", to: `^[0-9a-f:.]+$`, status: status, says: says, why: "a rule by domain lets no flow pass that says an address in place of the name"}}
+}
+
+const domainPolicy = `
+defaultAction: reject
+dns: {types: [A, AAAA, CNAME, HTTPS, SVCB, SRV, PTR, MX, TXT]}
+egress:
+- name: said # ports of protocols in which clients say the name
+  action: allow
+  to: [{domain: web.test}, {domain: "**.web.test"}]
+  ports: [{protocol: TCP, port: 8000, endPort: 8999}, {protocol: UDP, port: 8000, endPort: 8999}]
+- name: granted
+  action: allow
+  to: [{domain: web.test}, {domain: "**.web.test"}]
+  ports: [{protocol: TCP, port: 1, endPort: 7999}, {protocol: UDP, port: 1, endPort: 7999}, {protocol: TCP, port: 9000, endPort: 65535}, {protocol: UDP, port: 9000, endPort: 65535}]
+  icmp: [{family: IPv4, type: 8}, {family: IPv6, type: 128}]
+  verify: grant`
+
+const cidrPolicy = `
+defaultAction: reject
+dns: {names: any, types: [A, AAAA, CNAME, HTTPS, SVCB, SRV, PTR, MX, TXT]}
+egress:
+- action: allow
+  to: [{cidr: 198.51.100.0/24}, {cidr: "2001:db8::/32"}]`
+
+// matrix is what all rows share.
+type matrix struct {
+	w    *world
+	dir  string   // the servers' certificate and files
+	ssh  []string // the command line of ssh's clients, up to the host
+	ways []way
+}
+
+type way struct {
+	name string
+	in   place
+}
+
+// plainly starts commands in a namespace as the run's user has them at home.
+type plainly struct{ *netns }
+
+func (p plainly) start(t *testing.T, argv ...string) *proc {
+	t.Helper()
+	return p.startPlain(t, argv...)
+}
+
+// newMatrix starts the servers that the rows need, and the sandboxes.
+func newMatrix(t *testing.T, rows []client) *matrix {
+	t.Helper()
+	w := newWorld(t)
+	m := &matrix{w: w, dir: t.TempDir()}
+	w.zone(t, matrixZone...)
+	certificate(t, m.dir, "", "web.test", "*.web.test")
+	started := map[string]bool{"": true}
+	for _, c := range rows {
+		if !started[c.server] {
+			servers[c.server](t, m)
+			started[c.server] = true
+		}
+	}
+	m.ways = []way{
+		{"direct", plainly{w.host}},
+		{"none", w.host.sandbox(t)},
+		{"cidr", w.host.sandbox(t, "--policy", policyFile(t, cidrPolicy))},
+		{"domain", w.host.sandbox(t, "--policy", policyFile(t, domainPolicy))},
+	}
+	return m
+}
+
+// seenBy is what a client made of it.
+type seenBy struct {
+	status int
+	text   string // of both outputs
+	result result
+}
+
+func (m *matrix) try(t *testing.T, c client, in place, to string) seenBy {
+	t.Helper()
+	dir := t.TempDir()
+	at := to
+	if strings.Contains(to, ":") {
+		at = "[" + to + "]"
+	}
+	r := run(t, in, 30*time.Second, "bash", "-ec", fmt.Sprintf("set -o pipefail; cd %s; to=%s at=%s; . %s\n%s", dir, to, at, m.settings(t), c.run))
+	text := strings.ReplaceAll("stdout:\n"+r.out+"\nstderr:\n"+r.err, dir, "DIR")
+	if c.hide != "" {
+		text = regexp.MustCompile(c.hide).ReplaceAllString(text, "#")
+	}
+	return seenBy{r.status, text, r}
+}
+
+// row runs a client in all ways, and compares.
+func (m *matrix) row(t *testing.T, c client) {
+	for _, to := range strings.Fields(cmp.Or(c.to, "web.test")) {
+		direct := m.try(t, c, m.ways[0].in, to)
+		if direct.status != c.status || !strings.Contains(direct.text, c.says) {
+			t.Errorf("without Sluice, status %d and %q are expected\n%s", c.status, c.says, direct.result)
+			continue
+		}
+		for _, way := range m.ways[1:] {
+			got := m.try(t, c, way.in, to)
+			same := got.status == direct.status && got.text == direct.text
+			i := slices.IndexFunc(c.differs, func(d difference) bool {
+				return (d.by == "" || d.by == way.name) && regexp.MustCompile(d.to).MatchString(to)
+			})
+			switch {
+			case i < 0 && !same:
+				t.Errorf("%s, %s: it is not as without Sluice\n%s\nwithout:\n%s", way.name, to, got.result, direct.result)
+			case i >= 0 && (same || got.status != c.differs[i].status || !strings.Contains(got.text, c.differs[i].says)):
+				t.Errorf("%s, %s: status %d and %q are expected, since %s\n%s\nwithout:\n%s", way.name, to, c.differs[i].status, c.differs[i].says, c.differs[i].why, got.result, direct.result)
+			}
+		}
+	}
+}
+
+// missing are the programs that a client needs and that are not there.
+func (c client) missing() (missing []string) {
+	for _, tool := range strings.Fields(c.needs) {
+		if _, err := exec.LookPath(tool); err != nil {
+			missing = append(missing, tool)
+		}
+	}
+	return missing
+}
+
+// TestAsWithout runs the clients that install small; with SLUICE_CLIENTS=all, as `make clients`
+// has it, all of them, and fails if one cannot run.
+func TestAsWithout(t *testing.T) {
+	rows := smallClients
+	tools := map[string]bool{}
+	for _, c := range rows {
+		for _, tool := range strings.Fields(c.needs) {
+			tools[tool] = true
+		}
+	}
+	if os.Getenv("SLUICE_CLIENTS") == "all" {
+		rows = slices.Concat(rows, moreClients)
+		for _, c := range rows {
+			if missing := c.missing(); len(missing) > 0 {
+				t.Errorf("%s cannot run: not installed: %s", c.name, strings.Join(missing, ", "))
+			}
+		}
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
+	area(t, "aswithout", slices.Sorted(maps.Keys(tools))...)
+	m := newMatrix(t, rows)
+	for _, c := range rows {
+		t.Run(c.name, func(t *testing.T) { m.row(t, c) })
+	}
+	t.Logf("%d clients, each without Sluice and in %d sandboxes", len(rows), len(m.ways)-1)
+}
