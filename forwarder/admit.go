@@ -132,9 +132,10 @@ type pass struct {
 // entry is how a flow stands in the table.
 type entry struct {
 	orig      nat.Tuple
-	short     bool    // nat.Spec.Short
-	forwarded bool    // nat.Spec.Forwarded
-	memory    *shares // of a flow that holds bytes; nil for others
+	short     bool        // nat.Spec.Short
+	forwarded bool        // nat.Spec.Forwarded
+	memory    *shares     // of a flow that holds bytes; nil for others
+	pending   func() bool // nat.Spec.Pending; may be nil
 }
 
 // init is called before anything else.
@@ -203,7 +204,7 @@ func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
 	lease, err := a.table.Acquire(nat.Spec{
 		Orig: e.orig, Rule: rule, Names: a.namesOf(&j), About: About{Verdict: j.verdict, Seen: j.query.Seen},
 		Ingress: j.query.Ingress, Forwarded: e.forwarded, Short: e.short,
-		Budget: shape.budgetOf(), Owner: p, Expire: p.expire,
+		Budget: shape.budgetOf(), Owner: p, Pending: e.pending, Expire: p.expire,
 	})
 	if err != nil {
 		return err

@@ -14,13 +14,15 @@ import (
 )
 
 // Connections as conntrack sees them. A step is who sends (o: the client, r: the
-// pod) and what: S SYN, SA, A, F FIN and ACK, R a reset that is believed, r one from
+// pod) and what: S SYN, SA, A, a an ACK of all but the last, F FIN and ACK, R a reset that is believed, r one from
 // the past; after = is the state that conntrack -L would show.
 func TestInboundTCPStates(t *testing.T) {
 	for _, test := range []struct{ name, steps string }{
 		{"the client ends it", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED oA=ESTABLISHED rA=ESTABLISHED oF=FIN_WAIT rA=CLOSE_WAIT rF=LAST_ACK oA=TIME_WAIT"},
 		{"the pod ends it", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED rF=FIN_WAIT oA=CLOSE_WAIT oA=CLOSE_WAIT oF=LAST_ACK rA=TIME_WAIT"},
 		{"both at once", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED oF=FIN_WAIT rF=LAST_ACK oA=TIME_WAIT rA=TIME_WAIT"},
+		{"bytes before the last FIN are acknowledged", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED oF=FIN_WAIT rA=CLOSE_WAIT rF=LAST_ACK oa=LAST_ACK oA=TIME_WAIT"},
+		{"both at once, and an acknowledgement from before", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED oF=FIN_WAIT rF=LAST_ACK ra=LAST_ACK oA=TIME_WAIT"},
 		{"the client gives up before the last ACK of the handshake", "oS=SYN_SENT rSA=SYN_RECV oF=FIN_WAIT"},
 		{"a closed port", "oS=SYN_SENT rR=CLOSE"},
 		{"a SYN sent again", "oS=SYN_SENT oS=SYN_SENT rSA=SYN_RECV oS=SYN_RECV rSA=SYN_RECV oA=ESTABLISHED"},
@@ -71,12 +73,15 @@ type conversation struct {
 
 func (c *conversation) say(d nat.Dir, what string) packet {
 	flags := map[string]header.TCPFlags{
-		"S": header.TCPFlagSyn, "SA": header.TCPFlagSyn | header.TCPFlagAck, "A": header.TCPFlagAck,
+		"S": header.TCPFlagSyn, "SA": header.TCPFlagSyn | header.TCPFlagAck, "A": header.TCPFlagAck, "a": header.TCPFlagAck,
 		"F": header.TCPFlagFin | header.TCPFlagAck, "R": header.TCPFlagRst, "r": header.TCPFlagRst,
 	}[what]
 	seq, ack := c.next[d], c.next[d^1]
-	if what == "r" {
+	switch what {
+	case "r":
 		seq -= 1000
+	case "a":
+		ack--
 	}
 	if flags&header.TCPFlagAck == 0 {
 		ack = 0

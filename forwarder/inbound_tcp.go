@@ -6,7 +6,9 @@ package forwarder
 // passes, since the two ends check that themselves, but only a SYN begins a flow.
 //
 // A flow of the worker before whose handshake was under way goes on in mid-stream. It
-// is not ESTABLISHED before the sandbox has answered. SYNs from both sides are two
+// is not ESTABLISHED before the sandbox has answered. LAST_ACK lasts until both ends of stream
+// are acknowledged, not until the next acknowledgement of anything: TIME_WAIT is short here, and
+// the last bytes may have to be sent again. SYNs from both sides are two
 // flows: the sandbox's own is judged as what it is (outside.answer).
 
 import (
@@ -21,6 +23,9 @@ type tcpTrack struct {
 	// ack is the highest acknowledgement each side has sent; acked whether it has.
 	ack   [2]uint32
 	acked [2]bool
+	// fin is where each side's stream ends, its FIN included; finned whether it does.
+	fin    [2]uint32
+	finned [2]bool
 	// The last segment but for resets: whose, and where its data ended.
 	lastDir nat.Dir
 	lastEnd uint32
@@ -45,6 +50,9 @@ func sane(flags header.TCPFlags) bool {
 // segment begins another connection with the same tuple; nothing has changed then. A
 // SYN without ACK comes from the client alone.
 func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (reopened bool) {
+	if flags&(header.TCPFlagAck|header.TCPFlagRst) == header.TCPFlagAck && (!t.acked[d] || int32(ack-t.ack[d]) > 0) {
+		t.ack[d], t.acked[d] = ack, true
+	}
 	switch flags & tcpFlagsMask {
 	case header.TCPFlagSyn:
 		if t.syn() {
@@ -55,7 +63,8 @@ func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (
 			t.state = nat.SynRecv
 		}
 	case header.TCPFlagFin | header.TCPFlagAck:
-		t.fin(d)
+		t.fin[d], t.finned[d] = end, true
+		t.finish(d)
 	case header.TCPFlagAck:
 		t.acknowledge(d)
 	default:
@@ -63,9 +72,6 @@ func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (
 			t.state = nat.Close
 		}
 		return false
-	}
-	if flags&header.TCPFlagAck != 0 && (!t.acked[d] || int32(ack-t.ack[d]) > 0) {
-		t.ack[d], t.acked[d] = ack, true
 	}
 	t.lastDir, t.lastEnd, t.last = d, end, true
 	return false
@@ -88,7 +94,7 @@ func (fl *inboundFlow) over() bool {
 	return fl.tcp.isOver()
 }
 
-func (t *tcpTrack) fin(d nat.Dir) {
+func (t *tcpTrack) finish(d nat.Dir) {
 	switch t.state {
 	case nat.None:
 		if d == nat.Reply {
@@ -114,8 +120,16 @@ func (t *tcpTrack) acknowledge(d nat.Dir) {
 	case nat.FinWait:
 		t.state = nat.CloseWait
 	case nat.LastAck:
-		t.state = nat.TimeWait
+		if t.ended(nat.Original) && t.ended(nat.Reply) {
+			t.state = nat.TimeWait
+		}
 	}
+}
+
+// ended reports whether the other side has all of d's stream, as far as its end is known: the
+// worker before may have seen it.
+func (t *tcpTrack) ended(d nat.Dir) bool {
+	return !t.finned[d] || t.acked[d^1] && int32(t.ack[d^1]-t.fin[d]) >= 0
 }
 
 // believes tells whether a reset ends the connection. One from the past does not; in

@@ -24,7 +24,7 @@ func receiveMemUsed(ep *tcp.Endpoint) int
 var tcpFields = findTCPFields()
 
 type tcpOffsets struct {
-	sndBufUsed, rcvBufUsed, rcv, rcvNxt uintptr
+	sndBufUsed, rcvBufUsed, rcv, rcvNxt, snd, sndWnd uintptr
 }
 
 // findTCPFields panics if netstack has changed: the counts would be nonsense.
@@ -49,6 +49,9 @@ func findTCPFields() (o tcpOffsets) {
 	var receiver reflect.Type
 	o.rcv, receiver = of(ep, reflect.TypeFor[*int](), "rcv")
 	o.rcvNxt, _ = of(receiver.Elem(), reflect.TypeFor[uint32](), "TCPReceiverState", "RcvNxt")
+	var sender reflect.Type
+	o.snd, sender = of(ep, reflect.TypeFor[*int](), "snd")
+	o.sndWnd, _ = of(sender.Elem(), reflect.TypeFor[uint32](), "TCPSenderState", "SndWnd")
 	return o
 }
 
@@ -71,6 +74,16 @@ func receiveNext(ep *tcp.Endpoint) (uint32, bool) {
 		return 0, false
 	}
 	return atomic.LoadUint32((*uint32)(unsafe.Add(rcv, tcpFields.rcvNxt))), true
+}
+
+// sendWindow is what the sandbox's window lets ep send; likewise. It is 0 before the
+// handshake's end.
+func sendWindow(ep *tcp.Endpoint) uint32 {
+	snd := atomic.LoadPointer((*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(ep), tcpFields.snd)))
+	if snd == nil {
+		return 0
+	}
+	return atomic.LoadUint32((*uint32)(unsafe.Add(snd, tcpFields.sndWnd)))
 }
 
 const (

@@ -89,9 +89,15 @@ func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
 	fl.abort(errPortTaken.Error())
 }
 
+// carrier is a flow that holds bytes of a stream.
+type carrier interface {
+	admitted
+	pending() bool // nat.Spec.Pending
+}
+
 // enterCaller has the flow of c enter.
-func (t *tcpForwarder) enterCaller(p *pass, fl admitted, c caller, j judged, mem *shares) error {
-	e := entry{orig: c.tuple(), memory: mem}
+func (t *tcpForwarder) enterCaller(p *pass, fl carrier, c caller, j judged, mem *shares) error {
+	e := entry{orig: c.tuple(), memory: mem, pending: fl.pending}
 	err := t.f.enter(p, fl, j, e)
 	if errors.Is(err, nat.ErrExists) && t.supersede(e.orig) {
 		err = t.f.enter(p, fl, j, e)

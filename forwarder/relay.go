@@ -182,7 +182,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 			case err == unix.EINTR:
 				continue
 			case err != nil:
-				return false, "reset_by_peer"
+				return false, reasonResetByPeer
 			default:
 				d.filled -= n
 				budget -= n
@@ -237,7 +237,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 	switch {
 	case err == unix.EAGAIN:
 	case err != nil:
-		return false, "reset_by_peer"
+		return false, reasonResetByPeer
 	case n == 0:
 		d.eof = true
 	default:
@@ -319,6 +319,16 @@ func (r *relay) abort(reason string) {
 		r.lease.SetState(nat.Close)
 	}
 	r.release(reason)
+}
+
+// pending tells the flow table whether the flow is more than silent (nat.Spec.Pending).
+func (r *relay) pending() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed || r.connecting {
+		return false
+	}
+	return r.dirs[0].filled > 0 || r.dirs[1].filled > 0 || hostHolds(r.fds[0]) || hostHolds(r.fds[1])
 }
 
 // halt implements admitted. Both ends are the host's sockets: nothing waits for the sandbox.

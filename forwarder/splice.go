@@ -128,7 +128,7 @@ func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
 		abort := once(fl)
 		p.mu.Unlock()
 		if abort != "" {
-			fl.abort(abort)
+			fl.fail(abort)
 			return
 		}
 	}
@@ -205,7 +205,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 		case unix.EINTR:
 			continue
 		default:
-			return "reset_by_peer"
+			return fl.brokenUp()
 		}
 		if fl.gate != nil {
 			fl.gate.passed(g, n)
@@ -228,7 +228,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 
 func (fl *tcpFlow) upEOF() string {
 	if err := unix.Shutdown(fl.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
-		return "reset_by_peer"
+		return reasonResetByPeer
 	}
 	fl.up.done.Store(true)
 	fl.halfClosed()
@@ -252,7 +252,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		}
 		queued, errno := siocinq(fl.fd)
 		if errno != 0 {
-			return "reset_by_peer"
+			return reasonResetByPeer
 		}
 		if queued == 0 {
 			if fl.hostEvents.Load() == 0 {
@@ -291,7 +291,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		case *tcpip.ErrBadBuffer:
 			// The kernel had said that the bytes were there.
 			fl.t.shortRead.Add(1)
-			return "reset_by_peer"
+			return reasonResetByPeer
 		default:
 			return "reset_by_sandbox"
 		}
@@ -329,9 +329,11 @@ func (fl *tcpFlow) probeHost() (again bool, abort string) {
 		fl.hostEvents.Store(0)
 		return false, ""
 	case errno != 0:
-		return false, "reset_by_peer"
+		return false, reasonResetByPeer
 	case n > 0:
 		return true, ""
+	case fl.broken.Load(): // writing has taken the error that reading would tell
+		return false, reasonResetByPeer
 	}
 	fl.down.done.Store(true)
 	if terr := fl.ep.Shutdown(tcpip.ShutdownWrite); terr != nil {

@@ -180,7 +180,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	fl.firstSYN = t.f.now()
 	fl.lastSYN = fl.firstSYN
 	fl.syn = pkt.IncRef()
-	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares}); err != nil {
+	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
 		t.limited.Add(1)
 		t.f.noteRefusal(err.Error(), pkt)
 		fl.abort(err.Error())

@@ -6,7 +6,8 @@ package forwarder
 //	dialing        a held SYN            connect(2) under way  poller, cancel
 //	handshake      SYN/ACK sent          connected             the acceptor
 //	open           an endpoint           connected             the pumps (splice.go)
-//	closing        closed, not acked     closed                nobody: waits for the stack
+//	closing        closed, not acked     closed                nobody: waits for the stack (tcp_tail.go)
+//	resetting      bytes not acked       reset                 likewise
 //	closed         gone                  gone                  nobody
 //
 // Locks: up.mu and down.mu are held by the pumps while they run, in that order
@@ -43,6 +44,7 @@ const (
 	phaseVerifying  // verify_tcp.go
 	phaseConnecting // likewise
 	phaseRefused    // likewise
+	phaseResetting
 )
 
 type tcpFlow struct {
@@ -74,6 +76,8 @@ type tcpFlow struct {
 	early      atomic.Bool   // the far side spoke before the flow was live
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
+	broken     atomic.Bool   // the host's kernel takes nothing more (brokenUp)
+	tail       atomic.Bool   // the sandbox has yet to take what is left (awaitTail)
 
 	halfOpen, dialing *list.Element // guarded by t.mu
 	firstSYN, lastSYN time.Time     // likewise
@@ -161,7 +165,7 @@ func (fl *tcpFlow) NotifyEvent(mask waiter.EventMask) {
 	if mask&waiter.WritableEvents != 0 && !fl.want(wantDown) {
 		fl.t.f.engine.put(&fl.downTask)
 	}
-	if mask&(waiter.EventHUp|waiter.EventErr) != 0 || fl.connecting.Load() {
+	if mask&(waiter.EventHUp|waiter.EventErr) != 0 || fl.connecting.Load() || fl.tail.Load() {
 		fl.t.f.engine.put(&fl.settling)
 	}
 }
@@ -221,35 +225,21 @@ func (fl *tcpFlow) settle() {
 		fl.connected(ep)
 		return
 	case ph == phaseOpen && finished:
-		fl.lease.SetState(nat.LastAck)
 		fl.closeHost(false)
 		ep.Close()
+		fl.settleTail(ep.(*tcp.Endpoint), phaseClosing)
 	case ph == phaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
 		// pumps find out, pass on what is left, and abort.
 		fl.t.f.engine.put(&fl.upTask)
 		fl.t.f.engine.put(&fl.downTask)
-		return
-	case ph != phaseClosing:
+	case ph == phaseClosing, ph == phaseResetting:
+		fl.settleTail(ep.(*tcp.Endpoint), ph)
+	default:
 		// Verification: only the sandbox's reset is of interest.
 		if endpointState(ep) == tcp.StateError {
 			fl.abort("reset_by_sandbox")
 		}
-		return
-	}
-	switch endpointState(ep) {
-	case tcp.StateTimeWait:
-		if !fl.ingress {
-			fl.unregister(ep)
-		}
-		fl.lease.SetState(nat.TimeWait)
-		fl.end("closed")
-	case tcp.StateClose:
-		fl.lease.SetState(nat.TimeWait)
-		fl.end("closed")
-	case tcp.StateError:
-		fl.lease.SetState(nat.Close)
-		fl.end("reset")
 	}
 }
 
@@ -263,10 +253,6 @@ func (fl *tcpFlow) connected(ep tcpip.Endpoint) {
 	case state == tcp.StateError || state == tcp.StateClose:
 		fl.abort("refused_by_sandbox")
 	}
-}
-
-func endpointState(ep tcpip.Endpoint) tcp.EndpointState {
-	return tcp.EndpointState(ep.State())
 }
 
 // end releases what the flow still holds: its tuple and its lease.

@@ -311,7 +311,7 @@ func (fl *tcpFlow) drain() (abort string) {
 	}
 	fl.mu.Unlock()
 	if over {
-		fl.lease.SetState(nat.LastAck)
+		fl.lease.SetState(nat.CloseWait)
 		fl.ep.Close()
 		fl.t.f.engine.put(&fl.settling)
 	}

@@ -51,6 +51,9 @@ func (t *Table) expire(now int64) time.Duration {
 	})
 	t.mu.Unlock()
 	for _, l := range due {
+		if l.spec.Pending != nil && l.spec.Pending() {
+			l.saw(now)
+		}
 		ended := l.end(now, ReasonTimeout, true, func(_ status, deadline int64) bool { return grainAt(deadline) <= grain })
 		if !ended { // a packet came just now, or it is gone
 			t.mu.Lock()

@@ -161,7 +161,7 @@ func (l *Lease) SetState(to State) {
 	if l.spec.Orig.proto != protoTCP || !to.tcp() {
 		return
 	}
-	l.seen.Store(max(l.seen.Load(), l.table.clock()))
+	l.saw(l.table.clock())
 	l.transition(func(s status) status {
 		s = s.withState(to)
 		switch to {
@@ -173,6 +173,9 @@ func (l *Lease) SetState(to State) {
 		return s
 	})
 }
+
+// saw starts the timeout anew.
+func (l *Lease) saw(now int64) { l.seen.Store(max(l.seen.Load(), now)) }
 
 // transition changes the status and tells of it, unless nothing changed.
 func (l *Lease) transition(f func(status) status) {

@@ -40,6 +40,12 @@ type Spec struct {
 	Budget    *Budget // beside the table's limits; may be nil
 	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
 
+	// Pending is asked before the table ends the flow for its silence: the owner accounts for
+	// what moved and was not accounted for yet, and reports whether it holds bytes that one
+	// side has still to take. Then the timeout starts anew. It is called without locks held;
+	// nil stands for false.
+	Pending func() bool
+
 	// Expire is called once when the table ends the flow (timeout, early drop, byte
 	// budget, Kill), without locks held and after its budgets were repaid. It is
 	// not called after Release. It may run on any goroutine that calls the table.

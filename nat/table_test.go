@@ -219,6 +219,38 @@ func TestAPacketKeepsAFlow(t *testing.T) {
 	}
 }
 
+// A flow whose owner holds bytes that nobody has taken is not silent, however long it stands;
+// once it holds none, it may be silent for as long as any other.
+func TestBytesThatWaitKeepAFlow(t *testing.T) {
+	for s := SynSent; s <= Close; s++ {
+		t.Run(s.String(), func(t *testing.T) {
+			clock := newFakeClock()
+			table := NewTable(Config{Now: clock.now})
+			held := true
+			l := acquire(t, table, Spec{Orig: numbered(protoTCP, 1), Pending: func() bool { return held }})
+			l.SetState(s)
+			timeout := l.Snapshot().TimeoutLeft
+			for range 5 {
+				clock.advance(timeout + time.Second)
+				table.Expire(clock.t)
+			}
+			if l.Ended() {
+				t.Fatal("it ended while bytes waited")
+			}
+			held = false
+			clock.advance(timeout - time.Second)
+			if table.Expire(clock.t); l.Ended() {
+				t.Fatal("it ended before it had been silent for its timeout")
+			}
+			clock.advance(2 * time.Second)
+			if table.Expire(clock.t); !l.Ended() {
+				t.Fatal("it did not end in its silence")
+			}
+			wantEmpty(t, table)
+		})
+	}
+}
+
 // What comes from outside keeps a flow for a while and not for ever, or whoever the
 // sandbox once wrote to would keep the way in.
 func TestPacketsFromOutsideKeepAFlowOnlySoLong(t *testing.T) {

@@ -3,8 +3,8 @@ package nat
 import "time"
 
 // Timeouts are how long a flow may be silent in each state before the table ends
-// it. A zero field means the default. Names and defaults are nf_conntrack's, but for
-// three.
+// it. One whose bytes wait for a reader is not silent (Spec.Pending). A zero field
+// means the default. Names and defaults are nf_conntrack's, but for three.
 type Timeouts struct {
 	TCPSynSent     time.Duration // nf_conntrack_tcp_timeout_syn_sent, 120 s
 	TCPSynRecv     time.Duration // nf_conntrack_tcp_timeout_syn_recv, 60 s
@@ -24,7 +24,8 @@ type Timeouts struct {
 	// late segments for theirs. Here both ends are ours: the host's socket has its
 	// own TIME_WAIT in the host's kernel, and the sandbox's half is an endpoint of
 	// our stack, which swallows a SYN that reuses the tuple for as long as it
-	// lives. So the entry lives as long as that endpoint does, and no longer.
+	// lives. So the entry lives as long as that endpoint does, and no longer. Of a flow
+	// whose packets pass (Spec.Forwarded) both ends are acknowledged by then.
 	TCPTimeWait time.Duration
 
 	UDP       time.Duration // nf_conntrack_udp_timeout, 30 s

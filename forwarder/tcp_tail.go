@@ -1,0 +1,143 @@
+package forwarder
+
+// What is left of a connection when both of its ends were told, and what keeps a silent one.
+//
+// The host's kernel sends on what a closed socket of ours has not sent yet. Towards the
+// sandbox the stack does so, and the flow stays until it has:
+//
+//	both ends of stream passed on   closing    CLOSE_WAIT until the sandbox has taken every
+//	                                           byte, LAST_ACK until it has taken the end
+//	the far side's reset            resetting  CLOSE: the bytes before it go first
+//
+// A timeout of the flow table ends a flow that is silent: nothing moves, and neither side has
+// bytes to take. A reader that stands still is not silence. Whether it is alive the kernels and the
+// stack find out by probes of their own (RFC 9293 section 3.8.6.1), and then the flow ends by
+// what they say.
+
+import (
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/nat"
+)
+
+const reasonResetByPeer = "reset_by_peer"
+
+// fail ends the flow for a reason that a pump found.
+func (fl *tcpFlow) fail(reason string) {
+	fl.mu.Lock()
+	if reason != reasonResetByPeer || fl.phase != phaseOpen || fl.revoked.Load() || sendQueued(fl.ep.(*tcp.Endpoint)) == 0 {
+		fl.abortLocked(reason)
+		return
+	}
+	fl.phase = phaseResetting
+	fl.mu.Unlock()
+	fl.closeHost(true)
+	fl.lease.SetState(nat.Close)
+	fl.t.f.engine.put(&fl.settling)
+}
+
+// brokenUp notes that the host's kernel takes nothing more. What it has received is there to
+// be read all the same, and the reset that it stands for is passed on behind it.
+func (fl *tcpFlow) brokenUp() (abort string) {
+	fl.broken.Store(true)
+	fl.hostEvents.Or(unix.EPOLLERR)
+	fl.up.done.Store(true)
+	if fl.down.done.Load() {
+		return reasonResetByPeer
+	}
+	fl.t.f.engine.put(&fl.downTask)
+	return ""
+}
+
+// settleTail looks at what is left of a flow that is closing or resetting.
+func (fl *tcpFlow) settleTail(ep *tcp.Endpoint, ph phase) {
+	switch state := endpointState(ep); {
+	case ph == phaseResetting && (!connected(state) || fl.awaitTail(ep)):
+		fl.abort(reasonResetByPeer)
+	case ph == phaseResetting:
+	case state == tcp.StateTimeWait:
+		if !fl.ingress {
+			fl.unregister(ep)
+		}
+		fl.lease.SetState(nat.TimeWait)
+		fl.end("closed")
+	case state == tcp.StateClose:
+		fl.lease.SetState(nat.TimeWait)
+		fl.end("closed")
+	case state == tcp.StateError:
+		fl.lease.SetState(nat.Close)
+		fl.end("reset")
+	case fl.lease.State() != nat.LastAck && fl.awaitTail(ep):
+		fl.lease.SetState(nat.LastAck)
+	}
+}
+
+// awaitTail reports whether the sandbox has taken every byte that ep had for it. If it has
+// not, settle runs again at the next acknowledgement: netstack tells when less than half of the
+// send buffer is used that was more. Under the endpoint's lock none is being processed.
+func (fl *tcpFlow) awaitTail(ep *tcp.Endpoint) bool {
+	ep.LockUser()
+	queued := sendQueued(ep)
+	if queued > 0 {
+		fl.tail.Store(true)
+		ep.SocketOptions().SetSendBufferSize(2*int64(queued), false)
+	}
+	ep.UnlockUser()
+	return queued == 0
+}
+
+// pending tells the flow table whether the flow is more than silent (nat.Spec.Pending).
+func (fl *tcpFlow) pending() bool {
+	fl.mu.Lock()
+	ep, _ := fl.ep.(*tcp.Endpoint)
+	ph, counted := fl.phase, fl.counts != nil
+	fl.mu.Unlock()
+	if ep == nil || !counted {
+		return false
+	}
+	fl.up.mu.Lock()
+	moved := fl.up.counted != fl.counts.SegmentsReceived.Value() // acknowledgements, most likely
+	fl.tallyUp(0)
+	held := fl.fd >= 0 && hostHolds(fl.fd)
+	fl.up.mu.Unlock()
+	return moved || ph != phaseResetting && (held || stackHolds(ep))
+}
+
+// stackHolds reports whether ep has bytes that one side has still to take, or an end of stream
+// for a sandbox whose window is closed.
+func stackHolds(ep *tcp.Endpoint) bool {
+	if sendQueued(ep) > 0 || receiveQueued(ep) > 0 {
+		return true
+	}
+	switch endpointState(ep) {
+	case tcp.StateFinWait1, tcp.StateClosing, tcp.StateLastAck:
+		return sendWindow(ep) == 0
+	}
+	return false
+}
+
+// hostHolds is the same for a host socket; an end of stream counts as a byte.
+func hostHolds(fd int) bool {
+	in, _ := siocinq(fd)
+	if in > 0 {
+		return true
+	}
+	out, _ := siocoutq(fd)
+	return out > 0
+}
+
+func siocoutq(fd int) (int, unix.Errno) {
+	var n int32
+	_, _, errno := syscall.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	return int(n), errno
+}
+
+// endpointState is where ep stands.
+func endpointState(ep tcpip.Endpoint) tcp.EndpointState {
+	return tcp.EndpointState(ep.State())
+}
