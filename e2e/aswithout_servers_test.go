@@ -69,8 +69,15 @@ var servers = map[string]func(*testing.T, *matrix){
 	"nginx": func(t *testing.T, m *matrix) {
 		pair := fmt.Sprintf("ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", m.dir)
 		nginxIn(t, m.w.far, m.dir, 8080, "listen 8443 ssl http2; listen [::]:8443 ssl http2; "+pair)
+		var numbers strings.Builder
+		for i := range 100000 {
+			fmt.Fprintln(&numbers, i+1)
+		}
+		if err := os.WriteFile(filepath.Join(m.dir, "www", "numbers"), []byte(numbers.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	},
-	"sshd": func(t *testing.T, m *matrix) {
+	"sshd": func(t *testing.T, m *matrix) { // with the repository of "web"
 		if privileged { // whose shell and its start-up files may be anything
 			users, err := os.ReadFile("/etc/passwd")
 			if err != nil {

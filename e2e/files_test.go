@@ -39,6 +39,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
+Subsystem sftp internal-sftp
 `, dir), 0o600)
 	p := w.far.start(t, "/usr/sbin/sshd", "-D", "-e", "-f", conf)
 	p.waitStream(t, &p.err, 5*time.Second, "listening sshd", func(s string) bool { return strings.Count(s, "Server listening") >= 2 })
