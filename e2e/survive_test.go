@@ -36,3 +36,43 @@ func TestATailIsReadHoweverLate(t *testing.T) {
 		}
 	})
 }
+
+// TestARouteThatIsLostForAWhileEndsNothing has the router answer "unreachable" while a client
+// of an established connection sends: a soft error (RFC 1122 section 4.2.3.9).
+func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
+	area(t, "survive.loss", "bash", "nc")
+	w := newWorld(t)
+	serve(t, w.far)
+	sb := w.host.sandbox(t)
+	// Both at once: the loss is the same for each, and takes its time.
+	clients := make(map[string]*proc)
+	for _, f := range families {
+		for _, at := range []place{w.host, sb} {
+			p := at.start(t, "bash", "-c", fmt.Sprintf("while read -r line; do echo $line; done | nc -N %s %d", f.far, portEcho))
+			p.write([]byte("before\n"))
+			p.waitText(t, "before", 5*time.Second)
+			clients[f.name+" from "+at.String()] = p
+		}
+	}
+	errors := w.host.watch(t, "h0")
+	from := errors.count()
+	w.router.ip(t, "route add unreachable "+far4+"/32\nroute add unreachable "+far6+"/128")
+	for _, p := range clients {
+		p.write([]byte("meanwhile\n"))
+	}
+	eventually(t, 10*time.Second, func() (bool, string) {
+		told := make(map[int]int)
+		for _, p := range errors.since(from) {
+			told[p.proto]++
+		}
+		return told[1] >= 4 && told[58] >= 4, fmt.Sprintf("the router has not told every client twice over both families: %v", told)
+	})
+	w.router.ip(t, "route del unreachable "+far4+"/32\nroute del unreachable "+far6+"/128")
+	for who, p := range clients {
+		p.waitText(t, "meanwhile", 10*time.Second)
+		p.closeInput()
+		if r := p.wait(t, 5*time.Second); r.status != 0 || r.out != "before\nmeanwhile\n" {
+			t.Errorf("over %s: status %d, %q\n%s", who, r.status, r.out, r)
+		}
+	}
+}

@@ -73,9 +73,13 @@ func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta, src netip.Addr) (fd int,
 		d.close(fd)
 		return -1, false, errVerdict
 	}
+	if err := recvErr(fd, to.Addr().Is6(), true); err != nil {
+		d.close(fd)
+		return -1, false, err
+	}
 	switch err := unix.Connect(fd, toSockaddr(to)); err {
 	case nil:
-		return fd, true, nil
+		return fd, true, dialed(fd, to.Addr().Is6())
 	case unix.EINPROGRESS:
 		return fd, false, nil
 	default:
@@ -227,9 +231,9 @@ func tunePacket(fd int, v6 bool) error {
 // low that the sender must have meant it (traceroute); 0 leaves the default. A TCP connection of the
 // host is a path of its own, so an ordinary hop limit is the host's to choose.
 func setHops(fd int, v6 bool, h ipMeta) error {
-	level, ttl, tos, recverr := unix.IPPROTO_IP, unix.IP_TTL, unix.IP_TOS, unix.IP_RECVERR
+	level, ttl, tos := unix.IPPROTO_IP, unix.IP_TTL, unix.IP_TOS
 	if v6 {
-		level, ttl, tos, recverr = unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, unix.IPV6_TCLASS, unix.IPV6_RECVERR
+		level, ttl, tos = unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, unix.IPV6_TCLASS
 	}
 	if h.tos&^3 != 0 {
 		if err := unix.SetsockoptInt(fd, level, tos, int(h.tos&^3)); err != nil {
@@ -241,8 +245,41 @@ func setHops(fd int, v6 bool, h ipMeta) error {
 			return fmt.Errorf("setting the hop limit: %w", err)
 		}
 	}
-	if err := unix.SetsockoptInt(fd, level, recverr, 1); err != nil {
-		return fmt.Errorf("asking for the error queue: %w", err)
+	return nil
+}
+
+// recvErr has the kernel queue ICMP errors about a TCP socket, or not. While it does it also
+// ends an established connection for them (tcp_v4_err in net/ipv4/tcp_ipv4.c); RFC 1122
+// section 4.2.3.9 has them soft, so that a connection outlives a route that is lost for a while.
+func recvErr(fd int, v6, on bool) error {
+	level, name, value := unix.IPPROTO_IP, unix.IP_RECVERR, 0
+	if v6 {
+		level, name = unix.IPPROTO_IPV6, unix.IPV6_RECVERR
+	}
+	if on {
+		value = 1
+	}
+	if err := unix.SetsockoptInt(fd, level, name, value); err != nil {
+		return fmt.Errorf("setting the use of the error queue: %w", err)
+	}
+	return nil
+}
+
+// dialed returns what became of a dial that has ended. The error queue is for the dial: that of
+// one that succeeded is turned off, and an error that came by it between the two is forgotten.
+// That of one that failed is left to be read (dialError).
+func dialed(fd int, v6 bool) error {
+	for range 2 { // an error may come before the queue is off
+		errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err != nil {
+			return err
+		}
+		if _, err := unix.Getpeername(fd); errno != 0 && err != nil {
+			return unix.Errno(errno)
+		}
+		if err := recvErr(fd, v6, false); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -247,11 +247,7 @@ func (fl *tcpFlow) dial() {
 }
 
 // dialReady is called by the poller when the attempt has ended.
-func (fl *tcpFlow) dialReady(events uint32) {
-	if events&(unix.EPOLLERR|unix.EPOLLHUP) == 0 {
-		fl.answer()
-		return
-	}
+func (fl *tcpFlow) dialReady() {
 	err := fl.dialResult(phaseDialing)
 	switch {
 	case err == errNotDialing:
@@ -273,9 +269,12 @@ func (fl *tcpFlow) dialResult(ph phase) error {
 	if fl.phase != ph || fl.fd < 0 || fl.revoked.Load() {
 		return errNotDialing
 	}
-	errno, err := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err == nil && errno != 0 {
-		err = unix.Errno(errno)
+	err := dialed(fl.fd, fl.verdict().Target().Addr().Is6())
+	if errno := errnoOf(err); errno == unix.ECONNRESET || errno == unix.EPIPE {
+		// The far side accepted, and has reset since: a SYN that is refused is ECONNREFUSED
+		// (tcp_reset in net/ipv4/tcp_input.c). What it said before is there to be read.
+		fl.broken.Store(true)
+		return nil
 	}
 	return err
 }

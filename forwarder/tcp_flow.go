@@ -76,7 +76,7 @@ type tcpFlow struct {
 	early      atomic.Bool   // the far side spoke before the flow was live
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
-	broken     atomic.Bool   // the host's kernel takes nothing more (brokenUp)
+	broken     atomic.Bool   // the far side has reset: the host's kernel takes nothing more (brokenUp)
 	tail       atomic.Bool   // the sandbox has yet to take what is left (awaitTail)
 
 	halfOpen, dialing *list.Element // guarded by t.mu
@@ -185,7 +185,7 @@ func (fl *tcpFlow) pollReady(events uint32) {
 	switch ph {
 	case phaseDialing:
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
-			fl.dialReady(events)
+			fl.dialReady()
 		}
 	case phaseConnecting:
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
