@@ -228,8 +228,7 @@ func (e *cached) write(qy *query, now time.Time) []byte {
 		put16(out, int(off)+2, uint16(left))
 	}
 	if qy.edns {
-		// Without the DO bit: signatures over what was left out are of no use.
-		out = appendOPT(out, false)
+		out = appendOPT(out, rcodeSuccess, qy.do)
 	}
 	return out
 }

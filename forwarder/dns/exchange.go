@@ -14,6 +14,15 @@ package dns
 // of them somebody is guessing: the question is asked again over TCP, where guesses
 // do not arrive, so that a forger who floods us keeps no true answer out either.
 //
+// Of servers without EDNS, which say FORMERR or NOTIMP to it or nothing at all, the gate asks
+// again without; what a client asked by itself is passed on as it is.
+//
+// Over TCP it is asked again, too, when the question comes back in other letters than the gate mixed (gate.go).
+// A server that folds letters and cannot be reached over TCP is asked once more, in small
+// letters, and if it answers that is how it is asked for foldedFor: a home router must not
+// cost the sandbox all names. It then has the port and the ID only against forgers, as
+// every other resolver of the host has.
+//
 // An answer that upstream truncated, or that did not fit udpBuffer, is fetched
 // again over TCP when the client can take more than what UDP brought.
 
@@ -26,6 +35,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -40,6 +50,10 @@ const (
 
 	// failedFor is how long a server that failed is asked last.
 	failedFor = 10 * time.Second
+
+	// foldedFor is how long a server that folds letters, and has no TCP, is asked in small
+	// letters before mixed ones are tried again.
+	foldedFor = time.Hour
 )
 
 var (
@@ -56,10 +70,11 @@ type serverSet struct {
 	mu     sync.Mutex // guards the rest
 	next   int        // of the rotation
 	failed map[netip.AddrPort]time.Time
+	folds  map[netip.AddrPort]time.Time // when a server was found to fold letters
 }
 
 func newServerSet(u Upstreams) *serverSet {
-	return &serverSet{up: u, failed: make(map[netip.AddrPort]time.Time)}
+	return &serverSet{up: u, failed: make(map[netip.AddrPort]time.Time), folds: make(map[netip.AddrPort]time.Time)}
 }
 
 // order is the servers in the order to ask them in.
@@ -91,6 +106,21 @@ func (s *serverSet) note(server netip.AddrPort, failed bool, now time.Time) {
 	} else {
 		delete(s.failed, server)
 	}
+}
+
+// inSmall reports whether server is asked in small letters.
+func (s *serverSet) inSmall(server netip.AddrPort, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, ok := s.folds[server]
+	return ok && now.Sub(t) < foldedFor
+}
+
+// noteFolds has a server asked in small letters from now on.
+func (s *serverSet) noteFolds(server netip.AddrPort, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.folds[server] = now // only servers of up get here: bounded by it
 }
 
 // answer is what goes back to the client; release is called when it has been
@@ -134,6 +164,10 @@ rounds:
 				continue
 			}
 			a, err := r.try(ctx, set, server, qy)
+			if err == nil && qy.strict && noEDNS(a.msg) {
+				a.release()
+				a, err = r.try(ctx, set, server, qy.withoutEDNS())
+			}
 			if ctx.Err() != nil && err != nil { // the query's end is not the server's fault
 				cause = ctx.Err()
 				break rounds
@@ -159,7 +193,9 @@ rounds:
 				return a, nil
 			}
 		}
-		set = r.set.Load()
+		if set = r.set.Load(); qy.strict {
+			qy = qy.withoutEDNS() // some drop what they do not know
+		}
 	}
 	if unwilling != nil {
 		return answer{msg: unwilling, release: func() {}}, nil
@@ -175,9 +211,20 @@ func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPor
 	r.stats.UpstreamTries.Add(1)
 	done := func() {}
 	if !set.up.UseVC {
+		if qy.strict && set.inSmall(server, time.Now()) {
+			qy = qy.inSmall()
+		}
 		msg, whole, err := r.tryUDP(ctx, set.up.timeout(), server, qy)
 		if errors.Is(err, errFolded) || errors.Is(err, errForeign) {
-			return r.tryTCP(ctx, set.up.timeout(), server, qy)
+			a, tcpErr := r.tryTCP(ctx, set.up.timeout(), server, qy)
+			if tcpErr == nil || !errors.Is(err, errFolded) || ctx.Err() != nil {
+				return a, tcpErr
+			}
+			qy = qy.inSmall()
+			if msg, whole, err = r.tryUDP(ctx, set.up.timeout(), server, qy); err == nil {
+				set.noteFolds(server, time.Now())
+				r.log.Warn(fmt.Sprintf("the DNS server %v returns questions in other letters than they were asked in, and does not answer over TCP: it is asked in small letters from now on, with one protection less against forged answers", server), "tcp", tcpErr)
+			}
 		}
 		if err != nil {
 			return answer{}, err
@@ -330,16 +377,34 @@ func repeats(msg []byte, qy *query) bool {
 	return be16(msg, 4) == 0 || string(msg[headerLen:qy.q.end]) == string(qy.msg[headerLen:qy.q.end])
 }
 
+// noEDNS reports whether an answer is that of a server which knows no EDNS (RFC 6891
+// section 7).
+func noEDNS(msg []byte) bool {
+	code := rcode(be16(msg, 2) & maskRcode)
+	return code == rcodeFormErr || code == rcodeNotImp
+}
+
+// withoutEDNS is a question of our own without its OPT record.
+func (qy *query) withoutEDNS() *query {
+	plain := *qy
+	plain.msg = slices.Clone(qy.asked)
+	return &plain
+}
+
+// inSmall is qy asked in small letters, with an answer in any.
+func (qy *query) inSmall() *query {
+	small := *qy
+	small.msg, small.strict = slices.Clone(qy.msg), false
+	copy(small.msg[headerLen:], qy.q.name)
+	return &small
+}
+
 // tidy returns an answer that is well formed to its last byte: what follows the
 // last record is dropped, and of one that was cut within a record (some servers
 // do that) only the question is kept, with TC set.
 func tidy(msg []byte, qy *query, cut bool) ([]byte, bool) {
 	if be16(msg, 4) == 0 {
-		out := reply(qy.msg, qy.q.end, rcode(be16(msg, 2)&maskRcode))
-		if qy.edns {
-			out = appendOPT(out, qy.do)
-		}
-		return out, true
+		return qy.fail(qy.msg, rcode(be16(msg, 2)&maskRcode)), true
 	}
 	opts := 0
 	end, ok := walk(msg, qy.q.end, func(rec record) bool {
@@ -358,7 +423,7 @@ func tidy(msg []byte, qy *query, cut bool) ([]byte, bool) {
 	clear(out[6:headerLen])
 	put16(out, 2, be16(out, 2)|bitTC)
 	if qy.edns {
-		out = appendOPT(out, qy.do)
+		out = appendOPT(out, rcodeSuccess, qy.do)
 	}
 	return out, true
 }

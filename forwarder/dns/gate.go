@@ -10,7 +10,7 @@ package dns
 // the type goes there: the client's header, options and spelling stay here. The
 // same question is asked once, however many clients wait for it, so that forgers
 // cannot multiply their chance (RFC 5452 section 5); its letters are mixed at
-// random, and only an answer that repeats them is taken.
+// random, and only an answer that repeats them is taken (exchange.go).
 //
 // Addresses are granted before any client can see them.
 
@@ -27,6 +27,10 @@ import (
 
 	"sluice/policy"
 )
+
+// refuseNoData is how a type is refused: the name has no such record. NXDOMAIN would deny
+// the name and REFUSED the resolver, for which musl gives up the types that were answered.
+const refuseNoData policy.Refusal = "nodata"
 
 // Rule names of refusals that no rule of the policy made.
 const (
@@ -91,7 +95,7 @@ func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v po
 	}
 	settings := rules.DNS()
 	if !slices.Contains(settings.Types, typeName(qy.q.qtype)) {
-		return ruleType, policy.RefuseREFUSED, &r.stats.RefusedType
+		return ruleType, refuseNoData, &r.stats.RefusedType
 	}
 	return "", "", nil
 }
@@ -167,8 +171,11 @@ func queryRate(rules *policy.Rules, gates bool) int {
 func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule string, counter *atomic.Uint64) verdict {
 	counter.Add(1)
 	code := rcodeRefused
-	if how == policy.RefuseNXDOMAIN {
+	switch how {
+	case policy.RefuseNXDOMAIN:
 		code = rcodeNXDomain
+	case refuseNoData:
+		code = rcodeSuccess
 	}
 	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: int(code), Rule: rule})
 	if how == policy.RefuseDrop {
@@ -186,14 +193,14 @@ func (r *Resolver) forwardGated(qy *query) answer {
 		r.record(c.event(qy))
 		return answer{msg: r.fit(c.write(qy, time.Now()), qy), release: func() {}}
 	}
-	// As if the name did not exist, where there is nothing behind it for the sandbox.
 	rule, code, counter := ruleUpstream, rcodeServFail, &r.stats.ServFail
 	var tunnel tunnelReason
 	switch {
 	case errors.As(err, &tunnel):
 		rule, code, counter = string(tunnel), rcodeRefused, &r.stats.RefusedTunnel
 	case errors.Is(err, errEmptied):
-		rule, code, counter = ruleRebind, rcodeNXDomain, nil
+		// Of this type there is nothing for the sandbox; of another there may be.
+		rule, code, counter = ruleRebind, rcodeSuccess, nil
 	case errors.Is(err, errGrant):
 		rule = ruleBounds
 	}
@@ -301,7 +308,7 @@ func newQuery(q question) *query {
 	}
 	msg = append(msg, byte(q.qtype>>8), byte(q.qtype), 0, classIN)
 	up.asked = msg
-	up.msg = appendOPT(append([]byte(nil), msg...), false)
+	up.msg = appendOPT(append([]byte(nil), msg...), rcodeSuccess, false)
 	return up
 }
 

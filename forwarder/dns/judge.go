@@ -26,6 +26,7 @@ type query struct {
 	stream bool           // it came over TCP
 	edns   bool           // it has an OPT record
 	do     bool           // ... with the DNSSEC OK bit
+	fault  rcode          // ... that is answered so, unless upstream is to say
 	from   netip.AddrPort // the client
 	strict bool           // the question must come back letter for letter
 	gated  *gated         // nil where the policy gates no names
@@ -56,17 +57,11 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	if stream {
 		qy.limit = maxMessage
 	}
-	switch code {
-	case rcodeSuccess:
-	case rcodeFormErr:
-		r.stats.FormErr.Add(1)
-		return verdict{answer: qy.fail(msg, code)}
-	case rcodeNotImp:
-		r.stats.NotImp.Add(1)
-		return verdict{answer: qy.fail(msg, code)}
-	default:
-		r.stats.Refused.Add(1)
-		return verdict{answer: qy.fail(msg, code)}
+	if gates && code == rcodeSuccess {
+		code = qy.fault
+	}
+	if code != rcodeSuccess {
+		return r.fault(&qy, msg, code)
 	}
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
 	if gates {
@@ -78,6 +73,9 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		return r.refuse(&qy, qy.q.name.quoted(), policy.RefuseREFUSED, ruleRate, &r.stats.OverRate)
 	}
 	if records, code, known := r.local.find(qy.q); known {
+		if qy.fault != rcodeSuccess {
+			return r.fault(&qy, msg, qy.fault)
+		}
 		r.stats.Local.Add(1)
 		out := reply(msg, qy.q.end, code)
 		for _, rec := range records {
@@ -87,7 +85,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 			out = appendRecord(out, be16(rec, 0), localTTL, rec[2:])
 		}
 		if qy.edns {
-			out = appendOPT(out, qy.do)
+			out = appendOPT(out, code, qy.do)
 		}
 		return verdict{answer: r.fit(out, &qy)}
 	}
@@ -96,6 +94,21 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	}
 	qy.msg = append([]byte(nil), msg...)
 	return verdict{forward: &qy}
+}
+
+// fault answers a message that is no question for us.
+func (r *Resolver) fault(qy *query, msg []byte, code rcode) verdict {
+	counter := &r.stats.Refused
+	switch code {
+	case rcodeFormErr:
+		counter = &r.stats.FormErr
+	case rcodeNotImp:
+		counter = &r.stats.NotImp
+	case rcodeBadVers:
+		counter = &r.stats.BadVers
+	}
+	counter.Add(1)
+	return verdict{answer: qy.fail(msg, code)}
 }
 
 // parseQuery reads msg, which has a header and is not a response. On any code
@@ -114,7 +127,7 @@ func parseQuery(msg []byte) (query, rcode) {
 		return qy, rcodeFormErr
 	}
 	qy.q = q
-	opts := 0
+	opts, version, options := 0, byte(0), []byte(nil)
 	end, ok := walk(msg, q.end, func(rec record) bool {
 		if rec.rtype != typeOPT {
 			return true
@@ -122,13 +135,23 @@ func parseQuery(msg []byte) (query, rcode) {
 		opts++
 		qy.edns = true
 		qy.limit = max(int(rec.class), minUDPSize)
-		// The owner of an OPT record is the root, one byte; flags are in the
-		// lower half of its TTL field.
-		qy.do = msg[rec.start] == 0 && be16(msg, rec.start+7)&(1<<15) != 0
-		return msg[rec.start] == 0 && rec.section == 2 && opts == 1
+		if msg[rec.start] != 0 || rec.section != 2 || opts > 1 {
+			return false
+		}
+		// The owner of an OPT record is the root, one byte; the version and the flags
+		// are in its TTL field.
+		version, options = msg[rec.start+6], msg[rec.start+11:rec.end]
+		qy.do = be16(msg, rec.start+7)&(1<<15) != 0
+		return true
 	})
 	if !ok || end != len(msg) {
 		return qy, rcodeFormErr
+	}
+	switch {
+	case version != 0:
+		qy.fault = rcodeBadVers
+	case !goodOptions(options):
+		qy.fault = rcodeFormErr
 	}
 	switch q.qtype {
 	case 0, typeOPT, typeTSIG: // never asked for
@@ -149,7 +172,7 @@ func parseQuery(msg []byte) (query, rcode) {
 func (qy *query) fail(msg []byte, code rcode) []byte {
 	out := reply(msg, qy.q.end, code)
 	if qy.edns {
-		out = appendOPT(out, qy.do)
+		out = appendOPT(out, code, qy.do)
 	}
 	return out
 }
@@ -158,7 +181,7 @@ func (qy *query) fail(msg []byte, code rcode) []byte {
 func (qy *query) failBecause(msg []byte, code rcode, rule string) []byte {
 	out := reply(msg, qy.q.end, code)
 	if qy.edns {
-		out = appendOPT(out, qy.do, extendedError(edeProhibited, rule)...)
+		out = appendOPT(out, code, qy.do, extendedError(edeProhibited, rule)...)
 	}
 	return out
 }

@@ -14,12 +14,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"sluice/policy"
 )
 
 type hostDialer struct{}
@@ -71,28 +74,56 @@ func front(t *testing.T, r *Resolver) (port int, in, out *atomic.Int64) {
 	return port, in, out
 }
 
-// dnsmasq starts one on a free port of 127.0.0.1.
-func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
+// freePort is a port of 127.0.0.1 that nobody listens on.
+func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
-	path, err := exec.LookPath("dnsmasq")
-	if err != nil {
-		if path = "/usr/sbin/dnsmasq"; !exists(path) {
-			t.Skip("dnsmasq is not installed")
-		}
-	}
 	probe, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := netip.MustParseAddrPort(probe.Addr().String())
-	probe.Close()
-	file := filepath.Join(t.TempDir(), "dnsmasq.conf")
+	defer probe.Close()
+	return netip.MustParseAddrPort(probe.Addr().String())
+}
+
+// dnsmasq starts one on a free port of 127.0.0.1.
+func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
+	t.Helper()
+	addr := freePort(t)
+	return nameServer(t, addr, "dnsmasq", conf, func(file string) []string {
+		return []string{"--keep-in-foreground", "--conf-file=" + file, "--no-resolv", "--no-hosts", "--bind-interfaces",
+			"--listen-address=127.0.0.1", "--user=root", "--group=root", "--pid-file=", "--edns-packet-max=1232",
+			"--port=" + strconv.Itoa(int(addr.Port()))}
+	})
+}
+
+// unbound starts one on a free port of 127.0.0.1, which has the zone test and nothing else.
+func unbound(t *testing.T, records ...string) netip.AddrPort {
+	t.Helper()
+	addr := freePort(t)
+	conf := []string{
+		"server:", `  chroot: ""`, `  username: ""`, `  pidfile: ""`, `  directory: "/"`, "  do-daemonize: no", "  use-syslog: no", "  interface: 127.0.0.1",
+		"  port: " + strconv.Itoa(int(addr.Port())), "  module-config: iterator", "  local-zone: test. static",
+	}
+	for _, r := range records {
+		conf = append(conf, fmt.Sprintf("  local-data: '%s'", r))
+	}
+	return nameServer(t, addr, "unbound", append(conf, "remote-control:", "  control-enable: no"), func(file string) []string { return []string{"-d", "-c", file} })
+}
+
+// nameServer starts a program with a configuration file, and waits until it listens.
+func nameServer(t *testing.T, addr netip.AddrPort, program string, conf []string, args func(file string) []string) netip.AddrPort {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		if path = "/usr/sbin/" + program; !exists(path) {
+			t.Skip(program + " is not installed")
+		}
+	}
+	file := filepath.Join(t.TempDir(), program+".conf")
 	if err := os.WriteFile(file, []byte(strings.Join(conf, "\n")+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(path, "--keep-in-foreground", "--conf-file="+file, "--no-resolv", "--no-hosts", "--bind-interfaces",
-		"--listen-address=127.0.0.1", "--user=root", "--group=root", "--pid-file=", "--edns-packet-max=1232",
-		"--port="+strconv.Itoa(int(addr.Port())))
+	cmd := exec.Command(path, args(file)...)
 	var out strings.Builder
 	cmd.Stderr = &out
 	if err := cmd.Start(); err != nil {
@@ -106,7 +137,7 @@ func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
 			return addr
 		}
 		if time.Now().After(end) {
-			t.Fatalf("dnsmasq does not listen: %v\n%s", err, &out)
+			t.Fatalf("%s does not listen: %v\n%s", program, err, &out)
 		}
 		time.Sleep(10 * time.Millisecond) // it cannot say that it listens
 	}
@@ -251,4 +282,72 @@ func openFiles(t *testing.T) int {
 		t.Skip("no /proc")
 	}
 	return len(e)
+}
+
+// Real servers' answers are told through the gate as they are told directly: dig cannot
+// tell one from the other.
+func TestRealAnswersThroughTheGate(t *testing.T) {
+	for _, program := range []string{"dig", "drill"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(program + " is not installed")
+		}
+	}
+	unboundZone := []string{
+		"MixedDomain.test. 300 MX 10 MailHost.MixedDomain.test.", "MixedDomain.test. 300 MX 20 backup.test.", "MixedDomain.test. 300 NS MixedDomain.test.",
+		"_svc._tcp.MixedDomain.test. 300 SRV 1 2 3 node.MixedDomain.test.", "7.2.0.192.in-addr.test. 300 PTR host.MixedDomain.test.",
+		"MixedDomain.test. 300 SOA ns.MixedDomain.test. admin.MixedDomain.test. 1 2 3 4 5", "MixedDomain.test. 300 A 198.51.100.1",
+	}
+	for _, up := range []struct {
+		name   string
+		server netip.AddrPort
+	}{
+		{"unbound", unbound(t, unboundZone...)},
+		{"dnsmasq", dnsmasq(t, "mx-host=mixeddomain.test,mailhost.mixeddomain.test,10", "srv-host=_svc._tcp.mixeddomain.test,node.mixeddomain.test,3,1,2",
+			"host-record=mixeddomain.test,198.51.100.1", "ptr-record=7.2.0.192.in-addr.test,host.mixeddomain.test", "local=/test/")},
+	} {
+		t.Run(up.name, func(t *testing.T) {
+			rules := compile(t, strings.Replace(gatedPolicy, "*.files.test", "**.test", 1)+"  dns: {types: [A, AAAA, MX, NS, SRV, PTR, SOA]}\n")
+			r := newResolver(t, Config{Dialer: hostDialer{}, Upstreams: Upstreams{Servers: []netip.AddrPort{up.server}},
+				Rules: func() *policy.Rules { return rules }, Names: policy.NewNames(policy.NamesConfig{})})
+			port, _, _ := front(t, r)
+			records := func(out string) (lines []string) {
+				for line := range strings.Lines(out) {
+					if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, ";") {
+						f := strings.Fields(line)
+						f[1] = "TTL"
+						lines = append(lines, strings.Join(f, " "))
+					}
+				}
+				slices.Sort(lines)
+				return lines
+			}
+			questions := []string{"mixeddomain.test MX", "mixeddomain.test NS", "_svc._tcp.mixeddomain.test SRV", "7.2.0.192.in-addr.test PTR",
+				"mixeddomain.test SOA", "mixeddomain.test A", "mixeddomain.test AAAA", "none.test A"}
+			if up.name == "unbound" {
+				questions = append(questions, "MIXEDDOMAIN.test MX") // it answers in the question's letters
+			}
+			args := append([]string{"+noall", "+answer"}, strings.Fields(strings.Join(questions, " "))...)
+			direct, through := records(dig(t, int(up.server.Port()), args...)), records(dig(t, port, args...))
+			again := records(dig(t, port, append([]string{"+tcp"}, args...)...)) // from the cache
+			asked := len(direct)
+			if !slices.Equal(direct, through) || !slices.Equal(direct, again) {
+				t.Errorf("directly\n%q\nthrough the gate\n%q\nagain\n%q", direct, through, again)
+			}
+			drill := func(port uint16) []string {
+				out, err := exec.Command("drill", "@127.0.0.1", "-p", strconv.Itoa(int(port)), "-Q", "mixeddomain.test", "MX").CombinedOutput()
+				if err != nil {
+					t.Errorf("drill: %v\n%s", err, out)
+				}
+				lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+				slices.Sort(lines)
+				return lines
+			}
+			if direct, through := drill(up.server.Port()), drill(uint16(port)); !slices.Equal(direct, through) {
+				t.Errorf("drill: directly %q, through the gate %q", direct, through)
+			}
+			if asked < 4 {
+				t.Errorf("there were only %d records", asked)
+			}
+		})
+	}
 }

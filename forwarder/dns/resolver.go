@@ -217,7 +217,7 @@ func (r *Resolver) AnswerPacket(msg []byte, from netip.AddrPort) []byte {
 		return nil
 	}
 	qy, code := parseQuery(msg)
-	if code != rcodeSuccess {
+	if code != rcodeSuccess || qy.fault != rcodeSuccess {
 		return nil
 	}
 	qy.from, qy.asked = from, msg

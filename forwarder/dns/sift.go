@@ -14,6 +14,10 @@ package dns
 // must not lead to the machine's own services (DNS rebinding). An answer that
 // cannot be read to its end is no answer at all.
 //
+// Names in the data of records may be pointers to the question, and then have the letters
+// that we mixed; they are written in small ones, and the client's spelling is put in by
+// pointers of our own (cached.write).
+//
 // Pointers are followed by dnsmessage, at most ten for a name.
 
 import (
@@ -21,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -51,6 +56,7 @@ type siftRules struct {
 
 // sifted is what is left of an answer.
 type sifted struct {
+	asked   string // the name
 	code    dnsmessage.RCode
 	cut     bool // upstream cut it short, or we did
 	aliases []dnsmessage.Resource
@@ -82,17 +88,25 @@ func sift(msg []byte, q question, rules siftRules) (*sifted, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
 	}
-	for i := range answers {
-		fold(&answers[i].Header.Name)
-		if b, ok := answers[i].Body.(*dnsmessage.CNAMEResource); ok {
-			fold(&b.CNAME)
-		}
-	}
 	authorities, err := p.AllAuthorities()
 	if err != nil {
 		return nil, fmt.Errorf("reading the authority section: %w", err)
 	}
-	s := &sifted{code: h.RCode, cut: h.Truncated}
+	asked := name(msg[headerLen : q.end-4]).dotted()
+	for _, section := range [][]dnsmessage.Resource{answers, authorities} {
+		for i := range section {
+			fold(&section[i].Header.Name)
+			for _, n := range namesIn(section[i].Body) {
+				unmix(n, asked)
+			}
+		}
+	}
+	for i := range answers {
+		if b, ok := answers[i].Body.(*dnsmessage.CNAMEResource); ok {
+			fold(&b.CNAME)
+		}
+	}
+	s := &sifted{asked: q.name.dotted(), code: h.RCode, cut: h.Truncated}
 	if h.RCode != dnsmessage.RCodeSuccess && h.RCode != dnsmessage.RCodeNameError {
 		s.foreign = len(answers)
 		return s, nil
@@ -156,11 +170,11 @@ func (s *sifted) take(a dnsmessage.Resource, rules siftRules) {
 	case *dnsmessage.AAAAResource:
 		addr = netip.AddrFrom16(b.AAAA)
 	case *dnsmessage.SVCBResource:
-		if !bare(b, rules.ech) {
+		if !s.leadsHere(b.Target) || !bare(b, rules.ech) {
 			return
 		}
 	case *dnsmessage.HTTPSResource:
-		if !bare(&b.SVCBResource, rules.ech) {
+		if !s.leadsHere(b.Target) || !bare(&b.SVCBResource, rules.ech) {
 			return
 		}
 	}
@@ -176,10 +190,19 @@ func (s *sifted) take(a dnsmessage.Resource, rules siftRules) {
 	s.records = append(s.records, a)
 }
 
+// leadsHere reports whether a service binding is for the name that was asked for, or one of
+// its aliases. Another host is granted under its own name only, and the client says this
+// one there: that would be refused, where without the binding it asks for the addresses of
+// the name itself (RFC 9460 section 3).
+func (s *sifted) leadsHere(target dnsmessage.Name) bool {
+	fold(&target)
+	t := target.String()
+	return t == "." || t == s.asked || slices.Contains(s.names, strings.TrimSuffix(t, "."))
+}
+
 // takeSOA keeps the record that tells how long a negative answer holds.
 func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules siftRules) {
 	for _, a := range authorities {
-		fold(&a.Header.Name)
 		if a.Header.Type != dnsmessage.TypeSOA || a.Header.Class != dnsmessage.ClassINET || !within(last, a.Header.Name.String()) {
 			continue
 		}
@@ -306,6 +329,42 @@ func within(name, zone string) bool {
 func fold(n *dnsmessage.Name) {
 	for i := range n.Data[:n.Length] {
 		n.Data[i] = lower(n.Data[i])
+	}
+}
+
+// namesIn are the names in a record's data.
+func namesIn(body dnsmessage.ResourceBody) []*dnsmessage.Name {
+	switch b := body.(type) {
+	case *dnsmessage.NSResource:
+		return []*dnsmessage.Name{&b.NS}
+	case *dnsmessage.PTRResource:
+		return []*dnsmessage.Name{&b.PTR}
+	case *dnsmessage.MXResource:
+		return []*dnsmessage.Name{&b.MX}
+	case *dnsmessage.SRVResource:
+		return []*dnsmessage.Name{&b.Target}
+	case *dnsmessage.SOAResource:
+		return []*dnsmessage.Name{&b.NS, &b.MBox}
+	case *dnsmessage.SVCBResource:
+		return []*dnsmessage.Name{&b.Target}
+	case *dnsmessage.HTTPSResource:
+		return []*dnsmessage.Name{&b.Target}
+	}
+	return nil
+}
+
+// unmix puts the labels at the end of n that have the very letters of asked, which is how
+// the question came back, into small letters.
+func unmix(n *dnsmessage.Name, asked string) {
+	text := n.Data[:n.Length]
+	from := len(text)
+	for i, j := len(text)-1, len(asked)-1; i >= 0 && j >= 0 && text[i] == asked[j]; i, j = i-1, j-1 {
+		if (i == 0 || text[i-1] == '.') && (j == 0 || asked[j-1] == '.') {
+			from = i // a label begins here, in both
+		}
+	}
+	for i := from; i < len(text); i++ {
+		text[i] = lower(text[i])
 	}
 }
 

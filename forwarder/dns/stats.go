@@ -4,7 +4,7 @@ import "sync/atomic"
 
 // counters are what a Resolver counts; Stats is their snapshot.
 type counters struct {
-	Queries, Local, Malformed, FormErr, NotImp, Refused           atomic.Uint64
+	Queries, Local, Malformed, FormErr, NotImp, BadVers, Refused  atomic.Uint64
 	Forwarded, ServFail, OverLimit, Truncated                     atomic.Uint64
 	UpstreamTries, UpstreamFailures, UpstreamIgnored, UpstreamTCP atomic.Uint64
 	Streams, StreamsRefused, StreamsIdle                          atomic.Uint64
@@ -23,6 +23,7 @@ type Stats struct {
 	Malformed uint64 `json:"malformed"` // not a query at all, not answered
 	FormErr   uint64 `json:"formerr"`
 	NotImp    uint64 `json:"notimp"`
+	BadVers   uint64 `json:"badvers"` // of a version of EDNS that there is not
 	Refused   uint64 `json:"refused"`
 	Truncated uint64 `json:"truncated"` // answers cut to the client's size
 
@@ -43,7 +44,7 @@ type Stats struct {
 	RefusedName    uint64 `json:"refusedName"`    // no rule lets it be asked
 	RefusedType    uint64 `json:"refusedType"`    // the policy does not list it
 	RefusedTunnel  uint64 `json:"refusedTunnel"`  // the bounds against tunnels
-	UpstreamFolded uint64 `json:"upstreamFolded"` // asked again over TCP: the question came back in other letters
+	UpstreamFolded uint64 `json:"upstreamFolded"` // asked again: the question came back in other letters
 	AnswersRefused uint64 `json:"answersRefused"` // could not be read to their end
 	RecordsForeign uint64 `json:"recordsForeign"` // left out of answers: nobody asked for them
 	RecordsRebound uint64 `json:"recordsRebound"` // left out of answers: addresses that no rule may open
@@ -56,7 +57,7 @@ func (r *Resolver) Stats() Stats {
 	return Stats{
 		Queries: c.Queries.Load(), Local: c.Local.Load(), Forwarded: c.Forwarded.Load(),
 		ServFail: c.ServFail.Load(), OverLimit: c.OverLimit.Load(), Malformed: c.Malformed.Load(),
-		FormErr: c.FormErr.Load(), NotImp: c.NotImp.Load(), Refused: c.Refused.Load(), Truncated: c.Truncated.Load(),
+		FormErr: c.FormErr.Load(), NotImp: c.NotImp.Load(), BadVers: c.BadVers.Load(), Refused: c.Refused.Load(), Truncated: c.Truncated.Load(),
 		UpstreamTries: c.UpstreamTries.Load(), UpstreamFailures: c.UpstreamFailures.Load(),
 		UpstreamIgnored: c.UpstreamIgnored.Load(), UpstreamTCP: c.UpstreamTCP.Load(),
 		Streams: c.Streams.Load(), StreamsRefused: c.StreamsRefused.Load(), StreamsIdle: c.StreamsIdle.Load(),

@@ -43,6 +43,7 @@ const (
 	rcodeNXDomain rcode = 3
 	rcodeNotImp   rcode = 4
 	rcodeRefused  rcode = 5
+	rcodeBadVers  rcode = 16 // RFC 6891 section 9; the upper bits are in the OPT record
 )
 
 const (
@@ -59,8 +60,9 @@ const (
 	classIN   = 1
 )
 
-// Extended errors, RFC 8914.
+// EDNS options: cookies (RFC 7873) and extended errors (RFC 8914).
 const (
+	optionCookie  = 10
 	optionEDE     = 15
 	edeProhibited = 18
 )
@@ -261,7 +263,7 @@ func reply(query []byte, qend int, code rcode) []byte {
 	}
 	put16(out, 0, be16(query, 0))
 	bits := be16(query, 2) & (maskOpcode | bitRD | bitCD)
-	put16(out, 2, bits|bitQR|bitRA|uint16(code))
+	put16(out, 2, bits|bitQR|bitRA|uint16(code)&maskRcode)
 	return out
 }
 
@@ -277,11 +279,12 @@ func appendRecord(msg []byte, rtype uint16, ttl uint32, rdata []byte) []byte {
 	return msg
 }
 
-// appendOPT adds our own OPT record, echoing the query's DO bit, with the options given.
-func appendOPT(msg []byte, do bool, options ...byte) []byte {
-	var flags uint32
+// appendOPT adds our own OPT record, of version 0 and with the options given: the upper
+// bits of code, and the query's DO bit, which every answer repeats (RFC 3225 section 3).
+func appendOPT(msg []byte, code rcode, do bool, options ...byte) []byte {
+	flags := uint32(code>>4) << 24
 	if do {
-		flags = 1 << 15
+		flags |= 1 << 15
 	}
 	msg = append(msg, 0)
 	msg = binary.BigEndian.AppendUint16(msg, typeOPT)
@@ -300,6 +303,24 @@ func extendedError(info uint16, text string) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(2+len(text)))
 	b = binary.BigEndian.AppendUint16(b, info)
 	return append(b, text...)
+}
+
+// goodOptions reports whether b is a list of options, and a cookie in it one that can be:
+// a client's of 8 bytes, alone or with a server's of 8 to 32 (RFC 7873 section 5.2.2 has
+// others answered FORMERR). What else the options say does not matter to a server that
+// has none of them (RFC 6891 section 6.1.2).
+func goodOptions(b []byte) bool {
+	for len(b) > 0 {
+		if len(b) < 4 {
+			return false
+		}
+		code, n := be16(b, 0), int(be16(b, 2))
+		if b = b[4:]; n > len(b) || code == optionCookie && n != 8 && (n < 16 || n > 40) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
 }
 
 // sameQuestion compares two messages' question bytes, names by RFC 4343. Type
