@@ -200,7 +200,9 @@ func permitted(p packet) bool {
 	case dst == scene4, dst == scene6, dst == silent4, dst == silent6:
 		return true
 	case dst == second4, dst == second6:
-		return p.proto == protoICMP || p.proto == protoICMPv6 // the host's word to the strangers
+		// The host's word to the strangers; and the handshake with an address that is granted
+		// under a name of its own, before the wrong one is said.
+		return p.proto == protoICMP || p.proto == protoICMPv6 || p.proto == protoTCP && p.dport == 8443 && p.payload == 0
 	case p.proto == protoICMPv6 || p.proto == protoHopByHop:
 		// Neighbours, and who listens to which group.
 		return p.dst.IsMulticast() || p.dst.IsLinkLocalUnicast() || strings.HasSuffix(dst, "::1")

@@ -86,8 +86,10 @@ type judged struct {
 	rules   *policy.Rules // which answered
 }
 
-// waits reports whether the verdict asks for the flow's first bytes.
-func (j *judged) waits() bool { return j.verdict.Verify() != policy.VerifyNone }
+// waits reports whether the verdict asks for the flow's first bytes, which may have it allowed.
+func (j *judged) waits() bool {
+	return j.verdict.Verify() != policy.VerifyNone && j.verdict.Contact().IsValid()
+}
 
 // mayBegin reports whether the flow may enter.
 func (j *judged) mayBegin() bool { return j.local || j.verdict.Allowed() || j.waits() }
@@ -266,7 +268,7 @@ func (p *pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 			}
 		}
 		p.answer.Store(&j)
-	} else if !j.verdict.Allowed() && !j.waits() {
+	} else if !j.verdict.Allowed() && !j.waits() || j.verdict.Contact() != was.Contact() {
 		return false // else it is decided when it has spoken
 	}
 	p.describe(lease, &j)
@@ -312,10 +314,14 @@ func (p *pass) listen(seen policy.Seen) (judged, error) {
 	defer p.mu.Unlock()
 	j := judged{query: p.answer.Load().query, rules: p.a.rules.Load()}
 	j.query.Seen, j.query.Held = seen, ""
+	was := p.verdict().Contact()
 	j.verdict = p.a.judge(j.rules, j.query)
 	p.describe(p.lease, &j)
-	if !j.verdict.Allowed() {
+	switch {
+	case !j.verdict.Allowed():
 		return j, nil
+	case !j.verdict.Permits(was):
+		return j, errFlowEnded // it was set up to somewhere else
 	}
 	shape := p.a.limited.of(j.verdict)
 	if err := p.lease.Charge(shape.budgetOf(), false); err != nil {

@@ -42,13 +42,14 @@ func newDialer(s *stats, log *slog.Logger) *Dialer {
 	return &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors"), log: log}
 }
 
-// tcpConnect starts a connection to the verdict's target. connected tells that
+// tcpConnect starts a connection to the verdict's contact. Nothing may be written to it unless
+// a verdict permits that: of a flow whose first bytes are awaited this one does not. connected tells that
 // it is established already, as it is for most local targets; otherwise the
 // descriptor becomes writable when the attempt ends, and SO_ERROR says how. src is
 // the sandbox's address, which only a pod's sockets have too.
 func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta, src netip.Addr) (fd int, connected bool, err error) {
-	to := v.Target()
-	if !v.Allowed() || v.Proto() != unix.IPPROTO_TCP {
+	to := v.Contact()
+	if !to.IsValid() || v.Proto() != unix.IPPROTO_TCP {
 		d.refused.Add(1)
 		return -1, false, errVerdict
 	}
@@ -68,7 +69,7 @@ func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta, src netip.Addr) (fd int,
 		d.close(fd)
 		return -1, false, err
 	}
-	if !v.Permits(to) {
+	if !v.PermitsContact(to) {
 		d.refused.Add(1)
 		d.close(fd)
 		return -1, false, errVerdict

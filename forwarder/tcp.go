@@ -192,7 +192,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 		fl.abort("stopped")
 		return true
 	}
-	if fl.local || fl.check != nil {
+	if fl.local {
 		fl.answer()
 	} else {
 		fl.dial()
@@ -248,7 +248,7 @@ func (fl *tcpFlow) dial() {
 
 // dialReady is called by the poller when the attempt has ended.
 func (fl *tcpFlow) dialReady() {
-	err := fl.dialResult(phaseDialing)
+	err := fl.dialResult()
 	switch {
 	case err == errNotDialing:
 	case err != nil:
@@ -261,15 +261,15 @@ func (fl *tcpFlow) dialReady() {
 // errNotDialing says that nobody waits for the result of the dial any more.
 var errNotDialing = errors.New("not dialling")
 
-// dialResult is what became of the dial that the flow is waiting for in phase ph.
-func (fl *tcpFlow) dialResult(ph phase) error {
+// dialResult is what became of the dial that the flow is waiting for.
+func (fl *tcpFlow) dialResult() error {
 	// Under mu, as closeHost gives the descriptor back to the kernel after it.
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
-	if fl.phase != ph || fl.fd < 0 || fl.revoked.Load() {
+	if fl.phase != phaseDialing || fl.fd < 0 || fl.revoked.Load() {
 		return errNotDialing
 	}
-	err := dialed(fl.fd, fl.verdict().Target().Addr().Is6())
+	err := dialed(fl.fd, fl.verdict().Contact().Addr().Is6())
 	if errno := errnoOf(err); errno == unix.ECONNRESET || errno == unix.EPIPE {
 		// The far side accepted, and has reset since: a SYN that is refused is ECONNREFUSED
 		// (tcp_reset in net/ipv4/tcp_input.c). What it said before is there to be read.

@@ -41,9 +41,8 @@ const (
 	phaseOpen
 	phaseClosing
 	phaseClosed
-	phaseVerifying  // verify_tcp.go
-	phaseConnecting // likewise
-	phaseRefused    // likewise
+	phaseVerifying // verify_tcp.go
+	phaseRefused   // likewise
 	phaseResetting
 )
 
@@ -147,9 +146,14 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 }
 
 // openLocked lets the pumps run, which nothing tells to yet. mu is held.
-func (fl *tcpFlow) openLocked() (err error) {
+func (fl *tcpFlow) openLocked() error {
 	fl.phase = phaseOpen
 	fl.live.Store(true)
+	return fl.watchLocked()
+}
+
+// watchLocked has the poller tell of the host socket. mu is held.
+func (fl *tcpFlow) watchLocked() (err error) {
 	if fl.tok == (pollToken{}) {
 		fl.tok, err = fl.t.f.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
@@ -187,9 +191,9 @@ func (fl *tcpFlow) pollReady(events uint32) {
 		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 			fl.dialReady()
 		}
-	case phaseConnecting:
-		if events&(unix.EPOLLOUT|unix.EPOLLERR|unix.EPOLLHUP) != 0 {
-			fl.dialed()
+	case phaseVerifying:
+		if events&unix.EPOLLHUP != 0 {
+			fl.abort("reset_by_peer")
 		}
 	case phaseOpen:
 		if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -400,7 +404,7 @@ func (fl *tcpFlow) closeHost(reset bool) {
 // bury has the tuple of the host socket rest (tombs.go), once it has one.
 func (fl *tcpFlow) bury(fd int) {
 	if !fl.ingress {
-		fl.t.f.burySocket(fd, fl.verdict().Target())
+		fl.t.f.burySocket(fd, fl.verdict().Contact())
 	}
 }
 

@@ -1,6 +1,6 @@
 package forwarder
 
-// Verification: what a flow says in its first bytes is judged before anything is dialled.
+// Verification: what a flow says in its first bytes is judged before anything of it passes.
 //
 // A rule by domain lets a flow through to an address that the sandbox was told under a
 // name, if the flow itself says that name: in a ClientHello, in an HTTP request, in a
@@ -8,10 +8,11 @@ package forwarder
 // (policy.Verdict.Verify), which verify_tcp.go and verify_udp.go read, bounded in bytes
 // and in time, and the same question is asked again with what they said:
 //
-//	Decide ──► Verify: first bytes ──► read, nothing dialled ──► Decide with Seen ──► dial, or refuse
+//	Decide ──► Verify: first bytes ──► read, nothing passes ──► Decide with Seen ──► pass, or refuse
 //
-// The address that is dialled is the flow's own destination, which is the one that was
-// judged: no name is resolved in between. Clear-text HTTP goes on being judged, request
+// A TCP connection is set up before they are read, if anything that they can say would be allowed
+// (policy.Verdict.Contact); a datagram is kept. The address is the flow's own destination, which
+// is the one that was judged: no name is resolved in between. Clear-text HTTP goes on being judged, request
 // by request (verify_http.go, verify_http2.go).
 //
 // Nobody but the sandbox pays for a flow that waits: there are at most maxChecks of them,

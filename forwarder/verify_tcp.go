@@ -3,18 +3,19 @@ package forwarder
 // Verification of TCP flows.
 //
 // What a client wants is only in its first bytes, which it sends when its handshake is
-// complete. So here, and nowhere else, the sandbox's handshake is completed before the
-// far side was asked: a far side that refuses, or does not answer, is told as a reset.
+// complete. So the flow is set up as any other is (tcp.go): the far side's handshake first,
+// then the sandbox's. A closed port looks closed, and clients that try one address after the
+// other get to the one that answers. Nothing but the handshake passes, in either direction,
+// until the first bytes are allowed:
 //
-//	phase       stack side       host side             who acts
-//	verifying   an endpoint      nothing yet           readFirst, as the up pump
-//	connecting  an endpoint      connect(2) under way  the poller
-//	open        an endpoint      connected             the pumps
-//	refused     told by 403      closed                drain, as the up pump
+//	phase       stack side       host side       who acts
+//	verifying   an endpoint      connected       readFirst, as the up pump
+//	open        an endpoint      connected       the pumps
+//	refused     told by 403      closed          drain, as the up pump
 //
-// The bytes are peeked at and stay in the endpoint's receive queue, so that nothing has
-// to be replayed: when the flow is open its pump finds them there. The flow counts as
-// half-open until then.
+// The bytes are peeked at and stay in the endpoint's receive queue, and what the far side says
+// stays in the kernel's, so that nothing has to be replayed: when the flow is open its pumps
+// find them there. The flow counts as half-open until then.
 
 import (
 	"io"
@@ -43,7 +44,7 @@ type check struct {
 	greeted bool // an HTTP/2 client was sent SETTINGS; likewise
 
 	telling task   // the refusal
-	answer  string // the client's; written before telling is queued
+	answer  string // the client's, empty for one that asked for nothing; written before telling is queued
 
 	refused bool // 403 was sent; guarded by the flow's mu
 }
@@ -65,7 +66,16 @@ func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
 	}
 	fl.ep, fl.counts = ep, ep.Stats().(*tcp.Stats)
 	fl.phase = phaseVerifying
+	err := fl.watchLocked()
 	fl.mu.Unlock()
+	switch {
+	case err != nil:
+		fl.abort("out_of_descriptors")
+		return
+	case fl.hostEvents.Load()&unix.EPOLLHUP != 0: // before there was a phase that looks at it
+		fl.abort("reset_by_peer")
+		return
+	}
 	fl.t.checks.enter(&fl.check.entry, fl, checkTimeout)
 	fl.wq.EventRegister(&fl.entry)
 	fl.t.f.engine.put(&fl.upTask)
@@ -118,7 +128,8 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
 		if _, empty := terr.(*tcpip.ErrWouldBlock); !empty {
-			return "closed" // without having said anything
+			fl.t.f.engine.put(&fl.check.telling) // nothing: it closed without having said anything
+			return ""
 		}
 	}
 	said, need, err := sniff.Stream(buf[:look.n])
@@ -175,7 +186,7 @@ func (fl *tcpFlow) tell(what string) (abort string) {
 	return ""
 }
 
-// decide judges the flow with what it said, and dials or refuses.
+// decide judges the flow with what it said, and opens or refuses it.
 func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
@@ -189,57 +200,21 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 	case !j.verdict.Allowed():
 		return fl.refuse(j.verdict, seen, said)
 	}
-	v := j.verdict
 	fl.mu.Lock()
 	if fl.phase != phaseVerifying || fl.revoked.Load() {
 		fl.mu.Unlock()
 		return ""
 	}
-	fl.phase = phaseConnecting
-	fl.gate = newGate(fl, v, seen, fl.check.greeted)
-	fd, connected, err := t.f.dialer.tcpConnect(v, fl.hops, netipAddr(fl.id.RemoteAddress))
-	fl.fd = fd
-	if err == nil && !connected {
-		fl.tok, err = t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
-	}
+	fl.gate = newGate(fl, j.verdict, seen, fl.check.greeted)
+	err = fl.openLocked()
 	fl.mu.Unlock()
 	if err != nil {
-		return fl.dialReason(err)
-	}
-	if connected {
-		fl.open()
-	}
-	return ""
-}
-
-// dialed is called by the poller when the attempt has ended.
-func (fl *tcpFlow) dialed() {
-	err := fl.dialResult(phaseConnecting)
-	switch {
-	case err == errNotDialing:
-	case err != nil:
-		fl.abort(fl.dialReason(err))
-	default:
-		fl.open()
-	}
-}
-
-// open lets the pumps run.
-func (fl *tcpFlow) open() {
-	fl.mu.Lock()
-	if fl.phase != phaseConnecting {
-		fl.mu.Unlock()
-		return
-	}
-	err := fl.openLocked()
-	fl.mu.Unlock()
-	if err != nil {
-		fl.abort("out_of_descriptors")
-		return
+		return "out_of_descriptors"
 	}
 	fl.lease.SetState(nat.Established)
-	fl.t.f.engine.put(&fl.upTask)
-	fl.t.f.engine.put(&fl.downTask)
+	t.f.engine.put(&fl.upTask)
+	t.f.engine.put(&fl.downTask)
+	return ""
 }
 
 // refuse ends the flow for policy's sake: with a reset, or, for a client that understands
@@ -266,9 +241,10 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen) 
 // reasonRefused is why a flow ended that got no further than its first bytes.
 const reasonRefused = "refused_by_policy"
 
-// tellRefusal answers a request with its refusal. It is a task, as it must not hold the pumps'
-// locks. What the sandbox still sends is thrown away until it closes: a reset, which
-// closing with data unread would be, could overtake the answer.
+// tellRefusal answers a request with its refusal, or a client that closed without a word with
+// the same. It is a task, as it must not hold the pumps' locks. What the sandbox still sends is
+// thrown away until it closes: a reset, which closing with data unread would be, could overtake
+// the answer.
 func (fl *tcpFlow) tellRefusal() {
 	fl.mu.Lock()
 	if fl.phase != phaseVerifying && fl.phase != phaseOpen {
@@ -277,7 +253,7 @@ func (fl *tcpFlow) tellRefusal() {
 	}
 	fl.phase = phaseRefused
 	fl.live.Store(false)
-	fl.check.refused = true
+	fl.check.refused = fl.check.answer != ""
 	fl.mu.Unlock()
 	fl.closeHost(false)
 	if abort := fl.tell(fl.check.answer); abort != "" {

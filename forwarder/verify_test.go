@@ -17,6 +17,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -90,11 +91,12 @@ type runningClock struct{ ahead atomic.Int64 }
 func (c *runningClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
 func (c *runningClock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
 
-// serve serves connections at an address of the namespace, and notes how many came.
+// server serves connections at an address of the namespace.
 type server struct {
-	at netip.AddrPort
-	mu sync.Mutex
-	n  int
+	at    netip.AddrPort
+	began atomic.Int64 // connections
+	over  atomic.Int64
+	said  atomic.Int64 // bytes, by the clients of echoes that are over
 }
 
 func serve(t *testing.T, at string, handle func(*net.TCPConn)) *server {
@@ -111,20 +113,47 @@ func serve(t *testing.T, at string, handle func(*net.TCPConn)) *server {
 			if err != nil {
 				return
 			}
-			s.mu.Lock()
-			s.n++
-			s.mu.Unlock()
-			wg.Go(func() { defer c.Close(); handle(c.(*net.TCPConn)) })
+			s.began.Add(1)
+			wg.Go(func() { defer s.over.Add(1); defer c.Close(); handle(c.(*net.TCPConn)) })
 		}
 	})
 	t.Cleanup(func() { l.Close() })
 	return s
 }
 
-func (s *server) count() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.n
+// serveEcho serves echoes, and notes what it hears.
+func serveEcho(t *testing.T, at string) *server {
+	t.Helper()
+	first := make(chan *server, 1)
+	s := serve(t, at, func(c *net.TCPConn) {
+		n, _ := io.Copy(c, c)
+		s := <-first
+		first <- s
+		s.said.Add(n)
+	})
+	first <- s
+	return s
+}
+
+// heard waits for the connections that were made up to now to end, and returns how many there
+// were and how many bytes their clients said.
+func (s *server) heard(t *testing.T) (connections, bytes int64) {
+	t.Helper()
+	last, err := net.Dial("tcp", s.at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer last.Close()
+	_ = last.SetDeadline(time.Now().Add(8 * time.Second))
+	if _, err := last.Write([]byte{0}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(last, make([]byte, 1)); err != nil { // those before it were taken before it
+		t.Fatal(err)
+	}
+	last.Close()
+	eventually(t, "the server's connections have ended", func() bool { return s.over.Load() == s.began.Load() })
+	return s.began.Load() - 1, s.said.Load() - 1
 }
 
 // clientHello is what Go's TLS client sends first.
@@ -212,7 +241,7 @@ func TestFirstBytes(t *testing.T) {
 			g := newNamed(t, byName, func(c *Config) {
 				c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
 			})
-			s := serve(t, netip.AddrPortFrom(row.to, 0).String(), echo)
+			s := serveEcho(t, netip.AddrPortFrom(row.to, 0).String())
 			c, err := g.dial(s.at)
 			if err == nil {
 				defer c.Close()
@@ -239,8 +268,8 @@ func TestFirstBytes(t *testing.T) {
 				t.Errorf("the reason is %q by %q, want %q", v.Reason(), v.Tried(), row.reason)
 			}
 			eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
-			if n := s.count(); n != 0 {
-				t.Errorf("%d connections reached the server", n)
+			if _, n := s.heard(t); n != 0 {
+				t.Errorf("the server heard %d bytes", n)
 			}
 		})
 	}
@@ -252,7 +281,7 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 	}
 	var clock runningClock
 	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
-	s := serve(t, addrA.String()+":0", echo)
+	s := serveEcho(t, addrA.String()+":0")
 	silent, half := g.mustDial(s.at), g.mustDial(s.at)
 	if _, err := half.Write(clientHello(t, "a.example")[:100]); err != nil {
 		t.Fatal(err)
@@ -272,8 +301,8 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 	if n := g.f.Stats()["tcp_first_bytes_timeout"]; n != 2 {
 		t.Errorf("tcp_first_bytes_timeout is %d", n)
 	}
-	if s.count() != 0 {
-		t.Error("the server was reached")
+	if _, n := s.heard(t); n != 0 {
+		t.Errorf("the server heard %d bytes", n)
 	}
 }
 
@@ -282,7 +311,7 @@ func TestWhoClosesWithoutAWordLeavesNothing(t *testing.T) {
 		return
 	}
 	g := newNamed(t, byName, nil)
-	s := serve(t, addrA.String()+":0", echo)
+	s := serveEcho(t, addrA.String()+":0")
 	for _, how := range []func(*gonet.TCPConn){
 		func(c *gonet.TCPConn) { c.Close() },
 		func(c *gonet.TCPConn) { _ = c.CloseWrite() },
@@ -292,8 +321,8 @@ func TestWhoClosesWithoutAWordLeavesNothing(t *testing.T) {
 		how(g.mustDial(s.at))
 		eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 	}
-	if s.count() != 0 {
-		t.Error("the server was reached")
+	if _, n := s.heard(t); n != 0 {
+		t.Errorf("the server heard %d bytes", n)
 	}
 }
 
@@ -302,7 +331,7 @@ func TestTooManyWhoWaitPushOutTheOldest(t *testing.T) {
 		return
 	}
 	g := newNamed(t, byName, nil)
-	s := serve(t, addrA.String()+":0", echo)
+	s := serveEcho(t, addrA.String()+":0")
 	first := g.mustDial(s.at)
 	for range maxChecks {
 		c, err := g.dial(s.at)
@@ -320,17 +349,70 @@ func TestTooManyWhoWaitPushOutTheOldest(t *testing.T) {
 	}
 }
 
-func TestADialThatFailsAfterTheFirstBytesIsAReset(t *testing.T) {
+// TestTheFarSideAnswersFirst has the sandbox's handshake depend on the far side's.
+func TestTheFarSideAnswersFirst(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
 	g := newNamed(t, byName, nil)
-	c := g.mustDial(netip.AddrPortFrom(addrA, 1))
-	if _, err := sendAndRead(c, clientHello(t, "a.example"), 1<<20); !isReset(err) {
-		t.Errorf("got %v, want a reset", err)
+	if c, err := g.dial(netip.AddrPortFrom(addrA, 1)); !isReset(err) {
+		t.Errorf("a closed port: %v, %v; want a refusal", c, err)
 	}
 	if n := g.f.Stats()["tcp_dial_refused"]; n != 1 {
 		t.Errorf("tcp_dial_refused is %d", n)
+	}
+	s := serveEcho(t, addrA.String()+":0")
+	c := g.mustDial(s.at)
+	eventually(t, "the far side's handshake is complete", func() bool { return s.began.Load() == 1 })
+	if fl := g.table.List(); len(fl) != 1 || fl[0].State != nat.SynRecv {
+		t.Errorf("before the first bytes the flow is %+v", fl)
+	}
+	c.Close()
+	if n, said := s.heard(t); n != 1 || said != 0 {
+		t.Errorf("of a client that says nothing the server heard %d bytes on %d connections", said, n)
+	}
+}
+
+// TestTheFarSideMayEndFirst has a server reset a connection before the client has spoken.
+func TestTheFarSideMayEndFirst(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byName, nil)
+	connected := make(chan struct{})
+	s := serve(t, addrA.String()+":0", func(c *net.TCPConn) { <-connected; _ = c.SetLinger(0) })
+	c := g.mustDial(s.at)
+	close(connected)
+	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("got %v, want a reset", err)
+	}
+	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+}
+
+// TestWhatAServerSaysFirstWaits has a server speak before the client has said who it wants.
+func TestWhatAServerSaysFirstWaits(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byName, nil)
+	greeted := make(chan struct{}, 2)
+	s := serve(t, addrA.String()+":0", func(c *net.TCPConn) {
+		_, _ = c.Write([]byte("hello"))
+		greeted <- struct{}{}
+		_, _ = io.Copy(io.Discard, c)
+	})
+	for _, row := range []struct{ name, hears string }{{"b.example", ""}, {"a.example", "hello"}} {
+		c := g.mustDial(s.at)
+		<-greeted
+		if _, err := c.Write(clientHello(t, row.name)); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		got := make([]byte, 5)
+		if n, _ := io.ReadFull(c, got); string(got[:n]) != row.hears {
+			t.Errorf("who wants %s hears %q, want %q", row.name, got[:n], row.hears)
+		}
 	}
 }
 
@@ -340,7 +422,7 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 	}
 	var clock runningClock
 	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
-	s := serve(t, addrA.String()+":0", echo)
+	s := serveEcho(t, addrA.String()+":0")
 	a, www, waits := g.mustDial(s.at), g.mustDial(s.at), g.mustDial(s.at)
 	for c, name := range map[*gonet.TCPConn]string{a: "a.example", www: "www.a.example"} {
 		if _, err := sendAndRead(c, clientHello(t, name), 1<<20); err != nil {

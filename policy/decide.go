@@ -110,7 +110,8 @@ func (r *Rules) Decide(q Query) Verdict {
 
 	j := judgement{rules: r, table: t, query: &q, key: key}
 	v, at := j.judge(peer)
-	if v.action != Allow {
+	hopeful := v.action == Allow || j.hopeful
+	if !hopeful {
 		return v
 	}
 	if q.Ingress {
@@ -120,8 +121,15 @@ func (r *Rules) Decide(q Query) Verdict {
 	} else {
 		for _, inner := range r.carriers.embedded(at.embeds, target) {
 			w := j.judgeInner(inner)
-			if w.action != Allow {
+			hopeful = hopeful && (w.action == Allow || j.hopeful)
+			switch {
+			case v.verify != VerifyNone:
+				continue
+			case w.action != Allow && w.verify == VerifyNone:
 				return w
+			case w.action != Allow:
+				v = w
+				continue
 			}
 			v.name, v.requests = cmp.Or(v.name, w.name), v.requests || w.requests
 			if w.audited && !v.audited {
@@ -136,7 +144,9 @@ func (r *Rules) Decide(q Query) Verdict {
 			}
 		}
 	}
-	v.target = netip.AddrPortFrom(target, port)
+	if hopeful {
+		v.target = netip.AddrPortFrom(target, port)
+	}
 	return v
 }
 

@@ -179,6 +179,36 @@ func TestWhatTheFirstBytesMustSay(t *testing.T) {
 	}
 }
 
+// A connection is set up before its first bytes are read, but not where they can say nothing
+// that would be allowed.
+func TestContactIsWhereSomethingMayBeSaid(t *testing.T) {
+	pypi, deny := byDomain("pypi.org"), func(r *Rule) { r.Action = Reject }
+	for _, tt := range []struct {
+		what    string
+		rules   []Rule
+		port    uint16
+		to      netip.Addr
+		contact bool
+	}{
+		{"a granted name", []Rule{pypi}, 443, shared, true},
+		{"a granted name behind a refused one", []Rule{with(byDomain("other.org"), deny), pypi}, 443, shared, true},
+		{"an address rule behind a refused name", []Rule{with(byDomain("other.org"), deny), {Action: Allow, To: []Peer{{CIDR: cidr("198.51.100.0/24")}}}}, 443, shared, true},
+		{"refused names only", []Rule{with(byDomain("other.org"), deny), with(byDomain("files.pypi.org"), func(r *Rule) { r.Ports = []Port{{Protocol: TCP, Port: 443}} })}, 443, shared, false},
+		{"DNS over TLS", []Rule{pypi}, 853, shared, false},
+		{"DNS over TLS that is listed", []Rule{with(pypi, func(r *Rule) { r.Ports = []Port{{Protocol: TCP, Port: 853}} })}, 853, shared, true},
+		{"what carries a private address", []Rule{byDomain("evil.test")}, 443, addr("64:ff9b::a01:101"), false},
+		{"what carries a metadata address", []Rule{byDomain("evil.test")}, 443, addr("64:ff9b::a9fe:a9fe"), false},
+		{"what carries an address of the same name", []Rule{byDomain("evil.test", "pypi.org")}, 443, addr("64:ff9b::c633:6401"), true},
+		{"a private address", []Rule{byDomain("intranet.test")}, 443, athome, false},
+	} {
+		to := netip.AddrPortFrom(tt.to, tt.port)
+		v := mustCompile(t, allowing(tt.rules...), here).Decide(Query{Proto: uint8(TCP), Dst: to, Names: granted(t), Now: now})
+		if v.PermitsContact(to) != tt.contact || v.Permits(to) || v.Allowed() {
+			t.Errorf("%s: %v, contact %v, want it: %v", tt.what, v, v.Contact(), tt.contact)
+		}
+	}
+}
+
 // What a request says next may be decided by another rule than what it said first.
 func TestEachRequestIsJudgedWhereANameDecides(t *testing.T) {
 	nameless := with(byDomain("pypi.org"), func(r *Rule) { r.MissingName = SettingAllow })

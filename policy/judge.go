@@ -15,6 +15,9 @@ type judgement struct {
 	table *table
 	query *Query
 	key   uint32
+	// hopeful reports, of the address that was judged last, that a flow which has yet to be
+	// read is allowed if it says the right thing.
+	hopeful bool
 }
 
 // match is the rule by domain that matches, or may once the first bytes are
@@ -23,6 +26,7 @@ type match struct {
 	rule    int32
 	name    string
 	pending bool
+	allows  bool  // pending, and some granted name leads to an allow rule
 	tried   int32 // the candidate that did not match what was seen, else noRule
 	reason  Reason
 }
@@ -31,6 +35,7 @@ type match struct {
 // the node says what kind of address it was (nil only if refused).
 func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	r, t, q := j.rules, j.table, j.query
+	j.hopeful = false
 	i, ok := t.trie.Lookup(peer)
 	if !ok {
 		return r.refuse(*q, ruleInvalid), nil
@@ -40,7 +45,8 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	if q.Ingress && info.martian || !q.Ingress && info.lock == never {
 		return r.refuse(*q, info.rule), at
 	}
-	first := t.first(i, j.key)
+	byAddress := t.first(i, j.key)
+	first := byAddress
 	m := match{rule: noRule, tried: noRule}
 	if !q.Ingress && info.lock == open && r.domains.any {
 		if m = j.byName(isPrivate(peer), first); m.rule != noRule {
@@ -62,6 +68,9 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 			v = r.refuse(*q, rule)
 		}
 	}
+	if v.verify != VerifyNone {
+		j.hopeful = r.audit && !info.closed(q.Ingress) || j.mayAllow(peer, info, decided, m, byAddress)
+	}
 	if v.verify == VerifyNone && v.action != Allow {
 		if m.tried == noRule && !q.Ingress && info.lock == open && isPrivate(peer) {
 			m.tried, m.reason = j.candidate(false, first), ReasonPrivate
@@ -73,11 +82,37 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 		case !r.audit || info.closed(q.Ingress):
 		case j.learns():
 			v = Verdict{rule: v.rule, proto: v.proto, action: r.deny, reason: ReasonUnread, verify: VerifyFirstBytes}
+			j.hopeful = true
 		default:
 			v.action, v.audited = Allow, true
 		}
 	}
 	return v, at
+}
+
+// mayAllow reports whether anything that the first bytes can say leads to a rule that allows
+// the flow: to the one that decides whatever is said, to that of a granted name, or to the
+// one by address, or the default, behind them all.
+func (j *judgement) mayAllow(peer netip.Addr, info *classInfo, decided *ruleInfo, m match, byAddress int32) bool {
+	r, t, q := j.rules, j.table, j.query
+	if !m.pending {
+		return j.bypass(peer, decided, m) == ""
+	}
+	unnamed := match{rule: noRule}
+	may := r.fallback == Allow && !info.closed(q.Ingress) && j.bypass(peer, nil, unnamed) == ""
+	if byAddress != noRule {
+		info := &t.rules[byAddress]
+		may = info.action == Allow && j.bypass(peer, info, unnamed) == ""
+	}
+	if may || !m.allows || j.bypass(peer, nil, unnamed) == "" {
+		return may || m.allows
+	}
+	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(name string) {
+		if i := r.domains.first(name, viewCandidate, isPrivate(peer), j.key, byAddress); i != byAddress {
+			may = may || t.rules[i].action == Allow && j.bypass(peer, &t.rules[i], match{rule: i, name: name}) == ""
+		}
+	})
+	return may
 }
 
 // learns reports whether a flow that only audit mode lets through has a name to
@@ -140,6 +175,7 @@ func (j *judgement) byName(private bool, best int32) match {
 		q.Names.each(dst, q.Now, q.Held, func(name string) {
 			i := d.first(name, viewCandidate, private, j.key, best)
 			same = same && (m.name == "" || i == m.rule)
+			m.allows = m.allows || i < best && j.table.rules[i].action == Allow
 			if m.name == "" || i < m.rule {
 				m.rule, m.name = i, name
 			}
@@ -246,9 +282,13 @@ func (j *judgement) classOf(inner netip.Addr) class {
 // some translator on the way.
 func (j *judgement) judgeInner(inner netip.Addr) Verdict {
 	if !inner.IsValid() {
+		j.hopeful = false
 		return Verdict{action: Allow} // the range embeds only one address
 	}
 	v, at := j.judge(inner)
+	if at != nil && at.class == hostLoopback {
+		j.hopeful = false
+	}
 	if v.action == Allow && at.class == hostLoopback {
 		return j.rules.refuse(*j.query, classes[gateway].rule)
 	}

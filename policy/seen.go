@@ -55,7 +55,7 @@ func (s *Seen) namelessAt(dst netip.Addr) bool {
 	return s.Nameless && s.Name == "" && (!s.Address.IsValid() || s.Address.Unmap() == dst.Unmap())
 }
 
-// Verify says what must be read before a flow may be dialled.
+// Verify says what must be read before anything of a flow may pass.
 type Verify uint8
 
 const (

@@ -460,6 +460,10 @@ func (d dice) compare(t *testing.T, queries int) {
 		if v.Permits(want.target) != (want.action == Allow) {
 			t.Fatalf("%v: Permits(%v) is %v", v, want.target, v.Permits(want.target))
 		}
+		if v.Verify() != VerifyNone && !v.Contact().IsValid() {
+			text, _ := p.YAML()
+			d.neverAllowed(t, rules, q, text)
+		}
 		for _, name := range twinNames {
 			got, want := rules.DecideName(name), twin{p, env}.decideName(name)
 			got.Pattern, got.ECH = "", false
@@ -467,6 +471,20 @@ func (d dice) compare(t *testing.T, queries int) {
 				text, _ := p.YAML()
 				t.Fatalf("name %s:\n got %+v\nwant %+v\n%s", name, got, want, text)
 			}
+		}
+	}
+}
+
+// neverAllowed asks whether a flow that may not even be set up would be allowed by anything it
+// could say.
+func (d dice) neverAllowed(t *testing.T, rules *Rules, q Query, policy []byte) {
+	t.Helper()
+	for range 20 {
+		for q.Seen = (Seen{}); q.Seen.Kind == SeenNone; {
+			q.Seen = d.seen()
+		}
+		if v := rules.Decide(q); v.Allowed() && q.Seen.Name != "" {
+			t.Fatalf("there is no contact for a flow that is allowed by %+v: %v\n%s", q.Seen, v, policy)
 		}
 	}
 }

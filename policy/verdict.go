@@ -12,7 +12,7 @@ import (
 // A Verdict is comparable: two are equal when they say the same thing about the
 // same target.
 type Verdict struct {
-	target netip.AddrPort // unmapped; valid only if action is Allow
+	target netip.AddrPort // unmapped; valid only if the flow is allowed, or may be once it is read
 	rule   string
 	name   string
 	tried  string
@@ -39,13 +39,23 @@ func (v Verdict) Rule() string { return v.rule }
 // or the host's loopback where the gateway stands for it; for ingress the
 // sandbox's address. Invalid unless allowed. The port is 0 for protocols
 // without ports.
-func (v Verdict) Target() netip.AddrPort { return v.target }
+func (v Verdict) Target() netip.AddrPort {
+	if v.action != Allow {
+		return netip.AddrPort{}
+	}
+	return v.target
+}
+
+// Contact is the one address that a TCP connection may be set up to: Target, or, where first
+// bytes are to be read, what will be Target if they are allowed. Nothing is sent on the
+// connection before a verdict Permits it. Invalid if the flow is refused whatever it says.
+func (v Verdict) Contact() netip.AddrPort { return v.target }
 
 // Proto is the IP protocol that was judged.
 func (v Verdict) Proto() uint8 { return v.proto }
 
 // Verify says what must be read before it can be decided; not VerifyNone only if
-// not allowed. Read it, fill in Query.Seen, and ask again: that verdict is final.
+// not allowed. Connect to Contact, read it, fill in Query.Seen, and ask again: that verdict is final.
 func (v Verdict) Verify() Verify { return v.verify }
 
 // EachRequest reports whether every request of an HTTP flow must be judged, not
@@ -69,9 +79,14 @@ func (v Verdict) Tried() string { return v.tried }
 // Reason says why the rule that looked right did not let the flow pass.
 func (v Verdict) Reason() Reason { return v.reason }
 
-// Permits reports whether a is the target: the last check before connect.
+// Permits reports whether a is the target: the last check before anything is sent.
 func (v Verdict) Permits(a netip.AddrPort) bool {
 	return v.action == Allow && v.verify == VerifyNone && a.IsValid() && a.Addr().Zone() == "" && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
+}
+
+// PermitsContact reports whether a is the Contact: the last check before connect.
+func (v Verdict) PermitsContact(a netip.AddrPort) bool {
+	return a.IsValid() && a.Addr().Zone() == "" && netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) == v.target
 }
 
 func (v Verdict) String() string {
