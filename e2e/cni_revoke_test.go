@@ -42,7 +42,7 @@ func TestCNIPolicySetCannotBePutOff(t *testing.T) {
 			p := revokedPod(t, n, r)
 			a := p.attachment(t)
 			busy := r.busy(t, p)
-			o.do(a.PID, a.Worker)
+			o.do(t, a.PID, a.Worker)
 			mark := r.inTime(t, func() { n.sluice(t, "policy", "set", a.Name, r.narrow) })
 			r.holds(t, p, mark)
 			if err := p.check(); err != nil {

@@ -3,7 +3,9 @@ package e2e
 // A new policy that somebody inside would rather put off.
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -98,16 +100,27 @@ func (r *revocation) still(t *testing.T, mark int) {
 // obstacles are what somebody may do to the processes that have to apply a policy.
 var obstacles = []struct {
 	what string
-	do   func(monitor, worker int)
+	do   func(t *testing.T, monitor, worker int)
 }{
-	{"nothing happens", func(int, int) {}},
-	{"the worker is stopped", func(_, worker int) { syscall.Kill(worker, syscall.SIGSTOP) }},
-	{"the worker is killed", func(_, worker int) { syscall.Kill(worker, syscall.SIGKILL) }},
-	{"the monitor is stopped", func(monitor, _ int) { syscall.Kill(monitor, syscall.SIGSTOP) }},
-	{"both are stopped", func(monitor, worker int) {
-		syscall.Kill(worker, syscall.SIGSTOP)
-		syscall.Kill(monitor, syscall.SIGSTOP)
+	{"nothing happens", func(*testing.T, int, int) {}},
+	{"the worker is stopped", func(t *testing.T, _, worker int) { stopProcess(t, worker) }},
+	{"the worker is killed", func(_ *testing.T, _, worker int) { syscall.Kill(worker, syscall.SIGKILL) }},
+	{"the monitor is stopped", func(t *testing.T, monitor, _ int) { stopProcess(t, monitor) }},
+	{"both are stopped", func(t *testing.T, monitor, worker int) {
+		stopProcess(t, worker)
+		stopProcess(t, monitor)
 	}},
+}
+
+// stopProcess returns when the process is stopped: until one of its threads has taken the
+// signal, the others go on.
+func stopProcess(t *testing.T, pid int) {
+	t.Helper()
+	syscall.Kill(pid, syscall.SIGSTOP)
+	eventually(t, 5*time.Second, func() (bool, string) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		return bytes.Contains(status, []byte("\nState:\tT")), fmt.Sprintf("process %d does not stop (%v)\n%s", pid, err, status)
+	})
 }
 
 // TestPolicySetCannotBePutOff denies what TCP, UDP and echo requests of both families are
@@ -120,7 +133,7 @@ func TestPolicySetCannotBePutOff(t *testing.T) {
 		t.Run(o.what, func(t *testing.T) {
 			sb := w.host.sandbox(t, rootInside, "--policy", r.open)
 			busy := r.busy(t, sb)
-			o.do(sb.run.pid, sb.worker())
+			o.do(t, sb.run.pid, sb.worker())
 			mark := r.inTime(t, func() { w.host.sluiceOK(t, "policy", "set", sb.name, r.narrow) })
 			r.holds(t, sb, mark)
 			endAll(t, busy)

@@ -27,10 +27,12 @@ import (
 
 const (
 	// receiveStart is the receive buffer that a flow begins with, of which netstack offers
-	// half as window; receiveStartPressed under pressure. First bytes are judged where they
-	// wait, and 1 500 segments of one byte, a ClientHello, take more than 1 MiB.
-	receiveStart        = tcpBufferMax
+	// half as window; receiveStartPressed under pressure.
+	receiveStart        = tcpBufferDefault
 	receiveStartPressed = 8 << 10
+	// receiveJudged is what it may grow to while first bytes are judged, which wait where they
+	// are: 1 500 segments of one byte, a ClientHello, take more than 1 MiB.
+	receiveJudged = tcpBufferMax
 	// receiveOffered is what the segments of a window of receiveStartPressed take at most. In
 	// order they are taken in under pressure as long as anything is left: a flow that keeps to
 	// its window does not lose a part of it.
@@ -174,6 +176,17 @@ func (fm *tcpMemory) fit(ep *tcp.Endpoint, n int) {
 	if want != fm.window {
 		fm.window = want
 		ep.SocketOptions().SetReceiveBufferSize(int64(want), true)
+	}
+}
+
+// fitJudged gives first bytes that come in small pieces the room that they need. Without
+// pressure alone: a flow that begins under it has room for a few segments. The caller holds
+// the up pump's mu.
+func (fm *tcpMemory) fitJudged(ep *tcp.Endpoint) {
+	opts := ep.SocketOptions()
+	size := opts.GetReceiveBufferSize()
+	if int64(receiveMemUsed(ep)) > size/2 && size < receiveJudged && !fm.m.pressed.Load() {
+		opts.SetReceiveBufferSize(min(2*size, receiveJudged), true)
 	}
 }
 

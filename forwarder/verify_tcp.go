@@ -121,6 +121,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 		over = true // its end of stream came
 	}
 	if queued < c.need && !over {
+		fl.awaitFirst()
 		return ""
 	}
 	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
@@ -135,6 +136,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	said, need, err := sniff.Stream(buf[:look.n])
 	if err == nil && need > 0 && !over {
 		c.need = need
+		fl.awaitFirst()
 		if !c.greeted && sniff.Greeted(buf[:look.n]) {
 			c.greeted = true
 			return fl.tell(emptySettings)
@@ -145,6 +147,13 @@ func (fl *tcpFlow) readFirst() (abort string) {
 		fl.t.firstMalformed.Add(1)
 	}
 	return fl.decide(firstSeen(said, look.n, err), &said)
+}
+
+// awaitFirst sees to it that there is room for the bytes that readFirst waits for.
+func (fl *tcpFlow) awaitFirst() {
+	if ep, ok := fl.ep.(*tcp.Endpoint); ok {
+		fl.mem.fitJudged(ep)
+	}
 }
 
 // firstSeen puts into policy's words what sniff.Stream made of the first n bytes, when no more

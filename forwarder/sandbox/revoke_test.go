@@ -21,11 +21,17 @@ const inForce = 2 * time.Second
 
 var closedParams = api.PolicySetParams{Name: "closed", Source: closedPolicy}
 
-// sent sends a signal; there is nothing to stop afterwards.
+// sent sends a signal; there is nothing to stop afterwards. A process that is to be stopped is
+// when it returns: until one of its threads has taken the signal, the others go on.
 func sent(t *testing.T, sig syscall.Signal, pids ...int) (stop func()) {
 	t.Helper()
 	for _, pid := range pids {
 		must(t, syscall.Kill(pid, sig))
+		for end := time.Now().Add(5 * time.Second); sig == syscall.SIGSTOP && !isStopped(pid); {
+			if time.Now().After(end) {
+				t.Fatalf("process %d does not stop", pid)
+			}
+		}
 	}
 	return func() {}
 }
