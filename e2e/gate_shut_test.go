@@ -91,7 +91,7 @@ func TestNoQuestionLeavesUnderAPolicyWithoutNames(t *testing.T) {
 	}
 }
 
-func TestNoQuestionLeavesAPodUnderAPolicyWithoutNames(t *testing.T) {
+func TestCNINoQuestionLeavesUnderAPolicyWithoutNames(t *testing.T) {
 	cniArea(t, "cni.shut", "dig", "getent")
 	n := newNode(t)
 	n.file(t, "/etc/resolv.conf", "nameserver "+far4+"\noptions timeout:1 attempts:1\n")

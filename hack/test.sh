@@ -1,7 +1,8 @@
 #!/bin/bash
-# All tests. As root the end-to-end tests run twice: as root and as an ordinary user;
-# an ordinary user runs them once. What was skipped, and why, is listed at the end, and
-# an area of e2e/areas.txt that could run and did not is a failure.
+# All tests. As root the end-to-end tests run twice, as root and as an ordinary user, with
+# those of the CNI plugin, which mostly wait, beside them; an ordinary user runs them once.
+# What was skipped, and why, is listed at the end, and an area of e2e/areas.txt that could
+# run and did not is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,8 +35,12 @@ packages=$("$go" list ./... | grep -v '^sluice/e2e$')
 work=$(mktemp -d /tmp/sluice-test.XXXXXX)
 tun=/dev/net/tun
 mode=
+beside= # process group of the run beside the others
 # shellcheck disable=SC2317 # called by the trap
 restore() {
+	if [ -n "$beside" ]; then
+		kill -- -"$beside" 2>/dev/null || true
+	fi
 	if [ -n "$mode" ]; then
 		chmod "$mode" "$tun"
 	fi
@@ -51,11 +56,14 @@ cp build/sluice build/sluice-cni build/peer docs/threat-model.md "$work/"
 "$go" build -trimpath -tags faults -o "$work/faults/sluice-cni" ./cmd/sluice-cni
 hack/cni-plugins.sh "$work/cni"
 
+cni=^TestCNI
+
+# e2e NAME FLAG COMMAND...: the tests that FLAG of the test binary selects.
 e2e() {
-	local name=$1
-	shift
-	step "end-to-end tests as $name"
-	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 16m 2>&1) </dev/null |
+	local name=$1 flag=$2
+	shift 2
+	step "end-to-end tests: $name"
+	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 18m "$flag" 2>&1) </dev/null |
 		build/test2json -t -p "sluice/e2e ($name)" |
 		"$report" -name "$name" -dir "$reports" -v || true
 }
@@ -78,15 +86,23 @@ if [ "$(id -u)" = 0 ]; then
 	fi
 	mkdir -m 700 "$work/nobody"
 	chown $nobody:$nobody "$work/nobody"
-	e2e root env TMPDIR="$work"
-	e2e user setpriv --reuid $nobody --regid $nobody --clear-groups env TMPDIR="$work/nobody" HOME="$work/nobody"
+	mkdir "$work/plugin"
+	set -m
+	e2e cni -test.run=$cni env TMPDIR="$work/plugin" >"$reports/cni.txt" &
+	beside=$!
+	set +m
+	e2e root -test.skip=$cni env TMPDIR="$work"
+	e2e user -test.skip=$cni setpriv --reuid $nobody --regid $nobody --clear-groups env TMPDIR="$work/nobody" HOME="$work/nobody"
+	wait "$beside"
+	beside=
+	cat "$reports/cni.txt"
 	strict=-strict
-	modes=root,user
+	modes=root,cni,user
 else
 	if [ ! -r "$tun" ] || [ ! -w "$tun" ]; then
 		echo "test: no permission on $tun: tests with a sandbox are skipped; to run them: sudo chmod 666 $tun" >&2
 	fi
-	e2e user env TMPDIR="$work"
+	e2e user -test.skip= env TMPDIR="$work"
 	strict=
 	modes=user
 fi

@@ -29,7 +29,7 @@ import (
 
 const (
 	// insistPatience is less than the two seconds within which a policy is in force.
-	insistPatience = 1500 * time.Millisecond
+	insistPatience = 1200 * time.Millisecond
 	// insistEvery is how often the monitor is looked at.
 	insistEvery = 50 * time.Millisecond
 	// setTimeout bounds the wait for the answer of a monitor that runs.
