@@ -30,6 +30,9 @@ type Listener struct {
 	FD    int            // non-blocking; owned by the forwarder once Publish succeeded
 	Host  netip.AddrPort // where it is bound
 	Guest netip.AddrPort // where it leads
+	// Other is the same port of the guest's other family, where a TCP client is taken that
+	// finds nobody at Guest; the zero value if there is none.
+	Other netip.AddrPort
 }
 
 // ErrPublished says that a listener for the same host port is there already.
@@ -197,7 +200,7 @@ func (t *tcpListener) accept() {
 		switch err {
 		case nil:
 			t.p.f.dialer.sockets.Add(1)
-			t.p.f.tcp.ingress(fd, caller{from: addrPort(sa), host: localAddr(fd, t.l.Host), guest: t.l.Guest})
+			t.p.f.tcp.ingress(fd, caller{from: addrPort(sa), host: localAddr(fd, t.l.Host), ways: t.l.ways(addrPort(sa))})
 		case unix.EAGAIN:
 			return
 		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.EPERM:

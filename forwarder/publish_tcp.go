@@ -5,6 +5,13 @@ package forwarder
 // A flow is known by what its client knows: its own address and port, and those of the
 // host that it came to. Several of the latter may lead to one port inside, so the port
 // that the client has inside is another one when its own is taken there.
+//
+// The host's kernel accepts before anybody here knows whether the sandbox listens. A port
+// published on both families must not look open on one of them because of that: a client
+// that asks for localhost tries the second only if the first refuses. So a connection that
+// the sandbox refuses at one of its addresses is made to the next: on its loopback of the
+// client's family and of the other, on its link of the client's family and of the other.
+// If all refuse, it is reset at once.
 
 import (
 	"errors"
@@ -23,9 +30,31 @@ import (
 
 // caller is who an accepted connection is of.
 type caller struct {
-	from  netip.AddrPort
-	host  netip.AddrPort // what it was made to
-	guest netip.AddrPort // where that leads
+	from netip.AddrPort
+	host netip.AddrPort // what it was made to
+	ways []way          // not tried yet
+}
+
+// way is one by which a client may find a server inside.
+type way struct {
+	guest    netip.AddrPort
+	loopback bool // from the sandbox's loopback, of guest's family
+}
+
+// ways are in the order in which a client takes them.
+func (l *Listener) ways(client netip.AddrPort) []way {
+	ways := make([]way, 0, 4)
+	for _, loopback := range []bool{true, false} {
+		if loopback && !client.Addr().IsLoopback() {
+			continue
+		}
+		for _, guest := range []netip.AddrPort{l.Guest, l.Other} {
+			if guest.IsValid() {
+				ways = append(ways, way{guest, loopback})
+			}
+		}
+	}
+	return ways
 }
 
 // tuple is the connection as the client knows it.
@@ -42,34 +71,47 @@ func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
 
 // ingress carries an accepted connection into the sandbox. It owns fd.
 func (t *tcpForwarder) ingress(fd int, c caller) {
-	j := t.f.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: c.guest})
-	if !j.mayBegin() {
-		t.f.publish.refused.Add(1)
-		t.f.refuse(j)
-		t.f.dialer.reset(fd)
-		return
-	}
 	if err := tuneStream(fd); err != nil {
 		t.f.dialer.reset(fd)
 		return
 	}
-	if c.from.Addr().IsLoopback() && t.relayLoopback(fd, c, j) {
-		return
+	t.tryNext(fd, c)
+}
+
+// tryNext goes the next of c's ways. It owns fd.
+func (t *tcpForwarder) tryNext(fd int, c caller) {
+	for len(c.ways) > 0 {
+		w := c.ways[0]
+		c.ways = c.ways[1:]
+		j := t.f.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
+		if !j.mayBegin() {
+			t.f.publish.refused.Add(1)
+			t.f.refuse(j)
+			break
+		}
+		if !w.loopback {
+			t.ingressThroughStack(fd, c, j)
+			return
+		}
+		if t.relayLoopback(fd, c, j) {
+			return
+		}
 	}
-	t.ingressThroughStack(fd, c, j)
+	t.f.dialer.reset(fd)
 }
 
 // ingressThroughStack makes the connection on the sandbox's link. It owns fd.
 func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
-	client := t.f.clientInside(c.from.Addr(), c.guest.Addr())
+	guest := j.query.Dst
+	client := t.f.clientInside(c.from.Addr(), guest.Addr())
 	if !client.IsValid() {
 		t.f.publish.failed.Add(1)
 		t.f.dialer.reset(fd)
 		return
 	}
 	fl := &tcpFlow{
-		t: t, fd: fd, ingress: true, phase: phaseHandshake, wq: new(waiter.Queue),
-		id: stack.TransportEndpointID{LocalAddress: tcpipAddr(client), RemoteAddress: tcpipAddr(c.guest.Addr()), RemotePort: c.guest.Port()},
+		t: t, fd: fd, ingress: true, caller: &c, phase: phaseHandshake, wq: new(waiter.Queue),
+		id: stack.TransportEndpointID{LocalAddress: tcpipAddr(client), RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port()},
 	}
 	fl.prepare()
 	if err := t.enterCaller(&fl.pass, fl, c, j, &fl.mem.shares); err != nil {
@@ -93,6 +135,28 @@ func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
 type carrier interface {
 	admitted
 	pending() bool // nat.Spec.Pending
+}
+
+// refusedInside tries the next way for a client that the sandbox has refused.
+func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
+	const reason = "refused_by_sandbox"
+	_, refused := ep.LastError().(*tcpip.ErrConnectionRefused)
+	if !refused || len(fl.caller.ways) == 0 {
+		fl.abort(reason)
+		return
+	}
+	fl.mu.Lock()
+	fd := fl.fd
+	if fl.phase != phaseHandshake {
+		fd = -1 // whoever ended the flow has closed it
+	} else {
+		fl.fd = -1
+	}
+	fl.mu.Unlock()
+	fl.abort(reason)
+	if fd >= 0 {
+		fl.t.tryNext(fd, *fl.caller)
+	}
 }
 
 // enterCaller has the flow of c enter.

@@ -40,7 +40,13 @@ func (g *guest) serveInside(port uint16, handle func(*gonet.TCPConn)) {
 // publishTCP publishes guest port on an address of the host and returns where.
 func (g *guest) publishTCP(host string, port uint16) netip.AddrPort {
 	g.t.Helper()
-	l, err := net.Listen("tcp4", host)
+	return g.publishListener(host, Listener{Guest: at(guest4, port)})
+}
+
+// publishListener publishes what leads where p says on an address of the host.
+func (g *guest) publishListener(host string, p Listener) netip.AddrPort {
+	g.t.Helper()
+	l, err := net.Listen("tcp", host)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -55,11 +61,11 @@ func (g *guest) publishTCP(host string, port uint16) netip.AddrPort {
 		g.t.Fatal(err)
 	}
 	_ = unix.SetNonblock(fd, true)
-	at := l.Addr().(*net.TCPAddr).AddrPort()
-	if err := g.f.Publish(Listener{Proto: unix.IPPROTO_TCP, FD: fd, Host: at, Guest: netip.AddrPortFrom(guest4, port)}); err != nil {
+	p.Proto, p.FD, p.Host = unix.IPPROTO_TCP, fd, l.Addr().(*net.TCPAddr).AddrPort()
+	if err := g.f.Publish(p); err != nil {
 		g.t.Fatal(err)
 	}
-	return at
+	return p.Host
 }
 
 func hostDial(t *testing.T, to netip.AddrPort) *net.TCPConn {
@@ -353,5 +359,83 @@ func TestSourcePortsAreOfTheClientsKindAndDiffer(t *testing.T) {
 		if len(seen) < sourceTries-1 {
 			t.Errorf("%d ports for %d", len(seen), port)
 		}
+	}
+}
+
+func TestClientFindsTheServerOfTheOtherFamily(t *testing.T) {
+	ns := inNetns(t)
+	ip(t, "addr", "add", "192.0.2.10/32", "dev", "lo")
+	ip(t, "addr", "add", "2001:db8::10/128", "dev", "lo", "nodad")
+	for _, c := range []struct {
+		what, host, inside string // inside: on the sandbox's loopback
+		onLink             netip.Addr
+	}{
+		{"a client on ::1, a server on 127.0.0.1", "[::1]:0", "127.0.0.1:0", netip.Addr{}},
+		{"a client on 127.0.0.1, a server on ::1", "127.0.0.1:0", "[::1]:0", netip.Addr{}},
+		{"a client on ::1, a server on the link's IPv4 address", "[::1]:0", "", guest4},
+		{"a client on 127.0.0.1, a server on the link's IPv6 address", "127.0.0.1:0", "", guest6},
+		{"a client on the network over IPv6, a server of IPv4", "[2001:db8::10]:0", "", guest4},
+		{"a client on the network over IPv4, a server of IPv6", "192.0.2.10:0", "", guest6},
+	} {
+		in := func(t *testing.T, what string, f func(*testing.T)) { t.Run(what, f) }
+		if c.inside == "" {
+			in = ns.run
+		} // else in the namespace of the forwarder's goroutines, which make hostsOwn's sockets
+		in(t, c.what, func(t *testing.T) {
+			g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = &hostsOwn{} })
+			port := uint16(80)
+			serve := func(l net.Listener) {
+				t.Cleanup(func() { l.Close() })
+				go func() {
+					for {
+						conn, err := l.Accept()
+						if err != nil {
+							return
+						}
+						go func() { defer conn.Close(); _, _ = io.Copy(conn, conn) }()
+					}
+				}()
+			}
+			if c.inside != "" {
+				l, err := net.Listen("tcp", c.inside)
+				if err != nil {
+					t.Fatal(err)
+				}
+				port = l.Addr().(*net.TCPAddr).AddrPort().Port()
+				serve(l)
+			} else {
+				l, err := gonet.ListenTCP(g.stack, full(at(c.onLink, port)), netProto(c.onLink))
+				if err != nil {
+					t.Fatal(err)
+				}
+				serve(l)
+			}
+			p := Listener{Guest: at(guest4, port), Other: at(guest6, port)}
+			if c.host[0] == '[' {
+				p.Guest, p.Other = p.Other, p.Guest
+			}
+			to := g.publishListener(c.host, p)
+			conn, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(to))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+			_, _ = conn.Write([]byte("hello"))
+			_ = conn.CloseWrite()
+			if got, err := io.ReadAll(conn); err != nil || string(got) != "hello" {
+				t.Fatalf("the client read %q, %v", got, err)
+			}
+			conn.Close()
+			eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
+		})
+	}
+}
+
+func TestPublishedPortIsResetAtOnceWhereNeitherFamilyIsServed(t *testing.T) {
+	for _, sockets := range []GuestSockets{nil, &hostsOwn{}} {
+		g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = sockets })
+		wantReset(t, g.publishListener("127.0.0.1:0", Listener{Guest: at(guest4, 1), Other: at(guest6, 1)}))
+		eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
 	}
 }

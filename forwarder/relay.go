@@ -11,7 +11,8 @@ package forwarder
 // direction whose bandwidth is used up leaves its bytes in the socket that they came by.
 //
 // A server inside that listens on the sandbox's own address only refuses the
-// connection; the flow then goes through the stack, from the gateway's address.
+// connection; the flow then goes through the stack, from the gateway's address
+// (publish_tcp.go).
 
 import (
 	"net/netip"
@@ -33,6 +34,7 @@ type relay struct {
 	pass
 	t          *tcpForwarder
 	caller     caller
+	guest      netip.AddrPort
 	work       task
 	dirs       [2]relayDir // 0: client → guest
 	mem        shares      // of the memory budget: what the pipes hold
@@ -54,21 +56,22 @@ type relayDir struct {
 
 // relayLoopback takes fd over if a socket inside the sandbox can be had.
 func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
+	guest := j.query.Dst
 	if t.f.cfg.Guests == nil {
 		return false
 	}
-	inside, ok := t.f.cfg.Guests.Stream(c.from.Addr().Is6())
+	inside, ok := t.f.cfg.Guests.Stream(guest.Addr().Is6())
 	if !ok {
 		return false
 	}
 	t.f.dialer.sockets.Add(1)
-	r := &relay{t: t, caller: c, fds: [2]int{fd, inside}, connecting: true}
+	r := &relay{t: t, caller: c, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
 	if err := t.enterCaller(&r.pass, r, c, j, &r.mem); err != nil {
 		r.abort(err.Error())
 		return true
 	}
-	r.lease.SetReply(nat.NewTuple(unix.IPPROTO_TCP, c.guest, c.from))
+	r.lease.SetReply(nat.NewTuple(unix.IPPROTO_TCP, guest, c.from))
 	t.mu.Lock()
 	closed := t.closed || r.lease.Ended()
 	if !closed {
@@ -86,7 +89,7 @@ func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
 // connect starts the connection inside.
 func (r *relay) connect() bool {
 	loop := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	if r.caller.from.Addr().Is6() {
+	if r.guest.Addr().Is6() {
 		loop = netip.IPv6Loopback()
 	}
 	r.mu.Lock()
@@ -94,7 +97,7 @@ func (r *relay) connect() bool {
 	if r.closed || tuneStream(r.fds[1]) != nil {
 		return false
 	}
-	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.caller.guest.Port())))
+	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
 	if err != nil && err != unix.EINPROGRESS {
 		r.connecting = err == unix.ECONNREFUSED
 		if !r.connecting {
@@ -270,7 +273,7 @@ func (r *relay) openPipe(d *relayDir) bool {
 	return true
 }
 
-// fallback sends the client through the stack instead.
+// fallback has the client tried by its next way.
 func (r *relay) fallback() {
 	r.mu.Lock()
 	fd := r.fds[0]
@@ -278,7 +281,7 @@ func (r *relay) fallback() {
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
-	r.t.ingressThroughStack(fd, r.caller, *r.answer.Load())
+	r.t.tryNext(fd, r.caller)
 }
 
 // abort ends the flow; a reset is passed on unless both ends of stream were.

@@ -53,6 +53,7 @@ type tcpFlow struct {
 	check   *check                    // nil: the first bytes are nobody's business
 	hops    ipMeta                    // for the dial; ttl 0: the host's default
 	ingress bool                      // dialled by a client of a published port
+	caller  *caller                   // who that is
 	local   bool                      // served by ourselves: DNS over TCP
 	irs     uint32
 
@@ -255,7 +256,7 @@ func (fl *tcpFlow) connected(ep tcpip.Endpoint) {
 		fl.lease.SetState(nat.Established)
 		fl.start(ep)
 	case state == tcp.StateError || state == tcp.StateClose:
-		fl.abort("refused_by_sandbox")
+		fl.refusedInside(ep)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/netip"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -399,7 +398,7 @@ func (w *worker) message(m message, fds []int) error {
 		}
 		if m.Type == msgUnpublish {
 			if w.fwd.Unpublish(protoNumber(p.Proto), p.Host) && w.takesLoopback(p) {
-				w.stock.close(p.Host.Addr().Is6())
+				w.stock.close(w.cfg.Guest)
 			}
 			return nil
 		}
@@ -470,40 +469,6 @@ func (w *worker) message(m message, fds []int) error {
 		return w.setSysctl(p)
 	}
 	return fmt.Errorf("unknown message %q", m.Type)
-}
-
-// publish serves a published port.
-func (w *worker) publish(p publishMessage, fd int) error {
-	i := slices.IndexFunc(w.cfg.Guest, func(a netip.Addr) bool { return a.Is4() == p.Host.Addr().Is4() })
-	if i < 0 {
-		_ = unix.Close(fd)
-		return fmt.Errorf("the sandbox has no address of the family of %s", p.Host)
-	}
-	err := w.fwd.Publish(forwarder.Listener{
-		Proto: protoNumber(p.Proto), FD: fd, Host: p.Host, Guest: netip.AddrPortFrom(w.cfg.Guest[i], p.Guest),
-	})
-	if err != nil {
-		_ = unix.Close(fd)
-		return err
-	}
-	if w.takesLoopback(p) {
-		w.stock.open(p.Host.Addr().Is6())
-	}
-	return nil
-}
-
-// takesLoopback says whether clients on the host's loopback can come by a port
-// that serves them with a socket inside.
-func (w *worker) takesLoopback(p publishMessage) bool {
-	a := p.Host.Addr()
-	return w.stock != nil && p.Proto == "tcp" && (a.IsLoopback() || a.IsUnspecified())
-}
-
-func protoNumber(name string) uint8 {
-	if name == "udp" {
-		return unix.IPPROTO_UDP
-	}
-	return unix.IPPROTO_TCP
 }
 
 // farewell tells the monitor what flows there were.

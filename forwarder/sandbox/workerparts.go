@@ -106,22 +106,26 @@ func family(v6 bool) int {
 	return 0
 }
 
-// open counts a port in; close counts it out, and with the last one the sockets
-// are closed.
-func (s *socketStock) open(v6 bool) {
-	s.mu.Lock()
-	s.ports[family(v6)]++
-	s.mu.Unlock()
-	s.fill(v6)
+// open counts a port in that leads to either of the guest's addresses; close counts it
+// out, and with the last one the sockets are closed.
+func (s *socketStock) open(guest []netip.Addr) {
+	for _, a := range guest {
+		s.mu.Lock()
+		s.ports[family(a.Is6())]++
+		s.mu.Unlock()
+		s.fill(a.Is6())
+	}
 }
 
-func (s *socketStock) close(v6 bool) {
-	i := family(v6)
+func (s *socketStock) close(guest []netip.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ports[i]--; s.ports[i] == 0 {
-		closeAll(s.fds[i])
-		s.fds[i] = nil
+	for _, a := range guest {
+		i := family(a.Is6())
+		if s.ports[i]--; s.ports[i] == 0 {
+			closeAll(s.fds[i])
+			s.fds[i] = nil
+		}
 	}
 }
 

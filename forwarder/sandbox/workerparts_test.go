@@ -45,8 +45,9 @@ func TestSocketStock(t *testing.T) {
 	if _, ok := s.Stream(false); ok || asked != 0 {
 		t.Errorf("without a port: ok=%v, asked %d", ok, asked)
 	}
-	s.open(false)
-	s.open(false)
+	v4, v6 := []netip.Addr{netip.MustParseAddr("10.0.2.100")}, []netip.Addr{netip.MustParseAddr("fd00::100")}
+	s.open(v4)
+	s.open(v4)
 	if asked != stockSize {
 		t.Fatalf("asked for %d, want %d", asked, stockSize)
 	}
@@ -59,11 +60,11 @@ func TestSocketStock(t *testing.T) {
 		t.Errorf("ok=%v, asked %d; want the one taken and the one missing asked for", ok, asked)
 	}
 	unix.Close(fd)
-	s.close(false)
+	s.close(v4)
 	if _, ok := s.Stream(true); ok {
 		t.Error("an IPv4 socket for an IPv6 client")
 	}
-	s.close(false)
+	s.close(v4)
 	s.put(false, []int{socket()}) // was on its way
 	if _, ok := s.Stream(false); ok {
 		t.Error("a socket without a port")
@@ -73,7 +74,7 @@ func TestSocketStock(t *testing.T) {
 	}
 
 	refused := newSocketStock(func(bool) error { return errTaken })
-	refused.open(true)
+	refused.open(v6)
 	refused.fill(true)
 	if refused.asked[1] != 0 {
 		t.Errorf("%d counted as on their way after the channel failed", refused.asked[1])
