@@ -51,11 +51,11 @@ func listenOn(proto string, at netip.AddrPort) (fd int, bound netip.AddrPort, er
 		}
 	}
 	if err := unix.Bind(fd, sockaddr(at)); err != nil {
-		return fd, bound, bindError(proto, at, err)
+		return fd, bound, &bindFailure{proto, at, err}
 	}
 	if proto == "tcp" {
 		if err := unix.Listen(fd, listenBacklog); err != nil {
-			return fd, bound, bindError(proto, at, err)
+			return fd, bound, &bindFailure{proto, at, err}
 		}
 	}
 	sa, err := unix.Getsockname(fd)
@@ -93,8 +93,24 @@ func cureSocket(err error) string {
 	return ""
 }
 
-// bindError says why a port cannot be had and what to do about it.
-func bindError(proto string, at netip.AddrPort, err error) error {
+// bindFailure is why listenOn could not have a port. What to do about it is said by explain,
+// which looks through /proc: several ports may be tried before one is wanted to be known.
+type bindFailure struct {
+	proto string
+	at    netip.AddrPort
+	err   error
+}
+
+func (f *bindFailure) Error() string { return fmt.Sprintf("publish %s/%s: %v", f.at, f.proto, f.err) }
+func (f *bindFailure) Unwrap() error { return f.err }
+
+// explain says why a port cannot be had and what to do about it. Other errors it leaves alone.
+func explain(failed error) error {
+	var f *bindFailure
+	if !errors.As(failed, &f) {
+		return failed
+	}
+	proto, at, err := f.proto, f.at, f.err
 	what := fmt.Sprintf("publish %s/%s", at, proto)
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
@@ -108,7 +124,7 @@ func bindError(proto string, at netip.AddrPort, err error) error {
 	case errors.Is(err, unix.EADDRNOTAVAIL):
 		return fmt.Errorf("%s: no interface of this host has the address %s: %w", what, at.Addr(), err)
 	}
-	return fmt.Errorf("%s: %w", what, err)
+	return failed
 }
 
 func firstFreePort() string {

@@ -61,8 +61,13 @@ func (t *portTable) add(spec api.Port, v4, v6 bool) ([]published, error) {
 	return made, nil
 }
 
-func (t *portTable) openOne(p api.Port, v4, v6 bool) (published, error) {
-	out := published{port: p}
+// openTries is how many ports of the kernel's choice are tried on both families.
+const openTries = 64
+
+// openOne opens the sockets of one port. For host port 0 the kernel chooses in one family,
+// where the other may have the port taken: the families choose in turn, so that the one
+// with fewer free ports is asked soon.
+func (t *portTable) openOne(p api.Port, v4, v6 bool) (out published, err error) {
 	var at []netip.Addr
 	if p.HostIP.IsValid() {
 		at = append(at, p.HostIP)
@@ -74,12 +79,26 @@ func (t *portTable) openOne(p api.Port, v4, v6 bool) (published, error) {
 			at = append(at, netip.IPv6Unspecified())
 		}
 	}
-	for i, a := range at {
+	for range openTries {
+		out, err = t.openAt(p, at)
+		if p.HostPort != 0 || len(at) < 2 || !errors.Is(err, unix.EADDRINUSE) {
+			break
+		}
+		slices.Reverse(at)
+	}
+	return out, explain(err)
+}
+
+// openAt opens the sockets of one port at each of the addresses, the first of which chooses
+// it if need be.
+func (t *portTable) openAt(p api.Port, at []netip.Addr) (published, error) {
+	out := published{port: p}
+	for _, a := range at {
 		fd, bound, err := t.open(p.Proto, netip.AddrPortFrom(a, out.port.HostPort))
 		if err != nil {
 			// A host without IPv6 publishes on IPv4 alone.
-			if i == 1 && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
-				break
+			if a.Is6() && len(at) > 1 && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
+				continue
 			}
 			closePublished([]published{out})
 			return published{}, err

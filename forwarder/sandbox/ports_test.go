@@ -117,15 +117,15 @@ func TestListenErrorsNameCauseAndCure(t *testing.T) {
 	defer taken.Close()
 	at := netip.MustParseAddrPort(taken.Addr().String())
 	_, _, err = listenOn("tcp", at)
-	if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), at.String()) ||
+	if err = explain(err); !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), at.String()) ||
 		!strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
 		t.Errorf("taken: %v; want the port and who has it", err)
 	}
 	_, _, err = listenOn("udp", netip.MustParseAddrPort("192.0.2.99:1234"))
-	if !errors.Is(err, unix.EADDRNOTAVAIL) || !strings.Contains(err.Error(), "no interface of this host has the address 192.0.2.99") {
+	if err = explain(err); !errors.Is(err, unix.EADDRNOTAVAIL) || !strings.Contains(err.Error(), "no interface of this host has the address 192.0.2.99") {
 		t.Errorf("not ours: %v", err)
 	}
-	err = bindError("tcp", netip.MustParseAddrPort("0.0.0.0:80"), unix.EACCES)
+	err = explain(&bindFailure{"tcp", netip.MustParseAddrPort("0.0.0.0:80"), unix.EACCES})
 	if !strings.Contains(err.Error(), "ip_unprivileged_port_start") {
 		t.Errorf("low port: %v", err)
 	}
@@ -142,6 +142,51 @@ func TestListenOnKeepsFamiliesApart(t *testing.T) {
 	defer unix.Close(fd6)
 	if at4.Port() == 0 || at6.Port() != at4.Port() {
 		t.Errorf("%s and %s", at4, at6)
+	}
+}
+
+// TestPortOfTheKernelsChoiceIsFreeInBothFamilies leaves one port of twenty to the one family
+// or the other.
+func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
+	const first, ports, free = 40000, 20, 40007
+	for _, row := range []struct {
+		what string
+		held func(at netip.AddrPort) bool
+	}{
+		{"IPv6 has one port", func(at netip.AddrPort) bool { return at.Addr().Is6() && at.Port() != free }},
+		{"IPv4 has one port", func(at netip.AddrPort) bool { return at.Addr().Is4() && at.Port() != free }},
+		{"each has half, and one in common", func(at netip.AddrPort) bool {
+			return at.Port() != free && at.Addr().Is4() == (at.Port()%2 == 0)
+		}},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			before := openFDs(t)
+			chosen := 0
+			table := portTable{open: func(proto string, at netip.AddrPort) (int, netip.AddrPort, error) {
+				for range ports { // as the kernel, whose choice depends on the family and the time
+					if at.Port() != 0 {
+						break
+					}
+					chosen++
+					if p := netip.AddrPortFrom(at.Addr(), uint16(first+chosen*7%ports)); !row.held(p) {
+						at = p
+					}
+				}
+				if at.Port() == 0 || row.held(at) {
+					return -1, at, &bindFailure{proto, at, unix.EADDRINUSE}
+				}
+				return nullOpen()(proto, at)
+			}}
+			made, err := table.add(port(t, "0:80"), true, true)
+			must(t, err)
+			if l := made[0].listeners; len(l) != 2 || l[0].host.Port() != free || l[1].host.Port() != free || made[0].port.HostPort != free {
+				t.Errorf("got %+v", made)
+			}
+			table.closeAll()
+			if after := openFDs(t); after != before {
+				t.Errorf("%d descriptors before, %d after", before, after)
+			}
+		})
 	}
 }
 
