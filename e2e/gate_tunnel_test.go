@@ -6,6 +6,8 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -26,7 +28,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 	area(t, "gate.tunnel", "iodine", "iodined", "ping")
 	asRoot(t, "iodined serves uid 0 only")
 	w := newWorld(t)
-	server := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
+	iodined := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
 	says := func(p *proc, text string, within time.Duration) { // it speaks on standard error
 		t.Helper()
 		eventually(t, within, func() (bool, string) {
@@ -34,7 +36,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 			return strings.Contains(r, text), "it does not say " + text + "\n" + r
 		})
 	}
-	says(server, "Listening to dns", 10*time.Second)
+	says(iodined, "Listening to dns", 10*time.Second)
 	client := func(sb *sandbox, options ...string) *proc {
 		return sb.start(t, append(append([]string{"iodine", "-f", "-r", "-P", "secret"}, options...), dns4, "tunnel.test")...)
 	}
@@ -70,6 +72,43 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 			} else {
 				t.Logf("it carries %d bytes a second each way", n)
 			}
+		})
+	}
+}
+
+// TestAStreamOverDNSIsNarrow has dns2tcp carry a stream, in TXT and in KEY records.
+func TestAStreamOverDNSIsNarrow(t *testing.T) {
+	area(t, "gate.stream", "dns2tcpc", "dns2tcpd", "nc", "timeout")
+	w := newWorld(t)
+	serve(t, w.far)
+	conf := filepath.Join(t.TempDir(), "dns2tcpd.conf")
+	text := fmt.Sprintf("listen = %s\nport = 53\ndomain = tunnel.test\nkey = secret\nresources = echo:127.0.0.1:%d\n", far4, portEcho)
+	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.far.start(t, "dns2tcpd", "-F", "-f", conf)
+	const seconds = 4
+	// carried is what comes back of a stream of zeros that is echoed.
+	carried := func(sb *sandbox, kind string) int {
+		sb.start(t, "dns2tcpc", "-T", kind, "-z", "tunnel.test", "-k", "secret", "-r", "echo", "-l", "2222", dns4)
+		script := fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9 10; do nc -z 127.0.0.1 2222 && break; sleep 0.3; done; timeout %d nc 127.0.0.1 2222 </dev/zero | wc -c", seconds)
+		r := ok(t, sb, 3*seconds*time.Second, "sh", "-c", script)
+		n, err := strconv.Atoi(strings.TrimSpace(r.out))
+		if err != nil {
+			t.Fatalf("%v\n%s", err, r)
+		}
+		return n
+	}
+	for _, kind := range []string{"TXT", "KEY"} {
+		t.Run(kind, func(t *testing.T) {
+			if n := carried(w.host.sandbox(t, rootInside), kind); n < tunnelOut*seconds {
+				t.Errorf("without a policy it carries %d bytes in %d s: this proves nothing", n, seconds)
+			}
+			n := carried(w.host.sandbox(t, rootInside, "--policy", policyFile(t, tunnelSpec)), kind)
+			if n > tunnelOut*seconds {
+				t.Errorf("it carries %d bytes in %d s", n, seconds)
+			}
+			t.Logf("it carries %d bytes in %d s", n, seconds)
 		})
 	}
 }

@@ -16,6 +16,7 @@ crun=crun
 curl=curl
 dhclient=isc-dhcp-client
 dig=bind9-dnsutils
+dns2tcpd=dns2tcp
 dnsmasq=dnsmasq-base
 drill=ldnsutils
 getent=libc-bin
