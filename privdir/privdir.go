@@ -52,7 +52,7 @@ const maxLinks = 40
 
 func open(path string, uid int, forbid fs.FileMode, parents bool) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
-		return fmt.Errorf("%s: want an absolute path without . and ..", path)
+		return fmt.Errorf("%s: want an absolute path without dot components", path)
 	}
 	w := walker{path: path, uid: uid, at: -1}
 	defer w.close()
