@@ -242,7 +242,7 @@ func (l *sendLedger) wrote(bytes int) {
 
 // settle repays the writes of which nothing is among the queued bytes any more.
 func (l *sendLedger) settle(queued int) {
-	l.acked = l.written - min(uint64(max(queued, 0)), l.written)
+	l.acked = l.written - min(uint64(queued), l.written)
 	done := 0
 	for done < l.n && l.marks[done].end <= l.acked {
 		l.held -= l.marks[done].cost

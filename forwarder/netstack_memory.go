@@ -57,8 +57,9 @@ func findTCPFields() (o tcpOffsets) {
 
 // sendQueued is how many bytes ep holds that the sandbox has not acknowledged. It is asked
 // without the lock that guards it, as a size only: what changes meanwhile is asked again.
+// Netstack takes an end of stream that was acknowledged for a byte, and counts to -1.
 func sendQueued(ep *tcp.Endpoint) int {
-	return int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.sndBufUsed))))
+	return max(int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.sndBufUsed)))), 0)
 }
 
 // receiveQueued is how many bytes of ep there are to read; likewise.

@@ -237,7 +237,13 @@ func (fl *tcpFlow) upEOF() string {
 
 // runDown returns a reason when the flow has to be aborted.
 func (fl *tcpFlow) runDown() (abort string) {
-	if !fl.live.Load() || fl.down.done.Load() || fl.fd < 0 {
+	if !fl.live.Load() || fl.fd < 0 {
+		return ""
+	}
+	if fl.down.done.Load() {
+		if fl.hostEvents.Load()&unix.EPOLLERR != 0 && !fl.up.done.Load() {
+			return reasonResetByPeer // behind its end of stream
+		}
 		return ""
 	}
 	for budget := pumpBudget; ; {

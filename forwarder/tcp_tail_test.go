@@ -207,6 +207,30 @@ func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }
 
+// A reset behind an end of stream has nothing to wait for: iperf3's server ends its side of an
+// upload, and closes with bytes unread.
+func TestTCPAResetBehindTheEndOfStreamEndsTheFlow(t *testing.T) {
+	g := newGuest(t, allowAll, nil)
+	told := make(chan struct{})
+	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) {
+		_ = c.CloseWrite()
+		<-told
+		_ = c.SetLinger(0)
+	}))
+	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("reading gives %v, want the end of stream", err)
+	}
+	g.onlyFlow("the stack knows that it was taken", func(fl *tcpFlow) bool {
+		return endpointState(fl.ep) == tcp.StateFinWait2
+	})
+	close(told)
+	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	eventually(t, "the sandbox is told of the reset", func() bool {
+		_, err := c.Write([]byte("x"))
+		return isReset(err)
+	})
+}
+
 // A server that answers early and closes with a request unread resets the connection. The
 // client's next write finds out first; the answer is there to be read all the same.
 func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
