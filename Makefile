@@ -16,9 +16,10 @@ KILLS   ?= 500
 
 .PHONY: build run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
 
-# One static binary for people, and one that is a CNI plugin.
+# One static binary for people, which needs its symbol table (forwarder/sandbox/guest/signals.go),
+# and one that is a CNI plugin.
 build:
-	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice ./cmd/sluice
+	$(GO) build -trimpath -ldflags '-w -X main.version=$(VERSION)' -o build/sluice ./cmd/sluice
 	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice-cni ./cmd/sluice-cni
 	$(GO) build -trimpath -o build/peer ./e2e/peer
 

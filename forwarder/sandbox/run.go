@@ -57,7 +57,8 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	// From before there is anything to clear up: command takes what comes meanwhile.
 	m.signals = make(chan os.Signal, 16)
 	if len(m.cfg.Guest.Command) > 0 {
-		guest.NotifyJob(m.signals)
+		m.cfg.Guest.Signals = guest.InheritedSignals()
+		guest.NotifyJob(m.signals, m.cfg.Guest.Signals)
 	} else {
 		signal.Notify(m.signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
 	}

@@ -61,6 +61,10 @@ func startCommand(spec stageSpec, front bool) (*command, *ExecError) {
 			up <- result{nil, &ExecError{StatusOurs, "dropping capabilities: " + err.Error()}}
 			return
 		}
+		if err := spec.Config.Signals.block(); err != nil {
+			up <- result{nil, &ExecError{StatusOurs, "blocking the caller's signals: " + err.Error()}}
+			return
+		}
 		// Before there is a child, so that none of its signals is missed.
 		changed := make(chan os.Signal, 1)
 		signal.Notify(changed, unix.SIGCHLD)

@@ -53,6 +53,8 @@ type Config struct {
 	// Files[i] becomes descriptor 3+i of CMD. Nothing else is inherited.
 	Files []*os.File `json:"-"`
 
+	Signals Signals // what CMD's caller ignores and blocks
+
 	User         UserMode
 	SubIDs       bool // map the caller's ranges of /etc/subuid and /etc/subgid too
 	PIDNamespace bool

@@ -19,10 +19,12 @@ import (
 // group nobody could continue does not stop at all (setpgid(2), orphaned groups).
 const stopPatience = 100 * time.Millisecond
 
-// NotifyJob has what is meant for CMD sent to ch, except what the caller ignores (nohup).
-func NotifyJob(ch chan<- os.Signal) {
-	for _, sig := range []os.Signal{unix.SIGTSTP, unix.SIGCONT, unix.SIGWINCH, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2} {
-		if !signal.Ignored(sig) {
+// NotifyJob has what is meant for CMD sent to ch. What the caller ignores is ignored here
+// too, or it would end the monitor.
+func NotifyJob(ch chan<- os.Signal, callers Signals) {
+	callers.ignore()
+	for _, sig := range []unix.Signal{unix.SIGTSTP, unix.SIGCONT, unix.SIGWINCH, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2} {
+		if !callers.Ignored.has(sig) {
 			signal.Notify(ch, sig)
 		}
 	}

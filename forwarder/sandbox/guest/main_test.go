@@ -296,6 +296,7 @@ func driveOnce(s scene) int {
 		}
 		return StatusOurs
 	}
+	s.Config.Signals = InheritedSignals()
 	g, err := Start(s.ctx(), s.Config)
 	if err != nil {
 		return complain(err)

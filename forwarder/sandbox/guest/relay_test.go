@@ -9,7 +9,7 @@ import (
 // relay is the monitor's part in job control, as sluice run does it.
 func relay(g *Guest) (stop func()) {
 	ch := make(chan os.Signal, 16)
-	NotifyJob(ch)
+	NotifyJob(ch, InheritedSignals())
 	done := make(chan struct{})
 	// Ends when stop closes done.
 	go func() {

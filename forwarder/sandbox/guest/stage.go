@@ -36,7 +36,7 @@ type stageSpec struct {
 }
 
 // guestSignals are those that may be meant for CMD. The stage outlives them.
-var guestSignals = []os.Signal{
+var guestSignals = []unix.Signal{
 	unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP,
 	unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH,
 }
@@ -87,10 +87,10 @@ func newStage() (*stage, error) {
 }
 
 func (s *stage) run() int {
-	// A caught signal is back to its default in CMD; one that the caller
-	// ignored (nohup) stays so for CMD if it is left alone here.
+	// A caught signal is back to its default in CMD; one that is ignored stays so.
+	s.spec.Config.Signals.ignore()
 	for _, sig := range guestSignals {
-		if !signal.Ignored(sig) {
+		if !s.spec.Config.Signals.Ignored.has(sig) {
 			signal.Notify(make(chan os.Signal, 1), sig)
 		}
 	}
