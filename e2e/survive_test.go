@@ -76,3 +76,37 @@ func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
 		}
 	}
 }
+
+// TestAPortIsUsedAgainAtOnce has one port make 300 connections, with no gap between the end of one
+// and the SYN of the next.
+func TestAPortIsUsedAgainAtOnce(t *testing.T) {
+	area(t, "survive.reuse")
+	w := newPair(t)
+	serve(t, w.far)
+	withAndWithout(t, w, nil, func(t *testing.T, client place) {
+		for _, f := range families {
+			for _, row := range []struct {
+				what string
+				args []string
+				port int
+			}{
+				{"reset at once", nil, portEcho},
+				{"reset after a byte each way", []string{"-talk"}, portEcho},
+				{"closed by both ends", []string{"-close", "fin"}, portOneByte},
+			} {
+				t.Run(f.name+" "+row.what, func(t *testing.T) {
+					var got struct {
+						OK     int
+						Errors map[string]int
+						Slow   int
+					}
+					argv := append([]string{peerBin(), "reuse"}, row.args...)
+					r := ok(t, client, 60*time.Second, append(argv, at(f.far, row.port))...)
+					if r.into(t, &got); got.OK != 300 || got.Slow > 3 {
+						t.Errorf("%d of 300, errors %v, %d SYNs were lost\n%s", got.OK, got.Errors, got.Slow, r)
+					}
+				})
+			}
+		}
+	})
+}

@@ -58,7 +58,7 @@ func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	}
 	h := header.TCP(b[hl:])
 	thl := int(h.DataOffset())
-	if thl < header.TCPMinimumSize || hl+thl > total {
+	if thl < header.TCPMinimumSize || hl+thl > total || isSYN(h.Flags()) {
 		return false
 	}
 	id := stack.TransportEndpointID{LocalPort: h.DestinationPort(), RemotePort: h.SourcePort()}

@@ -138,9 +138,9 @@ func (f *Forwarder) gatewayOf(v4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// injectReset delivers to the stack the RST that would end the half-open
-// connection id, as if the sandbox had sent it with sequence number seq.
-func (f *Forwarder) injectReset(id stack.TransportEndpointID, seq uint32) {
+// inject delivers to the stack a segment of the connection id without data, as if the sandbox
+// had sent it with sequence number seq: what the stack offers no other way to ask for.
+func (f *Forwarder) inject(id stack.TransportEndpointID, flags header.TCPFlags, seq uint32) {
 	v4 := id.RemoteAddress.Len() == header.IPv4AddressSize
 	hl := header.IPv6MinimumSize
 	if v4 {
@@ -156,7 +156,7 @@ func (f *Forwarder) injectReset(id stack.TransportEndpointID, seq uint32) {
 		h.SetChecksum(^h.CalculateChecksum())
 	}
 	t := header.TCP(b[hl:])
-	t.Encode(&header.TCPFields{SrcPort: id.RemotePort, DstPort: id.LocalPort, SeqNum: seq, DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagRst})
+	t.Encode(&header.TCPFields{SrcPort: id.RemotePort, DstPort: id.LocalPort, SeqNum: seq, DataOffset: header.TCPMinimumSize, Flags: flags})
 	xsum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, id.RemoteAddress, id.LocalAddress, header.TCPMinimumSize)
 	t.SetChecksum(^t.CalculateChecksum(xsum))
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(v)})

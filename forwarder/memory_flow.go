@@ -273,6 +273,9 @@ func (q *tcpQueue) QueuePacket(ep stack.TransportEndpoint, id stack.TransportEnd
 	q.t.mu.Lock()
 	fl := q.t.flows[id]
 	q.t.mu.Unlock()
+	if q.t.asks(fl, ep, id, pkt) {
+		return
+	}
 	q.put(fl, ep, id, pkt)
 }
 

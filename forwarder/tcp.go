@@ -129,7 +129,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	case flags.Contains(header.TCPFlagRst):
 		t.cancelDial(id)
 		return true
-	case !flags.Contains(header.TCPFlagSyn) || flags.Contains(header.TCPFlagAck):
+	case !isSYN(flags):
 		t.noConnection.Add(1)
 		return false
 	}
@@ -140,13 +140,16 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	}
 	t.mu.Lock()
 	known := t.flows[id]
-	if known != nil {
-		known.lastSYN = t.f.now()
-	}
+	again := known != nil && t.meetLocked(known, h.SequenceNumber(), pkt)
 	t.mu.Unlock()
-	if known != nil {
-		// A repeated SYN while we dial, or while an old flow of the tuple still
-		// ends: the sandbox will ask again.
+	switch {
+	case again:
+		t.f.engine.put(&known.kept.task)
+		return true
+	case known != nil:
+		if known.inHandshake() {
+			t.acceptor.offer(id, pkt) // the stack has no endpoint for it: it had no room then
+		}
 		return true
 	}
 
@@ -416,18 +419,25 @@ func (t *tcpForwarder) all() []admitted {
 	return flows
 }
 
-// unindex removes fl from the index, if it is still the tuple's flow.
+// unindex removes fl from the index, if it is still the tuple's flow, and lets in who waits
+// for the tuple.
 func (t *tcpForwarder) unindex(fl *tcpFlow) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.flows[fl.id] == fl {
-		delete(t.flows, fl.id)
+	id := fl.id
+	if t.flows[id] == fl {
+		delete(t.flows, id)
+	}
+	syn := t.takeKeptLocked(fl)
+	t.mu.Unlock()
+	if syn != nil {
+		t.begin(id, syn)
+		syn.DecRef()
 	}
 }
 
-// forget gives back what fl has beside its sockets and its lease.
+// forget gives back what fl has beside its sockets and its lease, which is released by then:
+// a flow may begin by the same ports.
 func (t *tcpForwarder) forget(fl *tcpFlow) {
-	t.unindex(fl)
 	t.mu.Lock()
 	t.leaveDialLocked(fl)
 	t.mu.Unlock()
@@ -435,6 +445,7 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	if fl.check != nil {
 		t.checks.leave(&fl.check.entry)
 	}
+	t.unindex(fl)
 }
 
 // close aborts every flow and waits for the DNS handler's goroutines.

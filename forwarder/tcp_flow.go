@@ -55,7 +55,8 @@ type tcpFlow struct {
 	ingress bool                      // dialled by a client of a published port
 	caller  *caller                   // who that is
 	local   bool                      // served by ourselves: DNS over TCP
-	irs     uint32
+	irs     uint32                    // written before the handshake, under t.mu once indexed
+	kept    keptSYN                   // tcp_again.go
 
 	wq       *waiter.Queue // ep's
 	entry    waiter.Entry
@@ -273,11 +274,11 @@ func (fl *tcpFlow) end(reason string) {
 	if ep != nil {
 		fl.wq.EventUnregister(&fl.entry)
 	}
-	fl.t.forget(fl)
 	if fl.check != nil && fl.check.refused {
 		reason = reasonRefused
 	}
 	fl.release(reason)
+	fl.t.forget(fl)
 }
 
 // expire is called by the flow table when it ends the flow.
@@ -337,11 +338,11 @@ func (fl *tcpFlow) abortLocked(reason string) {
 	if ph != phaseClosing {
 		fl.closeHost(true)
 	}
-	fl.t.forget(fl)
 	if fl.lease != nil {
 		fl.lease.SetState(nat.Close)
 	}
 	fl.release(reason)
+	fl.t.forget(fl)
 }
 
 // halt implements admitted. The pumps look at revoked; what the host's kernel has of the

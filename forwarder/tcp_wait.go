@@ -94,7 +94,7 @@ func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
 // sandbox did not send. The stack has no other way to end one from outside.
 func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
 	t.leaveHandshake(fl)
-	t.f.injectReset(fl.id, fl.irs+1)
+	t.f.inject(fl.id, header.TCPFlagRst, fl.irs+1)
 }
 
 // expireHandshakes ends those whose time is over, and those that the stack has given

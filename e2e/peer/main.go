@@ -37,6 +37,7 @@ var commands = map[string]func(args []string) error{
 	"knock":   knock,
 	"xfer":    xfer,
 	"synrst":  synrst,
+	"reuse":   reuse,
 	"eat-fds": eatDescriptors,
 	"fetch":   fetch,
 	"raw":     raw,
