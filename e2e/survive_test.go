@@ -77,7 +77,7 @@ func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
 	}
 }
 
-// TestAPortIsUsedAgainAtOnce has one port make 300 connections, with no gap between the end of one
+// TestAPortIsUsedAgainAtOnce has one port make hundreds of connections, with no gap between the end of one
 // and the SYN of the next.
 func TestAPortIsUsedAgainAtOnce(t *testing.T) {
 	area(t, "survive.reuse")
@@ -91,8 +91,8 @@ func TestAPortIsUsedAgainAtOnce(t *testing.T) {
 				port int
 			}{
 				{"reset at once", nil, portEcho},
-				{"reset after a byte each way", []string{"-talk"}, portEcho},
-				{"closed by both ends", []string{"-close", "fin"}, portOneByte},
+				{"reset after a byte each way", []string{"-talk", "-count", "100"}, portEcho},
+				{"closed by both ends", []string{"-close", "fin", "-count", "100"}, portOneByte},
 			} {
 				t.Run(f.name+" "+row.what, func(t *testing.T) {
 					var got struct {
@@ -102,8 +102,8 @@ func TestAPortIsUsedAgainAtOnce(t *testing.T) {
 					}
 					argv := append([]string{peerBin(), "reuse"}, row.args...)
 					r := ok(t, client, 60*time.Second, append(argv, at(f.far, row.port))...)
-					if r.into(t, &got); got.OK != 300 || got.Slow > 3 {
-						t.Errorf("%d of 300, errors %v, %d SYNs were lost\n%s", got.OK, got.Errors, got.Slow, r)
+					if r.into(t, &got); got.OK == 0 || len(got.Errors) > 0 || got.Slow > 3 {
+						t.Errorf("%d connections, errors %v, %d SYNs were lost\n%s", got.OK, got.Errors, got.Slow, r)
 					}
 				})
 			}

@@ -27,19 +27,23 @@ var errVerdict = errors.New("the verdict does not allow this address")
 
 // Dialer opens host sockets for verdicts.
 type Dialer struct {
-	sockets  atomic.Int64   // open now
-	refused  *atomic.Uint64 // asked for without a verdict that allows it
-	exhausts *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
-	log      *slog.Logger
-	pod      bool         // see dialer_pod.go
-	told     atomic.Int64 // when the last lack was logged, in Unix seconds
+	sockets   atomic.Int64   // open now
+	refused   *atomic.Uint64 // asked for without a verdict that allows it
+	exhausts  *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
+	log       *slog.Logger
+	pod       bool                      // see dialer_pod.go
+	keepalive atomic.Pointer[Keepalive] // of connections that are set up from now on; never nil
+	told      atomic.Int64              // when the last lack was logged, in Unix seconds
 }
 
 // tellEvery is how often a lack of descriptors is logged at most, in seconds.
 const tellEvery = 60
 
 func newDialer(s *stats, log *slog.Logger) *Dialer {
-	return &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors"), log: log}
+	d := &Dialer{refused: s.counter("dial_without_verdict"), exhausts: s.counter("dial_out_of_descriptors"), log: log}
+	k := DefaultKeepalive()
+	d.keepalive.Store(&k)
+	return d
 }
 
 // tcpConnect starts a connection to the verdict's contact. Nothing may be written to it unless
@@ -57,7 +61,7 @@ func (d *Dialer) tcpConnect(v policy.Verdict, h ipMeta, src netip.Addr) (fd int,
 	if err != nil {
 		return -1, false, err
 	}
-	if err := tuneStream(fd); err != nil {
+	if err := d.tuneStream(fd); err != nil {
 		d.close(fd)
 		return -1, false, err
 	}
@@ -193,22 +197,20 @@ func (d *Dialer) disconnect(fd int) {
 
 // tuneStream sets what every spliced TCP socket wants: no delay, because bytes
 // arrive here in segments that the other side already chose; urgent data kept
-// in line, because a byte must not be lost; keepalive as RFC 5382 asks, so that
-// a peer that is gone ends the flow.
-func tuneStream(fd int) error {
+// in line, because a byte must not be lost; and probes while it is idle.
+func (d *Dialer) tuneStream(fd int) error {
 	for _, o := range [...]struct {
 		level, name, value int
 		what               string
 	}{
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1, "TCP_NODELAY"},
 		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1, "SO_OOBINLINE"},
-		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1, "SO_KEEPALIVE"},
 	} {
 		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
 			return fmt.Errorf("setting %s: %w", o.what, err)
 		}
 	}
-	return nil
+	return d.keepalive.Load().probeHost(fd)
 }
 
 // tunePacket asks for the ancillary data that truthful datagrams need: errors

@@ -85,6 +85,8 @@ type Config struct {
 	// neighbour solicitation is answered, but for the Guest addresses.
 	OnlyHost bool
 
+	// Keepalive is how idle connections are probed; the zero value stands for the default.
+	Keepalive Keepalive
 	// MemoryMarks are those of the budget for what the sandbox's bytes take (memory.go); the
 	// zero value stands for the default. MemoryPressure is told when pressure begins and ends;
 	// it must not block, and may be nil.
@@ -169,6 +171,9 @@ func New(cfg Config) (*Forwarder, error) {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	f.dialer = newDialer(&f.stats, f.log)
+	if cfg.Keepalive != (Keepalive{}) {
+		f.SetKeepalive(cfg.Keepalive)
+	}
 	f.dialer.pod = cfg.Inbound != nil
 	f.broadcast = directedBroadcast(cfg.Prefix4)
 	if len(cfg.Gateway) > 0 {

@@ -71,7 +71,7 @@ func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
 
 // ingress carries an accepted connection into the sandbox. It owns fd.
 func (t *tcpForwarder) ingress(fd int, c caller) {
-	if err := tuneStream(fd); err != nil {
+	if err := t.f.dialer.tuneStream(fd); err != nil {
 		t.f.dialer.reset(fd)
 		return
 	}
@@ -277,7 +277,7 @@ func (fl *tcpFlow) guestEndpoint() (tcpip.Endpoint, error) {
 	}
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
-	opts.SetKeepAlive(true)
+	fl.t.f.dialer.keepalive.Load().probeInside(ep)
 	if fl.t.f.memory.pressed.Load() {
 		opts.SetReceiveBufferSize(receiveStartPressed, false)
 	}

@@ -94,7 +94,7 @@ func (r *relay) connect() bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || tuneStream(r.fds[1]) != nil {
+	if r.closed || r.t.f.dialer.tuneStream(r.fds[1]) != nil {
 		return false
 	}
 	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))

@@ -365,7 +365,7 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 		return
 	}
 	t.leaveHandshake(fl)
-	ep.SocketOptions().SetKeepAlive(true)
+	t.f.dialer.keepalive.Load().probeInside(ep)
 	if fl.check != nil {
 		fl.wq = wq
 		fl.verify(ep)

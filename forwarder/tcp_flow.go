@@ -234,6 +234,10 @@ func (fl *tcpFlow) settle() {
 		fl.closeHost(false)
 		ep.Close()
 		fl.settleTail(ep.(*tcp.Endpoint), phaseClosing)
+	case ph == phaseOpen && fl.up.done.Load() && over(ep):
+		// Nobody reads from it any more who would find out. The far side did not end its
+		// stream, so the sandbox has reset the connection, or is gone.
+		fl.abort("reset_by_sandbox")
 	case ph == phaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
 		// pumps find out, pass on what is left, and abort.
@@ -243,7 +247,7 @@ func (fl *tcpFlow) settle() {
 		fl.settleTail(ep.(*tcp.Endpoint), ph)
 	default:
 		// Verification: only the sandbox's reset is of interest.
-		if endpointState(ep) == tcp.StateError {
+		if endpointState(ep) == tcp.StateError || ph == phaseVerifying && over(ep) {
 			fl.abort("reset_by_sandbox")
 		}
 	}

@@ -137,6 +137,13 @@ func siocoutq(fd int) (int, unix.Errno) {
 	return int(n), errno
 }
 
+// over reports whether ep's connection has ended, however: a reset behind the sandbox's own end
+// of stream makes it a closed one like any other.
+func over(ep tcpip.Endpoint) bool {
+	state := endpointState(ep)
+	return state == tcp.StateError || state == tcp.StateClose
+}
+
 // endpointState is where ep stands.
 func endpointState(ep tcpip.Endpoint) tcp.EndpointState {
 	return tcp.EndpointState(ep.State())

@@ -126,9 +126,12 @@ func logs(c *cli.Context) error {
 
 func sysctlCommand() *cli.Command {
 	return &cli.Command{
-		Name: "sysctl", Usage: "read or set tunables of a sandbox's flow table and memory budget", ArgsUsage: "[NAME] [TUNABLE[=VALUE]...]",
+		Name: "sysctl", Usage: "read or set tunables of a sandbox's flow table, memory budget and keepalive", ArgsUsage: "[NAME] [TUNABLE[=VALUE]...]",
 		Description: "Tunables have nf_conntrack's names and units; without one, all are printed. net.ipv4.tcp_mem is the budget for\n" +
-			"what the sandbox's buffers take: its low, pressure and high mark in pages of 4 KiB, such as 'tcp_mem=32768 49152 65536'.",
+			"what the sandbox's buffers take: its low, pressure and high mark in pages of 4 KiB, such as 'tcp_mem=32768 49152 65536'.\n" +
+			"net.ipv4.tcp_keepalive_time, _intvl and _probes are for connections that are set up from then on, on both sides of\n" +
+			"the sandbox: seconds without traffic before the first probe, seconds between probes, and how many go unanswered\n" +
+			"before a far side counts as gone.",
 		Flags: []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames,
 		Action: sysctl,
 	}
@@ -136,7 +139,7 @@ func sysctlCommand() *cli.Command {
 
 func sysctl(c *cli.Context) error {
 	client, tunables, err := target(c, func(s string) bool {
-		return !strings.ContainsAny(s, "=") && !strings.Contains(s, "nf_conntrack_") && !strings.Contains(s, "tcp_mem")
+		return !strings.ContainsAny(s, "=") && !strings.Contains(s, "nf_conntrack_") && !strings.Contains(s, "tcp_mem") && !strings.Contains(s, "tcp_keepalive_")
 	})
 	if err != nil {
 		return err

@@ -48,7 +48,7 @@ func sandboxFlags(withoutPolicy string) []cli.Flag {
 		&cli.StringFlag{Name: "gateway6", Usage: "IPv6 `ADDRESS` of the gateway"},
 		&cli.BoolFlag{Name: "ipv4-only", Usage: "no IPv6 inside"},
 		&cli.BoolFlag{Name: "ipv6-only", Usage: "no IPv4 inside"},
-		&cli.StringSliceFlag{Name: "sysctl", Usage: "setting `NAME=VALUE` of the flow table or the memory budget, such as nf_conntrack_max=1000; may be repeated"},
+		&cli.StringSliceFlag{Name: "sysctl", Usage: "setting `NAME=VALUE` of the flow table, the memory budget or keepalive, such as nf_conntrack_max=1000 or net.ipv4.tcp_keepalive_time=30; may be repeated"},
 		&cli.BoolFlag{Name: "verbose", Usage: "say on standard error what happens"},
 	}
 }

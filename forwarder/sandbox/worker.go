@@ -53,9 +53,10 @@ type worker struct {
 	flows *flowLog
 	hint  flagHint
 
-	inbound *tun.Device           // in0's, until that is made
-	memory  []byte                // of its flows; never unmapped
-	marks   forwarder.MemoryMarks // that fwd is made with
+	inbound   *tun.Device           // in0's, until that is made
+	memory    []byte                // of its flows; never unmapped
+	marks     forwarder.MemoryMarks // that fwd is made with
+	keepalive forwarder.Keepalive   // as fwd has it, or is made with
 
 	ctx     context.Context // of control connections; ends with the worker
 	clients chan struct{}   // a token per control connection
@@ -235,7 +236,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	w.flows.names, w.flows.policy = w.grantedNames, func() string { return w.rules.Load().Name() }
 	go w.flows.run() // ends with flows.close
 	w.table = nat.NewTable(nat.Config{OnEvent: w.flows.onEvent})
-	w.marks = memoryMarks(c.CgroupMemory)
+	w.marks, w.keepalive = memoryMarks(c.CgroupMemory), forwarder.DefaultKeepalive()
 	for name, value := range c.Sysctls {
 		if err := w.setTunable(name, value); err != nil {
 			return err
@@ -261,7 +262,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 		RawICMP4: h.raw4, RawICMP6: h.raw6,
 		Drop: w.link.NoteDrop, Refused: w.refused, Log: w.log,
 	}
-	fc.MemoryMarks, fc.MemoryPressure = w.marks, collect(w.ctx)
+	fc.MemoryMarks, fc.MemoryPressure, fc.Keepalive = w.marks, collect(w.ctx), w.keepalive
 	if c.GuestSockets {
 		w.stock = newSocketStock(w.wantSocket)
 		fc.Guests = w.stock

@@ -92,10 +92,13 @@ func isMemoryTunable(name string) bool {
 	return name == forwarder.MemorySysctl || name == strings.TrimPrefix(forwarder.MemorySysctl, "net.ipv4.")
 }
 
-// setTunable sets a tunable of the flow table or of the memory budget.
+// setTunable sets a tunable of the flow table, of the memory budget or of keepalive.
 func (w *worker) setTunable(name, value string) error {
 	name = trimSysctl(name)
-	if !isMemoryTunable(name) {
+	switch {
+	case forwarder.IsKeepaliveSysctl(name):
+		return w.setKeepalive(name, value)
+	case !isMemoryTunable(name):
 		return w.table.SetSysctl(name, value)
 	}
 	marks, err := forwarder.ParseMemory(value)
@@ -109,9 +112,25 @@ func (w *worker) setTunable(name, value string) error {
 	return nil
 }
 
+// setKeepalive sets one of keepalive's tunables.
+func (w *worker) setKeepalive(name, value string) error {
+	k := w.keepalive
+	if err := k.SetSysctl(name, value); err != nil {
+		return err
+	}
+	w.keepalive = k
+	if w.fwd != nil {
+		w.fwd.SetKeepalive(k)
+	}
+	return nil
+}
+
 // tunable reads one.
 func (w *worker) tunable(name string) (string, error) {
-	if isMemoryTunable(name) {
+	switch {
+	case forwarder.IsKeepaliveSysctl(name):
+		return w.fwd.Keepalive().Sysctl(name), nil
+	case isMemoryTunable(name):
 		return w.fwd.Memory().String(), nil
 	}
 	v, err := w.table.Sysctl(name)
@@ -120,5 +139,6 @@ func (w *worker) tunable(name string) (string, error) {
 
 // tunables are all names, sorted.
 func tunables() []string {
-	return append(nat.SysctlNames(), forwarder.MemorySysctl)
+	names := append(nat.SysctlNames(), forwarder.KeepaliveSysctls()...)
+	return append(names, forwarder.MemorySysctl)
 }
