@@ -38,8 +38,9 @@ test: build
 
 # As root: every client of the matrix "as without" (e2e/aswithout_test.go), those too that are too
 # large for `make test`. Installs what they need; a client that cannot run is a failure.
+# CLIENTS=REGEXP: only these.
 clients: build
-	hack/clients.sh
+	hack/clients.sh $(if $(CLIENTS),'$(CLIENTS)')
 
 # A Kubernetes of two nodes with every pod behind Sluice, in one to three minutes. KUBE_TOOLS
 # is the directory of the programs that start one; unset, what it must hold is said.

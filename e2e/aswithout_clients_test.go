@@ -29,6 +29,10 @@ curl -fsS -T f "http://$at:8081/digest"; curl -fsS --cacert "$ca" -T f "https://
 	{name: "curl, the rest of a file", needs: "curl", server: "nginx",
 		run:  `seq 5 >f; curl -fsS -C - -o f --cacert "$ca" "https://$at:8443/numbers"; tail -n 1 f; sha256sum f`,
 		says: "\n100000\n"},
+	{name: "curl, a closed port", needs: "curl", to: everyForm,
+		run: `curl -gsS "http://$at:8999/"`, status: 7, hide: `after \d+ ms`},
+	{name: "curl, one family that leads nowhere", needs: "curl", server: "web", to: "half.web.test other-half.web.test late.web.test",
+		run: `curl -fsS --cacert "$ca" -w '%{remote_ip}\n' "https://$to:8444/"`, says: "hello from peer"},
 	{name: "curl, a name that is none", needs: "curl", to: "no.web.test",
 		run: `curl -sS "http://$to:8081/"`, status: 6},
 	{name: "wget", needs: "wget", server: "nginx",
@@ -50,6 +54,15 @@ for path in "/bytes/10", "/events", "/chunked/30", "/status/404":
     c.request("GET", path); r = c.getresponse(); print(r.status, r.read())
 c.request("POST", "/digest", body=iter([b"x" * 1000] * 100), encode_chunked=True, headers={"Transfer-Encoding": "chunked"}); print(c.getresponse().read())' "$to"`,
 		says: "404"},
+	{name: "Python asyncio, a port that is closed", needs: py, to: "web.test",
+		run: py + ` -c '
+import asyncio, re, sys
+async def main():
+    try:
+        await asyncio.open_connection(sys.argv[1], 8999, happy_eyeballs_delay=0.25)
+    except OSError as e:
+        print(re.findall("Errno [0-9]+", str(e)))
+asyncio.run(main())' "$to"`, says: "Errno 111"},
 	{name: "Perl HTTP::Tiny", needs: "perl", server: "web",
 		run: `perl -MHTTP::Tiny -e '
 my $h = HTTP::Tiny->new;
@@ -65,9 +78,16 @@ print $h->put("http://$ARGV[0]:8081/digest", {content => "x" x 100000})->{conten
 	{name: "Go, HTTP/3", server: "web",
 		run:  `"$peer" fetch -by http3 -ca "$ca" "https://$at:8444/bytes/300000"; "$peer" fetch -by http3 -ca "$ca" -upload 300000 "https://$at:8444/digest"`,
 		says: `"proto":"HTTP/3.0"`},
+	{name: "Go, a WebSocket over TLS", server: "web",
+		run:  `"$peer" fetch -by ws -ca "$ca" "wss://$at:8444/ws"`,
+		says: `"bytes":70252`},
 	{name: "Go, gRPC", server: "web",
 		run:  `"$peer" fetch -by grpc "http://$at:8082"; "$peer" fetch -by grpc -ca "$ca" "https://$at:8445"`,
 		says: "SERVING NotFound SERVING"},
+	{name: "Go, a family that leads nowhere", server: "web", to: "half.web.test other-half.web.test late.web.test",
+		run: `"$peer" fetch "http://$to:8081/"; "$peer" fetch -ca "$ca" "https://$to:8444/"`, says: `"status":200`},
+	{name: "Go, a closed port", to: everyForm,
+		run: `"$peer" fetch "http://$at:8999/"`, says: "ECONNREFUSED"},
 	{name: "openssl s_client", needs: "openssl", server: "web",
 		run:  `printf 'GET / HTTP/1.0\r\n\r\n' | openssl s_client -quiet -verify_quiet -verify_return_error -CAfile "$ca" -servername "$to" -connect "$at:8444"`,
 		says: "hello from peer", hide: `Date: .*`},
@@ -79,7 +99,7 @@ git checkout -q -b "b$$"; git -c user.name=t -c user.email=t@t.test commit -q --
 		says: "200000 data\n1"},
 	{name: "git over its own protocol", needs: "git", server: "web", to: "web.test " + far4,
 		run: `git clone -q "git://$at/repo.git" r; wc -l r/data`, says: "200000 r/data"},
-	{name: "git over ssh", needs: "git ssh sshd", server: "sshd",
+	{name: "git over ssh", needs: "git ssh sshd", server: "web sshd",
 		run: `GIT_SSH_COMMAND=$ssh git ls-remote "ssh://$user@$at$repo" main`, says: "refs/heads/main"},
 	{name: "ssh", needs: "ssh sshd", server: "sshd", to: "web.test " + far4,
 		run:  `echo in | $ssh "$user@$to" 'cat; echo out; echo err >&2; exit 7'`,
@@ -88,6 +108,8 @@ git checkout -q -b "b$$"; git -c user.name=t -c user.email=t@t.test commit -q --
 		run: `seq 100000 >f; printf '%s\n' "put f $PWD/g" "get $PWD/g h" | $sftp -b - "$user@$to" >/dev/null; cmp f h; sha256sum h`, says: "h"},
 	{name: "rsync over ssh", needs: "rsync ssh sshd", server: "sshd",
 		run: `seq 100000 >f; rsync -e "$ssh" f "$user@$to:$PWD/g"; echo more >>f; rsync -e "$ssh" --no-whole-file -c f "$user@$to:$PWD/g"; cmp f g; wc -l g`, says: "100001 g"},
+	{name: "rsync's own protocol", needs: "rsync", server: "nginx rsyncd",
+		run: `rsync -t "rsync://$at/www/numbers" f; tail -n 1 f; rsync "rsync://$at/"`, says: "100000\nwww"},
 
 	// names
 	{name: "dig", needs: "dig",
@@ -113,8 +135,10 @@ git checkout -q -b "b$$"; git -c user.name=t -c user.email=t@t.test commit -q --
 		run: `echo hello | nc -u -W 1 "$to" 7000`, says: "hello"},
 	{name: "nc -z", needs: "nc", server: "serve", to: everyForm,
 		run: `nc -zv "$to" 7000`, says: "succeeded", hide: `\(.*?\)|Connection to \S+`},
-	{name: "socat, TCP and UDP", needs: "socat", server: "serve",
-		run: `seq 3 | socat - "TCP:$to:7000"; seq 3 | socat -t 0.3 - "UDP:$to:7000"`, says: "3\n1\n"},
+	{name: "nc -z, closed ports", needs: "nc", to: everyForm,
+		run: `for port in 7999 8999; do nc -zv "$to" $port || echo "status $?"; done`, says: "refused", hide: `\(.*?\)`},
+	{name: "socat, TCP", needs: "socat", server: "serve",
+		run: `seq 30000 | socat -t 10 - "TCP:$to:7000" | tail -n 1`, says: "30000"},
 	{name: "socat, TLS", needs: "socat", server: "web",
 		run: `printf 'GET / HTTP/1.0\r\n\r\n' | socat -t 5 - "OPENSSL:$to:8444,cafile=$ca,snihost=$to" | tail -n 1`, says: "hello from peer"},
 	{name: "bash's own /dev/tcp and /dev/udp", server: "serve",

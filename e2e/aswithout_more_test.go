@@ -2,4 +2,139 @@ package e2e
 
 // The clients that only `make clients` installs and runs: rows of the matrix (aswithout_test.go).
 
-var moreClients = []client{}
+const dist = "/usr/lib/python3/dist-packages/"
+
+var moreClients = []client{
+	// HTTP
+	{name: "wget, some addresses that lead nowhere", needs: "wget", server: "web", to: "half.web.test several.web.test",
+		run: `wget -q -T 5 -O - "http://$to:8081/"`, says: "hello from peer"},
+	{name: "Python requests", needs: dist + "requests/__init__.py", server: "web",
+		run: py + ` -c '
+import requests, sys
+s = requests.Session(); s.verify = sys.argv[2]
+for path in "bytes/100000", "move", "gzip/5000", "chunked/30000", "status/404":
+    r = s.get(f"https://{sys.argv[1]}:8444/{path}"); print(r.status_code, len(r.content), len(r.history))
+print(s.post(f"http://{sys.argv[1]}:8081/digest", data=b"x" * 300000).text)' "$to" "$ca"`,
+		says: "404"},
+	{name: "Python httpx, HTTP/1.1 and HTTP/2", needs: dist + "httpx/__init__.py " + dist + "h2/__init__.py", server: "web",
+		run: py + ` -c '
+import httpx, sys
+for new in False, True:
+    with httpx.Client(http2=new, verify=sys.argv[2]) as c:
+        for path in "bytes/100000", "gzip/5000", "status/503":
+            r = c.get(f"https://{sys.argv[1]}:8444/{path}"); print(r.http_version, r.status_code, len(r.content))' "$to" "$ca"`,
+		says: "HTTP/2 200 100000"},
+	{name: "Python aiohttp", needs: dist + "aiohttp/__init__.py", server: "web",
+		run: py + ` -c '
+import aiohttp, asyncio, sys
+async def main():
+    async with aiohttp.ClientSession() as s:
+        for r in await asyncio.gather(*[s.get(f"http://{sys.argv[1]}:8081/bytes/{n}") for n in range(0, 100000, 10000)]):
+            print(r.status, len(await r.read()))
+asyncio.run(main())' "$to"`,
+		says: "200 90000"},
+	{name: "Python websockets over TLS", needs: dist + "websockets/__init__.py", server: "web",
+		run: py + ` -c '
+import asyncio, ssl, sys, websockets
+async def main():
+    async with websockets.connect(f"wss://{sys.argv[1]}:8444/ws", ssl=ssl.create_default_context(cafile=sys.argv[2]), origin="https://web.test") as c:
+        for n in 1, 1000, 100000:
+            await c.send("x" * n); got = 0
+            while got < n: got += len(await c.recv())
+            print(got)
+asyncio.run(main())' "$to" "$ca"`,
+		says: "100000"},
+	{name: "Node http and https", needs: "node", server: "web",
+		run: `export NODE_EXTRA_CA_CERTS="$ca"; node -e '
+const {createHash} = require("crypto")
+const get = u => new Promise((done, fail) => require(u.split(":")[0]).get(u, r => { const h = createHash("sha256"); r.on("data", d => h.update(d)); r.on("end", () => done(r.statusCode + " " + h.digest("hex"))) }).on("error", fail))
+;(async () => { for (const u of ["http://"+process.argv[1]+":8081/chunked/300000", "https://"+process.argv[1]+":8444/bytes/300000"]) console.log(await get(u)) })()' "$to"`,
+		says: "200 "},
+	{name: "Node fetch (undici)", needs: "node", server: "web",
+		run: `export NODE_EXTRA_CA_CERTS="$ca"; node -e '
+(async () => {
+  const at = process.argv[1]
+  for (const u of [at+"/bytes/100", at+"/move", at+"/gzip/5000", at+"/events"]) { const r = await fetch(u); console.log(r.status, r.url, (await r.arrayBuffer()).byteLength) }
+  console.log(await (await fetch(at+"/digest", {method: "POST", body: "x".repeat(100000)})).text())
+})()' "https://$at:8444"`,
+		says: "200 "},
+	{name: "Node http2", needs: "node", server: "web",
+		run: `node -e '
+const c = require("http2").connect("https://"+process.argv[1]+":8444", {ca: require("fs").readFileSync(process.argv[2])})
+const r = c.request({":path": "/bytes/300000"}); let n = 0
+r.on("response", h => console.log(h[":status"])); r.on("data", d => n += d.length); r.on("end", () => { console.log(n); c.close() })' "$to" "$ca"`,
+		says: "200\n300000"},
+	{name: "PHP's streams and curl", needs: "php /usr/share/php8.2-curl/curl/curl.ini", server: "web",
+		run: `php -r '
+echo strlen(file_get_contents("https://$argv[1]:8444/bytes/100000", false, stream_context_create(["ssl" => ["cafile" => $argv[2]]]))), "\n";
+$c = curl_init("https://$argv[1]:8444/chunked/30000"); curl_setopt_array($c, [CURLOPT_CAINFO => $argv[2], CURLOPT_RETURNTRANSFER => true]);
+echo strlen(curl_exec($c)), " ", curl_getinfo($c, CURLINFO_HTTP_CODE), "\n";' "$to" "$ca"`,
+		says: "100000\n30000 200"},
+	{name: "Ruby net/http", needs: "ruby", server: "web",
+		run: `ruby -rnet/http -e '
+Net::HTTP.start(ARGV[0], 8444, use_ssl: true, ca_file: ARGV[1]) { |h| ["bytes/100000", "gzip/5000", "status/404"].each { |p| r = h.get("/" + p); puts r.code, r.body.size } }
+puts Net::HTTP.post(URI("http://#{ARGV[0]}:8081/digest"), "x" * 100000).body' "$to" "$ca"`,
+		says: "404"},
+	{name: "Perl LWP", needs: "/usr/share/perl5/LWP.pm /usr/share/perl5/LWP/Protocol/https.pm", server: "web",
+		run: `perl -MLWP::UserAgent -e '
+my $u = LWP::UserAgent->new(ssl_opts => {SSL_ca_file => $ARGV[1]});
+for my $p ("bytes/100000", "move", "status/404") { my $r = $u->get("https://$ARGV[0]:8444/$p"); print $r->code, " ", length $r->content, "\n" }' "$to" "$ca"`,
+		says: "200 100000\n200 100\n404"},
+	{name: "httpie", needs: "http", server: "web",
+		run: `http --ignore-stdin --verify "$ca" -b "https://$at:8444/"; http --ignore-stdin -b POST "http://$at:8081/digest" a=b`, says: "hello from peer"},
+	{name: "aria2, eight connections", needs: "aria2c", server: "web",
+		run: `aria2c -q -x 8 -s 8 -k 1M --ca-certificate="$ca" -o f "https://$at:8444/bytes/8000000"; sha256sum f; wc -c f`, says: "8000000 f"},
+	{name: "nghttp", needs: "nghttp", server: "web",
+		run: `nghttp --no-verify-peer -s "https://$at:8444/bytes/300000" "https://$at:8444/digest" | awk '$5 ~ /^[0-9]+$/ {print $5, $6, $7}'; nghttp "http://$at:8081/"`, says: "hello from peer", hide: `\+?[\d.]+[mu]s`},
+	{name: "gnutls-cli", needs: "gnutls-cli", server: "web",
+		run: `printf 'GET / HTTP/1.0\r\n\r\n' | gnutls-cli --logfile=/dev/null --x509cafile="$ca" -p 8444 "$to" | tail -n 1`, says: "hello from peer"},
+	{name: "grpcurl", needs: "grpcurl", server: "web",
+		run: `for how in "-plaintext $at:8082" "-cacert $ca $at:8445"; do grpcurl ${how% *} -d '{"service": "peer"}' "${how##* }" grpc.health.v1.Health/Check; grpcurl ${how% *} "${how##* }" list; done`, says: "SERVING"},
+
+	// packages
+	{name: "pip", needs: pip, server: "nginx packages",
+		run: pip + ` --isolated -q --disable-pip-version-check --no-cache-dir install --no-deps --retries 0 --timeout 5 --target lib --cert "$ca" --index-url "https://$at:8443/simple" demo; ls lib`, says: "demo.py"},
+	{name: "npm", needs: "npm", server: "nginx packages",
+		run: `export HOME=$PWD; npm install --silent --no-audit --no-fund --no-update-notifier --cafile="$ca" --registry="https://$at:8443/npm/" demo >/dev/null; cat node_modules/demo/index.js`, says: "42"},
+
+	// databases and messages
+	{name: "psql", needs: "psql /usr/lib/postgresql/15/bin/postgres", server: "postgres",
+		run: `for how in "sslmode=disable" "sslmode=verify-full sslrootcert=$ca"; do psql -AtX "host=$to user=tester dbname=postgres $how" -c 'select count(*), md5(string_agg(i::text, $$,$$)) from generate_series(1, 100000) i' -c 'copy (select generate_series(1, 100000)) to stdout' | sha256sum; done`, says: "  -"},
+	{name: "mysql", needs: "mysql mariadbd", server: "mariadb",
+		run: `for how in --skip-ssl "--ssl-ca=$ca --ssl-verify-server-cert"; do mysql --no-defaults -h "$to" -u tester -psecret $how -N -e 'select 6*7; select count(*) from (select 1 from information_schema.columns a, information_schema.columns b limit 100000) t'; done`, says: "42\n100000"},
+	{name: "redis-cli", needs: "redis-cli redis-server", server: "redis",
+		run: `for how in "-p 6379" "-p 6380 --tls --cacert $ca --sni $to"; do key=k$RANDOM; redis-cli -h "$to" $how set $key 1; for i in 1 2 3; do echo incr $key; done | redis-cli -h "$to" $how; head -c 100000 /dev/zero | redis-cli -h "$to" $how -x set z; redis-cli -h "$to" $how strlen z; done`, says: "100000"},
+	{name: "MongoDB's driver, the names of a cluster", needs: dist + "pymongo/__init__.py " + dist + "dns/__init__.py", server: "serve", to: "db.web.test",
+		run: py + ` -c '
+import pymongo.uri_parser, socket, sys
+seed = pymongo.uri_parser.parse_uri(f"mongodb+srv://{sys.argv[1]}/")
+print(seed["nodelist"], seed["options"])
+for host, port in seed["nodelist"]:
+    with socket.create_connection((host, port)) as s: s.sendall(b"hello"); print(s.recv(100))' "$to"`,
+		says: "four.web.test"},
+	{name: "mosquitto_pub and mosquitto_sub", needs: "mosquitto_pub mosquitto_sub mosquitto", server: "mosquitto",
+		run: `mosquitto_pub -h "$to" -t "t$$" -q 1 -r -m hello; mosquitto_sub -h "$to" -t "t$$" -C 1 -W 5`, says: "hello"},
+	{name: "ldapsearch, StartTLS", needs: "ldapsearch slapd", server: "slapd",
+		run: `LDAPTLS_CACERT="$ca" ldapsearch -x -ZZ -LLL -H "ldap://$at" -b dc=test; ldapsearch -x -LLL -H "ldap://$at" -b dc=test o`, says: "o: tests"},
+	{name: "swaks, STARTTLS", needs: "swaks " + dist + "aiosmtpd/__init__.py", server: "smtpd", to: "four.web.test",
+		run: `swaks --server "$to:2525" --ehlo client.test --tls --tls-verify --tls-ca-path "$ca" --from a@web.test --to b@web.test | grep '^<'`, says: "250 OK"},
+
+	// files
+	{name: "lftp", needs: "lftp vsftpd", server: "nginx vsftpd",
+		run: `lftp -e 'set net:max-retries 1; get numbers -o f; cls -1 index.html; exit' "$to"; tail -n 1 f`, says: "100000"},
+	{name: "curl and wget, FTP", needs: "curl wget vsftpd", server: "nginx vsftpd",
+		run: `curl -sS "ftp://$at/numbers" | sha256sum; curl -sS --disable-epsv -4 "ftp://$to/numbers" | sha256sum; wget -q -O - "ftp://$at/numbers" | tail -n 1`, says: "100000"},
+	{name: "tftp", needs: "tftp in.tftpd", server: "nginx tftpd",
+		run: `tftp -m binary "$to" -c get numbers; tail -n 1 numbers`, says: "100000"},
+
+	// names
+	{name: "getent, musl", needs: "musl-gcc", server: "musl", to: "web.test alias.web.test four.web.test six.web.test",
+		run: `"$dir/getent" "$to" | sort`, says: "10"},
+	{name: "getent, musl, a name that is none", needs: "musl-gcc", server: "musl", to: "no.web.test",
+		run: `"$dir/getent" "$to"`, status: 1, says: "Name does not resolve"},
+	// everything else
+	{name: "snmpget and snmpwalk", needs: "snmpget snmpwalk snmpd", server: "snmpd",
+		run: `export SNMP_PERSISTENT_DIR=$PWD; snmpget -v2c -c public -Oqv "$to" .1.3.6.1.2.1.1.5.0; snmpwalk -v2c -c public -On "$to" .1.3.6.1.2.1.1 | wc -l`, says: "far"},
+	{name: "ntpdate", needs: "ntpdate chronyd", server: "chronyd",
+		run: `ntpdate -q "$to"`, says: "no-leap", hide: `[-+:.\da-f]{4,}`},
+}

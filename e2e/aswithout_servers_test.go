@@ -22,6 +22,8 @@ var matrixZone = slicesOf(
 	named("several.web", noHost4, closed4, far4), // the first addresses lead nowhere
 	[]string{"alias.web.test. alias.web.test. 300 CNAME web.test.", "alias.web.test. web.test. 300 A " + far4, "alias.web.test. web.test. 300 AAAA " + far6},
 	[]string{"web.test. web.test. 300 MX 10 six.web.test.", `web.test. web.test. 300 TXT "v=spf1 -all"`},
+	[]string{"_mongodb._tcp.db.web.test. _mongodb._tcp.db.web.test. 300 SRV 0 0 7000 four.web.test.", "_mongodb._tcp.db.web.test. _mongodb._tcp.db.web.test. 300 SRV 0 0 7000 six.web.test.",
+		`db.web.test. db.web.test. 300 TXT "replicaSet=rs0&authSource=admin"`},
 	[]string{"_http._tcp.web.test. _http._tcp.web.test. 300 SRV 0 0 8081 four.web.test."},
 )
 
@@ -49,8 +51,8 @@ func (m *matrix) settings(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(m.dir, "settings")
 	ssh := strings.Join(m.ssh, " ")
-	text := fmt.Sprintf("peer=%q far4=%s far6=%s ca=%s/cert.pem repo=%[4]s/git/repo.git user=%s ssh=%q sftp=%q\n",
-		peerBin(), far4, far6, m.dir, sshUser(), ssh, strings.Replace(ssh, "ssh -F none -p", "sftp -F none -P", 1))
+	text := fmt.Sprintf("peer=%q dir=%s ca=%[2]s/cert.pem repo=%[2]s/git/repo.git user=%s ssh=%q sftp=%q\n",
+		peerBin(), m.dir, sshUser(), ssh, strings.Replace(ssh, "ssh -F none -p", "sftp -F none -P", 1))
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -64,40 +66,69 @@ func sshUser() string {
 	return "tester"
 }
 
+// servers are the rows' servers by name, and what is made for rows before. Those of large clients
+// are in aswithout_daemons_test.go.
 var servers = map[string]func(*testing.T, *matrix){
 	"serve": func(t *testing.T, m *matrix) { serve(t, m.w.far) },
-	"nginx": func(t *testing.T, m *matrix) {
-		pair := fmt.Sprintf("ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", m.dir)
-		nginxIn(t, m.w.far, m.dir, 8080, "listen 8443 ssl http2; listen [::]:8443 ssl http2; "+pair)
-		var numbers strings.Builder
-		for i := range 100000 {
-			fmt.Fprintln(&numbers, i+1)
-		}
-		if err := os.WriteFile(filepath.Join(m.dir, "www", "numbers"), []byte(numbers.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	},
-	"sshd": func(t *testing.T, m *matrix) { // with the repository of "web"
-		if privileged { // whose shell and its start-up files may be anything
-			users, err := os.ReadFile("/etc/passwd")
-			if err != nil {
-				t.Fatal(err)
-			}
-			m.w.far.file(t, "/etc/passwd", regexp.MustCompile(`(?m)^root:.*`).ReplaceAllString(string(users), "root:x:0:0:root:"+os.Getenv("HOME")+":/bin/sh"))
-		}
-		m.ssh = sshServer(t, m.w)
-	},
-	"web": func(t *testing.T, m *matrix) {
-		git := filepath.Join(m.dir, "git")
-		ok(t, m.w.far, 30*time.Second, "sh", "-ec", `
+	"web":   webServer, "nginx": nginxServer, "sshd": sshd, "rsyncd": rsyncd,
+
+	"packages": packages, "postgres": postgres, "mariadb": mariadb, "redis": redis, "slapd": slapd, "mosquitto": mosquitto,
+	"snmpd": snmpd, "chronyd": chronyd, "vsftpd": vsftpd, "tftpd": tftpd, "smtpd": smtpd, "musl": musl,
+}
+
+func webServer(t *testing.T, m *matrix) {
+	git := filepath.Join(m.dir, "git")
+	ok(t, m.w.far, 30*time.Second, "sh", "-ec", `
 mkdir "$0"; cd "$0"
 git init -q -b main work; cd work
 seq 200000 >data; git add data
 git -c user.name=t -c user.email=t@t.test commit -q -m one
 git clone -q --bare . ../repo.git; git -C ../repo.git config http.receivepack true`, git)
-		p := m.w.far.start(t, peerBin(), "web", "-cert", filepath.Join(m.dir, "cert.pem"), "-key", filepath.Join(m.dir, "key.pem"), "-git", git)
-		p.waitText(t, `"listening"`, 5*time.Second)
-		daemon := m.w.far.start(t, "git", "daemon", "--export-all", "--reuseaddr", "--base-path="+git, "--verbose")
-		daemon.waitStream(t, &daemon.err, 5*time.Second, "ready git daemon", func(s string) bool { return strings.Contains(s, "Ready to rumble") })
-	},
+	p := m.w.far.start(t, peerBin(), "web", "-cert", filepath.Join(m.dir, "cert.pem"), "-key", filepath.Join(m.dir, "key.pem"), "-git", git)
+	p.waitText(t, `"listening"`, 5*time.Second)
+	daemon := m.w.far.start(t, "git", "daemon", "--export-all", "--reuseaddr", "--base-path="+git, "--verbose")
+	daemon.waitStream(t, &daemon.err, 5*time.Second, "ready git daemon", func(s string) bool { return strings.Contains(s, "Ready to rumble") })
+}
+
+func nginxServer(t *testing.T, m *matrix) {
+	pair := fmt.Sprintf("ssl_certificate %s/cert.pem; ssl_certificate_key %[1]s/key.pem;", m.dir)
+	nginxIn(t, m.w.far, m.dir, 8080, "listen 8443 ssl http2; listen [::]:8443 ssl http2; "+pair)
+	var numbers strings.Builder
+	for i := range 100000 {
+		fmt.Fprintln(&numbers, i+1)
+	}
+	if err := os.WriteFile(filepath.Join(m.dir, "www", "numbers"), []byte(numbers.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sshd leads to the repository of webServer.
+func sshd(t *testing.T, m *matrix) {
+	if privileged { // whose shell and its start-up files may be anything
+		users, err := os.ReadFile("/etc/passwd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.w.far.file(t, "/etc/passwd", regexp.MustCompile(`(?m)^root:.*`).ReplaceAllString(string(users), "root:x:0:0:root:"+os.Getenv("HOME")+":/bin/sh"))
+	}
+	m.ssh = sshServer(t, m.w)
+}
+
+// rsyncd serves the files of nginxServer.
+func rsyncd(t *testing.T, m *matrix) {
+	m.daemon(t, 873, "rsync", "--daemon", "--no-detach", "--log-file=/dev/stderr", "--config="+write(t, "rsyncd.conf", "reverse lookup = no\n[www]\npath = "+filepath.Join(m.dir, "www")+"\nuse chroot = no\nread only = yes\n"))
+}
+
+// daemon starts a server in far and waits until it listens on a TCP port.
+func (m *matrix) daemon(t *testing.T, port int, argv ...string) {
+	t.Helper()
+	p := m.w.far.start(t, argv...)
+	listens := fmt.Sprintf(":%04X 00", port) // local port and the remote end of a listener
+	eventually(t, 20*time.Second, func() (bool, string) {
+		r := run(t, m.w.far, 5*time.Second, "cat", "/proc/net/tcp", "/proc/net/tcp6")
+		return strings.Contains(r.out, listens), fmt.Sprintf("%s does not listen on port %d\n%s", argv[0], port, p.result(""))
+	})
+	if t.Failed() {
+		t.FailNow()
+	}
 }

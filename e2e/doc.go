@@ -30,6 +30,6 @@
 // Settings by environment: SLUICE_BIN, SLUICE_CNI_BIN, SLUICE_CNI_FAULTS_BIN (with the
 // build tag faults) and PEER_BIN (the binaries; built if unset), CNI_PLUGINS (what
 // hack/cni-plugins.sh builds; without it the CNI tests are skipped),
-// SLUICE_CLIENTS=all (every client of aswithout_test.go, whatever it needs),
+// SLUICE_CLIENTS=REGEXP (clients of aswithout_test.go by name, whatever they need; .: all),
 // SLUICE_E2E_KEEP=1 (show all output of every command).
 package e2e

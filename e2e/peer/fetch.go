@@ -41,7 +41,7 @@ func fetch(args []string) error {
 	by := fs.String("by", "http1", "http1, http2 (in clear text with prior knowledge), http3, ws or grpc")
 	ca := fs.String("ca", "", "the file with the authorities to trust")
 	upload := fs.Int("upload", -1, "send so many bytes")
-	timeout := fs.Duration("timeout", 8*time.Second, "for the whole")
+	timeout := fs.Duration("timeout", 20*time.Second, "for the whole")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
