@@ -208,8 +208,8 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 	})
 }
 
-func TestCaptureIsReadByTshark(t *testing.T) {
-	area(t, "capture", "tshark")
+func TestCaptureIsReadByTsharkAndTcpdump(t *testing.T) {
+	area(t, "capture", "tshark", "tcpdump")
 	w := newPair(t)
 	serve(t, w.far)
 	for _, link := range []string{"tap", "tun"} {
@@ -238,6 +238,16 @@ func TestCaptureIsReadByTshark(t *testing.T) {
 				if strings.TrimSpace(r.out) == "" {
 					all := ok(t, w.far, 20*time.Second, "tshark", "-n", "-r", file)
 					t.Errorf("no packet of %s in the capture\n%s", row.what, all)
+				}
+			}
+			for _, row := range []struct{ filter, what string }{
+				{"tcp port 7001 and dst host " + far4, "TCP over IPv4"},
+				{"tcp port 7001 and dst host " + far6, "TCP over IPv6"},
+				{"dst host " + families[0].other, "a dropped packet over IPv4"},
+				{"dst host " + families[1].other, "a dropped packet over IPv6"},
+			} {
+				if r := ok(t, w.far, 20*time.Second, "tcpdump", "-n", "-r", file, row.filter); strings.TrimSpace(r.out) == "" {
+					t.Errorf("tcpdump reads no packet of %s\n%s", row.what, r)
 				}
 			}
 			r := ok(t, w.far, 20*time.Second, "tshark", "-n", "-r", file, "-Y", "_ws.malformed || tcp.checksum.status == 0", "-o", "tcp.check_checksum:FALSE")

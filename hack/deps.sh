@@ -43,6 +43,7 @@ socat=socat
 ssh=openssh-client
 sshd=openssh-server
 stty=coreutils
+tcpdump=tcpdump
 tracepath=iputils-tracepath
 traceroute=traceroute
 tshark=tshark

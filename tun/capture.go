@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -20,7 +21,9 @@ import (
 // (checksums left to offload look wrong there, as they do in any capture on the
 // sending host), and "NAME-drops" with the IP packets that somebody above the link
 // refused, each with the reason as its comment. Frames that the endpoint itself
-// refused carry their reason as a comment on the device's interface.
+// refused carry their reason as a comment on the device's interface. Both have the
+// device's link type, because tcpdump and other readers by libpcap take no file with
+// two: on a TAP, a refused packet has an Ethernet header to our address, from none.
 
 // ErrTooManyCaptures is returned when MaxCaptures are running.
 var ErrTooManyCaptures = errors.New("too many captures are running")
@@ -154,12 +157,28 @@ func (e *Endpoint) activeCaptures() []*Capture {
 // captures. pkt starts with the IP header; it is copied.
 func (e *Endpoint) NoteDrop(reason string, pkt []byte) {
 	e.noted.Add(1)
+	var room [ethernetHeaderLen]byte
+	head := e.dropHeader(&room, pkt)
 	for _, c := range e.activeCaptures() {
-		if r := c.reserve(dropInterface, inbound, len(pkt), reason); r != nil {
-			r.data = append(r.data, pkt[:min(len(pkt), c.snapLen)]...)
+		if r := c.reserve(dropInterface, inbound, len(head)+len(pkt), reason); r != nil {
+			r.data = append(append(r.data, head...), pkt...)
+			r.data = r.data[:min(len(r.data), c.snapLen)]
 			c.commit(r)
 		}
 	}
+}
+
+// dropHeader is the link header that a packet of NoteDrop's gets in a file.
+func (e *Endpoint) dropHeader(room *[ethernetHeaderLen]byte, pkt []byte) []byte {
+	if e.filter.kind != TAP {
+		return nil
+	}
+	proto := header.IPv4ProtocolNumber
+	if header.IPVersion(pkt) == header.IPv6Version {
+		proto = header.IPv6ProtocolNumber
+	}
+	header.Ethernet(room[:]).Encode(&header.EthernetFields{DstAddr: e.gateway, Type: proto})
+	return room[:]
 }
 
 // captureTx shows a packet that was written, or could not be.
@@ -268,7 +287,7 @@ func (c *Capture) writeFile() error {
 	if err := c.out.describe(linkType, c.snapLen, name, "the sandbox's link, seen from its gateway"); err != nil {
 		return err
 	}
-	if err := c.out.describe(linkTypeRaw, c.snapLen, name+"-drops", "packets refused above the link; the comment is the reason"); err != nil {
+	if err := c.out.describe(linkType, c.snapLen, name+"-drops", "packets refused above the link; the comment is the reason"); err != nil {
 		return err
 	}
 	for r := range c.records {
