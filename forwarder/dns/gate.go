@@ -209,7 +209,7 @@ func (r *Resolver) forwardGated(qy *query) answer {
 	}
 	r.record(Event{
 		From: qy.from, Stream: qy.stream, Name: qy.gated.name, Type: typeName(qy.q.qtype), Rule: rule,
-		Audited: qy.gated.verdict.Audited, Code: int(code), Reason: err.Error(),
+		Audited: qy.gated.verdict.Audited, Failed: rule == ruleUpstream, Code: int(code), Reason: err.Error(),
 	})
 	return answer{msg: r.fit(qy.failBecause(qy.asked, code, rule), qy), release: func() {}}
 }

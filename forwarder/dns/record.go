@@ -15,7 +15,8 @@ type Event struct {
 	Name      string        // in policy's normal form; quoted if it has none
 	Type      string        // A, AAAA, …
 	Code      int           // the response code that the client was told (RFC 1035)
-	Forwarded bool          // upstream's word was passed on; else Rule refused
+	Forwarded bool          // upstream's word was passed on; else Rule refused, unless it Failed
+	Failed    bool          // no upstream gave an answer
 	Rule      string        // what decided
 	Audited   bool          // Rule would have refused, but the policy is in audit mode
 	Reason    string        // why an answer was refused

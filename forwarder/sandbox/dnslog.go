@@ -62,6 +62,8 @@ func (l *flowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
 		r.L7.DNS.CNAMEs = append(r.L7.DNS.CNAMEs, n+".")
 	}
 	switch {
+	case e.Failed:
+		r.Verdict = api.VerdictError
 	case !e.Forwarded:
 		r.Verdict, r.DropReasonDesc = api.VerdictDropped, api.PolicyDenied
 	case e.Audited:

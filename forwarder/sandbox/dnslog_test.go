@@ -22,13 +22,14 @@ func TestQuestionsAreInTheFlowLog(t *testing.T) {
 	l.asked(dns.Event{From: netip.MustParseAddrPort("10.0.2.100:4000"), Name: "pypi.test", Type: "A", Rule: "egress[0] index", Forwarded: true,
 		Addrs: []netip.Addr{netip.MustParseAddr("198.51.100.1")}, Names: []string{"cdn.test"}, TTL: time.Minute})
 	l.asked(dns.Event{From: netip.MustParseAddrPort("[fd00::100]:4000"), Stream: true, Name: "evil.test", Type: "AAAA", Code: 3, Rule: "default"})
+	l.asked(dns.Event{From: netip.MustParseAddrPort("10.0.2.100:4000"), Name: "lost.test", Type: "A", Code: 2, Rule: "upstream", Failed: true, Reason: "i/o timeout"})
 	l.close()
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
-	if len(lines) != 2 {
+	if len(lines) != 3 {
 		t.Fatalf("%d records:\n%s", len(lines), &out)
 	}
-	var allowed, refused api.FlowRecord
-	for i, r := range []*api.FlowRecord{&allowed, &refused} {
+	var allowed, refused, failed api.FlowRecord
+	for i, r := range []*api.FlowRecord{&allowed, &refused, &failed} {
 		if err := json.Unmarshal([]byte(lines[i]), r); err != nil {
 			t.Fatal(err)
 		}
@@ -42,6 +43,9 @@ func TestQuestionsAreInTheFlowLog(t *testing.T) {
 	if !reflect.DeepEqual(refused.L7.DNS, want) || refused.Verdict != api.VerdictDropped || refused.DropReasonDesc != api.PolicyDenied || refused.Rule != "default" ||
 		refused.Source().String() != "[fd00::100]:4000" || refused.Destination().String() != "[fd00::3]:53" || refused.L4.TCP == nil {
 		t.Errorf("got %s", lines[1])
+	}
+	if failed.Verdict != api.VerdictError || failed.DropReasonDesc != "" || failed.Reason != "i/o timeout" || failed.L7.DNS.RCode != 2 {
+		t.Errorf("a question that no upstream answered: %s", lines[2])
 	}
 	if ended, _ := l.ended(); len(ended) != 0 {
 		t.Errorf("questions are among the flows: %v", ended)

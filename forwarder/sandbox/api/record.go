@@ -10,6 +10,7 @@ const (
 	VerdictUnknown   = "VERDICT_UNKNOWN" // of a live flow whose first bytes are to decide
 	VerdictForwarded = "FORWARDED"
 	VerdictDropped   = "DROPPED" // refused, in silence or not: see Rejected
+	VerdictError     = "ERROR"   // allowed, but failed: a DNS question without an answer
 	VerdictAudit     = "AUDIT"   // let through because the policy is in audit mode
 )
 
@@ -28,7 +29,7 @@ const (
 // meanings (api/v1/flow of Cilium); the others follow. Times are RFC 3339.
 type FlowRecord struct {
 	Time             time.Time `json:"time"`    // when it ended; of a live flow, when it was looked at
-	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, AUDIT; VERDICT_UNKNOWN
+	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, ERROR, AUDIT; VERDICT_UNKNOWN
 	DropReasonDesc   string    `json:"drop_reason_desc,omitempty"`
 	Type             string    `json:"Type"`              // L3_L4, L7
 	TrafficDirection string    `json:"traffic_direction"` // EGRESS, INGRESS
