@@ -23,7 +23,9 @@ import (
 // refused, each with the reason as its comment. Frames that the endpoint itself
 // refused carry their reason as a comment on the device's interface. Both have the
 // device's link type, because tcpdump and other readers by libpcap take no file with
-// two: on a TAP, a refused packet has an Ethernet header to our address, from none.
+// two: on a TAP, a refused packet has an Ethernet header to our address, from none. The
+// file of a TUN has the device's interface only, with the refused packets in it: libpcap
+// takes a second interface of bare IP packets for one of another type.
 
 // ErrTooManyCaptures is returned when MaxCaptures are running.
 var ErrTooManyCaptures = errors.New("too many captures are running")
@@ -287,19 +289,30 @@ func (c *Capture) writeFile() error {
 	if err := c.out.describe(linkType, c.snapLen, name, "the sandbox's link, seen from its gateway"); err != nil {
 		return err
 	}
-	if err := c.out.describe(linkType, c.snapLen, name+"-drops", "packets refused above the link; the comment is the reason"); err != nil {
-		return err
+	one := linkType == linkTypeRaw
+	if !one {
+		if err := c.out.describe(linkType, c.snapLen, name+"-drops", "packets refused above the link; the comment is the reason"); err != nil {
+			return err
+		}
 	}
 	for r := range c.records {
-		err := c.out.packet(r)
+		iface := r.iface
+		if one {
+			iface = frameInterface
+		}
+		err := c.out.packet(r, iface)
 		c.recycle(r)
 		if err != nil {
 			return err
 		}
 	}
 	now := time.Now()
+	offered, lost := [...]uint64{c.offered[frameInterface].Load(), c.offered[dropInterface].Load()}, [...]uint64{c.lost[frameInterface].Load(), c.lost[dropInterface].Load()}
+	if one {
+		return c.out.statistics(frameInterface, c.started, now, offered[0]+offered[1], lost[0]+lost[1])
+	}
 	for i := range numCaptureInterfaces {
-		if err := c.out.statistics(i, c.started, now, c.offered[i].Load(), c.lost[i].Load()); err != nil {
+		if err := c.out.statistics(i, c.started, now, offered[i], lost[i]); err != nil {
 			return err
 		}
 	}

@@ -130,9 +130,9 @@ func (p *pcapngWriter) describe(linkType uint16, snapLen int, name, description 
 	return p.flush()
 }
 
-func (p *pcapngWriter) packet(r *record) error {
+func (p *pcapngWriter) packet(r *record, iface captureInterface) error {
 	p.begin(blockPacket)
-	p.u32(uint32(r.iface))
+	p.u32(uint32(iface))
 	p.timestamp(r.when)
 	p.u32(uint32(len(r.data)))
 	p.u32(uint32(r.length))
