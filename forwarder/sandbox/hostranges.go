@@ -31,14 +31,20 @@ var errTooManyHost = fmt.Errorf("the host has more than %d addresses and local r
 var ownRoutes = []int{unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST}
 
 // hostRanges lists what the caller's network namespace takes for itself, but for loopback.
-func hostRanges() (list []netip.Prefix, err error) {
-	const tries = 5 // the kernel says when a list changed while it was read
-	for range tries {
-		if list, err = listHost(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+func hostRanges() ([]netip.Prefix, error) { return steady(listHost) }
+
+// steadyTries is how often the kernel's tables are read at most.
+const steadyTries = 64
+
+// steady reads the kernel's tables anew when they changed meanwhile (NLM_F_DUMP_INTR): what
+// was read may lack what is there.
+func steady[T any](read func() (T, error)) (v T, err error) {
+	for range steadyTries {
+		if v, err = read(); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
 			break
 		}
 	}
-	return list, err
+	return v, err
 }
 
 func listHost() ([]netip.Prefix, error) {

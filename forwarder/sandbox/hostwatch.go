@@ -19,6 +19,10 @@ import (
 // uplinkMTU is the MTU of a family's default route, the route's own or its device's;
 // without such a route the smallest of the devices that are up; 0 if there is none.
 func uplinkMTU(family int) (int, error) {
+	return steady(func() (int, error) { return readUplinkMTU(family) })
+}
+
+func readUplinkMTU(family int) (int, error) {
 	links, err := netlink.LinkList()
 	if err != nil {
 		return 0, fmt.Errorf("list the host's devices: %w", err)
