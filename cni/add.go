@@ -351,7 +351,8 @@ func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 		return nil, err
 	}
 	state.NoIPv6 = !state.has(netlink.FAMILY_V6)
-	return state, nil
+	state.Settings, err = readSettings(ad.uplink, ad.args.IfName)
+	return state, err
 }
 
 // serve makes the devices and rules of an attachment whose main interface is in the

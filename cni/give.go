@@ -132,7 +132,7 @@ func (g *giving) give() error {
 	if g.state == nil {
 		return nil // killed in between, and without a record: nobody knows what it had
 	}
-	if err := g.state.apply(h, link, true); err != nil {
+	if err := errors.Join(g.state.applySettings(g.pod, h, link), g.state.apply(h, link, true)); err != nil {
 		return fmt.Errorf("give the pod its interface back: %w", err)
 	}
 	return nil

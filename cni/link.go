@@ -28,6 +28,8 @@ type linkState struct {
 	Neighs   []neighState `json:"neighs,omitempty"`
 	Promisc  bool         `json:"promisc,omitempty"`
 	Allmulti bool         `json:"allmulti,omitempty"`
+	// Settings are those of net/ that somebody chose (settings.go).
+	Settings map[string]string `json:"settings,omitempty"`
 }
 
 type addrState struct {

@@ -59,6 +59,9 @@ func setUpDevice(pod ns.NetNS, h *netlink.Handle, cfg tun.Config, s *linkState) 
 			return err
 		}
 	}
+	if err := s.applySettings(pod, h, link); err != nil {
+		return err
+	}
 	routes, err := gatewayRoutes(h, s)
 	if err != nil {
 		return err

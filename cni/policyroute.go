@@ -162,6 +162,9 @@ func readMain(pod ns.NetNS, h *netlink.Handle, name string) (netlink.Link, *link
 	if s.Rules, err = readRules(h, s); err != nil {
 		return nil, nil, err
 	}
-	s.NoIPv6, err = ipv6Off(pod, name)
+	if s.NoIPv6, err = ipv6Off(pod, name); err != nil {
+		return nil, nil, err
+	}
+	s.Settings, err = readSettings(pod, name)
 	return link, s, err
 }

@@ -267,3 +267,34 @@ spec:
 		shut(t, true)
 	})
 }
+
+// TestCNITuning has the tuning plugin set what it may of the pod's interface.
+func TestCNITuning(t *testing.T) {
+	cniArea(t, "cni.tuning")
+	n := newNode(t)
+	plugin := map[string]any{
+		"type": "tuning", "promisc": true, "allmulti": true,
+		"sysctl": map[string]any{"net.ipv4.conf.eth0.arp_ignore": "1", "net.ipv4.neigh.eth0.gc_stale_time": "123", "net.ipv6.conf.eth0.hop_limit": "33"},
+	}
+	for _, row := range []struct {
+		name string
+		network
+	}{
+		{"without sluice", network{before: plugin, bare: true}},
+		{"before sluice", network{before: plugin}},
+		{"as delegate", network{before: plugin, alone: true}},
+		{"after sluice", network{after: plugin}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			row.version, row.main, row.subnets = "1.0.0", "ptp", dual
+			p := n.add(t, n.conflist(t, row.network))
+			ok(t, p, 5*time.Second, "cat", "/proc/sys/net/ipv4/conf/eth0/arp_ignore", "/proc/sys/net/ipv4/neigh/eth0/gc_stale_time", "/proc/sys/net/ipv6/conf/eth0/hop_limit").wantOut(t, "1\n123\n33")
+			ok(t, p, 5*time.Second, "ip", "-details", "link", "show", "eth0").wantOut(t, "promiscuity 1").wantOut(t, "ALLMULTI")
+			if err := p.del(); err != nil {
+				t.Errorf("DEL: %v", err)
+			}
+			p.close(t)
+			n.clean(t)
+		})
+	}
+}

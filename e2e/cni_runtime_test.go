@@ -110,7 +110,7 @@ func gatedPolicy(from ...string) map[string]any {
 	}
 	spec := map[string]any{"defaultAction": "drop", "egress": []any{map[string]any{
 		"name": "pods", "action": "allow", "to": out, "ports": []any{map[string]any{"protocol": "TCP", "port": portHTTP}},
-	}}}
+	}}, "ingress": []any{}}
 	if in != nil {
 		ports := []any{map[string]any{"protocol": "UDP", "port": portWhoami}}
 		for _, port := range []int{portHTTP, portEcho, portXfer} {

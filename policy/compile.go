@@ -121,7 +121,7 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 	}
 	var err error
 	if r.egress, r.domains, err = compileTable(p.Spec.Egress, env, false); err == nil {
-		r.ingress, _, err = compileTable(p.Spec.Ingress, env, true)
+		r.ingress, _, err = compileTable(p.ingressIn(env), env, true)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", p.Metadata.Name, err)
@@ -147,6 +147,17 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 		}
 	}
 	return r, nil
+}
+
+// notInPolicy names the rule that lets a pod's ingress be where its policy does not speak of it.
+const notInPolicy = "not-in-policy"
+
+// ingressIn returns the ingress rules that hold in an environment.
+func (p *Policy) ingressIn(env Environment) []Rule {
+	if env.OpenIngress && p.Spec.Ingress == nil && len(p.Spec.Egress) > 0 {
+		return []Rule{{Name: notInPolicy, Action: Allow}}
+	}
+	return p.Spec.Ingress
 }
 
 // ref is one rule at one range.

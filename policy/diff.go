@@ -55,8 +55,8 @@ func Diff(before, after *Policy, env Environment) ([]Change, error) {
 		d.sides[0] = side{rules: a, table: a.egress, list: before.Spec.Egress}
 		d.sides[1] = side{rules: b, table: b.egress, list: after.Spec.Egress}
 		if ingress {
-			d.sides[0].table, d.sides[0].list = a.ingress, before.Spec.Ingress
-			d.sides[1].table, d.sides[1].list = b.ingress, after.Spec.Ingress
+			d.sides[0].table, d.sides[0].list = a.ingress, before.ingressIn(env)
+			d.sides[1].table, d.sides[1].list = b.ingress, after.ingressIn(env)
 		} else {
 			out = append(out, d.domains()...)
 		}

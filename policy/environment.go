@@ -24,7 +24,10 @@ type Environment struct {
 	HostUnknown bool           `json:"hostUnknown,omitempty"`
 	// HostClients makes clients at the host's addresses entity world as well. In a pod they
 	// are not only the node itself: it forwards others' connections under its own address.
-	HostClients  bool `json:"hostClients,omitempty"`
+	HostClients bool `json:"hostClients,omitempty"`
+	// OpenIngress leaves ingress open under a policy that has egress rules and no key ingress:
+	// in a pod such a policy is not about what comes to it, probes included, as by Kubernetes' habit.
+	OpenIngress  bool `json:"openIngress,omitempty"`
 	HostLoopback bool `json:"hostLoopback,omitempty"` // the gateway address stands for the host's loopback
 
 	// Metadata are the operator's own metadata services, NAT64 the prefixes of the network's

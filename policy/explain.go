@@ -33,7 +33,7 @@ func Explain(p *Policy, env Environment, q Query) (*Explanation, error) {
 	x := &Explanation{Verdict: rules.Decide(q)}
 	list := p.Spec.Egress
 	if q.Ingress {
-		list = p.Spec.Ingress
+		list = p.ingressIn(env)
 	}
 	e := explainer{p: p, env: env, q: q}
 	for i := range list {

@@ -32,7 +32,7 @@ type Spec struct {
 	Mode          Mode   `json:"mode,omitempty"`
 	DefaultAction Action `json:"defaultAction"`
 	Egress        []Rule `json:"egress,omitempty"`
-	Ingress       []Rule `json:"ingress,omitempty"`
+	Ingress       []Rule `json:"ingress,omitzero"`
 	DNS           DNS    `json:"dns,omitzero"`
 	Limits        Limits `json:"limits,omitzero"`
 }

@@ -16,8 +16,9 @@ func (p *parser) action(n *yaml.Node, what string) Action {
 	return Action(max(0, p.word(n, what, actionNames)))
 }
 
+// rules returns a list that is not nil: one without rules says something else than none.
 func (p *parser) rules(n *yaml.Node, direction string) []Rule {
-	var out []Rule
+	out := []Rule{}
 	lines := make(map[string]int) // name → line
 	p.list(n, direction, "rules", true, func(i int, item *yaml.Node) {
 		what := fmt.Sprintf("%s[%d]", direction, i)

@@ -58,7 +58,7 @@ func Suggest(name string, flows []Observed) (*Suggestion, error) {
 	for _, ingress := range []bool{false, true} {
 		list := s.rules(ingress)
 		if ingress {
-			p.Spec.Ingress = list
+			p.Spec.Ingress = append([]Rule{}, list...) // never nil: in a pod that would leave ingress open
 		} else {
 			p.Spec.Egress = list
 		}

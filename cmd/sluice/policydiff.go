@@ -23,7 +23,7 @@ func policyCompareCommands() []*cli.Command {
 			Name: "diff", Usage: "say what a policy file opens and closes, compared with another", ArgsUsage: "BEFORE AFTER",
 			Description: "Compares decisions, not text: rules that are put in another order or worded otherwise make no\n" +
 				"difference if nothing is decided otherwise. The status is 0 if nothing is, and 1 if something is.",
-			Flags: []cli.Flag{outputFlag("text", "json")}, Action: policyDiff,
+			Flags: []cli.Flag{podFlag(), outputFlag("text", "json")}, Action: policyDiff,
 		},
 		{
 			Name: "suggest", Usage: "make a policy from a flow log: what passed passes again, and nothing else", ArgsUsage: "FLOWLOG",
@@ -51,7 +51,7 @@ func policyDiff(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	changes, err := policy.Diff(before, after, policy.Environment{})
+	changes, err := policy.Diff(before, after, environment(c))
 	if err != nil {
 		return err
 	}

@@ -24,6 +24,7 @@ func policyTrialCommands() []*cli.Command {
 		&cli.StringFlag{Name: "said", Usage: "the `NAME` that the first bytes say (SNI, Host); else the host's; empty for none"},
 		&cli.StringFlag{Name: "method", Usage: "the `METHOD` of the request, where requests are judged; else GET"},
 		&cli.StringFlag{Name: "path", Usage: "the `PATH` of the request; else /"},
+		podFlag(),
 		outputFlag("text", "json"),
 	}
 	return []*cli.Command{
@@ -39,6 +40,15 @@ func policyTrialCommands() []*cli.Command {
 			Flags:       flags, Action: func(c *cli.Context) error { return policyTrial(c, true) },
 		},
 	}
+}
+
+// podFlag has a policy file judged as a pod's.
+func podFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "pod", Usage: "judge as in a pod, where a policy with egress rules and without ingress leaves ingress open"}
+}
+
+func environment(c *cli.Context) policy.Environment {
+	return policy.Environment{OpenIngress: c.Bool("pod")}
 }
 
 // trialJSON is what test and explain print with -o json.
@@ -67,7 +77,7 @@ func policyTrial(c *cli.Context, explain bool) error {
 	if err != nil {
 		return fmt.Errorf("policy %s: %w", c.Command.Name, err)
 	}
-	r, err := t.Run(p, policy.Environment{})
+	r, err := t.Run(p, environment(c))
 	if err != nil {
 		return fmt.Errorf("policy %s: %w", c.Command.Name, err)
 	}

@@ -193,7 +193,7 @@ func (c *AttachmentConfig) upstreams() dns.Upstreams {
 // environment is where the rules apply, but for the host's addresses: the node's, in whose
 // network namespace the monitor is. Clients have them who came by way of the node.
 func (c *AttachmentConfig) environment() policy.Environment {
-	env := policy.Environment{Guest: c.guest(), HostClients: true, Metadata: c.Metadata, NAT64: c.NAT64}
+	env := policy.Environment{Guest: c.guest(), HostClients: true, OpenIngress: true, Metadata: c.Metadata, NAT64: c.NAT64}
 	for _, g := range c.Gateways {
 		if g.Is4() {
 			env.Gateway4 = g
