@@ -308,15 +308,15 @@ func (w *outsider) isServed(t *testing.T, _ bool) {
 	held := w.n.far.start(t, peerBin(), "hold", "-count", "1", at(w.pod, portEcho))
 	held.waitText(t, `"held","open":1`, 10*time.Second)
 	var client int
-	w.came(from, func(p packet) bool {
-		if p.proto == protoTCP && p.sport == portEcho {
-			client = p.dport
-		}
-		return false
+	eventually(t, 10*time.Second, func() (bool, string) {
+		w.came(from, func(p packet) bool {
+			if p.proto == protoTCP && p.sport == portEcho {
+				client = p.dport
+			}
+			return false
+		})
+		return client != 0, "the watch has not seen the pod's answer"
 	})
-	if client == 0 {
-		t.Fatal("the watch has not seen the pod's answer")
-	}
 	for i, when := range []string{"before a reload", "after it"} {
 		leaks := func(p packet) bool {
 			return isSecret(p) || p.proto == protoICMP || p.proto == protoICMPv6 && !p.neighbour
