@@ -29,7 +29,7 @@ var gate = map[string]any{"policy": map[string]any{
 	"spec": map[string]any{"defaultAction": "drop", "egress": []any{map[string]any{
 		"name": "who", "action": "allow", "to": []any{map[string]any{"entity": "world"}},
 		"ports": []any{map[string]any{"protocol": "TCP", "port": portWhoami}, map[string]any{"protocol": "TCP", "port": portEcho}},
-	}}},
+	}}, "ingress": []any{}},
 }}
 
 // throttled lets everything pass, but not so fast that nothing else can run.
