@@ -48,3 +48,11 @@ sys.exit(subprocess.run(sys.argv[3:], restore_signals=sys.argv[2] == "restore").
 		}
 	})
 }
+
+func TestCommandRunsThoughTheWorkingDirectoryWasDeleted(t *testing.T) {
+	area(t, "exit")
+	w := newPair(t)
+	dir := t.TempDir() + "/gone"
+	r := ok(t, w.host, 20*time.Second, "sh", "-c", `mkdir "$1"; cd "$1"; rmdir "$1"; shift; exec "$@"`, "sh", dir, sluiceBin(), "run", "--", "sh", "-c", "pwd; echo ran")
+	r.wantOut(t, "/\nran\n")
+}

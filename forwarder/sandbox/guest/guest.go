@@ -97,6 +97,10 @@ func Start(ctx context.Context, cfg Config) (*Guest, error) {
 	}
 	if cfg.Dir == "" {
 		dir, err := os.Getwd()
+		if errors.Is(err, unix.ENOENT) {
+			// It was deleted. To stay in it would leave a way, by "..", beneath what is covered.
+			dir, err = "/", nil
+		}
 		if err != nil {
 			return nil, fmt.Errorf("finding the working directory: %w", err)
 		}
