@@ -140,6 +140,7 @@ func FuzzTwinHTTP(f *testing.F) {
 	answers := []string{
 		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
 		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", "HTTP/1.1 101 Switching Protocols\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+		"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n",
 	}
 	const get, secret = "GET /open/1 HTTP/1.1\r\nHost: a.example\r\n\r\n", "GET /secret HTTP/1.1\r\nHost: b.example\r\n\r\n"
 	const post = "POST /open/2 HTTP/1.1\r\nHost: a.example\r\n"
@@ -149,9 +150,13 @@ func FuzzTwinHTTP(f *testing.F) {
 		"HEAD /open/%2e%2e/secret HTTP/1.0\r\nHost: a.example\r\nConnection: keep-alive\r\n\r\n", post + "X-HTTP-Method-Override: DELETE\r\n\r\n", post + "Transfer-Encoding: chunked\r\n\r\n0\r\nX_Original_URL: /secret\r\n\r\n",
 		post + "Expect: 100-continue\r\nContent-Length: 44\r\n\r\n" + secret, "OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n", "CONNECT a.example:1 HTTP/1.1\r\nHost: a.example:1\r\n\r\n" + secret,
 		get[:len(get)-2] + "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + secret,
+		get[:len(get)-2] + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + secret,
+		get[:len(get)-2] + "Upgrade: websocket\r\n\r\n" + secret,
 	} {
 		f.Add([]byte(client), []byte{}, []byte{0})
 		f.Add([]byte(client), []byte{0, 9}, []byte{4, 1, 2, 3, 5})
+		f.Add([]byte(client), []byte{}, []byte{6})
+		f.Add([]byte(client), []byte{}, []byte{7})
 	}
 	f.Fuzz(func(t *testing.T, client, cuts, chosen []byte) {
 		if len(client) > 4<<10 {
@@ -183,9 +188,12 @@ func FuzzTwinHTTP(f *testing.F) {
 				if !early {
 					_, _ = io.WriteString(c, answer)
 				}
-				if answer == answers[4] {
+				if strings.Contains(answer, " 101 ") {
 					// It believes in the switch, and whoever is behind it reads on.
-					wrong = readOn(r)
+					offered := strings.Contains(strings.ToLower(strings.Join(req.Header["Upgrade"], ",")), "websocket") && strings.Contains(strings.ToLower(strings.Join(req.Header["Connection"], ",")), "upgrade")
+					if answer != answers[6] || !offered {
+						wrong = readOn(r)
+					}
 					return
 				}
 			}

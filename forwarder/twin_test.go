@@ -203,7 +203,7 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	}
 
 	var said sniff.Seen
-	var buf [sniff.MaxFirst]byte
+	var buf firstRoom
 	for {
 		look := peekInto{to: buf[:]}
 		_, _ = ep.Read(&look, tcpip.ReadOptions{Peek: true})

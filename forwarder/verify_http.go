@@ -9,6 +9,7 @@ package forwarder
 // answer is expected.
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 
@@ -44,7 +45,7 @@ type requestGate struct {
 	head   int // bytes of a judged head that have not passed
 	body   sniff.Body
 	shut   bool // a refusal is on its way
-	tunnel bool // CONNECT was allowed and accepted
+	tunnel bool // CONNECT was allowed and accepted, or a protocol that was offered
 
 	mu      sync.Mutex
 	answers sniff.Responses
@@ -69,13 +70,16 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 		return n, 0, ""
 	}
 	r.mu.Lock()
-	idle, tunnel := r.answers.Idle(), r.answers.Tunnel()
+	idle, tunnel, lost := r.answers.Idle(), r.answers.Tunnel(), r.answers.Lost()
 	r.mu.Unlock()
-	if tunnel {
+	switch {
+	case tunnel:
 		r.tunnel = true
 		return g.bytes, 0, ""
-	}
-	if !idle {
+	case lost:
+		r.tell("") // it would wait for an answer that cannot be told from the one before
+		return 0, 0, ""
+	case !idle:
 		return 0, 0, ""
 	}
 	n, abort = r.judge(g)
@@ -85,7 +89,7 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 // judge looks at the next request.
 func (r *requestGate) judge(g *gather) (n int, abort string) {
 	fl := r.fl
-	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
@@ -95,7 +99,8 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	switch {
 	case err != nil:
 		fl.t.firstMalformed.Add(1)
-		return 0, "malformed_request"
+		r.tell(badRequest(err))
+		return 0, ""
 	case head == 0 && endpointState(fl.ep) != tcp.StateEstablished:
 		return 0, "malformed_request" // its end came before the head's
 	case head == 0:
@@ -105,20 +110,25 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
 	rules := fl.t.f.rules.Load()
 	v := fl.t.f.judge(rules, q)
-	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
-		r.shut = true
+	if !v.Allowed() || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
 		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-		fl.check.answer = forbidden(v, fl.t.f.rules.Load().Name())
-		fl.t.f.engine.put(&fl.check.telling)
+		r.tell(forbidden(v, fl.t.f.rules.Load().Name()))
 		return 0, ""
 	}
 	r.head, r.body = head, req.Body
 	r.mu.Lock()
-	r.answers.Expect(req.Method)
+	r.answers.Expect(&req)
 	r.seen = q.Seen
 	r.mu.Unlock()
 	return min(head, g.bytes), fl.stillInForce(rules, q)
+}
+
+// tell ends the connection by an answer of ours, or, if that is empty, by its end alone.
+func (r *requestGate) tell(answer string) {
+	r.shut = true
+	r.fl.check.answer = answer
+	r.fl.t.f.engine.put(&r.fl.check.telling)
 }
 
 // stillInForce refuses a request by rules that came while it was judged, when nobody who
@@ -169,7 +179,7 @@ func (r *requestGate) answered(p []byte) {
 	r.mu.Lock()
 	waited := !r.answers.Idle()
 	r.answers.Feed(p)
-	ended := waited && (r.answers.Idle() || r.answers.Tunnel())
+	ended := waited && (r.answers.Idle() || r.answers.Tunnel() || r.answers.Lost())
 	r.mu.Unlock()
 	if ended {
 		r.fl.t.f.engine.put(&r.fl.upTask)
@@ -186,13 +196,25 @@ func refusalText(v policy.Verdict, policyName string) string {
 	case v.Reason() == policy.ReasonOverride:
 		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: it has a field such as X-HTTP-Method-Override or X-Original-URL, by which a server may take it for another request.\n", policyName, rule)
 	case v.Allowed():
-		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that the connection cannot be upgraded.\n", policyName, rule)
+		return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q: requests are judged one by one, so that a stream cannot be upgraded.\n", policyName, rule)
 	}
 	return fmt.Sprintf("Refused by the sandbox's network policy %q, rule %q.\n", policyName, rule)
 }
 
 // forbidden is the answer to a refused request.
 func forbidden(v policy.Verdict, policyName string) string {
-	text := refusalText(v, policyName)
-	return fmt.Sprintf("HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(text), text)
+	return lastAnswer("403 Forbidden", refusalText(v, policyName))
+}
+
+// badRequest is the answer to a request whose head cannot be read.
+func badRequest(err error) string {
+	if errors.Is(err, sniff.ErrTooLong) {
+		return lastAnswer("431 Request Header Fields Too Large", fmt.Sprintf("The sandbox's network policy has the host of each request read, in a head of at most %d KiB.\n", sniff.MaxHead>>10))
+	}
+	return lastAnswer("400 Bad Request", "The sandbox's network policy has the host of each request read, and this one breaks the rules of HTTP/1 (RFC 9112), or can be read in more than one way.\n")
+}
+
+// lastAnswer is an answer behind which the connection ends.
+func lastAnswer(status, text string) string {
+	return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", status, len(text), text)
 }

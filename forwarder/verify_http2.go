@@ -160,7 +160,7 @@ func (s *streamGate) goesOn(fr sniff.Frame) bool {
 // bytes and those that follow it.
 func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort string) {
 	fl := s.fl
-	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	for want <= len(buf) {
 		queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)

@@ -50,7 +50,9 @@ type check struct {
 }
 
 // firstBytes is room for a look at a stream.
-var firstBytes = sync.Pool{New: func() any { return new([sniff.MaxFirst]byte) }}
+var firstBytes = sync.Pool{New: func() any { return new(firstRoom) }}
+
+type firstRoom [sniff.MaxHead]byte
 
 // verify begins to wait for the first bytes, now that the handshake is complete.
 func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
@@ -124,7 +126,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 		fl.awaitFirst()
 		return ""
 	}
-	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
@@ -146,7 +148,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	if err != nil {
 		fl.t.firstMalformed.Add(1)
 	}
-	return fl.decide(firstSeen(said, look.n, err), &said)
+	return fl.decide(firstSeen(said, look.n, err), &said, err)
 }
 
 // awaitFirst sees to it that there is room for the bytes that readFirst waits for.
@@ -164,8 +166,7 @@ func firstSeen(said sniff.Seen, n int, err error) policy.Seen {
 	case n == 0:
 		seen = policy.Seen{Kind: policy.SeenServerFirst}
 	case err != nil:
-		// It may have said a name, and another one besides. Where a request ends that
-		// breaks the rules nobody knows, so that nobody could read an answer to it.
+		// It may have said a name, and another one besides.
 		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
 			seen.Kind = policy.SeenOpaque
 		}
@@ -195,8 +196,9 @@ func (fl *tcpFlow) tell(what string) (abort string) {
 	return ""
 }
 
-// decide judges the flow with what it said, and opens or refuses it.
-func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
+// decide judges the flow with what it said, and opens or refuses it. unread is why it could
+// not be read.
+func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abort string) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
 	j, err := fl.hear(seen)
@@ -207,7 +209,7 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 		t.limited.Add(1)
 		return err.Error()
 	case !j.verdict.Allowed():
-		return fl.refuse(j.verdict, seen, said)
+		return fl.refuse(j.verdict, seen, said, unread)
 	}
 	fl.mu.Lock()
 	if fl.phase != phaseVerifying || fl.revoked.Load() {
@@ -228,16 +230,18 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen) (abort string) {
 
 // refuse ends the flow for policy's sake: with a reset, or, for a client that understands
 // it, with an answer that names the rule. It returns a reason to abort.
-func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen) (abort string) {
+func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, unread error) (abort string) {
 	t := fl.t
 	t.refusedFirst.Add(1)
 	orig := fl.lease.Orig()
 	t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
 	name := t.f.rules.Load().Name()
-	switch seen.Kind {
-	case policy.SeenHTTP:
+	switch {
+	case unread != nil && said.Kind == sniff.HTTP:
+		fl.check.answer = badRequest(unread)
+	case seen.Kind == policy.SeenHTTP:
 		fl.check.answer = forbidden(v, name)
-	case policy.SeenHTTP2:
+	case seen.Kind == policy.SeenHTTP2:
 		r := refusedStream{verdict: v, id: said.Stream, grpc: said.GRPC, head: said.Method == "HEAD"}
 		fl.check.answer = r.answer(name, fl.check.greeted)
 	default:

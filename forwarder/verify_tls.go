@@ -111,7 +111,7 @@ func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
 	if queued < h.need && !ended {
 		return 0, 0, ""
 	}
-	buf := firstBytes.Get().(*[sniff.MaxFirst]byte)
+	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {

@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"unicode/utf8"
 )
 
 // HTTPMatch matches requests of clear-text HTTP: one of the methods (none
@@ -14,7 +15,8 @@ import (
 //
 // Paths are compared as they were sent. What a server might resolve to another
 // path than the one that was compared – dot segments, encoded dots and slashes,
-// backslashes, also behind a path parameter or encoded twice – matches nothing.
+// backslashes, also behind a path parameter or encoded twice, bytes that are no UTF-8 –
+// matches nothing.
 type HTTPMatch struct {
 	Methods []string `json:"methods,omitempty"`
 	Path    string   `json:"path,omitempty"`
@@ -52,7 +54,7 @@ func ambiguousPath(path string) bool {
 	if path == "*" {
 		return false // OPTIONS *
 	}
-	if !strings.HasPrefix(path, "/") {
+	if !strings.HasPrefix(path, "/") || !utf8.ValidString(path) {
 		return true
 	}
 	for range 2 { // as sent, and as sent inside of an encoding

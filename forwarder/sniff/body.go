@@ -3,14 +3,17 @@ package sniff
 // Body finds the end of a message's body. It is a value: who passes on less than Scan
 // allowed goes on with a copy that was made before. The zero Body is empty.
 //
-// Chunked coding (RFC 9112, section 7.1) is read as strictly as heads are; chunk
-// extensions are refused, as nothing legitimate sends them and servers differ.
+// Chunked coding (RFC 9112, section 7.1) of a request is read as strictly as heads are; chunk
+// extensions are refused, as nothing legitimate sends them and servers differ. That of an
+// answer is read as clients do (lax): with extensions, padded sizes, and lines that end in LF alone.
 type Body struct {
 	state bodyState
+	lax   bool
 	left  int64                // of the content, the chunk, or the trailer
 	digit int                  // of the chunk's size
 	name  [maxTrailerName]byte // of the trailer's field, so far
 	named int                  // its length
+	trail int                  // of a chunk's line behind its size
 }
 
 type bodyState uint8
@@ -29,6 +32,7 @@ const (
 	chunkInTrail             // within its value
 	chunkTrailLF             // before the LF of such a line
 	chunkEndingLF            // before the LF of the empty line
+	chunkExtension           // behind a size, in a line that is not looked at further
 	bodyBad
 )
 
@@ -73,6 +77,9 @@ func (b *Body) Scan(p []byte) (n int, err error) {
 
 // step takes in one byte of the coding.
 func (b *Body) step(c byte) {
+	if b.lax && b.stepLax(c) {
+		return
+	}
 	next := bodyBad
 	switch b.state {
 	case chunkSize:
@@ -139,4 +146,39 @@ func (b *Body) step(c byte) {
 		}
 	}
 	b.state = next
+}
+
+// stepLax takes in a byte where an answer may break the coding's rules, and reports whether it
+// did.
+func (b *Body) stepLax(c byte) bool {
+	was := b.state
+	switch {
+	case was == chunkSize && c == '0' && b.left == 0 && b.digit > 0:
+		// A size may be padded with zeros in front,
+	case was == chunkSize && b.digit > 0 && (c == ';' || c == ' ' || c == '\t'):
+		b.state, b.trail = chunkExtension, maxTrailer // and with blanks behind.
+	case was == chunkExtension && c != '\n':
+		if b.trail--; b.trail < 0 {
+			b.state = bodyBad
+		}
+	case was == chunkExtension, was == chunkSize && b.digit > 0 && c == '\n':
+		b.state = chunkSizeLF
+		b.step(c)
+	case was == chunkDataCR && c == '\n':
+		b.state = chunkSize
+	case (was == chunkTrailer || was == chunkEndingLF) && c == '\n':
+		b.state = bodyDone
+	case was == chunkTrailer && c == '\r':
+		b.state = chunkEndingLF
+	case was == chunkTrailer, was == chunkInTrail && c != '\n':
+		b.state = chunkInTrail
+		if b.left--; b.left < 0 {
+			b.state = bodyBad
+		}
+	case was == chunkInTrail:
+		b.state = chunkTrailer
+	default:
+		return false
+	}
+	return true
 }

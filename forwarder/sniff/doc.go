@@ -6,7 +6,7 @@
 //	stream    ──ParseHead, Body, Responses──► where one HTTP/1 message ends and the next begins
 //	stream    ──Frames, FrameEnds──► the requests of an HTTP/2 connection, and its frames' ends
 //
-// The bytes come from somebody hostile. Every reader is bounded (MaxFirst), keeps no
+// The bytes come from somebody hostile. Every reader is bounded (MaxFirst, MaxHead), keeps no
 // reference to what it was given, refuses whatever two implementations might read
 // differently, and says of bytes that are no protocol of ours that they are Opaque.
 //
@@ -20,6 +20,9 @@ import "errors"
 // MaxFirst is how many bytes of a stream, or of a QUIC connection's handshake, are
 // read at most before something must be known of it.
 const MaxFirst = 16 << 10
+
+// MaxHead is how long the head of an HTTP/1 request may be.
+const MaxHead = 64 << 10
 
 // Kind is the protocol that the first bytes speak.
 type Kind uint8
@@ -55,7 +58,7 @@ type Seen struct {
 }
 
 var (
-	// ErrTooLong says that MaxFirst bytes were not enough.
+	// ErrTooLong says that MaxFirst bytes, or MaxHead, were not enough.
 	ErrTooLong = errors.New("the first message is too long")
 	// ErrMalformed says that the bytes break their protocol's rules, or could be
 	// read in more than one way.
@@ -69,16 +72,18 @@ func Stream(p []byte) (s Seen, need int, err error) {
 	if len(p) == 0 {
 		return Seen{}, 1, nil
 	}
+	most := MaxFirst
 	switch {
 	case p[0] == recordHandshake:
 		s, _, need, err = Hello(p)
 	case hasPrefix(p, preface):
 		s, need, err = firstStream(p)
 	default:
+		most = MaxHead
 		s, need, err = firstRequest(p)
 	}
 	if err == nil && need > 0 {
-		if need > MaxFirst {
+		if need > most {
 			return s, 0, ErrTooLong
 		}
 		return Seen{}, need, nil

@@ -135,10 +135,12 @@ func FuzzBody(f *testing.F) {
 func FuzzResponses(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), "GET")
 	f.Add([]byte("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), "POST")
+	f.Add([]byte("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n0002 ;x=\"y\"\nok\n0\nA: b\n\n"), "GET")
+	f.Add([]byte("HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\n\r\n"), "GET")
 	f.Fuzz(func(t *testing.T, p []byte, method string) {
 		var whole, slow Responses
-		whole.Expect(method)
-		slow.Expect(method)
+		whole.Expect(&Request{Method: method, Upgrade: ",websocket,"})
+		slow.Expect(&Request{Method: method, Upgrade: ",websocket,"})
 		whole.Feed(p)
 		for i := range p {
 			slow.Feed(p[i : i+1])

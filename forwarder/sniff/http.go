@@ -14,7 +14,7 @@ import (
 const (
 	preface      = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 	maxMethodLen = 32
-	maxFields    = 128
+	maxFields    = 1024
 )
 
 // Request is one HTTP/1 request head.
@@ -25,8 +25,10 @@ type Request struct {
 	Name string
 	// Path is the target's path as it was sent, without its query: "*" for an OPTIONS
 	// of the server, empty for CONNECT.
-	Path    string
-	Upgrade bool // it asks for another protocol on this connection
+	Path string
+	// Upgrade is the protocols that it offers to go on with on this connection, each between
+	// commas, in small letters (RFC 9110, section 7.8); empty: none.
+	Upgrade string
 	// Override reports that a field asks for another method, path or host.
 	Override bool
 	Body     Body // what follows the head
@@ -70,9 +72,9 @@ func mayBeRequest(p []byte) bool {
 }
 
 // ParseHead reads a request head at the front of p and returns its length; 0 if it does
-// not end in p. A head longer than MaxFirst is refused.
+// not end in p. A head longer than MaxHead is refused.
 func ParseHead(p []byte) (r Request, n int, err error) {
-	p = p[:min(len(p), MaxFirst)]
+	p = p[:min(len(p), MaxHead)]
 	line, n := nextLine(p)
 	if n <= 0 {
 		return r, 0, incomplete(p, n)
@@ -106,7 +108,7 @@ func incomplete(p []byte, line int) error {
 	switch {
 	case line < 0:
 		return ErrMalformed
-	case len(p) >= MaxFirst:
+	case len(p) >= MaxHead:
 		return ErrTooLong
 	}
 	return nil
@@ -153,21 +155,17 @@ func (r *Request) requestLine(line []byte) (target string, minor byte, ok bool) 
 	return "", 0, false
 }
 
-// isMethod tells whether s is a method in upper case: methods are case-sensitive, but not
-// to every server.
+// isMethod reports whether s is a method. Methods are case-sensitive, but not to every server:
+// CONNECT, which is read differently from all others, is one in capital letters only.
 func isMethod(s string) bool {
-	for _, c := range []byte(s) {
-		if !tokenByte(c) || 'a' <= c && c <= 'z' {
-			return false
-		}
-	}
-	return s != ""
+	return s != "" && isToken([]byte(s)) && (s == "CONNECT" || !strings.EqualFold(s, "CONNECT"))
 }
 
-// isTarget tells whether s has the bytes that a request's target may have.
+// isTarget reports whether s has the bytes that servers take in a request's target: those of a
+// URI, and what clients leave unencoded, UTF-8 among them.
 func isTarget(s string) bool {
 	for _, c := range []byte(s) {
-		if c <= ' ' || c >= 0x7f || c == '#' {
+		if c <= ' ' || c == 0x7f || c == '#' {
 			return false
 		}
 	}
@@ -179,7 +177,8 @@ type fields struct {
 	host, length, coding string
 	hosts, lengths       int
 	codings              int
-	upgrade, override    bool
+	offers               string // as in Request.Upgrade
+	upgrade, override    bool   // upgrade: an option of the connection
 }
 
 // add reads one field line. It reports whether it can be read in one way only.
@@ -201,7 +200,7 @@ func (f *fields) add(line []byte) bool {
 		f.codings++
 		f.coding = strings.ToLower(v)
 	case "upgrade":
-		f.upgrade = true
+		f.offers += protocols(v)
 	case "connection":
 		for _, option := range strings.Split(strings.ToLower(v), ",") {
 			f.upgrade = f.upgrade || strings.Trim(option, " \t") == "upgrade"
@@ -213,12 +212,25 @@ func (f *fields) add(line []byte) bool {
 	return strings.EqualFold(folded, string(name))
 }
 
+// protocols gives the members of an Upgrade field, each between commas.
+func protocols(value string) (list string) {
+	for _, p := range strings.Split(strings.ToLower(value), ",") {
+		if p = strings.Trim(p, " \t"); p != "" {
+			list += "," + p + ","
+		}
+	}
+	return list
+}
+
 // finish puts the pieces together.
 func (r *Request) finish(target string, minor byte, f *fields) bool {
 	if f.hosts > 1 || f.hosts == 0 && minor > 0 || f.lengths > 1 || f.codings > 1 {
 		return false
 	}
-	r.Upgrade, r.Override = f.upgrade, f.override
+	r.Override = f.override
+	if f.upgrade && minor > 0 {
+		r.Upgrade = f.offers
+	}
 	host, ok := hostOf(f.host)
 	if !ok && f.host != "" {
 		return false

@@ -1,16 +1,20 @@
 package sniff
 
-import "bytes"
+import (
+	"bytes"
+	"strings"
+)
 
 // Responses finds the end of each answer in what an HTTP/1 server sends, to know when
 // the client's next request may be judged. It holds no more than the start of a line.
 //
-// A server that cannot be understood is treated as one whose answer goes on until it
-// closes: the answer reaches the client, and no further request the server.
+// Answers are read as clients read them. A server that cannot be understood is treated as one
+// whose answer goes on until it closes: the answer reaches the client, and no further request
+// the server.
 type Responses struct {
-	waiting bool // an answer to a request is due or under way
-	head    bool // of it, the method was HEAD
-	connect bool // likewise, CONNECT
+	waiting bool   // an answer to a request is due or under way
+	method  string // of it
+	offers  string // likewise, as in Request.Upgrade
 
 	inBody bool
 	body   Body
@@ -21,25 +25,51 @@ type Responses struct {
 	status  int
 	length  int64 // -1: none
 	chunked bool
-	broken  bool
-	size    int // of the head
+	taken   string // the protocol that the server goes on with, in small letters
+	broken  bool   // the head cannot be understood
+	lost    bool   // nor can where the answer ends
+	size    int    // of the head
 }
 
 // maxAnswerHead is how long a head is read before it counts as not understood.
 const maxAnswerHead = 256 << 10
 
 // Expect notes that a request was passed on.
-func (r *Responses) Expect(method string) {
-	*r = Responses{waiting: true, head: method == "HEAD", connect: method == "CONNECT", length: -1}
+func (r *Responses) Expect(req *Request) { r.expect(req.Method, req.Upgrade) }
+
+func (r *Responses) expect(method, offers string) {
+	*r = Responses{waiting: true, method: method, offers: offers, length: -1}
 }
 
-// Idle tells that every request was answered.
+// Idle reports whether every request was answered.
 func (r *Responses) Idle() bool { return !r.waiting }
 
-// Tunnel tells that the connection is no longer HTTP: CONNECT was accepted. A 101 makes none,
-// as no request that asks for another protocol is passed on: whoever sends it is not understood.
+// Lost reports whether the answer under way cannot be understood: an answer to a further request
+// could not be told from it.
+func (r *Responses) Lost() bool { return r.lost && !r.Tunnel() }
+
+// Tunnel reports whether the connection is no longer HTTP: CONNECT was accepted, or a protocol
+// that the request offered. A server that goes on with any other is not understood, nor one that
+// goes on with a protocol in which other hosts than the judged one can be named.
 func (r *Responses) Tunnel() bool {
-	return r.waiting && r.inBody && r.connect && r.status/100 == 2
+	switch {
+	case !r.waiting || !r.inBody || r.broken:
+		return false
+	case r.status == 101:
+		return r.method != "CONNECT" && strings.Contains(r.offers, ","+r.taken+",") && !namesHosts(r.taken)
+	}
+	return r.method == "CONNECT" && r.status/100 == 2
+}
+
+// namesHosts reports whether a protocol has names of its own, by which a server may take what
+// follows for another host: HTTP again, in whatever version, or TLS.
+func namesHosts(protocol string) bool {
+	name, _, _ := strings.Cut(protocol, "/")
+	switch name {
+	case "", "h2c", "h2", "h3", "http", "https", "shttp", "tls", "ssl", "connect-udp", "connect-ip", "connect-tcp":
+		return true
+	}
+	return strings.Contains(protocol, ",")
 }
 
 // Feed takes in what the server sent.
@@ -49,7 +79,7 @@ func (r *Responses) Feed(p []byte) {
 			n, err := r.body.Scan(p)
 			p = p[n:]
 			if err != nil {
-				r.giveUp()
+				r.giveUp(true)
 				return
 			}
 			if r.body.Done() {
@@ -67,7 +97,7 @@ func (r *Responses) Feed(p []byte) {
 		}
 		r.n += len(part)
 		if r.size += len(part) + 1; r.size > maxAnswerHead {
-			r.giveUp()
+			r.giveUp(true)
 			return
 		}
 		if i < 0 {
@@ -78,7 +108,10 @@ func (r *Responses) Feed(p []byte) {
 	}
 }
 
-func (r *Responses) giveUp() { r.inBody, r.body = true, Body{state: bodyOpen} }
+// giveUp takes all that follows for the answer's content.
+func (r *Responses) giveUp(lost bool) {
+	r.inBody, r.body, r.lost = true, Body{state: bodyOpen}, lost
+}
 
 // endLine looks at a line of the head that is whole.
 func (r *Responses) endLine() {
@@ -101,12 +134,15 @@ func (r *Responses) endLine() {
 		value = bytes.Trim(value, " \t")
 		switch {
 		case bytes.EqualFold(name, []byte("content-length")):
-			n, ok := decimal(string(value))
+			n, ok := sameLength(string(value))
 			r.broken = r.broken || !ok || !whole || r.length >= 0 && r.length != n
 			r.length = n
 		case bytes.EqualFold(name, []byte("transfer-encoding")):
-			r.broken = r.broken || !whole || r.chunked || !bytes.EqualFold(value, []byte("chunked"))
-			r.chunked = true
+			r.broken = r.broken || !whole || r.chunked || !lastChunked(value) && !bytes.EqualFold(value, []byte("identity"))
+			r.chunked = r.chunked || lastChunked(value)
+		case bytes.EqualFold(name, []byte("upgrade")):
+			r.broken = r.broken || !whole && r.status == 101 || r.status == 101 && r.taken != ""
+			r.taken = strings.ToLower(string(value))
 		}
 	}
 }
@@ -114,22 +150,40 @@ func (r *Responses) endLine() {
 // endHead chooses the body (RFC 9112, section 6.3).
 func (r *Responses) endHead() {
 	switch {
-	case r.broken, r.status == 101, r.connect && r.status/100 == 2:
-		r.giveUp()
+	case r.broken, r.status == 101, r.method == "CONNECT" && r.status/100 == 2:
+		r.giveUp(true)
 	case r.status/100 == 1:
-		// Another head follows.
-		*r = Responses{waiting: true, head: r.head, connect: r.connect, length: -1}
-	case r.head || r.status == 204 || r.status == 304:
+		r.expect(r.method, r.offers) // another head follows
+	case r.method == "HEAD" || r.status == 204 || r.status == 304:
 		r.waiting = false
-	case r.chunked && r.length >= 0:
-		r.giveUp()
+	case strings.EqualFold(r.method, "HEAD"):
+		r.giveUp(true) // whether that is HEAD to the server, nobody knows
 	case r.chunked:
-		r.inBody, r.body = true, Body{state: chunkSize}
+		r.inBody, r.body = true, Body{state: chunkSize, lax: true}
 	case r.length == 0:
 		r.waiting = false
 	case r.length > 0:
 		r.inBody, r.body = true, Body{state: bodyFixed, left: r.length}
 	default:
-		r.giveUp()
+		r.giveUp(false)
 	}
+}
+
+// sameLength reads a length that may have been said more than once.
+func sameLength(value string) (n int64, ok bool) {
+	n = -1
+	for _, part := range strings.Split(value, ",") {
+		m, ok := decimal(strings.Trim(part, " \t"))
+		if !ok || n >= 0 && n != m {
+			return 0, false
+		}
+		n = m
+	}
+	return n, true
+}
+
+// lastChunked reports whether the last of the codings is chunked.
+func lastChunked(codings []byte) bool {
+	last := codings[bytes.LastIndexByte(codings, ',')+1:]
+	return bytes.EqualFold(bytes.Trim(last, " \t"), []byte("chunked"))
 }

@@ -123,7 +123,7 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 		{"binary bytes", []byte{0, 1, 2}, Seen{Kind: Opaque}, nil},
 		{"a request", []byte("GET /a?b=c HTTP/1.1\r\nHost: example.com:8080\r\n\r\n"), Seen{Kind: HTTP, Name: "example.com", Method: "GET", Path: "/a"}, nil},
 		{"a request without a name", []byte("GET / HTTP/1.0\r\n\r\n"), Seen{Kind: HTTP, Method: "GET", Path: "/"}, nil},
-		{"a head without end", append([]byte("GET / HTTP/1.1\r\nX: "), bytes.Repeat([]byte("x"), MaxFirst)...), Seen{Kind: HTTP, Method: "GET"}, ErrTooLong},
+		{"a head without end", append([]byte("GET / HTTP/1.1\r\nX: "), bytes.Repeat([]byte("x"), MaxHead)...), Seen{Kind: HTTP, Method: "GET"}, ErrTooLong},
 		{"a method without end", bytes.Repeat([]byte("A"), 100), Seen{Kind: Opaque}, nil},
 		{"prior knowledge", h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "example.com:80", ":path", "/x?y")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/x", Stream: 1}, nil},
 		{"with Host for the authority", h2(nil, headers(":method", "GET", ":scheme", "http", ":path", "/", "host", "example.com")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/", Stream: 1}, nil},
@@ -209,6 +209,9 @@ func TestRequestHeads(t *testing.T) {
 		{"of the server", "OPTIONS * HTTP/1.1" + ok, "OPTIONS", "a.example", "*"},
 		{"for a tunnel", "CONNECT b.example:443 HTTP/1.1" + ok, "CONNECT", "b.example", ""},
 		{"to an address", "GET / HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n", "GET", "2001:db8::1", "/"},
+		{"with a method in small letters", "propfind / HTTP/1.1" + ok, "propfind", "a.example", "/"},
+		{"with a target in UTF-8", "GET /caf\u00e9?\u00fc HTTP/1.1" + ok, "GET", "a.example", "/caf\u00e9"},
+		{"with as long a head as servers take", "GET / HTTP/1.1\r\nX: " + strings.Repeat("x", MaxHead-50) + ok, "GET", "a.example", "/"},
 		{"of HTTP/1.0", "GET / HTTP/1.0\r\n\r\n", "GET", "", "/"},
 	} {
 		r, n, err := ParseHead([]byte(row.head + "rest"))
@@ -236,7 +239,7 @@ func TestRequestHeads(t *testing.T) {
 		"a tab in the request line":         "GET\t/ HTTP/1.1" + ok,
 		"two blanks in it":                  "GET  / HTTP/1.1" + ok,
 		"a fragment":                        "GET /#x HTTP/1.1" + ok,
-		"a method in small letters":         "get / HTTP/1.1" + ok,
+		"a tunnel in small letters":         "connect / HTTP/1.1" + ok,
 		"version 2":                         "GET / HTTP/2.0" + ok,
 		"version 1.2":                       "GET / HTTP/1.2" + ok,
 		"length and coding":                 "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -324,6 +327,15 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 		{"with a long field", "GET", "HTTP/1.1 200 OK\r\nX: " + strings.Repeat("y", 5000) + "\r\nContent-Length: 2\r\n\r\nok", true},
 		{"with two lengths", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", false},
 		{"with bare LFs", "GET", "HTTP/1.1 200 OK\nContent-Length: 2\n\nok", true},
+		{"with the same length twice", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok", true},
+		{"with a list of the same length", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", true},
+		{"in chunks with extensions", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;a=b;c=\"d\"\r\nok\r\n0;e\r\n\r\n", true},
+		{"in chunks with padded sizes", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n00000000000000000002  \r\nok\r\n0   \r\n\r\n", true},
+		{"in chunks with bare LFs and a trailer", "GET", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\nX: y\n\n", true},
+		{"in chunks with a trailer of its own words", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nContent-Length 7\r\n\r\n", true},
+		{"in chunks of another coding", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", true},
+		{"in chunks and with a length", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", true},
+		{"to a method that may be HEAD", "head", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", false},
 		{"in another language", "GET", "ICY 200 OK\r\nContent-Length: 2\r\n\r\nok", false},
 		{"with another protocol that nobody asked for", "GET", "HTTP/1.1 101 Switching Protocols\r\n\r\n", false},
 		{"with a tunnel that nobody asked for", "GET", "HTTP/1.1 200 Connection established\r\n\r\n", false},
@@ -333,7 +345,7 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 	} {
 		for _, step := range []int{1, 5, 1 << 20} {
 			var r Responses
-			r.Expect(row.method)
+			r.Expect(&Request{Method: row.method})
 			for p := []byte(row.answer); len(p) > 0; p = p[min(step, len(p)):] {
 				r.Feed(p[:min(step, len(p))])
 			}
@@ -350,9 +362,42 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 	if r.Tunnel() || !r.Idle() {
 		t.Error("an answer to no request is taken for one")
 	}
-	r.Expect("CONNECT")
+	r.Expect(&Request{Method: "CONNECT"})
 	if r.Feed([]byte("HTTP/1.1 200 OK\r\n\r\n")); !r.Tunnel() {
 		t.Error("CONNECT that was accepted is no tunnel")
+	}
+}
+
+// TestOnlyAProtocolThatWasOfferedIsATunnel has servers go on with other protocols.
+func TestOnlyAProtocolThatWasOfferedIsATunnel(t *testing.T) {
+	for _, row := range []struct {
+		what, fields, taken string
+		tunnel              bool
+	}{
+		{"the one that was offered", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: WebSocket\r\n", true},
+		{"one of those that were", "Connection: keep-alive, upgrade\r\nUpgrade: chat/2, websocket\r\n", "Upgrade: websocket\r\n", true},
+		{"another", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: chat\r\n", false},
+		{"two", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket\r\nUpgrade: chat\r\n", false},
+		{"a list", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket, chat\r\n", false},
+		{"none", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "", false},
+		{"one that nobody offered", "", "Upgrade: websocket\r\n", false},
+		{"one that is no offer without its option", "Upgrade: websocket\r\n", "Upgrade: websocket\r\n", false},
+		{"HTTP/2, in which other hosts can be named", "Connection: Upgrade\r\nUpgrade: h2c\r\n", "Upgrade: h2c\r\n", false},
+		{"TLS, in which they can too", "Connection: Upgrade\r\nUpgrade: TLS/1.2\r\n", "Upgrade: TLS/1.2\r\n", false},
+	} {
+		req, _, err := ParseHead([]byte("GET / HTTP/1.1\r\nHost: a.example\r\n" + row.fields + "\r\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var r Responses
+		r.Expect(&req)
+		if r.Feed([]byte("HTTP/1.1 101 Switching Protocols\r\n" + row.taken + "\r\n")); r.Tunnel() != row.tunnel || r.Lost() == row.tunnel {
+			t.Errorf("%s: tunnel %v, lost %v", row.what, r.Tunnel(), r.Lost())
+		}
+		r.Expect(&req)
+		if r.Feed([]byte("HTTP/1.1 200 OK\r\n" + row.taken + "Content-Length: 0\r\n\r\n")); r.Tunnel() || !r.Idle() {
+			t.Errorf("%s: an answer that takes no offer up is not understood", row.what)
+		}
 	}
 }
 
