@@ -115,3 +115,37 @@ func TestUDPMappingAndFiltering(t *testing.T) {
 	p.closeInput()
 	p.wait(t, 5*time.Second)
 }
+
+// TestUDPToPort53IsJudgedByWhatItIs has what is no DNS at the port of DNS, as tunnels and
+// games have it where nothing else gets out.
+func TestUDPToPort53IsJudgedByWhatItIs(t *testing.T) {
+	area(t, "udp.port53", "dig")
+	w := newWorld(t)
+	serve(t, w.far, "-base", "44", far4)   // its source of datagrams is at port 53
+	serve(t, w.far, "-base", "48", other4) // and so is who says which port it sees
+	w.nameServer(t, "dns", far6)
+	sb := w.host.sandbox(t)
+	for _, in := range []place{w.host, sb} {
+		d, r := udp(t, in, "-text", "100", "-expect", "100", at(far4, 53))
+		if d.Received != 100 {
+			t.Errorf("%d of 100 answers came\n%s", d.Received, r)
+		}
+		p := in.start(t, peerBin(), "mapping", at(other4, 53), at(other4, 53), at(other4, 53))
+		out := p.waitText(t, `"seen"`, 10*time.Second)
+		var m struct{ Seen []string }
+		if err := json.Unmarshal([]byte(out), &m); err != nil {
+			t.Fatalf("%v\n%s", err, p.result("still running"))
+		}
+		if len(m.Seen) != 3 || m.Seen[0] != m.Seen[1] || m.Seen[0] != m.Seen[2] {
+			t.Errorf("one socket is seen from several ports: %q\n%s", m.Seen, p.result("still running"))
+		}
+		p.closeInput()
+		p.wait(t, 5*time.Second)
+	}
+	ok(t, sb, 10*time.Second, "dig", "@"+far6, "+short", "tag.test", "TXT").wantOut(t, "dns")
+	for _, f := range sb.flows(t) {
+		if strings.Contains(fmt.Sprint(f), far6) && strings.Contains(fmt.Sprint(f), "dport=53") {
+			t.Errorf("a flow of a question that was answered stays: %v", f)
+		}
+	}
+}

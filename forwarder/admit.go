@@ -129,6 +129,11 @@ type pass struct {
 
 	mu     sync.Mutex // serialises judging; no lock of the flow's is held when it is taken
 	answer atomic.Pointer[judged]
+
+	holdMu sync.Mutex // guards the rest; nothing but the grants' lock is taken under it
+	hold   policy.Hold
+	heldBy string // the name that hold is for; empty while the flow has not spoken
+	over   bool
 }
 
 // entry is how a flow stands in the table.
@@ -218,14 +223,44 @@ func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
 	// Rules that came meanwhile may have been applied to the table before the flow was there.
 	if now := a.rules.Load(); now != j.rules && !p.reconsider(lease, now) || p.revoked.Load() {
 		p.revoked.Store(true)
+		p.letGo()
 		lease.Release(reasonPolicy)
 		return errFlowEnded
 	}
+	p.keep(p.answer.Load())
 	return nil
+}
+
+// keep holds the grants that a flow goes by, or may go by once it has spoken.
+func (p *pass) keep(j *judged) {
+	name := j.verdict.Name()
+	if p.a.granted == nil || j.local || j.query.Ingress || name == "" && !j.waits() {
+		return
+	}
+	p.holdMu.Lock()
+	defer p.holdMu.Unlock()
+	if p.over || name != "" && name == p.heldBy {
+		return
+	}
+	now := p.a.now()
+	next := p.a.granted.Hold(j.query.Dst.Addr(), name, now)
+	p.hold.End(p.heldBy, now)
+	p.hold, p.heldBy = next, name
+}
+
+// letGo ends what keep began, for good. It may be called again.
+func (p *pass) letGo() {
+	p.holdMu.Lock()
+	defer p.holdMu.Unlock()
+	if !p.over {
+		p.over = true
+		p.hold.End(p.heldBy, p.a.now())
+	}
 }
 
 // expire is called by the flow table when it ended the flow.
 func (p *pass) expire(reason string) {
+	p.letGo()
 	if !p.life.CompareAndSwap(passEntering, passOver) {
 		p.flow.expire(reason)
 	}
@@ -234,6 +269,7 @@ func (p *pass) expire(reason string) {
 // release gives the lease back, if enter came that far.
 func (p *pass) release(reason string) {
 	if p.lease != nil {
+		p.letGo()
 		p.lease.Release(reason)
 	}
 }
@@ -286,6 +322,7 @@ func (p *pass) also(j judged) bool {
 	p.answer.Store(&j)
 	p.describe(p.lease, &j)
 	p.mu.Unlock()
+	p.keep(&j)
 	if now := p.a.rules.Load(); now != j.rules && !p.reconsider(p.lease, now) {
 		p.revoked.Store(true)
 	}
@@ -330,6 +367,7 @@ func (p *pass) listen(seen policy.Seen) (judged, error) {
 	p.shape.Store(shape)
 	j.query.Held = j.verdict.Name()
 	p.answer.Store(&j)
+	p.keep(&j)
 	return j, nil
 }
 

@@ -147,7 +147,7 @@ type dgramFlow struct {
 	local   netip.Addr     // of a published flow: the host's address that the client writes to, if known
 	sent    atomic.Uint64  // header fields of the last packet, see noteSent
 	queries atomic.Int32   // of a short flow: sent and not answered
-	short   bool           // done when every query was answered
+	short   atomic.Bool    // done when every query was answered (query.go)
 	replied atomic.Bool    // the reply tuple is known
 	unasked atomic.Bool    // begun by the peer, and the sandbox has sent nothing; cleared with d.mu and sock.mu held
 	ended   bool           // guarded by d.mu

@@ -46,11 +46,9 @@ func queryOf(tuple nat.Tuple) policy.Query {
 	return q
 }
 
-// admit charges the flow table for a flow and makes it findable.
-func (o *outside) admit(fl *inboundFlow, j judged) error {
-	err := o.f.enter(&fl.pass, fl, j, entry{
-		orig: fl.tuple, forwarded: true, short: fl.tuple.Proto() == protoUDP && fl.tuple.Dst().Port() == dnsPort,
-	})
+// admit charges the flow table for a flow and makes it findable. short: it asks a DNS server.
+func (o *outside) admit(fl *inboundFlow, j judged, short bool) error {
+	err := o.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, forwarded: true, short: short})
 	if err != nil {
 		return err
 	}
@@ -98,7 +96,7 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		return nil, o.n.rests
 	}
 	fl := o.newFlow(tuple)
-	if o.admit(fl, j) != nil {
+	if o.admit(fl, j, p.asks(pkt)) != nil {
 		return nil, o.n.flow
 	}
 	o.n.began.Add(1)

@@ -181,7 +181,7 @@ func (o *outside) restoreFlow(was remembered) {
 	if was.state == nat.SynSent {
 		fl.tcp.state = nat.None // who sent it may send it again, or may be further by now
 	}
-	if o.admit(fl, j) != nil {
+	if o.admit(fl, j, false) != nil {
 		return
 	}
 	if t.Proto() == protoTCP {

@@ -182,13 +182,14 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 	clock := newTestClock()
 	table := nat.NewTable(nat.Config{Now: clock.now})
 	w := newPodWire(t, allowAll, func(c *Config) { c.Table, c.Now = table, clock.now })
-	arrives(t, w.out, w.wire, udpPacket(at(client4, 1), at(guest4, 53), nil)) // a question to a resolver
+	arrives(t, w.out, w.wire, udpPacket(at(client4, 1), at(guest4, 53), dnsQuery(t, "a.test.")))
+	arrives(t, w.out, w.wire, udpPacket(at(client4, 2), at(guest4, 53), pattern(148))) // no question
 	arrives(t, w.out, w.wire, udpPacket(at(client4, 1), at(guest4, 99), nil))
 	w.connect(at(client4, 1), at(guest4, 80))
 	for _, step := range []struct {
 		after time.Duration
 		left  int
-	}{{11 * time.Second, 2}, {20 * time.Second, 1}, {100 * time.Hour, 1}, {432000 * time.Second, 0}} {
+	}{{11 * time.Second, 3}, {108 * time.Second, 3}, {2 * time.Second, 1}, {100 * time.Hour, 1}, {432000 * time.Second, 0}} {
 		clock.advance(step.after)
 		table.Expire(clock.now())
 		w.wantFlows(step.left)

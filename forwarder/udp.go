@@ -109,7 +109,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	}
 	j := u.f.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
 	if j.local {
-		fl.short = true
+		fl.short.Store(true)
 		if !u.enterLocal(fl, j) {
 			u.n.flow.drop(u.f, pkt)
 			return nil
@@ -133,11 +133,12 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 		u.refuse(j, icmpPortUnreachable, pkt)
 		return nil
 	}
-	fl.target, fl.short = j.verdict.Target(), peer.Port() == dnsPort
+	fl.target = j.verdict.Target()
+	fl.short.Store(peer.Port() == dnsPort && asks(pkt))
 	if fl.quic != nil {
 		fl.quic.attach(fl)
 	}
-	if u.f.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short}) != nil {
+	if u.f.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short.Load()}) != nil {
 		fl.rest()
 		u.n.flow.drop(u.f, pkt)
 		return nil
@@ -197,7 +198,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 
 // enterLocal makes fl a flow that ends here.
 func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
-	if d.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short}) != nil {
+	if d.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short.Load()}) != nil {
 		return false
 	}
 	d.mu.Lock()

@@ -64,8 +64,12 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 		return
 	}
 	fl.lease.Account(fl.outDir(), int64(packets), int64(bytes))
-	if fl.short {
-		fl.queries.Add(int32(packets))
+	if fl.short.Load() {
+		if asks(pkt) {
+			fl.queries.Add(int32(packets))
+		} else {
+			fl.outlasts()
+		}
 	}
 	meta := a.meta
 	if fl.peer.Addr() == fl.target.Addr() && meta.ttl > 1 {

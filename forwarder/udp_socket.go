@@ -310,7 +310,12 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	}
 	fl.lease.Account(fl.inDir(), int64(packets), int64(bytes))
 	s.d.f.dgram.emit.udpSegments(fl.peer, fl.guest, fl.arrivingMeta(c), data, c.gro)
-	if fl.short && fl.queries.Add(-int32(packets)) <= 0 {
+	if !fl.short.Load() {
+		return
+	}
+	if !isAnswer(data) {
+		fl.outlasts()
+	} else if fl.queries.Add(-int32(packets)) <= 0 {
 		fl.end("answered")
 	}
 }

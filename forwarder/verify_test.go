@@ -441,3 +441,46 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 		}
 	}
 }
+
+// A client that is connected goes on using the address that it knows: for more connections,
+// and for one more when the last is lost.
+func TestAnAddressIsGrantedWhileAFlowByItIsOpen(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	var clock runningClock
+	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
+	s := serve(t, addrA.String()+":0", echo)
+	speak := func(name string) (*gonet.TCPConn, error) {
+		c, err := g.dial(s.at)
+		if err == nil {
+			_, err = sendAndRead(c, clientHello(t, name), 1<<20)
+		}
+		return c, err
+	}
+	first, err := speak("a.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	clock.advance(2 * time.Hour) // for an hour it was granted
+	if _, err := speak("www.a.example"); err == nil {
+		t.Error("a name by which no flow is open is still granted")
+	}
+	second, err := speak("a.example")
+	if err != nil {
+		t.Fatalf("a second flow, while one is open: %v", err)
+	}
+	first.Close()
+	second.Close()
+	eventually(t, "the flows end", func() bool { return g.table.Len() == 0 })
+	third, err := speak("a.example")
+	if err != nil {
+		t.Fatalf("right after the flows: %v", err)
+	}
+	third.Close()
+	eventually(t, "the flow ends", func() bool { return g.table.Len() == 0 })
+	clock.advance(policy.DefaultTTLFloor)
+	if _, err := speak("a.example"); err == nil {
+		t.Error("long after the last flow the name is still granted")
+	}
+}

@@ -27,6 +27,8 @@ type Lease struct {
 	count  [2]counter             // by Dir
 	budget atomic.Pointer[Budget] // may hold nil; written under Table.mu
 
+	short atomic.Bool // Spec.Short, until Outlast
+
 	mu     sync.Mutex // taken before Table.mu
 	reply  Tuple
 	reason string // why it ended
@@ -133,7 +135,7 @@ func (t *Table) charge(bytes int64) {
 // observe applies the rules by which a packet changes a flow's status.
 func (l *Lease) observe(s status, d Dir, now int64) {
 	proto := l.spec.Orig.proto
-	stream := proto == protoUDP && !l.spec.Short && s&seenReply != 0 && now-l.began > streamAfter
+	stream := proto == protoUDP && !l.short.Load() && s&seenReply != 0 && now-l.began > streamAfter
 	if !stream && (d != Reply || s&seenReply != 0) {
 		return
 	}
@@ -146,12 +148,18 @@ func (l *Lease) observe(s status, d Dir, now int64) {
 			if proto != protoTCP {
 				s = s.withState(Replied)
 			}
-			if proto != protoUDP || l.spec.Short {
+			if proto != protoUDP || l.short.Load() {
 				s |= settled
 			}
 		}
 		return s
 	})
+}
+
+// Outlast ends what Spec.Short says: the flow is of more than one question and one answer.
+func (l *Lease) Outlast() {
+	l.short.Store(false)
+	l.transition(func(s status) status { return s &^ settled })
 }
 
 // SetState moves a TCP flow. SYN_RECV and what follows it mean that the far side
@@ -208,7 +216,7 @@ func (l *Lease) deadline() int64 { return l.ends(l.State(), l.seen.Load(), l.sen
 // the last one in the direction of Orig did.
 func (l *Lease) ends(s State, seen, sent int64) int64 {
 	timeouts := l.table.timeouts.Load()
-	end := seen + int64(timeouts.of(l.spec.Orig.proto, s, l.spec.Short))
+	end := seen + int64(timeouts.of(l.spec.Orig.proto, s, l.short.Load()))
 	if l.spec.Orig.proto == protoUDP && !l.spec.Ingress {
 		end = min(end, max(l.began, sent)+int64(timeouts.UDPInbound))
 	}

@@ -69,7 +69,7 @@ func TestSetSysctlRefuses(t *testing.T) {
 }
 
 // differ are the defaults that Timeouts' comments set apart from the kernel's.
-var differ = []string{"nf_conntrack_tcp_timeout_time_wait", "nf_conntrack_tcp_timeout_close_wait"}
+var differ = []string{"nf_conntrack_tcp_timeout_time_wait", "nf_conntrack_tcp_timeout_close_wait", "nf_conntrack_udp_timeout"}
 
 // TestDefaultsAreTheKernels compares with the running kernel where it has conntrack.
 func TestDefaultsAreTheKernels(t *testing.T) {

@@ -38,7 +38,7 @@ type Spec struct {
 	// from outside could fill the table.
 	Forwarded bool
 	Budget    *Budget // beside the table's limits; may be nil
-	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED
+	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED, until Lease.Outlast
 
 	// Pending is asked before the table ends the flow for its silence: the owner accounts for
 	// what moved and was not accounted for yet, and reports whether it holds bytes that one
@@ -129,6 +129,7 @@ func (t *Table) clock() int64 {
 func (t *Table) Acquire(s Spec) (*Lease, error) {
 	now := t.clock()
 	l := &Lease{table: t, spec: s, reply: s.Orig.Reverse(), began: now}
+	l.short.Store(s.Short)
 	l.seen.Store(now)
 	l.status.Store(uint32(initialStatus(s.Orig.proto)))
 	for range maxEvictions {

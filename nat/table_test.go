@@ -148,8 +148,8 @@ func TestTimeouts(t *testing.T) {
 		{"one that waits for the last ACK", 6, false, tcp(LastAck), 30 * time.Second},
 		{"TIME_WAIT, as long as the stack's own", 6, false, tcp(TimeWait), time.Second},
 		{"one that was reset", 6, false, tcp(Close), 10 * time.Second},
-		{"a datagram without an answer", 17, false, nil, 30 * time.Second},
-		{"a question and its answer", 17, false, func(l *Lease, _ *fakeClock) { l.Account(Reply, 1, 1) }, 30 * time.Second},
+		{"a datagram without an answer, by RFC 4787 REQ-5", 17, false, nil, 120 * time.Second},
+		{"a question and its answer", 17, false, func(l *Lease, _ *fakeClock) { l.Account(Reply, 1, 1) }, 120 * time.Second},
 		{"a stream", 17, false, func(l *Lease, c *fakeClock) {
 			l.Account(Reply, 1, 1)
 			c.advance(2*time.Second + 1)
@@ -162,6 +162,12 @@ func TestTimeouts(t *testing.T) {
 			c.advance(9 * time.Second)
 			l.Account(Reply, 1, 1)
 		}, 10 * time.Second},
+		{"one that turned out to be no DNS", 17, true, func(l *Lease, c *fakeClock) {
+			l.Account(Reply, 1, 1)
+			c.advance(9 * time.Second)
+			l.Outlast()
+			l.Account(Original, 1, 1)
+		}, 120 * time.Second},
 		{"a ping", 1, false, func(l *Lease, _ *fakeClock) { l.Account(Reply, 1, 1) }, 30 * time.Second},
 		{"a ping of IPv6", 58, false, nil, 30 * time.Second},
 		{"another protocol", 47, false, nil, 600 * time.Second},
@@ -442,8 +448,8 @@ func TestRun(t *testing.T) {
 		after := func() time.Duration { return endedAt.Load().Sub(began) }
 
 		acquire(t, table, Spec{Orig: numbered(17, 1), Expire: expire})
-		time.Sleep(31 * time.Second)
-		if ended := after(); ended < 30*time.Second || ended > 30*time.Second+1<<grainBits {
+		time.Sleep(121 * time.Second)
+		if ended := after(); ended < 120*time.Second || ended > 120*time.Second+1<<grainBits {
 			t.Errorf("an unanswered datagram's flow ended after %v", ended)
 		}
 
@@ -469,11 +475,11 @@ func TestRun(t *testing.T) {
 		}
 		began = time.Now()
 		l.Account(Original, 1, 100)
-		if left := l.Snapshot().TimeoutLeft; left != 30*time.Second {
+		if left := l.Snapshot().TimeoutLeft; left != 120*time.Second {
 			t.Errorf("a flow has %v left at its last packet", left)
 		}
-		time.Sleep(31 * time.Second)
-		if ended := after(); ended < 30*time.Second || ended > 30*time.Second+clockTick+1<<grainBits {
+		time.Sleep(121 * time.Second)
+		if ended := after(); ended < 120*time.Second || ended > 120*time.Second+clockTick+1<<grainBits {
 			t.Errorf("a flow ended %v after its last packet", ended)
 		}
 		if table.cached.Load() != 0 {

@@ -4,7 +4,8 @@ import "time"
 
 // Timeouts are how long a flow may be silent in each state before the table ends
 // it. One whose bytes wait for a reader is not silent (Spec.Pending). A zero field
-// means the default. Names and defaults are nf_conntrack's, but for three.
+// means the default. Names and defaults are nf_conntrack's, except
+// where a field says why not.
 type Timeouts struct {
 	TCPSynSent     time.Duration // nf_conntrack_tcp_timeout_syn_sent, 120 s
 	TCPSynRecv     time.Duration // nf_conntrack_tcp_timeout_syn_recv, 60 s
@@ -28,8 +29,14 @@ type Timeouts struct {
 	// whose packets pass (Spec.Forwarded) both ends are acknowledged by then.
 	TCPTimeWait time.Duration
 
-	UDP       time.Duration // nf_conntrack_udp_timeout, 30 s
-	UDPStream time.Duration // nf_conntrack_udp_timeout_stream, 120 s (RFC 4787 REQ-5 asks for 2 min or more)
+	// UDP is nf_conntrack_udp_timeout: 120 s, not the kernel's 30. With its last flow a
+	// sandbox endpoint loses its host socket, and so its port outside, which RFC 4787 REQ-5
+	// wants kept for two minutes: a client that waits for a late answer, or told others the
+	// address that a server saw it at, knows nothing of streams. Flows that were never
+	// answered give way to new ones when the table is full.
+	UDP time.Duration
+
+	UDPStream time.Duration // nf_conntrack_udp_timeout_stream, 120 s
 
 	// UDPShort is nf_conntrack_udp_timeout_dns, 10 s, which the kernel does not
 	// have: for flows of one question and one answer (Spec.Short). RFC 4787 REQ-5
@@ -53,7 +60,7 @@ func DefaultTimeouts() Timeouts {
 		TCPSynSent: 120 * time.Second, TCPSynRecv: 60 * time.Second, TCPEstablished: 432000 * time.Second,
 		TCPFinWait: 120 * time.Second, TCPCloseWait: 7440 * time.Second, TCPLastAck: 30 * time.Second,
 		TCPTimeWait: 1 * time.Second, TCPClose: 10 * time.Second,
-		UDP: 30 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second, UDPInbound: 300 * time.Second,
+		UDP: 120 * time.Second, UDPStream: 120 * time.Second, UDPShort: 10 * time.Second, UDPInbound: 300 * time.Second,
 		ICMP: 30 * time.Second, ICMPv6: 30 * time.Second, Generic: 600 * time.Second,
 	}
 }

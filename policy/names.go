@@ -30,11 +30,15 @@ type Names struct {
 	evicted     uint64
 }
 
-// Bounds on what a sandbox can make us remember, about 4 MiB at worst.
+// Bounds on what a sandbox can make us remember, about 4 MiB at worst. A name may have all
+// the addresses that answers can tell of it in a minute, which the bounds against tunnels
+// limit (package dns: 16 KiB for a name that a rule spells out), so that none of a name
+// which rotates through hundreds is given up within the shortest TTL that is promised; and
+// an address all the names of a wildcard that may be asked in it (maxNamesPerMinute).
 const (
 	MaxNames           = 4096
-	MaxGrantsPerName   = 64
-	MaxNamesPerAddress = 64
+	MaxGrantsPerName   = 4096
+	MaxNamesPerAddress = 128
 	MaxGrants          = 16384
 )
 
@@ -50,8 +54,11 @@ type NamesConfig struct {
 type grant struct {
 	name  string
 	addr  netip.Addr
-	until time.Time
-	index int // in the heap
+	until time.Time // heldUntil while flows hold it
+	index int       // in the heap; -1 once it is given up
+
+	holds int       // flows by it
+	ends  time.Time // until, but for them
 }
 
 // NewNames makes an empty table.
@@ -112,14 +119,9 @@ func (n *Names) Pin(name string, addrs []netip.Addr) error {
 var forever = time.Unix(1<<40, 0)
 
 func (n *Names) grant(name string, addr netip.Addr, until time.Time) {
-	for _, g := range n.byName[name] {
-		if g.addr == addr {
-			if until.After(g.until) {
-				g.until = until
-				heap.Fix(&n.byExpiry, g.index)
-			}
-			return
-		}
+	if g := n.find(name, addr); g != nil {
+		n.prolong(g, until)
+		return
 	}
 	if list := n.byName[name]; len(list) >= MaxGrantsPerName {
 		n.evict(soonest(list))
@@ -134,6 +136,37 @@ func (n *Names) grant(name string, addr netip.Addr, until time.Time) {
 	n.byName[name] = append(n.byName[name], g)
 	n.byAddr[addr] = append(n.byAddr[addr], g)
 	heap.Push(&n.byExpiry, g)
+}
+
+// find finds a grant by the shorter of its two lists.
+func (n *Names) find(name string, addr netip.Addr) *grant {
+	list := n.byAddr[addr]
+	if byName := n.byName[name]; len(byName) < len(list) {
+		list = byName
+	}
+	for _, g := range list {
+		if g.name == name && g.addr == addr {
+			return g
+		}
+	}
+	return nil
+}
+
+func (n *Names) prolong(g *grant, until time.Time) {
+	switch {
+	case g.holds > 0:
+		g.ends = latest(g.ends, until)
+	case until.After(g.until):
+		g.until = until
+		heap.Fix(&n.byExpiry, g.index)
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 func soonest(list []*grant) *grant {
@@ -154,6 +187,7 @@ func (n *Names) expire(now time.Time) {
 
 func (n *Names) remove(g *grant) {
 	heap.Remove(&n.byExpiry, g.index)
+	g.index = -1
 	if list := without(n.byName[g.name], g); len(list) > 0 {
 		n.byName[g.name] = list
 	} else {
@@ -191,7 +225,11 @@ func (n *Names) All(now time.Time) iter.Seq[Granted] {
 		n.mu.RLock()
 		defer n.mu.RUnlock()
 		for _, g := range n.byExpiry {
-			if left := g.until.Sub(now); left > 0 && g.until != forever && !yield(Granted{g.name, g.addr, left}) {
+			until := g.until
+			if g.holds > 0 {
+				until = g.ends
+			}
+			if left := until.Sub(now); left > 0 && until != forever && !yield(Granted{g.name, g.addr, left}) {
 				return
 			}
 		}

@@ -86,7 +86,7 @@ var shapes = []struct {
 }
 
 // manyNames is the most that a sandbox can make of one address.
-const manyNames = "10000 domains, and an address granted under 64 names"
+const manyNames = "10000 domains, and an address granted under 128 names"
 
 // domains10k has exact names and both kinds of pattern; the query is for a name
 // that only a pattern matches, at the end.
