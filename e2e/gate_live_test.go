@@ -82,3 +82,37 @@ func TestReloadUnderAThousandFlows(t *testing.T) {
 		p.wait(t, 10*time.Second)
 	}
 }
+
+// TestTheCallersHostsFileIsOfTheRules has a name that no DNS server knows, as machines in
+// companies and laboratories do.
+func TestTheCallersHostsFileIsOfTheRules(t *testing.T) {
+	area(t, "gate.hosts", "curl")
+	w := newWorld(t)
+	serve(t, w.far)
+	w.zone(t, gateZone...)
+	w.host.file(t, "/etc/hosts", "127.0.0.1 localhost\n"+far4+" Build.corp build\n"+far6+" build.corp\n"+other4+" secret.corp\n")
+	sb := w.host.sandbox(t, "--policy", policyFile(t, `
+defaultAction: reject
+egress:
+- {action: allow, to: [{domain: build.corp}], ports: [{protocol: TCP, port: 7008}]}`))
+	curl := func(in place, flags ...string) result {
+		t.Helper()
+		return run(t, in, 15*time.Second, append([]string{"curl", "-fgsS", "-m", "8"}, flags...)...)
+	}
+	for _, flag := range []string{"-4", "-6"} {
+		direct := curl(w.host, flag, url("build.corp", portHTTP, "/"))
+		through := curl(sb, flag, url("build.corp", portHTTP, "/"))
+		if direct.status != 0 || through.status != 0 || direct.out != through.out {
+			t.Errorf("by a name of the caller's hosts file: directly\n%s\nthrough the gate\n%s", direct, through)
+		}
+	}
+	for what, flags := range map[string][]string{
+		"another name of the file": {url("secret.corp", portHTTP, "/")}, "its address": {url(far4, portHTTP, "/")},
+		"another name at its address": {"--resolve", "evil.test:7008:" + far4, url("evil.test", portHTTP, "/")},
+		"the alias that no rule has":  {url("build", portHTTP, "/")},
+	} {
+		if r := curl(sb, flags...); r.status == 0 {
+			t.Errorf("%s is let through\n%s", what, r)
+		}
+	}
+}

@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 
+	"sluice/forwarder/sandbox/guest"
 	"sluice/policy"
 )
 
@@ -50,11 +52,44 @@ func keptGrants(names *policy.Names, now time.Time) (all []grantMessage) {
 	return all
 }
 
-// newNames makes a worker's table of grants. The hosts that the sandbox was given are in
-// it for good: they stand in its /etc/hosts, so that nobody asks for them. What the
-// worker before granted is in it for the time that is left.
-func newNames(hosts map[string][]netip.Addr, kept []grantMessage, log *slog.Logger) *policy.Names {
+// maxCallersHosts bounds the addresses of the caller's hosts file that are granted: files
+// with more are block lists.
+const maxCallersHosts = 1024
+
+// hostsToGrant are the entries of a hosts file that lead out of the sandbox, by names that a
+// rule can have. It counts those beyond maxCallersHosts.
+func hostsToGrant(entries []guest.HostEntry) (hosts map[string][]netip.Addr, left int) {
+	hosts = make(map[string][]netip.Addr)
+	taken := 0
+	for _, e := range entries {
+		if e.Addr.IsLoopback() || e.Addr.IsUnspecified() || e.Addr.IsMulticast() || e.Addr.Zone() != "" {
+			continue
+		}
+		for _, n := range e.Names {
+			name, err := policy.NormalizeName(n)
+			switch {
+			case err != nil || slices.Contains(hosts[name], e.Addr):
+			case taken == maxCallersHosts:
+				left++
+			default:
+				hosts[name] = append(hosts[name], e.Addr)
+				taken++
+			}
+		}
+	}
+	return hosts, left
+}
+
+// newNames makes a worker's table of grants. The hosts that the sandbox was given, and the
+// caller's, are in it for good: they stand in its /etc/hosts, so that nobody asks for them.
+// What the worker before granted is in it for the time that is left.
+func newNames(hosts, callers map[string][]netip.Addr, kept []grantMessage, log *slog.Logger) *policy.Names {
 	names := newKeptGrants()
+	for name, addrs := range callers {
+		if err := names.Pin(name, addrs); err != nil {
+			log.Warn(fmt.Sprintf("no rule by domain will match %q of the caller's /etc/hosts: %v", name, err))
+		}
+	}
 	for host, addrs := range hosts {
 		name, err := policy.NormalizeName(host)
 		if err == nil {

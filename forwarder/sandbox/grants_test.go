@@ -1,11 +1,15 @@
 package sandbox
 
 import (
+	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
+	"sluice/forwarder/sandbox/guest"
 	"sluice/policy"
 )
 
@@ -13,7 +17,7 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 	now := time.Now()
 	addr, other := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	monitors := newKeptGrants()
-	worker := newNames(map[string][]netip.Addr{"pinned.test": {other}}, nil, slog.New(slog.DiscardHandler))
+	worker := newNames(map[string][]netip.Addr{"pinned.test": {other}}, map[string][]netip.Addr{"callers.test": {addr}}, nil, slog.New(slog.DiscardHandler))
 	worker.Configure(policy.NamesConfig{TTLFloor: time.Minute, TTLCap: time.Hour})
 	told := toldGrants{worker, func(g grantMessage) error { return g.take(monitors, now) }}
 	for name, ttl := range map[string]time.Duration{"short.test": 0, "long.test": 48 * time.Hour} {
@@ -24,11 +28,14 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 	if told.Grant("Not.Normal", []netip.Addr{addr}, time.Hour, now) == nil {
 		t.Error("a name that is none is granted")
 	}
+	if !worker.Holds("callers.test", addr, now.Add(1000*time.Hour)) || worker.Holds("callers.test", other, now) {
+		t.Error("the caller's hosts are not granted for good")
+	}
 	kept := keptGrants(monitors, now)
 	if len(kept) != 4 {
 		t.Errorf("%d grants are kept, not 4: %+v", len(kept), kept)
 	}
-	next := newNames(nil, keptGrants(monitors, now.Add(30*time.Second)), slog.New(slog.DiscardHandler))
+	next := newNames(nil, nil, keptGrants(monitors, now.Add(30*time.Second)), slog.New(slog.DiscardHandler))
 	for _, row := range []struct {
 		name string
 		in   time.Duration
@@ -42,6 +49,30 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 		if got := next.Holds(row.name, other, time.Now().Add(row.in)); got != row.want {
 			t.Errorf("%s after %v: granted %v", row.name, row.in, got)
 		}
+	}
+}
+
+func TestTheCallersHostsAreGranted(t *testing.T) {
+	entry := func(addr string, names ...string) guest.HostEntry {
+		return guest.HostEntry{Addr: netip.MustParseAddr(addr), Names: names}
+	}
+	entries := []guest.HostEntry{
+		entry("198.51.100.1", "DB.corp", "db"), entry("2001:db8::1", "db.corp"), entry("198.51.100.1", "db.corp"),
+		entry("0.0.0.0", "ads.test"), entry("127.0.0.1", "tracker.test"), entry("::1", "six.test"), entry("ff02::1", "ip6-allnodes"),
+		entry("fe80::1%eth0", "router.lan"), entry("198.51.100.2", "no name", "127.1"),
+	}
+	got, left := hostsToGrant(entries)
+	want := map[string][]netip.Addr{
+		"db.corp": {netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1")}, "db": {netip.MustParseAddr("198.51.100.1")},
+	}
+	if left != 0 || !maps.EqualFunc(got, want, slices.Equal) {
+		t.Errorf("%v, %d left", got, left)
+	}
+	for i := range 2 * maxCallersHosts {
+		entries = append(entries, entry("198.51.100.3", fmt.Sprintf("n%d.test", i)))
+	}
+	if got, left := hostsToGrant(entries); len(got) > maxCallersHosts || left < maxCallersHosts {
+		t.Errorf("%d names of a long file, %d left", len(got), left)
 	}
 }
 

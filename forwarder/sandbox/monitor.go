@@ -55,6 +55,8 @@ type monitor struct {
 	// socketWants holds a token per socket being made for the worker.
 	socketWants chan struct{}
 
+	callersHosts map[string][]netip.Addr // set before the first worker starts
+
 	// change serialises what alters a worker's world: starting one, and rules,
 	// upstreams, ports and tunables while one runs. Each change is stored here
 	// before the worker is told, so that its successor starts with it. The
@@ -266,6 +268,7 @@ func (m *monitor) sandboxConfig() (workerConfig, []int) {
 		DNS:        addrs(c.DNS4, c.DNS6),
 		Prefix4:    c.Guest.Addr4, Prefix6: c.Guest.Addr6,
 		Hosts:        c.Hosts,
+		CallersHosts: m.callersHosts,
 		GuestSockets: true,
 	}
 	if c.Guest.Link.Kind == tun.TUN {

@@ -35,7 +35,8 @@ type workerConfig struct {
 	// ResolversNote says where Upstreams are from; only an attachment has it.
 	ResolversNote string                  `json:"resolvers_note,omitempty"`
 	Hosts         map[string][]netip.Addr `json:"hosts,omitempty"`
-	Grants        []grantMessage          `json:"grants,omitempty"` // of the worker before
+	CallersHosts  map[string][]netip.Addr `json:"callers_hosts,omitempty"` // that stand in the sandbox's hosts file too
+	Grants        []grantMessage          `json:"grants,omitempty"`        // of the worker before
 	Rules         rulesMessage            `json:"rules"`
 	Sysctls       map[string]string       `json:"sysctls,omitempty"`
 

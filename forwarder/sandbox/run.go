@@ -179,6 +179,12 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 			g.Hosts = append(g.Hosts, guest.HostEntry{Addr: a, Names: []string{name}})
 		}
 	}
+	if m.cfg.Start == nil {
+		var left int
+		if m.callersHosts, left = hostsToGrant(guest.CallersHosts(g)); left > 0 {
+			m.log.warnf("monitor", "rules by domain do not match the last %d entries of /etc/hosts: at most %d are taken", left, maxCallersHosts)
+		}
+	}
 	return watcher, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 )
@@ -34,22 +35,52 @@ const maxHostsBytes = 16 << 20
 // an address that is not in the sandbox, becomes the guest's own: programs
 // listen on what their host name resolves to.
 func hostsText(cfg *Config, hostname string, callers []byte) []byte {
-	if len(callers) > maxHostsBytes {
-		callers = callers[:bytes.LastIndexByte(callers[:maxHostsBytes], '\n')+1]
-	}
 	var b bytes.Buffer
 	b.WriteString("# Made by sluice for this sandbox.\n")
 	b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
-	given := map[string]bool{"localhost": true, "ip6-localhost": true, "ip6-loopback": true}
 	for _, h := range cfg.Hosts {
 		fmt.Fprintf(&b, "%s\t%s\n", h.Addr, strings.Join(h.Names, " "))
+	}
+	rest, resolves := callersHosts(cfg, hostname, callers)
+	if !resolves {
+		for _, p := range []netip.Prefix{cfg.Addr4, cfg.Addr6} {
+			if p.IsValid() {
+				fmt.Fprintf(&b, "%s\t%s\n", p.Addr(), hostname)
+			}
+		}
+	}
+	for _, h := range rest {
+		fmt.Fprintf(&b, "%s\t%s\n", h.Addr, strings.Join(h.Names, " "))
+	}
+	return b.Bytes()
+}
+
+// CallersHosts are the entries of the caller's hosts file that a sandbox of cfg has in its own.
+// A file that cannot be read has none.
+func CallersHosts(cfg *Config) []HostEntry {
+	callers, err := os.ReadFile(hostsFile)
+	if err != nil {
+		return nil
+	}
+	hostname, _ := os.Hostname()
+	entries, _ := callersHosts(cfg, hostname, callers)
+	return entries
+}
+
+// callersHosts is the caller's file without the names that are given, and whether the host
+// name has an address by either.
+func callersHosts(cfg *Config, hostname string, callers []byte) (entries []HostEntry, resolves bool) {
+	if len(callers) > maxHostsBytes {
+		callers = callers[:bytes.LastIndexByte(callers[:maxHostsBytes], '\n')+1]
+	}
+	given := map[string]bool{"localhost": true, "ip6-localhost": true, "ip6-loopback": true}
+	for _, h := range cfg.Hosts {
 		for _, n := range h.Names {
 			given[strings.ToLower(n)] = true
 		}
 	}
 	own := strings.ToLower(hostname)
-	resolves := own == "" || given[own]
-	var rest bytes.Buffer
+	resolves = own == "" || given[own]
 	for line := range strings.Lines(string(callers)) {
 		text, _, _ := strings.Cut(line, "#")
 		f := strings.Fields(text)
@@ -72,18 +103,10 @@ func hostsText(cfg *Config, hostname string, callers []byte) []byte {
 			return given[n]
 		})
 		if len(names) > 0 {
-			fmt.Fprintf(&rest, "%s\t%s\n", f[0], strings.Join(names, " "))
+			entries = append(entries, HostEntry{Addr: addr, Names: names})
 		}
 	}
-	if !resolves {
-		for _, p := range []netip.Prefix{cfg.Addr4, cfg.Addr6} {
-			if p.IsValid() {
-				fmt.Fprintf(&b, "%s\t%s\n", p.Addr(), hostname)
-			}
-		}
-	}
-	b.Write(rest.Bytes())
-	return b.Bytes()
+	return entries, resolves
 }
 
 // nsswitchText is the caller's file with one source of host names: hosts(5) and DNS, which
