@@ -22,6 +22,8 @@ import (
 const (
 	quic1 = 0x00000001
 	quic2 = 0x6b3343cf
+	// quicDraft2 is version 2 as its drafts had it.
+	quicDraft2 = 0x709a50c4
 )
 
 // craftKeys are the client's Initial keys of a connection.
@@ -33,8 +35,11 @@ type craftKeys struct {
 
 func keysOf(version uint32, id []byte) (k craftKeys) {
 	salt, prefix := "38762cf7f55934b34d179ae6a4c80cadccbb7f0a", "quic"
-	if version == quic2 {
+	switch version {
+	case quic2:
 		salt, prefix = "0dede3def700a6db819381be6e269dcbf9bd2ed9", "quicv2"
+	case quicDraft2:
+		salt, prefix = "a707c203a59b47184a1d62ca570406ea7ae3e5d3", "quicv2"
 	}
 	raw, err := hex.DecodeString(salt)
 	noError(err)
@@ -102,7 +107,7 @@ func (c crafted) seal() []byte {
 		c.keys = c.id
 	}
 	first := byte(0xc3)
-	if c.version == quic2 {
+	if c.version != quic1 {
 		first = 0xd3
 	}
 	k := keysOf(c.version, c.keys)

@@ -13,6 +13,10 @@ import (
 const (
 	version1 = 0x00000001
 	version2 = 0x6b3343cf
+	// versionDraft2 is version 2 as its drafts had it, which Debian 12's ngtcp2 speaks. Its salt
+	// is another one. Servers of the first drafts, which numbered the packet types as version 1
+	// does, are told no hello: their Initial packets are taken for a Retry, which is refused.
+	versionDraft2 = 0x709a50c4
 
 	tagLen    = 16
 	sampleLen = 16
@@ -36,6 +40,11 @@ var quicVersions = map[uint32]quicVersion{
 	version2: {
 		salt: []byte{0x0d, 0xed, 0xe3, 0xde, 0xf7, 0x00, 0xa6, 0xdb, 0x81, 0x93,
 			0x81, 0xbe, 0x6e, 0x26, 0x9d, 0xcb, 0xf9, 0xbd, 0x2e, 0xd9},
+		initial: 1, key: "quicv2 key", iv: "quicv2 iv", hp: "quicv2 hp",
+	},
+	versionDraft2: {
+		salt: []byte{0xa7, 0x07, 0xc2, 0x03, 0xa5, 0x9b, 0x47, 0x18, 0x4a, 0x1d,
+			0x62, 0xca, 0x57, 0x04, 0x06, 0xea, 0x7a, 0xe3, 0xe5, 0xd3},
 		initial: 1, key: "quicv2 key", iv: "quicv2 iv", hp: "quicv2 hp",
 	},
 }
