@@ -96,12 +96,14 @@ func (d *domains) first(name string, v view, private bool, key uint32, best int3
 	return best
 }
 
+const portFTP = 21 // of control connections
+
 // serverFirst are the ports on which the client waits for the server to speak,
 // or speaks without ever saying a name: FTP, SSH, SMTP, POP3, IMAP, submission,
 // MySQL, PostgreSQL. There, and for protocols in which nothing says a name, a
 // rule matches by grant and port unless it says verify: strict.
 var (
-	serverFirst = []uint16{21, 22, 25, 110, 143, 587, 3306, 5432}
+	serverFirst = []uint16{portFTP, 22, 25, 110, 143, 587, 3306, 5432}
 	nameless    = []uint16{123, 3478} // of UDP: NTP, STUN
 )
 

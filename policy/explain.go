@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 )
 
@@ -127,7 +128,11 @@ func (e *explainer) whyNot(r Rule) (string, error) {
 	case matched(v):
 		return "it matches, but what is built in goes before it", nil
 	case v.reason == ReasonNoName:
-		return "it fits the address and the port, but no name was said", nil
+		why := "it fits the address and the port, but no name was said"
+		if e.byGrant(r, e.q.Dst.Port()) {
+			why += " (verify: grant would let it pass)"
+		}
+		return why, nil
 	case v.reason == ReasonMismatch:
 		return fmt.Sprintf("it fits the address and the port, but %s is not granted for the address, or not of the rule", e.q.Seen.Name), nil
 	case v.reason == ReasonECH:
@@ -141,7 +146,11 @@ func (e *explainer) whyNot(r Rule) (string, error) {
 		return "", err
 	}
 	if matched(v) || v.reason != ReasonNone {
-		return "it does not list this protocol and port", nil
+		why := "it does not list this protocol and port"
+		if e.ftpData(r) {
+			why += "; if this is FTP's data, a rule with verify: grant has to list the server's passive ports"
+		}
+		return why, nil
 	}
 	if c, ok := strings.CutPrefix(v.rule, "special:"); ok {
 		return fmt.Sprintf("the address is %s, which the rule does not name", c), nil
@@ -154,6 +163,21 @@ func (e *explainer) whyNot(r Rule) (string, error) {
 		return "the address is none of its peers, and granted under no name", nil
 	}
 	return fmt.Sprintf("the address is none of its peers, and granted as %s, which it does not have", strings.Join(granted, ", ")), nil
+}
+
+// byGrant reports whether a rule would match at a port by verify: grant.
+func (e *explainer) byGrant(r Rule, port uint16) bool {
+	at := *e
+	at.q.Dst = netip.AddrPortFrom(e.q.Dst.Addr(), port)
+	r.Verify = VerifyRuleGrant
+	v, err := at.alone(r)
+	return err == nil && v.rule == ruleName(e.q.Ingress, 0, "") && v.Allowed()
+}
+
+// ftpData reports whether the flow may be a data connection of an FTP server to which the
+// rule lets control connections pass.
+func (e *explainer) ftpData(r Rule) bool {
+	return !e.q.Ingress && Protocol(e.q.Proto) == TCP && e.q.Dst.Port() >= 1024 && len(domainsOf(r)) > 0 && e.byGrant(r, portFTP)
 }
 
 func domainsOf(r Rule) []string {

@@ -15,6 +15,15 @@ var trialPolicy = allowing(
 	Rule{Name: "ssh", Action: Allow, To: []Peer{{CIDR: cidr("198.51.100.0/24")}}, Ports: []Port{{Protocol: TCP, Port: 22}}},
 )
 
+// ftpPolicy lets control connections pass, and data to ports from 30000 and 40000 on.
+var ftpPolicy = allowing(
+	with(byDomain("ftp.test"), func(r *Rule) { r.Name, r.Ports = "control", []Port{{Protocol: TCP, Port: 21}} }),
+	with(byDomain("ftp.test"), func(r *Rule) { r.Name, r.Ports = "strict", []Port{{Protocol: TCP, Port: 30000, EndPort: 30009}} }),
+	with(byDomain("ftp.test"), func(r *Rule) {
+		r.Name, r.Ports, r.Verify = "data", []Port{{Protocol: TCP, Port: 40000, EndPort: 40009}}, VerifyRuleGrant
+	}),
+)
+
 func TestATrialSaysWhatWouldHappenAndWhy(t *testing.T) {
 	said := func(s string) *string { return &s }
 	tests := []struct {
@@ -31,7 +40,7 @@ func TestATrialSaysWhatWouldHappenAndWhy(t *testing.T) {
 		{"another name in the first bytes", Trial{Host: "pypi.org", Proto: TCP, Port: 443, Said: said("evil.io")}, "reject TCP by default",
 			[]string{"", "evil.io is not granted for the address, or not of the rule", "none of its peers", "none of its peers", "no rule matches"}},
 		{"no name in the first bytes", Trial{Host: "pypi.org", Proto: TCP, Port: 443, Said: said("")}, "reject TCP by default",
-			[]string{"", "no name was said", "", "", ""}},
+			[]string{"", "no name was said (verify: grant would let it pass)", "", "", ""}},
 		{"a private address behind it", Trial{Host: "pypi.org", Proto: TCP, Port: 443, Address: addr("10.1.1.1")}, "reject TCP by default",
 			[]string{"", "leads to a private address", "", "", "no rule matches"}},
 		{"a request", Trial{Host: "api.test", Proto: TCP, Port: 80, Path: "/v1/x"}, "allow TCP to 192.0.2.1:80 by egress[2] api", []string{"", "", "it matches by the name api.test"}},
@@ -64,6 +73,26 @@ func TestATrialSaysWhatWouldHappenAndWhy(t *testing.T) {
 				}
 			}
 		})
+	}
+	for _, row := range []struct {
+		port uint16
+		step int
+		want string
+	}{
+		{21, 0, "it matches by the name ftp.test"},
+		{50000, 0, "port; if this is FTP's data, a rule with verify: grant has to list the server's passive ports"},
+		{50000, 1, "it does not list this protocol and port"},
+		{80, 0, "it does not list this protocol and port"},
+		{30000, 1, "no name was said (verify: grant would let it pass)"},
+		{40000, 2, "it matches by the name ftp.test"},
+	} {
+		r, err := Trial{Host: "ftp.test", Proto: TCP, Port: row.port, Said: said("")}.Run(ftpPolicy, here)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if row.step >= len(r.Steps) || !strings.HasSuffix(r.Steps[row.step].Why, row.want) {
+			t.Errorf("FTP's server, port %d: %+v, want %q in step %d", row.port, r.Steps, row.want, row.step)
+		}
 	}
 	for _, bad := range []Trial{{Host: "a..b", Proto: TCP, Port: 1}, {Host: "10.0.0.1", Address: addr("10.0.0.2"), Proto: TCP, Port: 1}, {Host: "pypi.org", Proto: TCP, Port: 443, Said: said("a b")}} {
 		if _, err := bad.Run(trialPolicy, here); err == nil {
