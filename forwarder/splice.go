@@ -369,13 +369,16 @@ func (fl *tcpFlow) tallyUp(payload int) {
 	}
 }
 
-// unlockDown gives back the down pump's lock when it was taken for something else.
-func (fl *tcpFlow) unlockDown() {
-	fl.down.mu.Unlock()
-	if fl.down.again.Load() {
+// unlockUp and unlockDown give back a pump's lock that was taken for something else.
+func (fl *tcpFlow) unlockUp()   { fl.unlock(&fl.up, &fl.upTask) }
+func (fl *tcpFlow) unlockDown() { fl.unlock(&fl.down, &fl.downTask) }
+
+func (fl *tcpFlow) unlock(p *pump, t *task) {
+	p.mu.Unlock()
+	if p.again.Load() {
 		// The pump was called meanwhile, found its lock taken, and left it to the holder
 		// to go round again.
-		fl.t.f.engine.put(&fl.downTask)
+		fl.t.f.engine.put(t)
 	}
 }
 

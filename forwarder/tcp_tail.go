@@ -100,11 +100,13 @@ func (fl *tcpFlow) pending() bool {
 	if ep == nil || !counted {
 		return false
 	}
-	fl.up.mu.Lock()
+	if !fl.up.mu.TryLock() {
+		return true // it is moving
+	}
 	moved := fl.up.counted != fl.counts.SegmentsReceived.Value() // acknowledgements, most likely
 	fl.tallyUp(0)
 	held := fl.fd >= 0 && hostHolds(fl.fd)
-	fl.up.mu.Unlock()
+	fl.unlockUp()
 	return moved || ph != phaseResetting && (held || stackHolds(ep))
 }
 
