@@ -123,8 +123,8 @@ func fullGrants(t *testing.T, h *hostile, v6 bool) string {
 	spec := "defaultAction: reject\ndns: {maxNamesPerMinute: 10000}\nlimits: {dnsQueriesPerSecond: 100000}\negress:\n- {name: flood, action: allow, to: [{domain: \"*.flood.test\"}]}\n- {name: index, action: allow, to: [{domain: pypi.test}], ports: [{protocol: TCP, port: 8080}]}"
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, spec))
 	return sb.refused(t, "evicted", func() {
-		// 64 addresses a name, the same ones for all: 64 names an address are remembered.
-		if m := sb.many(t, v6, "n%d.flood.test", "-count", "100", "-ahead", "16", "-timeout", "2s"); m.Addrs == 0 {
+		// 64 addresses a name, the same ones for all: 128 names an address are remembered.
+		if m := sb.many(t, v6, "n%d.flood.test", "-count", "200", "-ahead", "16", "-timeout", "2s"); m.Addrs == 0 {
 			t.Errorf("no name has an address: %+v", m)
 		}
 		h.sb.asks(t, v6)
