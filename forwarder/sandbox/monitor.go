@@ -187,7 +187,7 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 	close(m.came)
 	m.came = make(chan struct{})
 	m.mu.Unlock()
-	go l.watch(watchEvery, ackTimeout) // ends with the worker
+	go l.watch(watchEvery, watchPatience) // ends with the worker
 	return l, nil
 }
 

@@ -50,6 +50,10 @@ const (
 	// watchEvery is how often a worker is asked whether its packets move. Asking wakes an
 	// idle worker, hence no more often.
 	watchEvery = 10 * time.Second
+	// watchPatience bounds the wait for the answer. It costs a worker all of its flows, so it is
+	// longer than a machine with many times more to do than processors needs to come round. New
+	// rules do not wait for it: they have patience of their own.
+	watchPatience = 15 * time.Second
 )
 
 func newWorkerLink(p *process, wantSocket func(*workerLink, bool), wantFlowLog func(*workerLink), grants *policy.Names) *workerLink {
