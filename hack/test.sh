@@ -63,7 +63,7 @@ e2e() {
 	local name=$1 flag=$2
 	shift 2
 	step "end-to-end tests: $name"
-	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 18m "$flag" 2>&1) </dev/null |
+	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 24m "$flag" 2>&1) </dev/null |
 		build/test2json -t -p "sluice/e2e ($name)" |
 		"$report" -name "$name" -dir "$reports" -v || true
 }
