@@ -47,6 +47,7 @@ tcpdump=tcpdump
 tracepath=iputils-tracepath
 traceroute=traceroute
 tshark=tshark
+unbound=unbound
 unshare=util-linux
 wget=wget
 '
