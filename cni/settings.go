@@ -29,12 +29,6 @@ var ownSettings = []string{
 	"ipv6/conf/autoconf", "ipv6/conf/mtu",
 }
 
-// maxSettings and maxSetting bound what the record holds: a tree has some sixty of a few digits.
-const (
-	maxSettings = 512
-	maxSetting  = 256
-)
-
 // readSettings returns the settings of an interface that differ from what new interfaces begin
 // with, by their paths below /proc/sys/net without its name.
 func readSettings(n ns.NetNS, name string) (map[string]string, error) {
@@ -57,7 +51,7 @@ func readSettings(n ns.NetNS, name string) (map[string]string, error) {
 				}
 				value, ok := readSetting(filepath.Join(dir, name, e.Name()))
 				begin, known := readSetting(filepath.Join(dir, unset, e.Name()))
-				if ok && (!known || value != begin) && len(value) <= maxSetting && len(found) < maxSettings {
+				if ok && (!known || value != begin) {
 					found[key] = value
 				}
 			}
