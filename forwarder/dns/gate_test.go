@@ -323,6 +323,55 @@ func TestTheSOAOfANegativeAnswerIsKept(t *testing.T) {
 	}
 }
 
+// The contact john.doe@example.com, a service's own name, and services of many hosts.
+func TestAnswersWithDotsInLabelsAndOfManyRecordsAreTold(t *testing.T) {
+	const soa = `test. 60 SOA ns.test. john\.doe.test. 1 2 3 4 5`
+	up := respond(func(q, a *dns.Msg) {
+		asked := q.Question[0].Name
+		switch q.Question[0].Qtype {
+		case dns.TypePTR:
+			a.Answer = append(a.Answer, rr(asked+` 60 PTR Printer\ 2\.0.`+asked))
+		case dns.TypeSRV:
+			for i := range 420 {
+				a.Answer = append(a.Answer, rr(fmt.Sprintf("%s 60 SRV 1 2 %d node-%d.test.", asked, i, i)))
+			}
+		case dns.TypeSOA:
+			a.Answer = append(a.Answer, rr(soa))
+		case dns.TypeTXT:
+			a.Rcode = dns.RcodeNameError
+			fallthrough
+		default:
+			a.Ns = append(a.Ns, rr(soa))
+		}
+	})
+	g := newGate(t, gatedPolicy+"  dns: {types: [AAAA, TXT, SOA, PTR, SRV]}\n", up)
+	for _, row := range []struct {
+		about string
+		qtype uint16
+		code  int
+		n     int
+		first string // record's data
+	}{
+		{"a name has no such record", dns.TypeAAAA, dns.RcodeSuccess, 1, `ns.test. john\.doe.test. 1 2 3 4 5`},
+		{"there is no such name", dns.TypeTXT, dns.RcodeNameError, 1, `ns.test. john\.doe.test. 1 2 3 4 5`},
+		{"a service has a dot in its name", dns.TypePTR, dns.RcodeSuccess, 1, `Printer\ 2\.0.pypi.test.`},
+		{"a service has many hosts", dns.TypeSRV, dns.RcodeSuccess, 420, "1 2 0 node-0.test."},
+	} {
+		m := unpack(t, packet(g.Resolver, ask(t, "pypi.test", row.qtype, edns(65000, false))))
+		all := append(m.Answer, m.Ns...)
+		if m.Rcode != row.code || m.Truncated || len(all) != row.n {
+			t.Errorf("%s: code %d, cut %v, %d records", row.about, m.Rcode, m.Truncated, len(all))
+			continue
+		}
+		if got := strings.TrimPrefix(all[0].String(), all[0].Header().String()); got != row.first {
+			t.Errorf("%s: got %s, want %s", row.about, got, row.first)
+		}
+		if m.Ns != nil && m.Ns[0].Header().Ttl != 5 {
+			t.Errorf("%s: holds for %d s, want the zone's 5", row.about, m.Ns[0].Header().Ttl)
+		}
+	}
+}
+
 func TestGrantsAreThereBeforeTheAnswerIs(t *testing.T) {
 	g := newGate(t, gatedPolicy, says("an pypi.test. 0 A 198.51.100.1"))
 	done := make(chan bool, 1)
@@ -366,12 +415,16 @@ func TestOneQuestionIsAskedOnceForAll(t *testing.T) {
 
 func TestAnswersComeInBounds(t *testing.T) {
 	up := respond(func(q, a *dns.Msg) {
-		for i := range 200 {
-			a.Answer = append(a.Answer, rr("pypi.test. 60 A 198.51.100."+string(rune('0'+i%10))), rr("pypi.test. 60 TXT "+strings.Repeat("x", 200)))
+		record, n := "pypi.test. 60 A 198.51.100.1", maxAnswerRecords+1
+		if q.Question[0].Qtype == dns.TypeTXT {
+			record, n = "pypi.test. 60 TXT "+strings.Repeat("x", 200), maxAnswerData/200+1
+		}
+		for range n {
+			a.Answer = append(a.Answer, rr(record))
 		}
 	})
-	g := newGate(t, gatedPolicy+"  dns: {types: [A, TXT]}\n", up)
 	for _, qtype := range []uint16{dns.TypeA, dns.TypeTXT} {
+		g := newGate(t, gatedPolicy+"  dns: {types: [A, TXT]}\n", up)
 		q := ask(t, "pypi.test", qtype, edns(65000, false))
 		a := unpack(t, packet(g.Resolver, q))
 		if n := len(a.Answer); n == 0 || n > maxAnswerRecords || a.Len() > 2*maxAnswerData || !a.Truncated {

@@ -36,10 +36,12 @@ const (
 	// maxChain bounds the aliases of one answer. BIND follows as many.
 	maxChain = 16
 	// maxAnswerRecords bounds the records of the type asked for in one answer; the
-	// rest is left out, and TC says so.
-	maxAnswerRecords = 64
-	// maxAnswerData bounds their data in bytes, for the same end.
-	maxAnswerData = 8 << 10
+	// rest is left out, and TC says so. Services have had hundreds of SRV records, and names
+	// as many addresses.
+	maxAnswerRecords = 1024
+	// maxAnswerData bounds their data in bytes, for the same end. It is less than what every
+	// name may say in a minute (tunnel.go): a longer answer is cut, not refused.
+	maxAnswerData = 15 << 10
 )
 
 var (
@@ -81,25 +83,9 @@ func sift(msg []byte, q question, rules siftRules) (*sifted, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the header: %w", err)
 	}
-	if err := p.SkipAllQuestions(); err != nil {
-		return nil, fmt.Errorf("reading the question: %w", err)
-	}
-	answers, err := p.AllAnswers()
+	answers, authorities, err := readSections(&p, msg, q.end)
 	if err != nil {
-		return nil, fmt.Errorf("reading the answer: %w", err)
-	}
-	authorities, err := p.AllAuthorities()
-	if err != nil {
-		return nil, fmt.Errorf("reading the authority section: %w", err)
-	}
-	asked := name(msg[headerLen : q.end-4]).dotted()
-	for _, section := range [][]dnsmessage.Resource{answers, authorities} {
-		for i := range section {
-			fold(&section[i].Header.Name)
-			for _, n := range namesIn(section[i].Body) {
-				unmix(n, asked)
-			}
-		}
+		return nil, err
 	}
 	for i := range answers {
 		if b, ok := answers[i].Body.(*dnsmessage.CNAMEResource); ok {
@@ -207,8 +193,14 @@ func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules s
 			continue
 		}
 		a.Header.TTL = clampTTL(a.Header.TTL, rules.maxTTL)
-		if b, ok := a.Body.(*dnsmessage.SOAResource); ok {
+		switch b := a.Body.(type) {
+		case *dnsmessage.SOAResource:
 			a.Header.TTL = min(a.Header.TTL, clampTTL(b.MinTTL, rules.maxTTL))
+		case *dnsmessage.UnknownResource: // its names are odd ones (section.go)
+			if len(b.Data) < 4 {
+				continue
+			}
+			a.Header.TTL = min(a.Header.TTL, clampTTL(binary.BigEndian.Uint32(b.Data[len(b.Data)-4:]), rules.maxTTL))
 		}
 		s.soa = &a
 		return
@@ -353,10 +345,9 @@ func namesIn(body dnsmessage.ResourceBody) []*dnsmessage.Name {
 	return nil
 }
 
-// unmix puts the labels at the end of n that have the very letters of asked, which is how
-// the question came back, into small letters.
-func unmix(n *dnsmessage.Name, asked string) {
-	text := n.Data[:n.Length]
+// unmix puts the labels at the end of a name's text that have the very letters of asked, which
+// is how the question came back, into small letters.
+func unmix(text []byte, asked string) {
 	from := len(text)
 	for i, j := len(text)-1, len(asked)-1; i >= 0 && j >= 0 && text[i] == asked[j]; i, j = i-1, j-1 {
 		if (i == 0 || text[i-1] == '.') && (j == 0 || asked[j-1] == '.') {
