@@ -43,22 +43,30 @@ const reapPatience = 300 * time.Millisecond
 // reasonPolicy is why a flow ended that new rules refuse.
 const reasonPolicy = "policy"
 
+// ruleDNS is the rule name of flows to our own resolver.
+const ruleDNS = "builtin:dns"
+
 var errFlowEnded = errors.New("the flow ended while it was set up")
 
-// admission judges the flows of one forwarder. Forwarder embeds it.
-type admission struct {
-	table     *nat.Table
-	rules     atomic.Pointer[policy.Rules]
-	granted   *policy.Names // may be nil
-	memory    *memory
-	bandwidth bandwidth
-	limited   limited    // rules with limits of their own
-	limits    nat.Limits // the table's own, before any policy's
-	now       func() time.Time
+// admissionParts are what admission is made of.
+type admissionParts struct {
+	table   *nat.Table
+	granted *policy.Names // may be nil
+	memory  *memory
+	now     func() time.Time
 	// resolver reports whether our own resolver answers at dst.
 	resolver func(r *policy.Rules, dst netip.AddrPort) bool
 	refused  func(Refusal) // may be nil
-	tombs    *tombs        // nil without Config.Inbound
+}
+
+// admission judges the flows of one forwarder.
+type admission struct {
+	admissionParts
+	rules     atomic.Pointer[policy.Rules]
+	bandwidth bandwidth
+	limited   limited    // rules with limits of their own
+	limits    nat.Limits // the table's own, before any policy's
+	tombs     *tombs     // nil without a second link
 
 	ruleMu sync.Mutex // serialises SetRules
 	halted reaping
@@ -145,14 +153,11 @@ type entry struct {
 	pending   func() bool // nat.Spec.Pending; may be nil
 }
 
-// init is called before anything else.
-func (a *admission) init(cfg *Config, resolver func(*policy.Rules, netip.AddrPort) bool) {
-	a.table, a.limits, a.granted, a.refused, a.resolver = cfg.Table, cfg.Table.Limits(), cfg.Names, cfg.Refused, resolver
-	if a.now = cfg.Now; a.now == nil {
-		a.now = time.Now
-	}
+func newAdmission(parts admissionParts) *admission {
+	a := &admission{admissionParts: parts, limits: parts.table.Limits()}
 	a.halted.wake = make(chan struct{}, 1)
 	a.rules.Store(new(policy.Rules))
+	return a
 }
 
 // decide asks the rules in force.
@@ -411,6 +416,12 @@ func (a *admission) set(r *policy.Rules) {
 	a.limited.set(a.table, r)
 	a.table.SetLimits(tableLimits(a.limits, l))
 	a.rules.Store(r)
+}
+
+// stop lets go of what waits for bandwidth. Flows are not limited from then on.
+func (a *admission) stop() {
+	a.bandwidth.stop()
+	a.limited.set(a.table, nil)
 }
 
 // revoke halts every flow that r refuses and that was not halted before, and returns them.

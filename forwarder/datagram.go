@@ -21,14 +21,14 @@ package forwarder
 // socket share a system call and datagrams of one flow share a UDP_SEGMENT send.
 
 import (
-	"encoding/binary"
+	"context"
 	"errors"
+	"log/slog"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"sluice/nat"
@@ -47,18 +47,38 @@ var errTooManySockets = errors.New("too many host sockets")
 // datagrams is everything of UDP and ICMP in one forwarder.
 type datagrams struct {
 	emit *emitter
-	errs *icmpErrors
 	udp  *udpForwarder
 	echo *echoForwarder
 }
 
-// newDatagrams is called when the stack exists and before the link is attached to it.
-func newDatagrams(f *Forwarder) *datagrams {
-	d := &datagrams{emit: newEmitter(f), errs: newICMPErrors(f), udp: newUDPForwarder(f), echo: newEchoForwarder(f)}
-	if _, ok := f.cfg.Link.(polledLink); ok {
-		d.udp.batched, d.echo.batched = true, true
-		f.tcp.inline.batched = true
-	}
+// dgramParts are what the flows of datagrams share with the rest of the forwarder.
+type dgramParts struct {
+	gate     *admission
+	engine   *engine
+	dialer   *Dialer
+	onlink   *addrs
+	drops    *drops
+	emit     *emitter
+	errs     *icmpErrors
+	timer    *need
+	resolver packetServer // nil: there is none
+	ctx      context.Context
+	log      *slog.Logger
+}
+
+// packetServer answers the datagrams of DNS.
+type packetServer interface {
+	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte))
+	AnswerPacket(query []byte, from netip.AddrPort) []byte
+}
+
+// newDatagrams takes over the raw ICMP sockets, each of which may be missing. batched: the
+// link says when a batch of packets ends.
+func newDatagrams(p dgramParts, raw4, raw6 int, batched bool) *datagrams {
+	d := &datagrams{emit: p.emit}
+	d.udp = newUDPForwarder(p, d)
+	d.echo = newEchoForwarder(p, d, raw4, raw6)
+	d.udp.batched, d.echo.batched = batched, batched
 	return d
 }
 
@@ -74,62 +94,6 @@ func (d *datagrams) close() {
 	d.udp.close()
 	d.echo.close()
 	d.emit.close()
-}
-
-// reason is a counted cause of a drop.
-type reason struct {
-	*atomic.Uint64
-	name string
-}
-
-func (f *Forwarder) reason(name string) reason { return reason{f.stats.counter(name), name} }
-
-// note counts a drop of pkt, which begins with its IP header.
-func (r reason) note(f *Forwarder, pkt []byte) {
-	r.Add(1)
-	if f.cfg.Drop != nil {
-		f.cfg.Drop(r.name, pkt)
-	}
-}
-
-// drop counts a drop of a packet that has been through the stack.
-func (r reason) drop(f *Forwarder, pkt *stack.PacketBuffer) {
-	r.Add(1)
-	if f.cfg.Drop != nil {
-		var buf [128]byte
-		f.cfg.Drop(r.name, quote(pkt, buf[:]))
-	}
-}
-
-// arrival is what is read of a packet's IP header.
-type arrival struct {
-	src, dst netip.Addr
-	meta     ipMeta
-	id       uint16
-	df       bool
-	size     int    // of the IP packet
-	wire     uint16 // the sequence number that an echo request leaves with (icmp_book.go)
-}
-
-// arrivalOf reads the headers of a packet that has been through the stack.
-func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
-	nh := pkt.NetworkHeader().Slice()
-	a.size = len(nh) + len(pkt.TransportHeader().Slice()) + pkt.Data().Size()
-	switch {
-	case pkt.NetworkProtocolNumber == header.IPv4ProtocolNumber && len(nh) >= header.IPv4MinimumSize:
-		a.src, a.dst = netip.AddrFrom4([4]byte(nh[12:16])), netip.AddrFrom4([4]byte(nh[16:20]))
-		a.meta = ipMeta{ttl: nh[8], tos: nh[1]}
-		a.id = binary.BigEndian.Uint16(nh[4:])
-		a.df = nh[6]&0x40 != 0
-	case pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber && len(nh) >= header.IPv6MinimumSize:
-		a.src, a.dst = netip.AddrFrom16([16]byte(nh[8:24])), netip.AddrFrom16([16]byte(nh[24:40]))
-		a.meta = ipMeta{ttl: nh[7], tos: nh[0]<<4 | nh[1]>>4}
-		// Only the source fragments: a packet that came whole must leave whole.
-		a.df = nh[6] != uint8(header.IPv6FragmentHeader)
-	default:
-		return a, false
-	}
-	return a, true
 }
 
 // dgramFlow is one pair of a sandbox endpoint and a peer.
@@ -195,7 +159,7 @@ func (fl *dgramFlow) abort(reason string) { fl.end(reason) }
 // was cut off does not begin anew by the same ports.
 func (fl *dgramFlow) halt() {
 	if fl.tuple.Proto() == protoUDP && !fl.ingress {
-		fl.d.f.tombs.bury(fl.tuple.Reverse())
+		fl.d.gate.tombs.bury(fl.tuple.Reverse())
 	}
 }
 
@@ -217,7 +181,8 @@ func (fl *dgramFlow) end(reason string) {
 
 // dgramTable holds the flows of one protocol.
 type dgramTable struct {
-	f       *Forwarder
+	dgramParts
+	all     *datagrams
 	n       dgramCounters
 	batched bool // the link says when a batch of packets ends
 
@@ -243,12 +208,12 @@ type dgramCounters struct {
 	errors, strayErrors                        *atomic.Uint64
 }
 
-func (d *dgramTable) init(f *Forwarder, proto string) {
-	d.f = f
+func (d *dgramTable) init(p dgramParts, all *datagrams, proto string) {
+	d.dgramParts, d.all = p, all
 	d.flows = make(map[nat.Tuple]*dgramFlow)
 	d.socks = make(map[netip.AddrPort]*hostSocket)
 	d.tx = new(txBatch)
-	r := func(name string) reason { return f.reason(proto + "_" + name) }
+	r := func(name string) reason { return d.drops.reason(proto + "_" + name) }
 	d.n = dgramCounters{
 		flow:        r("no_flow"),     // the flow table refused
 		refused:     r("refused"),     // policy refused
@@ -262,8 +227,8 @@ func (d *dgramTable) init(f *Forwarder, proto string) {
 		big:         r("send_too_big"),
 		slowUp:      r("egress_bandwidth"),  // over the policy's limit
 		slowDown:    r("ingress_bandwidth"), // likewise, to the sandbox
-		errors:      f.stats.counter(proto + "_icmp_errors"),
-		strayErrors: f.stats.counter(proto + "_stray_icmp_errors"),
+		errors:      d.drops.stats.counter(proto + "_icmp_errors"),
+		strayErrors: d.drops.stats.counter(proto + "_stray_icmp_errors"),
 	}
 }
 
@@ -358,8 +323,8 @@ func (d *dgramTable) forget(fl *dgramFlow) {
 		}
 	}
 	d.mu.Unlock()
-	if s != nil && d.f.tombs != nil && proto != protoUDP && !fl.ingress {
-		d.f.tombs.bury(nat.NewTuple(proto, netip.AddrPortFrom(fl.target.Addr(), s.identifier()), netip.AddrPortFrom(fl.guest.Addr(), fl.tuple.Dst().Port())))
+	if s != nil && d.gate.tombs != nil && proto != protoUDP && !fl.ingress {
+		d.gate.tombs.bury(nat.NewTuple(proto, netip.AddrPortFrom(fl.target.Addr(), s.identifier()), netip.AddrPortFrom(fl.guest.Addr(), fl.tuple.Dst().Port())))
 	}
 	if last {
 		s.close()
@@ -374,15 +339,15 @@ func (fl *dgramFlow) rest() {
 		fl.quic.detach(fl)
 	}
 	if fl.echo != nil {
-		fl.d.f.dgram.echo.book.forget(fl)
+		fl.d.all.echo.book.forget(fl)
 	}
 }
 
 // startSocket makes a polled socket of a descriptor of the dialer's.
 func (d *dgramTable) startSocket(fd int, proto uint8) (*hostSocket, error) {
-	s := d.newHostSocket(fd, proto, d.f.dialer.close)
-	if proto == protoUDP && d.f.tombs != nil {
-		s.tombs = d.f.tombs
+	s := d.newHostSocket(fd, proto, d.dialer.close)
+	if proto == protoUDP && d.gate.tombs != nil {
+		s.tombs = d.gate.tombs
 		s.tombs.opened(s.ownPort())
 	}
 	if err := s.start(); err != nil {
@@ -422,33 +387,27 @@ func (d *dgramTable) close() {
 // refuse answers a packet whose flow policy did not allow: with silence, or with
 // what a reject rule of nftables sends by default.
 func (d *dgramTable) refuse(j judged, kind icmpKind, pkt *stack.PacketBuffer) {
-	d.n.refused.drop(d.f, pkt)
-	d.f.refuse(j)
+	d.n.refused.drop(pkt)
+	d.gate.refuse(j)
 	if j.verdict.Action() == policy.Reject {
-		d.f.tell(kind, 0, pkt)
+		d.errs.tell(kind, 0, pkt)
 	}
-}
-
-// tell sends an ICMP error about pkt from the gateway.
-func (f *Forwarder) tell(kind icmpKind, info uint32, pkt *stack.PacketBuffer) {
-	var buf [icmpQuoteIPv6]byte
-	f.dgram.errs.send(kind, info, quote(pkt, buf[:]), netip.Addr{})
 }
 
 // lastHop deals with a packet that may go no further than the gateway, which is a
 // hop like any router. It reports whether there was such a packet.
 func (d *dgramTable) lastHop(a arrival, pkt *stack.PacketBuffer) bool {
-	if a.meta.ttl > 1 || d.f.isOwn(a.dst) {
+	if a.meta.ttl > 1 || d.onlink.isOwn(a.dst) {
 		return false
 	}
 	d.n.hop.Add(1)
-	d.f.tell(icmpTimeExceeded, 0, pkt)
+	d.errs.tell(icmpTimeExceeded, 0, pkt)
 	return true
 }
 
 // noSocket answers a packet for which the host has no socket left.
 func (d *dgramTable) noSocket(err error, pkt *stack.PacketBuffer) {
-	d.n.sockets.drop(d.f, pkt)
+	d.n.sockets.drop(pkt)
 	if errors.Is(err, errFlowEnded) {
 		return
 	}
@@ -456,13 +415,5 @@ func (d *dgramTable) noSocket(err error, pkt *stack.PacketBuffer) {
 	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
 		kind = icmpAdminProhibited
 	}
-	d.f.tell(kind, 0, pkt)
-}
-
-// gatewayFor is our address on the link, of to's family and scope.
-func (f *Forwarder) gatewayFor(to netip.Addr) netip.Addr {
-	if to.IsLinkLocalUnicast() && to.Is6() {
-		return f.linkLocal
-	}
-	return f.gatewayOf(to.Is4())
+	d.errs.tell(kind, 0, pkt)
 }

@@ -18,39 +18,32 @@ type polledLink interface {
 
 type deviceQueue struct {
 	task task
-	f    *Forwarder
+	e    *engine
 	read func() (more bool)
 }
 
 // pollLink has the engine read link, if link wants that.
-func (f *Forwarder) pollLink(link stack.LinkEndpoint) error {
+func (e *engine) pollLink(link stack.LinkEndpoint, then func()) error {
 	l, ok := link.(polledLink)
 	if !ok {
 		return nil
 	}
 	return l.PollQueues(func(fd int, read func() bool) error {
-		q := &deviceQueue{f: f, read: read}
-		q.task.run, q.task.then = q.run, f.flush
+		q := &deviceQueue{e: e, read: read}
+		q.task.run, q.task.then = q.run, then
 		// It stays registered until its descriptor is closed.
-		if _, err := f.engine.poll.add(fd, unix.EPOLLIN, q); err != nil {
+		if _, err := e.poll.add(fd, unix.EPOLLIN, q); err != nil {
 			return err
 		}
-		f.engine.put(&q.task) // for what came before
+		e.put(&q.task) // for what came before
 		return nil
 	})
 }
 
-func (q *deviceQueue) pollReady(uint32) { q.f.engine.put(&q.task) }
+func (q *deviceQueue) pollReady(uint32) { q.e.put(&q.task) }
 
 func (q *deviceQueue) run() {
 	if q.read() {
-		q.f.engine.put(&q.task)
+		q.e.put(&q.task)
 	}
-}
-
-// flush does what waits for the end of a batch. Of several readers each may flush
-// what another has read.
-func (f *Forwarder) flush() {
-	f.dgram.flush()
-	f.tcp.inline.flush()
 }

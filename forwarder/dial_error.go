@@ -26,13 +26,13 @@ func dialError(fd int) (e extendedErr, ok bool) {
 // tellDialError answers the SYN, as far as it was kept, with the error that the
 // network sent if there was one, from where it came, and otherwise with what
 // the host's errno means coming from a gateway.
-func (f *Forwarder) tellDialError(syn []byte, e extendedErr, fromNetwork bool, errno unix.Errno) {
+func (i *icmpErrors) tellDialError(syn []byte, e extendedErr, fromNetwork bool, errno unix.Errno) {
 	if len(syn) == 0 {
 		return
 	}
 	if fromNetwork {
 		if info, ok := errorInfo(&e); ok {
-			f.dgram.errs.sendForm(icmpForm{e.typ, e.cod}, info, syn, e.offender)
+			i.sendForm(icmpForm{e.typ, e.cod}, info, syn, e.offender)
 			return
 		}
 	}
@@ -43,5 +43,5 @@ func (f *Forwarder) tellDialError(syn []byte, e extendedErr, fromNetwork bool, e
 	case unix.EACCES, unix.EPERM:
 		kind = icmpAdminProhibited
 	}
-	f.dgram.errs.send(kind, 0, syn, netip.Addr{})
+	i.send(kind, 0, syn, netip.Addr{})
 }

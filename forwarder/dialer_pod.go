@@ -9,7 +9,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -48,17 +47,6 @@ func (d *Dialer) prepareStream(fd int, src netip.Addr) error {
 		return err
 	}
 	return unix.Bind(fd, toSockaddr(netip.AddrPortFrom(src, 0)))
-}
-
-// burySocket has the tuple of a TCP socket rest that is about to be closed. It does nothing
-// where there is no pod.
-func (f *Forwarder) burySocket(fd int, peer netip.AddrPort) {
-	if f.tombs == nil {
-		return
-	}
-	if sa, err := unix.Getsockname(fd); err == nil && addrPort(sa).Port() != 0 {
-		f.tombs.bury(nat.NewTuple(protoTCP, peer, addrPort(sa)))
-	}
 }
 
 // podEchoSocket is EchoSocket for an identifier of the sandbox at src.

@@ -68,10 +68,10 @@ type engine struct {
 	crowded chan struct{} // capacity 1: it has not, and several flows of the sandbox's send in bulk
 	crowdAt atomic.Int64  // when they did last; a Duration since start
 
-	bulk  atomic.Int64 // bytes moved
-	up    atomic.Int64 // those that the sandbox sent
-	turns atomic.Int64 // how often they were another flow's than the last ones
-	last  atomic.Pointer[tcpFlow]
+	bulk  atomic.Int64  // bytes moved
+	up    atomic.Int64  // those that the sandbox sent
+	turns atomic.Int64  // how often they were another flow's than the last ones
+	last  atomic.Uint64 // whose the last ones were
 }
 
 // newEngine returns an engine with at most threads goroutines at work.
@@ -87,16 +87,16 @@ func newEngine(threads int) (*engine, error) {
 }
 
 // movedUp notes n bytes of fl's that the sandbox sent.
-func (e *engine) movedUp(fl *tcpFlow, n int64) {
-	e.moved(fl, n)
+func (e *engine) movedUp(flow uint64, n int64) {
+	e.moved(flow, n)
 	e.up.Add(n)
 }
 
 // moved notes n bytes of fl's.
-func (e *engine) moved(fl *tcpFlow, n int64) {
+func (e *engine) moved(flow uint64, n int64) {
 	e.bulk.Add(n)
-	if e.last.Load() != fl {
-		e.last.Store(fl)
+	if e.last.Load() != flow {
+		e.last.Store(flow)
 		e.turns.Add(1)
 	}
 }
@@ -218,11 +218,10 @@ func (e *engine) work(events []unix.EpollEvent) (did bool) {
 // close makes run return. Tasks that are queued are not run.
 func (e *engine) close() { e.poll.close() }
 
-// Responds returns a channel that is closed when the engine has run a task that is queued
-// now: never, if its goroutines hang.
-func (f *Forwarder) Responds() <-chan struct{} {
+// responds returns a channel that is closed when a task has run that is queued now.
+func (e *engine) responds() <-chan struct{} {
 	done := make(chan struct{})
-	f.engine.put(&task{run: func() { close(done) }})
+	e.put(&task{run: func() { close(done) }})
 	return done
 }
 

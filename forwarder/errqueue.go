@@ -77,13 +77,13 @@ func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, c *control) {
 	var orig []byte
 	if s.proto == protoUDP {
 		orig = fl.requote(buf[:], quoted)
-	} else if sent := s.d.f.dgram.echo.book.answered(fl, quoted); sent != nil {
+	} else if sent := s.d.all.echo.book.answered(fl, quoted); sent != nil {
 		orig = sent.quote(buf[:])
 	} else {
 		return
 	}
 	s.d.n.errors.Add(1)
-	s.d.f.dgram.errs.sendForm(icmpForm{e.typ, e.cod}, info, orig, src)
+	s.d.errs.sendForm(icmpForm{e.typ, e.cod}, info, orig, src)
 }
 
 // errorInfo is the last word of the ICMP header, or false for a type that is no error.

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -113,36 +112,25 @@ type Config struct {
 
 const (
 	maxThreads = 4
-	dnsPort    = 53
-	// ruleDNS is the rule name of flows to our own resolver.
-	ruleDNS = "builtin:dns"
 	// tick is how often the timer looks while there is anything to look at.
 	tick = time.Second
 )
 
 // Forwarder carries the traffic of one sandbox.
 type Forwarder struct {
-	admission
-	cfg       Config
-	stack     *stack.Stack
-	dialer    *Dialer
-	engine    *engine
-	pipes     pipeStock // of the relays
-	stats     stats
-	relayed   *atomic.Uint64 // flows that took the loopback short cut
-	log       *slog.Logger
-	broadcast netip.Addr
-	linkLocal netip.Addr // the gateway's
-
+	cfg     Config
+	stack   *stack.Stack
+	gate    *admission
+	engine  *engine
+	dialer  *Dialer
+	onlink  addrs
+	drops   drops
+	stats   stats
 	tcp     *tcpForwarder
 	dgram   *datagrams // UDP and ICMP
-	publish *publisher
-	outside *outside                                 // nil without Config.Inbound
-	drop    func(reason string, pkt []byte)          // never nil
-	inbound stack.NetworkDispatcher                  // behind the filter; set by link.Attach
-	network atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
-
-	needTimer need
+	publish publisher
+	outside *outside // nil without Config.Inbound
+	timer   need
 
 	ctx    context.Context // ends when Run does; handlers get it
 	cancel context.CancelFunc
@@ -157,28 +145,35 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Inbound != nil && gsoOf(cfg.Inbound) != gsoOf(cfg.Link) {
 		return nil, errors.New("forwarder: the inbound link must offer the same offloads as the sandbox's")
 	}
-	f := &Forwarder{cfg: cfg, needTimer: need{wake: make(chan struct{}, 1)}, log: cfg.Log}
-	f.admission.init(&cfg, f.forResolver)
-	if f.log == nil {
-		f.log = slog.New(slog.DiscardHandler)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if f.drop = cfg.Drop; f.drop == nil {
-		f.drop = func(string, []byte) {}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
-	f.relayed = f.stats.counter("tcp_relayed_loopback")
-	var err error
-	if f.memory, err = newMemory(&f.stats, cfg.MemoryMarks, f.memoryTurned); err != nil {
+	f := &Forwarder{cfg: cfg, timer: need{wake: make(chan struct{}, 1)}}
+	f.drops = drops{stats: &f.stats, tell: cfg.Drop}
+	f.onlink = addrs{
+		guest: cfg.Guest, gateway: cfg.Gateway, dns: cfg.DNS,
+		selfConfigured: cfg.SelfConfigured, answersDNS: cfg.DNSHandler != nil,
+		broadcast: directedBroadcast(cfg.Prefix4),
+	}
+	if len(cfg.Gateway) > 0 {
+		f.onlink.linkLocal = LinkLocal(cfg.Link.LinkAddress())
+	}
+	memory, err := newMemory(&f.stats, cfg.MemoryMarks, f.memoryTurned)
+	if err != nil {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
-	f.dialer = newDialer(&f.stats, f.log)
+	f.gate = newAdmission(admissionParts{
+		table: cfg.Table, granted: cfg.Names, memory: memory, now: cfg.Now,
+		resolver: f.onlink.forResolver, refused: cfg.Refused,
+	})
+	f.dialer = newDialer(&f.stats, cfg.Log)
 	if cfg.Keepalive != (Keepalive{}) {
 		f.SetKeepalive(cfg.Keepalive)
 	}
 	f.dialer.pod = cfg.Inbound != nil
-	f.broadcast = directedBroadcast(cfg.Prefix4)
-	if len(cfg.Gateway) > 0 {
-		f.linkLocal = LinkLocal(cfg.Link.LinkAddress())
-	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	n := cfg.Threads
 	if n <= 0 {
@@ -203,47 +198,78 @@ func (f *Forwarder) attach() error {
 		return err
 	}
 	f.stack = s
-	if f.tcp, err = newTCPForwarder(f, queue); err != nil {
+	if err := f.attachTo(s, queue); err != nil {
 		s.Destroy()
 		return err
 	}
-	f.dgram = newDatagrams(f)
-	f.publish = newPublisher(f)
+	return nil
+}
+
+func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
+	_, batched := f.cfg.Link.(polledLink)
+	emit := newEmitter(s, f.cfg.Link, f.cfg.MTU, &f.onlink, &f.stats)
+	errs := newICMPErrors(emit, &f.onlink, &f.drops, f.cfg.Now)
+	var err error
+	if f.tcp, err = newTCPForwarder(tcpParts{
+		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, errs: errs, timer: &f.timer,
+		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, guests: f.cfg.Guests, ctx: f.ctx,
+	}, queue, batched); err != nil {
+		return err
+	}
+	f.dgram = newDatagrams(dgramParts{
+		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, emit: emit, errs: errs, timer: &f.timer,
+		resolver: f.cfg.DNSHandler, ctx: f.ctx, log: f.cfg.Log,
+	}, f.cfg.RawICMP4, f.cfg.RawICMP6, batched)
+	f.publish.onTCP, f.publish.onUDP = f.tcp, f.dgram
 	if f.cfg.Inbound != nil {
-		_, ports := splitMemory(f.cfg.Memory)
-		f.tombs = newTombs(f.now, ports)
-		f.outside = newOutside(f)
+		flows, ports := splitMemory(f.cfg.Memory)
+		f.gate.tombs = newTombs(f.cfg.Now, ports)
+		f.outside = newOutside(outsideParts{
+			gate: f.gate, onlink: &f.onlink, drops: &f.drops, link: f.cfg.Inbound, asks: f.cfg.Asks,
+		}, f.cfg.Link, flows)
 	}
 	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)
-	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.handleUDP)
-	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.handleICMPv4)
-	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, f.handleICMPv6)
-	if err := attachLink(s, &link{LinkEndpoint: f.cfg.Link, f: f}, &f.cfg, f.linkLocal); err != nil {
-		s.Destroy()
+	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.dgram.handleUDP)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.dgram.handleICMPv4)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, f.dgram.handleICMPv6)
+	l := &link{
+		LinkEndpoint: f.cfg.Link, onlink: &f.onlink, emit: emit, errs: errs, drops: &f.drops, memory: f.gate.memory,
+		tcp: f.tcp, dgram: f.dgram, outside: f.outside, dhcp: f.cfg.DHCPHandler, onlyHost: f.cfg.OnlyHost,
+	}
+	if err := attachLink(s, l, &f.cfg, f.onlink.linkLocal); err != nil {
 		return err
 	}
-	var eps [2]stack.NetworkEndpoint
-	for i, proto := range []tcpip.NetworkProtocolNumber{header.IPv4ProtocolNumber, header.IPv6ProtocolNumber} {
-		ep, err := s.GetNetworkEndpoint(nicID, proto)
-		if err != nil {
-			s.Destroy()
-			return fmt.Errorf("finding the stack's network endpoint: %s", err)
-		}
-		eps[i] = ep
+	if err := l.open(s); err != nil {
+		return err
 	}
-	f.network.Store(&eps)
 	links := []stack.LinkEndpoint{f.cfg.Link}
 	if f.outside != nil {
 		f.outside.attach()
 		links = append(links, f.cfg.Inbound)
 	}
 	for _, l := range links {
-		if err := f.pollLink(l); err != nil {
-			s.Destroy()
+		if err := f.engine.pollLink(l, f.flush); err != nil {
 			return fmt.Errorf("polling the device: %w", err)
 		}
 	}
 	return nil
+}
+
+// flush does what waits for the end of a batch. Of several readers each may flush
+// what another has read.
+func (f *Forwarder) flush() {
+	f.dgram.flush()
+	f.tcp.inline.flush()
+}
+
+// memoryTurned hears of the begin and the end of pressure.
+func (f *Forwarder) memoryTurned(pressed bool) {
+	if pressed {
+		f.timer.raise()
+	}
+	if f.cfg.MemoryPressure != nil {
+		f.cfg.MemoryPressure(pressed)
+	}
 }
 
 // Run serves until ctx ends, and returns after its last goroutine has.
@@ -258,14 +284,13 @@ func (f *Forwarder) Run(ctx context.Context) error {
 			f.cancel()
 		}
 	})
-	wg.Go(f.timer)
-	wg.Go(f.spread)
-	wg.Go(func() { f.reaper(f.ctx) })
-	wg.Go(func() { f.table.Run(f.ctx) })
+	wg.Go(f.tend)
+	wg.Go(func() { f.engine.spreadLink(f.ctx, f.cfg.Link, f.stats.counter("device_spread_failed")) })
+	wg.Go(func() { f.gate.reaper(f.ctx) })
+	wg.Go(func() { f.cfg.Table.Run(f.ctx) })
 	<-f.ctx.Done()
 
-	f.bandwidth.stop()
-	f.limited.set(f.table, nil)
+	f.gate.stop()
 	f.publish.close()
 	f.tcp.close()
 	f.dgram.close()
@@ -283,7 +308,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.engine.close()
 	wg.Wait()
 	f.engine.free()
-	f.pipes.close()
+	f.tcp.pipes.close()
 	select {
 	case err := <-errs:
 		return err
@@ -292,33 +317,33 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	}
 }
 
-// timer looks after what has no event of its own: handshakes that nobody completes,
+// tend looks after what has no event of its own: handshakes that nobody completes,
 // dials that nobody waits for, listeners that ran out of descriptors, and flows under memory pressure. It sleeps
 // while there are none. The flow table has a timer of its own.
-func (f *Forwarder) timer() {
+func (f *Forwarder) tend() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	for {
 		select {
 		case <-f.ctx.Done():
 			return
-		case <-f.needTimer.wake:
+		case <-f.timer.wake:
 			t.Reset(tick)
 			continue
 		case <-t.C:
 		}
-		f.needTimer.Store(false)
-		now := f.now()
+		f.timer.Store(false)
+		now := f.cfg.Now()
 		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
 		checks, held := f.tcp.checks.expire(now), f.dgram.udp.quic.list.expire(now)
 		// What starves is asked again whether or not there is pressure any more.
-		pressed := f.memory.starving.Swap(false) || f.memory.pressed.Load()
+		pressed := f.gate.memory.starving.Swap(false) || f.gate.memory.pressed.Load()
 		if pressed {
 			f.tcp.tallyAll()
 		}
 		if f.publish.retry() || handshakes || dials || checks || held || pressed {
-			f.needTimer.Store(true)
-		} else if !f.needTimer.Load() {
+			f.timer.Store(true)
+		} else if !f.timer.Load() {
 			t.Stop()
 		}
 	}
@@ -344,18 +369,35 @@ func (n *need) raise() {
 // snapshot refuses, whatever the sandbox does; and such a flow has ended, unless the sandbox
 // holds up its device. The others notice nothing.
 func (f *Forwarder) SetRules(r *policy.Rules) {
-	f.ruleMu.Lock()
-	defer f.ruleMu.Unlock()
+	f.gate.ruleMu.Lock()
+	defer f.gate.ruleMu.Unlock()
 	if r == nil {
 		r = new(policy.Rules)
 	}
-	f.set(r)
+	f.gate.set(r)
 	if f.outside != nil {
 		f.outside.retire()
 		f.outside.restore()
 	}
-	f.finish(f.ctx, f.revoke(r))
+	f.gate.finish(f.ctx, f.gate.revoke(r))
 }
+
+// SetKeepalive has connections that are set up from now on probed as k says.
+func (f *Forwarder) SetKeepalive(k Keepalive) { f.dialer.SetKeepalive(k) }
+
+// Keepalive returns what SetKeepalive has set.
+func (f *Forwarder) Keepalive() Keepalive { return f.dialer.Keepalive() }
+
+// SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
+// shrink as they move.
+func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.gate.memory.setMarks(m) }
+
+// Memory returns the marks in force.
+func (f *Forwarder) Memory() MemoryMarks { return f.gate.memory.marks() }
+
+// Responds returns a channel that is closed when the engine has run a task that is queued
+// now: never, if its goroutines hang.
+func (f *Forwarder) Responds() <-chan struct{} { return f.engine.responds() }
 
 // Stats returns the counters by name.
 func (f *Forwarder) Stats() map[string]uint64 {
@@ -370,8 +412,8 @@ func (f *Forwarder) Stats() map[string]uint64 {
 		icmp.V6.PacketsReceived.TimeExceeded, icmp.V6.PacketsReceived.ParamProblem, icmp.V6.PacketsReceived.RedirectMsg)
 	// Headers that the stack answers with a parameter problem, such as a route behind others.
 	m["stack_parameter_problems"] = sumOf(icmp.V4.PacketsSent.ParamProblem, icmp.V6.PacketsSent.ParamProblem)
-	m["memory_used"] = uint64(max(f.memory.used.Load(), 0))
-	m["memory_high"] = uint64(f.memory.high.Load())
+	m["memory_used"] = uint64(max(f.gate.memory.used.Load(), 0))
+	m["memory_high"] = uint64(f.gate.memory.high.Load())
 	m["host_sockets"] = uint64(f.dialer.sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m
@@ -382,37 +424,6 @@ func sumOf(counters ...*tcpip.StatCounter) (sum uint64) {
 		sum += c.Value()
 	}
 	return sum
-}
-
-// forResolver tells whether a query to dst is answered by DNSHandler: at the DNS
-// address always, and at every address while the policy gates names, so that the
-// sandbox cannot ask anybody else.
-func (f *Forwarder) forResolver(r *policy.Rules, dst netip.AddrPort) bool {
-	if f.cfg.DNSHandler == nil || dst.Port() != dnsPort {
-		return false
-	}
-	return f.isDNS(dst.Addr()) || r.GatesNames()
-}
-
-// isDNS tells whether a is the resolver's address.
-func (f *Forwarder) isDNS(a netip.Addr) bool {
-	for _, d := range f.cfg.DNS {
-		if d == a {
-			return true
-		}
-	}
-	return false
-}
-
-func directedBroadcast(p netip.Prefix) netip.Addr {
-	if !p.IsValid() || !p.Addr().Is4() || p.Bits() >= 31 {
-		return netip.Addr{}
-	}
-	b := p.Masked().Addr().As4()
-	for i := p.Bits(); i < 32; i++ {
-		b[i/8] |= 1 << (7 - i%8)
-	}
-	return netip.AddrFrom4(b)
 }
 
 // LinkLocal derives the EUI-64 link-local address (RFC 4291, appendix A) of a MAC

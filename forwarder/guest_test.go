@@ -114,7 +114,7 @@ func newGuest(t *testing.T, text string, change func(*Config)) *guest {
 		if n := g.table.Len(); n != 0 {
 			t.Errorf("%d flows left in the table", n)
 		}
-		checkRepaid(t, f.memory)
+		checkRepaid(t, f.gate.memory)
 	})
 	return g
 }

@@ -45,17 +45,17 @@ type echoForwarder struct {
 	zeroes                  []byte // the payload of every request, never written
 }
 
-func newEchoForwarder(f *Forwarder) *echoForwarder {
+func newEchoForwarder(p dgramParts, all *datagrams, raw4, raw6 int) *echoForwarder {
 	e := &echoForwarder{
-		checksum: f.reason("icmp_checksum"),
-		other:    f.reason("icmp_not_echo"),
-		noPing:   f.reason("icmp_no_ping_socket"),
+		checksum: p.drops.reason("icmp_checksum"),
+		other:    p.drops.reason("icmp_not_echo"),
+		noPing:   p.drops.reason("icmp_no_ping_socket"),
 	}
-	e.init(f, "icmp")
-	e.book.init(f, e.n.flow)
+	e.init(p, all, "icmp")
+	e.book.init(p.gate, p.drops, e.n.flow)
 	e.zeroes = make([]byte, maxIPv4Len)
-	e.raw[0] = newRawEcho(e, f.cfg.RawICMP4, protoICMP)
-	e.raw[1] = newRawEcho(e, f.cfg.RawICMP6, protoICMPv6)
+	e.raw[0] = newRawEcho(e, raw4, protoICMP)
+	e.raw[1] = newRawEcho(e, raw6, protoICMPv6)
 	return e
 }
 
@@ -68,14 +68,14 @@ func (e *echoForwarder) close() {
 
 // handleICMPv4 is the stack's handler for what is left of ICMP: echo requests and
 // replies. It returns true so that the stack does not answer itself.
-func (f *Forwarder) handleICMPv4(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-	f.dgram.echo.arrive(pkt, protoICMP, echoRequest4)
+func (d *datagrams) handleICMPv4(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	d.echo.arrive(pkt, protoICMP, echoRequest4)
 	return true
 }
 
 // handleICMPv6 is the same for ICMPv6.
-func (f *Forwarder) handleICMPv6(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-	f.dgram.echo.arrive(pkt, protoICMPv6, echoRequest6)
+func (d *datagrams) handleICMPv6(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	d.echo.arrive(pkt, protoICMPv6, echoRequest6)
 	return true
 }
 
@@ -83,15 +83,15 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 	a, ok := arrivalOf(pkt)
 	h := pkt.TransportHeader().Slice()
 	if !ok || len(h) != echoHeaderLen || h[0] != request || h[1] != 0 {
-		e.other.drop(e.f, pkt)
+		e.other.drop(pkt)
 		return
 	}
 	// The stack has verified ICMPv6; an echo request with a bad ICMPv4 checksum it passes on.
 	if proto == protoICMP && checksum.Checksum(h, pkt.Data().Checksum()) != 0xffff {
-		e.checksum.drop(e.f, pkt)
+		e.checksum.drop(pkt)
 		return
 	}
-	if e.f.isOwn(a.dst) {
+	if e.onlink.isOwn(a.dst) {
 		e.answer(a, pkt)
 		return
 	}
@@ -107,12 +107,12 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 		}
 	}
 	if fl.revoked.Load() {
-		e.n.refused.drop(e.f, pkt)
+		e.n.refused.drop(pkt)
 		return
 	}
 	var refusal reason
 	if a.wire, refusal = e.book.enter(fl, pkt, a); refusal.Uint64 != nil {
-		refusal.drop(e.f, pkt)
+		refusal.drop(pkt)
 		return
 	}
 	e.enqueue(fl, pkt, a)
@@ -130,7 +130,7 @@ func (e *echoForwarder) answer(a arrival, pkt *stack.PacketBuffer) {
 		defer v.Release()
 		data = v.AsSlice()
 	}
-	e.f.dgram.emit.icmp(a.dst, a.src, ipMeta{ttl: defaultTTL, tos: a.meta.tos}, h[:], data)
+	e.emit.icmp(a.dst, a.src, ipMeta{ttl: defaultTTL, tos: a.meta.tos}, h[:], data)
 }
 
 // begin sets up the flow of a first request, or deals with the request and returns nil.
@@ -141,14 +141,14 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		return known
 	}
 	peer := netip.AddrPortFrom(dst, 0)
-	j := e.f.decide(policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request})
+	j := e.gate.decide(policy.Query{Proto: tuple.Proto(), Src: guest, Dst: peer, ICMPType: request})
 	if !j.verdict.Allowed() {
 		e.refuse(j, icmpAdminProhibited, pkt)
 		return nil
 	}
 	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: j.verdict.Target(), echo: new(echoFlow)}
-	if e.f.enter(&fl.pass, fl, j, entry{orig: tuple}) != nil {
-		e.n.flow.drop(e.f, pkt)
+	if e.gate.enter(&fl.pass, fl, j, entry{orig: tuple}) != nil {
+		e.n.flow.drop(pkt)
 		return nil
 	}
 	err := e.install(fl, func() (*hostSocket, error) { return e.open(j.verdict, guest) })
@@ -157,13 +157,13 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		return fl
 	case errors.Is(err, errNoPingSocket):
 		fl.end("no-ping-socket")
-		e.noPing.drop(e.f, pkt)
+		e.noPing.drop(pkt)
 		e.warn.Do(func() {
-			e.f.log.Warn("echo requests of the sandbox are refused: the host permits no ping sockets to this process's group "+
+			e.log.Warn("echo requests of the sandbox are refused: the host permits no ping sockets to this process's group "+
 				"and no raw socket was handed over; widen net.ipv4.ping_group_range",
 				"sysctl", "net.ipv4.ping_group_range", "error", err)
 		})
-		e.f.tell(icmpAdminProhibited, 0, pkt)
+		e.errs.tell(icmpAdminProhibited, 0, pkt)
 	default:
 		fl.end("no-socket")
 		e.noSocket(err, pkt)
@@ -173,7 +173,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 
 // open makes the socket of one echo identifier.
 func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocket, error) {
-	fd, err := e.f.dialer.podEchoSocket(v, guest.Addr())
+	fd, err := e.dialer.podEchoSocket(v, guest.Addr())
 	if err != nil {
 		for _, refusal := range []error{unix.EACCES, unix.EPERM, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EINVAL} {
 			if errors.Is(err, refusal) {
@@ -215,7 +215,7 @@ func (s *hostSocket) echoMessage(it *txItem) (head, payload []byte) {
 	binary.BigEndian.PutUint16(head[4:], s.rawID)
 	binary.BigEndian.PutUint16(head[6:], it.wire)
 	binary.BigEndian.PutUint16(head[2:], ^checksum.Checksum(head, 0)) // zeroes add nothing
-	return head, s.d.f.dgram.echo.zeroes[:it.pkt.Data().Size()]
+	return head, s.d.all.echo.zeroes[:it.pkt.Data().Size()]
 }
 
 // deliverEcho carries an echo reply to the sandbox: that there is one and how long, with the
@@ -237,7 +237,7 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 		s.d.n.unsolicited.Add(1)
 		return
 	}
-	sent := s.d.f.dgram.echo.book.answered(fl, data)
+	sent := s.d.all.echo.book.answered(fl, data)
 	if sent == nil {
 		return
 	}
@@ -251,5 +251,5 @@ func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *control) {
 		return
 	}
 	fl.lease.Account(nat.Reply, 1, int64(size))
-	s.d.f.dgram.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), meta, head[:], payload)
+	s.d.emit.icmp(fl.peer.Addr(), fl.guest.Addr(), meta, head[:], payload)
 }

@@ -26,6 +26,7 @@ import (
 	"encoding/binary"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -80,7 +81,7 @@ func (s *echoSent) size() int64 { return int64(len(s.msg)) + echoSentOverhead }
 
 // echoBook remembers echo requests within the bounds above.
 type echoBook struct {
-	f      *Forwarder
+	now    func() time.Time
 	bucket tokenBucket
 
 	rate, memory, late, extra, gone reason
@@ -94,16 +95,16 @@ type echoBook struct {
 }
 
 // init readies the book. gone counts requests whose flow has ended meanwhile.
-func (b *echoBook) init(f *Forwarder, gone reason) {
-	b.f, b.gone = f, gone
+func (b *echoBook) init(gate *admission, d *drops, gone reason) {
+	b.now, b.gone = gate.now, gone
 	b.bucket = tokenBucket{rate: echoPerSec, burst: echoBurst}
-	b.rate = f.reason("icmp_rate")     // over the bound
-	b.memory = f.reason("icmp_memory") // no room in the memory budget
-	b.late = f.reason("icmp_late")     // an answer to a request that is not in the book any more, or was none
-	b.extra = f.reason("icmp_answers") // an answer after the last that is delivered
-	b.kept = f.stats.counter("icmp_payload_kept")
+	b.rate = d.reason("icmp_rate")     // over the bound
+	b.memory = d.reason("icmp_memory") // no room in the memory budget
+	b.late = d.reason("icmp_late")     // an answer to a request that is not in the book any more, or was none
+	b.extra = d.reason("icmp_answers") // an answer after the last that is delivered
+	b.kept = d.stats.counter("icmp_payload_kept")
 	b.byKey = make(map[echoKey]*list.Element)
-	b.charge.m = f.memory
+	b.charge.m = gate.memory
 }
 
 // enter takes a request of fl into the book and returns the sequence number that it leaves
@@ -120,7 +121,7 @@ func (b *echoBook) enter(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) (seq
 	if e.shape != shape {
 		cost = echoShapeCost
 	}
-	if !b.bucket.takeN(cost, b.f.now()) {
+	if !b.bucket.takeN(cost, b.now()) {
 		return 0, b.rate
 	}
 	e.shape = shape

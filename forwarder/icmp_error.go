@@ -90,45 +90,49 @@ func (b *tokenBucket) takeN(n float64, now time.Time) bool {
 
 // icmpErrors sends ICMP errors within the bounds above.
 type icmpErrors struct {
-	f                        *Forwarder
+	emit                     *emitter
+	onlink                   *addrs
+	now                      func() time.Time
 	bucket                   tokenBucket
 	protocol                 reason
 	sent, forbidden, limited *atomic.Uint64
 }
 
-func newICMPErrors(f *Forwarder) *icmpErrors {
+func newICMPErrors(emit *emitter, on *addrs, d *drops, now func() time.Time) *icmpErrors {
 	return &icmpErrors{
-		f:         f,
+		emit: emit, onlink: on, now: now,
 		bucket:    tokenBucket{rate: icmpErrorsPerSec, burst: icmpErrorsBurst},
-		protocol:  f.reason("ip_protocol"),
-		sent:      f.stats.counter("icmp_errors_sent"),
-		forbidden: f.stats.counter("icmp_errors_forbidden"), // RFC 1812 forbids an error about such a packet
-		limited:   f.stats.counter("icmp_errors_limited"),
+		protocol:  d.reason("ip_protocol"),
+		sent:      d.stats.counter("icmp_errors_sent"),
+		forbidden: d.stats.counter("icmp_errors_forbidden"), // RFC 1812 forbids an error about such a packet
+		limited:   d.stats.counter("icmp_errors_limited"),
 	}
 }
 
-// sendICMPError tells the sandbox that the packet orig, which it sent, met with
-// kind. orig begins with the IP header and may be cut anywhere after the transport
-// header's first eight bytes. An invalid src stands for the gateway.
-func (f *Forwarder) sendICMPError(kind icmpKind, orig []byte, src netip.Addr) {
-	f.dgram.errs.send(kind, 0, orig, src)
+// tell sends an error about pkt, which has been through the stack, from the gateway.
+func (i *icmpErrors) tell(kind icmpKind, info uint32, pkt *stack.PacketBuffer) {
+	var buf [icmpQuoteIPv6]byte
+	i.send(kind, info, quote(pkt, buf[:]), netip.Addr{})
 }
 
 // rejectProtocol answers a packet of an IP protocol that nothing here speaks. The
 // packet has not been through the stack: its data begin with the IP header.
-func (f *Forwarder) rejectProtocol(pkt *stack.PacketBuffer) {
+func (i *icmpErrors) rejectProtocol(pkt *stack.PacketBuffer) {
 	orig, ok := pkt.Data().PullUp(min(pkt.Data().Size(), header.IPv4MaximumHeaderSize+icmpQuoteIPv4))
 	if !ok {
 		return
 	}
-	f.dgram.errs.protocol.note(f, orig)
+	i.protocol.note(orig)
 	info := uint32(0)
 	if orig[0]>>4 == 6 {
 		info = header.IPv6NextHeaderOffset // the pointer of a parameter problem
 	}
-	f.dgram.errs.send(icmpProtocolUnreachable, info, orig, netip.Addr{})
+	i.send(icmpProtocolUnreachable, info, orig, netip.Addr{})
 }
 
+// send tells the sandbox that the packet orig, which it sent, met with kind. orig begins
+// with the IP header and may be cut anywhere after the transport header's first eight
+// bytes. An invalid src stands for the gateway.
 func (i *icmpErrors) send(kind icmpKind, info uint32, orig []byte, src netip.Addr) {
 	if len(orig) < 1 {
 		return
@@ -148,12 +152,12 @@ func (i *icmpErrors) sendForm(form icmpForm, info uint32, orig []byte, src netip
 		return
 	}
 	tooBig := form == icmpForms[icmpPacketTooBig][familyIndex(to)]
-	if !tooBig && !i.bucket.take(i.f.now()) {
+	if !tooBig && !i.bucket.take(i.now()) {
 		i.limited.Add(1)
 		return
 	}
 	if !src.IsValid() || src.Is4() != to.Is4() {
-		src = i.f.gatewayFor(to)
+		src = i.onlink.gatewayFor(to)
 		if !src.IsValid() {
 			return
 		}
@@ -167,7 +171,7 @@ func (i *icmpErrors) sendForm(form icmpForm, info uint32, orig []byte, src netip
 	h[0], h[1] = form.typ, form.code
 	binary.BigEndian.PutUint32(h[4:], info)
 	i.sent.Add(1)
-	i.f.dgram.emit.icmp(src, to, ipMeta{ttl: defaultTTL}, h[:], orig)
+	i.emit.icmp(src, to, ipMeta{ttl: defaultTTL}, h[:], orig)
 }
 
 // errorRecipient returns the source of the quoted packet, if an error about that
@@ -220,18 +224,4 @@ func isICMPv4Error(typ uint8) bool {
 		return true
 	}
 	return false
-}
-
-// quote copies the start of a packet that has been through the stack into buf, which
-// is filled as far as it goes, and returns what was written.
-func quote(pkt *stack.PacketBuffer, buf []byte) []byte {
-	n := copy(buf, pkt.NetworkHeader().Slice())
-	n += copy(buf[n:], pkt.TransportHeader().Slice())
-	if rest := min(len(buf)-n, pkt.Data().Size()); rest > 0 {
-		r := pkt.Data().AsRange().Capped(rest)
-		v := r.ToView()
-		n += copy(buf[n:], v.AsSlice())
-		v.Release()
-	}
-	return buf[:n]
 }

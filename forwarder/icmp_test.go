@@ -255,7 +255,7 @@ func TestICMPErrorsKeepTheRulesOfRFC1812(t *testing.T) {
 		{"about half a header", ok.bytes()[:19], false},
 		{"about a header that claims more than there is", append([]byte{0x4f}, ok.bytes()[1:24]...), false},
 	} {
-		w.f.sendICMPError(icmpHostUnreachable, c.orig, netip.Addr{})
+		w.f.dgram.udp.errs.send(icmpHostUnreachable, 0, c.orig, netip.Addr{})
 		if !c.sent {
 			w.silent(c.what)
 			continue
@@ -270,7 +270,7 @@ func TestICMPErrorsAreLimitedInRate(t *testing.T) {
 	orig := udpPacket(at(guest4, 1), at(far4, 2), nil).bytes()
 	count := func() (n int) {
 		for range 2 * icmpErrorsBurst {
-			w.f.sendICMPError(icmpPortUnreachable, orig, netip.Addr{})
+			w.f.dgram.udp.errs.send(icmpPortUnreachable, 0, orig, netip.Addr{})
 		}
 		for w.ep.Read() != nil {
 			n++
@@ -285,7 +285,7 @@ func TestICMPErrorsAreLimitedInRate(t *testing.T) {
 		t.Errorf("%d errors after 10 ms, expected %d", n, icmpErrorsPerSec/100)
 	}
 	for range 2 * icmpErrorsBurst {
-		w.f.dgram.errs.send(icmpPacketTooBig, 1400, orig, netip.Addr{})
+		w.f.dgram.udp.errs.send(icmpPacketTooBig, 1400, orig, netip.Addr{})
 	}
 	if n := w.ep.NumQueued(); n != 2*icmpErrorsBurst {
 		t.Errorf("%d path MTU errors, expected all %d", n, 2*icmpErrorsBurst)

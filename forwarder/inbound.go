@@ -53,9 +53,18 @@ import (
 	"sluice/nat"
 )
 
+// outsideParts are what the packet path shares with the rest of the forwarder.
+type outsideParts struct {
+	gate   *admission
+	onlink *addrs
+	drops  *drops
+	link   stack.LinkEndpoint // to the outside
+	asks   func(netip.AddrPort) bool
+}
+
 // outside is the packet path of one forwarder.
 type outside struct {
-	f       *Forwarder
+	outsideParts
 	in0     outlet // to the outside
 	sandbox outlet
 	// in and out are the queues of flows' packets, while their bandwidth is limited.
@@ -86,12 +95,15 @@ type outsideCounters struct {
 	began, restored, related, rejected, limited, writeFailed            *atomic.Uint64
 }
 
-func newOutside(f *Forwarder) *outside {
-	r, c := f.reason, f.stats.counter
+// newOutside readies the path between parts.link and the sandbox's link. memory is what the
+// worker before has noted of its flows, nil if nothing outlives this one.
+func newOutside(parts outsideParts, sandbox stack.LinkEndpoint, memory []byte) *outside {
+	r, c := parts.drops.reason, parts.drops.stats.counter
 	o := &outside{
-		f:       f,
-		in0:     newOutlet(f.cfg.Inbound),
-		sandbox: newOutlet(f.cfg.Link),
+		outsideParts: parts,
+
+		in0:     newOutlet(parts.link),
+		sandbox: newOutlet(sandbox),
 		frags:   newFragTable(),
 		replies: tokenBucket{rate: icmpErrorsPerSec, burst: icmpErrorsBurst},
 		flows:   make(map[nat.Tuple]*inboundFlow),
@@ -125,22 +137,22 @@ func newOutside(f *Forwarder) *outside {
 			writeFailed:   c("inbound_write_failed"),
 		},
 	}
-	o.in = shaper{o: o, bucket: &f.bandwidth.down, to: &o.sandbox}
-	o.out = shaper{o: o, bucket: &f.bandwidth.up, to: &o.in0}
-	if slots, _ := splitMemory(f.cfg.Memory); slots != nil {
-		o.memory.data = slots
+	o.in = shaper{o: o, bucket: &parts.gate.bandwidth.down, to: &o.sandbox}
+	o.out = shaper{o: o, bucket: &parts.gate.bandwidth.up, to: &o.in0}
+	if memory != nil {
+		o.memory.data = memory
 		o.waiting.Store(true)
 	}
 	return o
 }
 
 // attach begins to take packets from the inbound link. Called once the stack works.
-func (o *outside) attach() { o.f.cfg.Inbound.Attach(o) }
+func (o *outside) attach() { o.link.Attach(o) }
 
 // detach ends the link's readers.
 func (o *outside) detach() {
-	o.f.cfg.Inbound.Close()
-	o.f.cfg.Inbound.Wait()
+	o.link.Close()
+	o.link.Wait()
 }
 
 // DeliverLinkPacket implements stack.NetworkDispatcher; nobody listens below IP.
@@ -152,8 +164,7 @@ func (o *outside) KeepsRXChecksumValidated() bool { return true }
 // DeliverNetworkPacket is called by the inbound device's reader for each packet.
 func (o *outside) DeliverNetworkPacket(_ tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
 	if why := o.arrive(pkt); why.Uint64 != nil {
-		why.Add(1)
-		o.f.noteDrop(why.name, pkt)
+		why.dropArrived(pkt)
 	}
 }
 
@@ -164,9 +175,9 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 		return why
 	}
 	switch {
-	case !slices.Contains(o.f.cfg.Guest, p.dst):
+	case !slices.Contains(o.onlink.guest, p.dst):
 		return o.n.foreign
-	case p.src.IsLoopback() || p.src.IsMulticast() || p.src.IsUnspecified() || o.f.isGuest(p.src) || o.f.isOwn(p.src) || o.f.isSubnetBroadcast(p.src):
+	case p.src.IsLoopback() || p.src.IsMulticast() || p.src.IsUnspecified() || o.onlink.isGuest(p.src) || o.onlink.isOwn(p.src) || o.onlink.isSubnetBroadcast(p.src):
 		return o.n.martian
 	case p.routed:
 		return o.n.sourceRoute
@@ -174,7 +185,7 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 		return o.n.waiting // whose it is will be known when the flows of the worker before are
 	}
 	if p.frag == fragLater {
-		fl := o.frags.find(nat.Original, &p, o.f.now())
+		fl := o.frags.find(nat.Original, &p, o.gate.now())
 		if fl == nil {
 			return o.n.fragment
 		}
@@ -207,7 +218,7 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 		}
 	}
 	if p.frag == fragFirst {
-		o.frags.note(nat.Original, &p, fl, o.f.now())
+		o.frags.note(nat.Original, &p, fl, o.gate.now())
 	}
 	return o.pass(fl, nat.Original, pkt, &p)
 }
@@ -229,7 +240,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 	}
 	var fl *inboundFlow
 	if p.frag == fragLater {
-		fl = o.frags.find(nat.Reply, &p, o.f.now())
+		fl = o.frags.find(nat.Reply, &p, o.gate.now())
 	} else {
 		if why := o.parseTransport(pkt, &p); why.Uint64 != nil {
 			return false
@@ -260,11 +271,10 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 		fl.track(nat.Reply, &p)
 	}
 	if p.frag == fragFirst {
-		o.frags.note(nat.Reply, &p, fl, o.f.now())
+		o.frags.note(nat.Reply, &p, fl, o.gate.now())
 	}
 	if why := o.pass(fl, nat.Reply, pkt, &p); why.Uint64 != nil {
-		why.Add(1)
-		o.f.noteDrop(why.name, pkt)
+		why.dropArrived(pkt)
 	}
 	return true
 }
@@ -272,7 +282,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 // forGate reports whether the sandbox's packet asks a resolver while names are gated:
 // then it is the gate's, whatever flow there may be.
 func (o *outside) forGate(p *datum) bool {
-	return p.dport == dnsPort && (p.proto == protoUDP || p.proto == protoTCP) && o.f.rules.Load().GatesNames()
+	return p.dport == dnsPort && (p.proto == protoUDP || p.proto == protoTCP) && o.gate.rules.Load().GatesNames()
 }
 
 // pass accounts for a packet of a flow and sends it on.
@@ -344,4 +354,4 @@ func (o *outside) close() {
 }
 
 // isPod tells whether a is one of the sandbox's addresses.
-func (o *outside) isPod(a netip.Addr) bool { return slices.Contains(o.f.cfg.Guest, a) }
+func (o *outside) isPod(a netip.Addr) bool { return slices.Contains(o.onlink.guest, a) }

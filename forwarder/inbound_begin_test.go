@@ -286,7 +286,7 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 		resolver53, own := at(far, 53), at(pod, 5000)
 		arrives(t, w.out, w.wire, udpPacket(resolver53, own, nil)) // not gated: a client like any other
 		w.connect(at(far, 853), own)
-		w.f.rules.Store(compile(t, gated)) // in force, and the flows not asked yet
+		w.f.gate.rules.Store(compile(t, gated)) // in force, and the flows not asked yet
 		w.saysNothing("a question by a flow that is left", udpPacket(own, resolver53, []byte("abc")))
 		w.f.SetRules(compile(t, gated))
 		eventually(t, "both are cut", func() bool { return w.f.outside.count.Load() == 0 })

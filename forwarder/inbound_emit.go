@@ -16,14 +16,6 @@ import (
 	"sluice/policy"
 )
 
-// gsoOf is what segments a link takes.
-func gsoOf(l stack.LinkEndpoint) stack.SupportedGSO {
-	if g, ok := l.(stack.GSOEndpoint); ok {
-		return g.SupportedGSO()
-	}
-	return stack.GSONotSupported
-}
-
 // outlet is a link to send on.
 type outlet struct {
 	link  stack.LinkEndpoint
@@ -108,9 +100,8 @@ func restoreHop(p *datum) {
 
 // refuse notes a refusal and answers as the verdict says.
 func (o *outside) refuse(j judged, pkt *stack.PacketBuffer, p *datum) {
-	o.n.refused.Add(1)
-	o.f.noteDrop(o.n.refused.name, pkt)
-	o.f.refuse(j)
+	o.n.refused.dropArrived(pkt)
+	o.gate.refuse(j)
 	if j.verdict.Action() != policy.Reject {
 		return
 	}
@@ -142,7 +133,7 @@ func (o *outside) refuseTCP(p *datum) {
 
 // mayReply bounds what strangers can make us send.
 func (o *outside) mayReply() bool {
-	if !o.replies.take(o.f.now()) {
+	if !o.replies.take(o.gate.now()) {
 		o.n.limited.Add(1)
 		return false
 	}

@@ -48,7 +48,7 @@ func queryOf(tuple nat.Tuple) policy.Query {
 
 // admit charges the flow table for a flow and makes it findable. short: it asks a DNS server.
 func (o *outside) admit(fl *inboundFlow, j judged, short bool) error {
-	err := o.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, forwarded: true, short: short})
+	err := o.gate.enter(&fl.pass, fl, j, entry{orig: fl.tuple, forwarded: true, short: short})
 	if err != nil {
 		return err
 	}
@@ -70,8 +70,8 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		return known, reason{} // another reader was faster
 	}
 	// Asked also where policy refuses: a stream that goes on rests on.
-	rests := o.f.tombs.rests(tuple) || o.f.cfg.Asks != nil && o.f.cfg.Asks(tuple.Src())
-	j := o.f.decide(queryOf(tuple))
+	rests := o.gate.tombs.rests(tuple) || o.asks != nil && o.asks(tuple.Src())
+	j := o.gate.decide(queryOf(tuple))
 	if !j.mayBegin() {
 		o.refuse(j, pkt, p)
 		return nil, reason{}
@@ -85,7 +85,7 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		case flags != header.TCPFlagSyn:
 			o.refuseTCP(p)
 			return nil, o.n.tcpStray
-		case o.f.table.Lookup(tuple.Reverse()) != nil:
+		case o.gate.table.Lookup(tuple.Reverse()) != nil:
 			rests = true // the sandbox has a connection by these two ports, and it is not this one
 		}
 	}

@@ -79,7 +79,7 @@ spec:
 			}
 		}
 		for _, l := range w.table.Leases() {
-			if to := l.Orig().Dst(); to.Port() != 80 || !w.f.isGuest(to.Addr()) {
+			if to := l.Orig().Dst(); to.Port() != 80 || !w.f.onlink.isGuest(to.Addr()) {
 				t.Errorf("there is a flow %v", l.Orig())
 			}
 		}

@@ -40,7 +40,7 @@ func (o *outside) errorFromSandbox(pkt *stack.PacketBuffer, p *datum) bool {
 	if fl == nil {
 		return false
 	}
-	if !admitBoth(fl.ruleUp(), &o.f.bandwidth.up, p.size, o.f.now()) {
+	if !admitBoth(fl.ruleUp(), &o.gate.bandwidth.up, p.size, o.gate.now()) {
 		o.n.bandwidth.Add(1)
 		return true
 	}

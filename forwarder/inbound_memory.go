@@ -168,10 +168,10 @@ func (o *outside) restore() {
 
 func (o *outside) restoreFlow(was remembered) {
 	t := was.tuple
-	if !o.isPod(t.Dst().Addr()) || o.isPod(t.Src().Addr()) || o.f.isOwn(t.Src().Addr()) || t.Proto() == protoTCP && was.state == nat.Close {
+	if !o.isPod(t.Dst().Addr()) || o.isPod(t.Src().Addr()) || o.onlink.isOwn(t.Src().Addr()) || t.Proto() == protoTCP && was.state == nat.Close {
 		return
 	}
-	j := o.f.decide(queryOf(t))
+	j := o.gate.decide(queryOf(t))
 	if !j.mayBegin() {
 		o.n.refused.Add(1)
 		return

@@ -151,7 +151,7 @@ func TestHostileMemory(t *testing.T) {
 				t.Run("", func(t *testing.T) {
 					w := generation(t, b, fmt.Sprintf(onlyHTTP, "drop"))
 					for _, l := range w.table.Leases() {
-						if o := l.Orig(); o.Dst().Port() != 80 || !w.f.isGuest(o.Dst().Addr()) || o.Src().Addr() != client4 && o.Src().Addr() != client6 {
+						if o := l.Orig(); o.Dst().Port() != 80 || !w.f.onlink.isGuest(o.Dst().Addr()) || o.Src().Addr() != client4 && o.Src().Addr() != client6 {
 							t.Errorf("there is a flow %v", o)
 						}
 					}

@@ -52,7 +52,7 @@ func (s *shaper) send(pkt *stack.PacketBuffer, size int) bool {
 		return s.write(pkt, size)
 	}
 	s.mu.Lock()
-	if s.first == len(s.queue) && s.bucket.admit(size, s.o.f.now()) {
+	if s.first == len(s.queue) && s.bucket.admit(size, s.o.gate.now()) {
 		s.mu.Unlock()
 		return s.write(pkt, size)
 	}
@@ -86,7 +86,7 @@ func (s *shaper) drain() {
 	for s.first < len(s.queue) {
 		pkt := s.queue[s.first]
 		size := pkt.Size() - len(pkt.LinkHeader().Slice())
-		if !s.bucket.admit(size, s.o.f.now()) {
+		if !s.bucket.admit(size, s.o.gate.now()) {
 			s.timer = time.AfterFunc(refillEvery, s.drain)
 			break
 		}
@@ -149,7 +149,7 @@ func (o *outside) retire() {
 	o.mu.Lock()
 	var gone []*ruleQueues
 	o.ruled = slices.DeleteFunc(o.ruled, func(q *ruleQueues) bool {
-		if o.f.limited.has(q.limits) {
+		if o.gate.limited.has(q.limits) {
 			return false
 		}
 		gone = append(gone, q)

@@ -43,8 +43,8 @@ type batched struct {
 // passTCP tells whether pkt, whose data begin with the IP header and which the
 // filter has let through, was a plain segment of an established flow, and is
 // dealt with.
-func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
-	in := &f.tcp.inline
+func (t *tcpForwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
+	in := &t.inline
 	if !in.batched {
 		return false
 	}
@@ -67,16 +67,16 @@ func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	} else {
 		id.LocalAddress, id.RemoteAddress = header.IPv6(b).DestinationAddress(), header.IPv6(b).SourceAddress()
 	}
-	f.tcp.mu.Lock()
-	fl := f.tcp.flows[id]
-	f.tcp.mu.Unlock()
+	t.mu.Lock()
+	fl := t.flows[id]
+	t.mu.Unlock()
 	if fl == nil {
 		return false
 	}
 	var ep *tcp.Endpoint
 	if fl.live.Load() {
 		ep = fl.ep.(*tcp.Endpoint) // set before live
-	} else if ep, _ = f.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, id, nicID).(*tcp.Endpoint); ep == nil {
+	} else if ep, _ = t.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, id, nicID).(*tcp.Endpoint); ep == nil {
 		return false
 	}
 	if state := endpointState(ep); state != tcp.StateSynRecv && !connected(state) {
@@ -92,7 +92,7 @@ func (f *Forwarder) passTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	}
 	pkt.Data().CapLength(total - hl - thl)
 	in.enter(fl, ep)
-	f.tcp.queue.put(fl, ep, id, pkt)
+	t.queue.put(fl, ep, id, pkt)
 	return true
 }
 
@@ -197,14 +197,14 @@ func (fl *tcpFlow) runWanted(here bool) {
 		if here {
 			fl.pumpUp()
 		} else {
-			fl.t.f.engine.put(&fl.upTask)
+			fl.t.engine.put(&fl.upTask)
 		}
 	}
 	if what&wantDown != 0 {
 		if here {
 			fl.pumpDown()
 		} else {
-			fl.t.f.engine.put(&fl.downTask)
+			fl.t.engine.put(&fl.downTask)
 		}
 	}
 }

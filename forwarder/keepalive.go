@@ -95,10 +95,10 @@ func (k *Keepalive) SetSysctl(name, value string) error {
 }
 
 // SetKeepalive has connections that are set up from now on probed as k says.
-func (f *Forwarder) SetKeepalive(k Keepalive) { f.dialer.keepalive.Store(&k) }
+func (d *Dialer) SetKeepalive(k Keepalive) { d.keepalive.Store(&k) }
 
-// Keepalive returns what SetKeepalive has set.
-func (f *Forwarder) Keepalive() Keepalive { return *f.dialer.keepalive.Load() }
+// Keepalive returns how connections are probed that are set up from now on.
+func (d *Dialer) Keepalive() Keepalive { return *d.keepalive.Load() }
 
 // probeHost has the kernel probe the far side of a host socket.
 func (k *Keepalive) probeHost(fd int) error {

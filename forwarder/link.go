@@ -12,8 +12,9 @@ package forwarder
 // The filter judges form only. Which flows may go where is policy's to say.
 
 import (
+	"fmt"
 	"net/netip"
-	"slices"
+	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -23,7 +24,32 @@ import (
 // link is the device as the stack sees it.
 type link struct {
 	stack.LinkEndpoint
-	f *Forwarder
+	onlink   *addrs
+	emit     *emitter
+	errs     *icmpErrors
+	drops    *drops
+	memory   *memory
+	tcp      *tcpForwarder
+	dgram    *datagrams
+	outside  *outside    // nil: there is none
+	dhcp     DHCPHandler // nil: guests are configured from outside
+	onlyHost bool        // the sandbox's neighbours are all behind us
+
+	network atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
+}
+
+// open finds the NIC's endpoints in the stack, to which packets are delivered from then on.
+func (l *link) open(s *stack.Stack) error {
+	var eps [2]stack.NetworkEndpoint
+	for i, proto := range []tcpip.NetworkProtocolNumber{header.IPv4ProtocolNumber, header.IPv6ProtocolNumber} {
+		ep, err := s.GetNetworkEndpoint(nicID, proto)
+		if err != nil {
+			return fmt.Errorf("finding the stack's network endpoint: %s", err)
+		}
+		eps[i] = ep
+	}
+	l.network.Store(&eps)
+	return nil
 }
 
 // GSOMaxSize and SupportedGSO pass on what the device offers; the stack asks
@@ -48,16 +74,16 @@ func (l *link) Attach(d stack.NetworkDispatcher) {
 		l.LinkEndpoint.Attach(nil)
 		return
 	}
-	l.f.inbound = d
-	l.LinkEndpoint.Attach(&filter{NetworkDispatcher: d, f: l.f, n: newFilterReasons(l.f)})
+	l.tcp.nic = d
+	l.LinkEndpoint.Attach(&filter{NetworkDispatcher: d, l: l, n: newFilterReasons(l.drops)})
 }
 
 type filterReasons struct {
 	short, version, spoofed, martian, sourceRoute, multicast, broadcast, arp, neighbour, ethertype reason
 }
 
-func newFilterReasons(f *Forwarder) filterReasons {
-	r := f.reason
+func newFilterReasons(d *drops) filterReasons {
+	r := d.reason
 	return filterReasons{
 		short:       r("drop_short_packet"),
 		version:     r("drop_ip_version"),
@@ -75,13 +101,13 @@ func newFilterReasons(f *Forwarder) filterReasons {
 // filter is a stack.NetworkDispatcher that passes on what it lets through.
 type filter struct {
 	stack.NetworkDispatcher
-	f *Forwarder
+	l *link
 	n filterReasons
 }
 
 // DeliverNetworkPacket is called by the device's reader for each packet.
 func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	if t.f.outside != nil && t.f.outside.answer(pkt) {
+	if t.l.outside != nil && t.l.outside.answer(pkt) {
 		return
 	}
 	var why reason
@@ -100,27 +126,26 @@ func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *st
 		t.deliver(proto, pkt)
 	case handled:
 	default:
-		why.Add(1)
-		t.f.noteDrop(why.name, pkt)
+		why.dropArrived(pkt)
 	}
 }
 
 // KeepsRXChecksumValidated tells the device whether what it says of each packet's
 // checksum is respected (tun.ChecksumKeeper): as soon as the stack is set up.
-func (t *filter) KeepsRXChecksumValidated() bool { return t.f.network.Load() != nil }
+func (t *filter) KeepsRXChecksumValidated() bool { return t.l.network.Load() != nil }
 
 // deliver goes past the stack's NIC, which would replace the packet's
 // RXChecksumValidated by one flag for the whole link.
 func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	eps := t.f.network.Load()
+	eps := t.l.network.Load()
 	switch {
 	case eps == nil:
-	case proto != header.ARPProtocolNumber && (t.f.passUDP(proto, pkt) || t.f.passTCP(proto, pkt)):
+	case proto != header.ARPProtocolNumber && (t.l.dgram.passUDP(proto, pkt) || t.l.tcp.passTCP(proto, pkt)):
 		return
 	case proto == header.IPv4ProtocolNumber, proto == header.IPv6ProtocolNumber:
 		// It may wait for other fragments.
 		if wasteful(pkt) {
-			pkt = t.f.memory.compact(pkt)
+			pkt = t.l.memory.compact(pkt)
 			defer pkt.DecRef()
 		}
 		ep := eps[0]
@@ -148,14 +173,14 @@ func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
 	}
 	src, dst := netip.AddrFrom4(h.SourceAddress().As4()), netip.AddrFrom4(h.DestinationAddress().As4())
 	proto := h.Protocol()
-	if dst.As4() == [4]byte{255, 255, 255, 255} || t.f.isSubnetBroadcast(dst) {
-		if proto == uint8(header.UDPProtocolNumber) && t.f.answerDHCPv4(src, pkt) {
+	if dst.As4() == [4]byte{255, 255, 255, 255} || t.l.onlink.isSubnetBroadcast(dst) {
+		if proto == uint8(header.UDPProtocolNumber) && t.l.answerDHCPv4(src, pkt) {
 			return handled
 		}
 		return t.n.broadcast
 	}
-	if !t.f.isGuest(src) {
-		if proto == uint8(header.UDPProtocolNumber) && src.IsUnspecified() && t.f.answerDHCPv4(src, pkt) {
+	if !t.l.onlink.isGuest(src) {
+		if proto == uint8(header.UDPProtocolNumber) && src.IsUnspecified() && t.l.answerDHCPv4(src, pkt) {
 			return handled
 		}
 		return t.n.spoofed
@@ -163,7 +188,7 @@ func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
 	switch {
 	case dst.IsMulticast():
 		return t.n.multicast
-	case dst.IsUnspecified(), dst.IsLoopback(), t.f.isGuest(dst):
+	case dst.IsUnspecified(), dst.IsLoopback(), t.l.onlink.isGuest(dst):
 		return t.n.martian
 	case sourceRouted(h, pkt):
 		return t.n.sourceRoute
@@ -171,12 +196,12 @@ func (t *filter) judge4(pkt *stack.PacketBuffer) reason {
 	switch proto {
 	case uint8(header.TCPProtocolNumber):
 	case uint8(header.UDPProtocolNumber):
-		if t.f.isOwn(dst) && t.f.answerDHCPv4(src, pkt) {
+		if t.l.onlink.isOwn(dst) && t.l.answerDHCPv4(src, pkt) {
 			return handled
 		}
 	case uint8(header.ICMPv4ProtocolNumber):
 	default:
-		t.f.rejectProtocol(pkt)
+		t.l.errs.rejectProtocol(pkt)
 		return handled
 	}
 	return reason{}
@@ -193,20 +218,20 @@ func (t *filter) judge6(pkt *stack.PacketBuffer) reason {
 	}
 	src, dst := netip.AddrFrom16(h.SourceAddress().As16()), netip.AddrFrom16(h.DestinationAddress().As16())
 	local := src.IsLinkLocalUnicast() || src.IsUnspecified()
-	if h.NextHeader() == uint8(header.ICMPv6ProtocolNumber) && (dst.IsMulticast() || local || t.f.isOwn(dst)) {
+	if h.NextHeader() == uint8(header.ICMPv6ProtocolNumber) && (dst.IsMulticast() || local || t.l.onlink.isOwn(dst)) {
 		return t.judgeDiscovery(pkt, src, dst)
 	}
-	if h.NextHeader() == uint8(header.UDPProtocolNumber) && local && t.f.answerDHCPv6(src, pkt) {
+	if h.NextHeader() == uint8(header.UDPProtocolNumber) && local && t.l.answerDHCPv6(src, pkt) {
 		return handled
 	}
 	switch {
 	case dst.IsMulticast():
 		return t.n.multicast
-	case !t.f.isGuest(src):
+	case !t.l.onlink.isGuest(src):
 		return t.n.spoofed
-	case dst.IsUnspecified(), dst.IsLoopback(), dst.Is4In6(), t.f.isGuest(dst):
+	case dst.IsUnspecified(), dst.IsLoopback(), dst.Is4In6(), t.l.onlink.isGuest(dst):
 		return t.n.martian
-	case dst.IsLinkLocalUnicast() && !t.f.isOwn(dst):
+	case dst.IsLinkLocalUnicast() && !t.l.onlink.isOwn(dst):
 		return t.n.martian
 	}
 	switch h.NextHeader() {
@@ -217,7 +242,7 @@ func (t *filter) judge6(pkt *stack.PacketBuffer) reason {
 	case uint8(header.IPv6RoutingExtHdrIdentifier):
 		return t.n.sourceRoute
 	}
-	t.f.rejectProtocol(pkt)
+	t.l.errs.rejectProtocol(pkt)
 	return handled
 }
 
@@ -259,17 +284,17 @@ func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) re
 			return t.n.short
 		}
 		target := netip.AddrFrom16([16]byte(b[nsTarget-header.IPv6AddressSize : nsTarget]))
-		if t.f.cfg.OnlyHost {
+		if t.l.onlyHost {
 			return t.judgeSolicitation(pkt, src, target)
 		}
-		if !t.f.isOwn(target) {
+		if !t.l.onlink.isOwn(target) {
 			return t.n.neighbour
 		}
 		return reason{}
 	case header.ICMPv6NeighborAdvert:
 		return t.n.neighbour
 	case header.ICMPv6RouterSolicit:
-		if t.f.answerRouterSolicit(src) {
+		if t.l.answerRouterSolicit(src) {
 			return handled
 		}
 		return t.n.neighbour
@@ -277,7 +302,7 @@ func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) re
 	switch {
 	case dst.IsMulticast():
 		return t.n.multicast
-	case !t.f.isGuest(src) && !(src.IsLinkLocalUnicast() && t.f.isOwn(dst)):
+	case !t.l.onlink.isGuest(src) && !(src.IsLinkLocalUnicast() && t.l.onlink.isOwn(dst)):
 		return t.n.spoofed
 	}
 	return reason{}
@@ -298,7 +323,7 @@ func (t *filter) judgeSolicitation(pkt *stack.PacketBuffer, src, target netip.Ad
 	m := header.ICMPv6(b[header.IPv6MinimumSize:size])
 	sum := header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: m, Src: h.SourceAddress(), Dst: h.DestinationAddress()})
 	if len(m) < header.ICMPv6NeighborSolicitMinimumSize || m.Code() != 0 || m.Checksum() != sum ||
-		!t.f.answerSolicitation(src, target, header.NDPNeighborSolicit(m.MessageBody())) {
+		!t.l.answerSolicitation(src, target, header.NDPNeighborSolicit(m.MessageBody())) {
 		return t.n.neighbour
 	}
 	return handled
@@ -310,28 +335,14 @@ func (t *filter) judgeARP(pkt *stack.PacketBuffer) reason {
 		return t.n.short
 	}
 	h := header.ARP(b)
-	if t.f.cfg.OnlyHost {
-		if h.IsValid() && t.f.answerARP(h) {
+	if t.l.onlyHost {
+		if h.IsValid() && t.l.answerARP(h) {
 			return handled
 		}
 		return t.n.arp
 	}
-	if !h.IsValid() || !t.f.isOwn(netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))) {
+	if !h.IsValid() || !t.l.onlink.isOwn(netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))) {
 		return t.n.arp
 	}
 	return reason{}
 }
-
-// isGuest tells whether a is one of the sandbox's own addresses.
-func (f *Forwarder) isGuest(a netip.Addr) bool {
-	return slices.Contains(f.cfg.Guest, a) || f.cfg.SelfConfigured.Contains(a) && !f.isOwn(a)
-}
-
-// isOwn tells whether a is an address of ours on the link: gateway or DNS.
-func (f *Forwarder) isOwn(a netip.Addr) bool {
-	return slices.Contains(f.cfg.Gateway, a) || slices.Contains(f.cfg.DNS, a) || a == f.linkLocal
-}
-
-// isSubnetBroadcast tells whether a is the directed broadcast of the sandbox's
-// IPv4 prefix.
-func (f *Forwarder) isSubnetBroadcast(a netip.Addr) bool { return a == f.broadcast }

@@ -295,10 +295,3 @@ func ParseMemory(value string) (m MemoryMarks, err error) {
 func (m MemoryMarks) String() string {
 	return fmt.Sprintf("%d %d %d", m.Low/memoryPage, m.Pressure/memoryPage, m.High/memoryPage)
 }
-
-// SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
-// shrink as they move.
-func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.memory.setMarks(m) }
-
-// Memory returns the marks in force.
-func (f *Forwarder) Memory() MemoryMarks { return f.memory.marks() }

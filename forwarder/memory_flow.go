@@ -288,7 +288,7 @@ func (q *tcpQueue) put(fl *tcpFlow, ep stack.TransportEndpoint, id stack.Transpo
 			}
 		}
 		if wasteful(pkt) {
-			pkt = q.t.f.memory.compact(pkt)
+			pkt = q.t.gate.memory.compact(pkt)
 			defer pkt.DecRef()
 		}
 	}
@@ -365,7 +365,7 @@ func (fl *tcpFlow) settleMemory(ep *tcp.Endpoint) {
 	}
 	fl.mem.tallyReceived(ep)
 	if fl.mem.starved.Load() {
-		fl.t.f.engine.put(&fl.downTask) // which tallies what is sent
+		fl.t.engine.put(&fl.downTask) // which tallies what is sent
 		return
 	}
 	if fl.mem.down.held.Load() > flowMinimum && fl.down.mu.TryLock() {
@@ -388,16 +388,6 @@ func (t *tcpForwarder) tallyAll() {
 		if ep != nil {
 			fl.settleMemory(ep)
 		}
-	}
-}
-
-// memoryTurned hears of the begin and the end of pressure.
-func (f *Forwarder) memoryTurned(pressed bool) {
-	if pressed {
-		f.needTimer.raise()
-	}
-	if f.cfg.MemoryPressure != nil {
-		f.cfg.MemoryPressure(pressed)
 	}
 }
 

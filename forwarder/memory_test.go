@@ -404,7 +404,7 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 	for _, pressed := range []bool{false, true} {
 		w := newWire(t, allowAll, func(c *Config) { c.MemoryMarks = MarksBelow(16 << 20) })
-		other := &charge{m: w.f.memory}
+		other := &charge{m: w.f.gate.memory}
 		if pressed {
 			other.try(15 << 20)
 		}
@@ -467,7 +467,7 @@ func TestSingleBytesToASandboxThatDoesNotRead(t *testing.T) {
 	eventually(t, "bytes are sent", func() bool { return sendQueued(ep) > 0 })
 	seen := uint32(0)
 	for seen < many {
-		if used := w.f.memory.used.Load(); used > smallReads+64<<10 {
+		if used := w.f.gate.memory.used.Load(); used > smallReads+64<<10 {
 			t.Fatalf("%d bytes of memory are held", used)
 		}
 		h := w.recvTCP(r.src.Port(), header.TCPFlagAck)

@@ -19,11 +19,11 @@ import (
 
 // answerARP answers a request for any address but the sandbox's. It says whether the
 // packet was such a request.
-func (f *Forwarder) answerARP(h header.ARP) bool {
+func (l *link) answerARP(h header.ARP) bool {
 	sender, target := netip.AddrFrom4([4]byte(h.ProtocolAddressSender())), netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))
 	// A probe (RFC 5227) has no sender's address: it asks whether its target is
 	// taken, and nobody but the sandbox has an address here for it to collide with.
-	if h.Op() != header.ARPRequest || sender.IsUnspecified() || sender == target || f.isGuest(target) ||
+	if h.Op() != header.ARPRequest || sender.IsUnspecified() || sender == target || l.onlink.isGuest(target) ||
 		target.IsUnspecified() || target.IsMulticast() || target == ipv4Broadcast {
 		return false
 	}
@@ -32,18 +32,18 @@ func (f *Forwarder) answerARP(h header.ARP) bool {
 	reply := header.ARP(v.AsSlice())
 	reply.SetIPv4OverEthernet()
 	reply.SetOp(header.ARPReply)
-	copy(reply.HardwareAddressSender(), f.cfg.Link.LinkAddress())
+	copy(reply.HardwareAddressSender(), l.LinkAddress())
 	copy(reply.ProtocolAddressSender(), h.ProtocolAddressTarget())
 	copy(reply.HardwareAddressTarget(), to)
 	copy(reply.ProtocolAddressTarget(), h.ProtocolAddressSender())
-	f.sendFrame(v, header.ARPProtocolNumber, to)
+	l.sendFrame(v, header.ARPProtocolNumber, to)
 	return true
 }
 
 // answerSolicitation answers a neighbour solicitation, whose options follow the
 // target, for any address but the sandbox's. It says whether it was for us to answer.
-func (f *Forwarder) answerSolicitation(src, target netip.Addr, ns header.NDPNeighborSolicit) bool {
-	if src.IsUnspecified() || target.IsMulticast() || target.IsUnspecified() || f.isGuest(target) || src == target {
+func (l *link) answerSolicitation(src, target netip.Addr, ns header.NDPNeighborSolicit) bool {
+	if src.IsUnspecified() || target.IsMulticast() || target.IsUnspecified() || l.onlink.isGuest(target) || src == target {
 		return false // without a source it is duplicate address detection
 	}
 	var to tcpip.LinkAddress
@@ -58,7 +58,7 @@ func (f *Forwarder) answerSolicitation(src, target netip.Addr, ns header.NDPNeig
 			}
 		}
 	}
-	own := header.NDPTargetLinkLayerAddressOption(f.cfg.Link.LinkAddress())
+	own := header.NDPTargetLinkLayerAddressOption(l.LinkAddress())
 	options := header.NDPOptionsSerializer{own}
 	size := header.ICMPv6NeighborAdvertMinimumSize + options.Length()
 	v, l4 := begin(target, src, protoICMPv6, ipMeta{ttl: header.NDPHopLimit}, size)
@@ -67,24 +67,24 @@ func (f *Forwarder) answerSolicitation(src, target netip.Addr, ns header.NDPNeig
 	na.SetTargetAddress(tcpipAddr(target))
 	na.SetSolicitedFlag(true)
 	na.SetOverrideFlag(true)
-	na.SetRouterFlag(f.isOwn(target))
+	na.SetRouterFlag(l.onlink.isOwn(target))
 	na.Options().Serialize(options)
 	finishICMP(target, src, l4)
-	f.sendFrame(v, header.IPv6ProtocolNumber, to)
+	l.sendFrame(v, header.IPv6ProtocolNumber, to)
 	return true
 }
 
 // sendFrame sends what is no traffic of a flow to a neighbour; to may be empty.
-func (f *Forwarder) sendFrame(v *buffer.View, proto tcpip.NetworkProtocolNumber, to tcpip.LinkAddress) {
+func (l *link) sendFrame(v *buffer.View, proto tcpip.NetworkProtocolNumber, to tcpip.LinkAddress) {
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{
-		ReserveHeaderBytes: int(f.cfg.Link.MaxHeaderLength()),
+		ReserveHeaderBytes: int(l.MaxHeaderLength()),
 		Payload:            buffer.MakeWithView(v),
 	})
 	defer pkt.DecRef()
 	pkt.NetworkProtocolNumber = proto
 	pkt.EgressRoute.RemoteLinkAddress = to
-	f.cfg.Link.AddHeader(pkt)
+	l.AddHeader(pkt)
 	var list stack.PacketBufferList
 	list.PushBack(pkt)
-	_, _ = f.cfg.Link.WritePackets(list) // a link that is gone ends the forwarder anyway
+	_, _ = l.WritePackets(list) // a link that is gone ends the forwarder anyway
 }

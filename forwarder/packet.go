@@ -61,28 +61,29 @@ type emitter struct {
 }
 
 // newEmitter needs the stack to exist. It is closed by close.
-func newEmitter(f *Forwarder) *emitter {
-	e := &emitter{
-		stack:   f.stack,
-		mtu:     int(f.cfg.MTU),
-		noRoute: f.stats.counter("emit_no_route"),
-		failed:  f.stats.counter("emit_failed"),
-	}
-	if g, ok := f.cfg.Link.(stack.GSOEndpoint); ok {
-		e.gso = g.SupportedGSO() == stack.HostGSOSupported
-	}
-	if u, ok := f.cfg.Link.(interface{ USO() bool }); ok {
+func newEmitter(s *stack.Stack, link stack.LinkEndpoint, mtu uint32, on *addrs, st *stats) *emitter {
+	e := &emitter{stack: s, mtu: int(mtu), noRoute: st.counter("emit_no_route"), failed: st.counter("emit_failed")}
+	e.gso = gsoOf(link) == stack.HostGSOSupported
+	if u, ok := link.(interface{ USO() bool }); ok {
 		e.uso = u.USO()
 	}
-	for _, a := range f.cfg.Guest {
+	for _, a := range on.guest {
 		if i := familyIndex(a); !e.guest[i].IsValid() {
 			e.guest[i] = a
 		}
 	}
-	for _, a := range f.cfg.Gateway {
+	for _, a := range on.gateway {
 		e.gateway[familyIndex(a)] = a
 	}
 	return e
+}
+
+// gsoOf is what segments a link takes.
+func gsoOf(l stack.LinkEndpoint) stack.SupportedGSO {
+	if g, ok := l.(stack.GSOEndpoint); ok {
+		return g.SupportedGSO()
+	}
+	return stack.GSONotSupported
 }
 
 // familyIndex is 0 for IPv4 and 1 for IPv6.

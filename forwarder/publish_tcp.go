@@ -71,8 +71,8 @@ func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
 
 // ingress carries an accepted connection into the sandbox. It owns fd.
 func (t *tcpForwarder) ingress(fd int, c caller) {
-	if err := t.f.dialer.tuneStream(fd); err != nil {
-		t.f.dialer.reset(fd)
+	if err := t.dialer.tuneStream(fd); err != nil {
+		t.dialer.reset(fd)
 		return
 	}
 	t.tryNext(fd, c)
@@ -83,10 +83,10 @@ func (t *tcpForwarder) tryNext(fd int, c caller) {
 	for len(c.ways) > 0 {
 		w := c.ways[0]
 		c.ways = c.ways[1:]
-		j := t.f.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
+		j := t.gate.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
 		if !j.mayBegin() {
-			t.f.publish.refused.Add(1)
-			t.f.refuse(j)
+			t.inward.refused.Add(1)
+			t.gate.refuse(j)
 			break
 		}
 		if !w.loopback {
@@ -97,20 +97,20 @@ func (t *tcpForwarder) tryNext(fd int, c caller) {
 			return
 		}
 	}
-	t.f.dialer.reset(fd)
+	t.dialer.reset(fd)
 }
 
 // ingressThroughStack makes the connection on the sandbox's link. It owns fd.
 func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
 	guest := j.query.Dst
-	client := t.f.clientInside(c.from.Addr(), guest.Addr())
+	client := t.onlink.clientInside(c.from.Addr(), guest.Addr())
 	if !client.IsValid() {
-		t.f.publish.failed.Add(1)
-		t.f.dialer.reset(fd)
+		t.inward.failed.Add(1)
+		t.dialer.reset(fd)
 		return
 	}
 	fl := &tcpFlow{
-		t: t, fd: fd, ingress: true, caller: &c, phase: phaseHandshake, wq: new(waiter.Queue),
+		t: t, number: t.numbers.Add(1), fd: fd, ingress: true, caller: &c, phase: phaseHandshake, wq: new(waiter.Queue),
 		id: stack.TransportEndpointID{LocalAddress: tcpipAddr(client), RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port()},
 	}
 	fl.prepare()
@@ -162,12 +162,12 @@ func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
 // enterCaller has the flow of c enter.
 func (t *tcpForwarder) enterCaller(p *pass, fl carrier, c caller, j judged, mem *shares) error {
 	e := entry{orig: c.tuple(), memory: mem, pending: fl.pending}
-	err := t.f.enter(p, fl, j, e)
+	err := t.gate.enter(p, fl, j, e)
 	if errors.Is(err, nat.ErrExists) && t.supersede(e.orig) {
-		err = t.f.enter(p, fl, j, e)
+		err = t.gate.enter(p, fl, j, e)
 	}
 	if err != nil {
-		t.f.publish.limited.Add(1)
+		t.inward.limited.Add(1)
 		return err
 	}
 	p.lease.SetState(nat.SynSent)
@@ -179,7 +179,7 @@ func (t *tcpForwarder) enterCaller(p *pass, fl carrier, c caller, j judged, mem 
 // and the poller has not come to that yet. A flow that is closing still has bytes to
 // deliver, and stays.
 func (t *tcpForwarder) supersede(tuple nat.Tuple) bool {
-	l := t.f.table.Lookup(tuple)
+	l := t.gate.table.Lookup(tuple)
 	if l == nil {
 		return true
 	}
@@ -271,14 +271,14 @@ func (fl *tcpFlow) dropGuest(ep tcpip.Endpoint) {
 
 // guestEndpoint makes the endpoint of connectGuest, bound to the client's address and port.
 func (fl *tcpFlow) guestEndpoint() (tcpip.Endpoint, error) {
-	ep, terr := fl.t.f.stack.NewEndpoint(tcp.ProtocolNumber, netProto(netipAddr(fl.id.RemoteAddress)), fl.wq)
+	ep, terr := fl.t.stack.NewEndpoint(tcp.ProtocolNumber, netProto(netipAddr(fl.id.RemoteAddress)), fl.wq)
 	if terr != nil {
 		return nil, errors.New(terr.String())
 	}
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
-	fl.t.f.dialer.keepalive.Load().probeInside(ep)
-	if fl.t.f.memory.pressed.Load() {
+	fl.t.dialer.keepalive.Load().probeInside(ep)
+	if fl.t.gate.memory.pressed.Load() {
 		opts.SetReceiveBufferSize(receiveStartPressed, false)
 	}
 	terr = ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort})
@@ -317,13 +317,4 @@ func sourcePorts(port uint16) iter.Seq[uint16] {
 			}
 		}
 	}
-}
-
-// clientInside is the address under which the sandbox sees a client of its address guest:
-// its own, if that can be on the sandbox's link.
-func (f *Forwarder) clientInside(client, guest netip.Addr) netip.Addr {
-	if client.IsLoopback() || client.IsLinkLocalUnicast() || client.Is4() != guest.Is4() {
-		return f.gatewayOf(guest.Is4())
-	}
-	return client
 }

@@ -211,7 +211,7 @@ func TestQUICConnectionsAreBounded(t *testing.T) {
 	names := policy.NewNames(policy.NamesConfig{})
 	must(t, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, clock.now()))
 	w := newWire(t, byName, func(c *Config) { c.Names, c.Now = names, clock.now })
-	g := newQUICGate(w.f)
+	g := newQUICGate(w.f.gate, &w.f.stats, &w.f.timer)
 	s := &script{t: t, gate: g, flow: new(dgramFlow), bench: &bench{}}
 	hello, evil := craftHello(t, "a.example"), craftHello(t, "b.example")
 	try := func(id []byte, number uint32, hello []byte) bool {

@@ -294,7 +294,7 @@ func FuzzQUICNames(f *testing.F) {
 			}
 			servers = newBench(t)
 		}
-		s := &script{t: t, b: b, bench: servers, gate: newQUICGate(w.f), hellos: hellos, nonce: uint64(time.Now().UnixNano())<<8 + nonce, flow: new(dgramFlow)}
+		s := &script{t: t, b: b, bench: servers, gate: newQUICGate(w.f.gate, &w.f.stats, &w.f.timer), hellos: hellos, nonce: uint64(time.Now().UnixNano())<<8 + nonce, flow: new(dgramFlow)}
 		servers.mu.Lock()
 		servers.learn, servers.chosen = s.learned, make(map[string][]byte)
 		servers.mu.Unlock()

@@ -57,14 +57,14 @@ type relayDir struct {
 // relayLoopback takes fd over if a socket inside the sandbox can be had.
 func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
 	guest := j.query.Dst
-	if t.f.cfg.Guests == nil {
+	if t.guests == nil {
 		return false
 	}
-	inside, ok := t.f.cfg.Guests.Stream(guest.Addr().Is6())
+	inside, ok := t.guests.Stream(guest.Addr().Is6())
 	if !ok {
 		return false
 	}
-	t.f.dialer.sockets.Add(1)
+	t.dialer.sockets.Add(1)
 	r := &relay{t: t, caller: c, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
 	if err := t.enterCaller(&r.pass, r, c, j, &r.mem); err != nil {
@@ -82,7 +82,7 @@ func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
 		r.abort("stopped")
 		return true
 	}
-	t.f.relayed.Add(1)
+	t.relayed.Add(1)
 	return true
 }
 
@@ -94,7 +94,7 @@ func (r *relay) connect() bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || r.t.f.dialer.tuneStream(r.fds[1]) != nil {
+	if r.closed || r.t.dialer.tuneStream(r.fds[1]) != nil {
 		return false
 	}
 	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
@@ -105,17 +105,17 @@ func (r *relay) connect() bool {
 		}
 	}
 	for i, fd := range r.fds {
-		tok, err := r.t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
+		tok, err := r.t.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
 		if err != nil {
 			return false
 		}
 		r.toks[i] = tok
 	}
-	r.t.f.engine.put(&r.work)
+	r.t.engine.put(&r.work)
 	return true
 }
 
-func (r *relay) pollReady(uint32) { r.t.f.engine.put(&r.work) }
+func (r *relay) pollReady(uint32) { r.t.engine.put(&r.work) }
 
 func (r *relay) run() {
 	r.mu.Lock()
@@ -156,7 +156,7 @@ func (r *relay) run() {
 	case reason != "":
 		r.abort(reason)
 	case again:
-		r.t.f.engine.put(&r.work)
+		r.t.engine.put(&r.work)
 	}
 }
 
@@ -194,7 +194,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 			}
 		}
 		if d.filled == 0 && (d.eof || !progress) {
-			r.t.f.pipes.put(d)
+			r.t.pipes.put(d)
 		}
 		if d.filled == 0 && d.eof {
 			d.done = true
@@ -222,7 +222,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 	if paced {
 		// Of a socket with nothing queued one byte is asked for: its end may have come.
 		queued, _ := siocinq(r.fds[i])
-		want = take(rule, sandbox, max(1, min(want, queued)), r.t.f.now(), &r.work, r.t.f.engine.runq)
+		want = take(rule, sandbox, max(1, min(want, queued)), r.t.gate.now(), &r.work, r.t.engine.runq)
 		if want == 0 {
 			return false, "" // the task is queued as soon as there are tokens
 		}
@@ -253,7 +253,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 // buckets are those that direction i is limited by: the rule's, which may be nil, and the
 // sandbox's.
 func (r *relay) buckets(i int) (rule, sandbox *bucket) {
-	f := &r.t.f.bandwidth
+	f := &r.t.gate.bandwidth
 	if i == 0 {
 		return r.ruleDown(), &f.down
 	}
@@ -261,7 +261,7 @@ func (r *relay) buckets(i int) (rule, sandbox *bucket) {
 }
 
 func (r *relay) openPipe(d *relayDir) bool {
-	if r.t.f.pipes.get(d) {
+	if r.t.pipes.get(d) {
 		return true
 	}
 	if err := unix.Pipe2(d.pipe[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
@@ -277,7 +277,7 @@ func (r *relay) openPipe(d *relayDir) bool {
 func (r *relay) fallback() {
 	r.mu.Lock()
 	fd := r.fds[0]
-	r.t.f.engine.poll.remove(r.toks[0], fd)
+	r.t.engine.poll.remove(r.toks[0], fd)
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
@@ -296,11 +296,11 @@ func (r *relay) abort(reason string) {
 		if fd < 0 {
 			continue
 		}
-		r.t.f.engine.poll.remove(r.toks[i], fd)
+		r.t.engine.poll.remove(r.toks[i], fd)
 		if reason == "closed" {
-			r.t.f.dialer.close(fd)
+			r.t.dialer.close(fd)
 		} else {
-			r.t.f.dialer.reset(fd)
+			r.t.dialer.reset(fd)
 		}
 	}
 	for i := range r.dirs {
@@ -315,7 +315,7 @@ func (r *relay) abort(reason string) {
 	last := len(r.t.relays) == 0
 	r.t.mu.Unlock()
 	if last {
-		r.t.f.pipes.close()
+		r.t.pipes.close()
 	}
 	r.mem.leave()
 	if r.lease != nil {

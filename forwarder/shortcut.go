@@ -16,7 +16,7 @@ import (
 
 // passUDP tells whether pkt, whose data begin with the IP header and which the
 // filter has let through, was a plain UDP packet, and is dealt with.
-func (f *Forwarder) passUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
+func (d *datagrams) passUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
 	hl, total := plainPacket(proto, pkt, uint8(header.UDPProtocolNumber), header.UDPMinimumSize)
 	if total == 0 {
 		return false
@@ -30,7 +30,7 @@ func (f *Forwarder) passUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 		return false
 	}
 	pkt.Data().CapLength(total - hl - header.UDPMinimumSize)
-	f.dgram.udp.arrive(pkt)
+	d.udp.arrive(pkt)
 	return true
 }
 

@@ -166,7 +166,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 			return ""
 		}
 		if budget <= 0 {
-			fl.t.f.engine.put(&fl.upTask)
+			fl.t.engine.put(&fl.upTask)
 			return ""
 		}
 		if fl.gate != nil {
@@ -188,10 +188,10 @@ func (fl *tcpFlow) runUp() (abort string) {
 			}
 			g.trim(n)
 		}
-		limit, rule := &fl.t.f.bandwidth.up, fl.ruleUp()
+		limit, rule := &fl.t.gate.bandwidth.up, fl.ruleUp()
 		granted := g.bytes
 		if limit.limited() || rule != nil {
-			if granted = take(rule, limit, g.bytes, fl.t.f.now(), &fl.upTask, fl.t.f.engine.runq); granted == 0 {
+			if granted = take(rule, limit, g.bytes, fl.t.gate.now(), &fl.upTask, fl.t.engine.runq); granted == 0 {
 				return ""
 			}
 			g.trim(granted)
@@ -217,7 +217,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 		}
 		fl.tallyUp(n)
 		moved += n
-		fl.t.f.engine.movedUp(fl, int64(n))
+		fl.t.engine.movedUp(fl.number, int64(n))
 		budget -= n
 		if short {
 			// The socket is full: its EPOLLOUT will come.
@@ -271,18 +271,18 @@ func (fl *tcpFlow) runDown() (abort string) {
 			continue
 		}
 		if budget <= 0 {
-			fl.t.f.engine.put(&fl.downTask)
+			fl.t.engine.put(&fl.downTask)
 			return ""
 		}
 		held := fl.mem.maySend(fl.ep.(*tcp.Endpoint), min(queued, room))
 		if held == 0 {
-			fl.t.f.needTimer.raise()
+			fl.t.timer.raise()
 			return ""
 		}
-		limit, rule := &fl.t.f.bandwidth.down, fl.ruleDown()
+		limit, rule := &fl.t.gate.bandwidth.down, fl.ruleDown()
 		granted := fl.t.downSize(held)
 		if limit.limited() || rule != nil {
-			if granted = take(rule, limit, granted, fl.t.f.now(), &fl.downTask, fl.t.f.engine.runq); granted == 0 {
+			if granted = take(rule, limit, granted, fl.t.gate.now(), &fl.downTask, fl.t.engine.runq); granted == 0 {
 				return ""
 			}
 		}
@@ -302,7 +302,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 			return "reset_by_sandbox"
 		}
 		fl.tallyDown(int(n))
-		fl.t.f.engine.moved(fl, n)
+		fl.t.engine.moved(fl.number, n)
 		budget -= int(n)
 		if int(n) == queued && fl.hostEvents.Load() == 0 {
 			// More can only have come after the event that brought us here was
@@ -354,7 +354,7 @@ func (fl *tcpFlow) probeHost() (again bool, abort string) {
 // halfClosed notes that one more end of stream was passed on.
 func (fl *tcpFlow) halfClosed() {
 	fl.lease.SetState(nat.CloseWait)
-	fl.t.f.engine.put(&fl.settling)
+	fl.t.engine.put(&fl.settling)
 }
 
 // tallyUp charges the segments that came from the sandbox since it was last called,
@@ -378,7 +378,7 @@ func (fl *tcpFlow) unlock(p *pump, t *task) {
 	if p.again.Load() {
 		// The pump was called meanwhile, found its lock taken, and left it to the holder
 		// to go round again.
-		fl.t.f.engine.put(t)
+		fl.t.engine.put(t)
 	}
 }
 

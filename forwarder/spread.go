@@ -1,6 +1,12 @@
 package forwarder
 
-import "time"
+import (
+	"context"
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
 
 // spreadingLink is a link with queues that it can do without; see tun.Endpoint.
 type spreadingLink interface {
@@ -26,8 +32,8 @@ var (
 // spread has the device use all of its queues while several flows of the sandbox's send in
 // bulk, as the engine's leader tells. A timer of Go's runs only until they are detached
 // again. A link that refuses stays as it is.
-func (f *Forwarder) spread() {
-	link, ok := f.cfg.Link.(spreadingLink)
+func (e *engine) spreadLink(ctx context.Context, l stack.LinkEndpoint, failed *atomic.Uint64) {
+	link, ok := l.(spreadingLink)
 	if !ok {
 		return
 	}
@@ -35,28 +41,28 @@ func (f *Forwarder) spread() {
 	if all < 2 {
 		return
 	}
-	s := spreader{link: link, engine: f.engine}
+	s := spreader{link: link, engine: e}
 	if attached > 1 { // the worker before us ended so
 		s.narrow()
 	}
 	look := time.NewTicker(quietFor)
 	defer look.Stop()
 	for {
-		if !f.engine.spread.Load() {
+		if !e.spread.Load() {
 			look.Stop()
 		}
 		var err error
 		select {
-		case <-f.ctx.Done():
+		case <-ctx.Done():
 			return
-		case <-f.engine.crowded:
+		case <-e.crowded:
 			err = s.spread()
 			look.Reset(quietFor)
 		case <-look.C:
 			err = s.look()
 		}
 		if err != nil {
-			f.stats.counter("device_spread_failed").Add(1)
+			failed.Add(1)
 			return
 		}
 	}

@@ -28,6 +28,7 @@ import (
 	"container/list"
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -60,9 +61,34 @@ const (
 	tracerouteTTL = 30
 )
 
+// tcpParts are what the TCP flows share with the rest of the forwarder.
+type tcpParts struct {
+	gate     *admission
+	engine   *engine
+	dialer   *Dialer
+	onlink   *addrs
+	drops    *drops
+	errs     *icmpErrors
+	timer    *need
+	stack    *stack.Stack
+	link     stack.LinkEndpoint
+	resolver streamServer // nil: there is none
+	guests   GuestSockets // nil: loopback clients appear as the gateway
+	ctx      context.Context
+}
+
+// streamServer answers the connections of DNS.
+type streamServer interface {
+	ServeStream(ctx context.Context, c net.Conn)
+}
+
 // tcpForwarder owns the TCP flows of one sandbox.
 type tcpForwarder struct {
-	f        *Forwarder
+	tcpParts
+	nic      stack.NetworkDispatcher // takes segments as the sandbox's; set before the link delivers
+	pipes    pipeStock               // of the relays
+	inward   inwardCounters
+	relayed  *atomic.Uint64 // flows that took the loopback short cut
 	acceptor *acceptor
 	queue    *tcpQueue // of every endpoint
 	inline   inlineTCP
@@ -71,6 +97,7 @@ type tcpForwarder struct {
 	gsoPayload int
 
 	mu         sync.Mutex
+	numbers    atomic.Uint64 // of flows
 	flows      map[stack.TransportEndpointID]*tcpFlow
 	relays     map[*relay]struct{}
 	handshakes list.List // of *tcpFlow, oldest first
@@ -85,34 +112,40 @@ type tcpForwarder struct {
 	refusedFirst, refusedRequest, refusedHello, firstMalformed      *atomic.Uint64
 }
 
-func newTCPForwarder(f *Forwarder, queue *tcpQueue) (*tcpForwarder, error) {
+// newTCPForwarder needs the stack, whose segments go through queue. batched: the link says
+// when a batch of packets ends.
+func newTCPForwarder(parts tcpParts, queue *tcpQueue, batched bool) (*tcpForwarder, error) {
+	c := parts.drops.stats.counter
 	t := &tcpForwarder{
-		f:                f,
+		tcpParts:         parts,
 		queue:            queue,
+		inward:           newInwardCounters(parts.drops.stats),
+		relayed:          c("tcp_relayed_loopback"),
 		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
 		relays:           make(map[*relay]struct{}),
-		refused:          f.stats.counter("tcp_refused_by_policy"),
-		limited:          f.stats.counter("tcp_refused_by_limit"),
-		cancelled:        f.stats.counter("tcp_dial_cancelled"),
-		handshakeEvicted: f.stats.counter("tcp_handshake_evicted"),
-		handshakeExpired: f.stats.counter("tcp_handshake_timeout"),
-		dialTimeout:      f.stats.counter("tcp_dial_timeout"),
-		dialRefused:      f.stats.counter("tcp_dial_refused"),
-		dialUnreachable:  f.stats.counter("tcp_dial_unreachable"),
-		dialDescriptors:  f.stats.counter("tcp_dial_out_of_descriptors"),
-		malformed:        f.stats.counter("tcp_malformed"),
-		noConnection:     f.stats.counter("tcp_no_connection"), // answered by RST
-		lastHop:          f.stats.counter("tcp_time_exceeded"),
-		shortRead:        f.stats.counter("tcp_short_read"),
-		refusedFirst:     f.stats.counter("tcp_refused_by_first_bytes"),
-		refusedRequest:   f.stats.counter("tcp_refused_request"),
-		refusedHello:     f.stats.counter("tcp_refused_hello"),
-		firstMalformed:   f.stats.counter("tcp_first_bytes_malformed"),
-		checks:           newCheckList(f, "tcp"),
+		refused:          c("tcp_refused_by_policy"),
+		limited:          c("tcp_refused_by_limit"),
+		cancelled:        c("tcp_dial_cancelled"),
+		handshakeEvicted: c("tcp_handshake_evicted"),
+		handshakeExpired: c("tcp_handshake_timeout"),
+		dialTimeout:      c("tcp_dial_timeout"),
+		dialRefused:      c("tcp_dial_refused"),
+		dialUnreachable:  c("tcp_dial_unreachable"),
+		dialDescriptors:  c("tcp_dial_out_of_descriptors"),
+		malformed:        c("tcp_malformed"),
+		noConnection:     c("tcp_no_connection"), // answered by RST
+		lastHop:          c("tcp_time_exceeded"),
+		shortRead:        c("tcp_short_read"),
+		refusedFirst:     c("tcp_refused_by_first_bytes"),
+		refusedRequest:   c("tcp_refused_request"),
+		refusedHello:     c("tcp_refused_hello"),
+		firstMalformed:   c("tcp_first_bytes_malformed"),
+		checks:           newCheckList(parts.drops.stats, parts.timer, parts.gate.now, "tcp"),
 	}
 	queue.t = t
+	t.inline.batched = batched
 	t.gsoPayload = downChunk
-	if g, ok := f.cfg.Link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
+	if g, ok := parts.link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
 		t.gsoPayload = int(g.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	}
 	var err error
@@ -144,7 +177,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	t.mu.Unlock()
 	switch {
 	case again:
-		t.f.engine.put(&known.kept.task)
+		t.engine.put(&known.kept.task)
 		return true
 	case known != nil:
 		if known.inHandshake() {
@@ -159,20 +192,20 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if !ok {
 		return true
 	}
-	own := t.f.isOwn(dst.Addr())
+	own := t.onlink.isOwn(dst.Addr())
 	if a.meta.ttl <= 1 && !own {
 		t.lastHop.Add(1)
-		t.f.tell(icmpTimeExceeded, 0, pkt)
+		t.errs.tell(icmpTimeExceeded, 0, pkt)
 		return true
 	}
-	j := t.f.decide(policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
+	j := t.gate.decide(policy.Query{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst})
 	if !j.mayBegin() {
 		t.refused.Add(1)
-		t.f.noteRefusal("policy", pkt)
-		t.f.refuse(j)
+		t.drops.refused("policy", pkt)
+		t.gate.refuse(j)
 		return j.verdict.Action() != policy.Reject
 	}
-	fl := &tcpFlow{t: t, id: id, fd: -1, local: j.local, irs: h.SequenceNumber()}
+	fl := &tcpFlow{t: t, number: t.numbers.Add(1), id: id, fd: -1, local: j.local, irs: h.SequenceNumber()}
 	if j.waits() {
 		fl.check = new(check)
 	}
@@ -180,12 +213,12 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if a.meta.ttl <= tracerouteTTL && !own {
 		fl.hops.ttl = a.meta.ttl - 1
 	}
-	fl.firstSYN = t.f.now()
+	fl.firstSYN = t.gate.now()
 	fl.lastSYN = fl.firstSYN
 	fl.syn = pkt.IncRef()
-	if err := t.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
+	if err := t.gate.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
 		t.limited.Add(1)
-		t.f.noteRefusal(err.Error(), pkt)
+		t.drops.refused(err.Error(), pkt)
 		fl.abort(err.Error())
 		return true
 	}
@@ -234,11 +267,11 @@ func (fl *tcpFlow) dial() {
 		fl.mu.Unlock()
 		return
 	}
-	fd, connected, err := t.f.dialer.tcpConnect(fl.verdict(), fl.hops, netipAddr(fl.id.RemoteAddress))
+	fd, connected, err := t.dialer.tcpConnect(fl.verdict(), fl.hops, netipAddr(fl.id.RemoteAddress))
 	fl.fd = fd
 	if err == nil && !connected {
 		t.enterDial(fl)
-		fl.tok, err = t.f.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+		fl.tok, err = t.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	fl.mu.Unlock()
 	switch {
@@ -323,7 +356,7 @@ func (fl *tcpFlow) dialFailed(err error) {
 			e, fromNetwork = dialError(fl.fd)
 		}
 		fl.mu.Unlock()
-		t.f.tellDialError(syn, e, fromNetwork, errnoOf(err))
+		t.errs.tellDialError(syn, e, fromNetwork, errnoOf(err))
 	}
 	fl.abort(reason)
 }
@@ -365,7 +398,7 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 		return
 	}
 	t.leaveHandshake(fl)
-	t.f.dialer.keepalive.Load().probeInside(ep)
+	t.dialer.keepalive.Load().probeInside(ep)
 	if fl.check != nil {
 		fl.wq = wq
 		fl.verify(ep)
@@ -386,7 +419,7 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 
 // serveLocal hands the connection to the DNS handler, which owns it from here.
 func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
-	ctx, cancel := context.WithCancel(t.f.ctx)
+	ctx, cancel := context.WithCancel(t.ctx)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	fl.mu.Lock()
@@ -399,7 +432,7 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	fl.phase = phaseOpen
 	fl.cancel = cancel
 	fl.mu.Unlock()
-	t.f.cfg.DNSHandler.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease, overhead: tcpOverhead(fl.id.RemoteAddress.Len() == 4)})
+	t.resolver.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease, overhead: tcpOverhead(fl.id.RemoteAddress.Len() == 4)})
 	stop()
 	c.Close()
 	fl.abort("closed")

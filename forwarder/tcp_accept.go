@@ -64,7 +64,7 @@ func newAcceptor(t *tcpForwarder) (*acceptor, error) {
 // listen makes a listener whose connections begin with a receive buffer of that size.
 func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber, buffer int64) (*tcp.Endpoint, error) {
 	var wq waiter.Queue
-	s := a.t.f.stack
+	s := a.t.stack
 	e, terr := s.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
 	if terr != nil {
 		return nil, fmt.Errorf("making an endpoint that accepts: %s", terr)
@@ -91,7 +91,7 @@ func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber, buffer int64) (*tcp
 // offer has the stack answer syn, if it is well-formed.
 func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) {
 	set := &a.plain
-	if a.t.f.memory.pressed.Load() {
+	if a.t.gate.memory.pressed.Load() {
 		set = &a.pressed
 	}
 	l := set.v6
@@ -109,7 +109,7 @@ func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) 
 
 // NotifyEvent is the stack's word that a handshake is complete. It runs under the lock
 // of the endpoint concerned: it only queues.
-func (a *acceptor) NotifyEvent(waiter.EventMask) { a.t.f.engine.put(&a.task) }
+func (a *acceptor) NotifyEvent(waiter.EventMask) { a.t.engine.put(&a.task) }
 
 // accept is a task.
 func (a *acceptor) accept() {

@@ -44,7 +44,7 @@ func isSYN(flags header.TCPFlags) bool {
 // meetLocked takes the SYN of sequence number seq, which came while there is fl. It reports
 // whether fl is to look at it. t.mu is held.
 func (t *tcpForwarder) meetLocked(fl *tcpFlow, seq uint32, pkt *stack.PacketBuffer) bool {
-	now := t.f.now()
+	now := t.gate.now()
 	fl.lastSYN = now
 	if seq == fl.irs && !fl.ingress {
 		return false // it is repeated
@@ -63,7 +63,7 @@ func (t *tcpForwarder) meetLocked(fl *tcpFlow, seq uint32, pkt *stack.PacketBuff
 func (t *tcpForwarder) takeKeptLocked(fl *tcpFlow) *stack.PacketBuffer {
 	syn := fl.kept.pkt
 	fl.kept.pkt = nil
-	if syn != nil && t.f.now().Sub(fl.kept.since) > keptFor {
+	if syn != nil && t.gate.now().Sub(fl.kept.since) > keptFor {
 		syn.DecRef()
 		return nil
 	}
@@ -89,7 +89,7 @@ func (fl *tcpFlow) lookAgain() {
 		return
 	}
 	if ep == nil {
-		found := t.f.stack.FindTransportEndpoint(netProto(netipAddr(fl.id.RemoteAddress)), tcp.ProtocolNumber, fl.id, nicID)
+		found := t.stack.FindTransportEndpoint(netProto(netipAddr(fl.id.RemoteAddress)), tcp.ProtocolNumber, fl.id, nicID)
 		if found == nil {
 			return
 		}
@@ -98,7 +98,7 @@ func (fl *tcpFlow) lookAgain() {
 	e := ep.(*tcp.Endpoint)
 	t.inline.flush() // what came before the SYN
 	if next, ok := receiveNext(e); ok && connected(endpointState(e)) {
-		t.f.inject(fl.id, header.TCPFlagAck, next-1)
+		t.inject(fl.id, header.TCPFlagAck, next-1)
 	}
 }
 

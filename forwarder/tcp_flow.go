@@ -48,6 +48,7 @@ const (
 
 type tcpFlow struct {
 	pass
+	number  uint64 // of this flow and of no other
 	t       *tcpForwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
 	check   *check                    // nil: the first bytes are nobody's business
@@ -141,9 +142,9 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 		fl.wq.EventRegister(&fl.entry)
 	}
 	// What happened before the registration was told to nobody.
-	fl.t.f.engine.put(&fl.upTask)
+	fl.t.engine.put(&fl.upTask)
 	if fl.early.Load() {
-		fl.t.f.engine.put(&fl.downTask)
+		fl.t.engine.put(&fl.downTask)
 	}
 }
 
@@ -157,7 +158,7 @@ func (fl *tcpFlow) openLocked() error {
 // watchLocked has the poller tell of the host socket. mu is held.
 func (fl *tcpFlow) watchLocked() (err error) {
 	if fl.tok == (pollToken{}) {
-		fl.tok, err = fl.t.f.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
+		fl.tok, err = fl.t.engine.poll.add(fl.fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
 	}
 	return err
 }
@@ -166,13 +167,13 @@ func (fl *tcpFlow) watchLocked() (err error) {
 // lock: it only queues.
 func (fl *tcpFlow) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 && !fl.want(wantUp) {
-		fl.t.f.engine.put(&fl.upTask)
+		fl.t.engine.put(&fl.upTask)
 	}
 	if mask&waiter.WritableEvents != 0 && !fl.want(wantDown) {
-		fl.t.f.engine.put(&fl.downTask)
+		fl.t.engine.put(&fl.downTask)
 	}
 	if mask&(waiter.EventHUp|waiter.EventErr) != 0 || fl.connecting.Load() || fl.tail.Load() {
-		fl.t.f.engine.put(&fl.settling)
+		fl.t.engine.put(&fl.settling)
 	}
 }
 
@@ -202,7 +203,7 @@ func (fl *tcpFlow) pollReady(events uint32) {
 			fl.pumpDown()
 		}
 		if events&unix.EPOLLOUT != 0 {
-			fl.t.f.engine.put(&fl.upTask)
+			fl.t.engine.put(&fl.upTask)
 		}
 	}
 }
@@ -241,8 +242,8 @@ func (fl *tcpFlow) settle() {
 	case ph == phaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
 		// pumps find out, pass on what is left, and abort.
-		fl.t.f.engine.put(&fl.upTask)
-		fl.t.f.engine.put(&fl.downTask)
+		fl.t.engine.put(&fl.upTask)
+		fl.t.engine.put(&fl.downTask)
 	case ph == phaseClosing, ph == phaseResetting:
 		fl.settleTail(ep.(*tcp.Endpoint), ph)
 	default:
@@ -357,7 +358,7 @@ func (fl *tcpFlow) halt() {
 	ep, cancel := fl.ep, fl.cancel
 	if fl.fd >= 0 {
 		fl.bury(fl.fd) // the kernel is going to forget the port
-		fl.t.f.dialer.disconnect(fl.fd)
+		fl.t.dialer.disconnect(fl.fd)
 	}
 	fl.mu.Unlock()
 	if cancel != nil {
@@ -371,7 +372,7 @@ func (fl *tcpFlow) halt() {
 // unregister takes the endpoint of a connection that the sandbox began out of the stack's
 // demultiplexer.
 func (fl *tcpFlow) unregister(ep tcpip.Endpoint) {
-	fl.t.f.stack.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{netProto(netipAddr(fl.id.RemoteAddress))},
+	fl.t.stack.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{netProto(netipAddr(fl.id.RemoteAddress))},
 		tcp.ProtocolNumber, fl.id, ep.(stack.TransportEndpoint), ports.Flags{}, 0)
 }
 
@@ -398,19 +399,19 @@ func (fl *tcpFlow) closeHost(reset bool) {
 	if fd < 0 {
 		return
 	}
-	fl.t.f.engine.poll.release(tok) // closing takes it out of epoll
+	fl.t.engine.poll.release(tok) // closing takes it out of epoll
 	fl.bury(fd)
 	if reset {
-		fl.t.f.dialer.reset(fd)
+		fl.t.dialer.reset(fd)
 	} else {
-		fl.t.f.dialer.close(fd)
+		fl.t.dialer.close(fd)
 	}
 }
 
 // bury has the tuple of the host socket rest (tombs.go), once it has one.
 func (fl *tcpFlow) bury(fd int) {
 	if !fl.ingress {
-		fl.t.f.burySocket(fd, fl.verdict().Contact())
+		fl.t.gate.burySocket(fd, fl.verdict().Contact())
 	}
 }
 

@@ -71,7 +71,7 @@ func TestTCPHandshakesThatAreResetHoldNothing(t *testing.T) {
 	if h := w.recvTCP(50000, header.TCPFlagSyn); !h.Flags().Contains(header.TCPFlagAck) {
 		t.Fatalf("the next SYN was answered with %v", h.Flags())
 	}
-	eventually(t, "only the last flow is left", func() bool { return w.f.table.Len() == 1 })
+	eventually(t, "only the last flow is left", func() bool { return w.f.gate.table.Len() == 1 })
 }
 
 func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
@@ -84,7 +84,7 @@ func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
 		w.recvTCP(src.Port(), header.TCPFlagSyn)
 	}
 	eventually(t, "the oldest are evicted", func() bool {
-		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.table.Len() == maxHandshakes
+		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.gate.table.Len() == maxHandshakes
 	})
 }
 
@@ -96,7 +96,7 @@ func TestTCPHandshakeTimesOut(t *testing.T) {
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
 	clock.advance(handshakeTimeout + time.Second)
 	eventually(t, "the half-open flow is gone", func() bool {
-		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.table.Len() == 0
+		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.gate.table.Len() == 0
 	})
 }
 
@@ -111,7 +111,7 @@ func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
 		eventually(t, "the dial has begun", func() bool { return w.f.dialer.sockets.Load() == 1 })
 		w.send(segment(src, dst, header.TCPFlagRst, 1001, 0))
 		eventually(t, "the dial is cancelled", func() bool {
-			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.sockets.Load() == 0 && w.f.table.Len() == 0
+			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.sockets.Load() == 0 && w.f.gate.table.Len() == 0
 		})
 	})
 }
@@ -134,7 +134,7 @@ func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
 		}
 		clock.advance(15*time.Second + synSlack + time.Second)
 		eventually(t, "the dial has ended", func() bool {
-			return w.f.dialer.sockets.Load() == 0 && w.f.table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
+			return w.f.dialer.sockets.Load() == 0 && w.f.gate.table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
 		})
 	})
 }
@@ -145,7 +145,7 @@ func TestTCPWithAWrongChecksumOpensNothing(t *testing.T) {
 	p.l4[16] ^= 0xff
 	w.send(p)
 	w.silent("a SYN with a wrong checksum")
-	if n := w.f.table.Len(); n != 0 {
+	if n := w.f.gate.table.Len(); n != 0 {
 		t.Errorf("%d flows", n)
 	}
 }
@@ -167,7 +167,7 @@ func TestTCPOverATablesLimitIsDroppedAndCounted(t *testing.T) {
 	sa := w.recvTCP(first.Port(), header.TCPFlagSyn)
 	w.send(segment(first, dst, header.TCPFlagAck, 1001, sa.SequenceNumber()+1))
 	eventually(t, "the first flow is established", func() bool {
-		l := w.f.table.List()
+		l := w.f.gate.table.List()
 		return len(l) == 1 && l[0].State.String() == "ESTABLISHED"
 	})
 	w.send(segment(netip.AddrPortFrom(guest4, 10001), dst, header.TCPFlagSyn, 1000, 0))
@@ -209,7 +209,7 @@ func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 			if n := w.f.Stats()[row.reason]; n != 1 {
 				t.Errorf("%s is %d, want 1; counters: %v", row.reason, n, w.counters())
 			}
-			if n := w.f.table.Len(); n != 0 {
+			if n := w.f.gate.table.Len(); n != 0 {
 				t.Errorf("%d flows", n)
 			}
 		})
@@ -298,7 +298,7 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
 	clock.advance(handshakeTimeout + time.Second)
-	eventually(t, "the half-open flow is gone", func() bool { return w.f.table.Len() == 0 })
+	eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.table.Len() == 0 })
 }
 
 // What accepts handshakes listens at no address of the stack's own: a segment for its

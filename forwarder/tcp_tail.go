@@ -38,7 +38,7 @@ func (fl *tcpFlow) fail(reason string) {
 	fl.mu.Unlock()
 	fl.closeHost(true)
 	fl.lease.SetState(nat.Close)
-	fl.t.f.engine.put(&fl.settling)
+	fl.t.engine.put(&fl.settling)
 }
 
 // brokenUp notes that the host's kernel takes nothing more. What it has received is there to
@@ -50,7 +50,7 @@ func (fl *tcpFlow) brokenUp() (abort string) {
 	if fl.down.done.Load() {
 		return reasonResetByPeer
 	}
-	fl.t.f.engine.put(&fl.downTask)
+	fl.t.engine.put(&fl.downTask)
 	return ""
 }
 

@@ -17,7 +17,7 @@ func (t *tcpForwarder) enterDial(fl *tcpFlow) {
 	t.mu.Lock()
 	fl.dialing = t.dials.PushBack(fl)
 	t.mu.Unlock()
-	t.f.needTimer.raise()
+	t.timer.raise()
 }
 
 // leaveDialLocked is called with mu held.
@@ -65,7 +65,7 @@ func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
 
 // enterHandshake counts fl among the half-open, at the cost of the oldest.
 func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
-	fl.deadline = t.f.now().Add(handshakeTimeout)
+	fl.deadline = t.gate.now().Add(handshakeTimeout)
 	t.mu.Lock()
 	t.leaveDialLocked(fl)
 	var evict *tcpFlow
@@ -74,7 +74,7 @@ func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
 	}
 	fl.halfOpen = t.handshakes.PushBack(fl)
 	t.mu.Unlock()
-	t.f.needTimer.raise()
+	t.timer.raise()
 	if evict != nil {
 		t.handshakeEvicted.Add(1)
 		evict.abort("handshake_failed")
@@ -94,7 +94,7 @@ func (t *tcpForwarder) leaveHandshake(fl *tcpFlow) {
 // sandbox did not send. The stack has no other way to end one from outside.
 func (t *tcpForwarder) endHandshake(fl *tcpFlow) {
 	t.leaveHandshake(fl)
-	t.f.inject(fl.id, header.TCPFlagRst, fl.irs+1)
+	t.inject(fl.id, header.TCPFlagRst, fl.irs+1)
 }
 
 // expireHandshakes ends those whose time is over, and those that the stack has given
@@ -117,7 +117,7 @@ func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
 	}
 	for _, fl := range rest {
 		proto := netProto(netipAddr(fl.id.RemoteAddress))
-		if t.f.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, fl.id, nicID) == nil && fl.inHandshake() {
+		if t.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, fl.id, nicID) == nil && fl.inHandshake() {
 			fl.abort("handshake_failed")
 		}
 	}

@@ -29,8 +29,11 @@ package forwarder
 
 import (
 	"hash/maphash"
+	"net/netip"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sluice/nat"
 )
@@ -182,4 +185,15 @@ func podPort(arriving nat.Tuple) uint16 {
 		return arriving.Src().Port()
 	}
 	return arriving.Dst().Port()
+}
+
+// burySocket has the tuple of a TCP socket rest that is about to be closed. It does nothing
+// where there is no pod.
+func (a *admission) burySocket(fd int, peer netip.AddrPort) {
+	if a.tombs == nil {
+		return
+	}
+	if sa, err := unix.Getsockname(fd); err == nil && addrPort(sa).Port() != 0 {
+		a.tombs.bury(nat.NewTuple(protoTCP, peer, addrPort(sa)))
+	}
 }

@@ -217,7 +217,7 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 		q.Seen = firstSeen(said, look.n, err)
 		break
 	}
-	v := j.f.judge(j.f.rules.Load(), q)
+	v := j.f.gate.judge(j.f.gate.rules.Load(), q)
 	if !v.Allowed() {
 		return nil
 	}

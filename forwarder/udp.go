@@ -27,23 +27,23 @@ type udpForwarder struct {
 	quic                     *quicGate
 }
 
-func newUDPForwarder(f *Forwarder) *udpForwarder {
+func newUDPForwarder(p dgramParts, all *datagrams) *udpForwarder {
 	u := &udpForwarder{
-		checksum:  f.reason("udp_checksum"),
-		length:    f.reason("udp_length"),
-		noPort:    f.reason("udp_closed_port"), // nothing of ours listens there
-		ingress:   newIngressCounters(f),
+		checksum:  p.drops.reason("udp_checksum"),
+		length:    p.drops.reason("udp_length"),
+		noPort:    p.drops.reason("udp_closed_port"), // nothing of ours listens there
+		ingress:   newIngressCounters(p.drops.stats),
 		published: make(map[netip.AddrPort]*hostSocket),
-		quic:      newQUICGate(f),
+		quic:      newQUICGate(p.gate, p.drops.stats, p.timer),
 	}
-	u.init(f, "udp")
+	u.init(p, all, "udp")
 	return u
 }
 
 // handleUDP is the stack's handler for datagrams. It keeps what it needs of pkt by a
 // reference of its own, and never blocks.
-func (f *Forwarder) handleUDP(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
-	f.dgram.udp.arrive(pkt)
+func (d *datagrams) handleUDP(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	d.udp.arrive(pkt)
 	return true // whatever it was, the stack has nothing to add
 }
 
@@ -51,11 +51,11 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 	a, ok := arrivalOf(pkt)
 	h := header.UDP(pkt.TransportHeader().Slice())
 	if !ok || len(h) < header.UDPMinimumSize || int(h.Length()) != header.UDPMinimumSize+pkt.Data().Size() {
-		u.length.drop(u.f, pkt)
+		u.length.drop(pkt)
 		return
 	}
 	if !pkt.RXChecksumValidated && !u.checksumValid(a, h, pkt) {
-		u.checksum.drop(u.f, pkt)
+		u.checksum.drop(pkt)
 		return
 	}
 	guest, peer := netip.AddrPortFrom(a.src, h.SourcePort()), netip.AddrPortFrom(a.dst, h.DestinationPort())
@@ -75,7 +75,7 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 		}
 	}
 	if fl.revoked.Load() {
-		u.n.refused.drop(u.f, pkt)
+		u.n.refused.drop(pkt)
 		return
 	}
 	if fl.socket() == nil {
@@ -107,11 +107,11 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if known := u.lookup(tuple); known != nil {
 		return known // another reader was faster
 	}
-	j := u.f.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
+	j := u.gate.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
 	if j.local {
 		fl.short.Store(true)
 		if !u.enterLocal(fl, j) {
-			u.n.flow.drop(u.f, pkt)
+			u.n.flow.drop(pkt)
 			return nil
 		}
 		return fl
@@ -125,9 +125,9 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 		}
 	}
 	if !j.mayBegin() {
-		if u.f.isOwn(peer.Addr()) {
-			u.noPort.drop(u.f, pkt)
-			u.f.tell(icmpPortUnreachable, 0, pkt)
+		if u.onlink.isOwn(peer.Addr()) {
+			u.noPort.drop(pkt)
+			u.errs.tell(icmpPortUnreachable, 0, pkt)
 			return nil
 		}
 		u.refuse(j, icmpPortUnreachable, pkt)
@@ -138,13 +138,13 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if fl.quic != nil {
 		fl.quic.attach(fl)
 	}
-	if u.f.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short.Load()}) != nil {
+	if u.gate.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short.Load()}) != nil {
 		fl.rest()
-		u.n.flow.drop(u.f, pkt)
+		u.n.flow.drop(pkt)
 		return nil
 	}
 	err := u.install(fl, func() (*hostSocket, error) {
-		fd, err := u.f.dialer.podPacketSocket(j.verdict, guest.Addr())
+		fd, err := u.dialer.podPacketSocket(j.verdict, guest.Addr())
 		if err != nil {
 			return nil, err
 		}
@@ -175,7 +175,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 		return nil
 	}
 	peer := netip.AddrPortFrom(k.peer, from.Port())
-	j := u.f.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
+	j := u.gate.decide(policy.Query{Proto: protoUDP, Src: guest, Dst: peer})
 	if !j.verdict.Allowed() || j.verdict.Target() != from {
 		return nil
 	}
@@ -186,7 +186,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 	if known := u.lookup(fl.tuple); known != nil {
 		return known // the sandbox was faster
 	}
-	if u.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple}) != nil {
+	if u.gate.enter(&fl.pass, fl, j, entry{orig: fl.tuple}) != nil {
 		return nil
 	}
 	if err := u.install(fl, func() (*hostSocket, error) { return nil, errFlowEnded }); err != nil {
@@ -198,7 +198,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 
 // enterLocal makes fl a flow that ends here.
 func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
-	if d.f.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short.Load()}) != nil {
+	if d.gate.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short.Load()}) != nil {
 		return false
 	}
 	d.mu.Lock()
@@ -216,7 +216,7 @@ func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
 // answered reports whether the datagram is a query that the resolver answered from memory.
 // Nothing is on its way then, so that there is no flow to keep.
 func (u *udpForwarder) answered(guest, peer netip.AddrPort, a arrival, pkt *stack.PacketBuffer) bool {
-	if peer.Port() != dnsPort || a.meta.ttl <= 1 || !u.f.forResolver(u.f.rules.Load(), peer) {
+	if peer.Port() != dnsPort || a.meta.ttl <= 1 || !u.onlink.forResolver(u.gate.rules.Load(), peer) {
 		return false
 	}
 	v := pkt.Data().AsRange().ToView()
@@ -224,11 +224,11 @@ func (u *udpForwarder) answered(guest, peer netip.AddrPort, a arrival, pkt *stac
 		return false
 	}
 	defer v.Release()
-	answer := u.f.cfg.DNSHandler.AnswerPacket(v.AsSlice(), guest)
+	answer := u.resolver.AnswerPacket(v.AsSlice(), guest)
 	if answer == nil {
 		return false
 	}
-	u.f.dgram.emit.udp(peer, guest, ipMeta{ttl: defaultTTL}, answer, false)
+	u.emit.udp(peer, guest, ipMeta{ttl: defaultTTL}, answer, false)
 	return true
 }
 
@@ -244,13 +244,13 @@ func (u *udpForwarder) ask(fl *dgramFlow, a arrival, pkt *stack.PacketBuffer) {
 		v.Release()
 	}
 	var answered atomic.Bool
-	u.f.cfg.DNSHandler.ServePacket(u.f.ctx, query, fl.guest, func(answer []byte) {
+	u.resolver.ServePacket(u.ctx, query, fl.guest, func(answer []byte) {
 		if answered.Swap(true) || fl.revoked.Load() {
 			return
 		}
 		size := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen + len(answer)
 		fl.lease.Account(nat.Reply, 1, int64(size))
-		u.f.dgram.emit.udp(fl.peer, fl.guest, ipMeta{ttl: defaultTTL}, answer, false)
+		u.emit.udp(fl.peer, fl.guest, ipMeta{ttl: defaultTTL}, answer, false)
 		if fl.queries.Add(-1) <= 0 {
 			fl.end("answered")
 		}

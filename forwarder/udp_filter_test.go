@@ -78,7 +78,7 @@ func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	_, _, _, _ = w.recvUDP()
 	end := func(peer netip.AddrPort) {
 		t.Helper()
-		l := w.f.table.Lookup(nat.NewTuple(protoUDP, at(guest4, 4000), peer))
+		l := w.f.gate.table.Lookup(nat.NewTuple(protoUDP, at(guest4, 4000), peer))
 		if l == nil || !l.Kill("test") {
 			t.Fatalf("there is no flow to %s", peer)
 		}

@@ -28,11 +28,11 @@ type ingressCounters struct {
 	refused, limited, noSource *atomic.Uint64
 }
 
-func newIngressCounters(f *Forwarder) ingressCounters {
+func newIngressCounters(s *stats) ingressCounters {
 	return ingressCounters{
-		refused:  f.stats.counter("udp_ingress_refused_by_policy"),
-		limited:  f.stats.counter("udp_ingress_refused_by_limit"),
-		noSource: f.stats.counter("udp_ingress_no_source"), // no address to show the client under
+		refused:  s.counter("udp_ingress_refused_by_policy"),
+		limited:  s.counter("udp_ingress_refused_by_limit"),
+		noSource: s.counter("udp_ingress_no_source"), // no address to show the client under
 	}
 }
 
@@ -98,10 +98,10 @@ func (d *datagrams) unpublish(l Listener) {
 // client begins a flow for a datagram to local from an address that has none.
 func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow {
 	u := p.u
-	j := u.f.decide(policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest})
+	j := u.gate.decide(policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest})
 	if !j.mayBegin() {
 		u.ingress.refused.Add(1)
-		u.f.refuse(j)
+		u.gate.refuse(j)
 		return nil
 	}
 	u.openMu.Lock()
@@ -119,7 +119,7 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	if local.IsValid() {
 		host = netip.AddrPortFrom(local, p.host.Port())
 	}
-	if u.f.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(protoUDP, from, host)}) != nil {
+	if u.gate.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(protoUDP, from, host)}) != nil {
 		u.ingress.limited.Add(1)
 		return nil
 	}
@@ -139,7 +139,7 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 
 // source is the address that the sandbox sees a client under. openMu is held.
 func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
-	a := p.u.f.clientInside(from.Addr(), p.guest.Addr())
+	a := p.u.onlink.clientInside(from.Addr(), p.guest.Addr())
 	if !a.IsValid() {
 		return from, false
 	}

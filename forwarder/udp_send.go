@@ -59,8 +59,8 @@ func (d *dgramTable) enqueue(fl *dgramFlow, pkt *stack.PacketBuffer, a arrival) 
 		packets = (pkt.Data().Size() + mss - 1) / mss
 		bytes += (packets - 1) * (a.size - pkt.Data().Size())
 	}
-	if up, rule := &d.f.bandwidth.up, fl.ruleUp(); (rule != nil || up.limited()) && !admitBoth(rule, up, bytes, d.f.now()) {
-		d.n.slowUp.drop(d.f, pkt)
+	if up, rule := &d.gate.bandwidth.up, fl.ruleUp(); (rule != nil || up.limited()) && !admitBoth(rule, up, bytes, d.gate.now()) {
+		d.n.slowUp.drop(pkt)
 		return
 	}
 	fl.lease.Account(fl.outDir(), int64(packets), int64(bytes))
@@ -374,7 +374,7 @@ func (b *txBatch) checked(s *hostSocket, it *txItem) bool {
 	if it.flow.revoked.Load() {
 		return false
 	}
-	return it.flow.ingress || s.d.f.dialer.Check(it.flow.verdict(), it.flow.target) == nil
+	return it.flow.ingress || s.d.dialer.Check(it.flow.verdict(), it.flow.target) == nil
 }
 
 // mayBePending tells errors that an ICMP error about an earlier datagram can cause.
@@ -438,7 +438,7 @@ func (s *hostSocket) sendFailed(it *txItem, errno unix.Errno) {
 	kind, info := icmpHostUnreachable, uint32(0)
 	switch errno {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
-		d.n.again.drop(d.f, it.pkt) // as a router's full queue: silently
+		d.n.again.drop(it.pkt) // as a router's full queue: silently
 		return
 	case unix.EMSGSIZE:
 		d.n.big.Add(1)
@@ -448,21 +448,21 @@ func (s *hostSocket) sendFailed(it *txItem, errno unix.Errno) {
 		}
 		kind, info = icmpPacketTooBig, mtu
 	case unix.ENETUNREACH, unix.ENETDOWN:
-		d.n.unreachable.drop(d.f, it.pkt)
+		d.n.unreachable.drop(it.pkt)
 		kind = icmpNetUnreachable
 	case unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ENONET, unix.EADDRNOTAVAIL, unix.EINVAL:
-		d.n.unreachable.drop(d.f, it.pkt)
+		d.n.unreachable.drop(it.pkt)
 	case unix.EPERM, unix.EACCES:
-		d.n.forbidden.drop(d.f, it.pkt)
+		d.n.forbidden.drop(it.pkt)
 		kind = icmpAdminProhibited
 	case unix.ECONNREFUSED:
-		d.n.unreachable.drop(d.f, it.pkt)
+		d.n.unreachable.drop(it.pkt)
 		kind = icmpPortUnreachable
 	default:
-		d.n.failed.drop(d.f, it.pkt)
+		d.n.failed.drop(it.pkt)
 		return
 	}
-	d.f.tell(kind, info, it.pkt)
+	d.errs.tell(kind, info, it.pkt)
 }
 
 // discover is an IP_MTU_DISCOVER mode of one family.

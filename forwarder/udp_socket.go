@@ -72,7 +72,7 @@ type hostSocket struct {
 // newHostSocket takes over fd and has it polled. closer closes it.
 func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
 	return &hostSocket{
-		d: d, fd: fd, proto: proto, close1: closer, poll: d.f.engine.poll,
+		d: d, fd: fd, proto: proto, close1: closer, poll: d.engine.poll,
 		peers: make(map[peerKey]*dgramFlow, 1), known: make(map[netip.Addr]knownPeer, 1), lastDiscover: discover{mode: -1},
 	}
 }
@@ -186,7 +186,7 @@ func (s *hostSocket) pollReady(events uint32) {
 // all of one size, go as the train that UDP_GRO would have made of them had they come
 // together: the device then takes them in one write.
 func (s *hostSocket) deliverAll(b *rxBatch, n int) {
-	mayGlue := s.proto == protoUDP && s.d.f.dgram.emit.uso
+	mayGlue := s.proto == protoUDP && s.d.emit.uso
 	for i := 0; i < n; {
 		first := i
 		from, data, c := b.message(i)
@@ -287,7 +287,7 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		}
 	}
 	if fl == nil {
-		fl = s.d.f.dgram.udp.otherPort(s, from)
+		fl = s.d.all.udp.otherPort(s, from)
 	}
 	if fl == nil {
 		s.d.n.unsolicited.Add(1)
@@ -309,7 +309,7 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 		return
 	}
 	fl.lease.Account(fl.inDir(), int64(packets), int64(bytes))
-	s.d.f.dgram.emit.udpSegments(fl.peer, fl.guest, fl.arrivingMeta(c), data, c.gro)
+	s.d.emit.udpSegments(fl.peer, fl.guest, fl.arrivingMeta(c), data, c.gro)
 	if !fl.short.Load() {
 		return
 	}
@@ -328,7 +328,7 @@ func (fl *dgramFlow) admitDown(n int) bool {
 		d.n.refused.Add(1)
 		return false
 	}
-	if down, rule := &d.f.bandwidth.down, fl.ruleDown(); (rule != nil || down.limited()) && !admitBoth(rule, down, n, d.f.now()) {
+	if down, rule := &d.gate.bandwidth.down, fl.ruleDown(); (rule != nil || down.limited()) && !admitBoth(rule, down, n, d.gate.now()) {
 		d.n.slowDown.Add(1)
 		return false
 	}

@@ -82,15 +82,16 @@ type checkEntry struct {
 
 // checkList holds the flows of one kind that are waited for, by deadline.
 type checkList struct {
-	f                *Forwarder
+	timer            *need
+	now              func() time.Time
 	evicted, expired *atomic.Uint64
 
 	mu    sync.Mutex
 	flows list.List // of *checkEntry
 }
 
-func newCheckList(f *Forwarder, kind string) *checkList {
-	return &checkList{f: f, evicted: f.stats.counter(kind + "_first_bytes_evicted"), expired: f.stats.counter(kind + "_first_bytes_timeout")}
+func newCheckList(s *stats, timer *need, now func() time.Time, kind string) *checkList {
+	return &checkList{timer: timer, now: now, evicted: s.counter(kind + "_first_bytes_evicted"), expired: s.counter(kind + "_first_bytes_timeout")}
 }
 
 // enter has e's flow told when its time is over. An entry that is in the list already
@@ -105,7 +106,7 @@ func (c *checkList) enter(e *checkEntry, fl checked, timeout time.Duration) {
 		evict = c.flows.Remove(c.flows.Front()).(*checkEntry)
 		evict.at = nil
 	}
-	e.flow, e.deadline = fl, c.f.now().Add(timeout)
+	e.flow, e.deadline = fl, c.now().Add(timeout)
 	// Nearly always at the end: there are only two timeouts.
 	after := c.flows.Back()
 	for after != nil && after.Value.(*checkEntry).deadline.After(e.deadline) {
@@ -117,7 +118,7 @@ func (c *checkList) enter(e *checkEntry, fl checked, timeout time.Duration) {
 		e.at = c.flows.InsertAfter(e, after)
 	}
 	c.mu.Unlock()
-	c.f.needTimer.raise()
+	c.timer.raise()
 	if evict != nil {
 		c.evicted.Add(1)
 		evict.flow.checkExpired(true)

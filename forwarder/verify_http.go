@@ -108,12 +108,12 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	}
 	q := fl.question()
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
-	rules := fl.t.f.rules.Load()
-	v := fl.t.f.judge(rules, q)
+	rules := fl.t.gate.rules.Load()
+	v := fl.t.gate.judge(rules, q)
 	if !v.Allowed() || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
-		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-		r.tell(forbidden(v, fl.t.f.rules.Load().Name()))
+		fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
+		r.tell(forbidden(v, fl.t.gate.rules.Load().Name()))
 		return 0, ""
 	}
 	r.head, r.body = head, req.Body
@@ -128,13 +128,13 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 func (r *requestGate) tell(answer string) {
 	r.shut = true
 	r.fl.check.answer = answer
-	r.fl.t.f.engine.put(&r.fl.check.telling)
+	r.fl.t.engine.put(&r.fl.check.telling)
 }
 
 // stillInForce refuses a request by rules that came while it was judged, when nobody who
 // looks at the requests under way saw it.
 func (fl *tcpFlow) stillInForce(rules *policy.Rules, q policy.Query) (abort string) {
-	if now := fl.t.f.rules.Load(); now != rules && !fl.t.f.judge(now, q).Allowed() {
+	if now := fl.t.gate.rules.Load(); now != rules && !fl.t.gate.judge(now, q).Allowed() {
 		return "policy"
 	}
 	return ""
@@ -182,7 +182,7 @@ func (r *requestGate) answered(p []byte) {
 	ended := waited && (r.answers.Idle() || r.answers.Tunnel() || r.answers.Lost())
 	r.mu.Unlock()
 	if ended {
-		r.fl.t.f.engine.put(&r.fl.upTask)
+		r.fl.t.engine.put(&r.fl.upTask)
 	}
 }
 

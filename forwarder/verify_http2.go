@@ -209,18 +209,18 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
 	}
 	q := fl.question()
 	q.Seen = seenOf(sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
-	rules := fl.t.f.rules.Load()
-	v := fl.t.f.judge(rules, q)
+	rules := fl.t.gate.rules.Load()
+	v := fl.t.gate.judge(rules, q)
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
-		fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
+		fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
 		if fl.down.done.Load() {
 			return reasonRefused // an answer would come behind the server's end
 		}
 		s.refused.Store(&refusedStream{verdict: v, id: req.Stream, grpc: req.GRPC, head: req.Method == "HEAD"})
 		fl.check.over.Store(false)
 		fl.t.checks.enter(&fl.check.entry, fl, refusalTimeout)
-		fl.t.f.engine.put(&fl.downTask)
+		fl.t.engine.put(&fl.downTask)
 		return ""
 	}
 	o := &openStream{seen: q.Seen, left: req.Length, sent: req.End}
@@ -264,8 +264,8 @@ func (s *streamGate) room() int {
 	if n == 0 && !s.told {
 		s.told = true
 		fl := s.fl
-		fl.check.answer = r.answer(fl.t.f.rules.Load().Name(), s.ends.Begun() || fl.check.greeted)
-		fl.t.f.engine.put(&fl.check.telling)
+		fl.check.answer = r.answer(fl.t.gate.rules.Load().Name(), s.ends.Begun() || fl.check.greeted)
+		fl.t.engine.put(&fl.check.telling)
 	}
 	return n
 }

@@ -55,7 +55,7 @@ const (
 
 // quicGate is the QUIC of one sandbox.
 type quicGate struct {
-	f                        *Forwarder
+	admission                *admission
 	list                     *checkList // of tuples that hold packets
 	malformed, full, foreign *atomic.Uint64
 
@@ -68,12 +68,12 @@ type quicGate struct {
 	closed bool
 }
 
-func newQUICGate(f *Forwarder) *quicGate {
+func newQUICGate(gate *admission, s *stats, timer *need) *quicGate {
 	return &quicGate{
-		f: f, list: newCheckList(f, "udp"), tuples: make(map[nat.Tuple]*quicTuple), owners: make(map[string]*quicTuple),
-		malformed: f.stats.counter("udp_first_bytes_malformed"), // includes what is no connection's
-		full:      f.stats.counter("udp_quic_full"),             // no room for another connection, name, ID or packet
-		foreign:   f.stats.counter("udp_quic_foreign"),          // an ID, or keys, of another connection
+		admission: gate, list: newCheckList(s, timer, gate.now, "udp"), tuples: make(map[nat.Tuple]*quicTuple), owners: make(map[string]*quicTuple),
+		malformed: s.counter("udp_first_bytes_malformed"), // includes what is no connection's
+		full:      s.counter("udp_quic_full"),             // no room for another connection, name, ID or packet
+		foreign:   s.counter("udp_quic_foreign"),          // an ID, or keys, of another connection
 	}
 }
 
@@ -126,7 +126,7 @@ func (g *quicGate) rest(qt *quicTuple) {
 	if qt.place != nil {
 		g.idle.Remove(qt.place)
 	}
-	qt.until = g.f.now().Add(quicLinger)
+	qt.until = g.admission.now().Add(quicLinger)
 	qt.place = g.idle.PushBack(qt)
 }
 
@@ -381,7 +381,7 @@ func (qt *quicTuple) note(j judged) bool {
 	if i := slices.IndexFunc(qt.said, func(o judged) bool { return o.query.Seen == j.query.Seen }); i >= 0 {
 		return true
 	}
-	if len(qt.said) > 0 && !qt.gate.f.together(&j, &qt.said[0]) {
+	if len(qt.said) > 0 && !qt.gate.admission.together(&j, &qt.said[0]) {
 		return false
 	}
 	if len(qt.said) >= maxTupleNames {
@@ -397,7 +397,7 @@ func (qt *quicTuple) note(j judged) bool {
 func (qt *quicTuple) ask(seen policy.Seen) judged {
 	q := qt.query
 	q.Seen = seen
-	j := qt.gate.f.decide(q)
+	j := qt.gate.admission.decide(q)
 	j.query.Held = j.verdict.Name()
 	return j
 }
@@ -412,14 +412,14 @@ func (qt *quicTuple) unread() judged {
 // others by now. It reports whether all of it may go on, as one flow; if not, what may not.
 // mu is held.
 func (qt *quicTuple) recheck() (refused judged, ok bool) {
-	f := qt.gate.f
-	if len(qt.said) == 0 || qt.flow != nil && f.rules.Load() == qt.rules {
+	a := qt.gate.admission
+	if len(qt.said) == 0 || qt.flow != nil && a.rules.Load() == qt.rules {
 		return refused, true
 	}
 	for i := range qt.said {
 		j := &qt.said[i]
-		*j = f.decide(j.query)
-		if !f.together(j, &qt.said[0]) {
+		*j = a.decide(j.query)
+		if !a.together(j, &qt.said[0]) {
 			return *j, false
 		}
 		qt.rules = j.rules

@@ -80,14 +80,14 @@ func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
 	}
 	fl.t.checks.enter(&fl.check.entry, fl, checkTimeout)
 	fl.wq.EventRegister(&fl.entry)
-	fl.t.f.engine.put(&fl.upTask)
+	fl.t.engine.put(&fl.upTask)
 }
 
 // checkExpired has the flow decided with what there is.
 func (fl *tcpFlow) checkExpired(evicted bool) {
 	fl.check.evicted.Store(evicted)
 	fl.check.over.Store(true)
-	fl.t.f.engine.put(&fl.upTask)
+	fl.t.engine.put(&fl.upTask)
 }
 
 // beforeOpen is the up pump of a flow that is not open: it looks at the first bytes, or
@@ -131,7 +131,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
 		if _, empty := terr.(*tcpip.ErrWouldBlock); !empty {
-			fl.t.f.engine.put(&fl.check.telling) // nothing: it closed without having said anything
+			fl.t.engine.put(&fl.check.telling) // nothing: it closed without having said anything
 			return ""
 		}
 	}
@@ -223,8 +223,8 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abo
 		return "out_of_descriptors"
 	}
 	fl.lease.SetState(nat.Established)
-	t.f.engine.put(&fl.upTask)
-	t.f.engine.put(&fl.downTask)
+	t.engine.put(&fl.upTask)
+	t.engine.put(&fl.downTask)
 	return ""
 }
 
@@ -234,8 +234,8 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, 
 	t := fl.t
 	t.refusedFirst.Add(1)
 	orig := fl.lease.Orig()
-	t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
-	name := t.f.rules.Load().Name()
+	t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
+	name := t.gate.rules.Load().Name()
 	switch {
 	case unread != nil && said.Kind == sniff.HTTP:
 		fl.check.answer = badRequest(unread)
@@ -247,7 +247,7 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, 
 	default:
 		return reasonRefused
 	}
-	t.f.engine.put(&fl.check.telling)
+	t.engine.put(&fl.check.telling)
 	return ""
 }
 
@@ -276,7 +276,7 @@ func (fl *tcpFlow) tellRefusal() {
 	_ = fl.ep.Shutdown(tcpip.ShutdownWrite) // an endpoint that is gone says so to drain
 	fl.check.over.Store(false)
 	fl.t.checks.enter(&fl.check.entry, fl, refusalTimeout)
-	fl.t.f.engine.put(&fl.upTask)
+	fl.t.engine.put(&fl.upTask)
 }
 
 // drain throws away what comes after the refusal, until the sandbox closes.
@@ -302,7 +302,7 @@ func (fl *tcpFlow) drain() (abort string) {
 	if over {
 		fl.lease.SetState(nat.CloseWait)
 		fl.ep.Close()
-		fl.t.f.engine.put(&fl.settling)
+		fl.t.engine.put(&fl.settling)
 	}
 	return ""
 }

@@ -140,8 +140,8 @@ func (h *helloGate) refuse(seen policy.Seen) (abort string) {
 	fl.t.refusedHello.Add(1)
 	q := fl.question()
 	q.Seen, q.Held = seen, ""
-	v := fl.t.f.judge(fl.t.f.rules.Load(), q)
-	fl.t.f.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: seen})
+	v := fl.t.gate.judge(fl.t.gate.rules.Load(), q)
+	fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: seen})
 	return reasonRefused
 }
 
@@ -161,7 +161,7 @@ func (h *helloGate) answered(p []byte) {
 	h.settled.Store(h.answer.Settled)
 	h.mu.Unlock()
 	if known {
-		h.fl.t.f.engine.put(&h.fl.upTask)
+		h.fl.t.engine.put(&h.fl.upTask)
 	}
 }
 

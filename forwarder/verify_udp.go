@@ -105,7 +105,7 @@ func (qt *quicTuple) awaits(p heldPacket) (pass, wait bool) {
 // dissect reads the datagrams of a packet: what it waits for, and whether some of them say
 // nothing. It fails if one cannot be read. mu is held.
 func (qt *quicTuple) dissect(pkt *stack.PacketBuffer) (needs []awaited, silent, ok bool) {
-	now := qt.gate.f.now()
+	now := qt.gate.admission.now()
 	ok, silent = true, pkt.Data().Size() == 0
 	eachDatagram(pkt, func(p []byte) bool {
 		if !sniff.LongHeader(p) {
@@ -175,7 +175,7 @@ func (qt *quicTuple) checkExpired(bool) {
 // refused logs a refusal, if policy is its reason.
 func (g *quicGate) refused(j judged) {
 	if !j.local && !j.verdict.Allowed() {
-		g.f.refuse(j)
+		g.admission.refuse(j)
 	}
 }
 

@@ -67,7 +67,7 @@ func newWire(t testing.TB, text string, change func(*Config)) *wire {
 		if n := w.table.Len(); n != 0 {
 			t.Errorf("%d flows left in the table", n)
 		}
-		checkRepaid(t, f.memory)
+		checkRepaid(t, f.gate.memory)
 	})
 	return w
 }

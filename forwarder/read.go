@@ -1,0 +1,42 @@
+package forwarder
+
+// Reading headers of packets that have been through the stack.
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// arrival is what is read of a packet's IP header.
+type arrival struct {
+	src, dst netip.Addr
+	meta     ipMeta
+	id       uint16
+	df       bool
+	size     int    // of the IP packet
+	wire     uint16 // the sequence number that an echo request leaves with (icmp_book.go)
+}
+
+// arrivalOf reads the headers of a packet that has been through the stack.
+func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
+	nh := pkt.NetworkHeader().Slice()
+	a.size = len(nh) + len(pkt.TransportHeader().Slice()) + pkt.Data().Size()
+	switch {
+	case pkt.NetworkProtocolNumber == header.IPv4ProtocolNumber && len(nh) >= header.IPv4MinimumSize:
+		a.src, a.dst = netip.AddrFrom4([4]byte(nh[12:16])), netip.AddrFrom4([4]byte(nh[16:20]))
+		a.meta = ipMeta{ttl: nh[8], tos: nh[1]}
+		a.id = binary.BigEndian.Uint16(nh[4:])
+		a.df = nh[6]&0x40 != 0
+	case pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber && len(nh) >= header.IPv6MinimumSize:
+		a.src, a.dst = netip.AddrFrom16([16]byte(nh[8:24])), netip.AddrFrom16([16]byte(nh[24:40]))
+		a.meta = ipMeta{ttl: nh[7], tos: nh[0]<<4 | nh[1]>>4}
+		// Only the source fragments: a packet that came whole must leave whole.
+		a.df = nh[6] != uint8(header.IPv6FragmentHeader)
+	default:
+		return a, false
+	}
+	return a, true
+}
