@@ -13,19 +13,8 @@ package forwarder
 //
 // Both leave their result in the pass that every flow embeds. Without one a flow has no
 // lease to account to and no verdict to dial with, and the zero pass has neither.
-//
-// A new policy is applied to what the flow table holds, so a flow cannot be overlooked. It
-// takes effect in two steps, because a sandbox that does not read its device can hold up
-// whoever writes to it:
-//
-//	revoke   every flow is judged; one that is refused is marked and halted, by stores and by
-//	         system calls on host sockets, none of which waits for the sandbox
-//	reap     the halted flows are taken down, resets and all, by a goroutine of its own
-//
-// SetRules waits for the second step, but no longer than reapPatience.
 
 import (
-	"context"
 	"errors"
 	"net/netip"
 	"slices"
@@ -37,16 +26,13 @@ import (
 	"sluice/policy"
 )
 
-// reapPatience bounds how long SetRules waits for what it has cut to be taken down.
-const reapPatience = 300 * time.Millisecond
-
-// reasonPolicy is why a flow ended that new rules refuse.
-const reasonPolicy = "policy"
-
 // ruleDNS is the rule name of flows to our own resolver.
 const ruleDNS = "builtin:dns"
 
-var errFlowEnded = errors.New("the flow ended while it was set up")
+var (
+	errFlowEnded = errors.New("the flow ended while it was set up")
+	errStopped   = errors.New("the forwarder has stopped")
+)
 
 // admissionParts are what admission is made of.
 type admissionParts struct {
@@ -70,20 +56,6 @@ type admission struct {
 
 	ruleMu sync.Mutex // serialises SetRules
 	halted reaping
-}
-
-// reaping is what was halted and not taken down yet: no more flows than the table held,
-// since a flow is halted once.
-type reaping struct {
-	wake chan struct{} // capacity 1
-	mu   sync.Mutex
-	jobs []reapJob
-}
-
-// reapJob is what one SetRules has halted.
-type reapJob struct {
-	flows []*pass
-	done  chan struct{} // closed by the reaper
 }
 
 // judged is a flow's question, and the answer to it. Only admission makes one that allows.
@@ -199,6 +171,36 @@ func (a *admission) enter(p *pass, fl admitted, j judged, e entry) error {
 		e.memory.leave()
 	}
 	return err
+}
+
+// enterAnew is enter for a flow whose tuple another one may have, which is over for their peer.
+func (a *admission) enterAnew(p *pass, fl admitted, j judged, e entry) error {
+	err := a.enter(p, fl, j, e)
+	if errors.Is(err, nat.ErrExists) && a.supersede(e.orig) {
+		err = a.enter(p, fl, j, e)
+	}
+	return err
+}
+
+// supersede ends the flow whose client has begun another one by the same ports, as the
+// host's kernel allows only when the connection before is over: the client has reset it,
+// and the poller has not come to that yet. A flow that still delivers stays.
+func (a *admission) supersede(tuple nat.Tuple) bool {
+	l := a.table.Lookup(tuple)
+	if l == nil {
+		return true
+	}
+	if p, ok := l.Owner().(*pass); ok {
+		if fl, ok := p.flow.(delivering); ok && fl.delivers() {
+			return false
+		}
+	}
+	return l.Kill("replaced")
+}
+
+// delivering is a flow that may have bytes to deliver after both sides have closed it.
+type delivering interface {
+	delivers() bool
 }
 
 func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
@@ -422,67 +424,6 @@ func (a *admission) set(r *policy.Rules) {
 func (a *admission) stop() {
 	a.bandwidth.stop()
 	a.limited.set(a.table, nil)
-}
-
-// revoke halts every flow that r refuses and that was not halted before, and returns them.
-func (a *admission) revoke(r *policy.Rules) []*pass {
-	var cut []*pass
-	for _, lease := range a.table.Leases() {
-		p, ok := lease.Owner().(*pass)
-		if !ok {
-			lease.Kill(reasonPolicy) // nobody can be asked about it
-			continue
-		}
-		if p.revoked.Load() || p.reconsider(lease, r) || p.revoked.Swap(true) {
-			continue
-		}
-		if p.life.Load() == passAlive { // else enter sees that it is revoked
-			p.flow.halt()
-			cut = append(cut, p)
-		}
-	}
-	return cut
-}
-
-// finish has the reaper take down what was halted, and waits for it for a while.
-func (a *admission) finish(ctx context.Context, cut []*pass) {
-	if len(cut) == 0 {
-		return
-	}
-	patience := time.NewTimer(reapPatience)
-	defer patience.Stop()
-	job := reapJob{cut, make(chan struct{})}
-	a.halted.mu.Lock()
-	a.halted.jobs = append(a.halted.jobs, job)
-	a.halted.mu.Unlock()
-	signal(a.halted.wake)
-	select {
-	case <-job.done:
-	case <-patience.C:
-	case <-ctx.Done():
-	}
-}
-
-// reaper takes down what was halted until ctx ends. What is left then ends with the
-// forwarder. It is a goroutine of Run's.
-func (a *admission) reaper(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-a.halted.wake:
-		}
-		a.halted.mu.Lock()
-		jobs := a.halted.jobs
-		a.halted.jobs = nil
-		a.halted.mu.Unlock()
-		for _, job := range jobs {
-			for _, p := range job.flows {
-				p.flow.abort(reasonPolicy)
-			}
-			close(job.done)
-		}
-	}
 }
 
 // tableLimits lays the policy's limits over those that the table was made with;

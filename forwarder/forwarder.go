@@ -212,7 +212,7 @@ func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
 	var err error
 	if f.tcp, err = newTCPForwarder(tcpParts{
 		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, errs: errs, timer: &f.timer,
-		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, guests: f.cfg.Guests, ctx: f.ctx,
+		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, ctx: f.ctx,
 	}, queue, batched); err != nil {
 		return err
 	}
@@ -220,7 +220,9 @@ func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
 		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, emit: emit, errs: errs, timer: &f.timer,
 		resolver: f.cfg.DNSHandler, ctx: f.ctx, log: f.cfg.Log,
 	}, f.cfg.RawICMP4, f.cfg.RawICMP6, batched)
-	f.publish.onTCP, f.publish.onUDP = f.tcp, f.dgram
+	f.publish.onUDP, f.publish.onTCP = f.dgram, newIngressTCP(ingressParts{
+		gate: f.gate, engine: f.engine, dialer: f.dialer, drops: &f.drops, timer: &f.timer, tcp: f.tcp, guests: f.cfg.Guests,
+	})
 	if f.cfg.Inbound != nil {
 		flows, ports := splitMemory(f.cfg.Memory)
 		f.gate.tombs = newTombs(f.cfg.Now, ports)
@@ -292,6 +294,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 
 	f.gate.stop()
 	f.publish.close()
+	f.publish.onTCP.close()
 	f.tcp.close()
 	f.dgram.close()
 	// In this order: Destroy waits for the link's readers with the stack's lock
@@ -308,7 +311,6 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.engine.close()
 	wg.Wait()
 	f.engine.free()
-	f.tcp.pipes.close()
 	select {
 	case err := <-errs:
 		return err

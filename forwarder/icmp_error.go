@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -224,4 +225,27 @@ func isICMPv4Error(typ uint8) bool {
 		return true
 	}
 	return false
+}
+
+// tellDialError answers the SYN, as far as it was kept, with the error that the
+// network sent if there was one, from where it came, and otherwise with what
+// the host's errno means coming from a gateway.
+func (i *icmpErrors) tellDialError(syn []byte, e extendedErr, fromNetwork bool, errno unix.Errno) {
+	if len(syn) == 0 {
+		return
+	}
+	if fromNetwork {
+		if info, ok := errorInfo(&e); ok {
+			i.sendForm(icmpForm{e.typ, e.cod}, info, syn, e.offender)
+			return
+		}
+	}
+	kind := icmpHostUnreachable
+	switch errno {
+	case unix.ENETUNREACH, unix.ENETDOWN, unix.EAFNOSUPPORT, unix.EINVAL:
+		kind = icmpNetUnreachable
+	case unix.EACCES, unix.EPERM:
+		kind = icmpAdminProhibited
+	}
+	i.send(kind, 0, syn, netip.Addr{})
 }

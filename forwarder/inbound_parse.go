@@ -253,3 +253,9 @@ func icmpRoleOf(v6 bool, typ uint8) icmpRole {
 	}
 	return icmpIsNot
 }
+
+// asks reports whether the packet is a question to a DNS server.
+func (p *datum) asks(pkt *stack.PacketBuffer) bool {
+	at := p.l4 + udpHeaderLen
+	return p.proto == protoUDP && p.dport == dnsPort && p.size >= at && p.need(pkt, p.size) && isQuery(p.head[at:p.size])
+}

@@ -127,12 +127,12 @@ type ruleQueues struct {
 
 // queues returns those of a rule's flows, made on first use.
 func (o *outside) queues(l *ruleLimits) *ruleQueues {
-	if q := l.queues.Load(); q != nil {
+	if q, ok := l.queues.Load().(*ruleQueues); ok {
 		return q
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if q := l.queues.Load(); q != nil {
+	if q, ok := l.queues.Load().(*ruleQueues); ok {
 		return q
 	}
 	q := &ruleQueues{limits: l}

@@ -21,6 +21,13 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
+// dhcpHandler answers guests that configure themselves: DHCPHandler of the forwarder.
+type dhcpHandler interface {
+	HandleV4(payload []byte) (reply []byte, broadcast bool, to netip.AddrPort)
+	HandleV6(payload []byte, from netip.Addr) (reply []byte)
+	RouterAdvertisement() []byte
+}
+
 // link is the device as the stack sees it.
 type link struct {
 	stack.LinkEndpoint
@@ -32,7 +39,7 @@ type link struct {
 	tcp      *tcpForwarder
 	dgram    *datagrams
 	outside  *outside    // nil: there is none
-	dhcp     DHCPHandler // nil: guests are configured from outside
+	dhcp     dhcpHandler // nil: guests are configured from outside
 	onlyHost bool        // the sandbox's neighbours are all behind us
 
 	network atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
@@ -244,29 +251,6 @@ func (t *filter) judge6(pkt *stack.PacketBuffer) reason {
 	}
 	t.l.errs.rejectProtocol(pkt)
 	return handled
-}
-
-// sourceRouted tells whether an IPv4 packet asks to go by other routers than ours
-// (RFC 791 section 3.1): what was judged is the address it has now, not those.
-func sourceRouted(h header.IPv4, pkt *stack.PacketBuffer) bool {
-	const end, nop, looseRoute, strictRoute = 0, 1, 131, 137
-	b, ok := pkt.Data().PullUp(int(h.HeaderLength()))
-	if !ok || len(b) <= header.IPv4MinimumSize {
-		return false // the stack judges headers that are cut short
-	}
-	for opts := b[header.IPv4MinimumSize:]; len(opts) > 1; {
-		switch opts[0] {
-		case end:
-			return false
-		case looseRoute, strictRoute:
-			return true
-		case nop:
-			opts = opts[1:]
-		default:
-			opts = opts[min(max(int(opts[1]), 2), len(opts)):]
-		}
-	}
-	return false
 }
 
 // judgeDiscovery lets neighbour discovery reach the stack as far as it is about

@@ -14,22 +14,9 @@ import (
 // get a turn.
 const acceptBudget = 64
 
-// inwardCounters count what becomes of connections to published ports.
-type inwardCounters struct {
-	refused, limited, failed *atomic.Uint64
-}
-
-func newInwardCounters(s *stats) inwardCounters {
-	return inwardCounters{
-		refused: s.counter("ingress_refused_by_policy"),
-		limited: s.counter("ingress_refused_by_limit"),
-		failed:  s.counter("ingress_accept_failed"),
-	}
-}
-
 // tcpListener accepts from one listening socket, on the run queue.
 type tcpListener struct {
-	t *tcpForwarder
+	in *ingressTCP
 	Listener
 	tok       pollToken
 	accepting task
@@ -40,10 +27,10 @@ type tcpListener struct {
 }
 
 // listen begins to accept from l, and takes over its descriptor if it succeeds.
-func (t *tcpForwarder) listen(l Listener) (*tcpListener, error) {
-	tl := &tcpListener{t: t, Listener: l}
+func (in *ingressTCP) listen(l Listener) (*tcpListener, error) {
+	tl := &tcpListener{in: in, Listener: l}
 	tl.accepting.run = tl.accept
-	tok, err := t.engine.poll.add(l.FD, unix.EPOLLIN, tl)
+	tok, err := in.engine.poll.add(l.FD, unix.EPOLLIN, tl)
 	if err != nil {
 		return nil, fmt.Errorf("publishing %s: %w", l.Host, err)
 	}
@@ -56,14 +43,14 @@ func (l *tcpListener) retry() bool {
 	if !l.starved.Swap(false) {
 		return false
 	}
-	l.t.engine.put(&l.accepting)
+	l.in.engine.put(&l.accepting)
 	return true
 }
 
-func (l *tcpListener) pollReady(uint32) { l.t.engine.put(&l.accepting) }
+func (l *tcpListener) pollReady(uint32) { l.in.engine.put(&l.accepting) }
 
 func (l *tcpListener) close() {
-	l.t.engine.poll.remove(l.tok, l.FD)
+	l.in.engine.poll.remove(l.tok, l.FD)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
@@ -81,18 +68,18 @@ func (l *tcpListener) accept() {
 		l.mu.Unlock()
 		switch err {
 		case nil:
-			l.t.dialer.sockets.Add(1)
-			l.t.ingress(fd, caller{from: addrPort(sa), host: localAddr(fd, l.Host), ways: l.ways(addrPort(sa))})
+			l.in.dialer.sockets.Add(1)
+			l.in.take(fd, client{caller: caller{from: addrPort(sa), host: localAddr(fd, l.Host)}, ways: waysTo(&l.Listener, addrPort(sa).Addr())})
 		case unix.EAGAIN:
 			return
 		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.EPERM:
 			// accept(2): errors of the one connection, gone before it was taken.
 		default:
-			l.t.inward.failed.Add(1)
+			l.in.failed.Add(1)
 			l.starved.Store(true)
-			l.t.timer.raise()
+			l.in.timer.raise()
 			return
 		}
 	}
-	l.t.engine.put(&l.accepting)
+	l.in.engine.put(&l.accepting)
 }

@@ -48,9 +48,10 @@ const (
 	flowPressed = 256 << 10
 	// movingPart is the part of what is left that one flow may take which moves.
 	movingPart = 16
-	// flowMost bounds it otherwise. Netstack's own bound (tcpBufferMax) counts bytes, and is
-	// reached first unless they come in small pieces.
-	flowMost = 2 * tcpBufferMax
+	// mostBuffered is netstack's own bound on the bytes of a direction, and flowMost bounds what
+	// they take: it is reached first only if they come in small pieces.
+	mostBuffered = 4 << 20
+	flowMost     = 2 * mostBuffered
 )
 
 // errMemory refuses a flow at the high mark.

@@ -377,11 +377,7 @@ func (fl *tcpFlow) settleMemory(ep *tcp.Endpoint) {
 // tallyAll charges all flows anew. What an endpoint's own goroutine in the stack processed is
 // seen by nobody else until the flow moves again.
 func (t *tcpForwarder) tallyAll() {
-	for _, e := range t.all() {
-		fl, ok := e.(*tcpFlow)
-		if !ok {
-			continue
-		}
+	for _, fl := range t.all() {
 		fl.mu.Lock()
 		ep, _ := fl.ep.(*tcp.Endpoint)
 		fl.mu.Unlock()

@@ -21,7 +21,7 @@ import (
 
 // publisher is the published ports of one forwarder.
 type publisher struct {
-	onTCP  *tcpForwarder
+	onTCP  *ingressTCP
 	onUDP  *datagrams
 	mu     sync.Mutex
 	tcp    []*tcpListener

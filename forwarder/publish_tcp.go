@@ -1,17 +1,11 @@
 package forwarder
 
-// Clients of published TCP ports: from the accepted connection to one in the sandbox.
+// Connections that clients of published ports make to the sandbox's own address, through the
+// stack.
 //
 // A flow is known by what its client knows: its own address and port, and those of the
 // host that it came to. Several of the latter may lead to one port inside, so the port
 // that the client has inside is another one when its own is taken there.
-//
-// The host's kernel accepts before anybody here knows whether the sandbox listens. A port
-// published on both families must not look open on one of them because of that: a client
-// that asks for localhost tries the second only if the first refuses. So a connection that
-// the sandbox refuses at one of its addresses is made to the next: on its loopback of the
-// client's family and of the other, on its link of the client's family and of the other.
-// If all refuse, it is reset at once.
 
 import (
 	"errors"
@@ -25,87 +19,25 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 
 	"sluice/nat"
-	"sluice/policy"
 )
 
-// caller is who an accepted connection is of.
+// caller is the client of a published port.
 type caller struct {
 	from netip.AddrPort
-	host netip.AddrPort // what it was made to
-	ways []way          // not tried yet
-}
-
-// way is one by which a client may find a server inside.
-type way struct {
-	guest    netip.AddrPort
-	loopback bool // from the sandbox's loopback, of guest's family
-}
-
-// ways are in the order in which a client takes them.
-func (l *Listener) ways(client netip.AddrPort) []way {
-	ways := make([]way, 0, 4)
-	for _, loopback := range []bool{true, false} {
-		if loopback && !client.Addr().IsLoopback() {
-			continue
-		}
-		for _, guest := range []netip.AddrPort{l.Guest, l.Other} {
-			if guest.IsValid() {
-				ways = append(ways, way{guest, loopback})
-			}
-		}
-	}
-	return ways
+	host netip.AddrPort // what it connected to
+	// next takes the connection, if the sandbox refuses it, by another way; nil if there is none.
+	next func(fd int)
 }
 
 // tuple is the connection as the client knows it.
 func (c *caller) tuple() nat.Tuple { return nat.NewTuple(unix.IPPROTO_TCP, c.from, c.host) }
 
-// localAddr is the host's end of an accepted connection; listener where the kernel does not tell.
-func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		return listener
-	}
-	return addrPort(sa)
-}
-
-// ingress carries an accepted connection into the sandbox. It owns fd.
-func (t *tcpForwarder) ingress(fd int, c caller) {
-	if err := t.dialer.tuneStream(fd); err != nil {
-		t.dialer.reset(fd)
-		return
-	}
-	t.tryNext(fd, c)
-}
-
-// tryNext goes the next of c's ways. It owns fd.
-func (t *tcpForwarder) tryNext(fd int, c caller) {
-	for len(c.ways) > 0 {
-		w := c.ways[0]
-		c.ways = c.ways[1:]
-		j := t.gate.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
-		if !j.mayBegin() {
-			t.inward.refused.Add(1)
-			t.gate.refuse(j)
-			break
-		}
-		if !w.loopback {
-			t.ingressThroughStack(fd, c, j)
-			return
-		}
-		if t.relayLoopback(fd, c, j) {
-			return
-		}
-	}
-	t.dialer.reset(fd)
-}
-
-// ingressThroughStack makes the connection on the sandbox's link. It owns fd.
-func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
+// fromHost makes the connection of c on the sandbox's link. It owns fd.
+func (t *tcpForwarder) fromHost(fd int, c caller, j judged) {
 	guest := j.query.Dst
 	client := t.onlink.clientInside(c.from.Addr(), guest.Addr())
 	if !client.IsValid() {
-		t.inward.failed.Add(1)
+		t.noAddress.Add(1)
 		t.dialer.reset(fd)
 		return
 	}
@@ -114,10 +46,12 @@ func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
 		id: stack.TransportEndpointID{LocalAddress: tcpipAddr(client), RemoteAddress: tcpipAddr(guest.Addr()), RemotePort: guest.Port()},
 	}
 	fl.prepare()
-	if err := t.enterCaller(&fl.pass, fl, c, j, &fl.mem.shares); err != nil {
+	if err := t.gate.enterAnew(&fl.pass, fl, j, entry{orig: c.tuple(), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
+		t.inwardLimited.Add(1)
 		fl.abort(err.Error())
 		return
 	}
+	fl.lease.SetState(nat.SynSent)
 	for port := range sourcePorts(c.from.Port()) {
 		switch err := fl.connectGuest(port); err {
 		case nil:
@@ -131,17 +65,11 @@ func (t *tcpForwarder) ingressThroughStack(fd int, c caller, j judged) {
 	fl.abort(errPortTaken.Error())
 }
 
-// carrier is a flow that holds bytes of a stream.
-type carrier interface {
-	admitted
-	pending() bool // nat.Spec.Pending
-}
-
 // refusedInside tries the next way for a client that the sandbox has refused.
 func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
 	const reason = "refused_by_sandbox"
 	_, refused := ep.LastError().(*tcpip.ErrConnectionRefused)
-	if !refused || len(fl.caller.ways) == 0 {
+	if !refused || fl.caller.next == nil {
 		fl.abort(reason)
 		return
 	}
@@ -155,40 +83,8 @@ func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
 	fl.mu.Unlock()
 	fl.abort(reason)
 	if fd >= 0 {
-		fl.t.tryNext(fd, *fl.caller)
+		fl.caller.next(fd)
 	}
-}
-
-// enterCaller has the flow of c enter.
-func (t *tcpForwarder) enterCaller(p *pass, fl carrier, c caller, j judged, mem *shares) error {
-	e := entry{orig: c.tuple(), memory: mem, pending: fl.pending}
-	err := t.gate.enter(p, fl, j, e)
-	if errors.Is(err, nat.ErrExists) && t.supersede(e.orig) {
-		err = t.gate.enter(p, fl, j, e)
-	}
-	if err != nil {
-		t.inward.limited.Add(1)
-		return err
-	}
-	p.lease.SetState(nat.SynSent)
-	return nil
-}
-
-// supersede ends the flow whose client has begun another one by the same ports, as the
-// host's kernel allows only when the connection before is over: the client has reset it,
-// and the poller has not come to that yet. A flow that is closing still has bytes to
-// deliver, and stays.
-func (t *tcpForwarder) supersede(tuple nat.Tuple) bool {
-	l := t.gate.table.Lookup(tuple)
-	if l == nil {
-		return true
-	}
-	if p, ok := l.Owner().(*pass); ok {
-		if fl, ok := p.flow.(*tcpFlow); ok && fl.in(phaseClosing) {
-			return false
-		}
-	}
-	return l.Kill("replaced")
 }
 
 // errPortTaken says that another flow has the port under which a client was to appear.

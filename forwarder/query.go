@@ -47,9 +47,3 @@ func (fl *dgramFlow) outlasts() {
 		fl.lease.Outlast()
 	}
 }
-
-// asks reports whether the packet is a question to a DNS server.
-func (p *datum) asks(pkt *stack.PacketBuffer) bool {
-	at := p.l4 + udpHeaderLen
-	return p.proto == protoUDP && p.dport == dnsPort && p.size >= at && p.need(pkt, p.size) && isQuery(p.head[at:p.size])
-}

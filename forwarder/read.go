@@ -40,3 +40,26 @@ func arrivalOf(pkt *stack.PacketBuffer) (a arrival, ok bool) {
 	}
 	return a, true
 }
+
+// sourceRouted reports whether an IPv4 packet asks to go by other routers than ours
+// (RFC 791 section 3.1): what was judged is the address it has now, not those.
+func sourceRouted(h header.IPv4, pkt *stack.PacketBuffer) bool {
+	const end, nop, looseRoute, strictRoute = 0, 1, 131, 137
+	b, ok := pkt.Data().PullUp(int(h.HeaderLength()))
+	if !ok || len(b) <= header.IPv4MinimumSize {
+		return false // the stack judges headers that are cut short
+	}
+	for opts := b[header.IPv4MinimumSize:]; len(opts) > 1; {
+		switch opts[0] {
+		case end:
+			return false
+		case looseRoute, strictRoute:
+			return true
+		case nop:
+			opts = opts[1:]
+		default:
+			opts = opts[min(max(int(opts[1]), 2), len(opts)):]
+		}
+	}
+	return false
+}

@@ -32,7 +32,7 @@ const relayPipe = 1 << 20
 // only, except those that mu guards.
 type relay struct {
 	pass
-	t          *tcpForwarder
+	in         *ingressTCP
 	caller     caller
 	guest      netip.AddrPort
 	work       task
@@ -54,35 +54,37 @@ type relayDir struct {
 	done   bool // and was passed on
 }
 
-// relayLoopback takes fd over if a socket inside the sandbox can be had.
-func (t *tcpForwarder) relayLoopback(fd int, c caller, j judged) bool {
+// relay takes fd over if a socket inside the sandbox can be had.
+func (in *ingressTCP) relay(fd int, c caller, j judged) bool {
 	guest := j.query.Dst
-	if t.guests == nil {
+	if in.guests == nil {
 		return false
 	}
-	inside, ok := t.guests.Stream(guest.Addr().Is6())
+	inside, ok := in.guests.Stream(guest.Addr().Is6())
 	if !ok {
 		return false
 	}
-	t.dialer.sockets.Add(1)
-	r := &relay{t: t, caller: c, guest: guest, fds: [2]int{fd, inside}, connecting: true}
+	in.dialer.sockets.Add(1)
+	r := &relay{in: in, caller: c, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
-	if err := t.enterCaller(&r.pass, r, c, j, &r.mem); err != nil {
+	if err := in.gate.enterAnew(&r.pass, r, j, entry{orig: c.tuple(), memory: &r.mem, pending: r.pending}); err != nil {
+		in.limited.Add(1)
 		r.abort(err.Error())
 		return true
 	}
+	r.lease.SetState(nat.SynSent)
 	r.lease.SetReply(nat.NewTuple(unix.IPPROTO_TCP, guest, c.from))
-	t.mu.Lock()
-	closed := t.closed || r.lease.Ended()
+	in.mu.Lock()
+	closed := in.closed || r.lease.Ended()
 	if !closed {
-		t.relays[r] = struct{}{}
+		in.relays[r] = struct{}{}
 	}
-	t.mu.Unlock()
+	in.mu.Unlock()
 	if closed || !r.connect() {
 		r.abort("stopped")
 		return true
 	}
-	t.relayed.Add(1)
+	in.relayed.Add(1)
 	return true
 }
 
@@ -94,7 +96,7 @@ func (r *relay) connect() bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || r.t.dialer.tuneStream(r.fds[1]) != nil {
+	if r.closed || r.in.dialer.tuneStream(r.fds[1]) != nil {
 		return false
 	}
 	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
@@ -105,17 +107,17 @@ func (r *relay) connect() bool {
 		}
 	}
 	for i, fd := range r.fds {
-		tok, err := r.t.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
+		tok, err := r.in.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
 		if err != nil {
 			return false
 		}
 		r.toks[i] = tok
 	}
-	r.t.engine.put(&r.work)
+	r.in.engine.put(&r.work)
 	return true
 }
 
-func (r *relay) pollReady(uint32) { r.t.engine.put(&r.work) }
+func (r *relay) pollReady(uint32) { r.in.engine.put(&r.work) }
 
 func (r *relay) run() {
 	r.mu.Lock()
@@ -156,7 +158,7 @@ func (r *relay) run() {
 	case reason != "":
 		r.abort(reason)
 	case again:
-		r.t.engine.put(&r.work)
+		r.in.engine.put(&r.work)
 	}
 }
 
@@ -194,7 +196,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 			}
 		}
 		if d.filled == 0 && (d.eof || !progress) {
-			r.t.pipes.put(d)
+			r.in.pipes.put(d)
 		}
 		if d.filled == 0 && d.eof {
 			d.done = true
@@ -222,7 +224,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 	if paced {
 		// Of a socket with nothing queued one byte is asked for: its end may have come.
 		queued, _ := siocinq(r.fds[i])
-		want = take(rule, sandbox, max(1, min(want, queued)), r.t.gate.now(), &r.work, r.t.engine.runq)
+		want = take(rule, sandbox, max(1, min(want, queued)), r.in.gate.now(), &r.work, r.in.engine.runq)
 		if want == 0 {
 			return false, "" // the task is queued as soon as there are tokens
 		}
@@ -253,7 +255,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 // buckets are those that direction i is limited by: the rule's, which may be nil, and the
 // sandbox's.
 func (r *relay) buckets(i int) (rule, sandbox *bucket) {
-	f := &r.t.gate.bandwidth
+	f := &r.in.gate.bandwidth
 	if i == 0 {
 		return r.ruleDown(), &f.down
 	}
@@ -261,7 +263,7 @@ func (r *relay) buckets(i int) (rule, sandbox *bucket) {
 }
 
 func (r *relay) openPipe(d *relayDir) bool {
-	if r.t.pipes.get(d) {
+	if r.in.pipes.get(d) {
 		return true
 	}
 	if err := unix.Pipe2(d.pipe[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
@@ -277,11 +279,15 @@ func (r *relay) openPipe(d *relayDir) bool {
 func (r *relay) fallback() {
 	r.mu.Lock()
 	fd := r.fds[0]
-	r.t.engine.poll.remove(r.toks[0], fd)
+	r.in.engine.poll.remove(r.toks[0], fd)
 	r.fds[0] = -1
 	r.mu.Unlock()
 	r.abort("refused_on_loopback")
-	r.t.tryNext(fd, r.caller)
+	if r.caller.next != nil {
+		r.caller.next(fd)
+	} else {
+		r.in.dialer.reset(fd)
+	}
 }
 
 // abort ends the flow; a reset is passed on unless both ends of stream were.
@@ -296,11 +302,11 @@ func (r *relay) abort(reason string) {
 		if fd < 0 {
 			continue
 		}
-		r.t.engine.poll.remove(r.toks[i], fd)
+		r.in.engine.poll.remove(r.toks[i], fd)
 		if reason == "closed" {
-			r.t.dialer.close(fd)
+			r.in.dialer.close(fd)
 		} else {
-			r.t.dialer.reset(fd)
+			r.in.dialer.reset(fd)
 		}
 	}
 	for i := range r.dirs {
@@ -310,12 +316,12 @@ func (r *relay) abort(reason string) {
 		}
 	}
 	r.mu.Unlock()
-	r.t.mu.Lock()
-	delete(r.t.relays, r)
-	last := len(r.t.relays) == 0
-	r.t.mu.Unlock()
+	r.in.mu.Lock()
+	delete(r.in.relays, r)
+	last := len(r.in.relays) == 0
+	r.in.mu.Unlock()
 	if last {
-		r.t.pipes.close()
+		r.in.pipes.close()
 	}
 	r.mem.leave()
 	if r.lease != nil {

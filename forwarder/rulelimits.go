@@ -17,7 +17,7 @@ import (
 type ruleLimits struct {
 	budget   nat.Budget
 	up, down bucket
-	queues   atomic.Pointer[ruleQueues] // of packets from outside; nil until there are any
+	queues   atomic.Value // the packet path's, which makes them when there is something to queue
 }
 
 func (l *ruleLimits) set(t *nat.Table, r policy.RuleLimits) {

@@ -26,7 +26,7 @@ const nicID tcpip.NICID = 1
 const (
 	tcpBufferMin     = 4 << 10
 	tcpBufferDefault = 1 << 20
-	tcpBufferMax     = 4 << 20
+	tcpBufferMax     = mostBuffered
 )
 
 // newStack makes a stack whose segments for endpoints go through queue.

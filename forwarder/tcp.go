@@ -28,8 +28,10 @@ import (
 	"container/list"
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,6 +53,8 @@ const (
 	maxHandshakes = 1024
 	// handshakeTimeout bounds each of them.
 	handshakeTimeout = 10 * time.Second
+	// synRead is by when the stack has taken in a SYN that was given to it.
+	synRead = time.Second
 	// synSlack is how much later than after another doubling the next SYN may come
 	// before its sender is taken to have given up.
 	synSlack = 4 * time.Second
@@ -73,7 +77,6 @@ type tcpParts struct {
 	stack    *stack.Stack
 	link     stack.LinkEndpoint
 	resolver streamServer // nil: there is none
-	guests   GuestSockets // nil: loopback clients appear as the gateway
 	ctx      context.Context
 }
 
@@ -86,9 +89,6 @@ type streamServer interface {
 type tcpForwarder struct {
 	tcpParts
 	nic      stack.NetworkDispatcher // takes segments as the sandbox's; set before the link delivers
-	pipes    pipeStock               // of the relays
-	inward   inwardCounters
-	relayed  *atomic.Uint64 // flows that took the loopback short cut
 	acceptor *acceptor
 	queue    *tcpQueue // of every endpoint
 	inline   inlineTCP
@@ -99,7 +99,6 @@ type tcpForwarder struct {
 	mu         sync.Mutex
 	numbers    atomic.Uint64 // of flows
 	flows      map[stack.TransportEndpointID]*tcpFlow
-	relays     map[*relay]struct{}
 	handshakes list.List // of *tcpFlow, oldest first
 	dials      list.List // of *tcpFlow, those that wait for the far side
 	checks     *checkList
@@ -109,6 +108,7 @@ type tcpForwarder struct {
 	refused, limited, cancelled, handshakeEvicted, handshakeExpired *atomic.Uint64
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
 	shortRead, lastHop, malformed, noConnection                     *atomic.Uint64
+	inwardLimited, noAddress                                        *atomic.Uint64
 	refusedFirst, refusedRequest, refusedHello, firstMalformed      *atomic.Uint64
 }
 
@@ -119,10 +119,9 @@ func newTCPForwarder(parts tcpParts, queue *tcpQueue, batched bool) (*tcpForward
 	t := &tcpForwarder{
 		tcpParts:         parts,
 		queue:            queue,
-		inward:           newInwardCounters(parts.drops.stats),
-		relayed:          c("tcp_relayed_loopback"),
+		inwardLimited:    c("ingress_refused_by_limit"),
+		noAddress:        c("ingress_accept_failed"),
 		flows:            make(map[stack.TransportEndpointID]*tcpFlow),
-		relays:           make(map[*relay]struct{}),
 		refused:          c("tcp_refused_by_policy"),
 		limited:          c("tcp_refused_by_limit"),
 		cancelled:        c("tcp_dial_cancelled"),
@@ -439,17 +438,10 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 }
 
 // all returns the flows of the moment.
-func (t *tcpForwarder) all() []admitted {
+func (t *tcpForwarder) all() []*tcpFlow {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	flows := make([]admitted, 0, len(t.flows)+len(t.relays))
-	for _, fl := range t.flows {
-		flows = append(flows, fl)
-	}
-	for r := range t.relays {
-		flows = append(flows, r)
-	}
-	return flows
+	return slices.Collect(maps.Values(t.flows))
 }
 
 // unindex removes fl from the index, if it is still the tuple's flow, and lets in who waits

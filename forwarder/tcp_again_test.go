@@ -119,7 +119,7 @@ func TestTCPADialGoesOnForTheLatestSYN(t *testing.T) {
 		w := newWire(t, allowAll, nil)
 		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
-		fl := w.f.tcp.all()[0].(*tcpFlow)
+		fl := w.f.tcp.all()[0]
 		w.send(segment(src, dst, header.TCPFlagSyn, 5000, 0))
 		eventually(t, "the flow has the later SYN", func() bool {
 			fl.mu.Lock()

@@ -436,3 +436,6 @@ func errnoOf(err error) unix.Errno {
 	errors.As(err, &errno)
 	return errno
 }
+
+// delivers reports whether the sandbox has not taken all yet of a flow that both have closed.
+func (fl *tcpFlow) delivers() bool { return fl.in(phaseClosing) }

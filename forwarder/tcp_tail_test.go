@@ -35,7 +35,7 @@ func (g *guest) onlyFlow(what string, ok func(*tcpFlow) bool) (fl *tcpFlow) {
 		if len(all) != 1 {
 			return false
 		}
-		fl = all[0].(*tcpFlow)
+		fl = all[0]
 		fl.mu.Lock()
 		defer fl.mu.Unlock()
 		return fl.ep != nil && ok(fl)

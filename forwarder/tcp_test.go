@@ -359,7 +359,7 @@ func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
 	eventually(t, "the flow is live", func() bool {
 		all := g.f.tcp.all()
 		if len(all) == 1 {
-			fl = all[0].(*tcpFlow)
+			fl = all[0]
 		}
 		return fl != nil && fl.live.Load()
 	})

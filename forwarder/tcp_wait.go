@@ -105,7 +105,7 @@ func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
 	for e := t.handshakes.Front(); e != nil; e = e.Next() {
 		if fl := e.Value.(*tcpFlow); now.After(fl.deadline) {
 			over = append(over, fl)
-		} else if now.After(fl.deadline.Add(tick - handshakeTimeout)) {
+		} else if now.After(fl.deadline.Add(synRead - handshakeTimeout)) {
 			rest = append(rest, fl) // the stack has the SYN for long
 		}
 	}

@@ -12,7 +12,6 @@ package forwarder
 // one port inside has two flows, of which the second has another source port there.
 
 import (
-	"errors"
 	"net/netip"
 	"sync/atomic"
 
@@ -21,8 +20,6 @@ import (
 	"sluice/nat"
 	"sluice/policy"
 )
-
-var errStopped = errors.New("the forwarder has stopped")
 
 type ingressCounters struct {
 	refused, limited, noSource *atomic.Uint64

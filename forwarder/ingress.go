@@ -1,0 +1,147 @@
+package forwarder
+
+// Published TCP ports: from the accepted connection to one in the sandbox.
+//
+// The host's kernel accepts before anybody here knows whether the sandbox listens. A port
+// published on both families must not look open on one of them because of that: a client
+// that asks for localhost tries the second only if the first refuses. So a connection that
+// the sandbox refuses at one of its addresses is made to the next: on its loopback of the
+// client's family and of the other (relay.go), on its link of the client's family and of the
+// other (publish_tcp.go). If all refuse, it is reset at once.
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"sluice/policy"
+)
+
+// ingressParts are what published TCP ports share with the rest of the forwarder.
+type ingressParts struct {
+	gate   *admission
+	engine *engine
+	dialer *Dialer
+	drops  *drops
+	timer  *need
+	tcp    *tcpForwarder
+	guests guestSockets // nil: loopback clients appear as the gateway
+}
+
+// guestSockets makes sockets inside the sandbox's network namespace.
+type guestSockets interface {
+	Stream(v6 bool) (fd int, ok bool)
+}
+
+// ingressTCP is the published TCP ports of one sandbox.
+type ingressTCP struct {
+	ingressParts
+	pipes pipeStock // of the relays
+
+	mu     sync.Mutex
+	relays map[*relay]struct{}
+	closed bool
+
+	refused, limited, failed *atomic.Uint64
+	relayed                  *atomic.Uint64 // flows that took the loopback short cut
+}
+
+func newIngressTCP(parts ingressParts) *ingressTCP {
+	c := parts.drops.stats.counter
+	return &ingressTCP{
+		ingressParts: parts,
+		relays:       make(map[*relay]struct{}),
+		refused:      c("ingress_refused_by_policy"),
+		limited:      c("ingress_refused_by_limit"),
+		failed:       c("ingress_accept_failed"),
+		relayed:      c("tcp_relayed_loopback"),
+	}
+}
+
+// close ends every relay. No other can begin afterwards.
+func (in *ingressTCP) close() {
+	in.mu.Lock()
+	in.closed = true
+	relays := slices.Collect(maps.Keys(in.relays))
+	in.mu.Unlock()
+	for _, r := range relays {
+		r.abort("stopped")
+	}
+	in.pipes.close()
+}
+
+// client is one whose connection was accepted.
+type client struct {
+	caller
+	ways []way // not tried yet
+}
+
+// way is one by which a client may find a server inside.
+type way struct {
+	guest    netip.AddrPort
+	loopback bool // from the sandbox's loopback, of guest's family
+}
+
+// waysTo returns the ways to l in the order in which a client takes them.
+func waysTo(l *Listener, client netip.Addr) []way {
+	ways := make([]way, 0, 4)
+	for _, loopback := range []bool{true, false} {
+		if loopback && !client.IsLoopback() {
+			continue
+		}
+		for _, guest := range []netip.AddrPort{l.Guest, l.Other} {
+			if guest.IsValid() {
+				ways = append(ways, way{guest, loopback})
+			}
+		}
+	}
+	return ways
+}
+
+// localAddr is the host's end of an accepted connection; listener where the kernel does not tell.
+func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return listener
+	}
+	return addrPort(sa)
+}
+
+// take carries an accepted connection into the sandbox. It owns fd.
+func (in *ingressTCP) take(fd int, c client) {
+	if err := in.dialer.tuneStream(fd); err != nil {
+		in.dialer.reset(fd)
+		return
+	}
+	in.tryNext(fd, c)
+}
+
+// tryNext goes the next of c's ways. It owns fd.
+func (in *ingressTCP) tryNext(fd int, c client) {
+	for len(c.ways) > 0 {
+		w := c.ways[0]
+		c.ways = c.ways[1:]
+		c.next = nil
+		if rest := c; len(rest.ways) > 0 {
+			c.next = func(fd int) { in.tryNext(fd, rest) }
+		}
+		j := in.gate.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
+		if !j.mayBegin() {
+			in.refused.Add(1)
+			in.gate.refuse(j)
+			break
+		}
+		if !w.loopback {
+			in.tcp.fromHost(fd, c.caller, j)
+			return
+		}
+		if in.relay(fd, c.caller, j) {
+			return
+		}
+	}
+	in.dialer.reset(fd)
+}

@@ -1,0 +1,100 @@
+package forwarder
+
+// A new policy is applied to what the flow table holds, so a flow cannot be overlooked. It
+// takes effect in two steps, because a sandbox that does not read its device can hold up
+// whoever writes to it:
+//
+//	revoke   every flow is judged; one that is refused is marked and halted, by stores and by
+//	         system calls on host sockets, none of which waits for the sandbox
+//	reap     the halted flows are taken down, resets and all, by a goroutine of its own
+//
+// SetRules waits for the second step, but no longer than reapPatience.
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"sluice/policy"
+)
+
+// reapPatience bounds how long SetRules waits for what it has cut to be taken down.
+const reapPatience = 300 * time.Millisecond
+
+// reasonPolicy is why a flow ended that new rules refuse.
+const reasonPolicy = "policy"
+
+// reaping is what was halted and not taken down yet: no more flows than the table held,
+// since a flow is halted once.
+type reaping struct {
+	wake chan struct{} // capacity 1
+	mu   sync.Mutex
+	jobs []reapJob
+}
+
+// reapJob is what one SetRules has halted.
+type reapJob struct {
+	flows []*pass
+	done  chan struct{} // closed by the reaper
+}
+
+// revoke halts every flow that r refuses and that was not halted before, and returns them.
+func (a *admission) revoke(r *policy.Rules) []*pass {
+	var cut []*pass
+	for _, lease := range a.table.Leases() {
+		p, ok := lease.Owner().(*pass)
+		if !ok {
+			lease.Kill(reasonPolicy) // nobody can be asked about it
+			continue
+		}
+		if p.revoked.Load() || p.reconsider(lease, r) || p.revoked.Swap(true) {
+			continue
+		}
+		if p.life.Load() == passAlive { // else enter sees that it is revoked
+			p.flow.halt()
+			cut = append(cut, p)
+		}
+	}
+	return cut
+}
+
+// finish has the reaper take down what was halted, and waits for it for a while.
+func (a *admission) finish(ctx context.Context, cut []*pass) {
+	if len(cut) == 0 {
+		return
+	}
+	patience := time.NewTimer(reapPatience)
+	defer patience.Stop()
+	job := reapJob{cut, make(chan struct{})}
+	a.halted.mu.Lock()
+	a.halted.jobs = append(a.halted.jobs, job)
+	a.halted.mu.Unlock()
+	signal(a.halted.wake)
+	select {
+	case <-job.done:
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+}
+
+// reaper takes down what was halted until ctx ends. What is left then ends with the
+// forwarder. It is a goroutine of Run's.
+func (a *admission) reaper(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.halted.wake:
+		}
+		a.halted.mu.Lock()
+		jobs := a.halted.jobs
+		a.halted.jobs = nil
+		a.halted.mu.Unlock()
+		for _, job := range jobs {
+			for _, p := range job.flows {
+				p.flow.abort(reasonPolicy)
+			}
+			close(job.done)
+		}
+	}
+}
