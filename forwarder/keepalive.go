@@ -116,6 +116,9 @@ func (k *Keepalive) probeHost(fd int) error {
 }
 
 // probeInside has the stack probe the sandbox's half of a connection.
+func (d *Dialer) probeInside(ep tcpip.Endpoint) { d.keepalive.Load().probeInside(ep) }
+
+// probeInside has the stack probe the sandbox's half of a connection.
 func (k *Keepalive) probeInside(ep tcpip.Endpoint) {
 	idle, interval := tcpip.KeepaliveIdleOption(k.Time), tcpip.KeepaliveIntervalOption(k.Interval)
 	count := max(k.Probes, int(math.Ceil(float64(insideSilence)/float64(k.Interval))))

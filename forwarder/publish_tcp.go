@@ -173,7 +173,7 @@ func (fl *tcpFlow) guestEndpoint() (tcpip.Endpoint, error) {
 	}
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
-	fl.t.dialer.keepalive.Load().probeInside(ep)
+	fl.t.dialer.probeInside(ep)
 	if fl.t.gate.memory.pressed.Load() {
 		opts.SetReceiveBufferSize(receiveStartPressed, false)
 	}

@@ -397,7 +397,7 @@ func (t *tcpForwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 		return
 	}
 	t.leaveHandshake(fl)
-	t.dialer.keepalive.Load().probeInside(ep)
+	t.dialer.probeInside(ep)
 	if fl.check != nil {
 		fl.wq = wq
 		fl.verify(ep)

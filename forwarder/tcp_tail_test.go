@@ -43,7 +43,7 @@ func (g *guest) onlyFlow(what string, ok func(*tcpFlow) bool) (fl *tcpFlow) {
 	return fl
 }
 
-func (fl *tcpFlow) queuedForTest() int { return sendQueued(fl.ep.(*tcp.Endpoint)) }
+func queuedOf(fl *tcpFlow) int { return sendQueued(fl.ep.(*tcp.Endpoint)) }
 
 // mustRead reads the whole response, and what ends it.
 func mustRead(t *testing.T, c net.Conn) error {
@@ -72,9 +72,9 @@ func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 		{"the server has ended", func(c func() error) { _ = c() }, func(func() error) {},
 			func(fl *tcpFlow) bool { return fl.down.done.Load() }},
 		{"the client has ended", func(func() error) {}, func(c func() error) { _ = c() },
-			func(fl *tcpFlow) bool { return fl.up.done.Load() && fl.queuedForTest() > 0 }},
+			func(fl *tcpFlow) bool { return fl.up.done.Load() && queuedOf(fl) > 0 }},
 		{"neither has ended", func(func() error) {}, func(func() error) {},
-			func(fl *tcpFlow) bool { return fl.queuedForTest() > 0 }},
+			func(fl *tcpFlow) bool { return queuedOf(fl) > 0 }},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			g := newGuest(t, allowAll, nil)
@@ -249,7 +249,7 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	if _, err := c.Write([]byte("more of the request")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "writing has failed", func() bool { return fl.up.done.Load() || fl.phaseForTest() == phaseClosed })
+	eventually(t, "writing has failed", func() bool { return fl.up.done.Load() || phaseOf(fl) == phaseClosed })
 	fl.unlockDown()
 	got := make([]byte, 4096)
 	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -261,7 +261,7 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	}
 }
 
-func (fl *tcpFlow) phaseForTest() phase {
+func phaseOf(fl *tcpFlow) phase {
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
 	return fl.phase

@@ -11,8 +11,8 @@ import (
 	"sluice/nat"
 )
 
-// heard puts a datagram into the batch as recvmmsg(2) does, without control messages.
-func (b *rxBatch) heard(i int, from netip.AddrPort, p []byte) {
+// heard puts a sample into the batch as recvmmsg(2) does, without control messages.
+func heardInto(b *rxBatch, i int, from netip.AddrPort, p []byte) {
 	b.msgs[i].hdr.Namelen = b.from[i].put(from)
 	b.msgs[i].hdr.SetControllen(0)
 	b.msgs[i].n = uint32(copy(b.data[i*rxBufLen:][:rxBufLen], p))
@@ -35,22 +35,22 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 			s := w.f.dgram.udp.lookup(nat.NewTuple(17, me, at(side.gateway, portOf(a)))).sock
 			fromA, fromB := a.LocalAddr().(*net.UDPAddr).AddrPort(), b.LocalAddr().(*net.UDPAddr).AddrPort()
 
-			type datagram struct {
+			type sample struct {
 				from netip.AddrPort
 				size int
 			}
 			for _, row := range []struct {
 				name    string
-				sent    []datagram
+				sent    []sample
 				packets int
 			}{
-				{"equal", []datagram{{fromA, 100}, {fromA, 100}, {fromA, 100}}, 1},
-				{"the last one shorter", []datagram{{fromA, 100}, {fromA, 100}, {fromA, 7}, {fromA, 100}}, 2},
-				{"longer", []datagram{{fromA, 100}, {fromA, 101}, {fromA, 101}}, 2},
-				{"empty", []datagram{{fromA, 0}, {fromA, 0}, {fromA, 9}, {fromA, 0}}, 4},
-				{"two senders", []datagram{{fromA, 50}, {fromB, 50}, {fromB, 50}, {fromA, 50}}, 3},
-				{"more than a packet holds", []datagram{{fromA, 30000}, {fromA, 30000}, {fromA, 30000}}, 2},
-				{"as much as one holds", []datagram{
+				{"equal", []sample{{fromA, 100}, {fromA, 100}, {fromA, 100}}, 1},
+				{"the last one shorter", []sample{{fromA, 100}, {fromA, 100}, {fromA, 7}, {fromA, 100}}, 2},
+				{"longer", []sample{{fromA, 100}, {fromA, 101}, {fromA, 101}}, 2},
+				{"empty", []sample{{fromA, 0}, {fromA, 0}, {fromA, 9}, {fromA, 0}}, 4},
+				{"two senders", []sample{{fromA, 50}, {fromB, 50}, {fromB, 50}, {fromA, 50}}, 3},
+				{"more than a packet holds", []sample{{fromA, 30000}, {fromA, 30000}, {fromA, 30000}}, 2},
+				{"as much as one holds", []sample{
 					{fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400},
 					{fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400}, {fromA, 1400},
 				}, 1},
@@ -58,13 +58,13 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 				t.Run(row.name, func(t *testing.T) {
 					batch := rxPool.Get().(*rxBatch)
 					defer rxPool.Put(batch)
-					var want []datagram
+					var want []sample
 					for i, d := range row.sent {
 						p := pattern(d.size)
 						if d.size > 0 {
 							p[0] = byte(i)
 						}
-						batch.heard(i, d.from, p)
+						heardInto(batch, i, d.from, p)
 						want = append(want, d)
 					}
 					s.deliverAll(batch, len(row.sent))
@@ -91,7 +91,7 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 								expected[0] = byte(next)
 							}
 							if port != d.from.Port() || !bytes.Equal(payload[:size], expected) {
-								t.Fatalf("datagram %d: %d bytes from port %d, want %d from %d", next, size, port, d.size, d.from.Port())
+								t.Fatalf("sample %d: %d bytes from port %d, want %d from %d", next, size, port, d.size, d.from.Port())
 							}
 							payload = payload[size:]
 							next++
