@@ -83,7 +83,7 @@ func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, c *control) {
 		return
 	}
 	s.d.n.errors.Add(1)
-	s.d.errs.sendForm(icmpForm{e.typ, e.cod}, info, orig, src)
+	s.d.errs.sendForm(icmpForm{typ: e.typ, code: e.cod}, info, orig, src)
 }
 
 // errorInfo is the last word of the ICMP header, or false for a type that is no error.

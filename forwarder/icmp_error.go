@@ -236,7 +236,7 @@ func (i *icmpErrors) tellDialError(syn []byte, e extendedErr, fromNetwork bool, 
 	}
 	if fromNetwork {
 		if info, ok := errorInfo(&e); ok {
-			i.sendForm(icmpForm{e.typ, e.cod}, info, syn, e.offender)
+			i.sendForm(icmpForm{typ: e.typ, code: e.cod}, info, syn, e.offender)
 			return
 		}
 	}

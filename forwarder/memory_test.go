@@ -182,9 +182,9 @@ func TestParseMemory(t *testing.T) {
 		value string
 		want  MemoryMarks
 	}{
-		{"4096 8192 16384", MemoryMarks{16 << 20, 32 << 20, 64 << 20}},
-		{" 1\t2\n2048 ", MemoryMarks{4096, 8192, 8 << 20}},
-		{"1 2048 2048", MemoryMarks{4096, 8 << 20, 8 << 20}},
+		{"4096 8192 16384", MemoryMarks{Low: 16 << 20, Pressure: 32 << 20, High: 64 << 20}},
+		{" 1\t2\n2048 ", MemoryMarks{Low: 4096, Pressure: 8192, High: 8 << 20}},
+		{"1 2048 2048", MemoryMarks{Low: 4096, Pressure: 8 << 20, High: 8 << 20}},
 		{"", MemoryMarks{}},
 		{"65536", MemoryMarks{}},
 		{"1 2 3 4096", MemoryMarks{}},

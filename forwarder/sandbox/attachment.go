@@ -356,11 +356,11 @@ func flowMemory() (*os.File, error) {
 
 // claim takes the attachment's name.
 func (m *monitor) claim() error {
-	registry, err := registryAt(m.att.RuntimeDir)
+	reg, err := registryAt(m.att.RuntimeDir)
 	if err != nil {
 		return err
 	}
-	m.dir, err = registry.Claim(m.att.Name)
+	m.dir, err = reg.Claim(m.att.Name)
 	return err
 }
 
@@ -470,14 +470,4 @@ func newSpawnerIn(path string) (*spawner, error) {
 		return nil, fmt.Errorf("enter the uplink network namespace %s: %w", path, err)
 	}
 	return s, nil
-}
-
-// do runs f on the spawner's thread and waits for it.
-func (s *spawner) do(f func()) {
-	done := make(chan struct{})
-	s.requests <- func() {
-		defer close(done)
-		f()
-	}
-	<-done
 }

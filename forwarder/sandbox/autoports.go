@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 
@@ -36,6 +37,12 @@ var wellKnownPorts = []uint16{
 
 // firstAutoPort is the lowest port that --publish-auto takes.
 const firstAutoPort = 1024
+
+// autoPort is a port of the host that leads to one the sandbox listens on.
+type autoPort struct {
+	proto string
+	host  netip.AddrPort
+}
 
 // reservedPort says why --publish-auto does not take a port; nil if it may.
 func reservedPort(k autoPort) error {

@@ -13,6 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// workerChannelFD is where the worker finds its channel.
+const workerChannelFD = 3
+
 // The channel between monitor and worker.
 //
 // One SOCK_SEQPACKET socketpair; one JSON message a packet, with descriptors
@@ -289,4 +292,14 @@ func closeAll(fds []int) {
 	for _, fd := range fds {
 		_ = unix.Close(fd)
 	}
+}
+
+// fdOf is Fd without its side effect of making the description blocking, which
+// the worker would share.
+func fdOf(f *os.File) int {
+	fd := -1
+	if rc, err := f.SyscallConn(); err == nil {
+		_ = rc.Control(func(n uintptr) { fd = int(n) })
+	}
+	return fd
 }

@@ -21,9 +21,6 @@ import (
 // handed to the worker count until it has them.
 const maxControlConns = 32
 
-// maxLogFollowers bounds those of them that last: whoever sets a policy finds a place.
-const maxLogFollowers = 16
-
 // controlServer accepts on the control socket.
 type controlServer struct {
 	l      *net.UnixListener

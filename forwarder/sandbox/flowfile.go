@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 )
 
@@ -344,54 +343,4 @@ func (l *flowFile) lock() error {
 		time.Sleep(flowLockPoll)
 	}
 	return fmt.Errorf("%s is locked by another process (see lslocks)", l.path)
-}
-
-// nextFlowLog answers a worker whose file is full. It is called by the link's reader and
-// must not block that.
-func (m *monitor) nextFlowLog(l *workerLink) {
-	if m.flowLog == nil || l.logWants.Add(1) > 1 {
-		return // whoever sees to the wish before this one sees to this, too
-	}
-	// Ends with what the file system takes for some renames; flowFile.close waits for that.
-	go func() {
-		for seen := int64(1); seen > 0; seen = l.logWants.Add(-seen) {
-			seen = l.logWants.Load()
-			m.giveFlowLog(l)
-		}
-	}()
-}
-
-// giveFlowLog hands the next file to a worker, or tells it that there is none.
-func (m *monitor) giveFlowLog(l *workerLink) {
-	if m.flowLog.rotate() == nil {
-		if f, err := m.flowLog.dup(); err == nil {
-			defer f.Close()
-			_ = l.post(msgFlowLog, nil, fdOf(f))
-			return
-		}
-	}
-	_ = l.post(msgFlowLog, nil) // it writes on
-}
-
-// reopenFlowLog has the flow log written to what is now at its path. When it returns, the
-// worker has at most one write under way to what was there before.
-func (m *monitor) reopenFlowLog() (any, error) {
-	m.change.Lock()
-	defer m.change.Unlock()
-	if m.flowLog == nil || m.flowLog.path == "" {
-		return nil, &api.Error{Code: api.CodeInvalid, Message: "there is no flow log in a file of its own name, and so nothing to open again"}
-	}
-	if err := m.flowLog.reopen(); err != nil {
-		return nil, fmt.Errorf("open the flow log again: %w: it is written on as it was", err)
-	}
-	f, err := m.flowLog.dup()
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if err := m.tell(msgFlowLog, nil, fdOf(f)); err != nil {
-		return nil, fmt.Errorf("pass the flow log on: %w", err)
-	}
-	m.log.infof("monitor", "the flow log was opened again")
-	return api.FlowLogResult{File: m.flowLog.path}, nil
 }

@@ -38,7 +38,7 @@ func warnings(r *logRing) (out []string) {
 }
 
 // fill makes the log's file full, with a text by which it is known.
-func (l *flowFile) fill(t *testing.T, text string) {
+func fill(t *testing.T, l *flowFile, text string) {
 	t.Helper()
 	_, err := l.f.WriteString(text + strings.Repeat(" ", int(l.maxSize)-len(text)-1) + "\n")
 	must(t, err)
@@ -73,7 +73,7 @@ func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 	for _, row := range []struct{ text, want string }{
 		{"a", "|a"}, {"b", "|b|a"}, {"c", "|c|b"}, {"d", "|d|c"},
 	} {
-		l.fill(t, row.text)
+		fill(t, l, row.text)
 		must(t, l.rotate())
 		if got := contents(t, name); got != row.want {
 			t.Errorf("after %s there is %s, want %s", row.text, got, row.want)
@@ -84,7 +84,7 @@ func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 	}
 	// A hole is filled before anything is dropped.
 	must(t, os.Remove(name+".1"))
-	l.fill(t, "e")
+	fill(t, l, "e")
 	must(t, l.rotate())
 	if got := contents(t, name); got != "|e|c" {
 		t.Errorf("with a hole: %s", got)
@@ -183,7 +183,7 @@ func TestWhatIsInTheWayOfARotation(t *testing.T) {
 			must(t, os.Mkdir(dir, 0o700))
 			name := filepath.Join(dir, "flows")
 			l, said := openTestLog(t, name, minFlowLogSize, 3)
-			l.fill(t, "a")
+			fill(t, l, "a")
 			row.do(t, name, l)
 			err1, err2 := l.rotate(), error(nil)
 			if row.want != "" {
@@ -207,7 +207,7 @@ func TestWhatIsInTheWayOfARotation(t *testing.T) {
 func TestAFailedRotationIsUndone(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	l, said := openTestLog(t, name, minFlowLogSize, 3)
-	l.fill(t, "a")
+	fill(t, l, "a")
 	var limit unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	l.rename = func(from, to string) error {
@@ -235,7 +235,7 @@ func TestSandboxesThatShareAFlowLogRotateItOnce(t *testing.T) {
 		logs = append(logs, l)
 	}
 	for round := range 20 {
-		logs[round%len(logs)].fill(t, fmt.Sprint("round ", round))
+		fill(t, logs[round%len(logs)], fmt.Sprint("round ", round))
 		var wg sync.WaitGroup
 		for _, l := range logs {
 			wg.Go(func() { must(t, l.rotate()) })
@@ -283,7 +283,7 @@ func TestRotationSurvivesAKill(t *testing.T) {
 			}
 			l, said := openTestLog(t, name, minFlowLogSize, 4)
 			if st, err := l.f.Stat(); err == nil && st.Size() == 0 {
-				l.fill(t, "next")
+				fill(t, l, "next")
 			}
 			must(t, l.rotate())
 			if got := contents(t, name); !strings.HasPrefix(got, "|") || !strings.Contains(got, "|new|") || len(warnings(said)) != 0 {

@@ -38,33 +38,3 @@ func inRange(s string, gid int) bool {
 	}
 	return low <= int64(gid) && int64(gid) <= high
 }
-
-// maxSocketWants bounds how many sockets of the guest's namespace are on their
-// way to the worker.
-const maxSocketWants = 64
-
-// giveSocket makes a socket in the guest's network namespace for the worker.
-// It is called by the link's reader and must not block that.
-func (m *monitor) giveSocket(l *workerLink, v6 bool) {
-	select {
-	case m.socketWants <- struct{}{}:
-	default:
-		return
-	}
-	// Ends with the guest stage's answer, which the guest's Close provokes.
-	go func() {
-		defer func() { <-m.socketWants }()
-		network := "tcp4"
-		if v6 {
-			network = "tcp6"
-		}
-		s, err := m.guest.Socket(network)
-		if err != nil {
-			m.log.infof("monitor", "make a %s socket for the worker: %v", network, err)
-			_ = l.post(msgSocket, socketMessage{V6: v6}) // without one: it may ask again
-			return
-		}
-		defer s.Close()
-		_ = l.post(msgSocket, socketMessage{V6: v6}, fdOf(s))
-	}()
-}

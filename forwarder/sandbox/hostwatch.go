@@ -100,7 +100,10 @@ func watchHostRanges(ctx context.Context, changed func([]netip.Prefix, error), l
 			return fmt.Errorf("watch the host's addresses: %w", err)
 		case <-events:
 		}
-		sleepContext(ctx, hostSettle)
+		select {
+		case <-ctx.Done():
+		case <-time.After(hostSettle):
+		}
 		select {
 		case <-events: // what came meanwhile is in the next list
 		default:

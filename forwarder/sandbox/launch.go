@@ -281,7 +281,7 @@ func StopAttachment(ctx context.Context, runtimeDir, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.stop(ctx, name); err != nil {
+	if err := stopMonitor(ctx, r, name); err != nil {
 		return fmt.Errorf("stop the monitor of %s: %w", name, err)
 	}
 	return nil
@@ -294,7 +294,7 @@ const (
 	stopPoll = 2 * time.Millisecond
 )
 
-func (r *Registry) stop(ctx context.Context, name string) error {
+func stopMonitor(ctx context.Context, r *Registry, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
@@ -361,14 +361,6 @@ func AttachmentGone(runtimeDir, name string) (bool, error) {
 	}
 	alive, err := r.reap(name)
 	return !alive, err
-}
-
-// registryAt opens the registry in a directory, or the caller's own.
-func registryAt(dir string) (*Registry, error) {
-	if dir == "" {
-		return OpenRegistry()
-	}
-	return openRegistry(dir, os.Geteuid())
 }
 
 // processStart reads when a process started, in clock ticks since boot.

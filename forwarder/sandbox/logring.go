@@ -10,6 +10,9 @@ import (
 	"sluice/forwarder/sandbox/api"
 )
 
+// maxLogFollowers bounds those who follow the log, so that control connections are left.
+const maxLogFollowers = 16
+
 // The sandbox's own log: the last lines, kept in the monitor so that a worker
 // that died cannot take its last words with it. Lines from the worker are what
 // a less trusted process wrote: they are cut, cleaned of control characters

@@ -136,18 +136,6 @@ func (m *monitor) awaitWorker(ctx context.Context, not *workerLink) *workerLink 
 	}
 }
 
-// ended and reason make a workerLink supervised.
-func (l *workerLink) ended() <-chan struct{} { return l.p.done }
-
-func (l *workerLink) reason() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.blame != "" {
-		return "it " + l.blame
-	}
-	return l.p.why
-}
-
 // spawnWorker starts a worker's process, which then waits for its configuration.
 func (m *monitor) spawnWorker() (*process, error) {
 	return m.spawner.start(workerPlan(workerIDs()), m.workerLine)
@@ -285,16 +273,6 @@ func (m *monitor) sandboxConfig() (workerConfig, []int) {
 	return w, fds
 }
 
-// fdOf is Fd without its side effect of making the description blocking, which
-// the worker would share.
-func fdOf(f *os.File) int {
-	fd := -1
-	if rc, err := f.SyscallConn(); err == nil {
-		_ = rc.Control(func(n uintptr) { fd = int(n) })
-	}
-	return fd
-}
-
 // offer passes one published port to a worker. Called with change held.
 func (m *monitor) offer(l *workerLink, p published) error {
 	for _, s := range p.listeners {
@@ -357,15 +335,6 @@ func (m *monitor) tell(typ string, body any, fds ...int) error {
 		return nil
 	}
 	return l.survived(l.request(typ, body, fds...))
-}
-
-// survived is what went wrong with a request, but for the worker's end: its successor
-// starts with what it was told.
-func (l *workerLink) survived(err error) error {
-	if errors.Is(err, errWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
-		return nil
-	}
-	return err
 }
 
 // setUpstreams is called by the watcher of the host's resolver configuration.

@@ -1,8 +1,10 @@
 package sandbox
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 
 	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
@@ -100,4 +102,46 @@ type controlMessage struct {
 // none could be made.
 type socketMessage struct {
 	V6 bool `json:"v6"`
+}
+
+// handed is the descriptors that come with the configuration.
+type handed struct {
+	device     []int
+	inbound    []int // one or none
+	memory     int   // with inbound
+	raw4, raw6 int   // -1 if there is none
+	flowLog    *os.File
+}
+
+// sort tells the descriptors apart that came with the configuration.
+func (c *workerConfig) sort(fds []int) (handed, error) {
+	h := handed{raw4: -1, raw6: -1}
+	want := c.Queues
+	for _, has := range []bool{c.Inbound != nil, c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
+		if has {
+			want++
+		}
+	}
+	if c.Queues < 1 || len(fds) != want {
+		return h, fmt.Errorf("the configuration came with %d descriptors, not %d", len(fds), want)
+	}
+	h.device, fds = fds[:c.Queues], fds[c.Queues:]
+	next := func() int {
+		fd := fds[0]
+		fds = fds[1:]
+		return fd
+	}
+	if c.Inbound != nil {
+		h.inbound, h.memory = []int{next()}, next()
+	}
+	if c.HasRaw4 {
+		h.raw4 = next()
+	}
+	if c.HasRaw6 {
+		h.raw6 = next()
+	}
+	if c.HasFlowLog {
+		h.flowLog = os.NewFile(uintptr(next()), "flow log")
+	}
+	return h, nil
 }

@@ -107,12 +107,6 @@ func (m *monitor) unpublish(p api.Port) ([]published, error) {
 	return gone, nil
 }
 
-// autoPort is a port of the host that leads to one the sandbox listens on.
-type autoPort struct {
-	proto string
-	host  netip.AddrPort
-}
-
 // autoPublisher keeps what --publish-auto made in step with what the sandbox
 // listens on.
 type autoPublisher struct {

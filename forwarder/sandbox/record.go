@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"cmp"
-	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -113,9 +112,4 @@ func layers(t nat.Tuple) (api.IP, api.L4) {
 		l4.Other = t.Proto()
 	}
 	return ip, l4
-}
-
-// grantedNames tells under which names an address is granted now.
-func (w *worker) grantedNames(a netip.Addr) []string {
-	return w.names.Of(a, w.flows.now(), nil)
 }

@@ -64,14 +64,14 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	}
 	defer signal.Stop(m.signals)
 
-	registry, err := OpenRegistry()
+	reg, err := OpenRegistry()
 	if err != nil {
 		return 0, err
 	}
 	if m.cfg.Name == "" {
-		m.dir, m.cfg.Name, err = registry.claimGenerated()
+		m.dir, m.cfg.Name, err = reg.claimGenerated()
 	} else {
-		m.dir, err = registry.Claim(m.cfg.Name)
+		m.dir, err = reg.Claim(m.cfg.Name)
 	}
 	if err != nil {
 		return 0, err
@@ -112,7 +112,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 	start := m.cfg.Start
 	if start == nil {
 		start = guest.Start
-		if err := m.cover(registry); err != nil {
+		if err := m.cover(reg); err != nil {
 			return 0, err
 		}
 	}
@@ -163,8 +163,8 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	host, err := watcher.Upstreams()
-	m.setUpstreams(host, err)
+	upstreams, err := watcher.Upstreams()
+	m.setUpstreams(upstreams, err)
 	g := &m.cfg.Guest
 	g.DNS = addrs(m.cfg.DNS4, m.cfg.DNS6)
 	if g.PathMTU4, err = uplinkMTU(netlink.FAMILY_V4); err != nil {

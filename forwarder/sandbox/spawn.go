@@ -32,9 +32,6 @@ import (
 // WorkerCommand is the hidden command that becomes WorkerMain.
 const WorkerCommand = "worker"
 
-// workerChannelFD is where the worker finds its channel.
-const workerChannelFD = 3
-
 // lastWords bounds what is kept of a worker's standard error to explain its
 // end, in lines.
 const lastWords = 20
@@ -289,4 +286,14 @@ func explainSpawn(err error) error {
 		return fmt.Errorf("%w: the sluice binary must be executable for everyone: chmod 755 it", err)
 	}
 	return err
+}
+
+// do runs f on the spawner's thread and waits for it.
+func (s *spawner) do(f func()) {
+	done := make(chan struct{})
+	s.requests <- func() {
+		defer close(done)
+		f()
+	}
+	<-done
 }

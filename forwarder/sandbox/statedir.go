@@ -143,6 +143,14 @@ func (r *Registry) registriesToHide() []string {
 	return dirs
 }
 
+// registryAt opens the registry in a directory, or the caller's own.
+func registryAt(dir string) (*Registry, error) {
+	if dir == "" {
+		return OpenRegistry()
+	}
+	return openRegistry(dir, os.Geteuid())
+}
+
 func openRegistry(path string, uid int) (*Registry, error) {
 	if err := privateDir(path, uid); err != nil {
 		return nil, fmt.Errorf("the runtime directory: %w", err)
@@ -267,6 +275,11 @@ func takeLock(path string, flags int) (*os.File, error) {
 
 // Socket is the path of the control socket.
 func (d *Dir) Socket() string { return filepath.Join(d.path, socketFile) }
+
+// inherited is the directory of a sandbox whose lock another process of ours has held.
+func (r *Registry) inherited(name string, lock *os.File) *Dir {
+	return &Dir{path: filepath.Join(r.path, name), lock: lock}
+}
 
 // Path is the directory's own.
 func (d *Dir) Path() string { return d.path }

@@ -307,11 +307,11 @@ func (h *inherited) close() { closeAll(h.fds) }
 func (m *monitor) resume(r *resumption) error {
 	m.rules, m.generation, m.sysctls, m.restarts = r.Rules, r.Generation, r.Sysctls, r.Restarts
 	m.log.lines = r.Log
-	registry, err := registryAt(m.att.RuntimeDir)
+	reg, err := registryAt(m.att.RuntimeDir)
 	if err != nil {
 		return err
 	}
-	m.dir = &Dir{path: filepath.Join(registry.path, m.att.Name), lock: os.NewFile(uintptr(r.Lock), lockFile)}
+	m.dir = reg.inherited(m.att.Name, os.NewFile(uintptr(r.Lock), lockFile))
 	unix.CloseOnExec(r.Lock)
 	unix.CloseOnExec(r.Memory)
 	if r.Told != 0 {

@@ -108,47 +108,6 @@ func runWorker(log *slog.Logger) error {
 	return w.run(fds)
 }
 
-// handed sorts the descriptors that came with the configuration.
-type handed struct {
-	device     []int
-	inbound    []int // one or none
-	memory     int   // with inbound
-	raw4, raw6 int   // -1 if there is none
-	flowLog    *os.File
-}
-
-func (c *workerConfig) sort(fds []int) (handed, error) {
-	h := handed{raw4: -1, raw6: -1}
-	want := c.Queues
-	for _, has := range []bool{c.Inbound != nil, c.Inbound != nil, c.HasRaw4, c.HasRaw6, c.HasFlowLog} {
-		if has {
-			want++
-		}
-	}
-	if c.Queues < 1 || len(fds) != want {
-		return h, fmt.Errorf("the configuration came with %d descriptors, not %d", len(fds), want)
-	}
-	h.device, fds = fds[:c.Queues], fds[c.Queues:]
-	next := func() int {
-		fd := fds[0]
-		fds = fds[1:]
-		return fd
-	}
-	if c.Inbound != nil {
-		h.inbound, h.memory = []int{next()}, next()
-	}
-	if c.HasRaw4 {
-		h.raw4 = next()
-	}
-	if c.HasRaw6 {
-		h.raw6 = next()
-	}
-	if c.HasFlowLog {
-		h.flowLog = os.NewFile(uintptr(next()), "flow log")
-	}
-	return h, nil
-}
-
 func (w *worker) run(fds []int) error {
 	h, err := w.cfg.sort(fds)
 	if err != nil {

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sluice/policy"
 )
 
@@ -205,4 +207,25 @@ func (l *workerLink) requestWithin(patience time.Duration, typ string, body any,
 		forget()
 		return l.hung(fmt.Sprintf("did not confirm %s within %s", typ, patience))
 	}
+}
+
+// ended and reason make a workerLink supervised.
+func (l *workerLink) ended() <-chan struct{} { return l.p.done }
+
+func (l *workerLink) reason() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.blame != "" {
+		return "it " + l.blame
+	}
+	return l.p.why
+}
+
+// survived is what went wrong with a request, but for the worker's end: its successor
+// starts with what it was told.
+func (l *workerLink) survived(err error) error {
+	if errors.Is(err, errWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		return nil
+	}
+	return err
 }
