@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice/nldump"
 )
 
 // An interface that changes namespaces loses its addresses, routes and neighbours:
@@ -86,7 +88,7 @@ func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) 
 	if len(attrs.HardwareAddr) == 6 {
 		s.MAC = attrs.HardwareAddr.String()
 	}
-	addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
+	addrs, err := nldump.Steady(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, nil, fmt.Errorf("list the addresses of %s: %w", name, err)
 	}
@@ -94,7 +96,9 @@ func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) 
 		s.Addrs = append(s.Addrs, addrOf(a, name))
 	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := nldump.Steady(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return nil, nil, fmt.Errorf("list the routes of %s: %w", name, err)
 		}
@@ -109,7 +113,7 @@ func readLink(h *netlink.Handle, name string) (netlink.Link, *linkState, error) 
 				s.Routes = append(s.Routes, one)
 			}
 		}
-		neighs, err := h.NeighList(attrs.Index, family)
+		neighs, err := nldump.Steady(func() ([]netlink.Neigh, error) { return h.NeighList(attrs.Index, family) })
 		if err != nil {
 			return nil, nil, fmt.Errorf("list the neighbours of %s: %w", name, err)
 		}

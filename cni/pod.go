@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"sluice/nldump"
 	"sluice/tun"
 )
 
@@ -95,7 +96,9 @@ func gatewayRoutes(h *netlink.Handle, s *linkState) ([]routeState, error) {
 			continue
 		}
 		// Another interface of the pod may have one.
-		list, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		list, err := nldump.Steady(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return nil, fmt.Errorf("list the pod's routes: %w", err)
 		}

@@ -8,6 +8,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice/nldump"
 )
 
 // What chooses among routes: several gateways behind one route (multipath), and rules
@@ -82,7 +84,7 @@ func (h hopState) netlink(index int) *netlink.NexthopInfo {
 func readRules(h *netlink.Handle, s *linkState) ([]ruleState, error) {
 	var out []ruleState
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := h.RuleList(family)
+		list, err := nldump.Steady(func() ([]netlink.Rule, error) { return h.RuleList(family) })
 		if err != nil {
 			return nil, fmt.Errorf("list the routing rules: %w", err)
 		}

@@ -12,7 +12,7 @@ package dns
 // or empty. Changes are therefore read when it has been quiet for settle, and a
 // file that then has no server is given lossGrace more before it is believed.
 // Where the chain cannot be watched (no permission to read a directory, no
-// watches left) the file is looked at every pollBlind instead.
+// watches or inotify instances left) the file is looked at each second instead.
 //
 // systemd-resolved's stub (127.0.0.53) is used as it stands: upstream sockets
 // are opened in the host's network namespace, where it answers, and only the
@@ -32,13 +32,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice/fswatch"
 )
 
 const (
 	settle    = 50 * time.Millisecond
 	settleMax = time.Second // under a stream of changes
 	lossGrace = 500 * time.Millisecond
-	pollBlind = 5 * time.Second
 
 	// maxResolvConf bounds what is read; a real file has a few hundred bytes.
 	maxResolvConf = 64 << 10
@@ -51,12 +52,13 @@ const (
 
 // Watcher follows one resolv.conf. It belongs to one goroutine at a time.
 type Watcher struct {
-	path  string
-	fd    *os.File                  // inotify, in Go's poller
-	names map[int32]map[string]bool // the entries of interest by watch descriptor; of a file, none
-	blind bool                      // not all of the chain can be watched
-	last  Upstreams
-	err   error
+	path    string
+	fd      *os.File                  // what fswatch opened, in Go's poller
+	ticking bool                      // fd tells that it is time to look, not what has changed
+	names   map[int32]map[string]bool // the entries of interest by watch descriptor; of a file, none
+	blind   bool                      // not all of the chain can be watched
+	last    Upstreams
+	err     error
 }
 
 // NewWatcher watches path, which need not exist, and reads it for the first
@@ -66,11 +68,11 @@ func NewWatcher(path string) (*Watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watching %s: %w", path, err)
 	}
-	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	fd, ticking, err := fswatch.Open()
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: inotify: %w (raise fs.inotify.max_user_instances?)", path, err)
+		return nil, fmt.Errorf("watching %s: %w", path, err)
 	}
-	w := &Watcher{path: abs, fd: os.NewFile(uintptr(fd), "inotify"), names: make(map[int32]map[string]bool)}
+	w := &Watcher{path: abs, fd: os.NewFile(uintptr(fd), "watch"), ticking: ticking, names: make(map[int32]map[string]bool)}
 	w.last, w.err = w.look()
 	return w, nil
 }
@@ -137,7 +139,7 @@ func (w *Watcher) Run(ctx context.Context, changed func(Upstreams, error)) error
 			}
 			lossSeen = false
 			if w.blind {
-				timer.Reset(pollBlind)
+				timer.Reset(fswatch.Every)
 			}
 			if !u.Equal(w.last) || (err == nil) != (w.err == nil) {
 				w.last, w.err = u, err
@@ -171,6 +173,9 @@ func (w *Watcher) look() (Upstreams, error) {
 
 // renew watches exactly what ch says.
 func (w *Watcher) renew(ch pathChain) {
+	if w.ticking {
+		return
+	}
 	rc, err := w.fd.SyscallConn()
 	if err != nil {
 		return // closed
@@ -210,6 +215,9 @@ func (w *Watcher) renewOn(fd int, ch pathChain) {
 
 // concerns reports whether one of the events in b is about the chain.
 func (w *Watcher) concerns(b []byte) bool {
+	if w.ticking {
+		return true
+	}
 	for len(b) >= unix.SizeofInotifyEvent {
 		wd := int32(binary.NativeEndian.Uint32(b))
 		mask := binary.NativeEndian.Uint32(b[4:])

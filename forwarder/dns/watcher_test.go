@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -255,4 +256,19 @@ func FuzzParseResolvConf(f *testing.F) {
 			t.Fatalf("%+v became %+v", u, v)
 		}
 	})
+}
+
+// TestWatcherFollowsWithoutInotify runs TestWatcherFollowsAPlainFile in a user namespace whose
+// users may have no inotify instance.
+func TestWatcherFollowsWithoutInotify(t *testing.T) {
+	cmd := exec.Command("sh", "-ec", `echo 0 > /proc/sys/user/max_inotify_instances; exec "$0" -test.run '^TestWatcherFollowsAPlainFile$' -test.v`, os.Args[0])
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: TestWatcherFollowsAPlainFile") {
+		t.Errorf("%v\n%s", err, out)
+	}
 }

@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"sluice/nldump"
 	"sluice/policy"
 )
 
@@ -31,21 +31,7 @@ var errTooManyHost = fmt.Errorf("the host has more than %d addresses and local r
 var ownRoutes = []int{unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST}
 
 // hostRanges lists what the caller's network namespace takes for itself, but for loopback.
-func hostRanges() ([]netip.Prefix, error) { return steady(listHost) }
-
-// steadyTries is how often the kernel's tables are read at most.
-const steadyTries = 64
-
-// steady reads the kernel's tables anew when they changed meanwhile (NLM_F_DUMP_INTR): what
-// was read may lack what is there.
-func steady[T any](read func() (T, error)) (v T, err error) {
-	for range steadyTries {
-		if v, err = read(); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	return v, err
-}
+func hostRanges() ([]netip.Prefix, error) { return nldump.Steady(listHost) }
 
 func listHost() ([]netip.Prefix, error) {
 	seen := make(map[netip.Prefix]struct{})

@@ -2,8 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -12,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -75,30 +72,5 @@ func TestTheHostTakesMoreThanItsAddresses(t *testing.T) {
 	}
 	if err != nil || !seen {
 		t.Errorf("a route that was added was not seen: %v", err)
-	}
-}
-
-func TestTablesThatChangeWhileTheyAreReadAreReadAgain(t *testing.T) {
-	for _, row := range []struct {
-		what         string
-		interrupted  int
-		err, want    error
-		wantAttempts int
-	}{
-		{"still", 0, nil, nil, 1},
-		{"changing for a while", 5, nil, nil, 6},
-		{"unreadable", 0, errTaken, errTaken, 1},
-		{"changing without end", steadyTries, nil, netlink.ErrDumpInterrupted, steadyTries},
-	} {
-		attempts := 0
-		got, err := steady(func() (int, error) {
-			if attempts++; attempts <= row.interrupted {
-				return 0, fmt.Errorf("list: %w", netlink.ErrDumpInterrupted)
-			}
-			return 7, row.err
-		})
-		if !errors.Is(err, row.want) || attempts != row.wantAttempts || err == nil && got != 7 {
-			t.Errorf("%s: %d, %v after %d attempts", row.what, got, err, attempts)
-		}
 	}
 }

@@ -14,12 +14,14 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"sluice/nldump"
 )
 
 // uplinkMTU is the MTU of a family's default route, the route's own or its device's;
 // without such a route the smallest of the devices that are up; 0 if there is none.
 func uplinkMTU(family int) (int, error) {
-	return steady(func() (int, error) { return readUplinkMTU(family) })
+	return nldump.Steady(func() (int, error) { return readUplinkMTU(family) })
 }
 
 func readUplinkMTU(family int) (int, error) {

@@ -419,10 +419,10 @@ func (m *monitor) applyRules(r rulesMessage) error {
 		// It says that it cannot: with other rules it must not go on.
 		err = l.hung("refused the policy: " + err.Error())
 	}
-	if err != nil {
+	if err = l.survived(err); err != nil {
 		m.log.warnf("monitor", "the policy %s: %v", r.Policy.Name(), err)
 	}
-	return l.survived(err)
+	return err
 }
 
 // info describes the sandbox, without asking the worker.

@@ -51,12 +51,7 @@ func (m *monitor) publish(p api.Port) ([]published, error) {
 	}
 	if l := m.worker(); l != nil {
 		for _, one := range made {
-			err = m.offer(l, one)
-			if errors.Is(err, errWorkerGone) {
-				err = nil // its successor is given all of them
-				break
-			}
-			if err != nil {
+			if err = l.survived(m.offer(l, one)); err != nil {
 				m.ports.drop(made)
 				m.withdraw(made)
 				return nil, err

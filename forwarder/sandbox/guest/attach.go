@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder/sandbox/fork"
+	"sluice/fswatch"
 )
 
 // Attaching to a network namespace that somebody else made.
@@ -189,6 +190,7 @@ func pidOfPath(path string) int {
 
 // watchPath watches the directory that the namespace is mounted in. Unmounting
 // alone sends nothing, but whoever unmounts a namespace removes the file next.
+// Where the kernel has no watch left, the path is looked at each second.
 func watchPath(path string) (*targetWatch, error) {
 	id, err := namespaceID(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -197,14 +199,18 @@ func watchPath(path string) (*targetWatch, error) {
 	if err != nil {
 		return nil, err
 	}
-	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	fd, ticking, err := fswatch.Open()
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: %w (see sysctl fs.inotify.max_user_instances)", path, err)
+		return nil, fmt.Errorf("watching %s: %w", path, err)
 	}
 	const mask = unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF
-	if _, err := unix.InotifyAddWatch(fd, filepath.Dir(path), mask); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("watching %s: %w (see sysctl fs.inotify.max_user_watches)", path, err)
+	if !ticking {
+		if _, err := unix.InotifyAddWatch(fd, filepath.Dir(path), mask); err != nil {
+			unix.Close(fd)
+			if fd, err = fswatch.Ticker(); err != nil {
+				return nil, fmt.Errorf("watching %s: %w", path, err)
+			}
+		}
 	}
 	buf := make([]byte, 4096)
 	return &targetWatch{os.NewFile(uintptr(fd), "target"), func() bool {
