@@ -4,7 +4,7 @@
 # of the machine is used but its programs, and nothing outlives this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-sluice=$PWD/build/sluice plugin=$PWD/build/sluice-cni peer=$PWD/build/peer
+sluice=$PWD/build/sluice plugin=$PWD/build/sluice-cni peer=$PWD/build/peer examples=$PWD/examples/podman
 
 fail() {
 	echo "demo-cni: $*" >&2
@@ -67,29 +67,9 @@ driver = "vfs"
 graphroot = "/var/lib/podman"
 runroot = "$PWD/run"
 CONF
-cat >net.d/demo.conflist <<CONF
-{"cniVersion": "1.0.0", "name": "demo", "plugins": [
-  {"type": "bridge", "bridge": "demo0", "isGateway": true, "capabilities": {"ips": true},
-   "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.5.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
-CONF
-cat >policy.yaml <<POLICY
-apiVersion: sluice.dev/v1alpha1
-kind: SandboxPolicy
-metadata:
-  name: demonstration
-spec:
-  defaultAction: reject
-  egress:
-  - name: containers
-    action: allow
-    to: [{cidr: 10.5.0.0/24}]
-  ingress:
-  - name: alice
-    action: allow
-    from: [{cidr: 10.5.0.10/32}]
-    ports: [{protocol: TCP, port: 7008}]
-POLICY
-echo '{"policy": "/run/demo/policy.yaml"}' >keys.json
+cp "$examples/demo.conflist" net.d/
+cp "$examples/containers.yaml" .
+sed "s,/etc/sluice,$PWD," "$examples/keys.json" >keys.json
 
 backend=$(podman info --format '{{.Host.NetworkBackend}}')
 [ "$backend" = cni ] || fail "this podman's networks are $backend's: the demonstration needs podman 4, which has CNI (network_backend = \"cni\")"
@@ -118,7 +98,7 @@ say() {
 
 say sluice-cni install --conflist demo.conflist --config keys.json
 "$plugin" install --conflist net.d/demo.conflist --config keys.json --bin-dir bin
-sed -n '/^spec/,$p' policy.yaml
+sed -n '/^spec/,$p' containers.yaml
 
 cp "$peer" root/peer
 tar -C root -c . | podman import --quiet - peer >/dev/null
