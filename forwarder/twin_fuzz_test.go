@@ -145,7 +145,7 @@ func FuzzTwinHTTP(f *testing.F) {
 	const get, secret = "GET /open/1 HTTP/1.1\r\nHost: a.example\r\n\r\n", "GET /secret HTTP/1.1\r\nHost: b.example\r\n\r\n"
 	const post = "POST /open/2 HTTP/1.1\r\nHost: a.example\r\n"
 	for _, client := range []string{
-		get, get + secret, "\r\n" + secret, get + "\r\n" + secret, post + "Content-Length: 5\r\n\r\nhello" + secret, post + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX: y\r\n\r\n" + get,
+		get, get + secret, strings.ReplaceAll(get, "\r", "") + get, strings.ReplaceAll(get+secret, "\r", ""), "\r\n" + get + secret, "\r\n" + secret, get + "\r\n" + secret, post + "Content-Length: 5\r\n\r\nhello" + secret, post + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX: y\r\n\r\n" + get,
 		post + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + secret, "GET http://a.example/open/x HTTP/1.1\r\nHost: a.example:8080\r\n\r\n", "GET /open/../secret HTTP/1.1\r\nHost: a.example\r\n\r\n",
 		"HEAD /open/%2e%2e/secret HTTP/1.0\r\nHost: a.example\r\nConnection: keep-alive\r\n\r\n", post + "X-HTTP-Method-Override: DELETE\r\n\r\n", post + "Transfer-Encoding: chunked\r\n\r\n0\r\nX_Original_URL: /secret\r\n\r\n",
 		post + "Expect: 100-continue\r\nContent-Length: 44\r\n\r\n" + secret, "OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n", "CONNECT a.example:1 HTTP/1.1\r\nHost: a.example:1\r\n\r\n" + secret,

@@ -46,6 +46,7 @@ type requestGate struct {
 	body   sniff.Body
 	shut   bool // a refusal is on its way
 	tunnel bool // CONNECT was allowed and accepted, or a protocol that was offered
+	waits  bool // the client waits for a 100 before it sends the body, of which nothing has passed
 
 	mu      sync.Mutex
 	answers sniff.Responses
@@ -60,6 +61,11 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 		return g.bytes, 0, ""
 	case r.head > 0:
 		return min(r.head, g.bytes), 0, ""
+	case r.waits && r.answeredAll():
+		// Without the 100: some clients, curl 7 among them, send the next request now, others
+		// the body. They come again on another connection.
+		r.tell("")
+		return 0, 0, ""
 	case !r.body.Done():
 		body := r.body // which passed takes further
 		n, err := scan(&body, g, g.bytes)
@@ -116,7 +122,7 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 		r.tell(forbidden(v, fl.t.gate.rules.Load().Name()))
 		return 0, ""
 	}
-	r.head, r.body = head, req.Body
+	r.head, r.body, r.waits = head, req.Body, req.Continue && !req.Body.Done()
 	r.mu.Lock()
 	r.answers.Expect(&req)
 	r.seen = q.Seen
@@ -146,8 +152,16 @@ func (r *requestGate) passed(g *gather, n int) {
 	case r.head > 0:
 		r.head -= n
 	default:
+		r.waits = r.waits && n == 0
 		_, _ = scan(&r.body, g, n) // admit has looked at them
 	}
+}
+
+// answeredAll reports whether no answer is due.
+func (r *requestGate) answeredAll() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.answers.Idle()
 }
 
 // scan has body take in the first n of the gathered bytes.

@@ -145,6 +145,8 @@ func TestAConnectionGoesOnOrEndsAfterAnAnswer(t *testing.T) {
 		{"padded sizes", "", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2   \r\nok\r\n0   \r\n\r\n", "GET /open/2"},
 		{"lines that end in LF", "", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n", "GET /open/2"},
 		{"a doubled length", "", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok", "GET /open/2"},
+		{"a length with a blank before its colon", "", "HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok", "GET /open/2"},
+		{"no 100, for content that the client then keeps", "Expect: 100-continue\r\nContent-Length: 5\r\n", "HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n", ""},
 		{"two lengths", "", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", ""},
 		{"no status", "", "ok\r\n\r\n", ""},
 		{"an offer that is not taken up", upgrade, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "GET /open/2"},

@@ -72,6 +72,8 @@ func FuzzInitial(f *testing.F) {
 func FuzzParseHead(f *testing.F) {
 	f.Add([]byte("POST http://a.example:80/x?y HTTP/1.1\r\nHost: A.example\r\nContent-Length: 5\r\n\r\nhello"))
 	f.Add([]byte("CONNECT a.example:443 HTTP/1.0\r\nTransfer_Encoding: chunked\r\n\r\n"))
+	f.Add([]byte("GET / HTTP/1.1\nHost: a.example\n\nGET"))
+	f.Add([]byte("\r\n\r\nGET / HTTP/1.1\r\nHost: a.example\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		r, n, err := ParseHead(p)
 		if err != nil || n == 0 {
@@ -80,14 +82,22 @@ func FuzzParseHead(f *testing.F) {
 			}
 			return
 		}
-		head := p[:n]
-		if !bytes.HasSuffix(head, []byte("\r\n\r\n")) || bytes.Index(head, []byte("\r\n\r\n")) != n-4 {
+		head, end := p[emptyLines(p):n], "\r\n"
+		if bytes.IndexByte(head, '\r') < 0 {
+			if end = "\n"; !r.Body.Done() {
+				t.Fatalf("content behind a head without a CR: %q", head)
+			}
+		}
+		if bytes.Index(head, []byte(end+end)) != len(head)-2*len(end) {
 			t.Fatalf("a head that does not end in its first empty line: %q", head)
+		}
+		if end == "\n" {
+			head = bytes.ReplaceAll(head, []byte("\n"), []byte("\r\n"))
 		}
 		if bytes.Count(head, []byte("\n")) != bytes.Count(head, []byte("\r\n")) || bytes.Count(head, []byte("\r")) != bytes.Count(head, []byte("\r\n")) || bytes.IndexByte(head, 0) >= 0 {
 			t.Fatalf("bare CR, LF or NUL in %q", head)
 		}
-		if again, m, err := ParseHead(head); err != nil || m != n || again != r {
+		if again, m, err := ParseHead(p[:n]); err != nil || m != n || again != r {
 			t.Fatalf("what follows the head changes it: %+v, %+v", r, again)
 		}
 	})

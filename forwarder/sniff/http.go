@@ -7,9 +7,14 @@ import (
 )
 
 // HTTP/1 request heads (RFC 9112). Where its grammar lets an implementation be lenient
-// this one is not: bare LF, folded lines, blanks before a colon, several Host or
-// Content-Length fields, a Transfer-Encoding other than chunked, or both at once are
-// what request smuggling is made of.
+// this one is not: lines that end now in CRLF and now in bare LF, folded lines, blanks before a
+// colon, several Host or Content-Length fields, a Transfer-Encoding other than chunked, or both
+// at once are what request smuggling is made of.
+//
+// A head of which every line ends in bare LF, as people type it into nc, is one if no content
+// follows: a server that takes the first line for one must take the others for lines too, and for
+// one that waits for a CRLF there is nothing in between that was not judged. Empty lines in front
+// of a request line are passed over (section 2.2): some clients end their content by one.
 
 const (
 	preface      = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -31,6 +36,9 @@ type Request struct {
 	Upgrade string
 	// Override reports that a field asks for another method, path or host.
 	Override bool
+	// Continue reports that the client waits for a 100 before it sends the body (RFC 9110,
+	// section 10.1.1), and sends none if another answer comes first.
+	Continue bool
 	Body     Body // what follows the head
 }
 
@@ -49,7 +57,10 @@ func firstRequest(p []byte) (Seen, int, error) {
 
 // untilEnd is the least that is missing of a head's last line ends.
 func untilEnd(p []byte) int {
-	const end = "\r\n\r\n"
+	end := "\r\n\r\n"
+	if bytes.IndexByte(p, '\r') < 0 {
+		end = "\n\n"
+	}
 	for n := len(end) - 1; n > 0; n-- {
 		if bytes.HasSuffix(p, []byte(end[:n])) {
 			return len(end) - n
@@ -58,9 +69,21 @@ func untilEnd(p []byte) int {
 	return len(end)
 }
 
+// emptyLines is the length of the empty lines at the front of p.
+func emptyLines(p []byte) (n int) {
+	for bytes.HasPrefix(p[n:], []byte("\r\n")) {
+		n += 2
+	}
+	return n
+}
+
 // mayBeRequest tells whether p can become a request line.
 func mayBeRequest(p []byte) bool {
+	p = p[emptyLines(p):]
 	line, _, whole := bytes.Cut(p, []byte("\n"))
+	if len(line) == 0 || len(line) == 1 && line[0] == '\r' {
+		return !whole // nothing yet, behind empty lines, or half of one
+	}
 	method, rest, ok := bytes.Cut(line, []byte(" "))
 	if len(method) == 0 || len(method) > maxMethodLen || !isToken(method) {
 		return false
@@ -75,17 +98,20 @@ func mayBeRequest(p []byte) bool {
 // not end in p. A head longer than MaxHead is refused.
 func ParseHead(p []byte) (r Request, n int, err error) {
 	p = p[:min(len(p), MaxHead)]
-	line, n := nextLine(p)
-	if n <= 0 {
-		return r, 0, incomplete(p, n)
+	n = emptyLines(p)
+	end := lineEnd(p[n:])
+	line, m := nextLine(p[n:], end)
+	if m <= 0 {
+		return r, 0, incomplete(p, m)
 	}
+	n += m
 	target, minor, ok := r.requestLine(line)
 	if !ok {
 		return r, 0, ErrMalformed
 	}
 	var f fields
 	for count := 0; ; count++ {
-		line, m := nextLine(p[n:])
+		line, m := nextLine(p[n:], end)
 		if m <= 0 {
 			return r, 0, incomplete(p, m)
 		}
@@ -97,7 +123,7 @@ func ParseHead(p []byte) (r Request, n int, err error) {
 			return r, 0, ErrMalformed
 		}
 	}
-	if !r.finish(target, minor, &f) {
+	if !r.finish(target, minor, &f) || end == "\n" && !r.Body.Done() {
 		return r, 0, ErrMalformed
 	}
 	return r, n, nil
@@ -114,27 +140,39 @@ func incomplete(p []byte, line int) error {
 	return nil
 }
 
-// nextLine returns the line at the front of p without its CRLF, and its length with it:
+// lineEnd is what ends the lines of the head at the front of p.
+func lineEnd(p []byte) string {
+	if i := bytes.IndexByte(p, '\n'); i > 0 && p[i-1] != '\r' {
+		return "\n"
+	}
+	return "\r\n"
+}
+
+// nextLine returns the line at the front of p without its end, and its length with it:
 // 0 if it does not end in p, -1 if it ends, or goes on, with anything else.
-func nextLine(p []byte) ([]byte, int) {
-	i := bytes.IndexByte(p, '\n')
-	if i < 0 {
-		for _, c := range p[:max(len(p)-1, 0)] {
-			if !lineByte(c) {
-				return nil, -1
-			}
-		}
-		return nil, 0
-	}
-	if i == 0 || p[i-1] != '\r' {
+func nextLine(p []byte, end string) ([]byte, int) {
+	line, _, whole := bytes.Cut(p, []byte("\n"))
+	n := 0
+	switch {
+	case !whole:
+		line = line[:max(len(line)-1, 0)] // the last byte may begin the end
+	case end == "\n":
+		n = len(line) + 1
+	case !bytes.HasSuffix(line, []byte("\r")):
 		return nil, -1
+	default:
+		n = len(line) + 1
+		line = line[:len(line)-1]
 	}
-	for _, c := range p[:i-1] {
+	for _, c := range line {
 		if !lineByte(c) {
 			return nil, -1
 		}
 	}
-	return p[:i-1], i + 1
+	if !whole {
+		return nil, 0
+	}
+	return line, n
 }
 
 func lineByte(c byte) bool { return c >= ' ' && c != 0x7f || c == '\t' }
@@ -179,6 +217,7 @@ type fields struct {
 	codings              int
 	offers               string // as in Request.Upgrade
 	upgrade, override    bool   // upgrade: an option of the connection
+	waits                bool   // as in Request.Continue
 }
 
 // add reads one field line. It reports whether it can be read in one way only.
@@ -201,6 +240,8 @@ func (f *fields) add(line []byte) bool {
 		f.coding = strings.ToLower(v)
 	case "upgrade":
 		f.offers += protocols(v)
+	case "expect":
+		f.waits = f.waits || strings.EqualFold(v, "100-continue")
 	case "connection":
 		for _, option := range strings.Split(strings.ToLower(v), ",") {
 			f.upgrade = f.upgrade || strings.Trim(option, " \t") == "upgrade"
@@ -227,7 +268,7 @@ func (r *Request) finish(target string, minor byte, f *fields) bool {
 	if f.hosts > 1 || f.hosts == 0 && minor > 0 || f.lengths > 1 || f.codings > 1 {
 		return false
 	}
-	r.Override = f.override
+	r.Override, r.Continue = f.override, f.waits
 	if f.upgrade && minor > 0 {
 		r.Upgrade = f.offers
 	}

@@ -131,7 +131,7 @@ func (r *Responses) endLine() {
 		r.endHead()
 	default:
 		name, value, _ := bytes.Cut(line, []byte(":"))
-		value = bytes.Trim(value, " \t")
+		name, value = bytes.TrimRight(name, " \t"), bytes.Trim(value, " \t")
 		switch {
 		case bytes.EqualFold(name, []byte("content-length")):
 			n, ok := sameLength(string(value))

@@ -123,6 +123,9 @@ func TestTheFirstBytesOfAStream(t *testing.T) {
 		{"binary bytes", []byte{0, 1, 2}, Seen{Kind: Opaque}, nil},
 		{"a request", []byte("GET /a?b=c HTTP/1.1\r\nHost: example.com:8080\r\n\r\n"), Seen{Kind: HTTP, Name: "example.com", Method: "GET", Path: "/a"}, nil},
 		{"a request without a name", []byte("GET / HTTP/1.0\r\n\r\n"), Seen{Kind: HTTP, Method: "GET", Path: "/"}, nil},
+		{"a request in lines that end in LF", []byte("GET / HTTP/1.0\nHost: example.com\n\n"), Seen{Kind: HTTP, Name: "example.com", Method: "GET", Path: "/"}, nil},
+		{"a request behind an empty line", []byte("\r\nGET / HTTP/1.0\r\nHost: example.com\r\n\r\n"), Seen{Kind: HTTP, Name: "example.com", Method: "GET", Path: "/"}, nil},
+		{"an empty line and no request", []byte("\r\nHELO\r\n"), Seen{Kind: Opaque}, nil},
 		{"a head without end", append([]byte("GET / HTTP/1.1\r\nX: "), bytes.Repeat([]byte("x"), MaxHead)...), Seen{Kind: HTTP, Method: "GET"}, ErrTooLong},
 		{"a method without end", bytes.Repeat([]byte("A"), 100), Seen{Kind: Opaque}, nil},
 		{"prior knowledge", h2(nil, headers(":method", "GET", ":scheme", "http", ":authority", "example.com:80", ":path", "/x?y")), Seen{Kind: HTTP2, Name: "example.com", Method: "GET", Path: "/x", Stream: 1}, nil},
@@ -213,6 +216,8 @@ func TestRequestHeads(t *testing.T) {
 		{"with a target in UTF-8", "GET /caf\u00e9?\u00fc HTTP/1.1" + ok, "GET", "a.example", "/caf\u00e9"},
 		{"with as long a head as servers take", "GET / HTTP/1.1\r\nX: " + strings.Repeat("x", MaxHead-50) + ok, "GET", "a.example", "/"},
 		{"of HTTP/1.0", "GET / HTTP/1.0\r\n\r\n", "GET", "", "/"},
+		{"in lines that end in LF", "GET / HTTP/1.1\nHost: a.example\n\n", "GET", "a.example", "/"},
+		{"behind empty lines", "\r\n\r\nGET / HTTP/1.1" + ok, "GET", "a.example", "/"},
 	} {
 		r, n, err := ParseHead([]byte(row.head + "rest"))
 		if err != nil || n != len(row.head) || r.Method != row.method || r.Name != row.name || r.Path != row.path {
@@ -220,11 +225,13 @@ func TestRequestHeads(t *testing.T) {
 		}
 	}
 	for what, head := range map[string]string{
-		"bare LF":                           "GET / HTTP/1.1\nHost: a\n\n",
+		"bare LF and content":               "POST / HTTP/1.1\nHost: a\nContent-Length: 3\n\n",
+		"bare LF and chunks":                "POST / HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n",
+		"CRLF behind bare LF":               "GET / HTTP/1.1\nHost: a\r\n\r\n",
+		"a bare LF first":                   "\nGET / HTTP/1.1" + ok,
 		"bare LF behind a field":            "GET / HTTP/1.1\r\nHost: a\nX: y\r\n\r\n",
 		"a CR within":                       "GET / HTTP/1.1\r\nHost: a\rX: y\r\n\r\n",
 		"a NUL":                             "GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n",
-		"an empty line first":               "\r\nGET / HTTP/1.1" + ok,
 		"a folded line":                     "GET / HTTP/1.1\r\nHost: a\r\nX: y\r\n z\r\n\r\n",
 		"a blank before the colon":          "GET / HTTP/1.1\r\nHost : a\r\n\r\n",
 		"two Hosts":                         "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
