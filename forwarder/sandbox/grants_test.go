@@ -17,9 +17,9 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 	now := time.Now()
 	addr, other := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	monitors := newKeptGrants()
-	worker := newNames(map[string][]netip.Addr{"pinned.test": {other}}, map[string][]netip.Addr{"callers.test": {addr}}, nil, slog.New(slog.DiscardHandler))
-	worker.Configure(policy.NamesConfig{TTLFloor: time.Minute, TTLCap: time.Hour})
-	told := toldGrants{worker, func(g grantMessage) error { return g.take(monitors, now) }}
+	table := newNames(map[string][]netip.Addr{"pinned.test": {other}}, map[string][]netip.Addr{"callers.test": {addr}}, nil, slog.New(slog.DiscardHandler))
+	table.Configure(policy.NamesConfig{TTLFloor: time.Minute, TTLCap: time.Hour})
+	told := toldGrants{table, func(g grantMessage) error { return g.take(monitors, now) }}
 	for name, ttl := range map[string]time.Duration{"short.test": 0, "long.test": 48 * time.Hour} {
 		if err := told.Grant(name, []netip.Addr{addr, other}, ttl, now); err != nil {
 			t.Fatal(err)
@@ -28,7 +28,7 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 	if told.Grant("Not.Normal", []netip.Addr{addr}, time.Hour, now) == nil {
 		t.Error("a name that is none is granted")
 	}
-	if !worker.Holds("callers.test", addr, now.Add(1000*time.Hour)) || worker.Holds("callers.test", other, now) {
+	if !table.Holds("callers.test", addr, now.Add(1000*time.Hour)) || table.Holds("callers.test", other, now) {
 		t.Error("the caller's hosts are not granted for good")
 	}
 	kept := keptGrants(monitors, now)

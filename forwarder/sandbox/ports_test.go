@@ -148,7 +148,7 @@ func TestListenOnKeepsFamiliesApart(t *testing.T) {
 // TestPortOfTheKernelsChoiceIsFreeInBothFamilies leaves one port of twenty to the one family
 // or the other.
 func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
-	const first, ports, free = 40000, 20, 40007
+	const first, portCount, free = 40000, 20, 40007
 	for _, row := range []struct {
 		what string
 		held func(at netip.AddrPort) bool
@@ -163,12 +163,12 @@ func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 			before := openFDs(t)
 			chosen := 0
 			table := portTable{open: func(proto string, at netip.AddrPort) (int, netip.AddrPort, error) {
-				for range ports { // as the kernel, whose choice depends on the family and the time
+				for range portCount { // as the kernel, whose choice depends on the family and the time
 					if at.Port() != 0 {
 						break
 					}
 					chosen++
-					if p := netip.AddrPortFrom(at.Addr(), uint16(first+chosen*7%ports)); !row.held(p) {
+					if p := netip.AddrPortFrom(at.Addr(), uint16(first+chosen*7%portCount)); !row.held(p) {
 						at = p
 					}
 				}
