@@ -76,7 +76,7 @@ func (t *portTable) heldByOthers() map[heldPort]bool {
 		for _, family := range []string{"", "6"} {
 			eachSocket("/proc/thread-self/net/"+proto+family, proto, func(port uint16, inode string) {
 				if !own[inode] {
-					held[heldPort{proto, port}] = true
+					held[heldPort{proto: proto, port: port}] = true
 				}
 			})
 		}

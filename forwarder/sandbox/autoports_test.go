@@ -32,12 +32,14 @@ func TestPortsThatOthersHoldAreSeenInBothFamilies(t *testing.T) {
 		made, err := table.add(api.Port{Proto: "tcp", HostIP: netip.MustParseAddrPort(at).Addr(), GuestPort: 80}, true, true)
 		must(t, err)
 		held := table.heldByOthers()
-		for _, want := range []heldPort{{"tcp", uint16(l.Addr().(*net.TCPAddr).Port)}, {"udp", uint16(c.LocalAddr().(*net.UDPAddr).Port)}} {
+		for _, want := range []heldPort{
+			{proto: "tcp", port: uint16(l.Addr().(*net.TCPAddr).Port)}, {proto: "udp", port: uint16(c.LocalAddr().(*net.UDPAddr).Port)},
+		} {
 			if !held[want] {
 				t.Errorf("%s: %v is not seen", at, want)
 			}
 		}
-		if own := (heldPort{"tcp", made[0].port.HostPort}); held[own] {
+		if own := (heldPort{proto: "tcp", port: made[0].port.HostPort}); held[own] {
 			t.Errorf("%s: our own %v is taken for another's", at, own)
 		}
 	}
@@ -53,7 +55,7 @@ func TestASandboxCannotFillTheLogWithPorts(t *testing.T) {
 	}
 	for range 100 {
 		for _, port := range []uint16{22, 5432} {
-			a.update(map[autoPort]bool{{"tcp", netip.AddrPortFrom(netip.IPv6Loopback(), port)}: true})
+			a.update(map[autoPort]bool{{proto: "tcp", host: netip.AddrPortFrom(netip.IPv6Loopback(), port)}: true})
 		}
 	}
 	if len(warned) != maxAutoWarnings+1 || !strings.Contains(warned[0], "publish it with -p 22:22") {

@@ -52,7 +52,7 @@ func (g toldGrants) Grant(name string, addrs []netip.Addr, ttl time.Duration, no
 		return err
 	}
 	// Should the channel fail the monitor is gone, and soon the worker is too.
-	_ = g.tell(grantMessage{name, addrs[:min(len(addrs), policy.MaxGrantsPerName)], g.names.Bounded(ttl)})
+	_ = g.tell(grantMessage{Name: name, Addrs: addrs[:min(len(addrs), policy.MaxGrantsPerName)], TTL: g.names.Bounded(ttl)})
 	return nil
 }
 

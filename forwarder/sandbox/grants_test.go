@@ -19,7 +19,7 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 	monitors := newKeptGrants()
 	table := newNames(map[string][]netip.Addr{"pinned.test": {other}}, map[string][]netip.Addr{"callers.test": {addr}}, nil, slog.New(slog.DiscardHandler))
 	table.Configure(policy.NamesConfig{TTLFloor: time.Minute, TTLCap: time.Hour})
-	told := toldGrants{table, func(g grantMessage) error { return g.take(monitors, now) }}
+	told := toldGrants{names: table, tell: func(g grantMessage) error { return g.take(monitors, now) }}
 	for name, ttl := range map[string]time.Duration{"short.test": 0, "long.test": 48 * time.Hour} {
 		if err := told.Grant(name, []netip.Addr{addr, other}, ttl, now); err != nil {
 			t.Fatal(err)

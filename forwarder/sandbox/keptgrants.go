@@ -44,7 +44,7 @@ func (g *grantMessage) take(names *policy.Names, now time.Time) error {
 // keptGrants lists what names holds, for the next worker.
 func keptGrants(names *policy.Names, now time.Time) (all []grantMessage) {
 	for g := range names.All(now) {
-		all = append(all, grantMessage{g.Name, []netip.Addr{g.Addr}, g.TTL})
+		all = append(all, grantMessage{Name: g.Name, Addrs: []netip.Addr{g.Addr}, TTL: g.TTL})
 	}
 	return all
 }

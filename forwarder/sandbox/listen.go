@@ -51,11 +51,11 @@ func listenOn(proto string, at netip.AddrPort) (fd int, bound netip.AddrPort, er
 		}
 	}
 	if err := unix.Bind(fd, sockaddr(at)); err != nil {
-		return fd, bound, &bindFailure{proto, at, err}
+		return fd, bound, &bindFailure{proto: proto, at: at, err: err}
 	}
 	if proto == "tcp" {
 		if err := unix.Listen(fd, listenBacklog); err != nil {
-			return fd, bound, &bindFailure{proto, at, err}
+			return fd, bound, &bindFailure{proto: proto, at: at, err: err}
 		}
 	}
 	sa, err := unix.Getsockname(fd)

@@ -245,7 +245,7 @@ func TestAProcessNumberThatPassedOnIsNoPeer(t *testing.T) {
 			}
 			dir, err := unix.Open(fmt.Sprintf("/proc/%d", row.pid), unix.O_PATH|unix.O_CLOEXEC, 0)
 			must(t, err)
-			p := peerProcess{dir}
+			p := peerProcess{dir: dir}
 			defer p.close()
 			err = p.holdsOtherEnd(fds[0])
 			if got := fmt.Sprint(err); (err == nil) != (row.want == "") || !strings.Contains(got, row.want) {

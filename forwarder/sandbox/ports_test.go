@@ -125,7 +125,7 @@ func TestListenErrorsNameCauseAndCure(t *testing.T) {
 	if err = explain(err); !errors.Is(err, unix.EADDRNOTAVAIL) || !strings.Contains(err.Error(), "no interface of this host has the address 192.0.2.99") {
 		t.Errorf("not ours: %v", err)
 	}
-	err = explain(&bindFailure{"tcp", netip.MustParseAddrPort("0.0.0.0:80"), unix.EACCES})
+	err = explain(&bindFailure{proto: "tcp", at: netip.MustParseAddrPort("0.0.0.0:80"), err: unix.EACCES})
 	if !strings.Contains(err.Error(), "ip_unprivileged_port_start") {
 		t.Errorf("low port: %v", err)
 	}
@@ -173,7 +173,7 @@ func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 					}
 				}
 				if at.Port() == 0 || row.held(at) {
-					return -1, at, &bindFailure{proto, at, unix.EADDRINUSE}
+					return -1, at, &bindFailure{proto: proto, at: at, err: unix.EADDRINUSE}
 				}
 				return nullOpen()(proto, at)
 			}}
@@ -193,7 +193,7 @@ func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 	var log []string
 	table := portTable{open: nullOpen(8081)}
-	others := map[heldPort]bool{{"tcp", 8082}: true, {"udp", 8080}: true}
+	others := map[heldPort]bool{{proto: "tcp", port: 8082}: true, {proto: "udp", port: 8080}: true}
 	a := &autoPublisher{
 		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool), taken: table.find, held: func() map[heldPort]bool { return others },
 		publish: func(p api.Port) ([]published, error) {
@@ -214,7 +214,7 @@ func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 		log: newLogRing(time.Now, nil),
 	}
 	defer table.closeAll()
-	by := func(s string) autoPort { return autoPort{"tcp", netip.MustParseAddrPort(s)} }
+	by := func(s string) autoPort { return autoPort{proto: "tcp", host: netip.MustParseAddrPort(s)} }
 	for _, row := range []struct {
 		name string
 		now  []autoPort

@@ -164,7 +164,7 @@ func (a *autoPublisher) update(now map[autoPort]bool) {
 		if held == nil {
 			held = a.held()
 		}
-		if held[heldPort{key.proto, key.host.Port()}] {
+		if held[heldPort{proto: key.proto, port: key.host.Port()}] {
 			a.refuse(key, fmt.Errorf("%s/%s: another program of the host has the port, in this family or the other", key.host, key.proto))
 			continue
 		}
@@ -229,7 +229,7 @@ func (m *monitor) publishListening(ctx context.Context) {
 				if host.Addr().Is4() && !m.cfg.Guest.Addr4.IsValid() || host.Addr().Is6() && !m.cfg.Guest.Addr6.IsValid() {
 					continue
 				}
-				now[autoPort{p.Network, host}] = true
+				now[autoPort{proto: p.Network, host: host}] = true
 			}
 		}
 		a.update(now)

@@ -205,7 +205,7 @@ func (w *worker) assemble(device *tun.Device, mac []byte, h handed) error {
 	w.names = newNames(c.Hosts, c.CallersHosts, c.Grants, w.log)
 	w.dns, err = dns.New(dns.Config{
 		Dialer: w.dial, Upstreams: c.Upstreams, Hosts: c.Hosts, Log: w.log,
-		Rules: w.rules.Load, Names: toldGrants{w.names, w.tellGrant}, Tell: w.flows.asked, OnlyGated: c.Inbound != nil,
+		Rules: w.rules.Load, Names: toldGrants{names: w.names, tell: w.tellGrant}, Tell: w.flows.asked, OnlyGated: c.Inbound != nil,
 	})
 	if err != nil {
 		return err
