@@ -34,12 +34,24 @@ const (
 // plugin's interface where they expect it. keys are further keys of its configuration,
 // a JSON object; without any, a list that has sluice is left as it is.
 func Install(conflist string, keys []byte) error {
-	return editConflist(conflist, func(l *list) error { return l.add(keys) })
+	return addPlugin(conflist, keys, func(own json.RawMessage) error {
+		_, err := loadConfig(own)
+		return err
+	})
 }
 
 // Uninstall removes sluice from a conflist; it is no error if it is not there.
-func Uninstall(conflist string) error {
-	return editConflist(conflist, func(l *list) error {
+func Uninstall(conflist string) error { return removePlugin(conflist) }
+
+// addPlugin adds our plugin with further keys of its configuration to the end of a conflist.
+// check says what is wrong with the plugin's configuration as a runtime would pass it.
+func addPlugin(path string, keys []byte, check func(json.RawMessage) error) error {
+	return editConflist(path, func(l *list) error { return l.add(keys, check) })
+}
+
+// removePlugin removes our plugin from a conflist, if it is there.
+func removePlugin(path string) error {
+	return editConflist(path, func(l *list) error {
 		if !slices.ContainsFunc(l.plugins, isOurs) {
 			return errUnchanged
 		}
@@ -62,12 +74,12 @@ type member struct {
 	value json.RawMessage
 }
 
-func (l *list) add(keys []byte) error {
+func (l *list) add(keys []byte, check func(json.RawMessage) error) error {
 	capabilities := andBandwidth
 	if slices.ContainsFunc(l.plugins, func(p json.RawMessage) bool { return marksOf(p).Type == bandwidthPlugin }) {
 		capabilities = ourCapabilities
 	}
-	own, err := ownPlugin(keys, capabilities)
+	own, err := ownPlugin(keys, capabilities, check)
 	if err != nil {
 		return err
 	}
@@ -88,7 +100,7 @@ func (l *list) add(keys []byte) error {
 }
 
 // ownPlugin is our own entry.
-func ownPlugin(keys []byte, capabilities string) (object, error) {
+func ownPlugin(keys []byte, capabilities string, check func(json.RawMessage) error) (object, error) {
 	own := object{
 		{"type", json.RawMessage(`"` + PluginType + `"`)},
 		{"capabilities", json.RawMessage(capabilities)},
@@ -106,8 +118,8 @@ func ownPlugin(keys []byte, capabilities string) (object, error) {
 		}
 	}
 	// What the runtime would be told, it is told now.
-	check := append(slices.Clone(own), member{"name", json.RawMessage(`"check"`)}, member{"cniVersion", json.RawMessage(`"1.0.0"`)})
-	if _, err := loadConfig(check.encode()); err != nil {
+	whole := append(slices.Clone(own), member{"name", json.RawMessage(`"check"`)}, member{"cniVersion", json.RawMessage(`"1.0.0"`)})
+	if err := check(whole.encode()); err != nil {
 		return nil, err
 	}
 	return own, nil
