@@ -357,14 +357,14 @@ func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 
 // serve makes the devices and rules of an attachment whose main interface is in the
 // uplink namespace, and starts its monitor. ADD and repair share it.
-func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplink ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
-	inbound, err := openInbound(uplink, a.Launch.Inbound)
+func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplinkNS ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
+	inbound, err := openInbound(uplinkNS, a.Launch.Inbound)
 	if err != nil {
 		return err
 	}
 	// The monitor has duplicates; ours end with this call.
 	defer inbound.Close()
-	if err := steer(uplink, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
+	if err := steer(uplinkNS, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
 		return err
 	}
 	if err := u.done(stepSteered, nil); err != nil {

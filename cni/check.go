@@ -97,7 +97,7 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 	}); err != nil {
 		return err
 	}
-	return checkNamespace(a.Launch.UplinkNetNS, func(uplink ns.NetNS, h *netlink.Handle) error {
+	return checkNamespace(a.Launch.UplinkNetNS, func(uplinkNS ns.NetNS, h *netlink.Handle) error {
 		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
@@ -107,7 +107,7 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 		if _, err := h.LinkByName(inboundName); err != nil {
 			return fmt.Errorf("in the uplink namespace: find %s: %w", inboundName, err)
 		}
-		return uplink.Do(func(ns.NetNS) error {
+		return uplinkNS.Do(func(ns.NetNS) error {
 			there, err := haveRules()
 			if err == nil && !there {
 				err = errors.New("the rules for traffic from outside are gone from the uplink namespace")

@@ -66,16 +66,16 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	var errs []error
 	// Of another boot, pids and namespaces mean nothing: only files are left.
 	sameBoot := a == nil || a.BootID == boot
-	uplink, err := openNetns(uplinkPath)
+	uplinkNS, err := openNetns(uplinkPath)
 	if err != nil {
 		return err
 	}
-	if uplink != nil {
-		defer uplink.Close()
+	if uplinkNS != nil {
+		defer uplinkNS.Close()
 	}
 	var back *giving
-	if !delegated && uplink != nil && sameBoot {
-		if back, err = newGiving(uplink, podPath, podID, args.IfName, a); err != nil {
+	if !delegated && uplinkNS != nil && sameBoot {
+		if back, err = newGiving(uplinkNS, podPath, podID, args.IfName, a); err != nil {
 			return err
 		}
 		defer back.close()
@@ -104,7 +104,7 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	// GC knows no container where there is no record: what delegates have of it is for
 	// their own GC.
 	if delegated && args.ContainerID != "" {
-		errs = append(errs, h.lend(func() error { return p.delDelegated(ctx, c, args, a, uplink != nil, uplinkPath) }))
+		errs = append(errs, h.lend(func() error { return p.delDelegated(ctx, c, args, a, uplinkNS != nil, uplinkPath) }))
 	}
 	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
 	removeCgroups(spec.Cgroups)

@@ -172,13 +172,13 @@ func (c *chain) withAttachments(valid []types.GCAttachment) {
 }
 
 // inPod rewrites the delegates' result for the runtime: their interface is the pod's.
-func inPod(r types.Result, uplink, pod string) (*types100.Result, error) {
+func inPod(r types.Result, uplinkNS, pod string) (*types100.Result, error) {
 	out, err := types100.NewResultFromResult(r)
 	if err != nil {
 		return nil, fmt.Errorf("the delegates' result: %w", err)
 	}
 	for _, i := range out.Interfaces {
-		if i.Sandbox == uplink {
+		if i.Sandbox == uplinkNS {
 			i.Sandbox = pod
 		}
 	}

@@ -142,9 +142,9 @@ func same(t *testing.T, what string, got []string, want ...string) {
 func TestDelegates(t *testing.T) {
 	n, exec, run := alone(t)
 	must(t, run("ADD"))
-	uplink := n.state + "/netns/" + n.name()
+	uplinkNS := n.state + "/netns/" + n.name()
 	for _, c := range exec.calls {
-		if c.netns != uplink {
+		if c.netns != uplinkNS {
 			t.Errorf("%s was run on %s, not on the uplink namespace", c.plugin, c.netns)
 		}
 	}
@@ -159,7 +159,7 @@ func TestDelegates(t *testing.T) {
 		t.Errorf("the pod's eth0: %v, %v", link, err)
 	}
 	must(t, run("CHECK"))
-	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, uplink) || exec.calls[0].netns != uplink {
+	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, uplinkNS) || exec.calls[0].netns != uplinkNS {
 		t.Errorf("CHECK called %+v", exec.calls)
 	}
 	same(t, "CHECK", exec.verbs(), "main CHECK", "meta CHECK")

@@ -155,17 +155,17 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 		return err
 	}
 	defer pod.Close()
-	uplink, err := ns.GetNS(a.Launch.UplinkNetNS)
+	uplinkNS, err := ns.GetNS(a.Launch.UplinkNetNS)
 	if err != nil {
 		return fmt.Errorf("the uplink namespace is gone, and with it the pod's interface: delete the pod: %w", err)
 	}
-	defer uplink.Close()
+	defer uplinkNS.Close()
 	podH, err := handle(pod)
 	if err != nil {
 		return err
 	}
 	defer podH.Close()
-	uplinkH, err := handle(uplink)
+	uplinkH, err := handle(uplinkNS)
 	if err != nil {
 		return err
 	}
@@ -177,7 +177,7 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 		return err
 	}
 	var u undo
-	if err := u.rollback(p.serve(ctx, h, a, pod, podH, uplink, uplinkH, &u)); err != nil {
+	if err := u.rollback(p.serve(ctx, h, a, pod, podH, uplinkNS, uplinkH, &u)); err != nil {
 		return fmt.Errorf("repair: %w", err)
 	}
 	return h.write(a)

@@ -23,7 +23,7 @@ type giving struct {
 }
 
 // newGiving is nil if the pod's namespace is gone, or another's by now.
-func newGiving(uplink ns.NetNS, podPath, podID, ifName string, a *Attachment) (*giving, error) {
+func newGiving(uplinkNS ns.NetNS, podPath, podID, ifName string, a *Attachment) (*giving, error) {
 	pod, err := openNetns(podPath)
 	if err != nil || pod == nil {
 		return nil, err
@@ -32,7 +32,7 @@ func newGiving(uplink ns.NetNS, podPath, podID, ifName string, a *Attachment) (*
 	if err != nil || podID != "" && id != podID {
 		return nil, errors.Join(err, pod.Close())
 	}
-	g := &giving{uplink: uplink, pod: pod, ifName: ifName}
+	g := &giving{uplink: uplinkNS, pod: pod, ifName: ifName}
 	if a != nil {
 		g.state = a.Link
 	}

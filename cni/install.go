@@ -33,15 +33,15 @@ const (
 // Install adds sluice to the end of a conflist: plugins before it then find the main
 // plugin's interface where they expect it. keys are further keys of its configuration,
 // a JSON object; without any, a list that has sluice is left as it is.
-func Install(conflist string, keys []byte) error {
-	return addPlugin(conflist, keys, func(own json.RawMessage) error {
+func Install(path string, keys []byte) error {
+	return addPlugin(path, keys, func(own json.RawMessage) error {
 		_, err := loadConfig(own)
 		return err
 	})
 }
 
 // Uninstall removes sluice from a conflist; it is no error if it is not there.
-func Uninstall(conflist string) error { return removePlugin(conflist) }
+func Uninstall(path string) error { return removePlugin(path) }
 
 // addPlugin adds our plugin with further keys of its configuration to the end of a conflist.
 // check says what is wrong with the plugin's configuration as a runtime would pass it.

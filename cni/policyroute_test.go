@@ -49,15 +49,15 @@ func TestRulesAndRoutesOfSeveralGatewaysAreFollowed(t *testing.T) {
 	if now := n.inside(); !slices.EqualFunc(now.Routes[:len(before.Routes)], before.Routes, func(a, b routeState) bool { return asJSON(a) == asJSON(b) }) {
 		t.Errorf("the pod's routes were\n%s\nand are\n%s", asJSON(before.Routes), asJSON(now.Routes))
 	}
-	_, uplink := n.uplink()
-	rules, err := uplink.RuleList(netlink.FAMILY_V4)
+	_, uplinkNS := n.uplink()
+	rules, err := uplinkNS.RuleList(netlink.FAMILY_V4)
 	must(t, err)
 	if !slices.ContainsFunc(rules, func(r netlink.Rule) bool {
 		return r.Priority == 1000 && r.Table == 99 && r.Src != nil && r.Src.IP.String() == pod4
 	}) {
 		t.Errorf("the uplink namespace's rules: %v", rules)
 	}
-	_, state, err := readLink(uplink, "eth0")
+	_, state, err := readLink(uplinkNS, "eth0")
 	must(t, err)
 	multi = 0
 	for _, r := range state.Routes {
@@ -67,7 +67,7 @@ func TestRulesAndRoutesOfSeveralGatewaysAreFollowed(t *testing.T) {
 		t.Errorf("the uplink namespace has %d gateways of such routes: %s", multi, asJSON(state.Routes))
 	}
 	must(t, n.check())
-	must(t, uplink.RuleDel(fromPod()))
+	must(t, uplinkNS.RuleDel(fromPod()))
 	if err := n.check(); err == nil || !strings.Contains(err.Error(), "the routing rule 1000") {
 		t.Errorf("CHECK without the rule: %v", err)
 	}
@@ -125,8 +125,8 @@ func TestOtherRulesAreLeft(t *testing.T) {
 	must(t, n.podH.RuleAdd(elsewhere))
 	must(t, n.podH.RuleAdd(forwarded))
 	must(t, n.add())
-	_, uplink := n.uplink()
-	rules, err := uplink.RuleList(netlink.FAMILY_V4)
+	_, uplinkNS := n.uplink()
+	rules, err := uplinkNS.RuleList(netlink.FAMILY_V4)
 	must(t, err)
 	if slices.ContainsFunc(rules, func(r netlink.Rule) bool { return r.Priority == 1000 }) {
 		t.Errorf("the uplink namespace's rules: %v", rules)

@@ -48,8 +48,8 @@ const (
 )
 
 // openInbound makes in0 in the uplink namespace.
-func openInbound(uplink ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
-	err = uplink.Do(func(ns.NetNS) error {
+func openInbound(uplinkNS ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
+	err = uplinkNS.Do(func(ns.NetNS) error {
 		if dev, err = tun.Create(cfg); err != nil {
 			return err
 		}
@@ -76,7 +76,7 @@ func openInbound(uplink ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
 }
 
 // steer puts the rules and routes in place, once in0 and the main interface are there.
-func steer(uplink ns.NetNS, h *netlink.Handle, main string, addrs []netip.Prefix) error {
+func steer(uplinkNS ns.NetNS, h *netlink.Handle, main string, addrs []netip.Prefix) error {
 	in0, err := h.LinkByName(inboundName)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", inboundName, err)
@@ -89,7 +89,7 @@ func steer(uplink ns.NetNS, h *netlink.Handle, main string, addrs []netip.Prefix
 			return fmt.Errorf("route traffic from outside to %s: %w", inboundName, err)
 		}
 	}
-	if err := uplink.Do(func(ns.NetNS) error { return steerRules(main, addrs) }); err != nil {
+	if err := uplinkNS.Do(func(ns.NetNS) error { return steerRules(main, addrs) }); err != nil {
 		return fmt.Errorf("add the rules for traffic from outside (the kernel needs nf_tables with the socket and tproxy expressions): %w", err)
 	}
 	return openUplink(h, main)
