@@ -194,8 +194,8 @@ func TestResolveChain(t *testing.T) {
 
 func TestParseResolvConf(t *testing.T) {
 	ap := func(s ...string) (out []netip.AddrPort) {
-		for _, a := range addrs(s...) {
-			out = append(out, netip.AddrPortFrom(a, 53))
+		for _, a := range s {
+			out = append(out, netip.AddrPortFrom(netip.MustParseAddr(a), 53))
 		}
 		return out
 	}
