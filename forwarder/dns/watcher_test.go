@@ -235,12 +235,12 @@ func TestParseResolvConf(t *testing.T) {
 
 func TestResolvConfForTheSandbox(t *testing.T) {
 	u := ParseResolvConf([]byte("nameserver 192.0.2.1\nsearch a.example b.example\noptions ndots:5 timeout:9 trust-ad\n"))
-	got := string(u.ResolvConf(addrs("10.0.2.3", "fd00::3")...))
+	got := string(u.ResolvConf(netip.MustParseAddr("10.0.2.3"), netip.MustParseAddr("fd00::3")))
 	want := "search a.example b.example\nnameserver 10.0.2.3\nnameserver fd00::3\noptions ndots:5 trust-ad\n"
 	if got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
-	if got := string(Upstreams{}.ResolvConf(addrs("10.0.2.3")...)); got != "nameserver 10.0.2.3\n" {
+	if got := string(Upstreams{}.ResolvConf(netip.MustParseAddr("10.0.2.3"))); got != "nameserver 10.0.2.3\n" {
 		t.Errorf("got %q", got)
 	}
 }
