@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -16,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/forwarder"
-	"sluice/forwarder/dns"
 	"sluice/forwarder/sandbox/api"
 	"sluice/policy"
 	"sluice/tun"
@@ -172,66 +170,13 @@ func (c AttachmentConfig) withDefaults() (AttachmentConfig, error) {
 	return c, nil
 }
 
-// guest lists the pod's addresses.
-func (c *AttachmentConfig) guest() []netip.Addr {
-	var out []netip.Addr
-	for _, p := range c.Addrs {
-		out = append(out, p.Addr())
-	}
-	return out
-}
-
-// upstreams are the servers that names are asked of.
-func (c *AttachmentConfig) upstreams() dns.Upstreams {
-	var u dns.Upstreams
-	for _, a := range c.Resolvers {
-		u.Servers = append(u.Servers, netip.AddrPortFrom(a, dnsPort))
-	}
-	return u
-}
-
-// environment is where the rules apply, but for the host's addresses: the node's, in whose
-// network namespace the monitor is. Clients have them who came by way of the node.
-func (c *AttachmentConfig) environment() policy.Environment {
-	env := policy.Environment{Guest: c.guest(), HostClients: true, OpenIngress: true, Metadata: c.Metadata, NAT64: c.NAT64}
-	for _, g := range c.Gateways {
-		if g.Is4() {
-			env.Gateway4 = g
-		} else {
-			env.Gateway6 = g
-		}
-	}
-	return env
-}
-
-// workerConfig is what a worker of the attachment gets, but for what every monitor
-// keeps, with the devices' descriptors.
-func (c *AttachmentConfig) workerConfig() (workerConfig, []int) {
-	w := workerConfig{
-		Name: c.Name, Device: c.Link, GatewayMAC: c.GatewayMAC, Queues: len(c.Device),
-		Guest: c.guest(), Gateway: c.Gateways, Inbound: &c.Inbound, ResolversNote: c.ResolversNote,
-	}
-	if c.Link.Kind == tun.TUN {
-		w.GatewayMAC = nil
-	}
-	for _, p := range c.Addrs {
-		if p.Addr().Is4() && !w.Prefix4.IsValid() {
-			w.Prefix4 = p
-		}
-	}
-	var fds []int
-	for _, f := range append(slices.Clone(c.Device), c.In0) {
-		fds = append(fds, fdOf(f))
-	}
-	return w, fds
-}
-
-func (c *AttachmentConfig) info(started time.Time) api.Info {
-	return api.Info{
-		Name: c.Name, PID: os.Getpid(), Command: c.Describe, Started: started, Version: c.Version,
-		Link: c.Link.Kind.String(), Interface: c.Link.Name, MTU: c.Link.MTU,
-		Guest: c.Addrs, Gateway: c.Gateways, Attachment: true,
-	}
+// attachment is the monitor of one.
+type attachment struct {
+	*monitor
+	cfg       AttachmentConfig
+	listener  *net.UnixListener // the control server's
+	memory    *os.File          // where workers note flows for their successors
+	takeovers chan takeover
 }
 
 // RunAttachment is the monitor's whole life: it serves the attachment until ctx
@@ -241,20 +186,21 @@ func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
 	if err != nil {
 		return fmt.Errorf("attachment: %w", err)
 	}
-	m := &monitor{
-		cfg: Config{Name: cfg.Name, Version: cfg.Version, FlowLog: cfg.FlowLog, Stderr: cfg.Stderr},
-		att: &cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1},
-		takeovers: make(chan takeover), upstreams: cfg.upstreams(), grants: newKeptGrants(),
-	}
-	m.log = newLogRing(time.Now, m.echo)
-	if err := m.runAttachment(ctx); err != nil {
+	m := &attachment{monitor: newMonitor(cfg.Sysctls), cfg: cfg, takeovers: make(chan takeover)}
+	m.kind, m.upstreams = m, cfg.upstreams()
+	m.log = newLogRing(time.Now, func(l api.LogLine) {
+		if l.Level == "warning" {
+			_, _ = fmt.Fprintf(cfg.Stderr, "sluice: %s\n", l.Text)
+		}
+	})
+	if err := m.live(ctx); err != nil {
 		return fmt.Errorf("attachment %s: %w", cfg.Name, err)
 	}
 	return nil
 }
 
-func (m *monitor) runAttachment(ctx context.Context) (err error) {
-	cfg := m.att
+func (m *attachment) live(ctx context.Context) (err error) {
+	cfg := &m.cfg
 	if err := joinCgroups(cfg.MonitorCgroups, os.Getpid()); err != nil {
 		m.log.warnf("monitor", "%v", err)
 	}
@@ -333,7 +279,7 @@ func (m *monitor) runAttachment(ctx context.Context) (err error) {
 	if cfg.resume != nil {
 		m.tookOver(cfg.resume)
 	}
-	return m.serveAttachment(ctx, server, first)
+	return m.serve(ctx, server, first)
 }
 
 // flowMemory makes the memory in which a worker notes flows. Its size is sealed: a
@@ -355,12 +301,12 @@ func flowMemory() (*os.File, error) {
 }
 
 // claim takes the attachment's name.
-func (m *monitor) claim() error {
-	reg, err := registryAt(m.att.RuntimeDir)
+func (m *attachment) claim() error {
+	reg, err := registryAt(m.cfg.RuntimeDir)
 	if err != nil {
 		return err
 	}
-	m.dir, err = reg.Claim(m.att.Name)
+	m.dir, err = reg.Claim(m.cfg.Name)
 	return err
 }
 
@@ -375,9 +321,9 @@ func (stillborn) ended() <-chan struct{} {
 	return over
 }
 
-// serveAttachment keeps a worker running until ctx ends.
-func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, first supervised) error {
-	// Everything started here is owned by serveAttachment and stopped by inner.
+// serve keeps a worker running until ctx ends.
+func (m *attachment) serve(ctx context.Context, server *controlServer, first supervised) error {
+	// Everything started here is owned by serve and stopped by inner.
 	inner, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -385,8 +331,8 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 	wg.Go(func() { server.serve(inner) })
 	wg.Go(func() { m.watchHost(inner) })
 
-	if m.att.Ready != nil {
-		if err := m.att.Ready(m.info()); err != nil {
+	if m.cfg.Ready != nil {
+		if err := m.cfg.Ready(m.info()); err != nil {
 			m.endWorker(m.supervise(inner, first)())
 			return err
 		}
@@ -418,7 +364,7 @@ func (m *monitor) serveAttachment(ctx context.Context, server *controlServer, fi
 
 // supervise looks after workers until the function that it returns is called, which
 // says which one is running then.
-func (m *monitor) supervise(ctx context.Context, first supervised) (stop func() supervised) {
+func (m *attachment) supervise(ctx context.Context, first supervised) (stop func() supervised) {
 	ctx, cancel := context.WithCancel(ctx)
 	last := make(chan supervised, 1)
 	// Owned by whoever calls stop.
@@ -433,7 +379,7 @@ func (m *monitor) supervise(ctx context.Context, first supervised) (stop func() 
 }
 
 // endWorker ends the worker that was running when supervision ended, in order.
-func (m *monitor) endWorker(last supervised) {
+func (m *attachment) endWorker(last supervised) {
 	l, ok := last.(*workerLink)
 	if !ok || l == nil {
 		return

@@ -47,7 +47,7 @@ func (m *monitor) listenControl() (*controlServer, error) {
 // serverOn makes the server of a listener, and owns that.
 func (m *monitor) serverOn(l *net.UnixListener) *controlServer {
 	l.SetUnlinkOnClose(false) // the directory goes as a whole
-	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid()}, handle: m.handle, log: m.log}
+	return &controlServer{l: l, peers: peerPolicy{uid: os.Geteuid()}, handle: control{m}.handle, log: m.log}
 }
 
 func (s *controlServer) close() { _ = s.l.Close() }
@@ -104,13 +104,16 @@ func (s *controlServer) serveConn(ctx context.Context, c *net.UnixConn) {
 	}
 }
 
+// control is the monitor as far as it answers on its control socket.
+type control struct{ *monitor }
+
 // handle answers one request. An error it returns has not been written.
-func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) error {
+func (m control) handle(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	switch req.Method {
 	case api.MethodLogs:
 		return m.handleLogs(ctx, c, req)
 	case api.MethodUpgrade:
-		return m.handleUpgrade(ctx, c, req)
+		return m.kind.upgrade(ctx, c, req)
 	case api.MethodFlows, api.MethodFlowsWatch, api.MethodStats, api.MethodSysctl, api.MethodCapture:
 		return m.handOver(ctx, c, req)
 	}
@@ -124,7 +127,7 @@ func (m *monitor) handle(ctx context.Context, c *net.UnixConn, req api.Request) 
 }
 
 // answer serves the methods that have one answer and are the monitor's.
-func (m *monitor) answer(ctx context.Context, req api.Request) (any, error) {
+func (m control) answer(ctx context.Context, req api.Request) (any, error) {
 	switch req.Method {
 	case api.MethodInfo:
 		i := m.info()
@@ -142,12 +145,9 @@ func (m *monitor) answer(ctx context.Context, req api.Request) (any, error) {
 	case api.MethodPorts:
 		return api.PortsResult{Ports: apiPorts(m.ports.list())}, nil
 	case api.MethodPortsAdd:
-		if m.att != nil {
-			return nil, &api.Error{Code: api.CodeInvalid, Message: "a pod's ports need no publishing: every one is reached at the pod's own address, as far as the policy lets it"}
-		}
-		return decoded(req, m.addPort)
+		return decoded(req, publishing{m.monitor}.addPort)
 	case api.MethodPortsRm:
-		return decoded(req, m.removePort)
+		return decoded(req, publishing{m.monitor}.removePort)
 	case api.MethodFlowLogReopen:
 		return m.reopenFlowLog()
 	case api.MethodSysctlSet:
@@ -166,7 +166,7 @@ func decoded[P any](req api.Request, f func(P) (any, error)) (any, error) {
 }
 
 // handOver gives the connection to the worker, which answers from here on.
-func (m *monitor) handOver(ctx context.Context, c *net.UnixConn, req api.Request) error {
+func (m control) handOver(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	rc, err := c.SyscallConn()
 	if err != nil {
 		return err
@@ -192,7 +192,7 @@ var errRestarting = &api.Error{Code: api.CodeUnavailable, Message: "the worker i
 const callTimeout = 2 * time.Second
 
 // callWorker asks the worker as a client would.
-func (m *monitor) callWorker(ctx context.Context, method string, result any) error {
+func (m control) callWorker(ctx context.Context, method string, result any) error {
 	l := m.worker()
 	if l == nil {
 		return errRestarting
@@ -217,7 +217,7 @@ func (m *monitor) callWorker(ctx context.Context, method string, result any) err
 }
 
 // policyResult is called with mu held.
-func (m *monitor) policyResult() (any, error) {
+func (m control) policyResult() (any, error) {
 	text, err := m.rules.Policy.Text()
 	if err != nil {
 		return nil, err
@@ -228,7 +228,7 @@ func (m *monitor) policyResult() (any, error) {
 // setPolicy puts a policy in force; one with errors leaves the old one there. From the
 // moment that it is kept no older one comes back, whatever becomes of this process, of the
 // worker, or of the answer.
-func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
+func (m control) setPolicy(p api.PolicySetParams) (any, error) {
 	name := cmp.Or(p.Name, "policy")
 	m.lockChange()
 	defer m.change.Unlock()
@@ -241,7 +241,7 @@ func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 	if err != nil {
 		err = &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	} else {
-		err = m.keep(func(k *kept) { k.Policy, k.Generation = r.Policy, m.generation+1 })
+		err = m.kind.keep(func(k *kept) { k.Policy, k.Generation = r.Policy, m.generation+1 })
 	}
 	if err != nil {
 		m.log.infof("monitor", "policy %s refused: %v", name, err)
@@ -260,7 +260,7 @@ func (m *monitor) setPolicy(p api.PolicySetParams) (any, error) {
 }
 
 // setSysctl sets a tunable in the worker, and for its successors.
-func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
+func (m control) setSysctl(p api.SysctlParams) (any, error) {
 	if p.Name == "" || p.Value == "" {
 		return nil, &api.Error{Code: api.CodeBadRequest, Message: "want a tunable and its value"}
 	}
@@ -285,7 +285,7 @@ func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
 	m.mu.Lock()
 	m.sysctls = next
 	m.mu.Unlock()
-	if err := m.keep(func(k *kept) { k.Sysctls = next }); err != nil {
+	if err := m.kind.keep(func(k *kept) { k.Sysctls = next }); err != nil {
 		return nil, fmt.Errorf("the change is in force, but would be lost with the monitor: %w", err)
 	}
 	return api.SysctlResult{Values: map[string]string{p.Name: p.Value}}, nil
@@ -293,7 +293,7 @@ func (m *monitor) setSysctl(p api.SysctlParams) (any, error) {
 
 // handleLogs answers with the last lines and, if asked, goes on with new ones
 // until the client hangs up.
-func (m *monitor) handleLogs(ctx context.Context, c *net.UnixConn, req api.Request) error {
+func (m control) handleLogs(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	var p api.LogsParams
 	if err := api.DecodeStrict(req.Params, &p); err != nil {
 		return &api.Error{Code: api.CodeBadRequest, Message: "logs: parameters: " + err.Error()}

@@ -11,7 +11,7 @@ import (
 )
 
 // cover plans what the guest covers.
-func (m *monitor) cover(r *Registry) error {
+func (m *run) cover(r *Registry) error {
 	g := &m.cfg.Guest
 	g.HideDirs = append(g.HideDirs, r.registriesToHide()...)
 	for _, path := range m.cfg.ReadOnly {
@@ -62,7 +62,7 @@ const filesOfRoot = "started by root, uid 0 inside owns all files of root's and 
 
 // covered says in a line what is between the command and the host beside the network, or
 // nothing where nobody has to know.
-func (m *monitor) covered() string {
+func (m *run) covered() string {
 	root := os.Geteuid() == 0
 	switch {
 	case m.cfg.Quiet:

@@ -37,7 +37,7 @@ func (m *monitor) giveFlowLog(l *workerLink) {
 
 // reopenFlowLog has the flow log written to what is now at its path. When it returns, the
 // worker has at most one write under way to what was there before.
-func (m *monitor) reopenFlowLog() (any, error) {
+func (m control) reopenFlowLog() (any, error) {
 	m.change.Lock()
 	defer m.change.Unlock()
 	if m.flowLog == nil || m.flowLog.path == "" {

@@ -4,9 +4,8 @@ package sandbox
 // way to the worker.
 const maxSocketWants = 64
 
-// giveSocket makes a socket in the guest's network namespace for the worker.
-// It is called by the link's reader and must not block that.
-func (m *monitor) giveSocket(l *workerLink, v6 bool) {
+// giveSocket implements kind.
+func (m *run) giveSocket(l *workerLink, v6 bool) {
 	select {
 	case m.socketWants <- struct{}{}:
 	default:

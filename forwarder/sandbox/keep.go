@@ -90,17 +90,17 @@ func keepPolicy(path string, d policy.Document) error {
 }
 
 // remember takes over what is kept, at the start of a monitor.
-func (m *monitor) remember() error {
-	if m.att.Keep == "" {
+func (m *attachment) remember() error {
+	if m.cfg.Keep == "" {
 		return nil
 	}
-	k, err := readKept(m.att.Keep)
+	k, err := readKept(m.cfg.Keep)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		// Not knowing what was set last, the pod must not get what was set before.
-		return fmt.Errorf("read the settings that were kept: %w: remove %s to start with those of the configuration", err, m.att.Keep)
+		return fmt.Errorf("read the settings that were kept: %w: remove %s to start with those of the configuration", err, m.cfg.Keep)
 	}
 	if !k.Policy.IsZero() {
 		m.rules.Policy = k.Policy
@@ -114,8 +114,8 @@ func (m *monitor) remember() error {
 }
 
 // keep has f make a change in what is kept, in one step. Called with change held.
-func (m *monitor) keep(f func(*kept)) error {
-	if m.att == nil || m.att.Keep == "" {
+func (m *attachment) keep(f func(*kept)) error {
+	if m.cfg.Keep == "" {
 		return nil
 	}
 	k := kept{Generation: m.generation, Sysctls: m.sysctls}
@@ -123,5 +123,5 @@ func (m *monitor) keep(f func(*kept)) error {
 		k.Policy = m.rules.Policy
 	}
 	f(&k)
-	return k.write(m.att.Keep)
+	return k.write(m.cfg.Keep)
 }

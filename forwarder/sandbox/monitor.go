@@ -7,10 +7,8 @@ import (
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,7 +17,6 @@ import (
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
 	"sluice/policy"
-	"sluice/tun"
 )
 
 // StartGuest makes the inside of a sandbox: guest.Start, or an attachment to
@@ -27,54 +24,79 @@ import (
 type StartGuest func(context.Context, guest.Config) (*guest.Guest, error)
 
 // monitor is the process that outlives the workers: what it holds is what a
-// new worker is given.
+// new worker is given. A sandbox with a command (run) and a pod's attachment
+// (attachment) are each one of its own kind.
 //
 // Lock order: change, then mu.
 type monitor struct {
-	cfg     Config
+	kind    kind
 	log     *logRing
 	dir     *Dir
-	guest   *guest.Guest // nil in an attachment
 	spawner *spawner
 	early   *process // spawned for the first startWorker; nil afterwards
-	signals chan os.Signal
-	console atomic.Pointer[guest.Console] // for echo; nil until the command starts, and without a terminal
 	ports   portTable
-	base    api.Info  // what does not change
-	flowLog *flowFile // nil without one
-	raw     [2]int    // raw ICMP and ICMPv6, or -1
-
-	// An attachment's only.
-	att       *AttachmentConfig
-	listener  *net.UnixListener // the control server's
-	memory    *os.File          // where workers note flows for their successors
-	takeovers chan takeover
-
-	grants *policy.Names // what workers granted, for their successors
-
-	// socketWants holds a token per socket being made for the worker.
-	socketWants chan struct{}
-
-	callersHosts map[string][]netip.Addr // set before the first worker starts
+	base    api.Info      // what does not change
+	flowLog *flowFile     // nil without one
+	raw     [2]int        // raw ICMP and ICMPv6, or -1
+	grants  *policy.Names // what workers granted, for their successors
 
 	// change serialises what alters a worker's world: starting one, and rules,
 	// upstreams, ports and tunables while one runs. Each change is stored here
-	// before the worker is told, so that its successor starts with it. The
-	// fields below it are read under change or mu and written under both.
-	change     sync.Mutex
+	// before the worker is told, so that its successor starts with it.
+	change sync.Mutex
+	world  // read under change or mu, written under both
+
+	mu      sync.Mutex
+	serving // under mu
+}
+
+// kind is what sandboxes with a command and attachments have differently.
+type kind interface {
+	// workerConfig is the part of a new worker's configuration that only this kind knows, with
+	// the devices' descriptors. Called with change held.
+	workerConfig() (workerConfig, []int)
+	// admit is called with each worker's process before that is told anything.
+	admit(p *process)
+	// giveSocket makes a socket inside the sandbox for the worker. It is called by the link's
+	// reader and must not block that.
+	giveSocket(l *workerLink, v6 bool)
+	// families reports which addresses ports are published for; an error says why none are.
+	families() (has4, has6 bool, err error)
+	// followsHost reports whether the resolvers are those of the host.
+	followsHost() bool
+	// keep has f make a change in what outlives the monitor. Called with change held.
+	keep(f func(*kept)) error
+	// upgrade answers a request for an upgrade, unless it succeeds: then the new binary does.
+	upgrade(ctx context.Context, c *net.UnixConn, req api.Request) error
+	// ended is told which flows the last worker had.
+	ended(api.FlowsResult)
+}
+
+// world is what a worker is started with, and told of when it changes.
+type world struct {
 	rules      rulesMessage
 	generation uint64 // of rules: how often policy.set succeeded
 	upstreams  dns.Upstreams
 	named      dns.Upstreams // upstreams before their zones were looked up
 	sysctls    map[string]string
+}
 
-	mu       sync.Mutex
+// serving is how the monitor's workers are.
+type serving struct {
 	link     *workerLink   // nil while there is no worker
 	starting *process      // a worker that is not ready yet, or nil
 	came     chan struct{} // closed when link is set, then replaced
 	state    api.State
 	restarts uint64
 	failure  string
+}
+
+// newMonitor makes the core of a monitor, whose kind and log are set before it is used.
+func newMonitor(sysctls map[string]string) *monitor {
+	return &monitor{
+		raw: [2]int{-1, -1}, grants: newKeptGrants(), world: world{sysctls: sysctls},
+		serving: serving{state: api.StateStarting, came: make(chan struct{})},
+	}
 }
 
 func (m *monitor) setState(s api.State) {
@@ -153,13 +175,8 @@ func (m *monitor) startWorker(ctx context.Context) (supervised, error) {
 			return nil, err
 		}
 	}
-	l := newWorkerLink(p, m.giveSocket, m.nextFlowLog, m.grants)
-	if m.att != nil {
-		// Before it is told anything: its memory is the pod's from the first page on.
-		if err := joinCgroups(m.att.WorkerCgroups, p.cmd.Pid); err != nil {
-			m.log.warnf("monitor", "%v", err)
-		}
-	}
+	l := newWorkerLink(p, m.kind.giveSocket, m.nextFlowLog, m.grants)
+	m.kind.admit(p)
 	m.setStarting(p)
 	defer m.setStarting(nil)
 	if err := m.introduce(ctx, l); err != nil {
@@ -213,7 +230,7 @@ func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
 		return ctx.Err()
 	}
 	for _, p := range m.ports.list() {
-		if err := m.offer(l, p); err != nil {
+		if err := (publishing{m}).offer(l, p); err != nil {
 			return err
 		}
 	}
@@ -223,14 +240,7 @@ func (m *monitor) introduce(ctx context.Context, l *workerLink) error {
 // workerConfig collects what a new worker gets, but for the flow log. Called with change
 // held.
 func (m *monitor) workerConfig() (workerConfig, []int) {
-	var w workerConfig
-	var fds []int
-	if m.att != nil {
-		w, fds = m.att.workerConfig()
-		fds = append(fds, fdOf(m.memory))
-	} else {
-		w, fds = m.sandboxConfig()
-	}
+	w, fds := m.kind.workerConfig()
 	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
 	w.Grants = keptGrants(m.grants, time.Now())
 	w.HasRaw4, w.HasRaw6 = m.raw[0] >= 0, m.raw[1] >= 0
@@ -241,47 +251,6 @@ func (m *monitor) workerConfig() (workerConfig, []int) {
 		}
 	}
 	return w, fds
-}
-
-// sandboxConfig is the part of workerConfig that a sandbox with a guest has, with
-// the device's descriptors.
-func (m *monitor) sandboxConfig() (workerConfig, []int) {
-	c := &m.cfg
-	w := workerConfig{
-		Name:       c.Name,
-		Device:     c.Guest.Link,
-		GatewayMAC: c.GatewayMAC,
-		Guest:      addrs(c.Guest.Addr4.Addr(), c.Guest.Addr6.Addr()),
-		Gateway:    addrs(c.Guest.Gateway4, c.Guest.Gateway6),
-		DNS:        addrs(c.DNS4, c.DNS6),
-		Prefix4:    c.Guest.Addr4, Prefix6: c.Guest.Addr6,
-		Hosts:        c.Hosts,
-		CallersHosts: m.callersHosts,
-		GuestSockets: true,
-	}
-	if c.Guest.Link.Kind == tun.TUN {
-		w.GatewayMAC = nil
-	}
-	if c.Guest.NoConfigure {
-		w.SelfConfigured = c.Guest.Addr6.Masked()
-	}
-	var fds []int
-	for _, f := range m.guest.Device() {
-		fds = append(fds, fdOf(f))
-	}
-	w.Queues = len(fds)
-	return w, fds
-}
-
-// offer passes one published port to a worker. Called with change held.
-func (m *monitor) offer(l *workerLink, p published) error {
-	for _, s := range p.listeners {
-		msg := publishMessage{ID: s.id, Proto: s.proto, Host: s.host, Guest: s.guest}
-		if err := l.request(msgPublish, msg, s.fd); err != nil {
-			return fmt.Errorf("publish %s: %w", FormatPort(p.port), err)
-		}
-	}
-	return nil
 }
 
 // lost takes a worker's death down.
@@ -337,25 +306,11 @@ func (m *monitor) tell(typ string, body any, fds ...int) error {
 	return l.survived(l.request(typ, body, fds...))
 }
 
-// setUpstreams is called by the watcher of the host's resolver configuration.
-func (m *monitor) setUpstreams(u dns.Upstreams, err error) {
-	u = m.cfg.upstreams(u)
-	switch {
-	case err != nil:
-		m.log.warnf("monitor", "read the host's resolver configuration: %v", err)
-	case len(u.Servers) == 0:
-		m.log.warnf("monitor", "%s names no server: names will not resolve (give one with --dns)", m.cfg.ResolvConf)
-	}
-	m.change.Lock()
-	defer m.change.Unlock()
-	m.passUpstreams(u)
-}
-
 // lookAgain has the zones of resolvers looked up again.
 func (m *monitor) lookAgain() {
 	m.change.Lock()
 	defer m.change.Unlock()
-	if m.att == nil { // a pod's resolvers have none
+	if m.kind.followsHost() { // a pod's resolvers have no zones
 		m.passUpstreams(m.named)
 	}
 }
@@ -439,4 +394,57 @@ func (m *monitor) info() api.Info {
 		i.Upstreams = append(i.Upstreams, s.String())
 	}
 	return i
+}
+
+// release closes what the monitor holds of the host.
+func (m *monitor) release() {
+	m.ports.closeAll()
+	for _, fd := range m.raw {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	if m.flowLog != nil {
+		m.flowLog.close()
+	}
+}
+
+// watchHost follows the host's addresses until ctx ends.
+func (m *monitor) watchHost(ctx context.Context) {
+	for {
+		err := watchHostRanges(ctx, m.setHost, m.lookAgain)
+		if ctx.Err() != nil {
+			return
+		}
+		m.log.warnf("monitor", "%v; starting over", err)
+		sleepContext(ctx, time.Second)
+	}
+}
+
+// stopWorker ends the last worker in order, or by force.
+func (m *monitor) stopWorker(l *workerLink) {
+	defer l.p.kill()
+	timer := time.AfterFunc(stopTimeout, func() { _ = l.p.cmd.Kill() })
+	defer timer.Stop()
+	ends, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		return
+	}
+	defer ends[0].Close()
+	err = l.post(msgStop, nil, fdOf(ends[1]))
+	_ = ends[1].Close()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	var flows api.FlowsResult
+	s, err := api.Answer(ctx, ends[0], "stop", &flows)
+	if err != nil {
+		m.log.warnf("monitor", "the worker did not end in order: %v", err)
+		return
+	}
+	_ = s.Close()
+	m.kind.ended(flows)
+	<-l.p.done
 }

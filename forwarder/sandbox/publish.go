@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -12,11 +11,16 @@ import (
 	"sluice/forwarder/sandbox/guest"
 )
 
+// publishing is the monitor as far as it publishes ports.
+type publishing struct{ *monitor }
+
 // openPort opens a port for the guest's families. Called with change held, or
 // before anything runs.
-func (m *monitor) openPort(p api.Port) ([]published, error) {
-	has4, has6 := m.cfg.Guest.Addr4.IsValid(), m.cfg.Guest.Addr6.IsValid()
+func (m publishing) openPort(p api.Port) ([]published, error) {
+	has4, has6, err := m.kind.families()
 	switch {
+	case err != nil:
+		return nil, err
 	case p.HostIP.Is4() && !has4:
 		return nil, &api.Error{Code: api.CodeInvalid, Message: fmt.Sprintf("publish %s: the sandbox has no IPv4 address", FormatPort(p))}
 	case p.HostIP.Is6() && !has6:
@@ -26,7 +30,7 @@ func (m *monitor) openPort(p api.Port) ([]published, error) {
 }
 
 // addPort publishes a port at run time.
-func (m *monitor) addPort(params api.PortsParams) (any, error) {
+func (m publishing) addPort(params api.PortsParams) (any, error) {
 	p, err := ParsePort(params.Spec)
 	if err != nil {
 		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
@@ -42,7 +46,7 @@ func (m *monitor) addPort(params api.PortsParams) (any, error) {
 }
 
 // publish opens a port and has the worker serve it, or leaves nothing open.
-func (m *monitor) publish(p api.Port) ([]published, error) {
+func (m publishing) publish(p api.Port) ([]published, error) {
 	m.change.Lock()
 	defer m.change.Unlock()
 	made, err := m.openPort(p)
@@ -66,7 +70,7 @@ func (m *monitor) publish(p api.Port) ([]published, error) {
 
 // withdraw closes ports that have left the table, here and in the worker. Called
 // with change held.
-func (m *monitor) withdraw(gone []published) {
+func (m publishing) withdraw(gone []published) {
 	for _, p := range gone {
 		for _, s := range p.listeners {
 			if err := m.tell(msgUnpublish, publishMessage{ID: s.id, Proto: s.proto, Host: s.host, Guest: s.guest}); err != nil {
@@ -78,7 +82,7 @@ func (m *monitor) withdraw(gone []published) {
 }
 
 // removePort withdraws a published port at run time.
-func (m *monitor) removePort(params api.PortsParams) (any, error) {
+func (m publishing) removePort(params api.PortsParams) (any, error) {
 	p, err := ParsePort(params.Spec)
 	if err != nil {
 		return nil, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
@@ -90,7 +94,7 @@ func (m *monitor) removePort(params api.PortsParams) (any, error) {
 	return api.PortsResult{Ports: apiPorts(gone)}, nil
 }
 
-func (m *monitor) unpublish(p api.Port) ([]published, error) {
+func (m publishing) unpublish(p api.Port) ([]published, error) {
 	m.change.Lock()
 	defer m.change.Unlock()
 	gone, err := m.ports.remove(p)
@@ -206,32 +210,13 @@ func autoHosts(p guest.Port, at netip.Addr) []netip.AddrPort {
 	return out
 }
 
-// publishListening runs --publish-auto until ctx or the guest ends.
-func (m *monitor) publishListening(ctx context.Context) {
-	a := &autoPublisher{
-		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool),
-		publish: m.publish, remove: m.unpublish, taken: m.ports.find, held: m.ports.heldByOthers, log: m.log,
-	}
-	// Several sockets inside can lead to one port of the host: it goes with the
-	// last of them.
-	listening := make(map[guest.Port]bool)
-	for changes := range m.guest.Listening(ctx) {
-		for _, c := range changes {
-			if c.Up {
-				listening[c.Port] = true
-			} else {
-				delete(listening, c.Port)
-			}
+// offer passes one published port to a worker. Called with change held.
+func (m publishing) offer(l *workerLink, p published) error {
+	for _, s := range p.listeners {
+		msg := publishMessage{ID: s.id, Proto: s.proto, Host: s.host, Guest: s.guest}
+		if err := l.request(msgPublish, msg, s.fd); err != nil {
+			return fmt.Errorf("publish %s: %w", FormatPort(p.port), err)
 		}
-		now := make(map[autoPort]bool)
-		for p := range listening {
-			for _, host := range autoHosts(p, m.cfg.PublishAutoAddr) {
-				if host.Addr().Is4() && !m.cfg.Guest.Addr4.IsValid() || host.Addr().Is6() && !m.cfg.Guest.Addr6.IsValid() {
-					continue
-				}
-				now[autoPort{proto: p.Network, host: host}] = true
-			}
-		}
-		a.update(now)
 	}
+	return nil
 }

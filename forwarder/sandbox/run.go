@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/signal"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -31,10 +33,11 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	if err != nil {
 		return guest.StatusOurs, err
 	}
-	m := &monitor{cfg: cfg, state: api.StateStarting, came: make(chan struct{}), sysctls: cfg.Sysctls, raw: [2]int{-1, -1}, socketWants: make(chan struct{}, maxSocketWants), grants: newKeptGrants()}
+	m := &run{monitor: newMonitor(cfg.Sysctls), cfg: cfg, socketWants: make(chan struct{}, maxSocketWants)}
+	m.kind = m
 	m.ports.open = listenOn
 	m.log = newLogRing(time.Now, m.echo)
-	exit, err = m.run(ctx)
+	exit, err = m.live(ctx)
 	var notStarted *guest.ExecError
 	switch {
 	case errors.As(err, &notStarted):
@@ -45,15 +48,28 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	return exit, err
 }
 
+// run is a sandbox with a command, or one that is attached to namespaces of others.
+type run struct {
+	*monitor
+	cfg     Config
+	guest   *guest.Guest
+	signals chan os.Signal
+	console atomic.Pointer[guest.Console] // for echo; nil until the command starts, and without a terminal
+	// socketWants holds a token per socket being made for the worker.
+	socketWants chan struct{}
+
+	callersHosts map[string][]netip.Addr // set before the first worker starts
+}
+
 // echo writes log lines to standard error: sluice is quiet unless something is
 // wrong or everything was asked for.
-func (m *monitor) echo(l api.LogLine) {
+func (m *run) echo(l api.LogLine) {
 	if m.cfg.Verbose || l.Level == "warning" {
 		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s%s", l.Text, m.console.Load().Newline())
 	}
 }
 
-func (m *monitor) run(ctx context.Context) (_ int, err error) {
+func (m *run) live(ctx context.Context) (_ int, err error) {
 	// From before there is anything to clear up: command takes what comes meanwhile.
 	m.signals = make(chan os.Signal, 16)
 	if len(m.cfg.Guest.Command) > 0 {
@@ -141,7 +157,7 @@ func (m *monitor) run(ctx context.Context) (_ int, err error) {
 }
 
 // prepare opens what the sandbox needs of the host.
-func (m *monitor) prepare() (*dns.Watcher, error) {
+func (m *run) prepare() (*dns.Watcher, error) {
 	m.rules = rulesMessage{Policy: m.cfg.Policy, Env: m.cfg.environment()}
 	var err error
 	if m.rules.Env.Host, err = hostRanges(); err != nil {
@@ -154,7 +170,7 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 		return nil, err
 	}
 	for _, p := range m.cfg.Ports {
-		if _, err := m.openPort(p); err != nil {
+		if _, err := (publishing{m.monitor}).openPort(p); err != nil {
 			return nil, err
 		}
 	}
@@ -188,21 +204,8 @@ func (m *monitor) prepare() (*dns.Watcher, error) {
 	return watcher, nil
 }
 
-// release closes what prepare opened.
-func (m *monitor) release() {
-	m.ports.closeAll()
-	for _, fd := range m.raw {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
-	}
-	if m.flowLog != nil {
-		m.flowLog.close()
-	}
-}
-
 // serve runs the command, and everything that goes on beside it, to the end.
-func (m *monitor) serve(ctx context.Context, server *controlServer, first supervised, watcher *dns.Watcher) (int, error) {
+func (m *run) serve(ctx context.Context, server *controlServer, first supervised, watcher *dns.Watcher) (int, error) {
 	// Everything started here is owned by serve and stopped by inner.
 	inner, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -239,7 +242,7 @@ func (m *monitor) serve(ctx context.Context, server *controlServer, first superv
 
 // command starts the command and waits for its end, or for that of ctx. Without a
 // command, attached to somebody else's namespace, a signal to end ends the sandbox.
-func (m *monitor) command(ctx context.Context) (guest.Status, error) {
+func (m *run) command(ctx context.Context) (guest.Status, error) {
 	if m.cfg.Ready != nil {
 		if err := m.cfg.Ready(m.info()); err != nil {
 			return guest.Status{}, err
@@ -291,44 +294,16 @@ func (m *monitor) command(ctx context.Context) (guest.Status, error) {
 	}
 }
 
-// watchHost follows the host's addresses until ctx ends.
-func (m *monitor) watchHost(ctx context.Context) {
-	for {
-		err := watchHostRanges(ctx, m.setHost, m.lookAgain)
-		if ctx.Err() != nil {
-			return
-		}
-		m.log.warnf("monitor", "%v; starting over", err)
-		sleepContext(ctx, time.Second)
+// setUpstreams is called by the watcher of the host's resolver configuration.
+func (m *run) setUpstreams(u dns.Upstreams, err error) {
+	u = m.cfg.upstreams(u)
+	switch {
+	case err != nil:
+		m.log.warnf("monitor", "read the host's resolver configuration: %v", err)
+	case len(u.Servers) == 0:
+		m.log.warnf("monitor", "%s names no server: names will not resolve (give one with --dns)", m.cfg.ResolvConf)
 	}
-}
-
-// stopWorker ends the last worker in order, or by force.
-func (m *monitor) stopWorker(l *workerLink) {
-	defer l.p.kill()
-	timer := time.AfterFunc(stopTimeout, func() { _ = l.p.cmd.Kill() })
-	defer timer.Stop()
-	ends, err := socketpair(unix.SOCK_STREAM)
-	if err != nil {
-		return
-	}
-	defer ends[0].Close()
-	err = l.post(msgStop, nil, fdOf(ends[1]))
-	_ = ends[1].Close()
-	if err != nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
-	defer cancel()
-	var flows api.FlowsResult
-	s, err := api.Answer(ctx, ends[0], "stop", &flows)
-	if err != nil {
-		m.log.warnf("monitor", "the worker did not end in order: %v", err)
-		return
-	}
-	_ = s.Close()
-	if m.cfg.Ended != nil {
-		m.cfg.Ended(flows)
-	}
-	<-l.p.done
+	m.change.Lock()
+	defer m.change.Unlock()
+	m.passUpstreams(u)
 }

@@ -82,15 +82,11 @@ type takeover struct {
 	failed chan error
 }
 
-// handleUpgrade answers a request for an upgrade, unless it succeeds: then the new
-// binary does.
-func (m *monitor) handleUpgrade(ctx context.Context, c *net.UnixConn, req api.Request) error {
+// upgrade implements kind.
+func (m *attachment) upgrade(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	var p api.UpgradeParams
 	if err := api.DecodeStrict(req.Params, &p); err != nil {
 		return &api.Error{Code: api.CodeBadRequest, Message: "upgrade: parameters: " + err.Error()}
-	}
-	if m.att == nil {
-		return &api.Error{Code: api.CodeInvalid, Message: "only the attachments of pods can be upgraded: end this sandbox and start it anew"}
 	}
 	exe, err := newBinary(ctx, p.Binary)
 	if err != nil {
@@ -151,7 +147,7 @@ func newBinary(ctx context.Context, path string) (string, error) {
 
 // takeOver has another binary take the place of this one. It returns only if that
 // could not be. There is no worker, and change is held.
-func (m *monitor) takeOver(exe string, client *net.UnixConn) error {
+func (m *attachment) takeOver(exe string, client *net.UnixConn) error {
 	var fds inherited
 	defer fds.close()
 	guard, told, err := os.Pipe()
@@ -172,7 +168,7 @@ func (m *monitor) takeOver(exe string, client *net.UnixConn) error {
 		defer mem.Close()
 		config := fds.keep(mem)
 		if err = fds.survive(); err == nil {
-			args := []string{os.Args[0], AttachmentCommand, m.att.Name, strconv.Itoa(config)}
+			args := []string{os.Args[0], AttachmentCommand, m.cfg.Name, strconv.Itoa(config)}
 			err = fmt.Errorf("execute %s: %w", exe, syscall.Exec(exe, args, os.Environ()))
 		}
 	}
@@ -183,7 +179,7 @@ func (m *monitor) takeOver(exe string, client *net.UnixConn) error {
 
 // bequest is all that another process needs to go on. keep makes a descriptor the
 // other's, and says its number there.
-func (m *monitor) bequest(keep func(syscall.Conn) int, client *net.UnixConn) attachmentStart {
+func (m *attachment) bequest(keep func(syscall.Conn) int, client *net.UnixConn) attachmentStart {
 	r := &resumption{Lock: keep(m.dir.lock), Listener: keep(m.listener), Memory: keep(m.memory)}
 	m.mu.Lock()
 	r.Started, r.Rules, r.Generation, r.Sysctls, r.Restarts = m.base.Started, m.rules, m.generation, m.sysctls, m.restarts
@@ -192,15 +188,15 @@ func (m *monitor) bequest(keep func(syscall.Conn) int, client *net.UnixConn) att
 	if client != nil {
 		r.Client = keep(client)
 	}
-	s := attachmentStart{Config: *m.att, In0: keep(m.att.In0), Resume: r}
-	for _, f := range m.att.Device {
+	s := attachmentStart{Config: m.cfg, In0: keep(m.cfg.In0), Resume: r}
+	for _, f := range m.cfg.Device {
 		s.Device = append(s.Device, keep(f))
 	}
 	return s
 }
 
 // startGuardian starts this binary anew, to take over if the next one fails.
-func (m *monitor) startGuardian(guard *os.File, client *net.UnixConn) (*os.Process, error) {
+func (m *attachment) startGuardian(guard *os.File, client *net.UnixConn) (*os.Process, error) {
 	var fds inherited
 	defer fds.close()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -227,7 +223,7 @@ func (m *monitor) startGuardian(guard *os.File, client *net.UnixConn) (*os.Proce
 	if fds.err != nil {
 		return nil, fds.err
 	}
-	return startWithFDs("/proc/self/exe", []string{os.Args[0], AttachmentCommand, m.att.Name}, files)
+	return startWithFDs("/proc/self/exe", []string{os.Args[0], AttachmentCommand, m.cfg.Name}, files)
 }
 
 // guarded waits for the new binary, whose process is our parent. It reports whether
@@ -304,14 +300,14 @@ func (h *inherited) survive() error {
 func (h *inherited) close() { closeAll(h.fds) }
 
 // resume continues what the binary before this one did.
-func (m *monitor) resume(r *resumption) error {
+func (m *attachment) resume(r *resumption) error {
 	m.rules, m.generation, m.sysctls, m.restarts = r.Rules, r.Generation, r.Sysctls, r.Restarts
 	m.log.lines = r.Log
-	reg, err := registryAt(m.att.RuntimeDir)
+	reg, err := registryAt(m.cfg.RuntimeDir)
 	if err != nil {
 		return err
 	}
-	m.dir = reg.inherited(m.att.Name, os.NewFile(uintptr(r.Lock), lockFile))
+	m.dir = reg.inherited(m.cfg.Name, os.NewFile(uintptr(r.Lock), lockFile))
 	unix.CloseOnExec(r.Lock)
 	unix.CloseOnExec(r.Memory)
 	if r.Told != 0 {
@@ -330,12 +326,12 @@ func (m *monitor) resume(r *resumption) error {
 
 // tookOver ends the story: this process serves the pod, be it by the new binary or,
 // with a failure, by the one of before.
-func (m *monitor) tookOver(r *resumption) {
+func (m *attachment) tookOver(r *resumption) {
 	r.serves()
 	if r.failure != "" {
-		m.log.warnf("monitor", "an upgrade failed: %s: going on with version %s", r.failure, m.att.Version)
+		m.log.warnf("monitor", "an upgrade failed: %s: going on with version %s", r.failure, m.cfg.Version)
 	} else {
-		m.log.infof("monitor", "version %s has taken over", m.att.Version)
+		m.log.infof("monitor", "version %s has taken over", m.cfg.Version)
 	}
 	c := r.client()
 	if c == nil {
