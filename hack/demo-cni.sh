@@ -125,12 +125,12 @@ attachment() {
 status=0
 say podman exec alice /peer get http://10.5.0.11:7008/addr
 podman exec alice /peer get http://10.5.0.11:7008/addr || status=1
+say sluice flows bob
+"$sluice" flows "$(attachment bob)" | tee flows
 say podman exec bob /peer get http://10.5.0.10:7008/addr
 if podman exec bob /peer get http://10.5.0.10:7008/addr 2>&1; then
 	status=1
 fi
-say sluice flows bob
-"$sluice" flows "$(attachment bob)" | tee flows
 say sluice flows --ended alice
 "$sluice" flows --ended "$(attachment alice)" | tee -a flows
 echo
