@@ -81,9 +81,9 @@ type admitted interface {
 	// writes to the device nor takes a lock that is held by who does.
 	halt()
 	// abort ends the flow, tells both sides, and releases the lease.
-	abort(reason string)
+	abort(reason nat.Reason)
 	// expire is the flow table's word that the flow is over: abort without the release.
-	expire(reason string)
+	expire(reason nat.Reason)
 	// underWay is the questions that were asked about the flow beside its own, q, and that
 	// must be asked again: of the requests that are not answered yet, of the connections
 	// inside it.
@@ -109,6 +109,7 @@ type pass struct {
 
 	mu     sync.Mutex // serialises judging; no lock of the flow's is held when it is taken
 	answer atomic.Pointer[judged]
+	became policy.Outcome // of the questions of a flow to our own resolver; guarded by mu
 
 	holdMu sync.Mutex // guards the rest; nothing but the grants' lock is taken under it
 	hold   policy.Hold
@@ -164,7 +165,7 @@ func (a *admission) enter(p *pass, fl admitted, j judged, e entry) error {
 		return errFlowEnded
 	}
 	if !a.memory.admit(e.memory) {
-		return errMemory
+		return nat.ErrMemory
 	}
 	err := a.enterTable(p, fl, j, e)
 	if err != nil && e.memory != nil {
@@ -195,7 +196,7 @@ func (a *admission) supersede(tuple nat.Tuple) bool {
 			return false
 		}
 	}
-	return l.Kill("replaced")
+	return l.Kill(nat.ReasonReplaced)
 }
 
 // delivering is a flow that may have bytes to deliver after both sides have closed it.
@@ -231,7 +232,7 @@ func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
 	if now := a.rules.Load(); now != j.rules && !p.reconsider(lease, now) || p.revoked.Load() {
 		p.revoked.Store(true)
 		p.letGo()
-		lease.Release(reasonPolicy)
+		lease.Release(nat.ReasonPolicy)
 		return errFlowEnded
 	}
 	p.keep(p.answer.Load())
@@ -239,7 +240,7 @@ func (a *admission) enterTable(p *pass, fl admitted, j judged, e entry) error {
 }
 
 // expire is called by the flow table when it ended the flow.
-func (p *pass) expire(reason string) {
+func (p *pass) expire(reason nat.Reason) {
 	p.letGo()
 	if !p.life.CompareAndSwap(passEntering, passOver) {
 		p.flow.expire(reason)
@@ -247,7 +248,7 @@ func (p *pass) expire(reason string) {
 }
 
 // release gives the lease back, if enter came that far.
-func (p *pass) release(reason string) {
+func (p *pass) release(reason nat.Reason) {
 	if p.lease != nil {
 		p.letGo()
 		p.lease.Release(reason)
@@ -378,36 +379,6 @@ func (a *admission) namesOf(j *judged) []string {
 		far = j.query.Src
 	}
 	return a.granted.Of(far.Addr(), a.now(), nil)
-}
-
-// Refusal is a flow that policy refused, or a request on one.
-type Refusal struct {
-	Proto    uint8
-	Src, Dst netip.AddrPort
-	Verdict  policy.Verdict
-	Seen     policy.Seen // zero where nothing was read
-}
-
-// About is what the forwarder knows of a flow beside its tuple: nat.Flow.About.
-type About struct {
-	Verdict policy.Verdict
-	Seen    policy.Seen
-}
-
-// refuse records that a flow may not begin. The peer of a refused datagram does not begin
-// by the same ports what the sandbox may not.
-func (a *admission) refuse(j judged) {
-	if j.query.Proto == protoUDP && !j.query.Ingress {
-		a.tombs.bury(nat.NewTuple(protoUDP, j.query.Dst, j.query.Src))
-	}
-	a.noteRefused(Refusal{Proto: j.query.Proto, Src: j.query.Src, Dst: j.query.Dst, Verdict: j.verdict, Seen: j.query.Seen})
-}
-
-// noteRefused records a flow, or a request, that policy refused.
-func (a *admission) noteRefused(r Refusal) {
-	if a.refused != nil {
-		a.refused(r)
-	}
 }
 
 // set puts rules and their limits in force. A flow that is judged by them finds their

@@ -21,6 +21,7 @@ package forwarder
 // socket share a system call and datagrams of one flow share a UDP_SEGMENT send.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -68,7 +69,7 @@ type dgramParts struct {
 
 // packetServer answers the datagrams of DNS.
 type packetServer interface {
-	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte))
+	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte, policy.Outcome))
 	AnswerPacket(query []byte, from netip.AddrPort) []byte
 }
 
@@ -150,10 +151,10 @@ func (fl *dgramFlow) inDir() nat.Dir {
 }
 
 // expire implements admitted.
-func (fl *dgramFlow) expire(string) { fl.d.forget(fl) }
+func (fl *dgramFlow) expire(nat.Reason) { fl.d.forget(fl) }
 
 // abort implements admitted.
-func (fl *dgramFlow) abort(reason string) { fl.end(reason) }
+func (fl *dgramFlow) abort(reason nat.Reason) { fl.end(reason) }
 
 // halt implements admitted: who sends and who receives look at revoked. The peer of what
 // was cut off does not begin anew by the same ports.
@@ -174,7 +175,7 @@ func (fl *dgramFlow) underWay(policy.Query) []policy.Query {
 // end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as
 // when the table ends it: what comes in between still finds the flow, not a tuple that
 // somebody has.
-func (fl *dgramFlow) end(reason string) {
+func (fl *dgramFlow) end(reason nat.Reason) {
 	fl.release(reason)
 	fl.d.forget(fl)
 }
@@ -373,7 +374,7 @@ func (d *dgramTable) close() {
 	d.closed = true
 	d.mu.Unlock()
 	for _, fl := range d.list() {
-		fl.end("shutdown")
+		fl.end(nat.ReasonStopped)
 	}
 	d.pendMu.Lock()
 	pending := d.pending
@@ -388,8 +389,9 @@ func (d *dgramTable) close() {
 // what a reject rule of nftables sends by default.
 func (d *dgramTable) refuse(j judged, kind icmpKind, pkt *stack.PacketBuffer) {
 	d.n.refused.drop(pkt)
-	d.gate.refuse(j)
-	if j.verdict.Action() == policy.Reject {
+	told := j.verdict.Action() == policy.Reject
+	d.gate.refuse(j, told)
+	if told {
 		d.errs.tell(kind, 0, pkt)
 	}
 }
@@ -403,6 +405,11 @@ func (d *dgramTable) lastHop(a arrival, pkt *stack.PacketBuffer) bool {
 	d.n.hop.Add(1)
 	d.errs.tell(icmpTimeExceeded, 0, pkt)
 	return true
+}
+
+// noSocketReason is why a flow ends for which the host gave no socket.
+func noSocketReason(err error) nat.Reason {
+	return cmp.Or(shortage(errnoOf(err)), nat.ReasonNoSocket)
 }
 
 // noSocket answers a packet for which the host has no socket left.

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice/policy"
 )
 
 // ungated opens nothing, and leaves names to others.
@@ -66,9 +68,9 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 // waiting never answers: a question that is on its way.
 type waiting struct{}
 
-func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte                        { return nil }
-func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte)) {}
-func (waiting) ServeStream(ctx context.Context, _ net.Conn)                       { <-ctx.Done() }
+func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte                                        { return nil }
+func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte, policy.Outcome)) {}
+func (waiting) ServeStream(ctx context.Context, _ net.Conn, _ func(policy.Outcome))               { <-ctx.Done() }
 
 // What the resolver answered in another's place is that other's again, at once.
 func TestNobodyIsAnsweredForOnceNamesAreNotGated(t *testing.T) {

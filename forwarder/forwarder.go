@@ -25,14 +25,16 @@ import (
 // DNSHandler answers the sandbox's DNS queries at its DNS address.
 type DNSHandler interface {
 	// ServePacket answers one datagram by calling reply, at most once and from
-	// any goroutine. It must not block, and may keep neither query nor reply
-	// beyond its work on them.
-	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte))
+	// any goroutine, with what became of the question; there is no answer to one that is
+	// refused in silence. It must not block, and may keep neither query nor reply beyond its
+	// work on them.
+	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte, policy.Outcome))
 	// AnswerPacket answers one datagram from memory, or returns nil: it is for
 	// ServePacket then. It keeps nothing of query.
 	AnswerPacket(query []byte, from netip.AddrPort) []byte
-	// ServeStream serves one connection and returns when it ends.
-	ServeStream(ctx context.Context, c net.Conn)
+	// ServeStream serves one connection and returns when it ends. It tells what becomes of
+	// each question, from any goroutine.
+	ServeStream(ctx context.Context, c net.Conn, became func(policy.Outcome))
 }
 
 // DHCPHandler answers guests that configure themselves. A nil or empty reply
@@ -212,7 +214,7 @@ func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
 	var err error
 	if f.tcp, err = newTCPForwarder(tcpParts{
 		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, errs: errs, timer: &f.timer,
-		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, ctx: f.ctx,
+		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, ctx: f.ctx, log: f.cfg.Log,
 	}, queue, batched); err != nil {
 		return err
 	}

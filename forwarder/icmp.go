@@ -147,8 +147,9 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		return nil
 	}
 	fl := &dgramFlow{d: &e.dgramTable, tuple: tuple, guest: guest, peer: peer, target: j.verdict.Target(), echo: new(echoFlow)}
-	if e.gate.enter(&fl.pass, fl, j, entry{orig: tuple}) != nil {
+	if err := e.gate.enter(&fl.pass, fl, j, entry{orig: tuple}); err != nil {
 		e.n.flow.drop(pkt)
+		e.gate.noteLimit(nil, j, err)
 		return nil
 	}
 	err := e.install(fl, func() (*hostSocket, error) { return e.open(j.verdict, guest) })
@@ -156,7 +157,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	case err == nil:
 		return fl
 	case errors.Is(err, errNoPingSocket):
-		fl.end("no-ping-socket")
+		fl.end(nat.ReasonNoPingSocket)
 		e.noPing.drop(pkt)
 		e.warn.Do(func() {
 			e.log.Warn("echo requests of the sandbox are refused: the host permits no ping sockets to this process's group "+
@@ -165,7 +166,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 		})
 		e.errs.tell(icmpAdminProhibited, 0, pkt)
 	default:
-		fl.end("no-socket")
+		fl.end(noSocketReason(err))
 		e.noSocket(err, pkt)
 	}
 	return nil

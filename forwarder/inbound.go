@@ -204,7 +204,7 @@ func (o *outside) arrive(pkt *stack.PacketBuffer) reason {
 	fl := o.lookup(tuple)
 	if fl != nil && p.proto == protoTCP {
 		if reopened := fl.track(nat.Original, &p); reopened {
-			fl.end("reopened")
+			fl.end(nat.ReasonReopened)
 			fl = nil
 		}
 	}
@@ -264,7 +264,7 @@ func (o *outside) answer(pkt *stack.PacketBuffer) bool {
 			// The sandbox begins a flow of its own by the same two ports, be it that the
 			// client's is over or that both begin at once.
 			if fl.over() {
-				fl.end("reopened")
+				fl.end(nat.ReasonReopened)
 			}
 			return false
 		}
@@ -340,7 +340,7 @@ func (o *outside) close() {
 	o.closed = true
 	o.mu.Unlock()
 	for _, fl := range o.list() {
-		fl.end("stopped")
+		fl.end(nat.ReasonStopped)
 	}
 	o.mu.RLock()
 	ruled := slices.Clone(o.ruled)

@@ -101,8 +101,9 @@ func restoreHop(p *datum) {
 // refuse notes a refusal and answers as the verdict says.
 func (o *outside) refuse(j judged, pkt *stack.PacketBuffer, p *datum) {
 	o.n.refused.dropArrived(pkt)
-	o.gate.refuse(j)
-	if j.verdict.Action() != policy.Reject {
+	told := j.verdict.Action() == policy.Reject
+	o.gate.refuse(j, told)
+	if !told {
 		return
 	}
 	if p.tcp != nil {

@@ -53,7 +53,7 @@ func (o *outside) admit(fl *inboundFlow, j judged, short bool) error {
 		return err
 	}
 	if !o.install(fl) {
-		fl.release("stopped")
+		fl.release(nat.ReasonStopped)
 		return errFlowEnded
 	}
 	return nil
@@ -96,7 +96,8 @@ func (o *outside) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*in
 		return nil, o.n.rests
 	}
 	fl := o.newFlow(tuple)
-	if o.admit(fl, j, p.asks(pkt)) != nil {
+	if err := o.admit(fl, j, p.asks(pkt)); err != nil {
+		o.gate.noteLimit(nil, j, err)
 		return nil, o.n.flow
 	}
 	o.n.began.Add(1)
@@ -138,7 +139,7 @@ func (fl *inboundFlow) remove() bool {
 }
 
 // end ends a flow in silence.
-func (fl *inboundFlow) end(why string) {
+func (fl *inboundFlow) end(why nat.Reason) {
 	fl.remove()
 	fl.lease.Release(why)
 }
@@ -148,7 +149,7 @@ func (fl *inboundFlow) end(why string) {
 func (fl *inboundFlow) halt() { fl.remove() }
 
 // abort implements admitted. Both sides may think the flow alive, and are told.
-func (fl *inboundFlow) abort(why string) {
+func (fl *inboundFlow) abort(why nat.Reason) {
 	if fl.remove() || fl.revoked.Load() {
 		fl.reset()
 	}
@@ -156,7 +157,7 @@ func (fl *inboundFlow) abort(why string) {
 }
 
 // expire implements admitted.
-func (fl *inboundFlow) expire(why string) {
+func (fl *inboundFlow) expire(why nat.Reason) {
 	if fl.remove() && why != nat.ReasonTimeout && why != nat.ReasonEarlyDrop {
 		fl.reset()
 	}

@@ -203,7 +203,10 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 
 // The record of a connection that ended says how, not that nothing came after.
 func TestTheRecordOfAnInboundFlowSaysHowItEnded(t *testing.T) {
-	for _, test := range []struct{ name, steps, want string }{
+	for _, test := range []struct {
+		name, steps string
+		want        nat.Reason
+	}{
 		{"closed by both", "oS rSA oA oF rF oA", nat.ReasonClosed},
 		{"reset by the pod", "oS rSA oA rA rR", nat.ReasonReset},
 		{"refused", "oS rR", nat.ReasonReset},

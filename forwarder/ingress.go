@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -69,7 +70,7 @@ func (in *ingressTCP) close() {
 	relays := slices.Collect(maps.Keys(in.relays))
 	in.mu.Unlock()
 	for _, r := range relays {
-		r.abort("stopped")
+		r.abort(nat.ReasonStopped)
 	}
 	in.pipes.close()
 }
@@ -132,7 +133,7 @@ func (in *ingressTCP) tryNext(fd int, c client) {
 		j := in.gate.decide(policy.Query{Ingress: true, Proto: unix.IPPROTO_TCP, Src: c.from, Dst: w.guest})
 		if !j.mayBegin() {
 			in.refused.Add(1)
-			in.gate.refuse(j)
+			in.gate.refuse(j, true) // by the reset below
 			break
 		}
 		if !w.loopback {

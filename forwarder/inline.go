@@ -24,6 +24,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice/nat"
 )
 
 // inlineTCP is the flows whose endpoints have segments queued in this batch.
@@ -153,7 +155,7 @@ func (b batched) process() {
 	case tcp.StateSynRecv:
 	case tcp.StateError, tcp.StateClose:
 		if b.fl.inHandshake() { // else somebody has accepted it meanwhile
-			b.fl.abort("handshake_failed")
+			b.fl.abort(nat.ReasonHandshakeFailed)
 		}
 	default:
 		b.fl.t.acceptor.accept()

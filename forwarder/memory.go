@@ -20,7 +20,6 @@ package forwarder
 // overlook of each other.
 
 import (
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -53,9 +52,6 @@ const (
 	mostBuffered = 4 << 20
 	flowMost     = 2 * mostBuffered
 )
-
-// errMemory refuses a flow at the high mark.
-var errMemory = errors.New("memory budget is used up")
 
 // MarksBelow returns the marks for a high mark. Pressure begins earlier than tcp_mem's two
 // thirds: half of the budget is for what many flows hold at their least.

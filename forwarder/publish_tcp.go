@@ -8,7 +8,6 @@ package forwarder
 // that the client has inside is another one when its own is taken there.
 
 import (
-	"errors"
 	"iter"
 	"net/netip"
 
@@ -47,28 +46,31 @@ func (t *tcpForwarder) fromHost(fd int, c caller, j judged) {
 	}
 	fl.prepare()
 	if err := t.gate.enterAnew(&fl.pass, fl, j, entry{orig: c.tuple(), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
-		t.inwardLimited.Add(1)
-		fl.abort(err.Error())
+		t.gate.noteLimit(t.inwardLimited, j, err)
+		fl.abort(nat.ReasonStopped) // it was never in the table, which gives it no record
 		return
 	}
 	fl.lease.SetState(nat.SynSent)
 	for port := range sourcePorts(c.from.Port()) {
-		switch err := fl.connectGuest(port); err {
-		case nil:
+		switch abort := fl.connectGuest(port); abort {
+		case "":
 			return
-		case errPortTaken:
+		case nat.ErrNoPort:
 		default:
-			fl.abort(err.Error())
+			fl.abort(abort)
 			return
 		}
 	}
-	fl.abort(errPortTaken.Error())
+	fl.abort(nat.ErrNoPort)
 }
 
 // refusedInside tries the next way for a client that the sandbox has refused.
 func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
-	const reason = "refused_by_sandbox"
+	reason := nat.ReasonRefusedBySandbox
 	_, refused := ep.LastError().(*tcpip.ErrConnectionRefused)
+	if !refused && lostSandbox(ep) == nat.ReasonSandboxTimeout {
+		reason = nat.ReasonSandboxTimeout
+	}
 	if !refused || fl.caller.next == nil {
 		fl.abort(reason)
 		return
@@ -87,64 +89,61 @@ func (fl *tcpFlow) refusedInside(ep tcpip.Endpoint) {
 	}
 }
 
-// errPortTaken says that another flow has the port under which a client was to appear.
-var errPortTaken = errors.New("no port for the client inside")
-
 // indexCaller is index for a flow that is to appear under port.
-func (t *tcpForwarder) indexCaller(fl *tcpFlow, port uint16) error {
+func (t *tcpForwarder) indexCaller(fl *tcpFlow, port uint16) (abort nat.Reason) {
 	t.mu.Lock()
 	if t.closed {
 		t.mu.Unlock()
-		return errStopped
+		return nat.ReasonStopped
 	}
 	id := fl.id
 	if id.LocalPort = port; t.flows[id] != nil {
 		t.mu.Unlock()
-		return errPortTaken
+		return nat.ErrNoPort
 	}
 	fl.id.LocalPort = port
 	t.flows[id] = fl
 	t.mu.Unlock()
 	if !t.indexed(fl) {
-		return errFlowEnded
+		return nat.ReasonStopped // the table has ended it, and knows why
 	}
-	return nil
+	return ""
 }
 
 // connectGuest starts the connection inside the stack, from the client's address and port;
-// settle learns how it ends. After errPortTaken another port may be tried.
-func (fl *tcpFlow) connectGuest(port uint16) error {
-	if err := fl.t.indexCaller(fl, port); err != nil {
-		return err
+// settle learns how it ends. After nat.ErrNoPort another port may be tried.
+func (fl *tcpFlow) connectGuest(port uint16) (abort nat.Reason) {
+	if abort := fl.t.indexCaller(fl, port); abort != "" {
+		return abort
 	}
-	ep, err := fl.guestEndpoint()
-	if err != nil {
+	ep, abort := fl.guestEndpoint()
+	if abort != "" {
 		fl.t.unindex(fl)
-		return err
+		return abort
 	}
 	fl.mu.Lock()
 	if fl.phase != phaseHandshake {
 		fl.mu.Unlock()
 		ep.Close()
-		return errFlowEnded
+		return nat.ReasonStopped // whoever ended it has told the table why
 	}
 	fl.ep = ep
 	fl.wq.EventRegister(&fl.entry)
 	fl.mu.Unlock()
 	fl.connecting.Store(true)
 	guest := tcpip.FullAddress{NIC: nicID, Addr: fl.id.RemoteAddress, Port: fl.id.RemotePort}
-	switch terr := ep.Connect(guest).(type) {
+	switch ep.Connect(guest).(type) {
 	case nil, *tcpip.ErrConnectStarted:
 		fl.lease.SetReply(nat.NewTuple(unix.IPPROTO_TCP, netip.AddrPortFrom(netipAddr(guest.Addr), guest.Port),
 			netip.AddrPortFrom(netipAddr(fl.id.LocalAddress), port)))
-		return nil
+		return ""
 	case *tcpip.ErrBadLocalAddress, *tcpip.ErrPortInUse:
 		// The stack has the tuple, of a flow that is over for us.
 		fl.dropGuest(ep)
-		return errPortTaken
+		return nat.ErrNoPort
 	default:
 		fl.dropGuest(ep)
-		return errors.New(terr.String())
+		return nat.ReasonNoSocket
 	}
 }
 
@@ -166,10 +165,10 @@ func (fl *tcpFlow) dropGuest(ep tcpip.Endpoint) {
 }
 
 // guestEndpoint makes the endpoint of connectGuest, bound to the client's address and port.
-func (fl *tcpFlow) guestEndpoint() (tcpip.Endpoint, error) {
+func (fl *tcpFlow) guestEndpoint() (ep tcpip.Endpoint, abort nat.Reason) {
 	ep, terr := fl.t.stack.NewEndpoint(tcp.ProtocolNumber, netProto(netipAddr(fl.id.RemoteAddress)), fl.wq)
 	if terr != nil {
-		return nil, errors.New(terr.String())
+		return nil, nat.ReasonNoSocket
 	}
 	opts := ep.SocketOptions()
 	opts.SetReuseAddress(true)
@@ -179,13 +178,13 @@ func (fl *tcpFlow) guestEndpoint() (tcpip.Endpoint, error) {
 	}
 	terr = ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: fl.id.LocalAddress, Port: fl.id.LocalPort})
 	if terr == nil {
-		return ep, nil
+		return ep, ""
 	}
 	ep.Close()
 	if _, taken := terr.(*tcpip.ErrPortInUse); taken {
-		return nil, errPortTaken
+		return nil, nat.ErrNoPort
 	}
-	return nil, errors.New(terr.String())
+	return nil, nat.ReasonNoSocket
 }
 
 // sourceTries bounds the search for a port under which a client appears inside.

@@ -15,6 +15,7 @@ package forwarder
 // (publish_tcp.go).
 
 import (
+	"cmp"
 	"net/netip"
 	"sync"
 	"syscall"
@@ -68,8 +69,8 @@ func (in *ingressTCP) relay(fd int, c caller, j judged) bool {
 	r := &relay{in: in, caller: c, guest: guest, fds: [2]int{fd, inside}, connecting: true}
 	r.work.run = r.run
 	if err := in.gate.enterAnew(&r.pass, r, j, entry{orig: c.tuple(), memory: &r.mem, pending: r.pending}); err != nil {
-		in.limited.Add(1)
-		r.abort(err.Error())
+		in.gate.noteLimit(in.limited, j, err)
+		r.abort(nat.ReasonStopped) // it was never in the table, which gives it no record
 		return true
 	}
 	r.lease.SetState(nat.SynSent)
@@ -80,8 +81,12 @@ func (in *ingressTCP) relay(fd int, c caller, j judged) bool {
 		in.relays[r] = struct{}{}
 	}
 	in.mu.Unlock()
-	if closed || !r.connect() {
-		r.abort("stopped")
+	if closed {
+		r.abort(nat.ReasonStopped)
+		return true
+	}
+	if abort := r.connect(); abort != "" {
+		r.abort(abort)
 		return true
 	}
 	in.relayed.Add(1)
@@ -89,32 +94,35 @@ func (in *ingressTCP) relay(fd int, c caller, j judged) bool {
 }
 
 // connect starts the connection inside.
-func (r *relay) connect() bool {
+func (r *relay) connect() (abort nat.Reason) {
 	loop := netip.AddrFrom4([4]byte{127, 0, 0, 1})
 	if r.guest.Addr().Is6() {
 		loop = netip.IPv6Loopback()
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed || r.in.dialer.tuneStream(r.fds[1]) != nil {
-		return false
+	if r.closed {
+		return nat.ReasonStopped // whoever closed it has told the table why
+	}
+	if r.in.dialer.tuneStream(r.fds[1]) != nil {
+		return nat.ReasonNoSocket
 	}
 	err := unix.Connect(r.fds[1], toSockaddr(netip.AddrPortFrom(loop, r.guest.Port())))
 	if err != nil && err != unix.EINPROGRESS {
 		r.connecting = err == unix.ECONNREFUSED
 		if !r.connecting {
-			return false
+			return cmp.Or(shortage(errnoOf(err)), nat.ReasonNoSocket)
 		}
 	}
 	for i, fd := range r.fds {
 		tok, err := r.in.engine.poll.add(fd, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, r)
 		if err != nil {
-			return false
+			return nat.ReasonOutOfDescriptors
 		}
 		r.toks[i] = tok
 	}
 	r.in.engine.put(&r.work)
-	return true
+	return ""
 }
 
 func (r *relay) pollReady(uint32) { r.in.engine.put(&r.work) }
@@ -139,7 +147,7 @@ func (r *relay) run() {
 			return
 		}
 	}
-	reason := ""
+	var reason nat.Reason
 	again := false
 	for i := range r.dirs {
 		more, why := r.move(i)
@@ -149,7 +157,7 @@ func (r *relay) run() {
 		}
 	}
 	if reason == "" && r.dirs[0].done && r.dirs[1].done {
-		reason = "closed"
+		reason = nat.ReasonClosed
 	}
 	r.mem.down.set(max(int64(r.dirs[0].filled), flowMinimum))
 	r.mem.up.set(max(int64(r.dirs[1].filled), flowMinimum))
@@ -170,7 +178,7 @@ func (r *relay) failed() bool {
 
 // move carries what there is in direction i. It reports whether its budget ended
 // first, and why the flow has to end, if it has.
-func (r *relay) move(i int) (again bool, reason string) {
+func (r *relay) move(i int) (again bool, reason nat.Reason) {
 	d, dst := &r.dirs[i], r.fds[1-i]
 	if d.done {
 		return false, ""
@@ -187,7 +195,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 			case err == unix.EINTR:
 				continue
 			case err != nil:
-				return false, reasonResetByPeer
+				return false, lost(1-i, err)
 			default:
 				d.filled -= n
 				budget -= n
@@ -213,7 +221,7 @@ func (r *relay) move(i int) (again bool, reason string) {
 }
 
 // fill takes what has come in direction i, as far as its bandwidth and its pipe have room.
-func (r *relay) fill(i int) (progress bool, reason string) {
+func (r *relay) fill(i int) (progress bool, reason nat.Reason) {
 	d := &r.dirs[i]
 	want := int(min(relayPipe, r.mem.m.limit(false))) - d.filled
 	if d.eof || want <= 0 {
@@ -230,7 +238,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 		}
 	}
 	if d.pipe == ([2]int{}) && !r.openPipe(d) {
-		return false, "out_of_descriptors"
+		return false, nat.ReasonOutOfDescriptors
 	}
 	n, err := splice(r.fds[i], d.pipe[1], want)
 	for err == unix.EINTR {
@@ -242,7 +250,7 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 	switch {
 	case err == unix.EAGAIN:
 	case err != nil:
-		return false, reasonResetByPeer
+		return false, lost(i, err)
 	case n == 0:
 		d.eof = true
 	default:
@@ -250,6 +258,14 @@ func (r *relay) fill(i int) (progress bool, reason string) {
 		return true, ""
 	}
 	return false, ""
+}
+
+// lost is why the connection of fds[i] is over.
+func lost(i int, err error) nat.Reason {
+	if i == 0 {
+		return lostBy(errnoOf(err), nat.ReasonResetByPeer, nat.ReasonPeerTimeout)
+	}
+	return lostBy(errnoOf(err), nat.ReasonResetBySandbox, nat.ReasonSandboxTimeout)
 }
 
 // buckets are those that direction i is limited by: the rule's, which may be nil, and the
@@ -282,7 +298,7 @@ func (r *relay) fallback() {
 	r.in.engine.poll.remove(r.toks[0], fd)
 	r.fds[0] = -1
 	r.mu.Unlock()
-	r.abort("refused_on_loopback")
+	r.abort(nat.ReasonRefusedOnLoopback)
 	if r.caller.next != nil {
 		r.caller.next(fd)
 	} else {
@@ -291,7 +307,7 @@ func (r *relay) fallback() {
 }
 
 // abort ends the flow; a reset is passed on unless both ends of stream were.
-func (r *relay) abort(reason string) {
+func (r *relay) abort(reason nat.Reason) {
 	r.mu.Lock()
 	if r.closed {
 		r.mu.Unlock()
@@ -303,7 +319,7 @@ func (r *relay) abort(reason string) {
 			continue
 		}
 		r.in.engine.poll.remove(r.toks[i], fd)
-		if reason == "closed" {
+		if reason == nat.ReasonClosed {
 			r.in.dialer.close(fd)
 		} else {
 			r.in.dialer.reset(fd)
@@ -341,10 +357,10 @@ func (r *relay) pending() bool {
 }
 
 // halt implements admitted. Both ends are the host's sockets: nothing waits for the sandbox.
-func (r *relay) halt() { r.abort(reasonPolicy) }
+func (r *relay) halt() { r.abort(nat.ReasonPolicy) }
 
 // expire implements admitted.
-func (r *relay) expire(reason string) { r.abort(reason) }
+func (r *relay) expire(reason nat.Reason) { r.abort(reason) }
 
 // underWay implements admitted: requests on a relay are not judged.
 func (r *relay) underWay(policy.Query) []policy.Query { return nil }

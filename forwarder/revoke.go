@@ -15,14 +15,12 @@ import (
 	"sync"
 	"time"
 
+	"sluice/nat"
 	"sluice/policy"
 )
 
 // reapPatience bounds how long SetRules waits for what it has cut to be taken down.
 const reapPatience = 300 * time.Millisecond
-
-// reasonPolicy is why a flow ended that new rules refuse.
-const reasonPolicy = "policy"
 
 // reaping is what was halted and not taken down yet: no more flows than the table held,
 // since a flow is halted once.
@@ -44,7 +42,7 @@ func (a *admission) revoke(r *policy.Rules) []*pass {
 	for _, lease := range a.table.Leases() {
 		p, ok := lease.Owner().(*pass)
 		if !ok {
-			lease.Kill(reasonPolicy) // nobody can be asked about it
+			lease.Kill(nat.ReasonPolicy) // nobody can be asked about it
 			continue
 		}
 		if p.revoked.Load() || p.reconsider(lease, r) || p.revoked.Swap(true) {
@@ -92,7 +90,7 @@ func (a *admission) reaper(ctx context.Context) {
 		a.halted.mu.Unlock()
 		for _, job := range jobs {
 			for _, p := range job.flows {
-				p.flow.abort(reasonPolicy)
+				p.flow.abort(nat.ReasonPolicy)
 			}
 			close(job.done)
 		}

@@ -118,7 +118,7 @@ func (d *discard) Write(p []byte) (int, error) {
 func (fl *tcpFlow) pumpUp()   { fl.run(&fl.up, (*tcpFlow).runUp) }
 func (fl *tcpFlow) pumpDown() { fl.run(&fl.down, (*tcpFlow).runDown) }
 
-func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
+func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort nat.Reason)) {
 	p.again.Store(true)
 	for p.again.Load() {
 		if !p.mu.TryLock() {
@@ -135,7 +135,7 @@ func (fl *tcpFlow) run(p *pump, once func(*tcpFlow) (abort string)) {
 }
 
 // runUp returns a reason when the flow has to be aborted.
-func (fl *tcpFlow) runUp() (abort string) {
+func (fl *tcpFlow) runUp() (abort nat.Reason) {
 	if !fl.live.Load() || fl.up.done.Load() || fl.fd < 0 {
 		return fl.beforeOpen()
 	}
@@ -149,7 +149,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 	defer func() { fl.mem.fit(fl.ep.(*tcp.Endpoint), moved) }()
 	for budget := pumpBudget; ; {
 		if fl.revoked.Load() {
-			return reasonPolicy
+			return nat.ReasonPolicy
 		}
 		g.reset()
 		_, terr := fl.ep.Read(g, tcpip.ReadOptions{Peek: true})
@@ -160,7 +160,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 		case *tcpip.ErrClosedForReceive:
 			return fl.upEOF()
 		default:
-			return "reset_by_sandbox"
+			return lostSandbox(fl.ep)
 		}
 		if g.n == 0 {
 			return ""
@@ -174,7 +174,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 			if drop > 0 {
 				scratch.discard.left = drop
 				if _, terr := fl.ep.Read(&scratch.discard, tcpip.ReadOptions{}); terr != nil {
-					return "reset_by_sandbox"
+					return lostSandbox(fl.ep)
 				}
 				continue
 			}
@@ -182,7 +182,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 			case abort != "":
 				return abort
 			case n == 0 && endpointState(fl.ep) == tcp.StateError:
-				return "reset_by_sandbox" // what is held passes no more
+				return lostSandbox(fl.ep) // what is held passes no more
 			case n == 0:
 				return ""
 			}
@@ -205,7 +205,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 		case unix.EINTR:
 			continue
 		default:
-			return fl.brokenUp()
+			return fl.brokenUp(errno)
 		}
 		if fl.gate != nil {
 			fl.gate.passed(g, n)
@@ -213,7 +213,7 @@ func (fl *tcpFlow) runUp() (abort string) {
 		short := n < g.bytes
 		scratch.discard.left = n
 		if _, terr := fl.ep.Read(&scratch.discard, tcpip.ReadOptions{}); terr != nil {
-			return "reset_by_sandbox"
+			return lostSandbox(fl.ep)
 		}
 		fl.tallyUp(n)
 		moved += n
@@ -226,9 +226,9 @@ func (fl *tcpFlow) runUp() (abort string) {
 	}
 }
 
-func (fl *tcpFlow) upEOF() string {
+func (fl *tcpFlow) upEOF() (abort nat.Reason) {
 	if err := unix.Shutdown(fl.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
-		return reasonResetByPeer
+		return fl.lostPeer(0)
 	}
 	fl.up.done.Store(true)
 	fl.halfClosed()
@@ -236,19 +236,19 @@ func (fl *tcpFlow) upEOF() string {
 }
 
 // runDown returns a reason when the flow has to be aborted.
-func (fl *tcpFlow) runDown() (abort string) {
+func (fl *tcpFlow) runDown() (abort nat.Reason) {
 	if !fl.live.Load() || fl.fd < 0 {
 		return ""
 	}
 	if fl.down.done.Load() {
 		if fl.hostEvents.Load()&unix.EPOLLERR != 0 && !fl.up.done.Load() {
-			return reasonResetByPeer // behind its end of stream
+			return fl.lostPeer(0) // behind its end of stream
 		}
 		return ""
 	}
 	for budget := pumpBudget; ; {
 		if fl.revoked.Load() {
-			return reasonPolicy
+			return nat.ReasonPolicy
 		}
 		room := downChunk
 		if fl.gate != nil {
@@ -258,7 +258,7 @@ func (fl *tcpFlow) runDown() (abort string) {
 		}
 		queued, errno := siocinq(fl.fd)
 		if errno != 0 {
-			return reasonResetByPeer
+			return fl.lostPeer(errno)
 		}
 		if queued == 0 {
 			if fl.hostEvents.Load() == 0 {
@@ -297,9 +297,9 @@ func (fl *tcpFlow) runDown() (abort string) {
 		case *tcpip.ErrBadBuffer:
 			// The kernel had said that the bytes were there.
 			fl.t.shortRead.Add(1)
-			return reasonResetByPeer
+			return fl.lostPeer(0)
 		default:
-			return "reset_by_sandbox"
+			return lostSandbox(fl.ep)
 		}
 		fl.tallyDown(int(n))
 		fl.t.engine.moved(fl.number, n)
@@ -325,7 +325,7 @@ func (t *tcpForwarder) downSize(queued int) int {
 
 // probeHost finds out what a hang-up or error event meant, now that nothing is
 // queued.
-func (fl *tcpFlow) probeHost() (again bool, abort string) {
+func (fl *tcpFlow) probeHost() (again bool, abort nat.Reason) {
 	var b [1]byte
 	n, errno := recvPeek(fl.fd, b[:])
 	switch {
@@ -335,16 +335,16 @@ func (fl *tcpFlow) probeHost() (again bool, abort string) {
 		fl.hostEvents.Store(0)
 		return false, ""
 	case errno != 0:
-		return false, reasonResetByPeer
+		return false, fl.lostPeer(errno)
 	case n > 0:
 		return true, ""
-	case fl.broken.Load(): // writing has taken the error that reading would tell
-		return false, reasonResetByPeer
+	case fl.broken.Load() != 0: // writing has taken the error that reading would tell
+		return false, fl.lostPeer(0)
 	}
 	fl.down.done.Store(true)
 	if terr := fl.ep.Shutdown(tcpip.ShutdownWrite); terr != nil {
 		if _, gone := terr.(*tcpip.ErrNotConnected); !gone {
-			return false, "reset_by_sandbox"
+			return false, lostSandbox(fl.ep)
 		}
 	}
 	fl.halfClosed()

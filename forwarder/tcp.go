@@ -28,6 +28,8 @@ import (
 	"container/list"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
@@ -43,6 +45,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"sluice/forwarder/seldom"
 	"sluice/nat"
 	"sluice/policy"
 )
@@ -60,6 +63,8 @@ const (
 	synSlack = 4 * time.Second
 	// stackTimeWait is how long an endpoint object outlives its tuple.
 	stackTimeWait = 20 * time.Millisecond
+	// repeatedly is how many dials must fail within seldom.Every to be told of.
+	repeatedly = 3
 	// tracerouteTTL is the largest hop limit that is taken to be meant: a SYN
 	// with at most this many hops left is dialled with one less.
 	tracerouteTTL = 30
@@ -78,11 +83,12 @@ type tcpParts struct {
 	link     stack.LinkEndpoint
 	resolver streamServer // nil: there is none
 	ctx      context.Context
+	log      *slog.Logger
 }
 
 // streamServer answers the connections of DNS.
 type streamServer interface {
-	ServeStream(ctx context.Context, c net.Conn)
+	ServeStream(ctx context.Context, c net.Conn, became func(policy.Outcome))
 }
 
 // tcpForwarder owns the TCP flows of one sandbox.
@@ -102,6 +108,7 @@ type tcpForwarder struct {
 	handshakes list.List // of *tcpFlow, oldest first
 	dials      list.List // of *tcpFlow, those that wait for the far side
 	checks     *checkList
+	failures   seldom.Failures
 	wg         sync.WaitGroup // of the DNS handler's connections
 	closed     bool
 
@@ -201,7 +208,7 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	if !j.mayBegin() {
 		t.refused.Add(1)
 		t.drops.refused("policy", pkt)
-		t.gate.refuse(j)
+		t.gate.refuse(j, j.verdict.Action() == policy.Reject)
 		return j.verdict.Action() != policy.Reject
 	}
 	fl := &tcpFlow{t: t, number: t.numbers.Add(1), id: id, fd: -1, local: j.local, irs: h.SequenceNumber()}
@@ -216,15 +223,15 @@ func (t *tcpForwarder) handleTCP(id stack.TransportEndpointID, pkt *stack.Packet
 	fl.lastSYN = fl.firstSYN
 	fl.syn = pkt.IncRef()
 	if err := t.gate.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(unix.IPPROTO_TCP, src, dst), memory: &fl.mem.shares, pending: fl.pending}); err != nil {
-		t.limited.Add(1)
+		t.gate.noteLimit(t.limited, j, err)
 		t.drops.refused(err.Error(), pkt)
-		fl.abort(err.Error())
+		fl.abort(nat.ReasonStopped) // it was never in the table, which gives it no record
 		return true
 	}
 	fl.lease.SetState(nat.SynSent)
 	fl.lease.Account(nat.Original, 1, int64(pkt.Size()))
 	if !t.index(fl) {
-		fl.abort("stopped")
+		fl.abort(nat.ReasonStopped)
 		return true
 	}
 	if fl.local {
@@ -308,7 +315,7 @@ func (fl *tcpFlow) dialResult() error {
 	if errno := errnoOf(err); errno == unix.ECONNRESET || errno == unix.EPIPE {
 		// The far side accepted, and has reset since: a SYN that is refused is ECONNREFUSED
 		// (tcp_reset in net/ipv4/tcp_input.c). What it said before is there to be read.
-		fl.broken.Store(true)
+		fl.broken.Store(uint32(errno))
 		return nil
 	}
 	return err
@@ -341,12 +348,13 @@ func (fl *tcpFlow) answer() {
 func (fl *tcpFlow) dialFailed(err error) {
 	t := fl.t
 	reason := fl.dialReason(err)
+	t.tellFailed(fl.verdict().Contact(), err)
 	switch reason {
-	case "refused":
+	case nat.ReasonRefused:
 		fl.mu.Lock()
 		fl.resetOnComplete = true
 		fl.mu.Unlock()
-	case "unreachable":
+	case nat.ReasonUnreachable:
 		fl.mu.Lock()
 		syn := originalPacket(fl.syn)
 		var e extendedErr
@@ -360,23 +368,46 @@ func (fl *tcpFlow) dialFailed(err error) {
 	fl.abort(reason)
 }
 
+// tellFailed tells the log of dials that keep failing, and of what came of the last one. It is
+// no warning: the sandbox is told of each, and can have them fail at will.
+func (t *tcpForwarder) tellFailed(to netip.AddrPort, err error) {
+	if n, tell := t.failures.Note(repeatedly, t.gate.now()); tell {
+		t.log.Info(fmt.Sprintf("connections fail, %d within a minute, the last one to %v: %v (`sluice flows --ended` lists them)", n, to, err))
+	}
+}
+
 // dialReason counts a failed dial, and is why the flow ends.
-func (fl *tcpFlow) dialReason(err error) string {
+func (fl *tcpFlow) dialReason(err error) nat.Reason {
 	t := fl.t
 	switch errnoOf(err) {
 	case unix.ECONNREFUSED, unix.ECONNRESET:
 		t.dialRefused.Add(1)
-		return "refused"
+		return nat.ReasonRefused
 	case unix.ETIMEDOUT:
 		t.dialTimeout.Add(1)
-		return "timeout"
-	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EAGAIN:
-		// A shortage of ours, which may pass: the sandbox's next SYN tries again.
+		return nat.ReasonTimeout
+	}
+	if reason := shortage(errnoOf(err)); reason != "" {
+		// It may pass: the sandbox's next SYN tries again.
 		t.dialDescriptors.Add(1)
-		return "out_of_descriptors"
+		return reason
 	}
 	t.dialUnreachable.Add(1)
-	return "unreachable"
+	return nat.ReasonUnreachable
+}
+
+// shortage is what the host has too little of if it gives no socket, or no port, with this
+// error; empty for another error.
+func shortage(errno unix.Errno) nat.Reason {
+	switch errno {
+	case unix.EMFILE, unix.ENFILE:
+		return nat.ReasonOutOfDescriptors
+	case unix.EADDRNOTAVAIL, unix.EAGAIN: // connect(2): no port of ip_local_port_range is left
+		return nat.ReasonOutOfPorts
+	case unix.ENOBUFS, unix.ENOMEM:
+		return nat.ReasonOutOfMemory
+	}
+	return ""
 }
 
 // accepted receives an endpoint whose handshake the sandbox has completed.
@@ -431,10 +462,10 @@ func (t *tcpForwarder) serveLocal(fl *tcpFlow, c *gonet.TCPConn) {
 	fl.phase = phaseOpen
 	fl.cancel = cancel
 	fl.mu.Unlock()
-	t.resolver.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease, overhead: tcpOverhead(fl.id.RemoteAddress.Len() == 4)})
+	t.resolver.ServeStream(ctx, &accountedConn{TCPConn: c, lease: fl.lease, overhead: tcpOverhead(fl.id.RemoteAddress.Len() == 4)}, fl.answered)
 	stop()
 	c.Close()
-	fl.abort("closed")
+	fl.abort(nat.ReasonClosed)
 }
 
 // all returns the flows of the moment.
@@ -479,7 +510,7 @@ func (t *tcpForwarder) close() {
 	t.closed = true
 	t.mu.Unlock()
 	for _, fl := range t.all() {
-		fl.abort("stopped")
+		fl.abort(nat.ReasonStopped)
 	}
 	t.wg.Wait()
 	t.acceptor.close()

@@ -78,7 +78,7 @@ type tcpFlow struct {
 	early      atomic.Bool   // the far side spoke before the flow was live
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	live       atomic.Bool   // both sides are connected: the pumps may run
-	broken     atomic.Bool   // the far side has reset: the host's kernel takes nothing more (brokenUp)
+	broken     atomic.Uint32 // the error by which the host's kernel takes nothing more (brokenUp)
 	tail       atomic.Bool   // the sandbox has yet to take what is left (awaitTail)
 
 	halfOpen, dialing *list.Element // guarded by t.mu
@@ -94,6 +94,7 @@ type tcpFlow struct {
 	syn             *stack.PacketBuffer // while dialing
 	cancel          context.CancelFunc
 	resetOnComplete bool
+	lost            nat.Reason // set with phaseResetting
 }
 
 // pump is one direction's state. Whoever moves bytes holds mu.
@@ -135,7 +136,7 @@ func (fl *tcpFlow) start(ep tcpip.Endpoint) {
 	err := fl.openLocked()
 	fl.mu.Unlock()
 	if err != nil {
-		fl.abort("out_of_descriptors")
+		fl.abort(nat.ReasonOutOfDescriptors)
 		return
 	}
 	if !registered {
@@ -196,7 +197,7 @@ func (fl *tcpFlow) pollReady(events uint32) {
 		}
 	case phaseVerifying:
 		if events&unix.EPOLLHUP != 0 {
-			fl.abort("reset_by_peer")
+			fl.abort(fl.lostUnread())
 		}
 	case phaseOpen:
 		if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -238,7 +239,7 @@ func (fl *tcpFlow) settle() {
 	case ph == phaseOpen && fl.up.done.Load() && over(ep):
 		// Nobody reads from it any more who would find out. The far side did not end its
 		// stream, so the sandbox has reset the connection, or is gone.
-		fl.abort("reset_by_sandbox")
+		fl.abort(lostSandbox(ep))
 	case ph == phaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
 		// pumps find out, pass on what is left, and abort.
@@ -249,7 +250,7 @@ func (fl *tcpFlow) settle() {
 	default:
 		// Verification: only the sandbox's reset is of interest.
 		if endpointState(ep) == tcp.StateError || ph == phaseVerifying && over(ep) {
-			fl.abort("reset_by_sandbox")
+			fl.abort(lostSandbox(ep))
 		}
 	}
 }
@@ -267,7 +268,7 @@ func (fl *tcpFlow) connected(ep tcpip.Endpoint) {
 }
 
 // end releases what the flow still holds: its tuple and its lease.
-func (fl *tcpFlow) end(reason string) {
+func (fl *tcpFlow) end(reason nat.Reason) {
 	fl.mu.Lock()
 	if fl.phase == phaseClosed {
 		fl.mu.Unlock()
@@ -279,26 +280,26 @@ func (fl *tcpFlow) end(reason string) {
 	if ep != nil {
 		fl.wq.EventUnregister(&fl.entry)
 	}
-	if fl.check != nil && fl.check.refused {
-		reason = reasonRefused
+	if fl.check != nil && fl.check.refused != "" {
+		reason = fl.check.refused
 	}
 	fl.release(reason)
 	fl.t.forget(fl)
 }
 
 // expire is called by the flow table when it ends the flow.
-func (fl *tcpFlow) expire(reason string) { fl.abort(reason) }
+func (fl *tcpFlow) expire(reason nat.Reason) { fl.abort(reason) }
 
 // abort ends the flow at once, with a reset to each side that is connected. It
 // may be called from any goroutine that holds no lock, and more than once.
-func (fl *tcpFlow) abort(reason string) {
+func (fl *tcpFlow) abort(reason nat.Reason) {
 	fl.mu.Lock()
 	fl.abortLocked(reason)
 }
 
 // abortDial is abort for those who look at the dial only, which may succeed at
 // the same moment: it tells whether it came in time.
-func (fl *tcpFlow) abortDial(reason string) bool {
+func (fl *tcpFlow) abortDial(reason nat.Reason) bool {
 	fl.mu.Lock()
 	if fl.phase != phaseDialing {
 		fl.mu.Unlock()
@@ -309,7 +310,7 @@ func (fl *tcpFlow) abortDial(reason string) bool {
 }
 
 // abortLocked is called with mu held, and releases it.
-func (fl *tcpFlow) abortLocked(reason string) {
+func (fl *tcpFlow) abortLocked(reason nat.Reason) {
 	ph, ep, syn, cancel := fl.phase, fl.ep, fl.syn, fl.cancel
 	if ph == phaseClosed {
 		fl.mu.Unlock()
@@ -317,9 +318,9 @@ func (fl *tcpFlow) abortLocked(reason string) {
 	}
 	fl.phase = phaseClosed
 	if fl.revoked.Load() {
-		reason = reasonPolicy // whatever it was that halting has caused
+		reason = nat.ReasonPolicy // whatever it was that halting has caused
 	}
-	reset := fl.resetOnComplete && reason != reasonPolicy
+	reset := fl.resetOnComplete && reason != nat.ReasonPolicy
 	fl.syn = nil
 	fl.mu.Unlock()
 

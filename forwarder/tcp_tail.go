@@ -25,16 +25,14 @@ import (
 	"sluice/nat"
 )
 
-const reasonResetByPeer = "reset_by_peer"
-
 // fail ends the flow for a reason that a pump found.
-func (fl *tcpFlow) fail(reason string) {
+func (fl *tcpFlow) fail(reason nat.Reason) {
 	fl.mu.Lock()
-	if reason != reasonResetByPeer || fl.phase != phaseOpen || fl.revoked.Load() || sendQueued(fl.ep.(*tcp.Endpoint)) == 0 {
+	if reason != nat.ReasonResetByPeer && reason != nat.ReasonPeerTimeout || fl.phase != phaseOpen || fl.revoked.Load() || sendQueued(fl.ep.(*tcp.Endpoint)) == 0 {
 		fl.abortLocked(reason)
 		return
 	}
-	fl.phase = phaseResetting
+	fl.phase, fl.lost = phaseResetting, reason
 	fl.mu.Unlock()
 	fl.closeHost(true)
 	fl.lease.SetState(nat.Close)
@@ -43,35 +41,71 @@ func (fl *tcpFlow) fail(reason string) {
 
 // brokenUp notes that the host's kernel takes nothing more. What it has received is there to
 // be read all the same, and the reset that it stands for is passed on behind it.
-func (fl *tcpFlow) brokenUp() (abort string) {
-	fl.broken.Store(true)
+func (fl *tcpFlow) brokenUp(errno unix.Errno) (abort nat.Reason) {
+	fl.broken.Store(uint32(errno))
 	fl.hostEvents.Or(unix.EPOLLERR)
 	fl.up.done.Store(true)
 	if fl.down.done.Load() {
-		return reasonResetByPeer
+		return fl.lostPeer(errno)
 	}
 	fl.t.engine.put(&fl.downTask)
 	return ""
+}
+
+// lostPeer is why the host's kernel has no connection to the far side any more: the error
+// given, else the one that writing met, else the socket's. mu or a pump's lock is held.
+func (fl *tcpFlow) lostPeer(errno unix.Errno) nat.Reason {
+	if errno == 0 {
+		errno = unix.Errno(fl.broken.Load())
+	}
+	if errno == 0 {
+		n, _ := unix.GetsockoptInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		errno = unix.Errno(n)
+	}
+	return lostBy(errno, nat.ReasonResetByPeer, nat.ReasonPeerTimeout)
+}
+
+// lostBy tells a reset from silence. Of a far side that acknowledges nothing, the kernel tells
+// what the network said of it last (sk_err_soft, tcp_write_err in net/ipv4/tcp_timer.c).
+func lostBy(errno unix.Errno, reset, timeout nat.Reason) nat.Reason {
+	switch errno {
+	case unix.ETIMEDOUT, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENETDOWN:
+		return timeout
+	}
+	return reset
+}
+
+// lostSandbox is why the stack has no connection to the sandbox any more.
+func lostSandbox(ep tcpip.Endpoint) nat.Reason {
+	if _, silent := ep.LastError().(*tcpip.ErrTimeout); silent {
+		return nat.ReasonSandboxTimeout
+	}
+	return nat.ReasonResetBySandbox
 }
 
 // settleTail looks at what is left of a flow that is closing or resetting.
 func (fl *tcpFlow) settleTail(ep *tcp.Endpoint, ph phase) {
 	switch state := endpointState(ep); {
 	case ph == phaseResetting && (!connected(state) || fl.awaitTail(ep)):
-		fl.abort(reasonResetByPeer)
+		fl.mu.Lock()
+		fl.abortLocked(fl.lost)
 	case ph == phaseResetting:
 	case state == tcp.StateTimeWait:
 		if !fl.ingress {
 			fl.unregister(ep)
 		}
 		fl.lease.SetState(nat.TimeWait)
-		fl.end("closed")
+		fl.end(nat.ReasonClosed)
 	case state == tcp.StateClose:
 		fl.lease.SetState(nat.TimeWait)
-		fl.end("closed")
+		fl.end(nat.ReasonClosed)
 	case state == tcp.StateError:
 		fl.lease.SetState(nat.Close)
-		fl.end("reset")
+		reason := nat.ReasonReset
+		if lostSandbox(ep) == nat.ReasonSandboxTimeout {
+			reason = nat.ReasonSandboxTimeout
+		}
+		fl.end(reason)
 	case fl.lease.State() != nat.LastAck && fl.awaitTail(ep):
 		fl.lease.SetState(nat.LastAck)
 	}

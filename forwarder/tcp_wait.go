@@ -5,11 +5,17 @@ package forwarder
 // them while there are any.
 
 import (
+	"errors"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice/nat"
 )
+
+// errNoAnswer is what became of a dial that the sandbox has stopped asking for.
+var errNoAnswer = errors.New("no answer until the sandbox gave up")
 
 // enterDial has the timer look at fl until leaveDialLocked. It is called while
 // nobody else can end the dial or learn of its success.
@@ -46,8 +52,9 @@ func (t *tcpForwarder) expireDials(now time.Time) (pending bool) {
 	pending = t.dials.Len() > len(over)
 	t.mu.Unlock()
 	for _, fl := range over {
-		if fl.abortDial("given_up") {
+		if fl.abortDial(nat.ReasonGivenUp) {
 			t.cancelled.Add(1)
+			t.tellFailed(fl.verdict().Contact(), errNoAnswer)
 		}
 	}
 	return pending
@@ -58,7 +65,7 @@ func (t *tcpForwarder) cancelDial(id stack.TransportEndpointID) {
 	t.mu.Lock()
 	fl := t.flows[id]
 	t.mu.Unlock()
-	if fl != nil && fl.abortDial("cancelled") {
+	if fl != nil && fl.abortDial(nat.ReasonCancelled) {
 		t.cancelled.Add(1)
 	}
 }
@@ -77,7 +84,7 @@ func (t *tcpForwarder) enterHandshake(fl *tcpFlow) {
 	t.timer.raise()
 	if evict != nil {
 		t.handshakeEvicted.Add(1)
-		evict.abort("handshake_failed")
+		evict.abort(nat.ReasonHandshakeEvicted)
 	}
 }
 
@@ -113,12 +120,12 @@ func (t *tcpForwarder) expireHandshakes(now time.Time) (pending bool) {
 	t.mu.Unlock()
 	for _, fl := range over {
 		t.handshakeExpired.Add(1)
-		fl.abort("handshake_failed")
+		fl.abort(nat.ReasonHandshakeFailed)
 	}
 	for _, fl := range rest {
 		proto := netProto(netipAddr(fl.id.RemoteAddress))
 		if t.stack.FindTransportEndpoint(proto, header.TCPProtocolNumber, fl.id, nicID) == nil && fl.inHandshake() {
-			fl.abort("handshake_failed")
+			fl.abort(nat.ReasonHandshakeFailed)
 		}
 	}
 	return pending

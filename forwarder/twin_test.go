@@ -21,6 +21,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/forwarder/sniff"
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -214,7 +215,7 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 			more()
 			continue
 		}
-		q.Seen = firstSeen(said, look.n, err)
+		q.Seen = firstSeen(said, look.n, err == nil && need > 0, err)
 		break
 	}
 	v := j.f.gate.judge(j.f.gate.rules.Load(), q)
@@ -230,7 +231,7 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	for {
 		var g gather
 		_, _ = ep.Read(&g, tcpip.ReadOptions{Peek: true})
-		n, drop, abort := g.bytes, 0, ""
+		n, drop, abort := g.bytes, 0, nat.Reason("")
 		if gate != nil && g.bytes > 0 {
 			n, drop, abort = gate.admit(&g)
 		}

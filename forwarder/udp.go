@@ -138,9 +138,10 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 	if fl.quic != nil {
 		fl.quic.attach(fl)
 	}
-	if u.gate.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short.Load()}) != nil {
+	if err := u.gate.enter(&fl.pass, fl, j, entry{orig: tuple, short: fl.short.Load()}); err != nil {
 		fl.rest()
 		u.n.flow.drop(pkt)
+		u.gate.noteLimit(nil, j, err)
 		return nil
 	}
 	err := u.install(fl, func() (*hostSocket, error) {
@@ -151,7 +152,7 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a arri
 		return u.startSocket(fd, protoUDP)
 	})
 	if err != nil {
-		fl.end("no-socket")
+		fl.end(noSocketReason(err))
 		fl.rest() // the table may have ended it before
 		u.noSocket(err, pkt)
 		return nil
@@ -190,7 +191,7 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 		return nil
 	}
 	if err := u.install(fl, func() (*hostSocket, error) { return nil, errFlowEnded }); err != nil {
-		fl.end("no-socket")
+		fl.end(nat.ReasonNoSocket)
 		return nil
 	}
 	return fl
@@ -198,7 +199,8 @@ func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *dgramFlow 
 
 // enterLocal makes fl a flow that ends here.
 func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
-	if d.gate.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short.Load()}) != nil {
+	if err := d.gate.enter(&fl.pass, fl, j, entry{orig: fl.tuple, short: fl.short.Load()}); err != nil {
+		d.gate.noteLimit(nil, j, err)
 		return false
 	}
 	d.mu.Lock()
@@ -208,7 +210,7 @@ func (d *dgramTable) enterLocal(fl *dgramFlow, j judged) bool {
 	}
 	d.mu.Unlock()
 	if !ok {
-		fl.release("stopped")
+		fl.release(nat.ReasonStopped)
 	}
 	return ok
 }
@@ -244,15 +246,19 @@ func (u *udpForwarder) ask(fl *dgramFlow, a arrival, pkt *stack.PacketBuffer) {
 		v.Release()
 	}
 	var answered atomic.Bool
-	u.resolver.ServePacket(u.ctx, query, fl.guest, func(answer []byte) {
+	u.resolver.ServePacket(u.ctx, query, fl.guest, func(answer []byte, became policy.Outcome) {
 		if answered.Swap(true) || fl.revoked.Load() {
+			return
+		}
+		fl.answered(became)
+		if answer == nil {
 			return
 		}
 		size := ipHeaderLen(fl.guest.Addr()) + udpHeaderLen + len(answer)
 		fl.lease.Account(nat.Reply, 1, int64(size))
 		u.emit.udp(fl.peer, fl.guest, ipMeta{ttl: defaultTTL}, answer, false)
 		if fl.queries.Add(-1) <= 0 {
-			fl.end("answered")
+			fl.end(nat.ReasonAnswered)
 		}
 	})
 }

@@ -87,7 +87,7 @@ func (d *datagrams) unpublish(l Listener) {
 	}
 	s.mu.Unlock()
 	for _, fl := range flows {
-		fl.end("unpublished")
+		fl.end(nat.ReasonUnpublished)
 	}
 	s.close()
 }
@@ -98,14 +98,14 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	j := u.gate.decide(policy.Query{Ingress: true, Proto: protoUDP, Src: from, Dst: p.guest})
 	if !j.mayBegin() {
 		u.ingress.refused.Add(1)
-		u.gate.refuse(j)
+		u.gate.refuse(j, false)
 		return nil
 	}
 	u.openMu.Lock()
 	defer u.openMu.Unlock()
 	source, ok := p.source(from)
 	if !ok {
-		u.ingress.noSource.Add(1)
+		u.gate.noteLimit(u.ingress.noSource, j, nat.ErrNoPort)
 		return nil
 	}
 	fl := &dgramFlow{
@@ -116,8 +116,8 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	if local.IsValid() {
 		host = netip.AddrPortFrom(local, p.host.Port())
 	}
-	if u.gate.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(protoUDP, from, host)}) != nil {
-		u.ingress.limited.Add(1)
+	if err := u.gate.enter(&fl.pass, fl, j, entry{orig: nat.NewTuple(protoUDP, from, host)}); err != nil {
+		u.gate.noteLimit(u.ingress.limited, j, err)
 		return nil
 	}
 	fl.lease.SetReply(fl.tuple)
@@ -128,7 +128,7 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *dgramFlow 
 	}
 	u.mu.Unlock()
 	if !ok {
-		fl.end("unpublished")
+		fl.end(nat.ReasonUnpublished)
 		return nil
 	}
 	return fl
@@ -146,7 +146,7 @@ func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
 		if s == from && old != nil && !old.ingress {
 			// The sandbox had addressed this client from the published port. From now on
 			// its datagrams must leave by the listener, or the client would not know them.
-			old.end("replaced")
+			old.end(nat.ReasonReplaced)
 			old = nil
 		}
 		if old == nil {

@@ -316,7 +316,7 @@ func (s *hostSocket) deliver(from netip.AddrPort, data []byte, c *control) {
 	if !isAnswer(data) {
 		fl.outlasts()
 	} else if fl.queries.Add(-int32(packets)) <= 0 {
-		fl.end("answered")
+		fl.end(nat.ReasonAnswered)
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice/nat"
+
+	"sluice/policy"
 )
 
 const allowNone = `
@@ -349,15 +351,15 @@ func TestUDPFullTableRefusesTheNewAndKeepsTheOld(t *testing.T) {
 // resolver answers every query with its bytes reversed, twice, which must be once.
 type resolver struct{}
 
-func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply func([]byte)) {
+func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply func([]byte, policy.Outcome)) {
 	a := bytes.Clone(q)
 	for i, b := range q {
 		a[len(q)-1-i] = b
 	}
-	reply(a)
-	reply(a)
+	reply(a, policy.OutcomeAnswered)
+	reply(a, policy.OutcomeAnswered)
 }
-func (resolver) ServeStream(context.Context, net.Conn) {}
+func (resolver) ServeStream(context.Context, net.Conn, func(policy.Outcome)) {}
 
 // later answers from a goroutine of its own, as a resolver that had to ask does.
 type later struct{ resolver }
@@ -365,7 +367,7 @@ type later struct{ resolver }
 func (resolver) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
 func (later) AnswerPacket([]byte, netip.AddrPort) []byte    { return nil }
 
-func (later) ServePacket(ctx context.Context, q []byte, from netip.AddrPort, reply func([]byte)) {
+func (later) ServePacket(ctx context.Context, q []byte, from netip.AddrPort, reply func([]byte, policy.Outcome)) {
 	go resolver{}.ServePacket(ctx, q, from, reply)
 }
 

@@ -13,11 +13,11 @@ import (
 	"fmt"
 	"sync"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/forwarder/sniff"
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -26,7 +26,7 @@ type gate interface {
 	// admit tells how many of the gathered bytes may pass now, or how many are to be
 	// thrown away instead. It may be asked again about bytes that it let through and
 	// that did not pass. up.mu is held.
-	admit(g *gather) (pass, drop int, abort string)
+	admit(g *gather) (pass, drop int, abort nat.Reason)
 	// passed notes that the first n of the gathered bytes were passed on. up.mu is held.
 	passed(g *gather, n int)
 	// room is how much of what the far side sends may pass now, and answered takes it in.
@@ -53,7 +53,7 @@ type requestGate struct {
 	seen    policy.Seen // of the last request
 }
 
-func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
+func (r *requestGate) admit(g *gather) (n, drop int, abort nat.Reason) {
 	switch {
 	case r.shut:
 		return 0, 0, ""
@@ -71,7 +71,7 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 		n, err := scan(&body, g, g.bytes)
 		if err != nil {
 			r.fl.t.firstMalformed.Add(1)
-			return 0, 0, "malformed_request"
+			return 0, 0, nat.ReasonMalformedRequest
 		}
 		return n, 0, ""
 	}
@@ -83,7 +83,7 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 		r.tunnel = true
 		return g.bytes, 0, ""
 	case lost:
-		r.tell("") // it would wait for an answer that cannot be told from the one before
+		r.tell("", nat.ReasonUnreadableAnswer) // it would wait for an answer that cannot be told from the one before
 		return 0, 0, ""
 	case !idle:
 		return 0, 0, ""
@@ -93,22 +93,26 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort string) {
 }
 
 // judge looks at the next request.
-func (r *requestGate) judge(g *gather) (n int, abort string) {
+func (r *requestGate) judge(g *gather) (n int, abort nat.Reason) {
 	fl := r.fl
 	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
-		return 0, "reset_by_sandbox"
+		return 0, lostSandbox(fl.ep)
 	}
 	req, head, err := sniff.ParseHead(buf[:look.n])
 	switch {
 	case err != nil:
 		fl.t.firstMalformed.Add(1)
-		r.tell(badRequest(err))
+		why := nat.ReasonMalformedRequest
+		if flawOf(err) == policy.ReasonTooLong {
+			why = nat.ReasonRequestTooLong
+		}
+		r.tell(badRequest(err), why)
 		return 0, ""
 	case head == 0 && endpointState(fl.ep) != tcp.StateEstablished:
-		return 0, "malformed_request" // its end came before the head's
+		return 0, nat.ReasonIncompleteRequest // its end came before the head's
 	case head == 0:
 		return 0, ""
 	}
@@ -118,8 +122,8 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	v := fl.t.gate.judge(rules, q)
 	if !v.Allowed() || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
-		fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
-		r.tell(forbidden(v, fl.t.gate.rules.Load().Name()))
+		fl.noteRequest(v, q.Seen, q.Src, q.Dst, beside(v, false))
+		r.tell(forbidden(v, fl.t.gate.rules.Load().Name()), nat.ReasonRefusedByPolicy)
 		return 0, ""
 	}
 	r.head, r.body, r.waits = head, req.Body, req.Continue && !req.Body.Done()
@@ -130,18 +134,29 @@ func (r *requestGate) judge(g *gather) (n int, abort string) {
 	return min(head, g.bytes), fl.stillInForce(rules, q)
 }
 
+// beside is why a request of which v is the verdict is refused, if v is not why.
+func beside(v policy.Verdict, upgrade bool) policy.Reason {
+	switch {
+	case !v.Allowed():
+		return ""
+	case upgrade:
+		return policy.ReasonUpgrade
+	}
+	return policy.ReasonAnotherTarget
+}
+
 // tell ends the connection by an answer of ours, or, if that is empty, by its end alone.
-func (r *requestGate) tell(answer string) {
+func (r *requestGate) tell(answer string, why nat.Reason) {
 	r.shut = true
-	r.fl.check.answer = answer
+	r.fl.check.answer, r.fl.check.why = answer, why
 	r.fl.t.engine.put(&r.fl.check.telling)
 }
 
 // stillInForce refuses a request by rules that came while it was judged, when nobody who
 // looks at the requests under way saw it.
-func (fl *tcpFlow) stillInForce(rules *policy.Rules, q policy.Query) (abort string) {
+func (fl *tcpFlow) stillInForce(rules *policy.Rules, q policy.Query) (abort nat.Reason) {
 	if now := fl.t.gate.rules.Load(); now != rules && !fl.t.gate.judge(now, q).Allowed() {
-		return "policy"
+		return nat.ReasonPolicy
 	}
 	return ""
 }

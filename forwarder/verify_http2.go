@@ -20,11 +20,11 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/forwarder/sniff"
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -73,10 +73,10 @@ func newStreamGate(fl *tcpFlow, greeted, judging bool) *streamGate {
 	return s
 }
 
-func (s *streamGate) admit(g *gather) (pass, drop int, abort string) {
+func (s *streamGate) admit(g *gather) (pass, drop int, abort nat.Reason) {
 	if s.refused.Load() != nil {
 		if s.fl.check.over.Load() {
-			return 0, 0, reasonRefused
+			return 0, 0, nat.ReasonRefusedByPolicy
 		}
 		return 0, 0, ""
 	}
@@ -114,7 +114,7 @@ func (s *streamGate) admit(g *gather) (pass, drop int, abort string) {
 		at.skip(fr.Size)
 	}
 	if s.ahead == 0 && endpointState(s.fl.ep) != tcp.StateEstablished {
-		return s.malformed() // its end came before the frame's
+		return 0, 0, nat.ReasonIncompleteRequest // its end came before the frame's
 	}
 	return min(s.ahead, g.bytes), 0, ""
 }
@@ -125,9 +125,9 @@ func (s *streamGate) passed(_ *gather, n int) {
 	}
 }
 
-func (s *streamGate) malformed() (int, int, string) {
+func (s *streamGate) malformed() (int, int, nat.Reason) {
 	s.fl.t.firstMalformed.Add(1)
-	return 0, 0, "malformed_request"
+	return 0, 0, nat.ReasonMalformedRequest
 }
 
 // goesOn follows the request that a frame is about.
@@ -158,24 +158,24 @@ func (s *streamGate) goesOn(fr sniff.Frame) bool {
 
 // fieldsAt looks at the header block that begins what is queued, in a frame of so many
 // bytes and those that follow it.
-func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort string) {
+func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort nat.Reason) {
 	fl := s.fl
 	buf := firstBytes.Get().(*firstRoom)
 	defer firstBytes.Put(buf)
 	for want <= len(buf) {
 		queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
 		if terr != nil {
-			return 0, 0, "reset_by_sandbox"
+			return 0, 0, lostSandbox(fl.ep)
 		}
 		if queued < want {
 			if endpointState(fl.ep) != tcp.StateEstablished {
-				return s.malformed()
+				return 0, 0, nat.ReasonIncompleteRequest
 			}
 			return 0, 0, ""
 		}
 		look := peekInto{to: buf[:want]}
 		if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
-			return 0, 0, "reset_by_sandbox"
+			return 0, 0, lostSandbox(fl.ep)
 		}
 		req, need, err := s.frames.Fields(buf[:look.n])
 		switch {
@@ -195,7 +195,7 @@ func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort string
 }
 
 // judge decides about a request, or notes that one ends.
-func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
+func (s *streamGate) judge(req *sniff.StreamRequest) (abort nat.Reason) {
 	fl := s.fl
 	if req.Trailers {
 		if !s.goesOn(sniff.Frame{Stream: req.Stream, End: true}) {
@@ -213,9 +213,9 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
 	v := fl.t.gate.judge(rules, q)
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
-		fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen})
+		fl.noteRequest(v, q.Seen, q.Src, q.Dst, beside(v, req.Upgrade))
 		if fl.down.done.Load() {
-			return reasonRefused // an answer would come behind the server's end
+			return nat.ReasonRefusedByPolicy // an answer would come behind the server's end
 		}
 		s.refused.Store(&refusedStream{verdict: v, id: req.Stream, grpc: req.GRPC, head: req.Method == "HEAD"})
 		fl.check.over.Store(false)
@@ -227,7 +227,7 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.bytes += o.cost(); s.bytes > maxStreamBytes {
-		return "too_many_requests"
+		return nat.ReasonTooManyRequests
 	}
 	s.open[req.Stream] = o
 	return fl.stillInForce(rules, q)
@@ -264,7 +264,7 @@ func (s *streamGate) room() int {
 	if n == 0 && !s.told {
 		s.told = true
 		fl := s.fl
-		fl.check.answer = r.answer(fl.t.gate.rules.Load().Name(), s.ends.Begun() || fl.check.greeted)
+		fl.check.answer, fl.check.why = r.answer(fl.t.gate.rules.Load().Name(), s.ends.Begun() || fl.check.greeted), nat.ReasonRefusedByPolicy
 		fl.t.engine.put(&fl.check.telling)
 	}
 	return n

@@ -405,7 +405,7 @@ func (qt *quicTuple) ask(seen policy.Seen) judged {
 // unread is what becomes of QUIC that could not be read.
 func (qt *quicTuple) unread() judged {
 	qt.gate.malformed.Add(1)
-	return qt.ask(policy.Seen{Kind: policy.SeenQUIC})
+	return qt.ask(policy.Seen{Kind: policy.SeenQUIC, Flaw: policy.ReasonMalformed})
 }
 
 // recheck asks again about everything that the tuple's connections said, if the rules are

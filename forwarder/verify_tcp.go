@@ -18,7 +18,9 @@ package forwarder
 // find them there. The flow counts as half-open until then.
 
 import (
+	"errors"
 	"io"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,10 +45,13 @@ type check struct {
 
 	greeted bool // an HTTP/2 client was sent SETTINGS; likewise
 
-	telling task   // the refusal
-	answer  string // the client's, empty for one that asked for nothing; written before telling is queued
+	telling task // the refusal
+	// Written before telling is queued: what the client is answered, empty for one that asked
+	// for nothing, and why the flow ends, empty if by the client's will.
+	answer string
+	why    nat.Reason
 
-	refused bool // 403 was sent; guarded by the flow's mu
+	refused nat.Reason // why, once told; guarded by the flow's mu
 }
 
 // firstBytes is room for a look at a stream.
@@ -72,15 +77,22 @@ func (fl *tcpFlow) verify(ep tcpip.Endpoint) {
 	fl.mu.Unlock()
 	switch {
 	case err != nil:
-		fl.abort("out_of_descriptors")
+		fl.abort(nat.ReasonOutOfDescriptors)
 		return
 	case fl.hostEvents.Load()&unix.EPOLLHUP != 0: // before there was a phase that looks at it
-		fl.abort("reset_by_peer")
+		fl.abort(fl.lostUnread())
 		return
 	}
 	fl.t.checks.enter(&fl.check.entry, fl, checkTimeout)
 	fl.wq.EventRegister(&fl.entry)
 	fl.t.engine.put(&fl.upTask)
+}
+
+// lostUnread is why the far side of a flow that waits has gone.
+func (fl *tcpFlow) lostUnread() nat.Reason {
+	fl.mu.Lock()
+	defer fl.mu.Unlock()
+	return fl.lostPeer(0)
 }
 
 // checkExpired has the flow decided with what there is.
@@ -92,7 +104,7 @@ func (fl *tcpFlow) checkExpired(evicted bool) {
 
 // beforeOpen is the up pump of a flow that is not open: it looks at the first bytes, or
 // throws away what comes after a refusal.
-func (fl *tcpFlow) beforeOpen() (abort string) {
+func (fl *tcpFlow) beforeOpen() (abort nat.Reason) {
 	if fl.check == nil {
 		return ""
 	}
@@ -109,20 +121,24 @@ func (fl *tcpFlow) beforeOpen() (abort string) {
 }
 
 // readFirst decides once enough is queued, or nothing more is to be waited for.
-func (fl *tcpFlow) readFirst() (abort string) {
+func (fl *tcpFlow) readFirst() (abort nat.Reason) {
 	c := fl.check
-	over := c.over.Load()
-	if over && c.evicted.Load() {
-		return "first_bytes_evicted"
+	last := c.over.Load() // nothing more is waited for
+	if last && c.evicted.Load() {
+		return nat.ReasonFirstBytesEvicted
 	}
 	queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
 	if terr != nil {
-		return "reset_by_sandbox"
+		return lostSandbox(fl.ep)
 	}
-	if endpointState(fl.ep) != tcp.StateEstablished {
-		over = true // its end of stream came
+	switch {
+	case endpointState(fl.ep) == tcp.StateEstablished:
+	case over(fl.ep):
+		return lostSandbox(fl.ep)
+	default:
+		last = true // its end of stream came
 	}
-	if queued < c.need && !over {
+	if queued < c.need && !last {
 		fl.awaitFirst()
 		return ""
 	}
@@ -130,13 +146,18 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
-		if _, empty := terr.(*tcpip.ErrWouldBlock); !empty {
+		switch terr.(type) {
+		case *tcpip.ErrWouldBlock:
+		case *tcpip.ErrClosedForReceive:
 			fl.t.engine.put(&fl.check.telling) // nothing: it closed without having said anything
 			return ""
+		default:
+			return lostSandbox(fl.ep)
 		}
 	}
 	said, need, err := sniff.Stream(buf[:look.n])
-	if err == nil && need > 0 && !over {
+	cut := err == nil && need > 0
+	if cut && !last {
 		c.need = need
 		fl.awaitFirst()
 		if !c.greeted && sniff.Greeted(buf[:look.n]) {
@@ -148,7 +169,7 @@ func (fl *tcpFlow) readFirst() (abort string) {
 	if err != nil {
 		fl.t.firstMalformed.Add(1)
 	}
-	return fl.decide(firstSeen(said, look.n, err), &said, err)
+	return fl.decide(firstSeen(said, look.n, cut, err), &said, err)
 }
 
 // awaitFirst sees to it that there is room for the bytes that readFirst waits for.
@@ -159,19 +180,30 @@ func (fl *tcpFlow) awaitFirst() {
 }
 
 // firstSeen puts into policy's words what sniff.Stream made of the first n bytes, when no more
-// are waited for.
-func firstSeen(said sniff.Seen, n int, err error) policy.Seen {
+// are waited for. cut: it would have liked more.
+func firstSeen(said sniff.Seen, n int, cut bool, err error) policy.Seen {
 	seen := seenOf(said)
 	switch {
 	case n == 0:
 		seen = policy.Seen{Kind: policy.SeenServerFirst}
+	case cut:
+		seen.Flaw = policy.ReasonIncomplete
 	case err != nil:
 		// It may have said a name, and another one besides.
 		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
 			seen.Kind = policy.SeenOpaque
 		}
+		seen.Flaw = flawOf(err)
 	}
 	return seen
+}
+
+// flawOf is why the first bytes could not be read.
+func flawOf(err error) policy.Reason {
+	if errors.Is(err, sniff.ErrTooLong) {
+		return policy.ReasonTooLong
+	}
+	return policy.ReasonMalformed
 }
 
 // newGate judges what follows the first bytes of a flow that was let in by v; nil if nothing
@@ -189,25 +221,25 @@ func newGate(fl *tcpFlow, v policy.Verdict, seen policy.Seen, greeted bool) gate
 }
 
 // tell sends the sandbox something in the far side's place.
-func (fl *tcpFlow) tell(what string) (abort string) {
+func (fl *tcpFlow) tell(what string) (abort nat.Reason) {
 	if n, terr := fl.ep.Write(strings.NewReader(what), tcpip.WriteOptions{}); terr != nil || int(n) != len(what) {
-		return reasonRefused
+		return nat.ReasonRefusedByPolicy
 	}
 	return ""
 }
 
 // decide judges the flow with what it said, and opens or refuses it. unread is why it could
 // not be read.
-func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abort string) {
+func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abort nat.Reason) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
 	j, err := fl.hear(seen)
 	switch {
 	case err == errFlowEnded:
-		return reasonPolicy
+		return nat.ReasonPolicy
 	case err != nil:
 		t.limited.Add(1)
-		return err.Error()
+		return limitOf(err)
 	case !j.verdict.Allowed():
 		return fl.refuse(j.verdict, seen, said, unread)
 	}
@@ -220,7 +252,7 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abo
 	err = fl.openLocked()
 	fl.mu.Unlock()
 	if err != nil {
-		return "out_of_descriptors"
+		return nat.ReasonOutOfDescriptors
 	}
 	fl.lease.SetState(nat.Established)
 	t.engine.put(&fl.upTask)
@@ -230,12 +262,13 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abo
 
 // refuse ends the flow for policy's sake: with a reset, or, for a client that understands
 // it, with an answer that names the rule. It returns a reason to abort.
-func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, unread error) (abort string) {
+func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, unread error) (abort nat.Reason) {
 	t := fl.t
 	t.refusedFirst.Add(1)
 	orig := fl.lease.Orig()
-	t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: orig.Src(), Dst: orig.Dst(), Verdict: v, Seen: seen})
+	fl.noteRequest(v, seen, orig.Src(), orig.Dst(), "")
 	name := t.gate.rules.Load().Name()
+	fl.check.why = nat.ReasonRefusedByPolicy
 	switch {
 	case unread != nil && said.Kind == sniff.HTTP:
 		fl.check.answer = badRequest(unread)
@@ -245,14 +278,19 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, 
 		r := refusedStream{verdict: v, id: said.Stream, grpc: said.GRPC, head: said.Method == "HEAD"}
 		fl.check.answer = r.answer(name, fl.check.greeted)
 	default:
-		return reasonRefused
+		return nat.ReasonRefusedByPolicy
 	}
 	t.engine.put(&fl.check.telling)
 	return ""
 }
 
-// reasonRefused is why a flow ended that got no further than its first bytes.
-const reasonRefused = "refused_by_policy"
+// noteRequest records that a request, or the flow for its first bytes, was refused. The sandbox
+// is told, by an answer or a reset.
+func (fl *tcpFlow) noteRequest(v policy.Verdict, seen policy.Seen, src, dst netip.AddrPort, because policy.Reason) {
+	fl.t.gate.noteRefused(Refusal{
+		Proto: unix.IPPROTO_TCP, Src: src, Dst: dst, Verdict: v, Seen: seen, Reason: nat.ReasonPolicy, Because: because, Told: true,
+	})
+}
 
 // tellRefusal answers a request with its refusal, or a client that closed without a word with
 // the same. It is a task, as it must not hold the pumps' locks. What the sandbox still sends is
@@ -266,7 +304,7 @@ func (fl *tcpFlow) tellRefusal() {
 	}
 	fl.phase = phaseRefused
 	fl.live.Store(false)
-	fl.check.refused = fl.check.answer != ""
+	fl.check.refused = fl.check.why
 	fl.mu.Unlock()
 	fl.closeHost(false)
 	if abort := fl.tell(fl.check.answer); abort != "" {
@@ -280,9 +318,9 @@ func (fl *tcpFlow) tellRefusal() {
 }
 
 // drain throws away what comes after the refusal, until the sandbox closes.
-func (fl *tcpFlow) drain() (abort string) {
+func (fl *tcpFlow) drain() (abort nat.Reason) {
 	if fl.check.over.Load() {
-		return reasonRefused
+		return nat.ReasonRefusedByPolicy
 	}
 	for {
 		if _, terr := fl.ep.Read(io.Discard, tcpip.ReadOptions{}); terr != nil {

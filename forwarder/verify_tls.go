@@ -19,11 +19,11 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"sluice/forwarder/sniff"
+	"sluice/nat"
 	"sluice/policy"
 )
 
@@ -44,7 +44,7 @@ type helloGate struct {
 	answer sniff.HelloAnswer
 }
 
-func (h *helloGate) admit(g *gather) (pass, drop int, abort string) {
+func (h *helloGate) admit(g *gather) (pass, drop int, abort nat.Reason) {
 	if h.open {
 		return g.bytes, 0, ""
 	}
@@ -58,7 +58,7 @@ func (h *helloGate) admit(g *gather) (pass, drop int, abort string) {
 			return h.malformed()
 		case need > 0:
 			if h.ahead == 0 && endpointState(h.fl.ep) != tcp.StateEstablished {
-				return h.malformed() // its end came before the record's
+				return 0, 0, nat.ReasonIncompleteHello // its end came before the record's
 			}
 			return h.ahead, 0, ""
 		case h.ahead > 0 && (r.Handshake || h.settled.Load()):
@@ -86,13 +86,13 @@ func (h *helloGate) foreign() bool {
 	return h.answer.Foreign
 }
 
-func (h *helloGate) malformed() (int, int, string) {
+func (h *helloGate) malformed() (int, int, nat.Reason) {
 	h.fl.t.firstMalformed.Add(1)
-	return 0, 0, "malformed_hello"
+	return 0, 0, nat.ReasonMalformedHello
 }
 
 // further decides about a record of the handshake at the front of what is queued.
-func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
+func (h *helloGate) further(g *gather) (pass, drop int, abort nat.Reason) {
 	h.mu.Lock()
 	answer := h.answer
 	h.mu.Unlock()
@@ -105,7 +105,7 @@ func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
 	fl := h.fl
 	queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
 	if terr != nil {
-		return 0, 0, "reset_by_sandbox"
+		return 0, 0, lostSandbox(fl.ep)
 	}
 	ended := endpointState(fl.ep) != tcp.StateEstablished
 	if queued < h.need && !ended {
@@ -115,12 +115,14 @@ func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
 	defer firstBytes.Put(buf)
 	look := peekInto{to: buf[:]}
 	if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.n == 0 {
-		return 0, 0, "reset_by_sandbox"
+		return 0, 0, lostSandbox(fl.ep)
 	}
 	said, size, need, err := sniff.Hello(buf[:look.n])
 	switch {
-	case err != nil, need > 0 && ended:
+	case err != nil:
 		return h.malformed()
+	case need > 0 && ended:
+		return 0, 0, nat.ReasonIncompleteHello
 	case need > 0:
 		h.need = need
 		return 0, 0, ""
@@ -135,14 +137,14 @@ func (h *helloGate) further(g *gather) (pass, drop int, abort string) {
 
 // refuse ends the flow, whatever the rules say of the other name: the server was dialled for
 // the first one.
-func (h *helloGate) refuse(seen policy.Seen) (abort string) {
+func (h *helloGate) refuse(seen policy.Seen) (abort nat.Reason) {
 	fl := h.fl
 	fl.t.refusedHello.Add(1)
 	q := fl.question()
 	q.Seen, q.Held = seen, ""
 	v := fl.t.gate.judge(fl.t.gate.rules.Load(), q)
-	fl.t.gate.noteRefused(Refusal{Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: seen})
-	return reasonRefused
+	fl.noteRequest(v, seen, q.Src, q.Dst, policy.ReasonAnotherHello)
+	return nat.ReasonRefusedByPolicy
 }
 
 func (h *helloGate) passed(_ *gather, n int) { h.ahead = max(h.ahead-n, 0) }

@@ -169,13 +169,13 @@ func (qt *quicTuple) checkExpired(bool) {
 	if len(packets) == 0 || begun {
 		return // it was decided meanwhile
 	}
-	g.refused(qt.ask(policy.Seen{Kind: policy.SeenOpaque}))
+	g.refused(qt.ask(policy.Seen{Kind: policy.SeenOpaque, Flaw: policy.ReasonIncomplete}))
 }
 
 // refused logs a refusal, if policy is its reason.
 func (g *quicGate) refused(j judged) {
 	if !j.local && !j.verdict.Allowed() {
-		g.admission.refuse(j)
+		g.admission.refuse(j, false)
 	}
 }
 

@@ -1,9 +1,6 @@
 package nat
 
-import (
-	"errors"
-	"sync/atomic"
-)
+import "sync/atomic"
 
 // BudgetLimits bound flows together. Zero in a field means that it bounds nothing.
 type BudgetLimits struct {
@@ -22,16 +19,6 @@ type Budget struct {
 	flows, max int
 	rate       bucket
 }
-
-// Why a Budget refuses a flow. Each is counted in Stats.BudgetLimit.
-var (
-	ErrBudgetFlows = errors.New("too many flows by this rule")
-	ErrBudgetRate  = errors.New("too many new flows per second by this rule")
-	ErrBudgetBytes = errors.New("the rule's byte budget is used up")
-)
-
-// ReasonBudgetBytes is the reason of flows whose Budget's bytes are used up.
-const ReasonBudgetBytes = "rule's byte budget"
 
 // SetBudget changes the limits of b, the zero value at first. Flows that exist stay, but
 // for bytes: where they are used up flows end at the next Expire.

@@ -74,8 +74,8 @@ func TestABudgetThatIsUsedUpEndsItsFlowsOnly(t *testing.T) {
 	table := NewTable(Config{Now: clock.now})
 	b := new(Budget)
 	table.SetBudget(b, BudgetLimits{TotalBytes: 1000})
-	var reason string
-	in := acquire(t, table, Spec{Orig: numbered(protoUDP, 1), Budget: b, Expire: func(r string) { reason = r }})
+	var reason Reason
+	in := acquire(t, table, Spec{Orig: numbered(protoUDP, 1), Budget: b, Expire: func(r Reason) { reason = r }})
 	other := acquire(t, table, Spec{Orig: numbered(protoUDP, 2)})
 	other.Account(Original, 1, 5000)
 	in.Account(Original, 1, 600)

@@ -23,7 +23,7 @@ type Flow struct {
 	Rule    string
 	Names   []string
 	About   any    // of the owner's
-	Reason  string // why it ended; empty while it lives
+	Reason  Reason // why it ended; empty while it lives
 }
 
 // at turns the table's time into the world's.

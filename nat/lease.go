@@ -31,7 +31,7 @@ type Lease struct {
 
 	mu     sync.Mutex // taken before Table.mu
 	reply  Tuple
-	reason string // why it ended
+	reason Reason // why it ended
 	ended  int64
 
 	// Guarded by Table.mu.
@@ -225,16 +225,16 @@ func (l *Lease) ends(s State, seen, sent int64) int64 {
 
 // Release ends the flow: its budgets are repaid and DESTROY is told, once. Later
 // calls do nothing. Spec.Expire is not called.
-func (l *Lease) Release(reason string) { l.end(l.table.clock(), reason, false, nil) }
+func (l *Lease) Release(reason Reason) { l.end(l.table.clock(), reason, false, nil) }
 
 // Kill ends the flow as a timeout would: with Spec.Expire called, so that whoever
 // owns its sockets closes them. It says whether the flow was alive.
-func (l *Lease) Kill(reason string) bool { return l.end(l.table.clock(), reason, true, nil) }
+func (l *Lease) Kill(reason Reason) bool { return l.end(l.table.clock(), reason, true, nil) }
 
 // end is the one way out of the table. If there is a condition it is asked under
 // the lock that orders transitions, so that a flow which became ASSURED, or saw a
 // packet, a moment ago is not ended. tell: the table does it, not the owner.
-func (l *Lease) end(now int64, reason string, tell bool, still func(s status, deadline int64) bool) bool {
+func (l *Lease) end(now int64, reason Reason, tell bool, still func(s status, deadline int64) bool) bool {
 	t := l.table
 	l.mu.Lock()
 	s := l.load()
@@ -258,7 +258,7 @@ func (l *Lease) end(now int64, reason string, tell bool, still func(s status, de
 
 // recorded is the reason as the flow's record has it. A connection that both sides
 // have ended stays in the table for a while, and that this ran out is not what ended it.
-func (s status) recorded(reason string) string {
+func (s status) recorded(reason Reason) Reason {
 	switch {
 	case reason == ReasonTimeout && s.state() == TimeWait:
 		return ReasonClosed

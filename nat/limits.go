@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"errors"
 	"math"
 	"time"
 )
@@ -22,16 +21,6 @@ type Limits struct {
 	NewPerSecond   int   // new flows per second, with a second's worth of burst
 	TotalBytes     int64 // bytes of all flows both ways, since the table was made
 }
-
-// Why Acquire refuses. Each is counted in Stats.
-var (
-	ErrTableFull  = errors.New("flow table is full")
-	ErrDestLimit  = errors.New("too many flows to this destination")
-	ErrRate       = errors.New("too many new flows per second")
-	ErrHalfOpen   = errors.New("too many half-open flows")
-	ErrTotalBytes = errors.New("byte budget is used up")
-	ErrExists     = errors.New("flow exists already")
-)
 
 func (l Limits) orDefault() Limits {
 	if l.Max <= 0 {

@@ -30,7 +30,7 @@ type Stats struct {
 	ReplyBytes   int64 `json:"replyBytes"`
 }
 
-func (s *Stats) count(reason string, byTable bool) {
+func (s *Stats) count(reason Reason, byTable bool) {
 	if !byTable {
 		s.Released++
 		return

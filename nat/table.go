@@ -49,21 +49,8 @@ type Spec struct {
 	// Expire is called once when the table ends the flow (timeout, early drop, byte
 	// budget, Kill), without locks held and after its budgets were repaid. It is
 	// not called after Release. It may run on any goroutine that calls the table.
-	Expire func(reason string)
+	Expire func(reason Reason)
 }
-
-// Reasons with which the table itself ends flows.
-const (
-	ReasonTimeout    = "timeout"
-	ReasonEarlyDrop  = "early drop"
-	ReasonTotalBytes = "byte budget"
-)
-
-// What the record of a connection says that was over when its time ran out.
-const (
-	ReasonClosed = "closed"
-	ReasonReset  = "reset"
-)
 
 // Table is the sandbox's flows. All methods may be called from any goroutine.
 type Table struct {

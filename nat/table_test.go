@@ -107,8 +107,8 @@ func TestEarlyDrop(t *testing.T) {
 	var dropped []string
 	table := NewTable(Config{Limits: Limits{Max: 4}, Now: clock.now})
 	add := func(name string, proto uint8) *Lease {
-		return acquire(t, table, Spec{Orig: numbered(proto, table.Len()+len(dropped)+1), Expire: func(reason string) {
-			dropped = append(dropped, name+": "+reason)
+		return acquire(t, table, Spec{Orig: numbered(proto, table.Len()+len(dropped)+1), Expire: func(reason Reason) {
+			dropped = append(dropped, name+": "+string(reason))
 		}})
 	}
 	add("first mute", protoUDP)
@@ -175,8 +175,8 @@ func TestTimeouts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			clock := newFakeClock()
 			table := NewTable(Config{Now: clock.now})
-			var ended string
-			l := acquire(t, table, Spec{Orig: numbered(tt.proto, 1), Short: tt.short, Expire: func(r string) { ended = r }})
+			var ended Reason
+			l := acquire(t, table, Spec{Orig: numbered(tt.proto, 1), Short: tt.short, Expire: func(r Reason) { ended = r }})
 			if tt.do != nil {
 				tt.do(l, clock)
 			}
@@ -195,7 +195,7 @@ func TestTimeouts(t *testing.T) {
 			if ended != ReasonTimeout {
 				t.Fatalf("it did not end, or by %q", ended)
 			}
-			want := map[State]string{TimeWait: ReasonClosed, Close: ReasonReset}[l.Snapshot().State]
+			want := map[State]Reason{TimeWait: ReasonClosed, Close: ReasonReset}[l.Snapshot().State]
 			if want == "" {
 				want = ReasonTimeout
 			}
@@ -399,7 +399,7 @@ func TestByteBudgetEndsEveryFlow(t *testing.T) {
 	ended := 0
 	var l *Lease
 	for n := range 3 {
-		l = acquire(t, table, Spec{Orig: numbered(6, n), Expire: func(reason string) {
+		l = acquire(t, table, Spec{Orig: numbered(6, n), Expire: func(reason Reason) {
 			if reason == ReasonTotalBytes {
 				ended++
 			}
@@ -444,7 +444,7 @@ func TestRun(t *testing.T) {
 		synctest.Wait()
 		began := time.Now()
 		var endedAt atomic.Pointer[time.Time]
-		expire := func(string) { now := time.Now(); endedAt.Store(&now) }
+		expire := func(Reason) { now := time.Now(); endedAt.Store(&now) }
 		after := func() time.Duration { return endedAt.Load().Sub(began) }
 
 		acquire(t, table, Spec{Orig: numbered(17, 1), Expire: expire})

@@ -132,7 +132,7 @@ func (w *twin) file(f *twinFlow) {
 	f.closing = closing
 }
 
-func (w *twin) drop(f *twinFlow, reason string) {
+func (w *twin) drop(f *twinFlow, reason Reason) {
 	delete(w.flows, f.Orig)
 	w.gone = append(w.gone, fmt.Sprint(f.ID, " ", reason))
 }
@@ -260,7 +260,7 @@ func play(t *testing.T, steps int, next func(n int) int) {
 			orig := NewTuple(protos[next(3)], tuple(0, "10.0.2.100:1", "10.0.0.0:0").Src(), tuple(0, "10.0.0.0:0", fmt.Sprintf("192.0.2.%d:%d", n%3, n)).Dst())
 			s := Spec{Orig: orig, Rule: fmt.Sprint(n), Ingress: n%7 == 0, Short: orig.proto == protoUDP && n%5 == 0}
 			id := uint64(0)
-			s.Expire = func(reason string) { gone = append(gone, fmt.Sprint(id, " ", reason)) }
+			s.Expire = func(reason Reason) { gone = append(gone, fmt.Sprint(id, " ", reason)) }
 			l, err := table.Acquire(s)
 			if want := w.acquire(s); !errors.Is(err, want) {
 				t.Fatalf("step %d: Acquire says %v, its twin %v", step, err, want)

@@ -1,6 +1,9 @@
 package policy
 
-import "net/netip"
+import (
+	"cmp"
+	"net/netip"
+)
 
 // One address is judged by the lowest of two rules: the first by address, from
 // the tree of ranges (compile.go), and the first by domain, from the names under
@@ -72,8 +75,13 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 		j.hopeful = r.audit && !info.closed(q.Ingress) || j.mayAllow(peer, info, decided, m, byAddress)
 	}
 	if v.verify == VerifyNone && v.action != Allow {
-		if m.tried == noRule && !q.Ingress && info.lock == open && isPrivate(peer) {
-			m.tried, m.reason = j.candidate(false, first), ReasonPrivate
+		if m.tried == noRule && !q.Ingress && info.lock == open {
+			if isPrivate(peer) {
+				m.tried, m.reason = j.candidate(false, first), ReasonPrivate
+			}
+			if m.tried == noRule && v.reason == ReasonNone {
+				m.tried, m.reason = j.former(isPrivate(peer), first)
+			}
 		}
 		if m.tried != noRule {
 			v.tried, v.reason = t.rules[m.tried].name, m.reason
@@ -148,7 +156,7 @@ func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
 		v.requests = true
 		switch {
 		case !seen.isHTTP():
-			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonNotHTTP}
+			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: cmp.Or(seen.Flaw, ReasonNotHTTP)}
 		case !requestMatches(info.http, seen.Method, seen.Path):
 			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
 		case seen.Override:
@@ -218,7 +226,7 @@ func (j *judgement) byName(private bool, best int32) match {
 	if m.tried = j.candidate(private, min(best, m.rule)); m.tried != noRule {
 		switch {
 		case said == "":
-			m.reason = ReasonNoName
+			m.reason = cmp.Or(q.Seen.Flaw, ReasonNoName)
 		case held && q.Seen.ECH && d.first(said, viewCandidate, private, j.key, best) == m.tried:
 			m.reason = ReasonECH
 		default:
@@ -239,6 +247,24 @@ func (j *judgement) candidate(private bool, best int32) int32 {
 		return noRule
 	}
 	return lowest
+}
+
+// former gives the lowest rule by domain below best that would let the flow pass, or ask for its
+// first bytes, if the address were still granted under a name that it was granted under; else
+// noRule. It says why it is not.
+func (j *judgement) former(private bool, best int32) (tried int32, why Reason) {
+	q, tried := j.query, noRule
+	q.Names.former(q.Dst.Addr(), q.Now, func(name string, evicted bool) {
+		i := j.rules.domains.first(name, viewCandidate, private, j.key, best)
+		if i >= best || j.table.rules[i].action != Allow {
+			return
+		}
+		best, tried, why = i, i, ReasonGrantExpired
+		if evicted {
+			why = ReasonGrantEvicted
+		}
+	})
+	return tried, why
 }
 
 // closedClient gives the name under which a client is refused that the rules let in, or

@@ -28,6 +28,7 @@ type Names struct {
 	byAddr      map[netip.Addr][]*grant
 	byExpiry    grantHeap
 	evicted     uint64
+	gone        formerGrants
 }
 
 // Bounds on what a sandbox can make us remember, about 4 MiB at worst. A name may have all
@@ -175,12 +176,14 @@ func soonest(list []*grant) *grant {
 
 func (n *Names) evict(g *grant) {
 	n.evicted++
+	n.gone.note(g, true)
 	n.remove(g)
 }
 
 // expire forgets what no longer holds.
 func (n *Names) expire(now time.Time) {
 	for len(n.byExpiry) > 0 && !n.byExpiry[0].until.After(now) {
+		n.gone.note(n.byExpiry[0], false)
 		n.remove(n.byExpiry[0])
 	}
 }

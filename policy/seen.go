@@ -46,6 +46,8 @@ type Seen struct {
 	// Override reports that a field of the request asks servers to take it for another
 	// one: another method, path or host.
 	Override bool
+	// Flaw is why the first bytes could not be read whole; no decision depends on it.
+	Flaw Reason
 }
 
 func (s *Seen) isHTTP() bool { return s.Kind == SeenHTTP || s.Kind == SeenHTTP2 }
@@ -73,12 +75,13 @@ func (v Verify) String() string {
 	return fmt.Sprintf("verify(%d)", uint8(v))
 }
 
-// Reason says why the rule that looked right for a flow did not let it pass.
+// Reason says why the rule that looked right for a flow did not let it pass. All of them are
+// here, and docs/flow-log.md lists them; a test compares the two.
 type Reason string
 
 const (
 	ReasonNone     Reason = ""
-	ReasonNoName   Reason = "no-name"         // no name was said
+	ReasonNoName   Reason = "no-name"         // no name was said, nor anything that could not be read
 	ReasonMismatch Reason = "name-mismatch"   // the name that was said is not granted for the address, or not of the rule
 	ReasonECH      Reason = "encrypted-hello" // the name may be another inside
 	ReasonQUIC     Reason = "quic"            // the rule wants TCP instead
@@ -87,4 +90,28 @@ const (
 	ReasonOverride Reason = "override-field"  // a field of the request asks servers to take it for another one
 	ReasonPrivate  Reason = "private-address" // the name resolves to a private address, which the rule does not want
 	ReasonUnread   Reason = "unread"          // not yet: the first bytes were not read
+
+	// The first bytes could not be read.
+	ReasonMalformed  Reason = "malformed"  // they break their protocol's rules, or can be read in two ways
+	ReasonTooLong    Reason = "too-long"   // the head, or the hello
+	ReasonIncomplete Reason = "incomplete" // the rest did not come in time, or the client ended before
+
+	// The address was granted under a name of the rule's, and is not any more.
+	ReasonGrantExpired Reason = "grant-expired" // the answer's TTL ran out, and the name was not asked for since
+	ReasonGrantEvicted Reason = "grant-evicted" // newer grants took its place
+
+	// What followed on a connection that was let in, and more than its rule forbids it.
+	ReasonAnotherHello  Reason = "another-hello"  // a ClientHello unlike the first one
+	ReasonAnotherTarget Reason = "another-target" // the request's rule leads to another address
+	ReasonUpgrade       Reason = "upgrade"        // of a stream, in which nothing could be judged
+)
+
+// Outcome is what became of a DNS question, or of several: then it is the greatest of theirs.
+type Outcome uint8
+
+const (
+	OutcomeNone     Outcome = iota // there was no question
+	OutcomeRefused                 // by the policy, or one of its bounds
+	OutcomeFailed                  // no upstream answered
+	OutcomeAnswered                // upstream's word, or our own, was passed on
 )

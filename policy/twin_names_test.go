@@ -170,7 +170,28 @@ func (w twin) tried(rules []Rule, q Query, a netip.Addr, v twinVerdict) (string,
 			return ruleName(false, i, r.Name), ReasonPrivate
 		}
 	}
+	for i, r := range rules {
+		if v.reason == ReasonNone && r.Action == Allow && w.fits(r, q, a) && slices.ContainsFunc(twinFormer(q), func(n string) bool { return twinMatches(r, n) }) {
+			return ruleName(false, i, r.Name), ReasonGrantExpired
+		}
+	}
 	return v.tried, v.reason
+}
+
+// twinFormer are the names under which a query's address was granted: none was given up before
+// its time.
+func twinFormer(q Query) (out []string) {
+	for name, list := range q.Names.byName {
+		if slices.ContainsFunc(list, func(g *grant) bool { return g.addr == q.Dst.Addr().Unmap() && !g.until.After(q.Now) }) {
+			out = append(out, name)
+		}
+	}
+	for _, g := range q.Names.gone.ring {
+		if g.addr == q.Dst.Addr().Unmap() {
+			out = append(out, g.name)
+		}
+	}
+	return out
 }
 
 // whyNot says why a candidate did not match.

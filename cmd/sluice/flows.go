@@ -105,7 +105,7 @@ func printEnded(w io.Writer, r api.FlowsResult) error {
 			verdict += fmt.Sprintf(" ×%d", e.Count)
 		}
 		t.row(verdict, protoText(e.L4), endText(e.Source()), endText(e.Destination()), size(int64(e.Orig.Bytes)), size(int64(e.Reply.Bytes)),
-			(time.Duration(e.Duration * float64(time.Second))).Round(time.Millisecond).String(), e.Rule, e.Reason, strings.Join(e.DestinationNames, ","))
+			(time.Duration(e.Duration * float64(time.Second))).Round(time.Millisecond).String(), e.Rule, e.Reason, namesText(&e))
 	}
 	if err := t.flush(); err != nil {
 		return err
@@ -115,6 +115,14 @@ func printEnded(w io.Writer, r api.FlowsResult) error {
 		return err
 	}
 	return nil
+}
+
+// namesText is the name that was asked for, of a DNS question, else those of the destination.
+func namesText(r *api.FlowRecord) string {
+	if r.L7 != nil && r.L7.DNS != nil {
+		return strings.TrimSuffix(r.L7.DNS.Query, ".")
+	}
+	return strings.Join(r.DestinationNames, ",")
 }
 
 func endText(e netip.AddrPort) string {

@@ -38,6 +38,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"sluice/policy"
 )
 
 const (
@@ -47,6 +49,10 @@ const (
 
 	// maxIgnored is how many stray datagrams one try over UDP puts up with.
 	maxIgnored = 64
+
+	// repeatedly is how many tries must fail within seldom.Every to be told of: those for one
+	// question to one server that is silent.
+	repeatedly = 2
 
 	// failedFor is how long a server that failed is asked last.
 	failedFor = 10 * time.Second
@@ -127,6 +133,7 @@ func (s *serverSet) noteFolds(server netip.AddrPort, now time.Time) {
 // delivered.
 type answer struct {
 	msg     []byte
+	became  policy.Outcome
 	release func()
 }
 
@@ -141,14 +148,14 @@ func (r *Resolver) forward(ctx context.Context, qy *query) answer {
 	a, err := r.ask(ctx, qy)
 	if err != nil {
 		r.stats.ServFail.Add(1)
-		return answer{msg: qy.fail(qy.asked, rcodeServFail), release: func() {}}
+		return answer{msg: qy.fail(qy.asked, rcodeServFail), became: policy.OutcomeFailed, release: func() {}}
 	}
 	r.stats.Forwarded.Add(1)
 	put16(a.msg, 0, qy.id)
 	// The client's own spelling, in case upstream folded its letters: a client
 	// that mixes them as a nonce looks for it.
 	copy(a.msg[headerLen:qy.q.end], qy.asked[headerLen:])
-	a.msg = r.fit(a.msg, qy)
+	a.msg, a.became = r.fit(a.msg, qy), policy.OutcomeAnswered
 	return a
 }
 
@@ -175,6 +182,7 @@ rounds:
 			set.note(server, err != nil, time.Now())
 			if err != nil {
 				r.stats.UpstreamFailures.Add(1)
+				r.tellFailed(server, err)
 				cause = err
 				continue
 			}
@@ -201,6 +209,14 @@ rounds:
 		return answer{msg: unwilling, release: func() {}}, nil
 	}
 	return answer{}, cause
+}
+
+// tellFailed tells the log of a server that keeps giving no answer. It is no warning: the
+// sandbox is told, and its command's standard error is not for that.
+func (r *Resolver) tellFailed(server netip.AddrPort, err error) {
+	if n, tell := r.failures.Note(repeatedly, time.Now()); tell {
+		r.log.Info(fmt.Sprintf("DNS servers give no answer, %d tries within a minute, the last one at %v: %v", n, server, err))
+	}
 }
 
 // try asks one server once. The answer is well formed and to the question.

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/miekg/dns"
+
+	"sluice/policy"
 )
 
 func seeds(f *testing.F) [][]byte {
@@ -76,7 +78,7 @@ func FuzzServeStream(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte, cut uint16) {
 		near, far := net.Pipe()
 		done := make(chan struct{})
-		go func() { defer close(done); r.ServeStream(context.Background(), halfOpen{far}) }()
+		go func() { defer close(done); r.ServeStream(context.Background(), halfOpen{far}, func(policy.Outcome) {}) }()
 		go func() {
 			for i := 0; i < len(data); {
 				n := min(int(cut)+1, len(data)-i)

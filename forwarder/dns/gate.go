@@ -32,7 +32,11 @@ import (
 // the name and REFUSED the resolver, for which musl gives up the types that were answered.
 const refuseNoData policy.Refusal = "nodata"
 
-// Rule names of refusals that no rule of the policy made.
+// refuseBusy is how a question is refused for which there is no slot: it may be asked again.
+const refuseBusy policy.Refusal = "servfail"
+
+// Rule names of what no rule of the policy decided. docs/flow-log.md lists them, with those of
+// tunnel.go; a test compares the two.
 const (
 	ruleBadName   = "dns:name"      // not a name that rules could hold
 	ruleType      = "dns:type"      // the policy does not list the type
@@ -40,14 +44,21 @@ const (
 	ruleEncrypted = "dns:encrypted" // it would resolve names past the gate
 	ruleRebind    = "dns:rebinding"
 	ruleBounds    = "dns:grants" // the names granted are too many
+	ruleBusy      = "dns:busy"   // too many are under way
 	ruleUpstream  = "dns:upstream"
 )
 
 var (
 	errEmptied = errors.New("all addresses in the answer are closed by the policy")
-	errChanged = errors.New("the policy changed, and no longer lets the name be asked")
 	errGrant   = errors.New("granting the addresses")
 )
+
+// changedError says that the policy changed while a name was asked for.
+type changedError struct{ rule string }
+
+func (e changedError) Error() string {
+	return "the policy changed, and no longer lets the name be asked"
+}
 
 // gated is what the gate knows of a question that it lets pass.
 type gated struct {
@@ -83,7 +94,7 @@ func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
 	}
 	qy.gated = &gated{name: name, verdict: v}
 	if out := r.fromCacheAgain(rules, qy); out != nil {
-		return verdict{answer: out}
+		return verdict{answer: out, became: policy.OutcomeAnswered}
 	}
 	return verdict{forward: qy}
 }
@@ -176,12 +187,14 @@ func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule strin
 		code = rcodeNXDomain
 	case refuseNoData:
 		code = rcodeSuccess
+	case refuseBusy:
+		code = rcodeServFail
 	}
-	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: int(code), Rule: rule})
+	r.record(Event{From: qy.from, Stream: qy.stream, Name: name, Type: typeName(qy.q.qtype), Code: int(code), Rule: rule, Told: how != policy.RefuseDrop})
 	if how == policy.RefuseDrop {
-		return verdict{}
+		return verdict{became: policy.OutcomeRefused}
 	}
-	return verdict{answer: qy.failBecause(qy.asked, code, rule)}
+	return verdict{answer: qy.failBecause(qy.asked, code, rule), became: policy.OutcomeRefused}
 }
 
 // forwardGated asks upstream and returns what to tell the client: always something.
@@ -191,10 +204,11 @@ func (r *Resolver) forwardGated(qy *query) answer {
 	if c, ok := v.(*cached); ok && err == nil {
 		r.stats.Forwarded.Add(1)
 		r.record(c.event(qy))
-		return answer{msg: r.fit(c.write(qy, time.Now()), qy), release: func() {}}
+		return answer{msg: r.fit(c.write(qy, time.Now()), qy), became: policy.OutcomeAnswered, release: func() {}}
 	}
-	rule, code, counter := ruleUpstream, rcodeServFail, &r.stats.ServFail
+	rule, code, counter, became := ruleUpstream, rcodeServFail, &r.stats.ServFail, policy.OutcomeRefused
 	var tunnel tunnelReason
+	var changed changedError
 	switch {
 	case errors.As(err, &tunnel):
 		rule, code, counter = string(tunnel), rcodeRefused, &r.stats.RefusedTunnel
@@ -203,15 +217,19 @@ func (r *Resolver) forwardGated(qy *query) answer {
 		rule, code, counter = ruleRebind, rcodeSuccess, nil
 	case errors.Is(err, errGrant):
 		rule = ruleBounds
+	case errors.As(err, &changed):
+		rule, code, counter = changed.rule, rcodeRefused, &r.stats.RefusedName
+	default:
+		became = policy.OutcomeFailed
 	}
 	if counter != nil {
 		counter.Add(1)
 	}
 	r.record(Event{
 		From: qy.from, Stream: qy.stream, Name: qy.gated.name, Type: typeName(qy.q.qtype), Rule: rule,
-		Audited: qy.gated.verdict.Audited, Failed: rule == ruleUpstream, Code: int(code), Reason: err.Error(),
+		Audited: qy.gated.verdict.Audited, Failed: became == policy.OutcomeFailed, Told: true, Code: int(code), Reason: err.Error(),
 	})
-	return answer{msg: r.fit(qy.failBecause(qy.asked, code, rule), qy), release: func() {}}
+	return answer{msg: r.fit(qy.failBecause(qy.asked, code, rule), qy), became: became, release: func() {}}
 }
 
 // askGated asks for qy's name and type, for every client that wants to know.
@@ -282,7 +300,7 @@ func (r *Resolver) decideAgain(qy *query) (*policy.Rules, policy.NameVerdict, er
 	rules, _ := r.inForce()
 	v := rules.DecideName(qy.gated.name)
 	if !v.Allowed {
-		return nil, v, errChanged
+		return nil, v, changedError{v.Rule}
 	}
 	if qy.gated.verdict.Audited {
 		v.Audited, v.Rule = true, qy.gated.verdict.Rule

@@ -36,7 +36,7 @@ spec: {defaultAction: reject, dns: {names: ungated}}
 	served := make(chan struct{})
 	go func() { // ends with the connection
 		defer close(served)
-		g.ServeStream(context.Background(), far)
+		g.ServeStream(context.Background(), far, func(policy.Outcome) {})
 	}()
 	overTCP := func() error {
 		go near.Write(prefixed(ask(t, "pypi.test", dns.TypeA)))

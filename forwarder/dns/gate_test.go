@@ -375,7 +375,7 @@ func TestAnswersWithDotsInLabelsAndOfManyRecordsAreTold(t *testing.T) {
 func TestGrantsAreThereBeforeTheAnswerIs(t *testing.T) {
 	g := newGate(t, gatedPolicy, says("an pypi.test. 0 A 198.51.100.1"))
 	done := make(chan bool, 1)
-	g.ServePacket(context.Background(), ask(t, "pypi.test", dns.TypeA), client, func([]byte) { done <- g.granted("pypi.test", "198.51.100.1") })
+	g.ServePacket(context.Background(), ask(t, "pypi.test", dns.TypeA), client, func([]byte, policy.Outcome) { done <- g.granted("pypi.test", "198.51.100.1") })
 	if !<-done {
 		t.Error("the client saw an address before it was granted")
 	}
@@ -393,7 +393,7 @@ func TestOneQuestionIsAskedOnceForAll(t *testing.T) {
 		for i := range 500 {
 			q := ask(t, "pypi.test", dns.TypeA)
 			q[0], q[1] = byte(i>>8), byte(i)
-			g.ServePacket(context.Background(), q, client, func(b []byte) {
+			g.ServePacket(context.Background(), q, client, func(b []byte, _ policy.Outcome) {
 				mu.Lock()
 				defer mu.Unlock()
 				ids[be16(b, 0)] = len(unpack(t, b).Answer) == 1

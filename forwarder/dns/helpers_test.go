@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/miekg/dns"
+
+	"sluice/policy"
 )
 
 // fakeNet is a Dialer whose servers are functions; no socket is opened.
@@ -157,7 +159,7 @@ var client = netip.MustParseAddrPort("10.0.2.100:4000")
 // packet asks r over UDP and waits for the answer; nil is silence.
 func packet(r *Resolver, query []byte) []byte {
 	got := make(chan []byte, 1)
-	r.ServePacket(context.Background(), query, client, func(b []byte) { got <- append([]byte(nil), b...) })
+	r.ServePacket(context.Background(), query, client, func(b []byte, _ policy.Outcome) { got <- append([]byte(nil), b...) })
 	done := make(chan struct{})
 	go func() { r.work.Wait(); close(done) }()
 	<-done

@@ -36,6 +36,7 @@ type query struct {
 type verdict struct {
 	answer  []byte
 	forward *query
+	became  policy.Outcome // unless it is to be forwarded
 }
 
 // judge decides about msg. It keeps no reference to msg.
@@ -66,7 +67,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	qy.asked = append([]byte(nil), msg[:qy.q.end]...)
 	if gates {
 		if out := r.fromCache(rules, &qy); out != nil {
-			return verdict{answer: out}
+			return verdict{answer: out, became: policy.OutcomeAnswered}
 		}
 	}
 	if !r.rate.take(queryRate(rules, gates), time.Now()) {
@@ -87,7 +88,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 		if qy.edns {
 			out = appendOPT(out, code, qy.do)
 		}
-		return verdict{answer: r.fit(out, &qy)}
+		return verdict{answer: r.fit(out, &qy), became: policy.OutcomeAnswered}
 	}
 	if gates {
 		return r.judgeName(rules, &qy)
@@ -108,7 +109,7 @@ func (r *Resolver) fault(qy *query, msg []byte, code rcode) verdict {
 		counter = &r.stats.BadVers
 	}
 	counter.Add(1)
-	return verdict{answer: qy.fail(msg, code)}
+	return verdict{answer: qy.fail(msg, code), became: policy.OutcomeAnswered}
 }
 
 // parseQuery reads msg, which has a header and is not a response. On any code

@@ -53,7 +53,7 @@ func front(t *testing.T, r *Resolver) (port int, in, out *atomic.Int64) {
 			if err != nil {
 				return
 			}
-			work.Go(func() { r.ServeStream(context.Background(), c) })
+			work.Go(func() { r.ServeStream(context.Background(), c, func(policy.Outcome) {}) })
 		}
 	})
 	work.Go(func() {
@@ -64,7 +64,7 @@ func front(t *testing.T, r *Resolver) (port int, in, out *atomic.Int64) {
 				return
 			}
 			in.Add(1)
-			r.ServePacket(context.Background(), buf[:n], from, func(b []byte) {
+			r.ServePacket(context.Background(), buf[:n], from, func(b []byte, _ policy.Outcome) {
 				if _, err := u.WriteToUDPAddrPort(b, from); err == nil {
 					out.Add(1)
 				}
@@ -254,7 +254,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	for range 100 {
 		for range 20 {
 			wg.Add(1)
-			r.ServePacket(context.Background(), q, client, func(b []byte) {
+			r.ServePacket(context.Background(), q, client, func(b []byte, _ policy.Outcome) {
 				mu.Lock()
 				defer mu.Unlock()
 				codes[rcode(be16(b, 2)&maskRcode)]++

@@ -17,6 +17,7 @@ type Event struct {
 	Code      int           // the response code that the client was told (RFC 1035)
 	Forwarded bool          // upstream's word was passed on; else Rule refused, unless it Failed
 	Failed    bool          // no upstream gave an answer
+	Told      bool          // of a question that was refused: the client had an answer
 	Rule      string        // what decided
 	Audited   bool          // Rule would have refused, but the policy is in audit mode
 	Reason    string        // why an answer was refused
@@ -24,6 +25,11 @@ type Event struct {
 	Names     []string      // the aliases' targets, in order
 	TTL       time.Duration // of Addrs
 }
+
+// Bound reports whether it was refused for a bound that has nothing to do with the name, and
+// Rate whether because the questions came too fast.
+func (e *Event) Bound() bool { return e.Rule == ruleBusy || e.Rule == ruleBounds || e.Rate() }
+func (e *Event) Rate() bool  { return e.Rule == ruleRate }
 
 func (r *Resolver) record(e Event) {
 	if r.tell != nil {

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
+	"sluice/forwarder/seldom"
 	"sluice/policy"
 )
 
@@ -91,6 +92,8 @@ type Resolver struct {
 	limits Limits
 	log    *slog.Logger
 	stats  counters
+
+	failures seldom.Failures // tries at servers that gave no answer
 
 	rules   func() *policy.Rules // nil: no policy gates names
 	names   Names
@@ -178,16 +181,16 @@ func (r *Resolver) begin() bool {
 
 // ServePacket answers one datagram. It does not block, and keeps no reference
 // to msg. send is called at most once, on this or another goroutine, and never
-// after Close has returned.
-func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrPort, send func([]byte)) {
+// after Close has returned: with nil if what is refused is not answered.
+func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrPort, send func([]byte, policy.Outcome)) {
 	if !r.begin() {
 		return
 	}
 	v := r.judge(msg, from, false)
 	if v.forward == nil {
 		defer r.work.Done()
-		if v.answer != nil {
-			send(v.answer)
+		if v.became != policy.OutcomeNone {
+			send(v.answer, v.became)
 		}
 		return
 	}
@@ -195,8 +198,7 @@ func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrP
 	case r.inFlight <- struct{}{}:
 	default:
 		defer r.work.Done()
-		r.stats.OverLimit.Add(1)
-		send(v.forward.fail(v.forward.asked, rcodeServFail))
+		send(r.busy(v.forward))
 		return
 	}
 	// Owned by Close; stopped by ctx, Close, or Limits.QueryTime.
@@ -205,8 +207,17 @@ func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrP
 		defer func() { <-r.inFlight }()
 		a := r.forward(ctx, v.forward)
 		defer a.release()
-		send(a.msg)
+		send(a.msg, a.became)
 	}()
+}
+
+// busy answers a question for which there is no slot.
+func (r *Resolver) busy(qy *query) ([]byte, policy.Outcome) {
+	if qy.gated == nil {
+		r.stats.OverLimit.Add(1)
+		return qy.fail(qy.asked, rcodeServFail), policy.OutcomeRefused
+	}
+	return r.refuse(qy, qy.gated.name, refuseBusy, ruleBusy, &r.stats.OverLimit).answer, policy.OutcomeRefused
 }
 
 // AnswerPacket answers one datagram from the cache, at once, or returns nil: it is for

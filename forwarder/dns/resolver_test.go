@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"sluice/policy"
 )
 
 func addrs(s ...string) []netip.Addr {
@@ -428,7 +430,7 @@ func TestOverTheLimitIsServfailAtOnce(t *testing.T) {
 		r := newResolver(t, Config{Dialer: fake, Upstreams: upstreams(1), Limits: Limits{InFlight: 3}})
 		q := ask(t, "a.example", dns.TypeA)
 		answers := make(chan rcode, 6)
-		send := func(b []byte) { answers <- rcode(be16(b, 2) & maskRcode) }
+		send := func(b []byte, _ policy.Outcome) { answers <- rcode(be16(b, 2) & maskRcode) }
 		for range 5 {
 			r.ServePacket(context.Background(), q, client, send)
 		}
@@ -457,14 +459,14 @@ func TestCloseEndsQueriesAtOnce(t *testing.T) {
 		}
 		start := time.Now()
 		for range 10 {
-			r.ServePacket(context.Background(), ask(t, "a.example", dns.TypeA), client, func([]byte) {})
+			r.ServePacket(context.Background(), ask(t, "a.example", dns.TypeA), client, func([]byte, policy.Outcome) {})
 		}
 		synctest.Wait()
 		r.Close()
 		if time.Since(start) != 0 {
 			t.Errorf("Close took %v", time.Since(start))
 		}
-		r.ServePacket(context.Background(), ask(t, "localhost", dns.TypeA), client, func([]byte) { t.Error("answered after Close") })
+		r.ServePacket(context.Background(), ask(t, "localhost", dns.TypeA), client, func([]byte, policy.Outcome) { t.Error("answered after Close") })
 		r.Close()
 		// That no goroutine is left is what synctest.Test checks on return.
 	})
@@ -477,7 +479,7 @@ func TestTheCallersContextEndsItsQuery(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
 		start := time.Now()
-		r.ServePacket(ctx, ask(t, "a.example", dns.TypeA), client, func([]byte) {})
+		r.ServePacket(ctx, ask(t, "a.example", dns.TypeA), client, func([]byte, policy.Outcome) {})
 		r.work.Wait()
 		if time.Since(start) != time.Millisecond {
 			t.Errorf("took %v", time.Since(start))

@@ -18,6 +18,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"sluice/policy"
 )
 
 // stream is one connection.
@@ -27,6 +29,8 @@ type stream struct {
 	from  netip.AddrPort
 	slots chan struct{} // a token per query in flight
 
+	became func(policy.Outcome) // told of each query
+
 	writing  sync.Mutex // held for one answer at a time; guards answered
 	answered time.Time  // when the last one had been written
 
@@ -34,8 +38,8 @@ type stream struct {
 }
 
 // ServeStream serves c until its peer or its idleness ends it, ctx does, or
-// Close; it closes c and returns after its last goroutine.
-func (r *Resolver) ServeStream(ctx context.Context, c net.Conn) {
+// Close; it closes c and returns after its last goroutine. became is told of each question.
+func (r *Resolver) ServeStream(ctx context.Context, c net.Conn, became func(policy.Outcome)) {
 	defer c.Close()
 	if !r.begin() {
 		return
@@ -54,7 +58,7 @@ func (r *Resolver) ServeStream(ctx context.Context, c net.Conn) {
 	defer context.AfterFunc(r.ctx, cancel)()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 
-	s := &stream{r: r, c: c, slots: make(chan struct{}, r.limits.Pipeline)}
+	s := &stream{r: r, c: c, became: became, slots: make(chan struct{}, r.limits.Pipeline)}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		ap := a.AddrPort()
 		s.from = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
@@ -86,6 +90,7 @@ func (s *stream) read(ctx context.Context) bool {
 			return false
 		}
 		if v.forward == nil {
+			s.became(v.became)
 			// Silence is no answer on a stream: what is not a query ends it.
 			if v.answer == nil || s.write(v.answer) != nil {
 				return false
@@ -106,6 +111,7 @@ func (s *stream) read(ctx context.Context) bool {
 			defer func() { <-s.r.inFlight }()
 			a := s.r.forward(ctx, v.forward)
 			defer a.release()
+			s.became(a.became)
 			if s.write(a.msg) != nil {
 				s.c.Close() // wakes the reader
 			}

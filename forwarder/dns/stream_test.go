@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"sluice/policy"
 )
 
 // serve runs ServeStream on one end of a pipe; ended is closed when it returns.
@@ -21,7 +23,7 @@ func serve(r *Resolver) (c net.Conn, ended chan struct{}) {
 	ended = make(chan struct{})
 	go func() {
 		defer close(ended)
-		r.ServeStream(context.Background(), far)
+		r.ServeStream(context.Background(), far, func(policy.Outcome) {})
 	}()
 	return near, ended
 }
@@ -205,7 +207,7 @@ func TestHalfClosedStreamIsAnswered(t *testing.T) {
 	defer l.Close()
 	go func() {
 		if c, err := l.Accept(); err == nil {
-			r.ServeStream(context.Background(), c)
+			r.ServeStream(context.Background(), c, func(policy.Outcome) {})
 		}
 	}()
 	c, err := net.Dial("tcp", l.Addr().String())

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"net/netip"
 	"time"
 
@@ -12,13 +13,13 @@ import (
 )
 
 // Questions in the flow log: one record each while the policy gates names, with the
-// answer, or with the rule that refused it. They are no flows, and so they are not in
-// `flows --ended`.
+// answer, or with the rule that refused it. Those that had no answer are in `flows --ended`
+// too: the flow that carried them, if there was one, does not say what was asked.
 
 // asked is dns.Config.Tell.
 func (l *flowLog) asked(e dns.Event) {
-	if !l.logged {
-		return
+	if !l.logged && e.Forwarded {
+		return // cached ones are too many to be looked at for nothing
 	}
 	now := l.now()
 	l.put(flowEnd{question: &e, flow: nat.Flow{Start: now, End: now}})
@@ -65,7 +66,11 @@ func (l *flowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
 	case e.Failed:
 		r.Verdict = api.VerdictError
 	case !e.Forwarded:
-		r.Verdict, r.DropReasonDesc = api.VerdictDropped, api.PolicyDenied
+		r.Verdict, r.DropReasonDesc, r.Rejected = api.VerdictDropped, api.PolicyDenied, e.Told
+		if e.Bound() {
+			r.DropReasonDesc = dropOf(e.Rate())
+		}
+		r.Reason = cmp.Or(r.Reason, string(nat.ReasonPolicy))
 	case e.Audited:
 		r.Verdict = api.VerdictAudit
 	}

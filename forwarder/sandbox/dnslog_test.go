@@ -47,7 +47,7 @@ func TestQuestionsAreInTheFlowLog(t *testing.T) {
 	if failed.Verdict != api.VerdictError || failed.DropReasonDesc != "" || failed.Reason != "i/o timeout" || failed.L7.DNS.RCode != 2 {
 		t.Errorf("a question that no upstream answered: %s", lines[2])
 	}
-	if ended, _ := l.ended(); len(ended) != 0 {
-		t.Errorf("questions are among the flows: %v", ended)
+	if ended, _ := l.ended(); len(ended) != 2 || ended[0].L7.DNS.Query != "evil.test." || ended[1].L7.DNS.Query != "lost.test." {
+		t.Errorf("among the flows are %v, want the two questions that had no answer", ended)
 	}
 }

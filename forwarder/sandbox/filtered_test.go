@@ -139,7 +139,7 @@ func question(name string) []byte {
 
 func askFor(r *dns.Resolver, name string) dnsmessage.RCode {
 	answer := make(chan []byte, 1)
-	r.ServePacket(context.Background(), question(name), netip.MustParseAddrPort("10.0.2.100:4000"), func(b []byte) { answer <- append([]byte(nil), b...) })
+	r.ServePacket(context.Background(), question(name), netip.MustParseAddrPort("10.0.2.100:4000"), func(b []byte, _ policy.Outcome) { answer <- append([]byte(nil), b...) })
 	return dnsmessage.RCode(binary.BigEndian.Uint16((<-answer)[2:]) & 0xf)
 }
 
@@ -203,7 +203,7 @@ func resolveFiltered() error {
 	edns[11] = 1
 	near, far := net.Pipe()
 	served := make(chan struct{})
-	go func() { defer close(served); r.ServeStream(context.Background(), far) }()
+	go func() { defer close(served); r.ServeStream(context.Background(), far, func(policy.Outcome) {}) }()
 	for _, msg := range [][]byte{question("given.test."), edns} {
 		if _, err := near.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(msg))), msg...)); err != nil {
 			return err

@@ -44,7 +44,9 @@ const (
 // question that the resolver decided.
 type flowEnd struct {
 	flow     nat.Flow
-	action   policy.Action
+	fate     fate
+	because  policy.Reason // forwarder.Refusal.Because
+	told     bool          // whoever began it was told that it is refused
 	question *dns.Event
 }
 
@@ -98,20 +100,18 @@ func (l *flowLog) onEvent(e nat.Event) {
 	if e.Type != nat.Destroy {
 		return
 	}
-	switch passed, undecided := fate(&e.Flow); {
-	case passed:
-		l.put(flowEnd{flow: e.Flow, action: policy.Allow})
-	case undecided:
-		l.put(flowEnd{flow: e.Flow, action: policy.Drop}) // it ended before it had said whom it wants
+	end := flowEnd{flow: e.Flow, fate: fateOf(&e.Flow)}
+	if end.fate == refused && e.Flow.Reason != nat.ReasonPolicy {
+		return // for its first bytes, of which there is a record
 	}
-	// Else it was refused after its first bytes, and told.
+	l.put(end)
 }
 
 // refused is forwarder.Config.Refused.
-func (l *flowLog) refused(r forwarder.Refusal, ingress bool) {
+func (l *flowLog) refused(r forwarder.Refusal) {
 	now, v := l.now(), r.Verdict
-	l.put(flowEnd{action: v.Action(), flow: nat.Flow{
-		Orig: nat.NewTuple(r.Proto, r.Src, r.Dst), Ingress: ingress, Rule: v.Rule(), Reason: "policy", Start: now, End: now,
+	l.put(flowEnd{fate: refused, because: r.Because, told: r.Told, flow: nat.Flow{
+		Orig: nat.NewTuple(r.Proto, r.Src, r.Dst), Ingress: r.Ingress, Rule: v.Rule(), Reason: r.Reason, Start: now, End: now,
 		About: forwarder.About{Verdict: v, Seen: r.Seen},
 	}})
 }
@@ -188,16 +188,21 @@ func (l *flowLog) run() {
 
 func (l *flowLog) take(e flowEnd) {
 	if e.question != nil {
-		l.write(l.questionRecord(e.question, e.flow.End))
+		r := l.questionRecord(e.question, e.flow.End)
+		if e.question.Forwarded {
+			l.write(r)
+		} else {
+			l.add(r)
+		}
 		return
 	}
 	r := l.record(e)
-	if e.action == policy.Allow {
+	if e.flow.ID != 0 {
 		l.add(r)
 		return
 	}
 	key := foldKey{e.flow.Orig, e.flow.Ingress}
-	if f := l.folds[key]; f != nil && f.record.Rule == r.Rule {
+	if f := l.folds[key]; f != nil && f.record.Rule == r.Rule && f.record.Reason == r.Reason {
 		f.more++
 		return
 	}

@@ -17,7 +17,6 @@ import (
 	"sluice/forwarder"
 	"sluice/forwarder/sandbox/api"
 	"sluice/nat"
-	"sluice/policy"
 )
 
 var epoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -79,10 +78,10 @@ func TestRefusalsAreRecordedAndTheirRepeatsFolded(t *testing.T) {
 	l := testFlowLog(&out)
 	src, dst := netip.MustParseAddrPort("10.0.2.100:40000"), netip.MustParseAddrPort("169.254.169.254:80")
 	for range 5 {
-		l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst}, false)
+		l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: src, Dst: dst, Reason: nat.ReasonPolicy})
 	}
-	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: netip.MustParseAddrPort("10.0.2.100:40001"), Dst: dst}, false)
-	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_ICMP, Src: netip.MustParseAddrPort("10.0.2.100:99"), Dst: netip.MustParseAddrPort("192.0.2.1:2048")}, false)
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_TCP, Src: netip.MustParseAddrPort("10.0.2.100:40001"), Dst: dst, Reason: nat.ReasonPolicy})
+	l.refused(forwarder.Refusal{Proto: unix.IPPROTO_ICMP, Src: netip.MustParseAddrPort("10.0.2.100:99"), Dst: netip.MustParseAddrPort("192.0.2.1:2048"), Reason: nat.ReasonPolicy})
 	got := drain(t, l, &out)
 	if len(got) != 4 {
 		t.Fatalf("%d records, want 4 (two clients, one echo, one for the repeats): %s", len(got), out.String())
@@ -141,7 +140,7 @@ func TestFlowLogOnAFullDiskSaysSoOnceAndGoesOn(t *testing.T) {
 	disk := new(fullDisk)
 	l := newFlowLog(disk, time.Now, slog.New(&journalHandler{w: &said}))
 	for i := range 3 {
-		l.take(flowEnd{flow: destroy(uint64(i)).Flow, action: policy.Allow})
+		l.take(flowEnd{flow: destroy(uint64(i + 1)).Flow})
 		l.sink.flush()
 	}
 	if got := said.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "<4>") || !strings.Contains(got, unix.ENOSPC.Error()) {
@@ -151,7 +150,7 @@ func TestFlowLogOnAFullDiskSaysSoOnceAndGoesOn(t *testing.T) {
 		t.Errorf("%d records counted as lost, want 3; %d bytes kept", n, len(l.sink.buf))
 	}
 	disk.room = true
-	l.take(flowEnd{flow: destroy(9).Flow, action: policy.Allow})
+	l.take(flowEnd{flow: destroy(9).Flow})
 	l.sink.flush()
 	if disk.n != 1 {
 		t.Errorf("%d records written once there was room, want 1", disk.n)
@@ -212,7 +211,7 @@ func BenchmarkEndedFlow(b *testing.B) {
 	for name, out := range map[string]io.Writer{"ring": nil, "log": io.Discard} {
 		b.Run(name, func(b *testing.B) {
 			l := newFlowLog(out, func() time.Time { return epoch }, slog.New(slog.DiscardHandler))
-			e := flowEnd{flow: destroy(7).Flow, action: policy.Allow}
+			e := flowEnd{flow: destroy(7).Flow}
 			b.ReportAllocs()
 			for b.Loop() {
 				l.take(e)

@@ -19,7 +19,7 @@ func (l *flowLog) record(e flowEnd) api.FlowRecord {
 	r := api.FlowRecord{
 		Time: f.End, Start: f.Start, Duration: f.End.Sub(f.Start).Seconds(), Type: api.TypeFlow,
 		ID: f.ID, TrafficDirection: api.Egress, Verdict: api.VerdictForwarded,
-		Rule: f.Rule, Reason: f.Reason, DestinationNames: f.Names,
+		Rule: f.Rule, Reason: string(f.Reason), DestinationNames: f.Names,
 		Orig:  api.Counter{Packets: uint64(f.OrigPackets), Bytes: uint64(f.OrigBytes)},
 		Reply: api.Counter{Packets: uint64(f.ReplyPackets), Bytes: uint64(f.ReplyBytes)},
 		Bytes: uint64(f.OrigBytes + f.ReplyBytes),
@@ -33,20 +33,24 @@ func (l *flowLog) record(e flowEnd) api.FlowRecord {
 	} else if len(r.DestinationNames) == 0 && l.names != nil {
 		r.DestinationNames = l.names(r.IP.Destination)
 	}
-	if e.action == policy.Allow {
+	if f.ID != 0 && !e.refused() {
 		r.State = f.State.String()
 		r.ReplySource, r.ReplyDestination = f.Reply.Src(), f.Reply.Dst()
-	} else {
-		r.Verdict, r.DropReasonDesc, r.Rejected = api.VerdictDropped, api.PolicyDenied, e.action == policy.Reject
 	}
-	if v := about.Verdict; v.Audited() {
-		r.Verdict = api.VerdictAudit
+	r.Verdict, r.DropReasonDesc = e.outcome(&about)
+	r.Rejected = e.told
+	v := about.Verdict
+	if e.fate != passed || v.Audited() {
 		r.Tried = v.Tried()
-	} else if e.action != policy.Allow {
-		r.Tried = v.Tried()
-		if v.Verify() == policy.VerifyNone {
-			r.Reason = cmp.Or(string(v.Reason()), r.Reason)
-		}
+	}
+	if e.refused() && v.Verify() == policy.VerifyNone {
+		r.Reason = cmp.Or(string(e.because), string(v.Reason()), r.Reason)
+	}
+	switch about.Questions { // rather than that they had an answer
+	case policy.OutcomeRefused:
+		r.Reason, r.Rejected = string(nat.ReasonPolicy), f.ReplyPackets > 0
+	case policy.OutcomeFailed:
+		r.Reason = string(nat.ReasonNoUpstream)
 	}
 	switch s := &about.Seen; s.Kind {
 	case policy.SeenTLS, policy.SeenQUIC:
@@ -58,30 +62,63 @@ func (l *flowLog) record(e flowEnd) api.FlowRecord {
 	return r
 }
 
-// fate says whether a flow of the table was let through, or if not, whether its first
-// bytes are still to decide.
-func fate(f *nat.Flow) (passed, undecided bool) {
+// fate is what policy has made of a flow.
+type fate uint8
+
+const (
+	passed    fate = iota
+	undecided      // its first bytes are, or were, to decide
+	refused
+)
+
+// fateOf is that of a flow of the table.
+func fateOf(f *nat.Flow) fate {
 	about, ok := f.About.(forwarder.About)
-	if !ok || about.Verdict.Allowed() || about.Verdict.Rule() == "" {
-		return true, false
+	switch {
+	case !ok || about.Verdict.Allowed() || about.Verdict.Rule() == "":
+		return passed
+	case about.Verdict.Verify() != policy.VerifyNone && f.Reason != nat.ReasonPolicy:
+		return undecided
 	}
-	return false, about.Verdict.Verify() != policy.VerifyNone
+	return refused
+}
+
+// refused reports whether policy refused the flow, or a request on it.
+func (e *flowEnd) refused() bool { return e.fate == refused && !e.flow.Reason.Refuses() }
+
+// outcome is a flow's verdict, and why it was dropped, if it was, in Hubble's words.
+func (e *flowEnd) outcome(about *forwarder.About) (verdict, drop string) {
+	reason := e.flow.Reason
+	switch {
+	case reason.Refuses():
+		return api.VerdictDropped, dropOf(reason.Rate())
+	case e.fate == refused, about.Questions == policy.OutcomeRefused:
+		return api.VerdictDropped, api.PolicyDenied
+	case reason.Shortage(), about.Questions == policy.OutcomeFailed:
+		return api.VerdictError, ""
+	case e.fate == undecided:
+		return api.VerdictUnknown, ""
+	case about.Verdict.Audited():
+		return api.VerdictAudit, ""
+	}
+	return api.VerdictForwarded, ""
+}
+
+// dropOf is how Hubble calls what a bound refuses.
+func dropOf(rate bool) string {
+	if rate {
+		return api.RateLimited
+	}
+	return api.NoRoom
 }
 
 // liveRecord describes a flow of the table as it is at a time. Anybody may call it.
 func (l *flowLog) liveRecord(f nat.Flow, at time.Time) api.FlowRecord {
-	e := flowEnd{flow: f, action: policy.Allow}
-	passed, undecided := fate(&f)
+	e := flowEnd{flow: f, fate: fateOf(&f)}
 	if over := !f.End.IsZero(); !over {
 		e.flow.End = at
 	}
-	if !passed {
-		e.action = policy.Drop
-	}
 	r := l.record(e)
-	if undecided && f.End.IsZero() {
-		r.Verdict, r.DropReasonDesc, r.Reason = api.VerdictUnknown, "", ""
-	}
 	r.State, r.ReplySource, r.ReplyDestination = f.State.String(), f.Reply.Src(), f.Reply.Dst()
 	r.Conntrack = &api.Conntrack{Replied: f.SeenReply, Assured: f.Assured, Timeout: f.TimeoutLeft.Seconds(), LastSeen: f.LastSeen}
 	return r

@@ -45,12 +45,12 @@ spec:
 	if err := q.Names.Grant("pypi.example", []netip.Addr{q.Dst.Addr()}, time.Hour, epoch); err != nil {
 		t.Fatal(err)
 	}
-	return forwarder.Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: rules.Decide(q), Seen: seen}
+	return forwarder.Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: rules.Decide(q), Seen: seen, Reason: nat.ReasonPolicy, Told: true}
 }
 
 // TestRecordsInHubblesWords holds the JSON of each kind of record, which tools parse.
 func TestRecordsInHubblesWords(t *testing.T) {
-	end := func(about forwarder.About, reason string) func(*flowLog) {
+	end := func(about forwarder.About, reason nat.Reason) func(*flowLog) {
 		return func(l *flowLog) {
 			l.onEvent(nat.Event{Type: nat.Destroy, Flow: nat.Flow{
 				ID: 9, State: nat.TimeWait, Rule: about.Verdict.Rule(), Reason: reason, About: about,
@@ -60,12 +60,16 @@ func TestRecordsInHubblesWords(t *testing.T) {
 			}})
 		}
 	}
-	refuse := func(r forwarder.Refusal) func(*flowLog) { return func(l *flowLog) { l.refused(r, false) } }
+	refuse := func(r forwarder.Refusal) func(*flowLog) { return func(l *flowLog) { l.refused(r) } }
 	tls := func(name string) policy.Seen { return policy.Seen{Kind: policy.SeenTLS, Name: name} }
 	get := policy.Seen{Kind: policy.SeenHTTP, Name: "pypi.example", Method: "GET", Path: "/admin"}
 	good, other := judged(t, "enforce", 443, tls("pypi.example")), judged(t, "enforce", 443, policy.Seen{Kind: policy.SeenTLS, Name: "evil.example", ECH: true})
 	audited := judged(t, "audit", 443, tls("evil.example"))
 	pending := judged(t, "enforce", 443, policy.Seen{})
+	full, inUse, hello := good, good, good
+	full.Reason, full.Told = nat.ErrTableFull, false
+	inUse.Reason, inUse.Told = nat.ErrExists, false
+	hello.Because = policy.ReasonAnotherHello
 	for _, row := range []struct {
 		what string
 		make func(*flowLog)
@@ -81,8 +85,31 @@ func TestRecordsInHubblesWords(t *testing.T) {
 			"sni": "evil.example", "ech": true, "destination_names": ["pypi.example"], "id": null, "reply_destination": null}`},
 		{"one in audit mode", end(forwarder.About{Verdict: audited.Verdict, Seen: audited.Seen}, "closed"), `{
 			"verdict": "AUDIT", "drop_reason_desc": null, "rule": "default", "tried": "egress[0] pypi", "sni": "evil.example"}`},
-		{"one that ended before it said whom it wants", end(forwarder.About{Verdict: pending.Verdict}, "first_bytes_timeout"), `{
-			"verdict": "DROPPED", "tried": "egress[0] pypi", "reason": "first_bytes_timeout", "sni": null}`},
+		{"one that ended before it said whom it wants", end(forwarder.About{Verdict: pending.Verdict}, nat.ReasonResetBySandbox), `{
+			"verdict": "VERDICT_UNKNOWN", "drop_reason_desc": null, "rejected": null, "tried": "egress[0] pypi", "reason": "reset_by_sandbox", "sni": null,
+			"state": "TIME_WAIT", "id": 9}`},
+		{"one whose far side refused the connection before", end(forwarder.About{Verdict: pending.Verdict}, nat.ReasonRefused), `{
+			"verdict": "VERDICT_UNKNOWN", "drop_reason_desc": null, "reason": "refused"}`},
+		{"one that had to make room before", end(forwarder.About{Verdict: pending.Verdict}, nat.ReasonFirstBytesEvicted), `{
+			"verdict": "DROPPED", "drop_reason_desc": "CT_MAP_INSERTION_FAILED", "reason": "first_bytes_evicted"}`},
+		{"one that new rules cut before", end(forwarder.About{Verdict: pending.Verdict}, nat.ReasonPolicy), `{
+			"verdict": "DROPPED", "drop_reason_desc": "POLICY_DENIED", "reason": "policy"}`},
+		{"one that new rules cut later", end(forwarder.About{Verdict: good.Verdict, Seen: good.Seen}, nat.ReasonPolicy), `{
+			"verdict": "FORWARDED", "drop_reason_desc": null, "reason": "policy"}`},
+		{"one whose rule had no room when it had spoken", end(forwarder.About{Verdict: good.Verdict, Seen: good.Seen}, nat.ErrBudgetRate), `{
+			"verdict": "DROPPED", "drop_reason_desc": "DROP_RATE_LIMITED", "rejected": null, "reason": "too many new flows per second by this rule", "rule": "egress[0] pypi"}`},
+		{"one for which the table had no room", refuse(full), `{
+			"verdict": "DROPPED", "drop_reason_desc": "CT_MAP_INSERTION_FAILED", "rejected": null, "reason": "flow table is full", "rule": "egress[0] pypi", "id": null, "state": null}`},
+		{"one whose tuple was in use", refuse(inUse), `{
+			"verdict": "DROPPED", "drop_reason_desc": "CT_MAP_INSERTION_FAILED", "reason": "flow exists already"}`},
+		{"one without a host socket", end(forwarder.About{Verdict: good.Verdict}, nat.ReasonOutOfPorts), `{
+			"verdict": "ERROR", "drop_reason_desc": null, "reason": "out_of_ports"}`},
+		{"one with a second hello of another name, which a rule allows", refuse(hello), `{
+			"verdict": "DROPPED", "drop_reason_desc": "POLICY_DENIED", "rejected": true, "rule": "egress[0] pypi", "reason": "another-hello"}`},
+		{"one that carried refused questions", end(forwarder.About{Questions: policy.OutcomeRefused}, nat.ReasonAnswered), `{
+			"verdict": "DROPPED", "drop_reason_desc": "POLICY_DENIED", "reason": "policy", "state": "TIME_WAIT"}`},
+		{"one that carried questions which no upstream answered", end(forwarder.About{Questions: policy.OutcomeFailed}, nat.ReasonAnswered), `{
+			"verdict": "ERROR", "drop_reason_desc": null, "reason": "no-upstream"}`},
 		{"a request", refuse(judged(t, "enforce", 80, get)), `{
 			"verdict": "DROPPED", "Type": "L7", "l7": {"type": "REQUEST", "http": {"method": "GET", "url": "http://pypi.example/admin"}}, "sni": null,
 			"rule": "egress[1] api", "reason": "http-request"}`},
@@ -117,7 +144,7 @@ func TestARefusalAfterTheFirstBytesIsToldOnce(t *testing.T) {
 	var out bytes.Buffer
 	l := testFlowLog(&out)
 	r := judged(t, "enforce", 443, policy.Seen{Kind: policy.SeenTLS, Name: "evil.example"})
-	l.refused(r, false)
+	l.refused(r)
 	l.onEvent(nat.Event{Type: nat.Destroy, Flow: nat.Flow{Reason: "refused_by_policy", About: forwarder.About{Verdict: r.Verdict, Seen: r.Seen}}})
 	drain(t, l, &out)
 	if n := strings.Count(out.String(), "\n"); n != 1 {

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -260,8 +259,10 @@ func (w *worker) dhcp() (*dhcp.Server, error) {
 
 // refused takes a flow that policy refused down.
 func (w *worker) refused(r forwarder.Refusal) {
-	w.hint.refused(w.cfg.Rules, r)
-	w.flows.refused(r, slices.Contains(w.cfg.Guest, r.Dst.Addr().Unmap()))
+	if r.Reason == nat.ReasonPolicy {
+		w.hint.refused(w.cfg.Rules, r)
+	}
+	w.flows.refused(r)
 }
 
 // received is a message with its descriptors, or the error that ends the channel.

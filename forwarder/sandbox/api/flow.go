@@ -23,7 +23,7 @@ type Conntrack struct {
 func (r *FlowRecord) Flow() (nat.Flow, error) {
 	f := nat.Flow{
 		ID: r.ID, OrigPackets: int64(r.Orig.Packets), OrigBytes: int64(r.Orig.Bytes), ReplyPackets: int64(r.Reply.Packets), ReplyBytes: int64(r.Reply.Bytes),
-		Start: r.Start, Ingress: r.TrafficDirection == Ingress, Rule: r.Rule, Names: r.DestinationNames, Reason: r.Reason,
+		Start: r.Start, Ingress: r.TrafficDirection == Ingress, Rule: r.Rule, Names: r.DestinationNames, Reason: nat.Reason(r.Reason),
 	}
 	if !r.IP.Source.IsValid() || !r.IP.Destination.IsValid() || !r.ReplySource.IsValid() || !r.ReplyDestination.IsValid() {
 		return f, errors.New("a flow without an address of its four")

@@ -7,10 +7,10 @@ import (
 
 // The verdicts of a FlowRecord, as Hubble names them.
 const (
-	VerdictUnknown   = "VERDICT_UNKNOWN" // of a live flow whose first bytes are to decide
+	VerdictUnknown   = "VERDICT_UNKNOWN" // first bytes are to decide, or the flow ended before they were read
 	VerdictForwarded = "FORWARDED"
 	VerdictDropped   = "DROPPED" // refused, in silence or not: see Rejected
-	VerdictError     = "ERROR"   // allowed, but failed: a DNS question without an answer
+	VerdictError     = "ERROR"   // allowed, but not done: a DNS question without an answer, a flow without a host socket
 	VerdictAudit     = "AUDIT"   // let through because the policy is in audit mode
 )
 
@@ -21,6 +21,8 @@ const (
 	TypeFlow     = "L3_L4"
 	TypeL7       = "L7"
 	PolicyDenied = "POLICY_DENIED"
+	RateLimited  = "DROP_RATE_LIMITED"       // it came too fast
+	NoRoom       = "CT_MAP_INSERTION_FAILED" // another bound, or its tuple is in use
 )
 
 // FlowRecord is what is told of a flow, live or over, of one that was refused, of a

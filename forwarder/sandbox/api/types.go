@@ -116,7 +116,7 @@ type Info struct {
 // FlowsParams selects what MethodFlows lists.
 type FlowsParams struct {
 	// Ended lists the flows that are over, refused ones included, oldest
-	// first: as many as the worker's ring still holds.
+	// first, and DNS questions that had no answer: as many as the worker's ring still holds.
 	Ended bool `json:"ended,omitempty"`
 }
 
