@@ -69,8 +69,8 @@ func (sb *sandbox) refusals(t *testing.T) map[string]int {
 	t.Helper()
 	rules := map[string]int{}
 	var records []struct {
-		Verdict, Rule, Tried string
-		Count                int // of refusals that were folded into one record
+		Verdict, Rule, Tried, Reason string
+		Count                        int // of refusals that were folded into one record
 	}
 	r := sb.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name)
 	if err := json.Unmarshal([]byte(r.out), &records); err != nil {
@@ -78,7 +78,11 @@ func (sb *sandbox) refusals(t *testing.T) map[string]int {
 	}
 	for _, r := range records {
 		if !strings.EqualFold(r.Verdict, "forwarded") {
-			rules[cmp.Or(r.Tried, r.Rule)] += max(r.Count, 1)
+			by := cmp.Or(r.Tried, r.Rule)
+			if strings.HasPrefix(r.Reason, "grant-") {
+				by = r.Rule // Tried is what let it pass before
+			}
+			rules[by] += max(r.Count, 1)
 		}
 	}
 	return rules
