@@ -64,7 +64,7 @@ func (r *requestGate) admit(g *gather) (n, drop int, abort nat.Reason) {
 	case r.waits && r.answeredAll():
 		// Without the 100: some clients, curl 7 among them, send the next request now, others
 		// the body. They come again on another connection.
-		r.tell("")
+		r.tell("", nat.ReasonUnreadableAnswer)
 		return 0, 0, ""
 	case !r.body.Done():
 		body := r.body // which passed takes further
