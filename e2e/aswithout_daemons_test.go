@@ -112,22 +112,76 @@ func smtpd(t *testing.T, m *matrix) {
 	m.daemon(t, 2525, py, "-m", "aiosmtpd", "-n", "-l", "0.0.0.0:2525", "--tlscert", filepath.Join(m.dir, "cert.pem"), "--tlskey", filepath.Join(m.dir, "key.pem"), "-c", "aiosmtpd.handlers.Sink")
 }
 
-// musl makes a program that asks musl for addresses, as getent asks glibc.
-func musl(t *testing.T, m *matrix) {
+// debs is a repository for apt among the files of nginxServer.
+func debs(t *testing.T, m *matrix) {
 	m.script(t, `
-cat >getent.c <<'END'
-#include <netdb.h>
-#include <stdio.h>
-int main(int argc, char **argv) {
-	struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *all;
-	int err = getaddrinfo(argv[1], "80", &hints, &all);
-	if (err) return puts(gai_strerror(err)), 1;
-	for (; all; all = all->ai_next) {
-		char text[64];
-		getnameinfo(all->ai_addr, all->ai_addrlen, text, sizeof text, 0, 0, NI_NUMERICHOST);
-		puts(text);
+mkdir -p demo/DEBIAN "$dir/www/debs"
+printf 'Package: demo\nVersion: 1.0\nArchitecture: all\nMaintainer: t <t@t.test>\nDescription: a package\n' >demo/DEBIAN/control
+dpkg-deb -b demo "$dir/www/debs/demo_1.0_all.deb"
+cd "$dir/www/debs"
+{ dpkg-deb -f demo_1.0_all.deb; echo "Filename: ./demo_1.0_all.deb"; echo "Size: $(stat -c %s demo_1.0_all.deb)"; echo "SHA256: $(sha256sum demo_1.0_all.deb | cut -d' ' -f1)"; } >Packages`)
+}
+
+// crates are a registry for cargo, whose index is a repository of webServer and whose files are
+// nginxServer's, and another repository to depend on.
+func crates(t *testing.T, m *matrix) {
+	m.script(t, `
+crate() { mkdir -p "$1/src"; printf '[package]\nname = "%s"\nversion = "1.0.0"\n' "${1%-*}" >"$1/Cargo.toml"; echo "pub fn answer() -> u32 { $2 }" >"$1/src/lib.rs"; }
+publish() { git -C "$1" init -q -b main; git -C "$1" add .; git -C "$1" -c user.name=t -c user.email=t@t.test commit -q -m one; git clone -q --bare "$1" "$dir/git/$2.git"; }
+crate demo-1.0.0 42; mkdir -p "$dir/www/crates/demo"; tar -czf "$dir/www/crates/demo/1.0.0" demo-1.0.0
+mkdir -p index/de/mo; echo '{"dl": "https://web.test:8443/crates/{crate}/{version}"}' >index/config.json
+printf '{"name": "demo", "vers": "1.0.0", "deps": [], "cksum": "%s", "features": {}, "yanked": false}\n' "$(sha256sum "$dir/www/crates/demo/1.0.0" | cut -d' ' -f1)" >index/de/mo/demo
+publish index index
+crate dep-1.0.0 43; publish dep-1.0.0 dep`)
+}
+
+// java makes a program that fetches as Java's two clients do.
+func java(t *testing.T, m *matrix) {
+	m.script(t, `
+cat >Fetch.java <<'END'
+import java.io.FileInputStream;
+import java.net.HttpURLConnection;
+import java.net.URI;
+import java.net.URL;
+import java.net.http.HttpClient;
+import java.net.http.HttpRequest;
+import java.net.http.HttpResponse.BodyHandlers;
+import java.security.KeyStore;
+import java.security.cert.CertificateFactory;
+import javax.net.ssl.HttpsURLConnection;
+import javax.net.ssl.SSLContext;
+import javax.net.ssl.TrustManagerFactory;
+
+public class Fetch {
+	public static void main(String[] args) throws Exception {
+		KeyStore known = KeyStore.getInstance(KeyStore.getDefaultType());
+		known.load(null);
+		known.setCertificateEntry("ca", CertificateFactory.getInstance("X.509").generateCertificate(new FileInputStream(args[1])));
+		TrustManagerFactory trust = TrustManagerFactory.getInstance(TrustManagerFactory.getDefaultAlgorithm());
+		trust.init(known);
+		SSLContext tls = SSLContext.getInstance("TLS");
+		tls.init(null, trust.getTrustManagers(), null);
+		HttpsURLConnection.setDefaultSSLSocketFactory(tls.getSocketFactory());
+		String[] paths = {"bytes/100000", "chunked/30000", "move", "status/404"};
+		for (String base : new String[] {"http://" + args[0] + ":8081/", "https://" + args[0] + ":8444/"}) {
+			String scheme = base.split(":")[0];
+			for (String path : paths) {
+				HttpURLConnection c = (HttpURLConnection) new URL(base + path).openConnection();
+				int status = c.getResponseCode();
+				System.out.println("URL " + scheme + " " + status + " " + (status < 400 ? c.getInputStream() : c.getErrorStream()).readAllBytes().length);
+			}
+			for (HttpClient.Version version : HttpClient.Version.values()) {
+				HttpClient client = HttpClient.newBuilder().version(version).followRedirects(HttpClient.Redirect.NORMAL).sslContext(tls).build();
+				for (String path : paths) {
+					var answer = client.send(HttpRequest.newBuilder(URI.create(base + path)).build(), BodyHandlers.ofByteArray());
+					System.out.println(version + " " + scheme + " " + answer.version() + " " + answer.statusCode() + " " + answer.body().length);
+				}
+				var post = HttpRequest.newBuilder(URI.create(base + "digest")).POST(HttpRequest.BodyPublishers.ofByteArray(new byte[300000])).build();
+				System.out.println(client.send(post, BodyHandlers.ofString()).body());
+			}
+		}
 	}
 }
 END
-musl-gcc -static -o "$dir/getent" getent.c`)
+mkdir "$dir/java"; javac -d "$dir/java" Fetch.java`)
 }

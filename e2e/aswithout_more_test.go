@@ -4,6 +4,14 @@ package e2e
 
 const dist = "/usr/lib/python3/dist-packages/"
 
+// apt asks for the SRV records of a repository by http.
+const apt = `chmod 755 .. . # for apt's own user
+for url in "http://$to:8080" "https://$to:8443"; do
+	mkdir -p apt/{lists,cache/archives,etc/preferences.d}; echo "deb [trusted=yes] $url/debs ./" >apt/etc/sources.list; : >apt/status
+	apt="-q -o Dir::State=$PWD/apt -o Dir::State::status=$PWD/apt/status -o Dir::Cache=$PWD/apt/cache -o Dir::Etc=$PWD/apt/etc -o Acquire::https::CAInfo=$ca"
+	apt-get $apt update; apt-get $apt download demo; dpkg-deb -f demo_1.0_all.deb Package Version; rm -r apt demo*
+done`
+
 var moreClients = []client{
 	// HTTP
 	{name: "wget, some addresses that lead nowhere", needs: "wget", server: "web", to: "half.web.test several.web.test",
@@ -33,15 +41,16 @@ async def main():
             print(r.status, len(await r.read()))
 asyncio.run(main())' "$to"`,
 		says: "200 90000"},
-	{name: "Python websockets over TLS", needs: dist + "websockets/__init__.py", server: "web",
+	{name: "Python websockets", needs: dist + "websockets/__init__.py", server: "web",
 		run: py + ` -c '
 import asyncio, ssl, sys, websockets
 async def main():
-    async with websockets.connect(f"wss://{sys.argv[1]}:8444/ws", ssl=ssl.create_default_context(cafile=sys.argv[2]), origin="https://web.test") as c:
-        for n in 1, 1000, 100000:
-            await c.send("x" * n); got = 0
-            while got < n: got += len(await c.recv())
-            print(got)
+    for url, how in ("ws://%s:8081/ws", None), ("wss://%s:8444/ws", ssl.create_default_context(cafile=sys.argv[2])):
+        async with websockets.connect(url % sys.argv[1], ssl=how, origin="https://web.test") as c:
+            for n in 1, 1000, 100000:
+                await c.send("x" * n); got = 0
+                while got < n: got += len(await c.recv())
+                print(got)
 asyncio.run(main())' "$to" "$ca"`,
 		says: "100000"},
 	{name: "Node http and https", needs: "node", server: "web",
@@ -80,12 +89,15 @@ puts Net::HTTP.post(URI("http://#{ARGV[0]}:8081/digest"), "x" * 100000).body' "$
 my $u = LWP::UserAgent->new(ssl_opts => {SSL_ca_file => $ARGV[1]});
 for my $p ("bytes/100000", "move", "status/404") { my $r = $u->get("https://$ARGV[0]:8444/$p"); print $r->code, " ", length $r->content, "\n" }' "$to" "$ca"`,
 		says: "200 100000\n200 100\n404"},
+	{name: "Java HttpURLConnection and HttpClient, in clear text and over TLS", needs: "java javac", server: "web java",
+		run:  `java -XX:TieredStopAtLevel=1 -cp "$dir/java" Fetch "$to" "$ca"`,
+		says: "HTTP_2 https HTTP_2 200 100000"},
 	{name: "httpie", needs: "http", server: "web",
 		run: `http --ignore-stdin --verify "$ca" -b "https://$at:8444/"; http --ignore-stdin -b POST "http://$at:8081/digest" a=b`, says: "hello from peer"},
 	{name: "aria2, eight connections", needs: "aria2c", server: "web",
 		run: `aria2c -q -x 8 -s 8 -k 1M --ca-certificate="$ca" -o f "https://$at:8444/bytes/8000000"; sha256sum f; wc -c f`, says: "8000000 f"},
 	{name: "nghttp", needs: "nghttp", server: "web",
-		run: `nghttp --no-verify-peer -s "https://$at:8444/bytes/300000" "https://$at:8444/digest" | awk '$5 ~ /^[0-9]+$/ {print $5, $6, $7}'; nghttp "http://$at:8081/"`, says: "hello from peer", hide: `\+?[\d.]+[mu]s`},
+		run: `nghttp --no-verify-peer -s "https://$at:8444/bytes/300000" "https://$at:8444/digest" | awk '$5 ~ /^[0-9]+$/ {print $5, $6, $7}' | sort; nghttp "http://$at:8081/"`, says: "hello from peer", hide: `\+?[\d.]+[mu]s`},
 	{name: "gnutls-cli", needs: "gnutls-cli", server: "web",
 		run: `printf 'GET / HTTP/1.0\r\n\r\n' | gnutls-cli --logfile=/dev/null --x509cafile="$ca" -p 8444 "$to" | tail -n 1`, says: "hello from peer"},
 	{name: "grpcurl", needs: "grpcurl", server: "web",
@@ -96,6 +108,18 @@ for my $p ("bytes/100000", "move", "status/404") { my $r = $u->get("https://$ARG
 		run: pip + ` --isolated -q --disable-pip-version-check --no-cache-dir install --no-deps --retries 0 --timeout 5 --target lib --cert "$ca" --index-url "https://$at:8443/simple" demo; ls lib`, says: "demo.py"},
 	{name: "npm", needs: "npm", server: "nginx packages",
 		run: `export HOME=$PWD; npm install --silent --no-audit --no-fund --no-update-notifier --cafile="$ca" --registry="https://$at:8443/npm/" demo >/dev/null; cat node_modules/demo/index.js`, says: "42"},
+
+	{name: "apt", needs: "apt-get dpkg-deb", server: "nginx debs",
+		run: apt, says: "Package: demo", hide: `Fetched.*|IP: .*`},
+	{name: "apt, a repository by SRV", needs: "apt-get dpkg-deb", server: "nginx debs", to: "deb.web.test",
+		run: apt, says: "Package: demo", hide: `Fetched.*|IP: .*`},
+	{name: "cargo, a registry and a git dependency", needs: "/usr/bin/cargo /usr/bin/rustc", server: "web nginx crates",
+		run: `export CARGO_HOME=$PWD/home CARGO_HTTP_CAINFO=$ca RUSTC=/usr/bin/rustc
+mkdir -p .cargo src; echo 'fn main() { println!("{} {}", demo::answer(), dep::answer()); }' >src/main.rs
+printf '[registries.local]\nindex = "https://%s:8444/git/index.git"\n' "$to" >.cargo/config.toml
+printf '[package]\nname = "p"\nversion = "0.1.0"\n[dependencies]\ndemo = { version = "1", registry = "local" }\ndep = { git = "https://%s:8444/git/dep.git" }\n' "$to" >Cargo.toml
+/usr/bin/cargo -q run`,
+		says: "42 43"},
 
 	// databases and messages
 	{name: "psql", needs: "psql /usr/lib/postgresql/15/bin/postgres", server: "postgres",
@@ -122,16 +146,18 @@ for host, port in seed["nodelist"]:
 	// files
 	{name: "lftp", needs: "lftp vsftpd", server: "nginx vsftpd",
 		run: `lftp -e 'set net:max-retries 1; get numbers -o f; cls -1 index.html; exit' "$to"; tail -n 1 f`, says: "100000"},
+	{name: "lftp, active mode", needs: "lftp vsftpd", server: "nginx vsftpd",
+		run: `lftp -e 'set net:max-retries 1; set ftp:passive-mode off; set net:timeout 5; get numbers -o f; exit' "$to"; tail -n 1 f`, says: "100000",
+		differs: []difference{{status: 1, says: "500 Illegal EPRT command", why: "the client tells the server an address of the sandbox (docs/policy.md, FTP)"}}},
 	{name: "curl and wget, FTP", needs: "curl wget vsftpd", server: "nginx vsftpd",
 		run: `curl -sS "ftp://$at/numbers" | sha256sum; curl -sS --disable-epsv -4 "ftp://$to/numbers" | sha256sum; wget -q -O - "ftp://$at/numbers" | tail -n 1`, says: "100000"},
 	{name: "tftp", needs: "tftp in.tftpd", server: "nginx tftpd",
 		run: `tftp -m binary "$to" -c get numbers; tail -n 1 numbers`, says: "100000"},
 
 	// names
-	{name: "getent, musl", needs: "musl-gcc", server: "musl", to: "web.test alias.web.test four.web.test six.web.test",
-		run: `"$dir/getent" "$to" | sort`, says: "10"},
-	{name: "getent, musl, a name that is none", needs: "musl-gcc", server: "musl", to: "no.web.test",
-		run: `"$dir/getent" "$to"`, status: 1, says: "Name does not resolve"},
+	{name: "kdig", needs: "kdig",
+		run:  `kdig +noall +answer "$to" A; kdig +short "$to" AAAA; kdig +tcp +short "$to" TXT; kdig +short -x ` + far4 + `; kdig +noall +answer "$to" HTTPS; kdig "$to" MX | grep -o "status: [A-Z]*"`,
+		says: "status: NOERROR", hide: `\t\d+\t`},
 	// everything else
 	{name: "snmpget and snmpwalk", needs: "snmpget snmpwalk snmpd", server: "snmpd",
 		run: `export SNMP_PERSISTENT_DIR=$PWD; snmpget -v2c -c public -Oqv "$to" .1.3.6.1.2.1.1.5.0; snmpwalk -v2c -c public -On "$to" .1.3.6.1.2.1.1 | wc -l`, says: "far"},

@@ -16,15 +16,18 @@ import (
 var matrixZone = slicesOf(
 	named("web", far4, far6),
 	named("four.web", far4), named("six.web", far6),
-	named("half.web", far4, noHost6),             // the family that is tried first has no route
-	named("other-half.web", noHost4, far6),       // the other one
-	named("late.web", far4, silent6),             // the family that is tried first never answers
+	named("half.web", far4, noHost6),       // the family that is tried first has no route
+	named("other-half.web", noHost4, far6), // the other one
+	named("late.web", far4, silent6),       // the family that is tried first never answers
+	named("silent.web", silent4), named("gone.web", noHost4), named("closed.web", closed4),
+	named("deb.web", far4), []string{"_http._tcp.deb.web.test. _http._tcp.deb.web.test. 300 SRV 0 0 8080 mirror.test."}, named("mirror", far4), // apt asks for SRV
+	named("other", far4),                         // which no policy by domain allows
 	named("several.web", noHost4, closed4, far4), // the first addresses lead nowhere
 	[]string{"alias.web.test. alias.web.test. 300 CNAME web.test.", "alias.web.test. web.test. 300 A " + far4, "alias.web.test. web.test. 300 AAAA " + far6},
 	[]string{"web.test. web.test. 300 MX 10 six.web.test.", `web.test. web.test. 300 TXT "v=spf1 -all"`},
 	[]string{"_mongodb._tcp.db.web.test. _mongodb._tcp.db.web.test. 300 SRV 0 0 7000 four.web.test.", "_mongodb._tcp.db.web.test. _mongodb._tcp.db.web.test. 300 SRV 0 0 7000 six.web.test.",
 		`db.web.test. db.web.test. 300 TXT "replicaSet=rs0&authSource=admin"`},
-	[]string{"_http._tcp.web.test. _http._tcp.web.test. 300 SRV 0 0 8081 four.web.test."},
+	[]string{"_any._tcp.web.test. _any._tcp.web.test. 300 SRV 0 0 8081 four.web.test."},
 )
 
 func slicesOf(lists ...[]string) (all []string) {
@@ -51,7 +54,7 @@ func (m *matrix) settings(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(m.dir, "settings")
 	ssh := strings.Join(m.ssh, " ")
-	text := fmt.Sprintf("peer=%q dir=%s ca=%[2]s/cert.pem repo=%[2]s/git/repo.git user=%s ssh=%q sftp=%q\n",
+	text := fmt.Sprintf("tell() { echo \"$ $1\"; \"$@\" 2>&1 || echo \"status $?\"; }\npeer=%q dir=%s ca=%[2]s/cert.pem repo=%[2]s/git/repo.git user=%s ssh=%q sftp=%q\n",
 		peerBin(), m.dir, sshUser(), ssh, strings.Replace(ssh, "ssh -F none -p", "sftp -F none -P", 1))
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
@@ -70,10 +73,11 @@ func sshUser() string {
 // are in aswithout_daemons_test.go.
 var servers = map[string]func(*testing.T, *matrix){
 	"serve": func(t *testing.T, m *matrix) { serve(t, m.w.far) },
-	"web":   webServer, "nginx": nginxServer, "sshd": sshd, "rsyncd": rsyncd,
+	"web":   webServer, "nginx": nginxServer, "sshd": sshd, "rsyncd": rsyncd, "musl": musl,
 
 	"packages": packages, "postgres": postgres, "mariadb": mariadb, "redis": redis, "slapd": slapd, "mosquitto": mosquitto,
-	"snmpd": snmpd, "chronyd": chronyd, "vsftpd": vsftpd, "tftpd": tftpd, "smtpd": smtpd, "musl": musl,
+	"snmpd": snmpd, "chronyd": chronyd, "vsftpd": vsftpd, "tftpd": tftpd, "smtpd": smtpd,
+	"debs": debs, "crates": crates, "java": java,
 }
 
 func webServer(t *testing.T, m *matrix) {
@@ -117,6 +121,38 @@ func sshd(t *testing.T, m *matrix) {
 // rsyncd serves the files of nginxServer.
 func rsyncd(t *testing.T, m *matrix) {
 	m.daemon(t, 873, "rsync", "--daemon", "--no-detach", "--log-file=/dev/stderr", "--config="+write(t, "rsyncd.conf", "reverse lookup = no\n[www]\npath = "+filepath.Join(m.dir, "www")+"\nuse chroot = no\nread only = yes\n"))
+}
+
+// musl makes a program that asks musl for the addresses of the name in $to, as getent asks glibc.
+// musl's headers would bring all of gcc.
+func musl(t *testing.T, m *matrix) {
+	m.script(t, `
+cat >getent.c <<'END'
+struct addrinfo { int flags, family, socktype, protocol; unsigned addrlen; void *addr; char *name; struct addrinfo *next; };
+int getaddrinfo(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+int getnameinfo(const void *, unsigned, char *, unsigned, char *, unsigned, int);
+const char *gai_strerror(int), *getenv(const char *);
+int puts(const char *);
+void exit(int);
+void start(void) {
+	struct addrinfo hints = {.socktype = 1}, *all;
+	int err = getaddrinfo(getenv("to"), "80", &hints, &all);
+	if (err) { puts(gai_strerror(err)); exit(1); }
+	for (; all; all = all->next) {
+		char text[64];
+		getnameinfo(all->addr, all->addrlen, text, sizeof text, 0, 0, 1);
+		puts(text);
+	}
+	exit(0);
+}
+#ifdef __x86_64__ /* whose functions expect of the stack what a call makes of it */
+__asm__(".globl _start\n_start: and $-16, %rsp\n call start");
+#else
+void _start(void) { start(); }
+#endif
+END
+ln -s /lib/ld-musl-*.so.1 libc.so
+tcc -nostdinc -nostdlib -o "$dir/getent" getent.c -L. -lc`)
 }
 
 // daemon starts a server in far and waits until it listens on a TCP port.

@@ -155,12 +155,14 @@ func (m *matrix) try(t *testing.T, c client, in place, to string) seenBy {
 func (m *matrix) row(t *testing.T, c client) {
 	for _, to := range strings.Fields(cmp.Or(c.to, "web.test")) {
 		direct := m.try(t, c, m.ways[0].in, to)
+		took := fmt.Sprintf("%s: direct %v", to, direct.result.took)
 		if direct.status != c.status || !strings.Contains(direct.text, c.says) {
 			t.Errorf("without Sluice, status %d and %q are expected\n%s", c.status, c.says, direct.result)
 			continue
 		}
 		for _, way := range m.ways[1:] {
 			got := m.try(t, c, way.in, to)
+			took += fmt.Sprintf(", %s %v", way.name, got.result.took)
 			same := got.status == direct.status && got.text == direct.text
 			i := slices.IndexFunc(c.differs, func(d difference) bool {
 				return (d.by == "" || d.by == way.name) && regexp.MustCompile(d.to).MatchString(to)
@@ -172,6 +174,7 @@ func (m *matrix) row(t *testing.T, c client) {
 				t.Errorf("%s, %s: status %d and %q are expected, since %s\n%s\nwithout:\n%s", way.name, to, c.differs[i].status, c.differs[i].says, c.differs[i].why, got.result, direct.result)
 			}
 		}
+		t.Log(took)
 	}
 }
 
@@ -192,9 +195,9 @@ func (c client) missing() (missing []string) {
 // TestAsWithout runs the clients that install small. As `make clients` has it, SLUICE_CLIENTS is a
 // regular expression, and those run whose name it matches, of all; one that cannot run is a failure.
 func TestAsWithout(t *testing.T) {
-	rows := smallClients
+	rows := slices.Concat(smallClients, smallFailures)
 	if wanted := os.Getenv("SLUICE_CLIENTS"); wanted != "" {
-		rows = slices.DeleteFunc(slices.Concat(smallClients, moreClients), func(c client) bool {
+		rows = slices.DeleteFunc(slices.Concat(rows, moreClients, moreFailures), func(c client) bool {
 			return !regexp.MustCompile(wanted).MatchString(c.name)
 		})
 		for _, c := range rows {
@@ -210,7 +213,7 @@ func TestAsWithout(t *testing.T) {
 		}
 	}
 	tools := map[string]bool{}
-	for _, c := range smallClients {
+	for _, c := range slices.Concat(smallClients, smallFailures) {
 		for _, tool := range strings.Fields(c.needs) {
 			tools[tool] = true
 		}

@@ -14,11 +14,11 @@ hack/deps.sh \
 	$python/{httpx/__init__.py=python3-httpx,pymongo/__init__.py=python3-pymongo,requests/__init__.py=python3-requests,websockets/__init__.py=python3-websockets} \
 	/usr/lib/postgresql/15/bin/postgres=postgresql-15 /usr/share/perl5/LWP.pm=libwww-perl \
 	/usr/share/perl5/LWP/Protocol/https.pm=liblwp-protocol-https-perl /usr/share/php8.2-curl/curl/curl.ini=php8.2-curl \
-	aria2c=aria2 chronyd=chrony gnutls-cli=gnutls-bin http=httpie in.tftpd=tftpd-hpa \
+	/usr/bin/cargo=cargo aria2c=aria2 chronyd=chrony gnutls-cli=gnutls-bin http=httpie in.tftpd=tftpd-hpa \
 	ldapsearch=ldap-utils lftp=lftp mariadbd=mariadb-server mosquitto=mosquitto mosquitto_pub=mosquitto-clients \
-	musl-gcc=musl-tools mysql=mariadb-client nghttp=nghttp2-client node=nodejs npm=npm ntpdate=ntpsec-ntpdate php=php-cli \
+	javac=openjdk-17-jdk-headless kdig=knot-dnsutils mysql=mariadb-client nghttp=nghttp2-client node=nodejs npm=npm ntpdate=ntpsec-ntpdate php=php-cli \
 	psql=postgresql-client redis-cli=redis-tools redis-server=redis-server ruby=ruby slapd=slapd snmpd=snmpd snmpget=snmp \
 	swaks=swaks tftp=tftp-hpa vsftpd=vsftpd
 tools=$PWD/build/tools
 GOBIN=$tools "$go" install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3 # Debian has none
-PATH=$tools:$PATH exec hack/e2e-cni.sh 20m TestAsWithout SLUICE_CLIENTS="${1:-.}"
+PATH=$tools:$PATH exec hack/e2e-cni.sh 30m TestAsWithout SLUICE_CLIENTS="${1:-.}"
