@@ -185,3 +185,22 @@ public class Fetch {
 END
 mkdir "$dir/java"; javac -d "$dir/java" Fetch.java`)
 }
+
+// rtsp plays a tone by RTSP.
+func rtsp(t *testing.T, m *matrix) {
+	const begin = `
+import gi
+gi.require_version("Gst", "1.0")
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+`
+	known := filepath.Join(m.dir, "gstreamer")
+	m.script(t, "export GST_REGISTRY="+known+"; "+py+" -c '"+begin+"'") // it looks at all its plugins once
+	m.daemon(t, 7554, "env", "GST_REGISTRY="+known, py, write(t, "rtsp.py", begin+`
+server = GstRtspServer.RTSPServer(address="::", service="7554")
+factory = GstRtspServer.RTSPMediaFactory(launch="( audiotestsrc is-live=true ! audio/x-raw,rate=8000,channels=1 ! rtpL16pay name=pay0 pt=96 )")
+server.get_mount_points().add_factory("/tone", factory)
+server.attach(None)
+GLib.MainLoop().run()`))
+}

@@ -2,7 +2,10 @@ package e2e
 
 // The clients that only `make clients` installs and runs: rows of the matrix (aswithout_test.go).
 
-const dist = "/usr/lib/python3/dist-packages/"
+const (
+	dist    = "/usr/lib/python3/dist-packages/"
+	typelib = "/usr/lib/x86_64-linux-gnu/girepository-1.0/GstRtspServer-1.0.typelib"
+)
 
 // apt asks for the SRV records of a repository by http.
 const apt = `chmod 755 .. . # for apt's own user
@@ -153,6 +156,9 @@ for host, port in seed["nodelist"]:
 		run: `curl -sS "ftp://$at/numbers" | sha256sum; curl -sS --disable-epsv -4 "ftp://$to/numbers" | sha256sum; wget -q -O - "ftp://$at/numbers" | tail -n 1`, says: "100000"},
 	{name: "tftp", needs: "tftp in.tftpd", server: "nginx tftpd",
 		run: `tftp -m binary "$to" -c get numbers; tail -n 1 numbers`, says: "100000"},
+
+	{name: "ffmpeg, RTSP over TCP", needs: "ffmpeg " + typelib, server: "rtsp",
+		run: `ffmpeg -nostdin -v error -rtsp_transport tcp -i "rtsp://$at:7554/tone" -t 1 -c copy -f s16be tone; head -c 16000 tone | wc -c`, says: "16000"},
 
 	// names
 	{name: "kdig", needs: "kdig",

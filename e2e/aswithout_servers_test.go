@@ -77,7 +77,7 @@ var servers = map[string]func(*testing.T, *matrix){
 
 	"packages": packages, "postgres": postgres, "mariadb": mariadb, "redis": redis, "slapd": slapd, "mosquitto": mosquitto,
 	"snmpd": snmpd, "chronyd": chronyd, "vsftpd": vsftpd, "tftpd": tftpd, "smtpd": smtpd,
-	"debs": debs, "crates": crates, "java": java,
+	"debs": debs, "crates": crates, "java": java, "rtsp": rtsp,
 }
 
 func webServer(t *testing.T, m *matrix) {
