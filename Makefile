@@ -1,11 +1,15 @@
-# Sluice. `make run` shows it at work, `make test` tests all of it; both work as root and
-# as an ordinary user.
+# Sluice. `make help` lists the targets. `make run` shows it at work, `make test` tests all of it;
+# both work as root and as an ordinary user.
 
 GO      ?= $(or $(shell command -v go 2>/dev/null),/usr/local/go/bin/go)
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZ    ?= 20s
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# Where `make install` puts things: below PREFIX, in the file system that begins at DESTDIR.
+PREFIX  ?= /usr/local
+DESTDIR ?=
 
 export GO
 export CGO_ENABLED = 0
@@ -14,14 +18,47 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
+.PHONY: build help install man run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
 
-# One static binary for people, which needs its symbol table (forwarder/sandbox/guest/signals.go),
-# and one that is a CNI plugin.
+# The binaries, static, in build/.
 build:
-	$(GO) build -trimpath -ldflags '-w -X main.version=$(VERSION)' -o build/sluice ./cmd/sluice
-	$(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o build/sluice-cni ./cmd/sluice-cni
+	@# sluice keeps its symbol table, which the sandbox's guest needs (guest/signals.go).
+	stamp=$$($(GO) list ./cmd/internal/cmdline).version=$(VERSION) && \
+	$(GO) build -trimpath -ldflags "-w -X $$stamp" -o build/sluice ./cmd/sluice && \
+	$(GO) build -trimpath -ldflags "-s -w -X $$stamp" -o build/sluice-cni ./cmd/sluice-cni
 	$(GO) build -trimpath -o build/peer ./e2e/peer
+
+# This list, which is the comments above the targets.
+help:
+	@echo 'make [VARIABLE=value] TARGET, which is one of'
+	@awk '/^# / { text = text "\n              " substr($$0, 3); next } \
+		/^[a-z][a-z0-9-]*:/ && text { name = $$1; sub(/:.*/, "", name); printf "%-13s %s\n", name, substr(text, 16) } \
+		{ text = "" }' $(firstword $(MAKEFILE_LIST))
+
+# Manual pages, in build/man: one for each command, from its own help, and sluice-policy(5).
+man: build
+	rm -rf build/man
+	mkdir -p build/man/source
+	build/sluice reference build/man/source
+	build/sluice-cni reference build/man/source
+	$(GO) build -trimpath -o build/render-man ./hack/man
+	title="-date=$$(git log -1 --format=%cs 2>/dev/null)" && \
+	build/render-man "$$title" -source 'sluice $(VERSION)' build/man build/man/source/*.md && \
+	build/render-man "$$title" -source 'sluice $(VERSION)' -page sluice-policy.5 \
+		-summary 'files that say which flows a sandbox may start and accept' build/man docs/policy.md
+
+# Binaries, manual pages and completions of bash, zsh and fish, below PREFIX (/usr/local).
+# DESTDIR=DIR is put in front of it, for a package.
+install: man
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin share/man/man1 share/man/man5 share/bash-completion/completions share/zsh/site-functions share/fish/vendor_completions.d)
+	install -m 755 build/sluice build/sluice-cni $(DESTDIR)$(PREFIX)/bin
+	install -m 644 build/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 build/man/*.5 $(DESTDIR)$(PREFIX)/share/man/man5
+	for name in sluice sluice-cni; do \
+		build/$$name completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$name && \
+		build/$$name completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_$$name && \
+		build/$$name completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/$$name.fish || exit 1; \
+	done
 
 # A sandboxed request that is answered, one that policy refuses, and the flow table.
 run: build
@@ -66,6 +103,7 @@ soak-memory: build
 bench-cni: build
 	hack/e2e-cni.sh 5m TestCNICosts SLUICE_BENCH_CNI=1
 
+# gofmt, vet, staticcheck (staticcheck.conf) and shellcheck.
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(GO) vet ./...
@@ -76,5 +114,6 @@ lint:
 fuzz:
 	hack/fuzz.sh $(FUZZ)
 
+# Removes build/.
 clean:
 	rm -rf build

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/cni"
 	"sluice/forwarder/sandbox"
 	"sluice/nat"
@@ -24,7 +25,7 @@ func (launcher) Launch(ctx context.Context, a cni.LaunchSpec) (int, uint64, erro
 		return 0, 0, err
 	}
 	return sandbox.LaunchAttachment(ctx, "", sandbox.AttachmentConfig{
-		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: version,
+		Name: a.Name, RuntimeDir: a.RuntimeDir, Describe: a.Describe, Version: cmdline.Version(),
 		UplinkNetNS: a.UplinkNetNS, Link: a.Device, Inbound: a.Inbound, Addrs: a.Addrs,
 		Resolvers: a.Resolvers.Servers, ResolversNote: a.Resolvers.Note,
 		Metadata: a.Metadata, NAT64: a.NAT64,

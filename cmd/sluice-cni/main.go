@@ -15,12 +15,10 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/urfave/cli/v2"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/cni"
 	"sluice/forwarder/sandbox"
 )
-
-// version is the release's; the linker sets it (-X main.version=…).
-var version = "devel"
 
 func init() {
 	// As in every plugin: the threads that change their namespace are others than the
@@ -35,14 +33,14 @@ func main() {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case sandbox.AttachmentCommand:
-			os.Exit(sandbox.AttachmentMain(version))
+			os.Exit(sandbox.AttachmentMain(cmdline.Version()))
 		case sandbox.WorkerCommand:
 			os.Exit(sandbox.WorkerMain())
 		}
 	}
 	if os.Getenv("CNI_COMMAND") != "" {
 		plugin := &cni.Plugin{Launcher: launcher{}, Reached: reached}
-		skel.PluginMainFuncs(plugin.Funcs(), cni.Versions, "sluice-cni "+version)
+		skel.PluginMainFuncs(plugin.Funcs(), cni.Versions, "sluice-cni "+cmdline.Version())
 		return
 	}
 	if err := app().Run(os.Args); err != nil {
@@ -53,22 +51,27 @@ func main() {
 
 func app() *cli.App {
 	return &cli.App{
-		Name:           "sluice-cni",
-		Usage:          "puts pods and containers behind sluice, as a CNI plugin",
-		Description:    "A container runtime calls it without arguments, with CNI_COMMAND in the environment.\nPeople call it to install it.",
-		Version:        version,
-		HideVersion:    true,
-		Suggest:        true,
-		ExitErrHandler: func(*cli.Context, error) {},
+		Name:        "sluice-cni",
+		Usage:       "put pods and containers behind sluice, as a CNI plugin",
+		UsageText:   "sluice-cni install --conflist /etc/cni/net.d/10-main.conflist",
+		Description: "A container runtime calls it without arguments, with CNI_COMMAND in the environment. People call it to install it.",
+		Version:     cmdline.Version(),
+		HideVersion: true,
+		Suggest:     true,
+		// For `sluice-cni completion`.
+		EnableBashCompletion: true,
+		ExitErrHandler:       func(*cli.Context, error) {},
 		Commands: []*cli.Command{
 			{
 				Name: "install", Usage: "add sluice to a network configuration list",
-				Description: "Adds itself as the last plugin of the list, in one step; nothing changes if it is there.\n" +
-					"CHECK is switched off in the list, as plugins before sluice look in the container for what sluice has moved.",
+				UsageText: `sluice-cni install --conflist /etc/cni/net.d/10-main.conflist
+sluice-cni install --conflist FILE --config keys.json --bin-dir DIR`,
+				Description: "Adds itself as the last plugin of the list, in one step; a list that has it stays as it is. Switches CHECK\n" +
+					"off in the list, because plugins before sluice look in the container for what sluice has moved.",
 				Flags: []cli.Flag{
 					conflistFlag(),
-					&cli.StringFlag{Name: "config", Usage: "`FILE` with keys for the plugin's own configuration, as JSON"},
-					&cli.StringFlag{Name: "bin-dir", Usage: "also copy this binary into `DIR`, where the runtime looks for plugins"},
+					&cli.StringFlag{Name: "config", Usage: "`FILE` with the plugin's own configuration, as JSON"},
+					&cli.StringFlag{Name: "bin-dir", Usage: "also copy this binary into `DIR`, in which the runtime looks for plugins"},
 				},
 				Action: func(c *cli.Context) error {
 					if err := noArguments(c); err != nil {
@@ -79,7 +82,8 @@ func app() *cli.App {
 			},
 			{
 				Name: "uninstall", Usage: "remove sluice from a network configuration list",
-				Description: "Containers that are attached stay so until the runtime deletes them: keep the binary until then.",
+				UsageText:   "sluice-cni uninstall --conflist /etc/cni/net.d/10-main.conflist",
+				Description: "Attached containers stay attached until the runtime deletes them: keep the binary until then.",
 				Flags:       []cli.Flag{conflistFlag()},
 				Action: func(c *cli.Context) error {
 					if err := noArguments(c); err != nil {
@@ -89,18 +93,20 @@ func app() *cli.App {
 				},
 			},
 			{
-				Name: "version", Usage: "print the version",
+				Name: "version", Usage: "print the version", UsageText: "sluice-cni version",
 				Action: func(c *cli.Context) error {
-					fmt.Println(version)
+					fmt.Println(cmdline.Version())
 					return nil
 				},
 			},
+			cmdline.CompletionCommand("sluice-cni"),
+			cmdline.ReferenceCommand(),
 		},
 	}
 }
 
 func conflistFlag() cli.Flag {
-	return &cli.StringFlag{Name: "conflist", Required: true, Usage: "the `FILE` that the runtime reads, such as /etc/cni/net.d/10-main.conflist"}
+	return &cli.StringFlag{Name: "conflist", Required: true, Usage: "`FILE` that the runtime reads, such as /etc/cni/net.d/10-main.conflist (required)"}
 }
 
 func noArguments(c *cli.Context) error {

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
@@ -21,21 +23,25 @@ func attachCommand() *cli.Command {
 		Name:      "attach",
 		Usage:     "give an existing network namespace a sandboxed network",
 		ArgsUsage: "PID | --netns PATH",
-		Description: `Puts a device into the network namespace of a process or at a path, and serves it
-until the namespace's process ends, the exit descriptor hangs up, or a signal
-comes.
+		UsageText: `sluice attach 4711
+sluice attach --netns /run/netns/box --policy policy.yaml
+sluice attach --netns /run/netns/box --ready-fd 3 --exit-fd 4`,
+		Description: `Puts a device into the network namespace of a process, or the one at a path. Serves it
+until the namespace's process ends, the exit descriptor hangs up, or a signal arrives.
 
 Without --policy the namespace reaches what a container's does: public and private
-addresses, and the host's own.
-
-   sluice attach 4711
-   sluice attach --netns /run/netns/box --ready-fd 3 --exit-fd 4`,
-		Flags: append(sandboxFlags("all but the host's loopback, link-local and metadata addresses is open"),
-			&cli.StringFlag{Name: "netns", Usage: "`PATH` of the network namespace"},
-			&cli.StringFlag{Name: "userns", Usage: "`PATH` of the user namespace to enter (default: the one that owns the network namespace)"},
-			&cli.BoolFlag{Name: "no-configure", Usage: "only make the device: its addresses come by DHCP and router advertisements, or by hand"},
-			&cli.IntFlag{Name: "ready-fd", Value: -1, Usage: "write 1 to descriptor `N` and close it when traffic flows"},
-			&cli.IntFlag{Name: "exit-fd", Value: -1, Usage: "end when descriptor `N` hangs up"},
+addresses, and the host's own.`,
+		HideHelpCommand: true,
+		Flags: slices.Concat(sandboxFlags("everything is open except the host's loopback, link-local and metadata addresses"),
+			cmdline.InCategory(ofNetwork,
+				&cli.BoolFlag{Name: "no-configure", Usage: "only make the device: its addresses come by DHCP and router advertisements, or by hand"},
+			),
+			cmdline.InCategory(ofProcess,
+				&cli.StringFlag{Name: "netns", Usage: "`PATH` of the network namespace"},
+				&cli.StringFlag{Name: "userns", Usage: "`PATH` of the user namespace to enter (default: the one that owns the network namespace)"},
+				&cli.IntFlag{Name: "ready-fd", Value: -1, DefaultText: "none", Usage: "write 1 to descriptor `N` and close it when traffic flows"},
+				&cli.IntFlag{Name: "exit-fd", Value: -1, DefaultText: "none", Usage: "end when descriptor `N` hangs up"},
+			),
 		),
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {

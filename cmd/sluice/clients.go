@@ -7,6 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 )
@@ -15,7 +16,7 @@ import (
 func clientCommands() []*cli.Command {
 	return []*cli.Command{
 		psCommand(), flowsCommand(), flowLogCommand(), policyCommand(), portCommand(), captureCommand(), upgradeCommand(),
-		statsCommand(), logsCommand(), sysctlCommand(), versionCommand(), completionCommand(),
+		statsCommand(), logsCommand(), sysctlCommand(), versionCommand(), cmdline.CompletionCommand("sluice"),
 	}
 }
 

@@ -13,11 +13,12 @@ import (
 func flowLogCommand() *cli.Command {
 	return &cli.Command{
 		Name: "flow-log", Usage: "tell sandboxes that their flow log was renamed",
+		UsageText: "sluice flow-log reopen",
 		Subcommands: []*cli.Command{{
-			Name: "reopen", Usage: "go on in what is now at the flow log's path, which is made if there is nothing", ArgsUsage: "[NAME...]",
-			Description: "For logrotate's postrotate: without NAME, all sandboxes that have a flow log in a file. Sluice\n" +
-				"renames the file itself when it is full; to leave that to logrotate alone, run with --flow-log-max-size 0.\n" +
-				"With copytruncate nothing need be told.",
+			Name: "reopen", Usage: "open the flow log at its path again, and make it if it is gone", ArgsUsage: "[NAME...]",
+			UsageText: "# in logrotate's postrotate\nsluice flow-log reopen",
+			Description: "Without NAME, tells every sandbox whose flow log is a file. Sluice renames a full file itself; to leave\n" +
+				"that to logrotate alone, run with --flow-log-max-size 0. With copytruncate the command is not needed.",
 			BashComplete: completeNames,
 			Action:       reopenFlowLogs,
 		}},

@@ -20,13 +20,13 @@ func flowsCommand() *cli.Command {
 		Name:      "flows",
 		Usage:     "list the flows of a sandbox, or watch them",
 		ArgsUsage: "[NAME]",
-		Description: "Without NAME, of the one sandbox that is running. -o json prints the flow log's records (docs/flow-log.md),\n" +
-			"with --watch one event a line. -o conntrack prints what `conntrack -L` would, with --watch what\n" +
-			"`conntrack -E` would. --ended lists flows that are over or were refused.",
+		UsageText: "sluice flows\nsluice flows --ended\nsluice flows -w -o json NAME",
+		Description: "NAME may be left out while only one sandbox is running. -o json prints the flow log's records, with --watch\n" +
+			"one event a line. -o conntrack prints what `conntrack -L` would, with --watch what `conntrack -E` would.",
 		Flags: []cli.Flag{
 			outputFlag("table", "json", "conntrack"),
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "print events until interrupted"},
-			&cli.BoolFlag{Name: "ended", Usage: "list the flows that are over, refused ones too"},
+			&cli.BoolFlag{Name: "ended", Usage: "list flows that are over or were refused"},
 		},
 		BashComplete: completeNames,
 		Action:       flows,

@@ -20,9 +20,10 @@ import (
 func statsCommand() *cli.Command {
 	return &cli.Command{
 		Name: "stats", Usage: "print the counters of a sandbox", ArgsUsage: "[NAME]",
+		UsageText: "sluice stats\nsluice stats --all -o json NAME",
 		Flags: []cli.Flag{
 			outputFlag("table", "json"),
-			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "print counters that are 0 too"},
+			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "print counters that are 0, too"},
 		},
 		BashComplete: completeNames,
 		Action: func(c *cli.Context) error {
@@ -75,10 +76,11 @@ func flatten(prefix string, raw json.RawMessage, into map[string]string) error {
 func logsCommand() *cli.Command {
 	return &cli.Command{
 		Name: "logs", Usage: "print the sandbox's own log", ArgsUsage: "[NAME]",
+		UsageText: "sluice logs\nsluice logs -f -n 20 NAME",
 		Flags: []cli.Flag{
 			outputFlag("text", "json"),
-			&cli.IntFlag{Name: "tail", Aliases: []string{"n"}, Usage: "print the last `LINES` only"},
-			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "go on with new lines until interrupted"},
+			&cli.IntFlag{Name: "tail", Aliases: []string{"n"}, Usage: "print only the last `LINES`"},
+			&cli.BoolFlag{Name: "follow", Aliases: []string{"f"}, Usage: "print new lines until interrupted"},
 		},
 		BashComplete: completeNames,
 		Action:       logs,
@@ -127,11 +129,12 @@ func logs(c *cli.Context) error {
 func sysctlCommand() *cli.Command {
 	return &cli.Command{
 		Name: "sysctl", Usage: "read or set tunables of a sandbox's flow table, memory budget and keepalive", ArgsUsage: "[NAME] [TUNABLE[=VALUE]...]",
-		Description: "Tunables have nf_conntrack's names and units; without one, all are printed. net.ipv4.tcp_mem is the budget for\n" +
-			"what the sandbox's buffers take: its low, pressure and high mark in pages of 4 KiB, such as 'tcp_mem=32768 49152 65536'.\n" +
-			"net.ipv4.tcp_keepalive_time, _intvl and _probes are for connections that are set up from then on, on both sides of\n" +
-			"the sandbox: seconds without traffic before the first probe, seconds between probes, and how many go unanswered\n" +
-			"before a far side counts as gone.",
+		UsageText: "sluice sysctl\nsluice sysctl NAME nf_conntrack_max=1000\nsluice sysctl NAME 'net.ipv4.tcp_mem=32768 49152 65536'",
+		Description: "Tunables have nf_conntrack's names and units. Without one, all are printed.\n\n" +
+			"net.ipv4.tcp_mem is the budget for the sandbox's buffers: its low, pressure and high mark in pages of 4 KiB.\n\n" +
+			"net.ipv4.tcp_keepalive_time, _intvl and _probes apply to new connections, on both sides of the sandbox: seconds\n" +
+			"without traffic before the first probe, seconds between probes, and how many probes may go unanswered before\n" +
+			"the far side counts as gone.",
 		Flags: []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames,
 		Action: sysctl,
 	}
@@ -172,13 +175,13 @@ func sysctl(c *cli.Context) error {
 func captureCommand() *cli.Command {
 	return &cli.Command{
 		Name: "capture", Usage: "write a sandbox's packets to a pcapng file", ArgsUsage: "[NAME]",
-		Description: "Ends at an interrupt, or with the sandbox. Needs no privilege. Packets that policy or the stack\n" +
-			"dropped are on an interface of their own, with the reason as comment. For example:\n\n" +
-			"   sluice capture -w - | tshark -r -",
+		UsageText: "sluice capture -w packets.pcapng\nsluice capture -w - | tshark -r -\n# only what was dropped, and why\nsluice capture --drops -w drops.pcapng NAME",
+		Description: "Ends at an interrupt, or with the sandbox. Needs no privilege. Packets that the policy or the stack dropped\n" +
+			"are on an interface of their own, with the reason as their comment.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "write", Aliases: []string{"w"}, Required: true, Usage: "write to `FILE`, - is standard output"},
+			&cli.StringFlag{Name: "write", Aliases: []string{"w"}, Required: true, Usage: "write to `FILE`, - for standard output (required)"},
 			&cli.IntFlag{Name: "snaplen", Aliases: []string{"s"}, Usage: "keep the first `BYTES` of each packet; 0 keeps all"},
-			&cli.BoolFlag{Name: "drops", Usage: "only what was dropped"},
+			&cli.BoolFlag{Name: "drops", Usage: "write only packets that were dropped"},
 		},
 		BashComplete: completeNames,
 		Action:       capture,

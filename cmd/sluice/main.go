@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/guest"
 )
@@ -30,7 +31,7 @@ func main() {
 		case sandbox.WorkerCommand:
 			os.Exit(sandbox.WorkerMain())
 		case sandbox.AttachmentCommand:
-			os.Exit(sandbox.AttachmentMain(buildVersion()))
+			os.Exit(sandbox.AttachmentMain(cmdline.Version()))
 		}
 	}
 	os.Exit(run(context.Background(), os.Args))
@@ -67,11 +68,13 @@ func app() *cli.App {
 	return &cli.App{
 		Name:                 "sluice",
 		Usage:                "run commands and containers in a network whose every byte passes a policy",
-		Version:              buildVersion(),
+		Version:              cmdline.Version(),
 		HideVersion:          true, // there is a version command
 		EnableBashCompletion: true,
 		Suggest:              true,
-		Commands:             append([]*cli.Command{runCommand(), attachCommand()}, clientCommands()...),
+		UsageText:            "sluice run -- curl https://example.com\nsluice run --policy policy.yaml -- ./agent\nsluice flows",
+		Description:          "Each command has a manual page, such as sluice-run(1). sluice-policy(5) describes policy files.",
+		Commands:             append([]*cli.Command{runCommand(), attachCommand(), cmdline.ReferenceCommand()}, clientCommands()...),
 		// Errors are printed once, by run.
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   usageError,

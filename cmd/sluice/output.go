@@ -16,7 +16,7 @@ import (
 func outputFlag(formats ...string) cli.Flag {
 	return &cli.StringFlag{
 		Name: "output", Aliases: []string{"o"}, Value: formats[0],
-		Usage: "print as " + strings.Join(formats, ", "),
+		Usage: "print in `FORMAT`: " + strings.Join(formats, ", "),
 		Action: func(_ *cli.Context, v string) error {
 			for _, f := range formats {
 				if v == f {

@@ -16,23 +16,29 @@ import (
 
 func policyCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "policy",
-		Usage: "check, test, compare and suggest policy files; show or replace a sandbox's policy",
+		Name:        "policy",
+		Usage:       "check, test, compare and suggest policy files; show or replace a sandbox's policy",
+		UsageText:   "sluice policy check policy.yaml\nsluice policy test policy.yaml --to example.com:443\nsluice policy set NAME policy.yaml",
+		Description: "sluice-policy(5) describes policy files.",
 		Subcommands: slices.Concat([]*cli.Command{
 			{
-				Name: "check", Usage: "say whether policy files are right", ArgsUsage: "FILE...",
-				Description: "Prints every error with file, line and column, and what was expected. - reads standard input.",
+				Name: "check", Usage: "check policy files for errors", ArgsUsage: "FILE...",
+				UsageText:   "sluice policy check policy.yaml",
+				Description: "Prints every error with its file, line and column, and what was expected. - reads standard input.",
 				Action:      policyCheck,
 			},
 			{
 				Name: "show", Usage: "print the policy in force", ArgsUsage: "[NAME]",
-				Flags: []cli.Flag{outputFlag("yaml", "json")}, BashComplete: completeNames, Action: policyShow,
+				UsageText: "sluice policy show\nsluice policy show -o json NAME",
+				Flags:     []cli.Flag{outputFlag("yaml", "json")}, BashComplete: completeNames, Action: policyShow,
 			},
 			{
 				Name: "set", Usage: "replace the policy of a running sandbox", ArgsUsage: "[NAME] FILE",
-				Description: "Flows that the new policy allows go on undisturbed; those that it denies are cut.\n" +
-					"A monitor that is stopped is continued, or killed, which leaves the sandbox without a network.\n" +
-					"A file with errors changes nothing. - reads standard input.",
+				UsageText: "sluice policy set NAME policy.yaml",
+				Description: "Flows that the new policy allows go on undisturbed; flows that it denies are cut. A file with\n" +
+					"errors changes nothing. - reads standard input.\n\n" +
+					"A stopped monitor is continued. One that cannot be is killed, which leaves the sandbox without\n" +
+					"a network.",
 				BashComplete: completeNames, Action: policySet,
 			},
 		}, policyTrialCommands(), policyCompareCommands()),

@@ -20,18 +20,20 @@ import (
 func policyCompareCommands() []*cli.Command {
 	return []*cli.Command{
 		{
-			Name: "diff", Usage: "say what a policy file opens and closes, compared with another", ArgsUsage: "BEFORE AFTER",
-			Description: "Compares decisions, not text: rules that are put in another order or worded otherwise make no\n" +
-				"difference if nothing is decided otherwise. The status is 0 if nothing is, and 1 if something is.",
+			Name: "diff", Usage: "print what a policy file opens and closes compared with another", ArgsUsage: "BEFORE AFTER",
+			UsageText: "sluice policy diff old.yaml new.yaml",
+			Description: "Compares decisions, not text: rules that are reordered or reworded make no difference while every\n" +
+				"decision stays the same. The exit status is 0 if every decision does, and 1 if any differs.",
 			Flags: []cli.Flag{podFlag(), outputFlag("text", "json")}, Action: policyDiff,
 		},
 		{
 			Name: "suggest", Usage: "make a policy from a flow log: what passed passes again, and nothing else", ArgsUsage: "FLOWLOG",
+			UsageText: "sluice policy suggest flows.json\nsluice flows --ended -o json | sluice policy suggest -",
 			Description: "Reads the lines of --flow-log, or the output of `sluice flows --ended -o json`; - reads standard input.\n" +
-				"To learn a policy, run with one in `mode: audit`, under which names are known.\n" +
-				"What can not be put into rules is told in comments at the top.",
+				"To learn a policy, run with one in `mode: audit`, under which names are known. Comments at the top\n" +
+				"list what rules cannot express.",
 			Flags: []cli.Flag{
-				&cli.StringFlag{Name: "name", Value: "suggested", Usage: "the policy's `NAME`"},
+				&cli.StringFlag{Name: "name", Value: "suggested", Usage: "`NAME` of the policy"},
 				outputFlag("yaml", "json"),
 			},
 			Action: policySuggest,

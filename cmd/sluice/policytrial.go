@@ -17,26 +17,28 @@ import (
 // policyTrialCommands ask a policy file about a flow that nobody has started.
 func policyTrialCommands() []*cli.Command {
 	flags := []cli.Flag{
-		&cli.StringFlag{Name: "to", Usage: "the destination, `HOST:PORT`; of icmp, HOST; with --from, the sandbox's PORT"},
+		&cli.StringFlag{Name: "to", Usage: "destination, `HOST:PORT`; for icmp HOST; with --from the sandbox's PORT"},
 		&cli.StringFlag{Name: "from", Usage: "ask about a client of a published port instead, at `ADDRESS`"},
-		&cli.StringFlag{Name: "proto", Value: "tcp", Usage: "`tcp`, udp, sctp, icmp or icmpv6 (an echo request)"},
-		&cli.StringFlag{Name: "address", Usage: "the `ADDRESS` that the host resolves to; else a public one that no rule names"},
-		&cli.StringFlag{Name: "said", Usage: "the `NAME` that the first bytes say (SNI, Host); else the host's; empty for none"},
-		&cli.StringFlag{Name: "method", Usage: "the `METHOD` of the request, where requests are judged; else GET"},
-		&cli.StringFlag{Name: "path", Usage: "the `PATH` of the request; else /"},
+		&cli.StringFlag{Name: "proto", Value: "tcp", Usage: "`PROTOCOL`: tcp, udp, sctp, icmp or icmpv6 (an echo request)"},
+		&cli.StringFlag{Name: "address", Usage: "`ADDRESS` that the host resolves to (default: a public one that no rule names)"},
+		&cli.StringFlag{Name: "said", Usage: "`NAME` in the first bytes (SNI, Host), empty for none (default: the host's)"},
+		&cli.StringFlag{Name: "method", Usage: "`METHOD` of the request, where requests are judged (default: GET)"},
+		&cli.StringFlag{Name: "path", Usage: "`PATH` of the request (default: /)"},
 		podFlag(),
 		outputFlag("text", "json"),
 	}
 	return []*cli.Command{
 		{
-			Name: "test", Usage: "say whether a policy file would let a flow pass", ArgsUsage: "FILE --to HOST:PORT",
-			Description: "Prints what would be decided and by which rule. Nothing is resolved and nothing is sent. The status\n" +
-				"is 0 if the flow would pass and 1 if not. The addresses of this host and of a sandbox are not known here.",
+			Name: "test", Usage: "report whether a policy file would allow a flow", ArgsUsage: "FILE --to HOST:PORT",
+			UsageText: "sluice policy test policy.yaml --to example.com:443\nsluice policy test policy.yaml --to :80 --from 192.0.2.7",
+			Description: "Prints the decision and the rule that makes it. Resolves nothing and sends nothing. The exit status\n" +
+				"is 0 if the flow would pass and 1 if not. The command knows neither this host's addresses nor a sandbox's.",
 			Flags: flags, Action: func(c *cli.Context) error { return policyTrial(c, false) },
 		},
 		{
-			Name: "explain", Usage: "say why a policy file would let a flow pass or not", ArgsUsage: "FILE --to HOST:PORT",
-			Description: "As test, with each rule that was tried and why it did not match. The status is 0 either way.",
+			Name: "explain", Usage: "print why a policy file would allow a flow or not", ArgsUsage: "FILE --to HOST:PORT",
+			UsageText:   "sluice policy explain policy.yaml --to example.com:443",
+			Description: "Prints what `sluice policy test` does, each rule that was tried, and why it did not match. The exit status is 0 either way.",
 			Flags:       flags, Action: func(c *cli.Context) error { return policyTrial(c, true) },
 		},
 	}
@@ -44,7 +46,7 @@ func policyTrialCommands() []*cli.Command {
 
 // podFlag has a policy file judged as a pod's.
 func podFlag() cli.Flag {
-	return &cli.BoolFlag{Name: "pod", Usage: "judge as in a pod, where a policy with egress rules and without ingress leaves ingress open"}
+	return &cli.BoolFlag{Name: "pod", Usage: "judge as in a pod, where a policy with egress rules and without ingress rules leaves ingress open"}
 }
 
 func environment(c *cli.Context) policy.Environment {

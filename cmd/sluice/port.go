@@ -13,26 +13,33 @@ import (
 )
 
 func portCommand() *cli.Command {
-	const spec = "[ip:]host[-range]:guest[-range][/udp]"
+	const (
+		spec   = "PORTS"
+		syntax = "PORTS is written [IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]."
+	)
 	return &cli.Command{
-		Name:  "port",
-		Usage: "publish ports of a running sandbox, or withdraw them",
+		Name:      "port",
+		Usage:     "publish ports of a running sandbox, or withdraw them",
+		UsageText: "sluice port add 8080:80\nsluice port ls",
 		Subcommands: []*cli.Command{
 			{
 				Name: "add", Usage: "publish ports", ArgsUsage: "[NAME] " + spec + "...",
-				Description:  "Host port 0 lets the kernel pick one; the ports that were opened are printed.",
+				UsageText:    "sluice port add 8080:80\nsluice port add NAME 127.0.0.1:5000-5009:5000-5009/udp",
+				Description:  syntax + " Host port 0 lets the kernel pick one. Prints the ports that were opened.",
 				BashComplete: completeNames,
 				Action:       func(c *cli.Context) error { return changePorts(c, api.MethodPortsAdd) },
 			},
 			{
 				Name: "rm", Usage: "withdraw ports", ArgsUsage: "[NAME] " + spec + "...",
-				Description:  "Connections through them go on.",
+				UsageText:    "sluice port rm NAME 8080:80",
+				Description:  syntax + " Connections through the ports go on.",
 				BashComplete: completeNames,
 				Action:       func(c *cli.Context) error { return changePorts(c, api.MethodPortsRm) },
 			},
 			{
 				Name: "ls", Usage: "list the published ports", ArgsUsage: "[NAME]",
-				Flags: []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames, Action: listPorts,
+				UsageText: "sluice port ls",
+				Flags:     []cli.Flag{outputFlag("table", "json")}, BashComplete: completeNames, Action: listPorts,
 			},
 		},
 	}

@@ -20,13 +20,14 @@ const psTimeout = 2 * time.Second
 
 func psCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "ps",
-		Usage: "list the sandboxes that are running",
+		Name:      "ps",
+		Usage:     "list the sandboxes that are running",
+		UsageText: "sluice ps\nsluice ps -q",
 		Description: "Lists this user's sandboxes, oldest first, and cleans up after those that were killed.\n" +
 			"FLOWS is - while the worker is being restarted.",
 		Flags: []cli.Flag{
 			outputFlag("table", "json"),
-			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print names only"},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print only names"},
 		},
 		Action: ps,
 	}

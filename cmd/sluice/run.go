@@ -8,11 +8,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"sluice/cmd/internal/cmdline"
 	"sluice/forwarder/sandbox"
 	"sluice/forwarder/sandbox/api"
 	"sluice/forwarder/sandbox/guest"
@@ -20,76 +22,105 @@ import (
 	"sluice/tun"
 )
 
+// The categories that the flags of run and attach are listed under.
+const (
+	ofNetwork = "network"
+	ofPolicy  = "policy"
+	ofNames   = "name resolution"
+	ofLogs    = "log"
+	ofProcess = "identity and process"
+)
+
 // sandboxFlags are common to run and attach; withoutPolicy says what holds without --policy.
 func sandboxFlags(withoutPolicy string) []cli.Flag {
-	return []cli.Flag{
-		&cli.StringFlag{Name: "name", Usage: "`NAME` of the sandbox for the other commands; generated if not given"},
-		&cli.StringFlag{Name: "policy", Usage: "policy `FILE` (docs/policy.md); default: " + withoutPolicy},
-		&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `[IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]`; may be repeated"},
-		&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 and ::1 every port that the sandbox listens on, while it does, but those below 1024, well-known ones and those that are taken"},
-		&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
-		&cli.StringSliceFlag{Name: "metadata-address", Usage: "take `ADDR|CIDR` for a metadata service too (docs/policy.md); may be repeated"},
-		&cli.StringSliceFlag{Name: "nat64-prefix", Usage: "judge addresses behind the network's own NAT64 `PREFIX` also as the IPv4 address that they carry; may be repeated"},
-		&cli.StringSliceFlag{Name: "dns", Usage: "name server `ADDRESS[:PORT]` to ask instead of the host's; may be repeated"},
-		&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's; may be repeated"},
-		&cli.StringSliceFlag{Name: "add-host", Usage: "answer `NAME:ADDRESS`; may be repeated"},
-		&cli.StringFlag{Name: "flow-log", Usage: "append a JSON record of each ended flow to `FILE`, - for standard output (docs/flow-log.md)"},
-		&cli.StringFlag{Name: "flow-log-max-size", Value: policy.Bytes(sandbox.DefaultFlowLogMaxSize).String(), Usage: "rename FILE to FILE.1 before it has more than `BYTES`, such as 500M or 64Mi; 0: never"},
-		&cli.IntFlag{Name: "flow-log-max-files", Value: sandbox.DefaultFlowLogMaxFiles, Usage: "keep `N` files of the flow log, FILE included; the oldest goes"},
-		&cli.StringFlag{Name: "link", Value: "tap", Usage: "kind of device: `tap|tun`"},
-		&cli.StringFlag{Name: "interface", Usage: "`NAME` of the device inside (default: tap0 or tun0)"},
-		&cli.IntFlag{Name: "mtu", Value: tun.DefaultMTU, Usage: fmt.Sprintf("MTU of the device, %d to %d `BYTES`", tun.MinMTU, tun.MaxMTU)},
-		&cli.IntFlag{Name: "queues", Value: tun.DefaultQueues(), Usage: fmt.Sprintf("queues of the device, 1 to %d; all are used while several flows send in bulk", tun.MaxQueues)},
-		&cli.BoolFlag{Name: "no-offload", Usage: "a device without checksum and segmentation offloads"},
-		&cli.StringFlag{Name: "mac", Usage: "hardware `ADDRESS` of the device inside (default: the kernel's choice)"},
-		&cli.StringFlag{Name: "address", Usage: "IPv4 `ADDRESS/BITS` of the sandbox (default: 10.0.2.100/24; gateway and resolver are .2 and .3)"},
-		&cli.StringFlag{Name: "address6", Usage: "IPv6 `ADDRESS/BITS` of the sandbox"},
-		&cli.StringFlag{Name: "gateway", Usage: "IPv4 `ADDRESS` of the gateway"},
-		&cli.StringFlag{Name: "gateway6", Usage: "IPv6 `ADDRESS` of the gateway"},
-		&cli.BoolFlag{Name: "ipv4-only", Usage: "no IPv6 inside"},
-		&cli.BoolFlag{Name: "ipv6-only", Usage: "no IPv4 inside"},
-		&cli.StringSliceFlag{Name: "sysctl", Usage: "setting `NAME=VALUE` of the flow table, the memory budget or keepalive, such as nf_conntrack_max=1000 or net.ipv4.tcp_keepalive_time=30; may be repeated"},
-		&cli.BoolFlag{Name: "verbose", Usage: "say on standard error what happens"},
-	}
+	return slices.Concat(
+		cmdline.InCategory(ofNetwork,
+			&cli.StringSliceFlag{Name: "publish", Aliases: []string{"p"}, Usage: "publish `PORTS`, written [IP:]HOST[-RANGE]:GUEST[-RANGE][/udp]; may be repeated"},
+			&cli.BoolFlag{Name: "publish-auto", Usage: "publish on 127.0.0.1 and ::1 every port that the sandbox listens on, while it does, except ports below 1024, well-known ports and ports in use"},
+			&cli.StringFlag{Name: "link", Value: "tap", Usage: "make a device of `KIND` tap or tun"},
+			&cli.StringFlag{Name: "interface", Usage: "`NAME` of the device inside (default: tap0 or tun0)"},
+			&cli.IntFlag{Name: "mtu", Value: tun.DefaultMTU, Usage: fmt.Sprintf("MTU of the device, %d to %d `BYTES`", tun.MinMTU, tun.MaxMTU)},
+			&cli.IntFlag{Name: "queues", Value: tun.DefaultQueues(), DefaultText: "2, or 1 on a single processor", Usage: fmt.Sprintf("give the device `N` queues, 1 to %d; all are used while several flows send bulk data", tun.MaxQueues)},
+			&cli.BoolFlag{Name: "no-offload", Usage: "make the device without checksum and segmentation offloads"},
+			&cli.StringFlag{Name: "mac", Usage: "hardware `ADDRESS` of the device inside (default: the kernel's choice)"},
+			&cli.StringFlag{Name: "address", Usage: "IPv4 `ADDRESS/BITS` of the sandbox (default: 10.0.2.100/24; gateway and resolver are .2 and .3)"},
+			&cli.StringFlag{Name: "address6", Usage: "IPv6 `ADDRESS/BITS` of the sandbox"},
+			&cli.StringFlag{Name: "gateway", Usage: "IPv4 `ADDRESS` of the gateway"},
+			&cli.StringFlag{Name: "gateway6", Usage: "IPv6 `ADDRESS` of the gateway"},
+			&cli.BoolFlag{Name: "ipv4-only", Usage: "no IPv6 inside"},
+			&cli.BoolFlag{Name: "ipv6-only", Usage: "no IPv4 inside"},
+			&cli.StringSliceFlag{Name: "sysctl", Usage: "set `NAME=VALUE` of the flow table, the memory budget or keepalive, such as nf_conntrack_max=1000 or net.ipv4.tcp_keepalive_time=30; may be repeated"},
+		),
+		cmdline.InCategory(ofPolicy,
+			&cli.StringFlag{Name: "policy", Usage: "policy `FILE`, see sluice-policy(5) (default: " + withoutPolicy + ")"},
+			&cli.BoolFlag{Name: "host-loopback", Usage: "let the gateway address lead to the host's 127.0.0.1 and ::1"},
+			&cli.StringSliceFlag{Name: "metadata-address", Usage: "treat `ADDR|CIDR` as a metadata service too, see sluice-policy(5); may be repeated"},
+			&cli.StringSliceFlag{Name: "nat64-prefix", Usage: "judge an address behind the network's own NAT64 `PREFIX` also as the IPv4 address that it carries; may be repeated"},
+		),
+		cmdline.InCategory(ofNames,
+			&cli.StringSliceFlag{Name: "dns", Usage: "ask the name server at `ADDRESS[:PORT]` instead of the host's; may be repeated"},
+			&cli.StringSliceFlag{Name: "dns-search", Usage: "search `DOMAIN` instead of the host's domains; may be repeated"},
+			&cli.StringSliceFlag{Name: "add-host", Usage: "answer `NAME:ADDRESS`; may be repeated"},
+		),
+		cmdline.InCategory(ofLogs,
+			&cli.StringFlag{Name: "flow-log", Usage: "append a JSON record of each ended flow to `FILE`, - for standard output"},
+			&cli.StringFlag{Name: "flow-log-max-size", Value: policy.Bytes(sandbox.DefaultFlowLogMaxSize).String(), Usage: "rename the flow log to FILE.1 before it exceeds `BYTES`, such as 500M or 64Mi; 0: never"},
+			&cli.IntFlag{Name: "flow-log-max-files", Value: sandbox.DefaultFlowLogMaxFiles, Usage: "keep `N` files of the flow log, FILE included, and delete older ones"},
+			&cli.BoolFlag{Name: "verbose", Usage: "report on standard error what happens"},
+		),
+		cmdline.InCategory(ofProcess,
+			&cli.StringFlag{Name: "name", Usage: "`NAME` of the sandbox for the other commands (default: a generated one)"},
+		),
+	)
 }
 
 func runCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "run",
 		Usage:     "run a command in a sandboxed network",
-		ArgsUsage: "-- COMMAND [ARGUMENT…]",
-		Description: `Makes user, network and mount namespaces, puts a device into them, and carries
-each connection that the policy lets through to a socket of the caller's
-network. No privilege is needed but access to /dev/net/tun.
+		ArgsUsage: "-- COMMAND [ARGUMENT...]",
+		UsageText: `sluice run -- curl https://example.com
+sluice run --allow-private -- ssh nas.lan
+sluice run --policy policy.yaml -- ./agent
+sluice run -p 8080:80 -- nginx -g 'daemon off;'
+# a log of every flow, from which to make a policy
+sluice run --flow-log flows.json -- make
+sluice policy suggest flows.json`,
+		Description: `Makes user, network and mount namespaces, puts a device into them, and carries each
+connection that the policy allows to a socket of the caller's network. The only
+privilege it needs is access to /dev/net/tun.
 
 Without --policy, public addresses are open. Private networks and the host's own
-addresses are closed until --allow-private and --allow-host open them, the host's
-loopback until --host-loopback does; link-local, metadata and other special
-addresses stay closed.
+addresses are closed until --allow-private and --allow-host open them, and the host's
+loopback until --host-loopback does. Link-local, metadata and other special addresses
+stay closed.
 
-COMMAND's files are the caller's. Sockets in them that lead past the network (D-Bus,
-docker, ssh-agent, X11 …) are out of reach with --policy, unless --allow-socket or
---host-sockets leaves them; a line on standard error says what is covered.
+COMMAND sees the caller's files. With --policy, sockets among them that lead past the
+network (D-Bus, docker, ssh-agent, X11 and the like) are out of reach, unless
+--allow-socket or --host-sockets leaves them; a line on standard error lists what is
+covered.
 
-The exit status is COMMAND's, 128+N if signal N ended it, 126 if it cannot be
-executed, 127 if there is no such command, and 125 if sluice itself failed,
-which it explains on standard error.
-
-   sluice run -- curl https://example.com
-   sluice run --allow-private -- ssh nas.lan
-   sluice run --policy policy.yaml -- ./agent
-   sluice run -p 8080:80 -- nginx -g 'daemon off;'`,
-		Flags: append(sandboxFlags("public addresses are open, all others closed"),
-			&cli.BoolFlag{Name: "allow-private", Usage: "without --policy: open private networks too (10/8, 172.16/12, 192.168/16, 100.64/10, fc00::/7)"},
-			&cli.BoolFlag{Name: "allow-host", Usage: "without --policy: open the host's own addresses too"},
-			&cli.BoolFlag{Name: "root", Usage: "be root inside, with capabilities over the sandbox's namespaces only (default: the caller's own user)"},
-			&cli.BoolFlag{Name: "subids", Usage: "map the caller's /etc/subuid and /etc/subgid ranges too"},
-			&cli.BoolFlag{Name: "pid", Usage: "a PID namespace: everything inside ends with COMMAND"},
-			&cli.StringSliceFlag{Name: "allow-socket", Usage: "with --policy: leave the host's socket at `PATH`, or all below that directory, in reach; may be repeated"},
-			&cli.BoolFlag{Name: "host-sockets", Usage: "leave all of the host's sockets in reach: D-Bus, docker, ssh-agent, X11, resolver daemons …"},
-			&cli.BoolFlag{Name: "quiet", Usage: "do not say on standard error what is covered, nor what a start by root means"},
-			&cli.IntFlag{Name: "preserve-fds", Usage: "hand `N` more descriptors to COMMAND, from 3 on"},
-			&cli.BoolFlag{Name: "show-flows", Usage: "print the flows that were seen to standard error at the end"},
+The exit status is COMMAND's; 128+N if signal N ended it; 126 if it cannot be executed;
+127 if there is no such command; and 125 if sluice itself failed, which it explains on
+standard error.`,
+		HideHelpCommand: true, // a first argument "help" is COMMAND
+		Flags: slices.Concat(sandboxFlags("public addresses are open, all others closed"),
+			cmdline.InCategory(ofPolicy,
+				&cli.BoolFlag{Name: "allow-private", Usage: "without --policy: open private networks too (10/8, 172.16/12, 192.168/16, 100.64/10, fc00::/7)"},
+				&cli.BoolFlag{Name: "allow-host", Usage: "without --policy: open the host's own addresses too"},
+				&cli.StringSliceFlag{Name: "allow-socket", Usage: "with --policy: leave the host's socket at `PATH`, or every socket below that directory, in reach; may be repeated"},
+				&cli.BoolFlag{Name: "host-sockets", Usage: "leave all of the host's sockets in reach: D-Bus, docker, ssh-agent, X11, resolver daemons and so on"},
+			),
+			cmdline.InCategory(ofLogs,
+				&cli.BoolFlag{Name: "show-flows", Usage: "print the flows that were seen to standard error at the end"},
+				&cli.BoolFlag{Name: "quiet", Usage: "do not report on standard error what is covered, or what a start by root means"},
+			),
+			cmdline.InCategory(ofProcess,
+				&cli.BoolFlag{Name: "root", Usage: "be root inside, with capabilities over the sandbox's namespaces only (default: the caller's own user)"},
+				&cli.BoolFlag{Name: "subids", Usage: "map the caller's /etc/subuid and /etc/subgid ranges too"},
+				&cli.BoolFlag{Name: "pid", Usage: "make a PID namespace: everything inside ends with COMMAND"},
+				&cli.IntFlag{Name: "preserve-fds", Usage: "pass `N` more descriptors to COMMAND, from 3 on"},
+			),
 		),
 		Before:       noStrayOptions,
 		OnUsageError: usageError,
@@ -154,7 +185,7 @@ func noStrayOptions(c *cli.Context) error {
 // sandboxConfig reads the common flags; none holds without --policy.
 func sandboxConfig(c *cli.Context, none policy.Builtin) (sandbox.Config, error) {
 	cfg := sandbox.Config{
-		Name: c.String("name"), Version: buildVersion(),
+		Name: c.String("name"), Version: cmdline.Version(),
 		NoIPv4: c.Bool("ipv6-only"), NoIPv6: c.Bool("ipv4-only"),
 		HostLoopback: c.Bool("host-loopback"), PublishAuto: c.Bool("publish-auto"),
 		FlowLog: c.String("flow-log"), FlowLogMaxFiles: c.Int("flow-log-max-files"), Verbose: c.Bool("verbose"),

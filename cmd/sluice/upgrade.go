@@ -23,13 +23,16 @@ func upgradeCommand() *cli.Command {
 		Name:      "upgrade",
 		Usage:     "have a new binary take over the attachments of running pods",
 		ArgsUsage: "[NAME...]",
-		Description: `Replaces the binary behind the attachments named, or behind all of them, one by one,
-while their pods run: devices, addresses, policy, flow log and the flows from outside stay.
-Connections that a pod has opened to the outside are reset. The first one that fails
-goes on with the binary it had, and ends the command.
+		UsageText: `# after a new binary was renamed into the place of the old one
+sluice upgrade
+sluice upgrade --binary /opt/cni/bin/sluice-cni NAME`,
+		Description: `Replaces the binary behind the named attachments, or behind all of them, one at a time
+and while their pods run. Devices, addresses, policy, flow log and flows from outside
+stay; connections that a pod has opened to the outside are reset. An attachment that
+fails to upgrade keeps the binary it had, and the command ends there.
 
-Without --binary it is what is now at the path that each was started from: install the
-new one there first, by renaming it into place.`,
+Without --binary each attachment takes what is now at the path it was started from:
+install the new binary there first, by renaming it into place.`,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "binary", Usage: "`PATH` of the new binary (the CNI plugin's, or sluice's own)"},
 		},

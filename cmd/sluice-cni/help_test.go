@@ -1,0 +1,11 @@
+package main
+
+import (
+	"testing"
+
+	"sluice/cmd/internal/helptest"
+)
+
+func TestHelp(t *testing.T) {
+	helptest.Check(t, app)
+}
