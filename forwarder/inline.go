@@ -210,3 +210,5 @@ func (fl *tcpFlow) runWanted(here bool) {
 		}
 	}
 }
+
+var _ segmentQueue = (*tcpQueue)(nil)

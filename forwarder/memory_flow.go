@@ -402,5 +402,3 @@ func (fm *tcpMemory) holdStream(ep *tcp.Endpoint) {
 	opts.SetReceiveBufferSize(streamBuffer, true)
 	opts.SetSendBufferSize(streamBuffer, true)
 }
-
-var _ segmentQueue = (*tcpQueue)(nil)
