@@ -68,10 +68,10 @@ func (m *run) ended(flows api.FlowsResult) {
 
 // publishListening runs --publish-auto until ctx or the guest ends.
 func (m *run) publishListening(ctx context.Context) {
-	ports := publishing{m.monitor}
+	pub := publishing{m.monitor}
 	a := &autoPublisher{
 		made: make(map[autoPort]api.Port), refused: make(map[autoPort]bool),
-		publish: ports.publish, remove: ports.unpublish, taken: m.ports.find, held: m.ports.heldByOthers, log: m.log,
+		publish: pub.publish, remove: pub.unpublish, taken: m.ports.find, held: m.ports.heldByOthers, log: m.log,
 	}
 	// Several sockets inside can lead to one port of the host: it goes with the
 	// last of them.
