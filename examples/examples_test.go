@@ -142,3 +142,24 @@ func TestTheIndexListsEveryExample(t *testing.T) {
 		}
 	}
 }
+
+// The README shows a policy as an indented block, as Markdown has it.
+func TestTheReadmesPolicyIsValid(t *testing.T) {
+	text, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, found := strings.Cut(string(text), "\n    apiVersion:")
+	if !found {
+		t.Fatal("README.md shows no policy")
+	}
+	block, _, _ = strings.Cut("apiVersion:"+block, "\n\n")
+	p, err := policy.Parse("README.md", []byte(strings.ReplaceAll(block, "\n    ", "\n")+"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	trial := policy.Trial{Host: "pypi.org", Proto: policy.TCP, Port: 443}
+	if r, err := trial.Run(p, policy.Environment{}); err != nil || r.Verdict.Rule() != "egress[0] python" {
+		t.Errorf("pypi.org is decided by %v: %v", r, err)
+	}
+}
