@@ -108,6 +108,7 @@ type tcpForwarder struct {
 	dials      list.List // of *tcpFlow, those that wait for the far side
 	checks     *checkList
 	failures   seldom.Failures
+	idle       *checkList     // of clients of HTTP/2 that were greeted (greet), for as long as they like
 	wg         sync.WaitGroup // of the DNS handler's connections
 	closed     bool
 
@@ -146,6 +147,7 @@ func newTCPForwarder(parts tcpParts, queue *tcpQueue, batched bool) (*tcpForward
 		refusedHello:     c("tcp_refused_hello"),
 		firstMalformed:   c("tcp_first_bytes_malformed"),
 		checks:           newCheckList(parts.drops.stats, parts.timer, parts.gate.now, "tcp"),
+		idle:             newCheckList(parts.drops.stats, parts.timer, parts.gate.now, "tcp_idle"),
 	}
 	queue.t = t
 	t.inline.batched = batched
@@ -457,6 +459,7 @@ func (t *tcpForwarder) forget(fl *tcpFlow) {
 	fl.mem.leave()
 	if fl.check != nil {
 		t.checks.leave(&fl.check.entry)
+		t.idle.leave(&fl.check.idle)
 	}
 	t.unindex(fl)
 }

@@ -198,6 +198,10 @@ func (fl *tcpFlow) pollReady(events uint32) {
 	case phaseVerifying:
 		if events&unix.EPOLLHUP != 0 {
 			fl.abort(fl.lostUnread())
+			return
+		}
+		if events&unix.EPOLLRDHUP != 0 {
+			fl.t.engine.put(&fl.upTask)
 		}
 	case phaseOpen:
 		if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {

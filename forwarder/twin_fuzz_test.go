@@ -227,6 +227,8 @@ func FuzzTwinHTTP2(f *testing.F) {
 		say(get), say(get, get), say(get, secret), say(secret), say(get, []string{"GET", "/open/1", "b.example"}), say([]string{"DELETE", "/open/1", "a.example"}),
 		say(append(slices.Clone(get), "x-original-url", "/secret")), say(append(slices.Clone(get), "host", "b.example")), say(append(slices.Clone(get), "x-http-method-override", "DELETE", "cookie", "a=b")),
 		append([]byte("\r\n"), say(get)...),
+		newSpoken().raw(http2.FramePing, 0, 0, "12345678").request(1, "GET", "/open/1", "a.example").raw(http2.FramePing, 0, 0, "12345678").raw(http2.FrameSettings, 0, 0, "").Bytes(),
+		newSpoken().raw(http2.FrameSettings, 0, 0, "").raw(http2.FrameSettings, 1, 0, "").raw(http2.FramePing, 1, 0, "12345678").raw(http2.FrameWindowUpdate, 0, 1<<31, "\x00\x00\x00\x01").request(1, "GET", "/secret", "a.example").Bytes(),
 	} {
 		f.Add(client, []byte{})
 		f.Add(client, []byte{0, 7})
@@ -253,8 +255,15 @@ func FuzzTwinHTTP2(f *testing.F) {
 				if err != nil {
 					return
 				}
-				if fr, ok := fr.(*http2.SettingsFrame); ok && !fr.IsAck() {
-					_ = frames.WriteSettingsAck()
+				switch fr := fr.(type) {
+				case *http2.SettingsFrame:
+					if !fr.IsAck() {
+						_ = frames.WriteSettingsAck()
+					}
+				case *http2.PingFrame:
+					if !fr.IsAck() {
+						_ = frames.WritePing(true, fr.Data)
+					}
 				}
 				block, ok := fr.(*http2.MetaHeadersFrame)
 				if !ok {
@@ -281,7 +290,38 @@ func FuzzTwinHTTP2(f *testing.F) {
 		if wrong != "" {
 			t.Fatalf("a server is told of %s by %q", wrong, client)
 		}
+		if len(client) < len(http2.ClientPreface) {
+			return
+		}
+		settings, pings := asked(client[len(http2.ClientPreface):], 0)
+		acks, pongs := asked(judge.heard, http2.FlagSettingsAck)
+		if acks > settings || pongs > pings {
+			t.Fatalf("%d acknowledgements and %d answers to %d SETTINGS and %d PINGs in %q", acks, pongs, settings, pings, client)
+		}
 	})
+}
+
+// asked counts SETTINGS and PINGs, either those that want an answer or, with ack, the answers.
+func asked(p []byte, ack http2.Flags) (settings, pings int) {
+	frames := http2.NewFramer(nil, bytes.NewReader(p))
+	frames.SetMaxReadFrameSize(1<<24 - 1)
+	for {
+		head, err := frames.ReadFrameHeader()
+		if err != nil {
+			return settings, pings
+		}
+		if head.Flags&1 == ack {
+			switch head.Type {
+			case http2.FrameSettings:
+				settings++
+			case http2.FramePing:
+				pings++
+			}
+		}
+		if _, err := frames.ReadFrameForHeader(head); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return settings, pings
+		}
+	}
 }
 
 // unescaped is a path as a server decodes it.

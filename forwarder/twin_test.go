@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
@@ -153,8 +154,9 @@ func (c *blockingConn) end() {
 
 // twinJudge is our side of it.
 type twinJudge struct {
-	f   *Forwarder
-	dst netip.AddrPort
+	f     *Forwarder
+	dst   netip.AddrPort
+	heard []byte // by the client, in the last run
 }
 
 func newTwinJudge(t testing.TB, text string, port uint16) *twinJudge {
@@ -164,7 +166,7 @@ func newTwinJudge(t testing.TB, text string, port uint16) *twinJudge {
 		t.Fatal(err)
 	}
 	w := newWire(t, text, func(c *Config) { c.Names = names })
-	return &twinJudge{w.f, netip.AddrPortFrom(addrA, port)}
+	return &twinJudge{f: w.f, dst: netip.AddrPortFrom(addrA, port)}
 }
 
 // cutter cuts what is sent into pieces, whose sizes cuts says over and over; empty: all at once.
@@ -187,7 +189,14 @@ func (c *cutter) next(most int) int {
 func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []byte) {
 	cut := cutter{cuts: cuts}
 	ep := new(queueEndpoint)
-	fl := &tcpFlow{t: j.f.tcp, ep: ep, check: new(check)}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		panic(err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	j.heard = nil
+	fl := &tcpFlow{t: j.f.tcp, ep: ep, check: new(check), fd: pair[0]}
 	fl.upTask.run, fl.downTask.run, fl.check.telling.run = func() {}, func() {}, func() {}
 	q := policy.Query{Proto: protoTCP, Src: netip.AddrPortFrom(guest4, 1234), Dst: j.dst}
 	fl.pass.answer.Store(&judged{query: q})
@@ -212,6 +221,10 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 		var err error
 		said, need, err = sniff.Stream(buf[:look.n])
 		if err == nil && need > 0 && !ep.ended {
+			say, err := fl.check.greeting.Hear(buf[:look.n])
+			if j.heard = append(j.heard, say...); err != nil {
+				return nil
+			}
 			more()
 			continue
 		}
@@ -224,7 +237,7 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	}
 	q.Held = v.Name()
 	fl.pass.answer.Store(&judged{query: q, verdict: v})
-	gate := newGate(fl, v, q.Seen, false)
+	gate := newGate(fl, v, q.Seen)
 	far := newBlockingConn()
 	go far.serve(server)
 	defer far.end()
@@ -232,6 +245,9 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 		var g gather
 		_, _ = ep.Read(&g, tcpip.ReadOptions{Peek: true})
 		n, drop, abort := g.bytes, 0, nat.Reason("")
+		if s, ok := gate.(*streamGate); ok && s.refused.Load() != nil {
+			return passed
+		}
 		if gate != nil && g.bytes > 0 {
 			n, drop, abort = gate.admit(&g)
 		}
@@ -249,11 +265,38 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 			if h, ok := gate.(*helloGate); !ok || !h.open {
 				passed = append(passed, p...)
 			}
-			if answer := far.say(p); gate != nil && len(answer) > 0 {
-				gate.answered(answer)
-			}
+			j.comesDown(fl, gate, pair[1], far.say(p))
 		case !more():
 			return passed
+		}
+	}
+}
+
+// comesDown is the pump of what the far side says.
+func (j *twinJudge) comesDown(fl *tcpFlow, gate gate, far int, answer []byte) {
+	for len(answer) > 0 {
+		n, err := unix.Write(far, answer)
+		if err != nil {
+			panic(err)
+		}
+		answer = answer[n:]
+		buf := make([]byte, downChunk)
+		for {
+			room := downChunk
+			if gate != nil {
+				room = gate.room()
+			}
+			if room == 0 {
+				break
+			}
+			n, err := unix.Read(fl.fd, buf[:room])
+			if err != nil || n == 0 {
+				break
+			}
+			if gate != nil {
+				gate.answered(buf[:n])
+			}
+			j.heard = append(j.heard, buf[:n]...)
 		}
 	}
 }

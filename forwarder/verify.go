@@ -94,7 +94,8 @@ func newCheckList(s *stats, timer *need, now func() time.Time, kind string) *che
 	return &checkList{timer: timer, now: now, evicted: s.counter(kind + "_first_bytes_evicted"), expired: s.counter(kind + "_first_bytes_timeout")}
 }
 
-// enter has e's flow told when its time is over. An entry that is in the list already
+// enter has e's flow told when its time is over, or, if timeout is 0, only when it has to make
+// room. All entries of a list have a timeout, or none has. An entry that is in the list already
 // gets a new deadline.
 func (c *checkList) enter(e *checkEntry, fl checked, timeout time.Duration) {
 	var evict *checkEntry
@@ -106,7 +107,10 @@ func (c *checkList) enter(e *checkEntry, fl checked, timeout time.Duration) {
 		evict = c.flows.Remove(c.flows.Front()).(*checkEntry)
 		evict.at = nil
 	}
-	e.flow, e.deadline = fl, c.now().Add(timeout)
+	e.flow, e.deadline = fl, time.Time{}
+	if timeout > 0 {
+		e.deadline = c.now().Add(timeout)
+	}
 	// Nearly always at the end: there are only two timeouts.
 	after := c.flows.Back()
 	for after != nil && after.Value.(*checkEntry).deadline.After(e.deadline) {
@@ -118,7 +122,9 @@ func (c *checkList) enter(e *checkEntry, fl checked, timeout time.Duration) {
 		e.at = c.flows.InsertAfter(e, after)
 	}
 	c.mu.Unlock()
-	c.timer.raise()
+	if timeout > 0 {
+		c.timer.raise()
+	}
 	if evict != nil {
 		c.evicted.Add(1)
 		evict.flow.checkExpired(true)

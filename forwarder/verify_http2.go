@@ -12,14 +12,24 @@ package forwarder
 // follow it. The client is told at the next place between two frames of the server's, by
 // an answer to that request and a GOAWAY behind it.
 //
-// Clients may wait for the server's SETTINGS before they send a request, as gRPC's do. Then
-// they are told empty ones while nothing is dialled yet, and what acknowledges these is kept
-// from the server, who has not sent them.
+// Clients may wait for the server's SETTINGS, for the acknowledgement of theirs, or for the
+// answer to a PING, before they make a request. They are answered in the server's place
+// (sniff.Greeting) as long as nothing may reach it:
+//
+//	client                     gate, before the first request       behind it
+//	SETTINGS                   empty ones, acknowledges             passes; the server's acknowledgement does not
+//	SETTINGS, acknowledged                                          the first one, of ours, does not pass
+//	PING                       answers                              does not pass
+//	WINDOW_UPDATE, PRIORITY    -                                    passes
+//
+// What passes is what is still queued: the server sees the whole connection, but for what was
+// answered for it, and its own SETTINGS come behind ours as a change of them.
 
 import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
@@ -39,14 +49,17 @@ type streamGate struct {
 	// Guarded by the flow's up.mu.
 	frames  sniff.Frames
 	ahead   int  // bytes that may pass, from the front of what is queued; may be more than are queued
+	heard   int  // likewise, that were answered before anything passed
 	judging bool // else it only waits for what it owes
 	owed    bool // an acknowledgement that is not the server's business will come
 
 	refused atomic.Pointer[refusedStream]
 
 	// Guarded by the flow's down.mu.
-	ends sniff.FrameEnds
-	told bool
+	ends    sniff.FrameEnds
+	swallow int  // acknowledgements of SETTINGS that the client has had from us
+	greeted bool // the client has had SETTINGS, of the server's or from us
+	told    bool
 
 	mu    sync.Mutex
 	open  map[uint32]*openStream // the requests under way
@@ -65,22 +78,26 @@ func (o *openStream) cost() int {
 	return 128 + len(o.seen.Name) + len(o.seen.Method) + len(o.seen.Path)
 }
 
-// newStreamGate is for a flow of which nothing has passed yet. greeted tells that it was
-// sent SETTINGS, and judging that its requests are to be judged.
-func newStreamGate(fl *tcpFlow, greeted, judging bool) *streamGate {
-	s := &streamGate{fl: fl, owed: greeted, judging: judging, ahead: sniff.Preface, open: make(map[uint32]*openStream)}
+// newStreamGate is for a flow of which nothing has passed yet. greeting is what its client has
+// heard, and judging tells that its requests are to be judged.
+func newStreamGate(fl *tcpFlow, greeting *sniff.Greeting, judging bool) *streamGate {
+	greeted := greeting.Settings() > 0
+	s := &streamGate{
+		fl: fl, judging: judging, ahead: sniff.Preface, open: make(map[uint32]*openStream),
+		heard: greeting.Heard(), owed: greeted, swallow: greeting.Settings(), greeted: greeted,
+	}
 	s.ends.Ended = s.ended
 	return s
 }
 
 func (s *streamGate) admit(g *gather) (pass, drop int, abort nat.Reason) {
-	if s.refused.Load() != nil {
+	if r := s.refused.Load(); r != nil {
 		if s.fl.check.over.Load() {
-			return 0, 0, nat.ReasonRefusedByPolicy
+			return 0, 0, r.reason()
 		}
 		return 0, 0, ""
 	}
-	if !s.judging && !s.owed {
+	if !s.walks() {
 		return g.bytes, 0, ""
 	}
 	at := place{g: g}
@@ -89,17 +106,18 @@ func (s *streamGate) admit(g *gather) (pass, drop int, abort nat.Reason) {
 		var look [sniff.FrameLook]byte
 		fr, need, err := s.frames.Next(look[:at.look(look[:])])
 		if err != nil && s.judging {
-			return s.malformed()
+			return s.malformed(err)
 		}
 		if need > 0 {
 			break
 		}
 		switch {
-		case fr.Ack && s.owed:
+		case fr.Ack && s.owed, fr.Ping && s.ahead < s.heard:
 			if s.ahead > 0 {
 				return s.ahead, 0, ""
 			}
-			s.owed = false
+			s.owed = s.owed && !fr.Ack
+			s.heard = max(s.heard-fr.Size, 0)
 			return 0, fr.Size, ""
 		case !s.judging:
 		case fr.Fields:
@@ -108,26 +126,52 @@ func (s *streamGate) admit(g *gather) (pass, drop int, abort nat.Reason) {
 			}
 			return s.fieldsAt(g, fr.Size)
 		case !s.goesOn(fr):
-			return s.malformed()
+			return s.malformed(sniff.ErrMalformed)
 		}
 		s.ahead += fr.Size
 		at.skip(fr.Size)
 	}
-	if s.ahead == 0 && endpointState(s.fl.ep) != tcp.StateEstablished {
-		return 0, 0, nat.ReasonIncompleteRequest // its end came before the frame's
+	if s.ahead == 0 {
+		return s.unfinished()
 	}
 	return min(s.ahead, g.bytes), 0, ""
 }
 
+// walks reports whether anything of what comes is to be judged or kept back.
+func (s *streamGate) walks() bool { return s.judging || s.owed || s.heard > 0 }
+
 func (s *streamGate) passed(_ *gather, n int) {
-	if s.judging || s.owed {
+	if s.walks() {
 		s.ahead -= n
+		s.heard = max(s.heard-n, 0)
 	}
 }
 
-func (s *streamGate) malformed() (int, int, nat.Reason) {
+// unfinished waits for the rest of what begins what is queued.
+func (s *streamGate) unfinished() (int, int, nat.Reason) {
+	if endpointState(s.fl.ep) != tcp.StateEstablished {
+		return 0, 0, nat.ReasonIncompleteRequest // its end came before the frame's
+	}
+	return 0, 0, ""
+}
+
+// malformed ends the connection for err's sake.
+func (s *streamGate) malformed(err error) (int, int, nat.Reason) {
 	s.fl.t.firstMalformed.Add(1)
-	return 0, 0, nat.ReasonMalformedRequest
+	return 0, 0, s.refuse(&refusedStream{id: s.frames.Last(), broken: err})
+}
+
+// refuse has the client told at the next place between two frames of the server's.
+func (s *streamGate) refuse(r *refusedStream) (abort nat.Reason) {
+	fl := s.fl
+	if fl.down.done.Load() {
+		return r.reason() // an answer would come behind the server's end
+	}
+	s.refused.Store(r)
+	fl.check.over.Store(false)
+	fl.t.checks.enter(&fl.check.entry, fl, refusalTimeout)
+	fl.t.engine.put(&fl.downTask)
+	return ""
 }
 
 // goesOn follows the request that a frame is about.
@@ -168,10 +212,7 @@ func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort nat.Re
 			return 0, 0, lostSandbox(fl.ep)
 		}
 		if queued < want {
-			if endpointState(fl.ep) != tcp.StateEstablished {
-				return 0, 0, nat.ReasonIncompleteRequest
-			}
-			return 0, 0, ""
+			return s.unfinished()
 		}
 		look := peekInto{to: buf[:want]}
 		if _, terr := fl.ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
@@ -180,7 +221,7 @@ func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort nat.Re
 		req, need, err := s.frames.Fields(buf[:look.n])
 		switch {
 		case err != nil:
-			return s.malformed()
+			return s.malformed(err)
 		case need > 0:
 			want = need
 			continue
@@ -191,7 +232,7 @@ func (s *streamGate) fieldsAt(g *gather, want int) (pass, drop int, abort nat.Re
 		s.ahead = req.Size
 		return min(req.Size, g.bytes), 0, ""
 	}
-	return s.malformed()
+	return s.malformed(sniff.ErrTooLong)
 }
 
 // judge decides about a request, or notes that one ends.
@@ -199,12 +240,12 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort nat.Reason) {
 	fl := s.fl
 	if req.Trailers {
 		if !s.goesOn(sniff.Frame{Stream: req.Stream, End: true}) {
-			_, _, abort = s.malformed()
+			_, _, abort = s.malformed(sniff.ErrMalformed)
 		}
 		return abort
 	}
 	if req.End && req.Length > 0 {
-		_, _, abort = s.malformed()
+		_, _, abort = s.malformed(sniff.ErrMalformed)
 		return abort
 	}
 	q := fl.question()
@@ -214,14 +255,7 @@ func (s *streamGate) judge(req *sniff.StreamRequest) (abort nat.Reason) {
 	if !v.Allowed() || req.Upgrade || v.Target() != fl.verdict().Target() {
 		fl.t.refusedRequest.Add(1)
 		fl.noteRequest(v, q.Seen, q.Src, q.Dst, beside(v, req.Upgrade))
-		if fl.down.done.Load() {
-			return nat.ReasonRefusedByPolicy // an answer would come behind the server's end
-		}
-		s.refused.Store(&refusedStream{verdict: v, id: req.Stream, grpc: req.GRPC, head: req.Method == "HEAD"})
-		fl.check.over.Store(false)
-		fl.t.checks.enter(&fl.check.entry, fl, refusalTimeout)
-		fl.t.engine.put(&fl.downTask)
-		return ""
+		return s.refuse(&refusedStream{verdict: v, id: req.Stream, grpc: req.GRPC, head: req.Method == "HEAD"})
 	}
 	o := &openStream{seen: q.Seen, left: req.Length, sent: req.End}
 	s.mu.Lock()
@@ -253,21 +287,48 @@ func (s *streamGate) forget(stream uint32, o *openStream) {
 
 func (s *streamGate) answered(p []byte) { s.ends.Feed(p) }
 
-// room lets what the far side sends pass up to the end of a frame once there is a refusal to
-// be told there.
+// room keeps from the client what it has had from us, and lets what the far side sends pass up
+// to the end of a frame once there is a refusal to be told there.
 func (s *streamGate) room() int {
-	r := s.refused.Load()
-	if r == nil {
-		return downChunk
-	}
 	n := s.ends.Until()
-	if n == 0 && !s.told {
+	r := s.refused.Load()
+	switch {
+	case r == nil && s.swallow == 0:
+		return downChunk
+	case n > 0:
+		return n
+	case r == nil:
+		return s.nextFrame()
+	case !s.told:
 		s.told = true
 		fl := s.fl
-		fl.check.answer, fl.check.why = r.answer(fl.t.gate.rules.Load().Name(), s.ends.Begun() || fl.check.greeted), nat.ReasonRefusedByPolicy
+		fl.check.answer, fl.check.why = r.answer(fl.t.gate.rules.Load().Name(), s.ends.Begun() || s.greeted), r.reason()
 		fl.t.engine.put(&fl.check.telling)
 	}
-	return n
+	return 0
+}
+
+// nextFrame takes acknowledgements that the client has had off the front of what the far side
+// has sent, and returns how much of the frame behind them may pass: 0 if its header is not there.
+func (s *streamGate) nextFrame() int {
+	for s.swallow > 0 {
+		var header [sniff.FrameHeader]byte
+		n, errno := recvPeek(s.fl.fd, header[:])
+		switch {
+		case errno != 0 || n < len(header):
+			if s.fl.hostEvents.Load() != 0 {
+				return downChunk // its end came before the frame's
+			}
+			return 0
+		case !sniff.OnlyAck(header[:]):
+			return min(sniff.FrameSize(header[:]), downChunk)
+		}
+		if n, err := unix.Read(s.fl.fd, header[:]); err != nil || n < len(header) {
+			return 0 // a reset, which the pump is told of
+		}
+		s.swallow--
+	}
+	return downChunk
 }
 
 func (s *streamGate) underWay() (all []policy.Seen) {

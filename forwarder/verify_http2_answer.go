@@ -7,31 +7,46 @@ package forwarder
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"strconv"
 
 	"golang.org/x/net/http2/hpack"
 
+	"sluice/forwarder/sniff"
+	"sluice/nat"
 	"sluice/policy"
 )
-
-// emptySettings is a SETTINGS frame that announces nothing.
-const emptySettings = "\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 // refusedStream is a request to be told of its refusal.
 type refusedStream struct {
 	verdict    policy.Verdict
 	id         uint32
 	grpc, head bool
+
+	// broken is set in place of the verdict if the client breaks the protocol's rules; id is then
+	// the last stream that it began.
+	broken error
+}
+
+// reason is what the flow ends by.
+func (r *refusedStream) reason() nat.Reason {
+	if r.broken != nil {
+		return nat.ReasonMalformedRequest
+	}
+	return nat.ReasonRefusedByPolicy
 }
 
 // answer is the frames that refuse the request and end the connection. begun tells
 // that the server's first frame, which must be SETTINGS, was seen.
 func (r *refusedStream) answer(policyName string, begun bool) string {
-	text := refusalText(r.verdict, policyName)
 	var b []byte
 	if !begun {
-		b = append(b, emptySettings...)
+		b = append(b, sniff.EmptySettings...)
 	}
+	if r.broken != nil {
+		return string(append(b, goAway(r.id, codeOf(r.broken), "The sandbox's network policy has the requests read, and this connection breaks the rules of HTTP/2 (RFC 9113), or can be read in more than one way, or says too much.")...))
+	}
+	text := refusalText(r.verdict, policyName)
 	const endStream, endHeaders = 1, 4
 	switch {
 	case r.grpc:
@@ -46,9 +61,38 @@ func (r *refusedStream) answer(policyName string, begun bool) string {
 			"content-length", strconv.Itoa(len(text))))...)
 		b = append(b, frame2(0, endStream, r.id, []byte(text))...)
 	}
-	const noError = 0
-	goAway := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, r.id), noError)
-	return string(append(b, frame2(7, 0, 0, goAway)...))
+	return string(append(b, goAway(r.id, noErrorCode, "")...))
+}
+
+// goAway is the frame that ends a connection, last being the highest stream that was looked at.
+func goAway(last uint32, code uint32, text string) []byte {
+	content := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, last), code)
+	return frame2(7, 0, 0, append(content, text...))
+}
+
+// Codes of errors (RFC 9113, section 7).
+const (
+	noErrorCode      = 0
+	protocolError    = 1
+	flowControlError = 3
+	frameSizeError   = 6
+	compressionError = 9
+	enhanceYourCalm  = 11
+)
+
+// codeOf is the code by which an error of sniff's is told.
+func codeOf(err error) uint32 {
+	switch {
+	case errors.Is(err, sniff.ErrTooLong):
+		return enhanceYourCalm
+	case errors.Is(err, sniff.ErrFrameSize):
+		return frameSizeError
+	case errors.Is(err, sniff.ErrFlowControl):
+		return flowControlError
+	case errors.Is(err, sniff.ErrCompression):
+		return compressionError
+	}
+	return protocolError
 }
 
 // frame2 is an HTTP/2 frame (RFC 9113, section 4.1).

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"sluice/forwarder/sniff"
 	"sluice/policy"
 )
 
@@ -172,7 +173,7 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 		what    string
 		say     *spoken
 		served  string // the requests that the server may have seen; "?" before what it need not
-		refused string // the stream that is answered 403; "": none is, "reset": the connection is
+		refused string // the stream that is answered 403; "": none is, "ended": the connection is, by an error
 	}{
 		{"two that are allowed", get().request(3, "GET", "/open/2", a), one + ", GET a.example:8080 /open/2", ""},
 		{"the first not", newSpoken().request(1, "DELETE", "/open/1", a), "", "1:403"},
@@ -183,43 +184,43 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 		{"the second to another name by Host", get().request(3, "GET", "/open/1", "", "host", "b.example"), "?" + one, "3:403"},
 		{"authority by Host", newSpoken().request(1, "GET", "/open/1", "", "host", a), one, ""},
 		{"no authority", newSpoken().request(1, "GET", "/open/1", ""), "", "1:403"},
-		{"authority and Host that differ", newSpoken().request(1, "GET", "/open/1", a, "host", "b.example"), "", "reset"},
+		{"authority and Host that differ", newSpoken().request(1, "GET", "/open/1", a, "host", "b.example"), "", "ended"},
 		{"dots", newSpoken().request(1, "GET", "/open/../secret", a), "", "1:403"},
-		{"an absolute path", newSpoken().request(1, "GET", "http://b.example/open/1", a), "", "reset"},
+		{"an absolute path", newSpoken().request(1, "GET", "http://b.example/open/1", a), "", "ended"},
 		{"content and a length", post("content-length", "5").data(1, false, "he").data(1, true, "llo").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
 		{"content that says it is another request", post().data(1, true, "\x00\x00\x00\x01\x05\x00\x00\x00\x03"), "POST a.example:8080 /open/p \x00\x00\x00\x01\x05\x00\x00\x00\x03", ""},
-		{"more content than its length", post("content-length", "2").data(1, true, "hello"), "", "reset"},
-		{"less content than its length", post("content-length", "7").data(1, true, "hello"), "", "reset"},
-		{"a length and no content", newSpoken().request(1, "POST", "/open/p", a, "content-length", "7"), "", "reset"},
-		{"two lengths", post("content-length", "5", "content-length", "5").data(1, true, "hello"), "", "reset"},
-		{"a coding of HTTP/1", post("transfer-encoding", "chunked").data(1, true, "hello"), "", "reset"},
-		{"a line end in a value", newSpoken().request(1, "GET", "/open/1", a, "x", "y\r\nhost: b.example"), "", "reset"},
+		{"more content than its length", post("content-length", "2").data(1, true, "hello"), "", "ended"},
+		{"less content than its length", post("content-length", "7").data(1, true, "hello"), "", "ended"},
+		{"a length and no content", newSpoken().request(1, "POST", "/open/p", a, "content-length", "7"), "", "ended"},
+		{"two lengths", post("content-length", "5", "content-length", "5").data(1, true, "hello"), "", "ended"},
+		{"a coding of HTTP/1", post("transfer-encoding", "chunked").data(1, true, "hello"), "", "ended"},
+		{"a line end in a value", newSpoken().request(1, "GET", "/open/1", a, "x", "y\r\nhost: b.example"), "", "ended"},
 		{"trailers", trailers(post("x", "y").data(1, false, "hello"), 1, "x", "z").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
-		{"trailers with a path", trailers(post().data(1, false, "hello"), 1, ":path", "/secret"), "", "reset"},
-		{"a stream begun twice", get().request(1, "GET", "/open/2", a), "?" + one, "reset"},
-		{"a lower stream", newSpoken().request(3, "GET", "/open/1", a).request(1, "GET", "/open/2", a), "?" + one, "reset"},
-		{"a stream of the server's", newSpoken().request(2, "GET", "/open/1", a), "", "reset"},
-		{"CONNECT with a path", newSpoken().request(1, "CONNECT", "/open/1", a), "", "reset"},
+		{"trailers with a path", trailers(post().data(1, false, "hello"), 1, ":path", "/secret"), "", "ended"},
+		{"a stream begun twice", get().request(1, "GET", "/open/2", a), "?" + one, "ended"},
+		{"a lower stream", newSpoken().request(3, "GET", "/open/1", a).request(1, "GET", "/open/2", a), "?" + one, "ended"},
+		{"a stream of the server's", newSpoken().request(2, "GET", "/open/1", a), "", "ended"},
+		{"CONNECT with a path", newSpoken().request(1, "CONNECT", "/open/1", a), "", "ended"},
 		{"another protocol", newSpoken().request(1, "CONNECT", "/open/1", a, ":protocol", "websocket"), "", "1:403"},
-		{"an upgrade of HTTP/1", newSpoken().request(1, "GET", "/open/1", a, "upgrade", "h2c"), "", "reset"},
+		{"an upgrade of HTTP/1", newSpoken().request(1, "GET", "/open/1", a, "upgrade", "h2c"), "", "ended"},
 		{"a method in small letters", newSpoken().request(1, "get", "/open/1", a), "", "1:403"},
-		{"two paths", newSpoken().request(1, "GET", "/open/1", a, ":path", "/secret"), "", "reset"},
-		{"a field in capitals", newSpoken().request(1, "GET", "/open/1", a, "Host", "b.example"), "", "reset"},
-		{"an underscored length", newSpoken().request(1, "GET", "/open/1", a, "content_length", "5"), "", "reset"},
+		{"two paths", newSpoken().request(1, "GET", "/open/1", a, ":path", "/secret"), "", "ended"},
+		{"a field in capitals", newSpoken().request(1, "GET", "/open/1", a, "Host", "b.example"), "", "ended"},
+		{"an underscored length", newSpoken().request(1, "GET", "/open/1", a, "content_length", "5"), "", "ended"},
 		{"a block in many frames", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 0, 1, "\x44\x07/open/1").
 			raw(http2.FrameContinuation, 0, 1, "").raw(http2.FrameContinuation, 4, 1, "\x41\x0e"+a), one, ""},
 		{"padding and priority", newSpoken().raw(http2.FrameHeaders, 1|4|8|32, 1, "\x03\x00\x00\x00\x00\x10\x82\x86\x44\x07/open/1\x41\x0e"+a+"\x00\x00\x00"), one, ""},
-		{"more padding than there is", newSpoken().raw(http2.FrameHeaders, 1|4|8, 1, "\x7f\x82\x86"), "", "reset"},
+		{"more padding than there is", newSpoken().raw(http2.FrameHeaders, 1|4|8, 1, "\x7f\x82\x86"), "", "ended"},
 		{"padded content", post("content-length", "5").raw(http2.FrameData, 8, 1, "\x04hel\x00\x00\x00\x00").raw(http2.FrameData, 1|8, 1, "\x00lo"), posted, ""},
-		{"a frame between a block's", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FramePing, 0, 0, "12345678"), "", "reset"},
-		{"another stream's CONTINUATION", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 4, 3, "\x84"), "", "reset"},
-		{"CONTINUATION of nothing", get().raw(http2.FrameContinuation, 4, 1, "\x84"), "?" + one, "reset"},
-		{"content of no stream", get().data(5, true, "hello"), "?" + one, "reset"},
-		{"PUSH_PROMISE", get().raw(http2.FramePushPromise, 4, 1, "\x00\x00\x00\x02\x82"), "?" + one, "reset"},
-		{"a window of five bytes", get().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01\x00"), "?" + one, "reset"},
+		{"a frame between a block's", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FramePing, 0, 0, "12345678"), "", "ended"},
+		{"another stream's CONTINUATION", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 4, 3, "\x84"), "", "ended"},
+		{"CONTINUATION of nothing", get().raw(http2.FrameContinuation, 4, 1, "\x84"), "?" + one, "ended"},
+		{"content of no stream", get().data(5, true, "hello"), "?" + one, "ended"},
+		{"PUSH_PROMISE", get().raw(http2.FramePushPromise, 4, 1, "\x00\x00\x00\x02\x82"), "?" + one, "ended"},
+		{"a window of five bytes", get().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01\x00"), "?" + one, "ended"},
 		{"unknown frames", newSpoken().raw(0x4d, 0xff, 7, long).request(1, "GET", "/open/1", a), one, ""},
 		{"a field that fills many segments", newSpoken().request(1, "GET", "/open/1", a, "x", strings.Repeat(long, 10)).request(3, "GET", "/open/2", a, "x", strings.Repeat(long+"x", 10)), one + ", GET a.example:8080 /open/2", ""},
-		{"a table larger than any", newSpoken().raw(http2.FrameHeaders, 1|4, 1, "\x3f\xe2\xff\x03\x82\x86\x44\x07/open/1\x41\x0e"+a), "", "reset"},
+		{"a table larger than any", newSpoken().raw(http2.FrameHeaders, 1|4, 1, "\x3f\xe2\xff\x03\x82\x86\x44\x07/open/1\x41\x0e"+a), "", "ended"},
 	} {
 		for _, piece := range []int{1 << 20, 1} {
 			t.Run(row.what+", "+map[int]string{1: "byte by byte", 1 << 20: "at once"}[piece], func(t *testing.T) {
@@ -240,9 +241,9 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 					return
 				}
 				answers, texts, err := answersOf(c)
-				if row.refused == "reset" {
-					if !isReset(err) {
-						t.Errorf("%s, %v, want a reset; counters %v", answers, err, g.f.Stats())
+				if row.refused == "ended" {
+					if !errors.Is(err, io.EOF) || !strings.Contains(texts, "goaway") || strings.Contains(texts, "NO_ERROR") {
+						t.Errorf("%s, %q, %v, want an error and the end; counters %v", answers, texts, err, g.f.Stats())
 					}
 				} else {
 					want := []string{`goaway ` + row.refused[:1], `rule "egress[0] api"`}
@@ -279,7 +280,7 @@ func TestARefusalComesBetweenTwoFrames(t *testing.T) {
 	g := newNamed(t, byRequest, nil)
 	half, rest := make(chan bool), make(chan bool)
 	serve(t, addrA.String()+":8080", func(c *net.TCPConn) {
-		_, _ = c.Write([]byte(emptySettings + "\x00\x00\x05\x01\x00\x00\x00\x00\x01\x88\x0f"))
+		_, _ = c.Write([]byte(sniff.EmptySettings + "\x00\x00\x05\x01\x00\x00\x00\x00\x01\x88\x0f"))
 		<-half
 		<-rest
 		// The rest of the frame, the end of the block, and what must not follow.
@@ -326,7 +327,7 @@ func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
 	var clock runningClock
 	g := newNamed(t, byRequest, func(c *Config) { c.Now = clock.now })
 	serve(t, addrA.String()+":8080", func(c *net.TCPConn) {
-		_, _ = c.Write([]byte(emptySettings + "\x00\x00\x05"))
+		_, _ = c.Write([]byte(sniff.EmptySettings + "\x00\x00\x05"))
 		_, _ = io.Copy(io.Discard, c)
 	})
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))

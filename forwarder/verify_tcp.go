@@ -43,7 +43,8 @@ type check struct {
 	evicted atomic.Bool
 	need    int // bytes that readFirst wants to see; guarded by up.mu
 
-	greeted bool // an HTTP/2 client was sent SETTINGS; likewise
+	greeting sniff.Greeting // what an HTTP/2 client has heard; likewise
+	idle     checkEntry     // of one that was greeted, and has asked for nothing yet
 
 	telling task // the refusal
 	// Written before telling is queued: what the client is answered, empty for one that asked
@@ -124,7 +125,8 @@ func (fl *tcpFlow) beforeOpen() (abort nat.Reason) {
 func (fl *tcpFlow) readFirst() (abort nat.Reason) {
 	c := fl.check
 	last := c.over.Load() // nothing more is waited for
-	if last && c.evicted.Load() {
+	greeted := c.greeting.Settings() > 0
+	if last && c.evicted.Load() && !greeted {
 		return nat.ReasonFirstBytesEvicted
 	}
 	queued, terr := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
@@ -138,7 +140,7 @@ func (fl *tcpFlow) readFirst() (abort nat.Reason) {
 	default:
 		last = true // its end of stream came
 	}
-	if queued < c.need && !last {
+	if queued < c.need && !last && !fl.abandoned() {
 		fl.awaitFirst()
 		return ""
 	}
@@ -157,19 +159,54 @@ func (fl *tcpFlow) readFirst() (abort nat.Reason) {
 	}
 	said, need, err := sniff.Stream(buf[:look.n])
 	cut := err == nil && need > 0
-	if cut && !last {
+	if cut && (!last || greeted) {
 		c.need = need
 		fl.awaitFirst()
-		if !c.greeted && sniff.Greeted(buf[:look.n]) {
-			c.greeted = true
-			return fl.tell(emptySettings)
-		}
-		return ""
+		return fl.greet(buf[:look.n], last)
 	}
 	if err != nil {
 		fl.t.firstMalformed.Add(1)
 	}
 	return fl.decide(firstSeen(said, look.n, cut, err), &said, err)
+}
+
+// greet answers what a client of HTTP/2 says before it asks for anything. Such a connection is
+// set up, to the client, and may be idle for as long as its two sides let it: it is told by
+// GOAWAY when the far side leaves, or when there is no room for it any more.
+func (fl *tcpFlow) greet(first []byte, last bool) (abort nat.Reason) {
+	c := fl.check
+	before := c.greeting.Settings()
+	say, err := c.greeting.Hear(first)
+	if len(say) > 0 {
+		if abort := fl.tell(string(say)); abort != "" {
+			return abort
+		}
+	}
+	if err != nil {
+		fl.t.firstMalformed.Add(1)
+		return fl.decide(policy.Seen{Kind: policy.SeenOpaque}, &sniff.Seen{Kind: sniff.HTTP2}, err)
+	}
+	now := c.greeting.Settings()
+	switch {
+	case before == 0 && now > 0:
+		fl.lease.SetState(nat.Established)
+		fl.t.checks.leave(&c.entry)
+		fl.t.idle.enter(&c.idle, fl, 0)
+	case last && endpointState(fl.ep) != tcp.StateEstablished:
+		fl.t.engine.put(&c.telling) // nothing: it closed without having asked for anything
+		return ""
+	}
+	if now > 0 && (last || fl.abandoned()) {
+		c.answer = string(goAway(0, noErrorCode, ""))
+		fl.t.engine.put(&c.telling)
+	}
+	return ""
+}
+
+// abandoned reports whether the far side has closed while a client that was greeted has yet to
+// ask for anything.
+func (fl *tcpFlow) abandoned() bool {
+	return fl.check.greeting.Settings() > 0 && fl.hostEvents.Load()&unix.EPOLLRDHUP != 0
 }
 
 // awaitFirst sees to it that there is room for the bytes that readFirst waits for.
@@ -208,14 +245,14 @@ func flawOf(err error) policy.Reason {
 
 // newGate judges what follows the first bytes of a flow that was let in by v; nil if nothing
 // that follows matters.
-func newGate(fl *tcpFlow, v policy.Verdict, seen policy.Seen, greeted bool) gate {
+func newGate(fl *tcpFlow, v policy.Verdict, seen policy.Seen) gate {
 	switch {
 	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
 		return &requestGate{fl: fl}
 	case seen.Kind == policy.SeenTLS && (seen.Name != "" || seen.Nameless):
 		return &helloGate{fl: fl, seen: seen}
-	case v.EachRequest(), greeted:
-		return newStreamGate(fl, greeted, v.EachRequest())
+	case v.EachRequest(), fl.check.greeting.Settings() > 0:
+		return newStreamGate(fl, &fl.check.greeting, v.EachRequest())
 	}
 	return nil
 }
@@ -233,6 +270,7 @@ func (fl *tcpFlow) tell(what string) (abort nat.Reason) {
 func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abort nat.Reason) {
 	t := fl.t
 	t.checks.leave(&fl.check.entry)
+	t.idle.leave(&fl.check.idle)
 	j, err := fl.hear(seen)
 	switch {
 	case err == errFlowEnded:
@@ -248,7 +286,7 @@ func (fl *tcpFlow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abo
 		fl.mu.Unlock()
 		return ""
 	}
-	fl.gate = newGate(fl, j.verdict, seen, fl.check.greeted)
+	fl.gate = newGate(fl, j.verdict, seen)
 	err = fl.openLocked()
 	fl.mu.Unlock()
 	if err != nil {
@@ -268,15 +306,19 @@ func (fl *tcpFlow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, 
 	orig := fl.lease.Orig()
 	fl.noteRequest(v, seen, orig.Src(), orig.Dst(), "")
 	name := t.gate.rules.Load().Name()
+	greeted := fl.check.greeting.Settings() > 0
 	fl.check.why = nat.ReasonRefusedByPolicy
 	switch {
+	case unread != nil && said.Kind == sniff.HTTP2:
+		r := refusedStream{broken: unread}
+		fl.check.answer = r.answer(name, greeted)
 	case unread != nil && said.Kind == sniff.HTTP:
 		fl.check.answer = badRequest(unread)
 	case seen.Kind == policy.SeenHTTP:
 		fl.check.answer = forbidden(v, name)
 	case seen.Kind == policy.SeenHTTP2:
 		r := refusedStream{verdict: v, id: said.Stream, grpc: said.GRPC, head: said.Method == "HEAD"}
-		fl.check.answer = r.answer(name, fl.check.greeted)
+		fl.check.answer = r.answer(name, greeted)
 	default:
 		return nat.ReasonRefusedByPolicy
 	}

@@ -22,5 +22,6 @@ hack/deps.sh \
 	psql=postgresql-client redis-cli=redis-tools redis-server=redis-server ruby=ruby slapd=slapd snmpd=snmpd snmpget=snmp \
 	swaks=swaks tftp=tftp-hpa vsftpd=vsftpd
 tools=$PWD/build/tools
-GOBIN=$tools "$go" install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3 # Debian has none
+GOBIN=$tools "$go" install github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3 # Debian has neither
+GOBIN=$tools "$go" install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible
 PATH=$tools:$PATH exec hack/e2e-cni.sh 30m TestAsWithout SLUICE_CLIENTS="${1:-.}"

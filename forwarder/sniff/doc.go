@@ -5,6 +5,7 @@
 //	stream    ──NextRecord, Hello, HelloAnswer──► whether another ClientHello follows, and its name
 //	stream    ──ParseHead, Body, Responses──► where one HTTP/1 message ends and the next begins
 //	stream    ──Frames, FrameEnds──► the requests of an HTTP/2 connection, and its frames' ends
+//	stream    ──Greeting──► what is said to a client of HTTP/2 before its first request
 //
 // The bytes come from somebody hostile. Every reader is bounded (MaxFirst, MaxHead), keeps no
 // reference to what it was given, refuses whatever two implementations might read
@@ -15,7 +16,10 @@
 // sockets, flows or policy.
 package sniff
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // MaxFirst is how many bytes of a stream, or of a QUIC connection's handshake, are
 // read at most before something must be known of it.
@@ -63,6 +67,11 @@ var (
 	// ErrMalformed says that the bytes break their protocol's rules, or could be
 	// read in more than one way.
 	ErrMalformed = errors.New("the first message is malformed")
+	// ErrFrameSize, ErrFlowControl and ErrCompression are ErrMalformed for which HTTP/2 has
+	// codes of their own (RFC 9113, section 7).
+	ErrFrameSize   = fmt.Errorf("%w: a frame of that type cannot be that long", ErrMalformed)
+	ErrFlowControl = fmt.Errorf("%w: a window is too large", ErrMalformed)
+	ErrCompression = fmt.Errorf("%w: a header block cannot be decoded", ErrMalformed)
 )
 
 // Stream reads the first bytes of a TCP stream. When it cannot tell yet it returns a

@@ -46,6 +46,7 @@ type Frame struct {
 	Stream uint32 // 0: the connection's
 	Fields bool   // it begins a header block, which Frames.Fields reads
 	Ack    bool   // it acknowledges SETTINGS
+	Ping   bool   // it asks for an answer
 	Data   int    // bytes of a request's content
 	End    bool   // the request ends with it
 	Reset  bool   // the stream does
@@ -68,15 +69,15 @@ func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
 		return fr, frameHeader, nil
 	}
 	n := length(p)
-	typ, flags, id := p[3], p[4], binary.BigEndian.Uint32(p[5:])
+	typ, flags, id := p[3], p[4], streamOf(p)
 	fr.Size, fr.Stream = frameHeader+n, id
 	first := !f.settled
 	f.settled = true
 	switch {
-	case id>>31 != 0, first && (typ != frameSettings || flags&flagAck != 0):
+	case first && (typ != frameSettings || flags&flagAck != 0), !f.belongs(typ, id):
 		return fr, 0, ErrMalformed
-	case !f.belongs(typ, id) || !fits(typ, flags, n):
-		return fr, 0, ErrMalformed
+	case !fits(typ, flags, n):
+		return fr, 0, ErrFrameSize
 	}
 	switch typ {
 	case frameData:
@@ -95,6 +96,8 @@ func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
 		fr.Reset = true
 	case frameSettings:
 		fr.Ack = flags&flagAck != 0
+	case framePing:
+		fr.Ping = flags&flagAck == 0
 	case framePush, frameContinue: // a client pushes nothing; and Fields takes those of a block
 		return fr, 0, ErrMalformed
 	}
@@ -103,6 +106,13 @@ func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
 
 // length is what a frame's header says of what follows it.
 func length(header []byte) int { return int(header[0])<<16 | int(header[1])<<8 | int(header[2]) }
+
+// streamOf is the stream that a frame's header names. The bit before it is reserved, and ignored
+// (RFC 9113, section 4.1).
+func streamOf(header []byte) uint32 { return binary.BigEndian.Uint32(header[5:]) &^ (1 << 31) }
+
+// Last is the highest stream that began.
+func (f *Frames) Last() uint32 { return f.last }
 
 // belongs tells whether frames of the type may be about the stream: one that began, by
 // the client if it sends something on it; or the connection.
@@ -150,7 +160,7 @@ func fits(typ, flags byte, n int) bool {
 // If it does not end in p, need says how many bytes there must be to go on, and nothing
 // was read. A block of more than MaxFirst bytes is refused. It is to be asked once for each.
 func (f *Frames) Fields(p []byte) (req StreamRequest, need int, err error) {
-	id := binary.BigEndian.Uint32(p[5:])
+	id := streamOf(p)
 	for off := 0; ; {
 		if off+frameHeader > MaxFirst {
 			return req, 0, ErrTooLong
@@ -160,7 +170,7 @@ func (f *Frames) Fields(p []byte) (req StreamRequest, need int, err error) {
 		}
 		h := p[off:]
 		n := length(h)
-		if off > 0 && (h[3] != frameContinue || binary.BigEndian.Uint32(h[5:]) != id) {
+		if off > 0 && (h[3] != frameContinue || streamOf(h) != id) {
 			return req, 0, ErrMalformed
 		}
 		off += frameHeader + n
@@ -213,12 +223,12 @@ func (f *Frames) decode(p []byte) error {
 			return ErrMalformed
 		}
 		if _, err := f.decoder.Write(c.b); err != nil {
-			return ErrMalformed
+			return ErrCompression
 		}
 		p = p[n:]
 	}
 	if f.decoder.Close() != nil {
-		return ErrMalformed
+		return ErrCompression
 	}
 	return nil
 }
@@ -251,16 +261,17 @@ func firstStream(p []byte) (Seen, int, error) {
 	}
 }
 
-// Greeted tells whether p begins with all that a client of HTTP/2 needs to say before it
-// may wait for the server to say something: the preface and SETTINGS.
-func Greeted(p []byte) bool {
-	if len(p) < len(preface) || !hasPrefix(p, preface) {
-		return false
-	}
-	var f Frames
-	fr, need, err := f.Next(p[len(preface):])
-	return err == nil && need == 0 && len(p) >= len(preface)+fr.Size
+// OnlyAck reports whether a server's frame with this header is an acknowledgement of SETTINGS,
+// which has no content.
+func OnlyAck(header []byte) bool {
+	return length(header) == 0 && header[3] == frameSettings && header[4]&flagAck != 0
 }
+
+// FrameSize is the length of a frame with this header.
+func FrameSize(header []byte) int { return frameHeader + length(header) }
+
+// FrameHeader is the length of a frame's header.
+const FrameHeader = frameHeader
 
 // FrameEnds finds the places between the frames that an HTTP/2 server sends. It holds no
 // more than the start of a frame.
@@ -299,7 +310,7 @@ func (e *FrameEnds) Feed(p []byte) {
 		}
 		ended := typ == frameReset || (typ == frameData || typ == frameHeaders) && flags&flagEndStream != 0
 		if ended && e.Ended != nil {
-			e.Ended(binary.BigEndian.Uint32(e.head[5:])&^(1<<31), typ == frameReset)
+			e.Ended(streamOf(e.head[:]), typ == frameReset)
 		}
 	}
 }

@@ -2,7 +2,6 @@ package sniff
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"io"
 	"runtime"
@@ -289,17 +288,5 @@ func TestContentIsWalkedWithoutAllocating(t *testing.T) {
 		e.Feed(data)
 	}); n != 0 {
 		t.Errorf("%v allocations a frame", n)
-	}
-}
-
-func TestGreeted(t *testing.T) {
-	whole := append([]byte(preface), frame(frameSettings, 0, 0, binary.BigEndian.AppendUint32([]byte{0, 4}, 65535))...)
-	for n := range len(whole) {
-		if Greeted(whole[:n]) {
-			t.Errorf("by %d of %d bytes", n, len(whole))
-		}
-	}
-	if !Greeted(whole) || Greeted([]byte("GET / HTTP/1.1\r\n\r\n0123456789012345678901234567890123456789")) {
-		t.Error("by what is one, not; or by what is none")
 	}
 }
