@@ -1,0 +1,154 @@
+package e2e
+
+// Connections on which nothing moves: a client that is gone, and a far side that is. Each is
+// tried direct and in a sandbox, at once: the silence is the same for both.
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// probing are the settings by which a sandbox's idle connections are probed each second.
+var probing = []string{
+	"--sysctl", "net.ipv4.tcp_keepalive_time=1", "--sysctl", "net.ipv4.tcp_keepalive_intvl=1", "--sysctl", "net.ipv4.tcp_keepalive_probes=3",
+}
+
+const portSilent = 7100
+
+// silentServer says nothing. A client's first line is its name and what the server does once
+// the client has half-closed: "waits", or "writes" when it is told to.
+const silentServer = `
+import errno, select, socket, sys, threading
+told = threading.Event()
+def serve(c):
+    name, what = c.makefile().readline().split()
+    print(name, "came", flush=True)
+    try:
+        while c.recv(4096):
+            pass
+        print(name, "half-closed", flush=True)
+        if what == "writes":
+            told.wait()
+            c.send(b"x")
+        p = select.poll()
+        p.register(c, 0) # that is, errors alone
+        p.poll()
+        e = c.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as failed:
+        e = failed.errno
+    print(name, "ended by", errno.errorcode.get(e, e), flush=True)
+l = socket.create_server(("::", 7100), family=socket.AF_INET6, dualstack_ipv6=True)
+print("listening", flush=True)
+threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+while True:
+    threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()
+`
+
+// leaving is a client that half-closes, and resets its connection when its input ends.
+const leaving = `
+import socket, struct, sys
+s = socket.create_connection((sys.argv[1], 7100))
+s.sendall((sys.argv[2] + "\n").encode())
+s.shutdown(socket.SHUT_WR)
+sys.stdin.readline()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+`
+
+func TestAClientThatIsGoneIsToldToASilentServer(t *testing.T) {
+	area(t, "idle.client", "python3", "nc")
+	w := newPair(t)
+	server := w.far.start(t, "python3", "-c", silentServer)
+	server.waitText(t, "listening", 30*time.Second)
+	places := map[string]place{"direct": w.host, "sluice": w.host.sandbox(t, probing...)}
+	for _, row := range []struct {
+		what, does string
+		leave      func(p *proc)
+	}{
+		{"killed, and the server writes", "writes", func(p *proc) { p.signal(syscall.SIGKILL) }},
+		{"reset behind its half-close", "waits", func(p *proc) { p.closeInput() }},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			clients := make(map[string]*proc)
+			for where, at := range places {
+				for _, f := range families {
+					name := where + "-" + f.name + "-" + row.does
+					if row.does == "writes" {
+						clients[name] = at.start(t, "sh", "-c", fmt.Sprintf("printf '%s writes\\n' | exec nc -N %s %d", name, f.far, portSilent))
+					} else {
+						clients[name] = at.start(t, "python3", "-c", leaving, f.far, name+" "+row.does)
+					}
+				}
+			}
+			for name := range clients {
+				server.waitText(t, name+" half-closed", 30*time.Second)
+			}
+			for _, p := range clients {
+				row.leave(p)
+				<-p.done
+			}
+			if row.does == "writes" {
+				server.write([]byte("\n"))
+			}
+			for name := range clients {
+				server.waitText(t, name+" ended by EPIPE", 20*time.Second)
+			}
+		})
+	}
+}
+
+// idleClient connects, asks its kernel to probe each second, says a line for each that it is
+// given, and how its connection ended.
+const idleClient = `
+import errno, select, socket, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+for option, value in (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3):
+    s.setsockopt(socket.IPPROTO_TCP, option, value)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+try:
+    while True:
+        for ready in select.select([s, sys.stdin], [], [])[0]:
+            line = ready.recv(100) if ready is s else sys.stdin.readline().encode()
+            if not line:
+                sys.exit(0)
+            if ready is s:
+                print("got", line.decode().strip(), flush=True)
+            else:
+                s.sendall(line)
+except OSError as e:
+    print("ended by", errno.errorcode[e.errno], flush=True)
+`
+
+// idle starts an idleClient of portEcho at each place and over each family.
+func (w *world) idle(t *testing.T) map[string]*proc {
+	t.Helper()
+	serve(t, w.far)
+	clients := make(map[string]*proc)
+	for where, at := range map[string]place{"direct": w.host, "sluice": w.host.sandbox(t, probing...)} {
+		for _, f := range families {
+			p := at.start(t, "python3", "-c", idleClient, f.far, fmt.Sprint(portEcho))
+			p.write([]byte("before\n"))
+			p.waitText(t, "got before", 30*time.Second)
+			clients[where+" "+f.name] = p
+		}
+	}
+	return clients
+}
+
+// TestAFarSideThatIsGoneIsNoticed has the router swallow what goes to the far side. Sluice tells
+// of it by a reset, within time + probes x interval.
+func TestAFarSideThatIsGoneIsNoticed(t *testing.T) {
+	area(t, "idle.server", "python3")
+	w := newWorld(t)
+	clients := w.idle(t)
+	w.router.ip(t, "route add blackhole "+far4+"/32\nroute add blackhole "+far6+"/128")
+	for who, p := range clients {
+		want := "ended by ETIMEDOUT"
+		if strings.HasPrefix(who, "sluice") {
+			want = "ended by ECONNRESET"
+		}
+		p.waitText(t, want, 30*time.Second)
+	}
+}
