@@ -1,4 +1,4 @@
-module sluice
+module sluice.dev/sluice
 
 go 1.26.3
 

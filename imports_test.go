@@ -14,38 +14,83 @@ import (
 	"testing"
 )
 
+// module is the path by which others import us.
+const module = "sluice.dev/sluice"
+
 // maxLines is how long a file may be before it holds more than one thing.
 const maxLines = 520
 
 // allowed is the import table of the design: which of our packages each may import.
 // A package that is not here fails the test, so that a new one is placed on purpose.
 var allowed = map[string][]string{
-	"tun":                       {},
-	"nat":                       {},
-	"policy":                    {},
-	"privdir":                   {},
-	"fswatch":                   {},
-	"nldump":                    {},
-	"forwarder":                 {"nat", "policy", "forwarder/seldom", "forwarder/sniff"},
-	"forwarder/dns":             {"policy", "forwarder/seldom", "fswatch"},
-	"forwarder/dhcp":            {},
-	"forwarder/seldom":          {},
-	"forwarder/sniff":           {},
-	"forwarder/sandbox":         {"privdir", "nldump", "forwarder", "forwarder/dns", "forwarder/dhcp", "tun", "nat", "policy", "forwarder/sandbox/api", "forwarder/sandbox/confine", "forwarder/sandbox/fork", "forwarder/sandbox/guest"},
-	"forwarder/sandbox/api":     {"nat", "policy"},
-	"forwarder/sandbox/confine": {},
-	"forwarder/sandbox/fork":    {},
-	"forwarder/sandbox/guest":   {"tun", "fswatch", "forwarder/sandbox/confine", "forwarder/sandbox/fork"},
-	"cni":                       {"tun", "policy", "privdir", "nldump"},
-	"examples":                  {"policy"},
-	"e2e":                       {"examples"},
-	"cmd/internal/cmdline":      {},
-	"cmd/internal/helptest":     {},
-	"e2e/peer":                  {},
-	"e2e/bench":                 {},
-	"hack":                      {},
-	"hack/man":                  {},
-	"hack/report":               {},
+	"cmd/internal/cmdline": {},
+	"cmd/internal/helptest": {},
+
+	"tun": {},
+
+	"nat": {},
+
+	"policy": {},
+
+	"internal/fswatch": {},
+	"internal/nldump": {},
+	"internal/privdir": {},
+
+	"forwarder/dhcp": {},
+	"forwarder/internal/count": {},
+	"forwarder/internal/engine": {},
+	"forwarder/internal/netstack": {},
+	"forwarder/seldom": {},
+	"forwarder/sniff": {},
+	"forwarder/dns": {"forwarder/seldom", "policy"},
+	"forwarder/internal/firstbytes": {"forwarder/internal/count", "forwarder/internal/engine", "forwarder/sniff", "nat", "policy"},
+	"forwarder/internal/onlink": {"policy"},
+	"forwarder/dns/resolvconf": {"forwarder/dns", "internal/fswatch"},
+	"forwarder/internal/packet": {"forwarder/internal/count", "forwarder/internal/onlink"},
+	"forwarder/internal/hostsock": {"forwarder/internal/count", "forwarder/internal/packet", "nat", "policy"},
+	"forwarder/internal/admit": {"forwarder/internal/count", "forwarder/internal/engine", "forwarder/internal/hostsock", "forwarder/internal/netstack", "forwarder/internal/packet", "nat", "policy"},
+	"forwarder/internal/inbound": {"forwarder/internal/admit", "forwarder/internal/onlink", "forwarder/internal/packet", "nat", "policy"},
+	"forwarder/internal/tcpmem": {"forwarder/internal/admit", "forwarder/internal/netstack"},
+	"forwarder/internal/tcpflow": {"forwarder/internal/admit", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpmem", "forwarder/seldom", "forwarder/sniff", "nat", "policy"},
+	"forwarder/internal/datagram": {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow", "forwarder/sniff", "nat", "policy"},
+	"forwarder/internal/ingress": {"forwarder/internal/admit", "forwarder/internal/engine", "forwarder/internal/hostsock", "forwarder/internal/packet", "forwarder/internal/tcpflow", "nat", "policy"},
+	"forwarder/internal/link": {"forwarder/internal/admit", "forwarder/internal/datagram", "forwarder/internal/inbound", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow"},
+
+	"forwarder": {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/datagram", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/inbound", "forwarder/internal/ingress", "forwarder/internal/link", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow", "forwarder/internal/tcpmem", "forwarder/sniff", "nat", "policy"},
+
+	"sandbox/internal/confine": {},
+	"sandbox/internal/console": {},
+	"sandbox/internal/cover": {},
+	"sandbox/internal/explain": {},
+	"sandbox/internal/fork": {},
+	"sandbox/internal/idmap": {},
+	"sandbox/api": {"nat", "policy"},
+	"sandbox/guest": {"internal/fswatch", "sandbox/internal/confine", "sandbox/internal/console", "sandbox/internal/cover", "sandbox/internal/explain", "sandbox/internal/fork", "sandbox/internal/idmap", "tun"},
+	"sandbox/internal/registry": {"internal/privdir"},
+	"sandbox/internal/channel": {"forwarder/dns", "policy", "sandbox/api", "tun"},
+	"sandbox/internal/host": {"forwarder/dns", "internal/nldump", "policy", "sandbox/guest", "sandbox/internal/registry"},
+	"sandbox/internal/logring": {"sandbox/api"},
+	"sandbox/internal/ports": {"sandbox/api", "sandbox/internal/logring"},
+	"sandbox/internal/process": {"policy", "sandbox/internal/channel", "sandbox/internal/fork", "sandbox/internal/logring"},
+	"sandbox/internal/flowlog": {"forwarder", "forwarder/dns", "nat", "policy", "sandbox/api", "sandbox/internal/channel", "sandbox/internal/logring", "sandbox/internal/registry"},
+	"sandbox/internal/worker": {"forwarder", "forwarder/dhcp", "forwarder/dns", "nat", "policy", "sandbox/api", "sandbox/internal/channel", "sandbox/internal/confine", "sandbox/internal/flowlog", "tun"},
+
+	"sandbox": {"forwarder", "forwarder/dns", "forwarder/dns/resolvconf", "nat", "policy", "sandbox/api", "sandbox/guest", "sandbox/internal/channel", "sandbox/internal/confine", "sandbox/internal/console", "sandbox/internal/flowlog", "sandbox/internal/fork", "sandbox/internal/host", "sandbox/internal/logring", "sandbox/internal/ports", "sandbox/internal/process", "sandbox/internal/registry", "sandbox/internal/worker", "tun"},
+
+	"cni/conflist": {},
+	"cni/uplink": {"internal/nldump", "tun"},
+
+	"cni": {"cni/conflist", "cni/uplink", "internal/privdir", "policy", "tun"},
+
+	"e2e/bench": {},
+	"e2e/peer": {},
+	"e2e": {"examples"},
+
+	"examples": {"policy"},
+
+	"hack": {},
+	"hack/man": {},
+	"hack/report": {},
 }
 
 // forTests are what only tests and their peer may import: they play a kubelet to a real
@@ -84,8 +129,8 @@ func TestImportsFollowTheTable(t *testing.T) {
 		if err := d.Decode(&p); err != nil {
 			t.Fatal(err)
 		}
-		from := strings.TrimPrefix(p.ImportPath, "sluice/")
-		if from == "sluice" {
+		from := strings.TrimPrefix(p.ImportPath, module+"/")
+		if from == module {
 			continue
 		}
 		seen++
@@ -104,7 +149,7 @@ func TestImportsFollowTheTable(t *testing.T) {
 			if isForTests(path) {
 				t.Errorf("%s imports %s, which only tests of the forwarder, end-to-end tests and their peer may", from, path)
 			}
-			to, ours := strings.CutPrefix(path, "sluice/")
+			to, ours := strings.CutPrefix(path, module+"/")
 			if !ours || to == from {
 				continue
 			}

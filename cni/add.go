@@ -15,7 +15,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 
-	"sluice/tun"
+	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/tun"
 )
 
 // adding is an ADD under way.
@@ -25,7 +26,7 @@ type adding struct {
 	args *skel.CmdArgs
 	h    *held
 	a    *Attachment
-	undo undo
+	undo uplink.Undo
 
 	pod, uplink   ns.NetNS
 	podH, uplinkH *netlink.Handle
@@ -52,11 +53,11 @@ func (p *Plugin) add(ctx context.Context, c *Config, args *skel.CmdArgs) (types.
 		return nil, err
 	}
 	defer h.release()
-	ad := &adding{p: p, c: c, args: args, h: h, undo: undo{reached: p.Reached}}
+	ad := &adding{p: p, c: c, args: args, h: h, undo: uplink.Undo{Reached: p.Reached}}
 	defer ad.close()
 	err = ad.begin(ctx)
 	if err == nil {
-		err = ad.undo.rollback(ad.run(ctx))
+		err = ad.undo.Rollback(ad.run(ctx))
 	}
 	if err != nil {
 		if _, none := h.read(); errors.Is(none, errNoRecord) {
@@ -88,7 +89,7 @@ func (ad *adding) begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	podID, err := netnsID(ad.args.Netns)
+	podID, err := uplink.NetnsID(ad.args.Netns)
 	if err != nil {
 		return err
 	}
@@ -109,12 +110,12 @@ func (ad *adding) begin(ctx context.Context) error {
 	if ad.pod, err = ns.GetNS(ad.args.Netns); err != nil {
 		return types.NewError(types.ErrInvalidNetNS, "sluice: CNI_NETNS", err.Error())
 	}
-	if ad.podH, err = handle(ad.pod); err != nil {
+	if ad.podH, err = uplink.Handle(ad.pod); err != nil {
 		return err
 	}
 	if cleared {
 		// A monitor's devices end a little after it.
-		if err := removeDevice(ad.podH, ad.args.IfName); err != nil {
+		if err := uplink.RemoveDevice(ad.podH, ad.args.IfName); err != nil {
 			return err
 		}
 	}
@@ -148,28 +149,28 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+	if err := ad.undo.Done(uplink.StepRecorded, ad.h.remove); err != nil {
 		return err
 	}
 
 	path := ad.h.store.netns(ad.h.name)
-	if ad.uplink, err = makeNetns(path); err != nil {
+	if ad.uplink, err = uplink.MakeNetns(path); err != nil {
 		return err
 	}
-	if err := ad.undo.done(stepNamespace, func() error { return removeNetns(path) }); err != nil {
+	if err := ad.undo.Done(uplink.StepNamespace, func() error { return uplink.RemoveNetns(path) }); err != nil {
 		return err
 	}
-	if ad.uplinkH, err = handle(ad.uplink); err != nil {
+	if ad.uplinkH, err = uplink.Handle(ad.uplink); err != nil {
 		return err
 	}
-	if err := closeUplink(ad.uplinkH, ad.args.IfName); err != nil {
+	if err := uplink.CloseUplink(ad.uplinkH, ad.args.IfName); err != nil {
 		return err
 	}
 	link, err := ad.bringUplink(ctx)
 	if err != nil {
 		return err
 	}
-	if spec.Addrs = link.prefixes(); len(spec.Addrs) == 0 {
+	if spec.Addrs = link.Prefixes(); len(spec.Addrs) == 0 {
 		return fmt.Errorf("%s has no address: the main plugin must give it one", ad.args.IfName)
 	}
 	spec.Metadata, spec.NAT64 = ad.c.metadata, ad.c.nat64
@@ -188,7 +189,7 @@ func (ad *adding) run(ctx context.Context) (err error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	if err := ad.undo.done(stepCommitted, nil); err != nil {
+	if err := ad.undo.Done(uplink.StepCommitted, nil); err != nil {
 		return err
 	}
 	return nil
@@ -200,14 +201,14 @@ func (ad *adding) pass(ctx context.Context) error {
 	if err := ad.h.write(ad.a); err != nil {
 		return err
 	}
-	if err := ad.undo.done(stepRecorded, ad.h.remove); err != nil {
+	if err := ad.undo.Done(uplink.StepRecorded, ad.h.remove); err != nil {
 		return err
 	}
 	ad.result = ad.c.prevResult
 	if !ad.a.Delegated {
 		return nil
 	}
-	ad.undo.push(func() error { return ad.delDelegates(ad.args.Netns) })
+	ad.undo.Push(func() error { return ad.delDelegates(ad.args.Netns) })
 	r, err := ad.addDelegates(ctx, ad.args.Netns)
 	if err != nil {
 		return err
@@ -244,7 +245,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 		UplinkNetNS: ad.h.store.netns(ad.h.name),
 		PodNetNS:    ad.args.Netns,
 		Device:      tun.Config{Name: ad.args.IfName, Kind: c.kind, MTU: int(c.MTU), Queues: tun.DefaultQueues()},
-		Inbound:     tun.Config{Name: inboundName, Kind: tun.TUN},
+		Inbound:     tun.Config{Name: uplink.InboundName, Kind: tun.TUN},
 		Sysctls:     c.Sysctl,
 		FlowLog:     c.FlowLog,
 
@@ -271,7 +272,7 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 // interfaceAsExpected: chained, the main plugin's interface is in the pod; alone, there
 // is none of that name.
 func (ad *adding) interfaceAsExpected() error {
-	link, err := findLink(ad.podH, ad.args.IfName)
+	link, err := uplink.FindLink(ad.podH, ad.args.IfName)
 	switch {
 	case err != nil:
 		return err
@@ -281,7 +282,7 @@ func (ad *adding) interfaceAsExpected() error {
 		return fmt.Errorf("the pod has no interface %s: the plugin before sluice must make it", ad.args.IfName)
 	case ad.a.Delegated:
 		return fmt.Errorf("the pod has an interface %s already", ad.args.IfName)
-	case isDevice(link):
+	case uplink.IsDevice(link):
 		return fmt.Errorf("the interface %s is a TUN or TAP device: sluice must be chained once only", ad.args.IfName)
 	}
 	return nil
@@ -289,12 +290,12 @@ func (ad *adding) interfaceAsExpected() error {
 
 // bringUplink gets the main interface into the uplink namespace, with everything that
 // belongs to it.
-func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
+func (ad *adding) bringUplink(ctx context.Context) (*uplink.LinkState, error) {
 	if ad.a.Delegated {
 		return ad.runDelegates(ctx)
 	}
 	ad.result = ad.c.prevResult
-	link, state, err := readMain(ad.pod, ad.podH, ad.args.IfName)
+	link, state, err := uplink.ReadMain(ad.pod, ad.podH, ad.args.IfName)
 	if err != nil {
 		return nil, err
 	}
@@ -302,13 +303,13 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 	if err := ad.h.write(ad.a); err != nil {
 		return nil, err
 	}
-	if err := ad.undo.done(stepSaved, nil); err != nil {
+	if err := ad.undo.Done(uplink.StepSaved, nil); err != nil {
 		return nil, err
 	}
-	if err := moveLink(ad.pod, link, ad.uplink, ad.args.IfName); err != nil {
+	if err := uplink.MoveLink(ad.pod, link, ad.uplink, ad.args.IfName); err != nil {
 		return nil, err
 	}
-	if err := ad.undo.done(stepMoved, func() error {
+	if err := ad.undo.Done(uplink.StepMoved, func() error {
 		back := &giving{uplink: ad.uplink, pod: ad.pod, ifName: ad.args.IfName, state: state}
 		return errors.Join(back.take(), back.give())
 	}); err != nil {
@@ -318,26 +319,26 @@ func (ad *adding) bringUplink(ctx context.Context) (*linkState, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find %s after moving it: %w", ad.args.IfName, err)
 	}
-	if err := state.apply(ad.uplinkH, moved, true); err != nil {
+	if err := state.Apply(ad.uplinkH, moved, true); err != nil {
 		return nil, fmt.Errorf("in the uplink namespace: %w", err)
 	}
-	if err := state.applyRules(ad.uplinkH); err != nil {
+	if err := state.ApplyRules(ad.uplinkH); err != nil {
 		return nil, fmt.Errorf("in the uplink namespace: %w", err)
 	}
-	if err := ad.undo.done(stepRestored, nil); err != nil {
+	if err := ad.undo.Done(uplink.StepRestored, nil); err != nil {
 		return nil, err
 	}
 	return state, nil
 }
 
-func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
+func (ad *adding) runDelegates(ctx context.Context) (*uplink.LinkState, error) {
 	path := ad.uplink.Path()
-	ad.undo.push(func() error { return ad.delDelegates(path) })
+	ad.undo.Push(func() error { return ad.delDelegates(path) })
 	r, err := ad.addDelegates(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	if err := ad.undo.done(stepDelegated, nil); err != nil {
+	if err := ad.undo.Done(uplink.StepDelegated, nil); err != nil {
 		return nil, err
 	}
 	if ad.a.Result, err = json.Marshal(r); err != nil {
@@ -346,56 +347,56 @@ func (ad *adding) runDelegates(ctx context.Context) (*linkState, error) {
 	if ad.result, err = inPod(r, path, ad.args.Netns); err != nil {
 		return nil, err
 	}
-	_, state, err := readLink(ad.uplinkH, ad.args.IfName)
+	_, state, err := uplink.ReadLink(ad.uplinkH, ad.args.IfName)
 	if err != nil {
 		return nil, err
 	}
-	state.NoIPv6 = !state.has(netlink.FAMILY_V6)
-	state.Settings, err = readSettings(ad.uplink, ad.args.IfName)
+	state.NoIPv6 = !state.Has(netlink.FAMILY_V6)
+	state.Settings, err = uplink.ReadSettings(ad.uplink, ad.args.IfName)
 	return state, err
 }
 
 // serve makes the devices and rules of an attachment whose main interface is in the
 // uplink namespace, and starts its monitor. ADD and repair share it.
-func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplinkNS ns.NetNS, uplinkH *netlink.Handle, u *undo) error {
-	inbound, err := openInbound(uplinkNS, a.Launch.Inbound)
+func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS, podH *netlink.Handle, uplinkNS ns.NetNS, uplinkH *netlink.Handle, u *uplink.Undo) error {
+	inbound, err := uplink.OpenInbound(uplinkNS, a.Launch.Inbound)
 	if err != nil {
 		return err
 	}
 	// The monitor has duplicates; ours end with this call.
 	defer inbound.Close()
-	if err := steer(uplinkNS, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
+	if err := uplink.Steer(uplinkNS, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
 		return err
 	}
-	if err := u.done(stepSteered, nil); err != nil {
+	if err := u.Done(uplink.StepSteered, nil); err != nil {
 		return err
 	}
-	device, err := openDevice(pod, a.Launch.Device)
+	device, err := uplink.OpenDevice(pod, a.Launch.Device)
 	if err != nil {
 		return err
 	}
 	defer device.Close()
 	// A device ends with its descriptors, but the interface's name must be free before
 	// the main plugin's goes back.
-	if err := u.done(stepDevice, device.Close); err != nil {
+	if err := u.Done(uplink.StepDevice, device.Close); err != nil {
 		return err
 	}
-	if err := setUpDevice(pod, podH, a.Launch.Device, a.Link); err != nil {
+	if err := uplink.SetUpDevice(pod, podH, a.Launch.Device, a.Link); err != nil {
 		return err
 	}
-	if err := u.done(stepAddressed, nil); err != nil {
+	if err := u.Done(uplink.StepAddressed, nil); err != nil {
 		return err
 	}
 	spec := *a.Launch
-	if spec.DeviceFDs, err = duplicate(device); err != nil {
+	if spec.DeviceFDs, err = uplink.Duplicate(device); err != nil {
 		return err
 	}
-	defer closeAll(spec.DeviceFDs)
-	in, err := duplicate(inbound)
+	defer uplink.CloseAll(spec.DeviceFDs)
+	in, err := uplink.Duplicate(inbound)
 	if err != nil {
 		return err
 	}
-	defer closeAll(in)
+	defer uplink.CloseAll(in)
 	spec.InboundFD = in[0]
 	spec.Lock = h.lock
 	pid, start, err := p.Launcher.Launch(ctx, spec)
@@ -403,7 +404,7 @@ func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS
 		return err
 	}
 	a.MonitorPID, a.MonitorStart = pid, start
-	if err := u.done(stepLaunched, func() error {
+	if err := u.Done(uplink.StepLaunched, func() error {
 		// In a rollback ours are still open or were closed before; either way the
 		// device ends when the monitor has.
 		ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)

@@ -14,6 +14,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // check fails if anything of an attachment is missing: the worker, the device with its
@@ -51,7 +53,7 @@ func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdA
 	if a.BootID != boot {
 		return errors.New("the attachment is of before the last reboot: delete the container and add it again")
 	}
-	id, err := netnsID(args.Netns)
+	id, err := uplink.NetnsID(args.Netns)
 	if err != nil {
 		return err
 	}
@@ -101,14 +103,14 @@ func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
 		if err := checkLink(h, a.Link, a.Link.MTU); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
-		if err := a.Link.checkRules(h); err != nil {
+		if err := a.Link.CheckRules(h); err != nil {
 			return fmt.Errorf("in the uplink namespace: %w", err)
 		}
-		if _, err := h.LinkByName(inboundName); err != nil {
-			return fmt.Errorf("in the uplink namespace: find %s: %w", inboundName, err)
+		if _, err := h.LinkByName(uplink.InboundName); err != nil {
+			return fmt.Errorf("in the uplink namespace: find %s: %w", uplink.InboundName, err)
 		}
 		return uplinkNS.Do(func(ns.NetNS) error {
-			there, err := haveRules()
+			there, err := uplink.HaveRules()
 			if err == nil && !there {
 				err = errors.New("the rules for traffic from outside are gone from the uplink namespace")
 			}
@@ -123,7 +125,7 @@ func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error 
 		return fmt.Errorf("open the namespace %s: %w", path, err)
 	}
 	defer n.Close()
-	h, err := handle(n)
+	h, err := uplink.Handle(n)
 	if err != nil {
 		return err
 	}
@@ -132,8 +134,8 @@ func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error 
 }
 
 // checkLink compares an interface with what it should have. It may have more.
-func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
-	link, got, err := readLink(h, want.Name)
+func checkLink(h *netlink.Handle, want *uplink.LinkState, mtu int) error {
+	link, got, err := uplink.ReadLink(h, want.Name)
 	if err != nil {
 		return err
 	}
@@ -146,8 +148,8 @@ func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
 	if got.MAC != "" && want.MAC != "" && got.MAC != want.MAC {
 		return fmt.Errorf("%s has the address %s, not %s", want.Name, got.MAC, want.MAC)
 	}
-	for _, p := range want.prefixes() {
-		if !slices.ContainsFunc(got.Addrs, func(a addrState) bool { return a.Prefix == p }) {
+	for _, p := range want.Prefixes() {
+		if !slices.ContainsFunc(got.Addrs, func(a uplink.AddrState) bool { return a.Prefix == p }) {
 			return fmt.Errorf("%s has not the address %s", want.Name, p)
 		}
 	}
@@ -157,7 +159,7 @@ func checkLink(h *netlink.Handle, want *linkState, mtu int) error {
 		gateway       netip.Addr
 	}
 	for _, r := range want.Routes {
-		same := func(g routeState) bool {
+		same := func(g uplink.RouteState) bool {
 			return way{g.Family, g.Table, g.Dst, g.Gateway} == way{r.Family, r.Table, r.Dst, r.Gateway}
 		}
 		if !slices.ContainsFunc(got.Routes, same) {
@@ -188,7 +190,7 @@ func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) erro
 		return notAvailable("/dev/net/tun (load the tun module)", err)
 	}
 	_ = unix.Close(fd)
-	if _, err := haveRules(); err != nil {
+	if _, err := uplink.HaveRules(); err != nil {
 		return notAvailable("nf_tables", err)
 	}
 	if _, err := c.policyFor(Pod{}); err != nil {

@@ -5,6 +5,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // While an ADD is at work, the uplink namespace has the pod's addresses and no way to the
@@ -13,7 +15,7 @@ func TestTheUplinkIsSilentUntilItIsSteered(t *testing.T) {
 	n := newNode(t)
 	asked := 0
 	n.plugin.Reached = func(step string) error {
-		if step != stepRestored {
+		if step != uplink.StepRestored {
 			return nil
 		}
 		for _, addr := range []string{pod4, pod6} {

@@ -14,8 +14,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 
-	"sluice/policy"
-	"sluice/tun"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/tun"
 )
 
 // DefaultStateDir is where attachments are recorded. It need not survive a reboot:

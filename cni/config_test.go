@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/tun"
+	"sluice.dev/sluice/tun"
 )
 
 // conf is a configuration with the given members.

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/skel"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // The steps of DEL that a test may fail at, beside the names of ADD.
@@ -66,7 +68,7 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	var errs []error
 	// Of another boot, pids and namespaces mean nothing: only files are left.
 	sameBoot := a == nil || a.BootID == boot
-	uplinkNS, err := openNetns(uplinkPath)
+	uplinkNS, err := uplink.OpenNetns(uplinkPath)
 	if err != nil {
 		return err
 	}
@@ -106,7 +108,7 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	if delegated && args.ContainerID != "" {
 		errs = append(errs, h.lend(func() error { return p.delDelegated(ctx, c, args, a, uplinkNS != nil, uplinkPath) }))
 	}
-	errs = append(errs, removeNetns(uplinkPath), p.reached(stepUnbound))
+	errs = append(errs, uplink.RemoveNetns(uplinkPath), p.reached(stepUnbound))
 	removeCgroups(spec.Cgroups)
 	if err := errors.Join(errs...); err != nil || !final {
 		return err

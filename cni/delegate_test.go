@@ -15,6 +15,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // fakeExec plays delegates. "main" makes a dummy interface in the namespace that it is
@@ -70,7 +72,7 @@ func makeMain(path string) error {
 		return err
 	}
 	defer n.Close()
-	h, err := handle(n)
+	h, err := uplink.Handle(n)
 	if err != nil {
 		return err
 	}
@@ -82,7 +84,7 @@ func makeMain(path string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(h.LinkSetUp(link), h.AddrAdd(link, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix(pod4 + "/24"))}))
+	return errors.Join(h.LinkSetUp(link), h.AddrAdd(link, &netlink.Addr{IPNet: uplink.IPNet(netip.MustParsePrefix(pod4 + "/24"))}))
 }
 
 // verbs lists "TYPE VERB" of the calls since the last time.
@@ -155,7 +157,7 @@ func TestDelegates(t *testing.T) {
 		t.Errorf("the second delegate was told %s", second)
 	}
 	same(t, "ADD", exec.verbs(), "main ADD", "meta ADD")
-	if link, err := n.podH.LinkByName("eth0"); err != nil || !isDevice(link) {
+	if link, err := n.podH.LinkByName("eth0"); err != nil || !uplink.IsDevice(link) {
 		t.Errorf("the pod's eth0: %v, %v", link, err)
 	}
 	must(t, run("CHECK"))

@@ -17,7 +17,7 @@
 //	pod.go       the device in the pod
 //	delegate.go  main plugins run by us
 //	cgroup.go    out of the caller's cgroup
-//	install.go   conflists
+//	conflist.go   conflists
 //
 // An attachment is one interface of one container in one network. Its record is
 // written before anything is made, so a process killed at any point leaves a record

@@ -7,8 +7,9 @@ import (
 	"sync"
 
 	"github.com/containernetworking/cni/pkg/skel"
-
 	"github.com/containernetworking/plugins/pkg/ns"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // gc removes the attachments to this network that the runtime does not know any more,
@@ -146,7 +147,7 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	if gone, err := p.Launcher.Gone(*a.Launch); err != nil || !gone {
 		return err
 	}
-	id, err := netnsID(a.NetNS)
+	id, err := uplink.NetnsID(a.NetNS)
 	if err != nil || id != a.NetNSID {
 		return nil // the pod is gone
 	}
@@ -160,12 +161,12 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 		return fmt.Errorf("the uplink namespace is gone, and with it the pod's interface: delete the pod: %w", err)
 	}
 	defer uplinkNS.Close()
-	podH, err := handle(pod)
+	podH, err := uplink.Handle(pod)
 	if err != nil {
 		return err
 	}
 	defer podH.Close()
-	uplinkH, err := handle(uplinkNS)
+	uplinkH, err := uplink.Handle(uplinkNS)
 	if err != nil {
 		return err
 	}
@@ -173,11 +174,11 @@ func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	if err := p.Launcher.Stop(ctx, *a.Launch); err != nil {
 		return err
 	}
-	if err := errors.Join(removeDevice(podH, a.IfName), removeDevice(uplinkH, inboundName)); err != nil {
+	if err := errors.Join(uplink.RemoveDevice(podH, a.IfName), uplink.RemoveDevice(uplinkH, uplink.InboundName)); err != nil {
 		return err
 	}
-	var u undo
-	if err := u.rollback(p.serve(ctx, h, a, pod, podH, uplinkNS, uplinkH, &u)); err != nil {
+	var u uplink.Undo
+	if err := u.Rollback(p.serve(ctx, h, a, pod, podH, uplinkNS, uplinkH, &u)); err != nil {
 		return fmt.Errorf("repair: %w", err)
 	}
 	return h.write(a)

@@ -9,6 +9,8 @@ import (
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // giving is the main interface on its way back from the uplink namespace to the pod.
@@ -19,16 +21,16 @@ import (
 type giving struct {
 	uplink, pod ns.NetNS
 	ifName      string
-	state       *linkState // nil: what it has in the uplink namespace
+	state       *uplink.LinkState // nil: what it has in the uplink namespace
 }
 
 // newGiving is nil if the pod's namespace is gone, or another's by now.
 func newGiving(uplinkNS ns.NetNS, podPath, podID, ifName string, a *Attachment) (*giving, error) {
-	pod, err := openNetns(podPath)
+	pod, err := uplink.OpenNetns(podPath)
 	if err != nil || pod == nil {
 		return nil, err
 	}
-	id, err := netnsID(podPath)
+	id, err := uplink.NetnsID(podPath)
 	if err != nil || podID != "" && id != podID {
 		return nil, errors.Join(err, pod.Close())
 	}
@@ -57,23 +59,23 @@ func (g *giving) take() error {
 	if g == nil {
 		return nil
 	}
-	h, err := handle(g.uplink)
+	h, err := uplink.Handle(g.uplink)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	link, err := findLink(h, g.ifName)
+	link, err := uplink.FindLink(h, g.ifName)
 	if err != nil || link == nil {
 		return err
 	}
 	if g.state == nil {
-		if _, g.state, err = readLink(h, g.ifName); err != nil {
+		if _, g.state, err = uplink.ReadLink(h, g.ifName); err != nil {
 			return err
 		}
 	}
 	// What has that name while ours is still here is not ours.
 	if err = g.evict(g.onTheWay()); err == nil {
-		err = moveLink(g.uplink, link, g.pod, g.onTheWay())
+		err = uplink.MoveLink(g.uplink, link, g.pod, g.onTheWay())
 	}
 	if err != nil {
 		return fmt.Errorf("give the pod its interface back: %w", err)
@@ -84,12 +86,12 @@ func (g *giving) take() error {
 // evict takes a name from an interface of the pod's own: who is root in there can give
 // any name to any.
 func (g *giving) evict(name string) error {
-	h, err := handle(g.pod)
+	h, err := uplink.Handle(g.pod)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	link, err := findLink(h, name)
+	link, err := uplink.FindLink(h, name)
 	if err != nil || link == nil {
 		return err
 	}
@@ -110,12 +112,12 @@ func (g *giving) give() error {
 	if g == nil {
 		return nil
 	}
-	h, err := handle(g.pod)
+	h, err := uplink.Handle(g.pod)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	link, err := findLink(h, g.onTheWay())
+	link, err := uplink.FindLink(h, g.onTheWay())
 	if err != nil || link == nil {
 		return err
 	}
@@ -132,7 +134,7 @@ func (g *giving) give() error {
 	if g.state == nil {
 		return nil // killed in between, and without a record: nobody knows what it had
 	}
-	if err := errors.Join(g.state.applySettings(g.pod, h, link), g.state.apply(h, link, true)); err != nil {
+	if err := errors.Join(g.state.ApplySettings(g.pod, h, link), g.state.Apply(h, link, true)); err != nil {
 		return fmt.Errorf("give the pod its interface back: %w", err)
 	}
 	return nil
@@ -142,17 +144,17 @@ func (g *giving) give() error {
 // 20 ms, which only its name makes worth waiting for; kernels before 6.2 rename none that
 // is up, so there it is waited for.
 func (g *giving) clearName(h *netlink.Handle) error {
-	link, err := findLink(h, g.ifName)
+	link, err := uplink.FindLink(h, g.ifName)
 	switch {
 	case err != nil || link == nil:
 		return err
-	case !isDevice(link) || link.Attrs().Name != g.ifName:
+	case !uplink.IsDevice(link) || link.Attrs().Name != g.ifName:
 		return g.evict(g.ifName)
 	}
 	if h.LinkSetName(link, g.ending()) == nil {
 		return nil
 	}
-	return removeDevice(h, g.ifName)
+	return uplink.RemoveDevice(h, g.ifName)
 }
 
 // ending is what our device is called while it ends.

@@ -23,6 +23,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 func init() {
@@ -64,7 +66,7 @@ func newNode(t *testing.T) *node {
 	}
 	runtime.LockOSThread() // and never unlocked: the thread ends with the test's goroutine
 	must(t, unix.Unshare(unix.CLONE_NEWNET))
-	must(t, writeSysctl("ipv6/conf/default/accept_dad", "0"))
+	must(t, uplink.WriteSysctl("ipv6/conf/default/accept_dad", "0"))
 	dir := t.TempDir()
 	must(t, os.Chmod(dir, 0o755))
 	n := &node{t: t, dir: dir, state: filepath.Join(dir, "state"), podNS: filepath.Join(dir, "pod")}
@@ -74,7 +76,7 @@ func newNode(t *testing.T) *node {
 	host, err := ns.GetCurrentNS()
 	must(t, err)
 	n.host = host
-	n.hostH, err = handle(host)
+	n.hostH, err = uplink.Handle(host)
 	must(t, err)
 	t.Cleanup(func() {
 		n.procs.stopAll(t)
@@ -99,7 +101,7 @@ func (n *node) makePod() {
 	var err error
 	n.pod, err = ns.GetNS(n.podNS)
 	must(n.t, err)
-	n.podH, err = handle(n.pod)
+	n.podH, err = uplink.Handle(n.pod)
 	must(n.t, err)
 	must(n.t, n.hostH.LinkAdd(&netlink.Veth{
 		LinkAttrs: netlink.LinkAttrs{Name: "veth-test", MTU: 1450}, PeerName: "eth0",
@@ -113,7 +115,7 @@ func (n *node) makePod() {
 	must(n.t, n.hostH.LinkSetUp(veth))
 	eth0, err := n.podH.LinkByName("eth0")
 	must(n.t, err)
-	must(n.t, n.pod.Do(func(ns.NetNS) error { return writeSysctl("ipv6/conf/eth0/accept_dad", "0") }))
+	must(n.t, n.pod.Do(func(ns.NetNS) error { return uplink.WriteSysctl("ipv6/conf/eth0/accept_dad", "0") }))
 	must(n.t, n.podH.LinkSetUp(eth0))
 	for _, a := range []string{pod4 + "/24", pod6 + "/64"} {
 		must(n.t, n.podH.AddrAdd(eth0, address(a)))
@@ -200,9 +202,9 @@ func (n *node) status() error {
 }
 
 // inside is what the pod has.
-func (n *node) inside() *linkState {
+func (n *node) inside() *uplink.LinkState {
 	n.t.Helper()
-	_, s, err := readLink(n.podH, "eth0")
+	_, s, err := uplink.ReadLink(n.podH, "eth0")
 	must(n.t, err)
 	s.Addrs = withoutLinkLocal(s.Addrs)
 	s.Neighs = permanent(s.Neighs)
@@ -214,7 +216,7 @@ func (n *node) uplink() (ns.NetNS, *netlink.Handle) {
 	n.t.Helper()
 	up, err := ns.GetNS(filepath.Join(n.state, netnsDir, n.name()))
 	must(n.t, err)
-	h, err := handle(up)
+	h, err := uplink.Handle(up)
 	must(n.t, err)
 	n.t.Cleanup(func() { h.Close(); _ = up.Close() })
 	return up, h
@@ -248,7 +250,7 @@ func (n *node) clean() {
 }
 
 // unchanged fails the test if the pod's interface is not what it was.
-func (n *node) unchanged(before *linkState) {
+func (n *node) unchanged(before *uplink.LinkState) {
 	n.t.Helper()
 	after := n.inside()
 	if !reflect.DeepEqual(before, after) {
@@ -416,18 +418,18 @@ func mac(s string) net.HardwareAddr {
 	return m
 }
 
-func network(s string) *net.IPNet { return ipNet(netip.MustParsePrefix(s)) }
+func network(s string) *net.IPNet { return uplink.IPNet(netip.MustParsePrefix(s)) }
 
 func address(s string) *netlink.Addr {
 	p := netip.MustParsePrefix(s)
-	a := &netlink.Addr{IPNet: ipNet(p)}
+	a := &netlink.Addr{IPNet: uplink.IPNet(p)}
 	if p.Addr().Is6() {
 		a.Flags = unix.IFA_F_NODAD
 	}
 	return a
 }
 
-func withoutLinkLocal(list []addrState) (out []addrState) {
+func withoutLinkLocal(list []uplink.AddrState) (out []uplink.AddrState) {
 	for _, a := range list {
 		if !a.Prefix.Addr().IsLinkLocalUnicast() {
 			out = append(out, a)
@@ -436,7 +438,7 @@ func withoutLinkLocal(list []addrState) (out []addrState) {
 	return out
 }
 
-func permanent(list []neighState) (out []neighState) {
+func permanent(list []uplink.NeighState) (out []uplink.NeighState) {
 	for _, n := range list {
 		if n.Permanent {
 			out = append(out, n)

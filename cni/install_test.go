@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"sluice.dev/sluice/cni/conflist"
 )
 
 const someList = `{
@@ -30,7 +32,7 @@ const someList = `{
 }
 `
 
-func conflist(t *testing.T, text string) string {
+func conflistFile(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "10-main.conflist")
 	must(t, os.WriteFile(path, []byte(text), 0o640))
@@ -45,7 +47,7 @@ func contents(t *testing.T, path string) string {
 }
 
 func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
-	path := conflist(t, someList)
+	path := conflistFile(t, someList)
 	must(t, Install(path, []byte(`{"mode": "tun"}`)))
 	installed := contents(t, path)
 	var l struct {
@@ -53,7 +55,7 @@ func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
 		Plugins      []map[string]any
 	}
 	must(t, json.Unmarshal([]byte(installed), &l))
-	if len(l.Plugins) != 3 || l.Plugins[2]["type"] != PluginType || l.Plugins[2]["mode"] != "tun" || !l.DisableCheck {
+	if len(l.Plugins) != 3 || l.Plugins[2]["type"] != conflist.PluginType || l.Plugins[2]["mode"] != "tun" || !l.DisableCheck {
 		t.Fatalf("installed as %s", installed)
 	}
 	if !strings.Contains(installed, `"unknown": 1.50`) {
@@ -64,7 +66,7 @@ func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
 		t.Errorf("a second install changed the list to %s", contents(t, path))
 	}
 	must(t, Install(path, []byte(`{"mode": "tap"}`)))
-	if s := contents(t, path); strings.Contains(s, "tun") || strings.Count(s, PluginType) != 1 {
+	if s := contents(t, path); strings.Contains(s, "tun") || strings.Count(s, conflist.PluginType) != 1 {
 		t.Errorf("an install with other keys made %s", s)
 	}
 	must(t, Uninstall(path))
@@ -85,7 +87,7 @@ func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
 }
 
 func TestInstallKeepsWhatOthersSwitchedOff(t *testing.T) {
-	path := conflist(t, `{"name": "x", "cniVersion": "1.0.0", "disableCheck": true, "plugins": [{"type": "ptp"}]}`)
+	path := conflistFile(t, `{"name": "x", "cniVersion": "1.0.0", "disableCheck": true, "plugins": [{"type": "ptp"}]}`)
 	must(t, Install(path, nil))
 	must(t, Uninstall(path))
 	if !strings.Contains(contents(t, path), `"disableCheck": true`) {
@@ -98,7 +100,7 @@ func TestBandwidthIsDeclaredByOne(t *testing.T) {
 		`{"name": "x", "plugins": [{"type": "ptp"}]}`:                        true,
 		`{"name": "x", "plugins": [{"type": "ptp"}, {"type": "bandwidth"}]}`: false,
 	} {
-		path := conflist(t, list)
+		path := conflistFile(t, list)
 		must(t, Install(path, nil))
 		if got := strings.Contains(contents(t, path), `"bandwidth": true`); got != want {
 			t.Errorf("installed into %s, sluice declares it: %v", list, got)
@@ -107,14 +109,14 @@ func TestBandwidthIsDeclaredByOne(t *testing.T) {
 }
 
 func TestInstallFollowsALink(t *testing.T) {
-	path := conflist(t, someList)
+	path := conflistFile(t, someList)
 	link := path + ".link"
 	must(t, os.Symlink(path, link))
 	must(t, Install(link, nil))
 	if fi, err := os.Lstat(link); err != nil || fi.Mode()&os.ModeSymlink == 0 {
 		t.Error("the link is none any more")
 	}
-	if !strings.Contains(contents(t, path), PluginType) {
+	if !strings.Contains(contents(t, path), conflist.PluginType) {
 		t.Error("what the link leads to was not changed")
 	}
 }
@@ -129,7 +131,7 @@ func TestInstallRefuses(t *testing.T) {
 		{"keys that are the list's", someList, `{"name": "x"}`, "the list's"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			path := conflist(t, row.list)
+			path := conflistFile(t, row.list)
 			if err := Install(path, []byte(row.keys)); err == nil || !strings.Contains(err.Error(), row.says) {
 				t.Errorf("error %v, want one that says %q", err, row.says)
 			}
@@ -145,11 +147,11 @@ func TestInstallRefuses(t *testing.T) {
 
 func TestTheBinaryIsReplacedInOneStep(t *testing.T) {
 	dir := t.TempDir()
-	old, err := os.Create(filepath.Join(dir, PluginType))
+	old, err := os.Create(filepath.Join(dir, conflist.PluginType))
 	must(t, err)
 	defer old.Close()
 	must(t, InstallBinary("/proc/self/exe", dir))
-	fi, err := os.Stat(filepath.Join(dir, PluginType))
+	fi, err := os.Stat(filepath.Join(dir, conflist.PluginType))
 	must(t, err)
 	if before, _ := old.Stat(); os.SameFile(before, fi) {
 		t.Error("the old binary was written over")
@@ -157,5 +159,5 @@ func TestTheBinaryIsReplacedInOneStep(t *testing.T) {
 	if fi.Mode().Perm()&0o111 == 0 || fi.Size() == 0 {
 		t.Errorf("the new binary has the mode %s and %d bytes", fi.Mode(), fi.Size())
 	}
-	must(t, InstallBinary(filepath.Join(dir, PluginType), dir)) // itself
+	must(t, InstallBinary(filepath.Join(dir, conflist.PluginType), dir)) // itself
 }

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // The plugin is killed at each step, in a process of its own that this test binary
@@ -17,8 +19,8 @@ import (
 // The steps in their order.
 var (
 	addSteps = []string{
-		stepRecorded, stepNamespace, stepDelegated, stepSaved, stepMoved, stepRestored,
-		stepSteered, stepDevice, stepAddressed, stepLaunched, stepCommitted,
+		uplink.StepRecorded, uplink.StepNamespace, uplink.StepDelegated, uplink.StepSaved, uplink.StepMoved, uplink.StepRestored,
+		uplink.StepSteered, uplink.StepDevice, uplink.StepAddressed, uplink.StepLaunched, uplink.StepCommitted,
 	}
 	delSteps = []string{stepStopped, stepGiven, stepUnbound}
 )
@@ -74,7 +76,7 @@ func (n *node) killed(verb, step string) {
 
 func TestKilledAtAnyStep(t *testing.T) {
 	var steps [][2]string
-	for _, s := range slices.DeleteFunc(slices.Clone(addSteps), func(s string) bool { return s == stepDelegated }) {
+	for _, s := range slices.DeleteFunc(slices.Clone(addSteps), func(s string) bool { return s == uplink.StepDelegated }) {
 		steps = append(steps, [2]string{"ADD", s})
 	}
 	for _, s := range delSteps {

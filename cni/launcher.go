@@ -6,8 +6,8 @@ import (
 	"net/netip"
 	"os"
 
-	"sluice/policy"
-	"sluice/tun"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/tun"
 )
 
 // Launcher starts, finds and ends the monitors of attachments. All methods know an

@@ -14,6 +14,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // Versions are those of the CNI specification that the plugin speaks.
@@ -27,7 +29,7 @@ type Plugin struct {
 	// Stderr is for what no verb's result can say, and runtimes log; nil is os.Stderr.
 	Stderr io.Writer
 	// Reached, if set, is told each step of ADD and DEL once it is done, by its name in
-	// undo.go and del.go; with an error the verb fails there. It is for tests.
+	// uplink/undo.go and del.go; with an error the verb fails there. It is for tests.
 	Reached func(step string) error
 }
 
@@ -102,10 +104,10 @@ func splitPath(list string) []string { return filepath.SplitList(list) }
 
 // sameAsOurs says whether a namespace is the one that this process is in.
 func sameAsOurs(netns string) (bool, error) {
-	id, err := netnsID(netns)
+	id, err := uplink.NetnsID(netns)
 	if err != nil {
 		return false, err
 	}
-	own, err := netnsID("/proc/" + fmt.Sprint(os.Getpid()) + "/ns/net")
+	own, err := uplink.NetnsID("/proc/" + fmt.Sprint(os.Getpid()) + "/ns/net")
 	return id == own, err
 }

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"strings"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // The policy that an attachment starts with. A file, a directory or an object that the

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // several gives the pod a route with two gateways in each family, and a rule by its own
@@ -46,7 +48,7 @@ func TestRulesAndRoutesOfSeveralGatewaysAreFollowed(t *testing.T) {
 		t.Fatalf("the pod has %d gateways of such routes: %s", multi, asJSON(before))
 	}
 	must(t, n.add())
-	if now := n.inside(); !slices.EqualFunc(now.Routes[:len(before.Routes)], before.Routes, func(a, b routeState) bool { return asJSON(a) == asJSON(b) }) {
+	if now := n.inside(); !slices.EqualFunc(now.Routes[:len(before.Routes)], before.Routes, func(a, b uplink.RouteState) bool { return asJSON(a) == asJSON(b) }) {
 		t.Errorf("the pod's routes were\n%s\nand are\n%s", asJSON(before.Routes), asJSON(now.Routes))
 	}
 	_, uplinkNS := n.uplink()
@@ -57,7 +59,7 @@ func TestRulesAndRoutesOfSeveralGatewaysAreFollowed(t *testing.T) {
 	}) {
 		t.Errorf("the uplink namespace's rules: %v", rules)
 	}
-	_, state, err := readLink(uplinkNS, "eth0")
+	_, state, err := uplink.ReadLink(uplinkNS, "eth0")
 	must(t, err)
 	multi = 0
 	for _, r := range state.Routes {

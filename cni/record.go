@@ -15,7 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/privdir"
+	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/privdir"
 )
 
 // The state directory.
@@ -81,7 +82,7 @@ type Attachment struct {
 	// Result is the delegates', as they gave it, in the version of the configuration.
 	Result json.RawMessage `json:"result,omitempty"`
 	// Link is the main interface as it was before it was moved.
-	Link *linkState `json:"link,omitempty"`
+	Link *uplink.LinkState `json:"link,omitempty"`
 	// Launch is all that the monitor is started with, but for the descriptors.
 	Launch *LaunchSpec `json:"launch,omitempty"`
 	// Monitor is the process that serves, by its pid and start time in clock ticks since boot.
@@ -155,7 +156,8 @@ func openStore(path string) (store, error) {
 	return store{path}, nil
 }
 
-func (s store) dir(name string) string   { return filepath.Join(s.path, attachmentsDir, name) }
+func (s store) dir(name string) string { return filepath.Join(s.path, attachmentsDir, name) }
+
 func (s store) netns(name string) string { return filepath.Join(s.path, netnsDir, name) }
 
 // runtimeDir is where monitors keep their control sockets: where the other commands look

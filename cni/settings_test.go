@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 // TestWhatTuningSetStays sets what the plugin tuning may before ours is called.
@@ -19,7 +21,7 @@ func TestWhatTuningSetStays(t *testing.T) {
 	must(t, n.pod.Do(func(ns.NetNS) error {
 		for key, value := range chosen {
 			tree, setting := path.Split(key)
-			if err := writeSysctl(tree+"eth0/"+setting, value); err != nil {
+			if err := uplink.WriteSysctl(tree+"eth0/"+setting, value); err != nil {
 				return err
 			}
 		}
@@ -34,7 +36,7 @@ func TestWhatTuningSetStays(t *testing.T) {
 		if now := n.inside(); !now.Promisc || !now.Allmulti {
 			t.Errorf("%s: promiscuous %v, all multicast %v", when, now.Promisc, now.Allmulti)
 		}
-		got, err := readSettings(n.pod, "eth0")
+		got, err := uplink.ReadSettings(n.pod, "eth0")
 		must(t, err)
 		for key, want := range chosen {
 			if got[key] != want {
@@ -57,7 +59,7 @@ func TestWhatTuningSetStays(t *testing.T) {
 // TestNoSettingIsMadeUp has an interface of which nobody chose anything.
 func TestNoSettingIsMadeUp(t *testing.T) {
 	n := newNode(t)
-	if got, err := readSettings(n.pod, "eth0"); err != nil || len(got) > 0 {
+	if got, err := uplink.ReadSettings(n.pod, "eth0"); err != nil || len(got) > 0 {
 		t.Errorf("settings that nobody chose: %v (%v)", got, err)
 	}
 }

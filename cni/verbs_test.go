@@ -18,6 +18,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/cni/uplink"
 )
 
 func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
@@ -42,7 +44,7 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 			}
 
 			up, upH := n.uplink()
-			_, main, err := readLink(upH, "eth0")
+			_, main, err := uplink.ReadLink(upH, "eth0")
 			must(t, err)
 			main.Addrs, main.Neighs = withoutLinkLocal(main.Addrs), permanent(main.Neighs)
 			if !reflect.DeepEqual(before, main) {
@@ -75,12 +77,12 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 func TestADefaultRouteIsAlwaysThere(t *testing.T) {
 	n := newNode(t)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		must(t, n.podH.RouteDel(&netlink.Route{Family: family, Dst: ipNet(netip.PrefixFrom(unspecified(family), 0))}))
+		must(t, n.podH.RouteDel(&netlink.Route{Family: family, Dst: uplink.IPNet(netip.PrefixFrom(uplink.Unspecified(family), 0))}))
 	}
 	before := n.inside()
 	must(t, n.add())
 	for family, gateway := range map[int]string{netlink.FAMILY_V4: "169.254.1.1", netlink.FAMILY_V6: "fe80::1"} {
-		i := slices.IndexFunc(n.inside().Routes, func(r routeState) bool { return r.Family == family && r.isDefault() })
+		i := slices.IndexFunc(n.inside().Routes, func(r uplink.RouteState) bool { return r.Family == family && r.IsDefault() })
 		if i < 0 || n.inside().Routes[i].Gateway.String() != gateway {
 			t.Errorf("the pod's routes %s lack a default by %s", asJSON(n.inside().Routes), gateway)
 		}
@@ -128,7 +130,7 @@ func TestAPrefixIsReachedAsTheMainPluginSays(t *testing.T) {
 	must(t, n.add())
 	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
 		dst := network(p[0])
-		list, err := n.podH.RouteListFiltered(familyOf(prefixOf(dst).Addr()), &netlink.Route{Dst: dst}, netlink.RT_FILTER_DST)
+		list, err := n.podH.RouteListFiltered(uplink.FamilyOf(uplink.PrefixOf(dst).Addr()), &netlink.Route{Dst: dst}, netlink.RT_FILTER_DST)
 		must(t, err)
 		if len(list) != 1 || list[0].Gw.String() != p[1] {
 			t.Errorf("the routes to %s are %v, not one by %s", p[0], list, p[1])
@@ -143,7 +145,7 @@ func TestAFailureAtAnyStepTakesEverythingBack(t *testing.T) {
 	before := n.inside()
 	reached := 0
 	for _, step := range addSteps {
-		if step == stepDelegated {
+		if step == uplink.StepDelegated {
 			continue // TestDelegates
 		}
 		fault := errors.New("a fault at " + step)
@@ -236,7 +238,7 @@ func TestAnotherPodsNamespaceIsLeftAlone(t *testing.T) {
 	must(t, n.del())
 	other, err := ns.GetNS(n.podNS)
 	must(t, err)
-	h, err := handle(other)
+	h, err := uplink.Handle(other)
 	must(t, err)
 	links, err := h.LinkList()
 	must(t, err)
@@ -483,6 +485,6 @@ func dropRules() error {
 	if err != nil {
 		return err
 	}
-	conn.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: tableName})
+	conn.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: uplink.TableName})
 	return conn.Flush()
 }

@@ -13,7 +13,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
-	"sluice/examples"
+	"sluice.dev/sluice/examples"
 )
 
 func example(t *testing.T, name string) string {

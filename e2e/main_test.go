@@ -63,10 +63,10 @@ func enter() int {
 	os.Setenv("SLUICE_E2E_DIR", dir)
 	os.Setenv("TMPDIR", dir) // whatever a test that was killed left goes with it
 	for _, b := range []struct{ name, pkg, tags string }{
-		{"SLUICE_BIN", "sluice/cmd/sluice", ""},
-		{"PEER_BIN", "sluice/e2e/peer", ""},
-		{"SLUICE_CNI_BIN", "sluice/cmd/sluice-cni", ""},
-		{"SLUICE_CNI_FAULTS_BIN", "sluice/cmd/sluice-cni", "faults"},
+		{"SLUICE_BIN", "sluice.dev/sluice/cmd/sluice", ""},
+		{"PEER_BIN", "sluice.dev/sluice/e2e/peer", ""},
+		{"SLUICE_CNI_BIN", "sluice.dev/sluice/cmd/sluice-cni", ""},
+		{"SLUICE_CNI_FAULTS_BIN", "sluice.dev/sluice/cmd/sluice-cni", "faults"},
 	} {
 		if err := provide(b.name, b.pkg, filepath.Join(dir, b.tags), b.tags); err != nil {
 			return complain(err)

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 func read(t *testing.T, name string) *policy.Policy {

@@ -5,8 +5,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -15,7 +13,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // refuseAll refuses everything, and says so.
@@ -164,7 +164,7 @@ func labUDP(network string, from netip.Addr) func(*testing.T, string, func(*Conf
 			}
 		}()
 		to := at(gateway, s.LocalAddr().(*net.UDPAddr).AddrPort().Port())
-		return w.lab(func() packet { return udpPacket(at(from, 1000), to, []byte("ping")) }, w, to.Addr())
+		return w.lab(func() ipPacket { return udpPacket(at(from, 1000), to, []byte("ping")) }, w, to.Addr())
 	}
 }
 
@@ -181,25 +181,25 @@ func labEcho(from, gateway netip.Addr) func(*testing.T, string, func(*Config)) *
 			to = netip.MustParseAddr("2001:db8::9")
 		}
 		w := newWire(t, text, change)
-		return w.lab(func() packet { return echoPacket(from, to, 7, 1, []byte("ping")) }, w, to)
+		return w.lab(func() ipPacket { return echoPacket(from, to, 7, 1, []byte("ping")) }, w, to)
 	}
 }
 
 func labInboundUDP(t *testing.T, text string, change func(*Config)) *lab {
 	w := newPodWire(t, text, change)
-	return w.lab(func() packet { return udpPacket(at(client4, 5), at(guest4, 6), []byte("ping")) }, w.out, client4)
+	return w.lab(func() ipPacket { return udpPacket(at(client4, 5), at(guest4, 6), []byte("ping")) }, w.out, client4)
 }
 
 func labInboundTCP(client, pod netip.Addr) func(*testing.T, string, func(*Config)) *lab {
 	return func(t *testing.T, text string, change func(*Config)) *lab {
 		w := newPodWire(t, text, change)
-		return w.lab(func() packet { return segment(at(client, 5), at(pod, 6), header.TCPFlagSyn, 1, 0) }, w.out, client)
+		return w.lab(func() ipPacket { return segment(at(client, 5), at(pod, 6), header.TCPFlagSyn, 1, 0) }, w.out, client)
 	}
 }
 
 // lab sends a packet on one side of the forwarder, and looks for one from addr, or with the
 // same contents, on the sandbox's.
-func (w *wire) lab(p func() packet, from *wire, addr netip.Addr) *lab {
+func (w *wire) lab(p func() ipPacket, from *wire, addr netip.Addr) *lab {
 	l := &lab{f: w.f, table: w.table, wait: 5 * time.Second}
 	l.begin = func() bool {
 		deadline := time.Now().Add(l.wait)
@@ -207,7 +207,7 @@ func (w *wire) lab(p func() packet, from *wire, addr netip.Addr) *lab {
 			from.send(p()) // again, because the kernel puts an IPv6 address in force some time after it is given
 			for next := time.Now().Add(200 * time.Millisecond); time.Now().Before(next); {
 				got, ok := w.tryRecv(time.Until(next))
-				if ok && got.src == addr && (got.proto != protoICMP || got.l4[0] == echoReply4) && !isError(got) {
+				if ok && got.src == addr && (got.proto != packet.ProtoICMP || got.l4[0] == packet.EchoReply4) && !isError(got) {
 					return true
 				}
 			}
@@ -219,13 +219,13 @@ func (w *wire) lab(p func() packet, from *wire, addr netip.Addr) *lab {
 }
 
 // isError reports whether p is no more than the news that something was refused.
-func isError(p packet) bool {
+func isError(p ipPacket) bool {
 	switch p.proto {
-	case protoICMP:
+	case packet.ProtoICMP:
 		return p.l4[0] == 3
-	case protoICMPv6:
+	case packet.ProtoICMPv6:
 		return p.l4[0] < 128
-	case protoTCP:
+	case packet.ProtoTCP:
 		return header.TCP(p.l4).Flags()&header.TCPFlagRst != 0
 	}
 	return false
@@ -243,7 +243,7 @@ func labPublishedUDP(t *testing.T, text string, change func(*Config)) *lab {
 	l.begin = func() bool {
 		_, _ = c.Write([]byte("ping"))
 		got, ok := w.tryRecv(l.wait)
-		return ok && got.proto == protoUDP && !isError(got)
+		return ok && got.proto == packet.ProtoUDP && !isError(got)
 	}
 	l.again = l.begin
 	return l
@@ -314,11 +314,11 @@ func TestEveryKindOfFlowGoesOnByTheNewRule(t *testing.T) {
 			if rule := all[0].Rule(); !strings.Contains(rule, " next-") {
 				t.Errorf("the flow is still rule %q's", rule)
 			}
-			p := all[0].Owner().(*pass)
-			if p.ruleUp() == nil || p.ruleDown() == nil || !p.ruleUp().limited() || !p.ruleDown().limited() {
+			p := all[0].Owner().(*admit.Pass)
+			if p.RuleUp() == nil || p.RuleDown() == nil || !p.RuleUp().Limited() || !p.RuleDown().Limited() {
 				t.Error("the flow is not limited as its new rule says")
 			}
-			if _, err := l.table.Acquire(nat.Spec{Orig: nat.NewTuple(protoUDP, at(guest4, 9), at(client4, 9)), Budget: p.shape.Load().budgetOf()}); err == nil {
+			if _, err := l.table.Acquire(nat.Spec{Orig: nat.NewTuple(packet.ProtoUDP, at(guest4, 9), at(client4, 9)), Budget: p.Shape.Load().BudgetOf()}); err == nil {
 				t.Error("the flow is not charged to its new rule's budget")
 			}
 			if !l.again() {
@@ -352,7 +352,7 @@ func TestRelaysObeyBandwidth(t *testing.T) {
 					t.Fatalf("%d bytes came back: %v", moved, err)
 				}
 				// The bucket's fill, and then the rate.
-				if least := time.Duration(float64(moved-bucketMin-quantum) / 1e6 * float64(time.Second)); time.Since(start) < least {
+				if least := time.Duration(float64(moved-admit.BucketMin-admit.Quantum) / 1e6 * float64(time.Second)); time.Since(start) < least {
 					t.Errorf("%d bytes moved in %v, want at least %v", moved, time.Since(start), least)
 				}
 			})
@@ -379,10 +379,10 @@ func TestInboundFlowsObeyTheirRulesBandwidth(t *testing.T) {
 	// Packets of 1000 bytes: 66 pass by the bucket of 64 KiB, 131 wait in the queue of 128 KiB.
 	for _, way := range []struct {
 		from, to *wire
-		packet   func(client netip.AddrPort) packet
+		packet   func(client netip.AddrPort) ipPacket
 	}{
-		{w.out, w.wire, func(c netip.AddrPort) packet { return udpPacket(c, server, pattern(972)) }},
-		{w.wire, w.out, func(c netip.AddrPort) packet { return udpPacket(server, c, pattern(972)) }},
+		{w.out, w.wire, func(c netip.AddrPort) ipPacket { return udpPacket(c, server, pattern(972)) }},
+		{w.wire, w.out, func(c netip.AddrPort) ipPacket { return udpPacket(server, c, pattern(972)) }},
 	} {
 		for range 200 {
 			way.from.send(way.packet(slow))
@@ -402,39 +402,7 @@ func TestInboundFlowsObeyTheirRulesBandwidth(t *testing.T) {
 	if in, out := received(w.wire), received(w.out); in != 131 || out != 131 {
 		t.Errorf("%d and %d packets had waited, want 131 each", in, out)
 	}
-	if n := len(w.f.outside.ruled); n != 0 {
+	if n := len(w.f.outside.Ruled); n != 0 {
 		t.Errorf("%d rules' queues are left", n)
-	}
-}
-
-// TestAdmissionIsInOnePlace looks for what only admit.go and revoke.go may do. What is judged there, and
-// nowhere else, cannot be judged differently somewhere else.
-func TestAdmissionIsInOnePlace(t *testing.T) {
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	only := regexp.MustCompile(`\.Decide\(|\.Acquire\(|nat\.Spec\{|limited\.of\(|\.Describe\(|\.Charge\(|judged\{|passAlive`)
-	found := 0
-	for _, name := range files {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i, line := range strings.Split(string(text), "\n") {
-			code, _, _ := strings.Cut(line, "//")
-			if what := only.FindString(code); what != "" {
-				if name != "admit.go" && name != "revoke.go" {
-					t.Errorf("%s:%d: %s belongs in admit.go", name, i+1, what)
-				}
-				found++
-			}
-		}
-	}
-	if found < 8 {
-		t.Errorf("only %d places were found: the expression has gone stale", found)
 	}
 }

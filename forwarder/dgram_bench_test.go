@@ -10,6 +10,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice.dev/sluice/forwarder/internal/hostsock"
 )
 
 // bottomless is a link that swallows what is sent to the sandbox.
@@ -21,7 +23,7 @@ func (bottomless) WritePackets(l stack.PacketBufferList) (int, tcpip.Error) { re
 // datagrams through it, and one that delivers a datagram from its peer.
 func steady(t testing.TB, size int) (out func(n int), in func()) {
 	w := newWire(t, allowAll, func(c *Config) { c.Link = bottomless{c.Link.(*channel.Endpoint)} })
-	w.f.dgram.udp.batched = true
+	w.f.dgram.UDP.Batched = true
 	srv := udpServer(t, "127.0.0.1:0")
 	me, peer := at(guest4, 4000), at(gateway4, portOf(srv))
 	b := udpPacket(me, peer, pattern(size)).bytes()
@@ -31,22 +33,22 @@ func steady(t testing.TB, size int) (out func(n int), in func()) {
 			w.ep.InjectInbound(header.IPv4ProtocolNumber, pkt)
 			pkt.DecRef()
 		}
-		w.f.dgram.flush()
+		w.f.dgram.Flush()
 	}
 	send(1)
 	_, mapped := read(t, srv)
 	_, _ = srv.WriteToUDPAddrPort([]byte("answer"), mapped)
-	w.f.dgram.udp.mu.RLock()
-	s := w.f.dgram.udp.socks[me]
-	w.f.dgram.udp.mu.RUnlock()
-	for deadline := time.Now().Add(5 * time.Second); !s.peer(srvAddr(srv), netip.Addr{}).replied.Load(); time.Sleep(time.Millisecond) {
+	w.f.dgram.UDP.Mu.RLock()
+	s := w.f.dgram.UDP.Socks[me]
+	w.f.dgram.UDP.Mu.RUnlock()
+	for deadline := time.Now().Add(5 * time.Second); !s.Peer(srvAddr(srv), netip.Addr{}).Replied.Load(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("no answer arrived")
 		}
 	}
-	c := control{ttl: 64, hasTTL: true, local: netip.IPv6LinkLocalAllNodes()}
+	c := hostsock.Control{TTL: 64, HasTTL: true, Local: netip.IPv6LinkLocalAllNodes()}
 	data := pattern(size)
-	return send, func() { s.deliver(srvAddr(srv), data, &c) }
+	return send, func() { s.Deliver(srvAddr(srv), data, &c) }
 }
 
 func TestUDPAllocatesNothingPerDatagram(t *testing.T) {

@@ -5,6 +5,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
 )
 
 // recvErrOf is IP_RECVERR or IPV6_RECVERR of a socket.
@@ -28,8 +31,8 @@ func TestTheErrorQueueEndsWithTheDial(t *testing.T) {
 		t.Run(network, func(t *testing.T) {
 			g := newGuest(t, allowAll, nil)
 			roundTrip(t, g.mustDial(g.listen(network, echo)))
-			fl := g.onlyFlow("the flow is live", func(fl *tcpFlow) bool { return fl.live.Load() })
-			if on := recvErrOf(t, fl.fd, network == "tcp6"); on != 0 {
+			fl := g.onlyFlow("the flow is live", func(fl *tcpflow.Flow) bool { return fl.Live.Load() })
+			if on := recvErrOf(t, fl.FD, network == "tcp6"); on != 0 {
 				t.Error("the connection has the error queue on")
 			}
 		})
@@ -47,17 +50,17 @@ func TestADialThatSucceededTellsOfAReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if err := recvErr(fd, false, true); err != nil {
+	if err := hostsock.RecvErr(fd, false, true); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Connect(fd, toSockaddr(l.Addr().(*net.TCPAddr).AddrPort())); err != nil {
+	if err := unix.Connect(fd, hostsock.ToSockaddr(l.Addr().(*net.TCPAddr).AddrPort())); err != nil {
 		t.Fatal(err)
 	}
 	c, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := dialed(fd, false); err != nil || recvErrOf(t, fd, false) != 0 {
+	if err := hostsock.Dialed(fd, false); err != nil || recvErrOf(t, fd, false) != 0 {
 		t.Errorf("a dial that succeeded: %v, error queue %d", err, recvErrOf(t, fd, false))
 	}
 	if _, err := c.Write([]byte("hello")); err != nil {
@@ -65,7 +68,7 @@ func TestADialThatSucceededTellsOfAReset(t *testing.T) {
 	}
 	_ = c.(*net.TCPConn).SetLinger(0)
 	c.Close()
-	if err := dialed(fd, false); err != unix.ECONNRESET {
+	if err := hostsock.Dialed(fd, false); err != unix.ECONNRESET {
 		t.Errorf("a dial that succeeded and was reset: %v, want ECONNRESET", err)
 	}
 	var b [8]byte

@@ -10,7 +10,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // ungated opens nothing, and leaves names to others.
@@ -41,7 +41,7 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 			if src != at(far, 53) || dst != at(side.guest, 4000) || string(payload) != "cba" {
 				t.Fatalf("got %q from %s to %s", payload, src, dst)
 			}
-			if n := w.f.dialer.sockets.Load(); n != 0 {
+			if n := w.f.dialer.Sockets.Load(); n != 0 {
 				t.Errorf("%d host sockets for a query that stays here", n)
 			}
 		})
@@ -52,7 +52,7 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 		if h := w.recvTCP(4000, header.TCPFlagSyn|header.TCPFlagRst); !h.Flags().Contains(header.TCPFlagSyn | header.TCPFlagAck) {
 			t.Errorf("a connection to a resolver is answered %v", h.Flags())
 		}
-		if n := w.f.dialer.sockets.Load(); n != 0 {
+		if n := w.f.dialer.Sockets.Load(); n != 0 {
 			t.Errorf("%d host sockets for a connection that stays here", n)
 		}
 	})
@@ -68,9 +68,11 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 // waiting never answers: a question that is on its way.
 type waiting struct{}
 
-func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte                                        { return nil }
+func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
+
 func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte, policy.Outcome)) {}
-func (waiting) ServeStream(ctx context.Context, _ net.Conn, _ func(policy.Outcome))               { <-ctx.Done() }
+
+func (waiting) ServeStream(ctx context.Context, _ net.Conn, _ func(policy.Outcome)) { <-ctx.Done() }
 
 // What the resolver answered in another's place is that other's again, at once.
 func TestNobodyIsAnsweredForOnceNamesAreNotGated(t *testing.T) {

@@ -4,13 +4,13 @@
 //	link (a tun.Endpoint, or an in-memory pipe in tests)
 //	  │ frames
 //	  ▼
-//	link.go        source, version and destination are checked before the stack sees a packet
+//	guard.go        source, version and destination are checked before the stack sees a packet
 //	  │            (inline.go, shortcut.go: segments of established flows, and plain UDP,
 //	  ▼             go straight to their endpoints)
 //	gVisor netstack    reassembly, ARP, NDP, TCP
 //	  │ first segment or datagram of an unknown tuple
 //	  ▼
-//	tcp.go udp.go icmp.go ──► admit.go: Decide, Acquire ────────────────► Dialer
+//	handshake.go udp.go echo.go ──► admit.go: Decide, Acquire ────────────────► Dialer
 //	                            │  ▲ what was said                            │
 //	                            ▼  │                                          │
 //	                          verify*.go: the first bytes, HTTP requests      │

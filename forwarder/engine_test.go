@@ -8,22 +8,24 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/internal/engine"
 )
 
 func TestRunQueueRunsEachTaskOncePerRequest(t *testing.T) {
-	q := newRunQueue(func() {})
+	q := engine.NewRunQueue(func() {})
 	ran, after := 0, 0
-	var tk task
-	tk.run = func() {
+	var tk engine.Task
+	tk.Run = func() {
 		if ran++; ran == 1 {
-			q.put(&tk) // a task may ask for itself while it runs
+			q.Put(&tk) // a task may ask for itself while it runs
 		}
 	}
-	tk.then = func() { after++ }
-	q.put(&tk)
-	q.put(&tk) // already queued
-	for next := q.next(); next != nil; next = q.next() {
-		q.run(next)
+	tk.Then = func() { after++ }
+	q.Put(&tk)
+	q.Put(&tk) // already queued
+	for next := q.Next(); next != nil; next = q.Next() {
+		q.Run(next)
 	}
 	if ran != 2 || after != 2 {
 		t.Errorf("ran %d times, and %d times after it, want 2", ran, after)
@@ -32,41 +34,41 @@ func TestRunQueueRunsEachTaskOncePerRequest(t *testing.T) {
 
 func TestRunQueueWakesWhoRestsOnce(t *testing.T) {
 	wakes := 0
-	q := newRunQueue(func() { wakes++ })
-	var a, b task
-	if !q.rest() {
+	q := engine.NewRunQueue(func() { wakes++ })
+	var a, b engine.Task
+	if !q.Rest() {
 		t.Fatal("an empty queue lets nobody rest")
 	}
-	q.put(&a)
-	q.put(&b)
+	q.Put(&a)
+	q.Put(&b)
 	if wakes != 1 {
 		t.Errorf("%d wakes for two tasks, want 1", wakes)
 	}
-	q.woken() // a helper, which takes both
-	q.next()
-	q.next()
-	var c task
-	q.put(&c)
+	q.Woken() // a helper, which takes both
+	q.Next()
+	q.Next()
+	var c engine.Task
+	q.Put(&c)
 	if wakes != 2 {
 		t.Errorf("a helper took the wake, and the leader was not called again: %d wakes", wakes)
 	}
-	q.woken()
-	q.wakened()
-	if q.rest() {
+	q.Woken()
+	q.Wakened()
+	if q.Rest() {
 		t.Error("a queue with a task lets the leader rest")
 	}
 }
 
-func newTestEngine(t *testing.T, threads int) *engine {
+func newTestEngine(t *testing.T, threads int) *engine.Engine {
 	t.Helper()
-	e, err := newEngine(threads)
+	e, err := engine.New(threads)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- e.run() }()
+	go func() { ended <- e.Run() }()
 	t.Cleanup(func() {
-		e.close()
+		e.Close()
 		select {
 		case err := <-ended:
 			if err != nil {
@@ -75,7 +77,7 @@ func newTestEngine(t *testing.T, threads int) *engine {
 		case <-time.After(5 * time.Second):
 			t.Error("the engine did not end")
 		}
-		e.free()
+		e.Free()
 	})
 	return e
 }
@@ -90,7 +92,7 @@ func TestTheLeadersSleepHoldsNobodyUp(t *testing.T) {
 		defer close(over)
 		for range 100 {
 			ran := make(chan struct{})
-			e.put(&task{run: func() { close(ran) }})
+			e.Put(&engine.Task{Run: func() { close(ran) }})
 			<-ran
 			runtime.GC()
 		}
@@ -104,7 +106,7 @@ func TestTheLeadersSleepHoldsNobodyUp(t *testing.T) {
 
 // counter is a task that must not run twice at once.
 type counter struct {
-	task
+	engine.Task
 	running atomic.Int32
 	asked   atomic.Int64
 	seen    atomic.Int64
@@ -117,7 +119,7 @@ func TestEngineServesEveryRequest(t *testing.T) {
 	tasks := make([]counter, 8)
 	for i := range tasks {
 		c := &tasks[i]
-		c.run = func() {
+		c.Run = func() {
 			if c.running.Add(1) != 1 {
 				t.Error("a task runs twice at once")
 			}
@@ -134,7 +136,7 @@ func TestEngineServesEveryRequest(t *testing.T) {
 			for i := range 3000 {
 				c := &tasks[i%len(tasks)]
 				c.asked.Add(1)
-				e.put(&c.task)
+				e.Put(&c.Task)
 				if i%64 == 0 {
 					time.Sleep(300 * time.Microsecond) // until the engine rests
 				}
@@ -159,7 +161,7 @@ type ponger struct {
 	t       *testing.T
 }
 
-func (p *ponger) pollReady(uint32) {
+func (p *ponger) PollReady(uint32) {
 	if p.running.Add(1) != 1 {
 		p.t.Error("a handler runs twice at once")
 	}
@@ -189,12 +191,12 @@ func TestEngineLosesNoEvent(t *testing.T) {
 		if err := unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 			t.Fatal(err)
 		}
-		tok, err := e.poll.add(fds[1], unix.EPOLLIN, &ponger{fd: fds[1], t: t})
+		tok, err := e.Poll.Add(fds[1], unix.EPOLLIN, &ponger{fd: fds[1], t: t})
 		if err != nil {
 			t.Fatal(err)
 		}
 		wg.Go(func() {
-			defer e.poll.remove(tok, fds[1])
+			defer e.Poll.Remove(tok, fds[1])
 			b := make([]byte, 1)
 			for i := range 5000 {
 				if _, err := unix.Write(fds[0], b); err != nil {

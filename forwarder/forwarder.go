@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -18,8 +17,19 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/count"
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/ingress"
+	"sluice.dev/sluice/forwarder/internal/link"
+	"sluice.dev/sluice/forwarder/internal/onlink"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 // DNSHandler answers the sandbox's DNS queries at its DNS address.
@@ -72,9 +82,9 @@ type Config struct {
 	Guests      GuestSockets  // nil: loopback clients appear as the gateway
 
 	// Inbound is a second link for traffic from outside to the Guest addresses, which
-	// passes as packets (inbound.go); nil where there is none. It must offer the same
+	// passes as packets (inbound/inbound.go); nil where there is none. It must offer the same
 	// offloads as Link, and the Guest addresses must be this network namespace's own:
-	// host sockets are bound to them (dialer_pod.go). Owned by the forwarder.
+	// host sockets are bound to them (hostsock/dialer_pod.go). Owned by the forwarder.
 	Inbound stack.LinkEndpoint
 	// Memory outlives this forwarder: in it the flows of Inbound are noted for the
 	// next one, MemorySize bytes of zeroes at first. It may be nil.
@@ -87,11 +97,11 @@ type Config struct {
 	OnlyHost bool
 
 	// Keepalive is how idle connections are probed; the zero value stands for the default.
-	Keepalive Keepalive
-	// MemoryMarks are those of the budget for what the sandbox's bytes take (memory.go); the
+	Keepalive hostsock.Keepalive
+	// MemoryMarks are those of the budget for what the sandbox's bytes take (admit/memory.go); the
 	// zero value stands for the default. MemoryPressure is told when pressure begins and ends;
 	// it must not block, and may be nil.
-	MemoryMarks    MemoryMarks
+	MemoryMarks    admit.MemoryMarks
 	MemoryPressure func(bool)
 
 	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
@@ -102,7 +112,7 @@ type Config struct {
 	// not block, and may not keep pkt. It may be nil.
 	Drop func(reason string, pkt []byte)
 	// Refused is told of each flow, and each request, that policy refused. It must not block. It may be nil.
-	Refused func(Refusal)
+	Refused func(admit.Refusal)
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 	// Log receives what an operator has to know; nothing is logged per packet.
@@ -122,17 +132,17 @@ const (
 type Forwarder struct {
 	cfg     Config
 	stack   *stack.Stack
-	gate    *admission
-	engine  *engine
-	dialer  *Dialer
-	onlink  addrs
-	drops   drops
-	stats   stats
-	tcp     *tcpForwarder
-	dgram   *datagrams // UDP and ICMP
+	gate    *admit.Gate
+	engine  *engine.Engine
+	dialer  *hostsock.Dialer
+	onlink  onlink.Addrs
+	drops   packet.Drops
+	stats   count.Set
+	tcp     *tcpflow.Forwarder
+	dgram   *datagram.Forwarder // UDP and ICMP
 	publish publisher
-	outside *outside // nil without Config.Inbound
-	timer   need
+	outside *inbound.Path // nil without Config.Inbound
+	timer   engine.Need
 
 	ctx    context.Context // ends when Run does; handlers get it
 	cancel context.CancelFunc
@@ -144,7 +154,7 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
 	}
-	if cfg.Inbound != nil && gsoOf(cfg.Inbound) != gsoOf(cfg.Link) {
+	if cfg.Inbound != nil && packet.GSOOf(cfg.Inbound) != packet.GSOOf(cfg.Link) {
 		return nil, errors.New("forwarder: the inbound link must offer the same offloads as the sandbox's")
 	}
 	if cfg.Log == nil {
@@ -153,39 +163,39 @@ func New(cfg Config) (*Forwarder, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	f := &Forwarder{cfg: cfg, timer: need{wake: make(chan struct{}, 1)}}
-	f.drops = drops{stats: &f.stats, tell: cfg.Drop}
-	f.onlink = addrs{
-		guest: cfg.Guest, gateway: cfg.Gateway, dns: cfg.DNS,
-		selfConfigured: cfg.SelfConfigured, answersDNS: cfg.DNSHandler != nil,
-		broadcast: directedBroadcast(cfg.Prefix4),
+	f := &Forwarder{cfg: cfg, timer: engine.Need{Wake: make(chan struct{}, 1)}}
+	f.drops = packet.Drops{Stats: &f.stats, Tell: cfg.Drop}
+	f.onlink = onlink.Addrs{
+		Guest: cfg.Guest, Gateway: cfg.Gateway, DNS: cfg.DNS,
+		SelfConfigured: cfg.SelfConfigured, AnswersDNS: cfg.DNSHandler != nil,
+		Broadcast: onlink.DirectedBroadcast(cfg.Prefix4),
 	}
 	if len(cfg.Gateway) > 0 {
-		f.onlink.linkLocal = LinkLocal(cfg.Link.LinkAddress())
+		f.onlink.LinkLocal = LinkLocal(cfg.Link.LinkAddress())
 	}
-	memory, err := newMemory(&f.stats, cfg.MemoryMarks, f.memoryTurned)
+	memory, err := admit.NewMemory(&f.stats, cfg.MemoryMarks, f.memoryTurned)
 	if err != nil {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
-	f.gate = newAdmission(admissionParts{
-		table: cfg.Table, granted: cfg.Names, memory: memory, now: cfg.Now,
-		resolver: f.onlink.forResolver, refused: cfg.Refused,
+	f.gate = admit.NewGate(admit.Config{
+		Table: cfg.Table, Granted: cfg.Names, Memory: memory, Now: cfg.Now,
+		Resolver: f.onlink.ForResolver, Refused: cfg.Refused,
 	})
-	f.dialer = newDialer(&f.stats, cfg.Log)
-	if cfg.Keepalive != (Keepalive{}) {
+	f.dialer = hostsock.NewDialer(&f.stats, cfg.Log)
+	if cfg.Keepalive != (hostsock.Keepalive{}) {
 		f.SetKeepalive(cfg.Keepalive)
 	}
-	f.dialer.pod = cfg.Inbound != nil
+	f.dialer.Pod = cfg.Inbound != nil
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	n := cfg.Threads
 	if n <= 0 {
 		n = min(runtime.GOMAXPROCS(0), maxThreads)
 	}
-	if f.engine, err = newEngine(n); err != nil {
+	if f.engine, err = engine.New(n); err != nil {
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	if err := f.attach(); err != nil {
-		f.engine.free()
+		f.engine.Free()
 		return nil, fmt.Errorf("forwarder: %w", err)
 	}
 	return f, nil
@@ -194,7 +204,7 @@ func New(cfg Config) (*Forwarder, error) {
 // attach builds the stack with its handlers in place and only then lets the link
 // deliver to it.
 func (f *Forwarder) attach() error {
-	queue := new(tcpQueue)
+	queue := new(tcpflow.Queue)
 	s, err := newStack(queue)
 	if err != nil {
 		return err
@@ -207,52 +217,52 @@ func (f *Forwarder) attach() error {
 	return nil
 }
 
-func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
-	_, batched := f.cfg.Link.(polledLink)
-	emit := newEmitter(s, f.cfg.Link, f.cfg.MTU, &f.onlink, &f.stats)
-	errs := newICMPErrors(emit, &f.onlink, &f.drops, f.cfg.Now)
+func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpflow.Queue) error {
+	_, batched := f.cfg.Link.(engine.PolledLink)
+	emit := packet.NewEmitter(s, f.cfg.Link, f.cfg.MTU, &f.onlink, &f.stats)
+	errs := packet.NewErrors(emit, &f.onlink, &f.drops, f.cfg.Now)
 	var err error
-	if f.tcp, err = newTCPForwarder(tcpParts{
-		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, errs: errs, timer: &f.timer,
-		stack: s, link: f.cfg.Link, resolver: f.cfg.DNSHandler, ctx: f.ctx, log: f.cfg.Log,
+	if f.tcp, err = tcpflow.New(tcpflow.Config{
+		Gate: f.gate, Engine: f.engine, Dialer: f.dialer, Onlink: &f.onlink, Drops: &f.drops, Errs: errs, Timer: &f.timer,
+		Stack: s, Link: f.cfg.Link, Resolver: f.cfg.DNSHandler, Ctx: f.ctx, Log: f.cfg.Log,
 	}, queue, batched); err != nil {
 		return err
 	}
-	f.dgram = newDatagrams(dgramParts{
-		gate: f.gate, engine: f.engine, dialer: f.dialer, onlink: &f.onlink, drops: &f.drops, emit: emit, errs: errs, timer: &f.timer,
-		resolver: f.cfg.DNSHandler, ctx: f.ctx, log: f.cfg.Log,
+	f.dgram = datagram.New(datagram.Config{
+		Gate: f.gate, Engine: f.engine, Dialer: f.dialer, Onlink: &f.onlink, Drops: &f.drops, Emit: emit, Errs: errs, Timer: &f.timer,
+		Resolver: f.cfg.DNSHandler, Ctx: f.ctx, Log: f.cfg.Log,
 	}, f.cfg.RawICMP4, f.cfg.RawICMP6, batched)
-	f.publish.onUDP, f.publish.onTCP = f.dgram, newIngressTCP(ingressParts{
-		gate: f.gate, engine: f.engine, dialer: f.dialer, drops: &f.drops, timer: &f.timer, tcp: f.tcp, guests: f.cfg.Guests,
+	f.publish.onUDP, f.publish.onTCP = f.dgram, ingress.New(ingress.Config{
+		Gate: f.gate, Engine: f.engine, Dialer: f.dialer, Drops: &f.drops, Timer: &f.timer, TCP: f.tcp, Guests: f.cfg.Guests,
 	})
 	if f.cfg.Inbound != nil {
-		flows, ports := splitMemory(f.cfg.Memory)
-		f.gate.tombs = newTombs(f.cfg.Now, ports)
-		f.outside = newOutside(outsideParts{
-			gate: f.gate, onlink: &f.onlink, drops: &f.drops, link: f.cfg.Inbound, asks: f.cfg.Asks,
+		flows, ports := inbound.SplitMemory(f.cfg.Memory)
+		f.gate.Tombs = admit.NewTombs(f.cfg.Now, ports)
+		f.outside = inbound.New(inbound.Config{
+			Gate: f.gate, Onlink: &f.onlink, Drops: &f.drops, Link: f.cfg.Inbound, Asks: f.cfg.Asks,
 		}, f.cfg.Link, flows)
 	}
-	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.handleTCP)
-	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.dgram.handleUDP)
-	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.dgram.handleICMPv4)
-	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, f.dgram.handleICMPv6)
-	l := &link{
-		LinkEndpoint: f.cfg.Link, onlink: &f.onlink, emit: emit, errs: errs, drops: &f.drops, memory: f.gate.memory,
-		tcp: f.tcp, dgram: f.dgram, outside: f.outside, dhcp: f.cfg.DHCPHandler, onlyHost: f.cfg.OnlyHost,
+	s.SetTransportProtocolHandler(tcp.ProtocolNumber, f.tcp.HandleTCP)
+	s.SetTransportProtocolHandler(udp.ProtocolNumber, f.dgram.HandleUDP)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber4, f.dgram.HandleICMPv4)
+	s.SetTransportProtocolHandler(icmp.ProtocolNumber6, f.dgram.HandleICMPv6)
+	l := &link.Guard{
+		LinkEndpoint: f.cfg.Link, Onlink: &f.onlink, Emit: emit, Errs: errs, Drops: &f.drops, Memory: f.gate.Memory,
+		TCP: f.tcp, Dgram: f.dgram, Outside: f.outside, DHCP: f.cfg.DHCPHandler, OnlyHost: f.cfg.OnlyHost,
 	}
-	if err := attachLink(s, l, &f.cfg, f.onlink.linkLocal); err != nil {
+	if err := attachLink(s, l, &f.cfg, f.onlink.LinkLocal); err != nil {
 		return err
 	}
-	if err := l.open(s); err != nil {
+	if err := l.Open(s); err != nil {
 		return err
 	}
 	links := []stack.LinkEndpoint{f.cfg.Link}
 	if f.outside != nil {
-		f.outside.attach()
+		f.outside.Attach()
 		links = append(links, f.cfg.Inbound)
 	}
 	for _, l := range links {
-		if err := f.engine.pollLink(l, f.flush); err != nil {
+		if err := f.engine.PollLink(l, f.flush); err != nil {
 			return fmt.Errorf("polling the device: %w", err)
 		}
 	}
@@ -262,14 +272,14 @@ func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpQueue) error {
 // flush does what waits for the end of a batch. Of several readers each may flush
 // what another has read.
 func (f *Forwarder) flush() {
-	f.dgram.flush()
-	f.tcp.inline.flush()
+	f.dgram.Flush()
+	f.tcp.Inline.Flush()
 }
 
 // memoryTurned hears of the begin and the end of pressure.
 func (f *Forwarder) memoryTurned(pressed bool) {
 	if pressed {
-		f.timer.raise()
+		f.timer.Raise()
 	}
 	if f.cfg.MemoryPressure != nil {
 		f.cfg.MemoryPressure(pressed)
@@ -283,36 +293,36 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	errs := make(chan error, 1)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := f.engine.run(); err != nil {
+		if err := f.engine.Run(); err != nil {
 			errs <- err
 			f.cancel()
 		}
 	})
 	wg.Go(f.tend)
-	wg.Go(func() { f.engine.spreadLink(f.ctx, f.cfg.Link, f.stats.counter("device_spread_failed")) })
-	wg.Go(func() { f.gate.reaper(f.ctx) })
+	wg.Go(func() { f.engine.SpreadLink(f.ctx, f.cfg.Link, f.stats.Counter("device_spread_failed")) })
+	wg.Go(func() { f.gate.Reaper(f.ctx) })
 	wg.Go(func() { f.cfg.Table.Run(f.ctx) })
 	<-f.ctx.Done()
 
-	f.gate.stop()
+	f.gate.Stop()
 	f.publish.close()
-	f.publish.onTCP.close()
-	f.tcp.close()
-	f.dgram.close()
+	f.publish.onTCP.Close()
+	f.tcp.Close()
+	f.dgram.Close()
 	// In this order: Destroy waits for the link's readers with the stack's lock
 	// held, and a reader that is delivering may want that lock.
 	if f.outside != nil {
-		f.outside.detach()
+		f.outside.Detach()
 	}
 	f.cfg.Link.Close()
 	f.cfg.Link.Wait()
 	if f.outside != nil {
-		f.outside.close()
+		f.outside.Close()
 	}
 	f.stack.Destroy()
-	f.engine.close()
+	f.engine.Close()
 	wg.Wait()
-	f.engine.free()
+	f.engine.Free()
 	select {
 	case err := <-errs:
 		return err
@@ -331,19 +341,19 @@ func (f *Forwarder) tend() {
 		select {
 		case <-f.ctx.Done():
 			return
-		case <-f.timer.wake:
+		case <-f.timer.Wake:
 			t.Reset(tick)
 			continue
 		case <-t.C:
 		}
 		f.timer.Store(false)
 		now := f.cfg.Now()
-		handshakes, dials := f.tcp.expireHandshakes(now), f.tcp.expireDials(now)
-		checks, held := f.tcp.checks.expire(now), f.dgram.udp.quic.list.expire(now)
+		handshakes, dials := f.tcp.ExpireHandshakes(now), f.tcp.ExpireDials(now)
+		checks, held := f.tcp.Checks.Expire(now), f.dgram.UDP.QUIC.List.Expire(now)
 		// What starves is asked again whether or not there is pressure any more.
-		pressed := f.gate.memory.starving.Swap(false) || f.gate.memory.pressed.Load()
+		pressed := f.gate.Memory.Starving.Swap(false) || f.gate.Memory.Pressed.Load()
 		if pressed {
-			f.tcp.tallyAll()
+			f.tcp.TallyAll()
 		}
 		if f.publish.retry() || handshakes || dials || checks || held || pressed {
 			f.timer.Store(true)
@@ -353,59 +363,43 @@ func (f *Forwarder) tend() {
 	}
 }
 
-// need is a flag whose first raising wakes its owner.
-type need struct {
-	atomic.Bool
-	wake chan struct{} // capacity 1
-}
-
-func (n *need) raise() {
-	if n.Load() || n.Swap(true) {
-		return
-	}
-	select {
-	case n.wake <- struct{}{}:
-	default:
-	}
-}
-
 // SetRules puts a new snapshot in force. When it returns, nothing moves on a flow that the
 // snapshot refuses, whatever the sandbox does; and such a flow has ended, unless the sandbox
 // holds up its device. The others notice nothing.
 func (f *Forwarder) SetRules(r *policy.Rules) {
-	f.gate.ruleMu.Lock()
-	defer f.gate.ruleMu.Unlock()
+	f.gate.RuleMu.Lock()
+	defer f.gate.RuleMu.Unlock()
 	if r == nil {
 		r = new(policy.Rules)
 	}
-	f.gate.set(r)
+	f.gate.Set(r)
 	if f.outside != nil {
-		f.outside.retire()
-		f.outside.restore()
+		f.outside.Retire()
+		f.outside.Restore()
 	}
-	f.gate.finish(f.ctx, f.gate.revoke(r))
+	f.gate.Finish(f.ctx, f.gate.Revoke(r))
 }
 
 // SetKeepalive has connections that are set up from now on probed as k says.
-func (f *Forwarder) SetKeepalive(k Keepalive) { f.dialer.SetKeepalive(k) }
+func (f *Forwarder) SetKeepalive(k hostsock.Keepalive) { f.dialer.SetKeepalive(k) }
 
 // Keepalive returns what SetKeepalive has set.
-func (f *Forwarder) Keepalive() Keepalive { return f.dialer.Keepalive() }
+func (f *Forwarder) Keepalive() hostsock.Keepalive { return f.dialer.Keepalive() }
 
 // SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
 // shrink as they move.
-func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.gate.memory.setMarks(m) }
+func (f *Forwarder) SetMemory(m admit.MemoryMarks) error { return f.gate.Memory.SetMarks(m) }
 
 // Memory returns the marks in force.
-func (f *Forwarder) Memory() MemoryMarks { return f.gate.memory.marks() }
+func (f *Forwarder) Memory() admit.MemoryMarks { return f.gate.Memory.Marks() }
 
 // Responds returns a channel that is closed when the engine has run a task that is queued
 // now: never, if its goroutines hang.
-func (f *Forwarder) Responds() <-chan struct{} { return f.engine.responds() }
+func (f *Forwarder) Responds() <-chan struct{} { return f.engine.Responds() }
 
 // Stats returns the counters by name.
 func (f *Forwarder) Stats() map[string]uint64 {
-	m := f.stats.snapshot()
+	m := f.stats.Snapshot()
 	ip, icmp := f.stack.Stats().IP, f.stack.Stats().ICMP
 	m["stack_malformed_packets"] = ip.MalformedPacketsReceived.Value()
 	m["stack_malformed_fragments"] = ip.MalformedFragmentsReceived.Value()
@@ -416,9 +410,9 @@ func (f *Forwarder) Stats() map[string]uint64 {
 		icmp.V6.PacketsReceived.TimeExceeded, icmp.V6.PacketsReceived.ParamProblem, icmp.V6.PacketsReceived.RedirectMsg)
 	// Headers that the stack answers with a parameter problem, such as a route behind others.
 	m["stack_parameter_problems"] = sumOf(icmp.V4.PacketsSent.ParamProblem, icmp.V6.PacketsSent.ParamProblem)
-	m["memory_used"] = uint64(max(f.gate.memory.used.Load(), 0))
-	m["memory_high"] = uint64(f.gate.memory.high.Load())
-	m["host_sockets"] = uint64(f.dialer.sockets.Load())
+	m["memory_used"] = uint64(max(f.gate.Memory.Used.Load(), 0))
+	m["memory_high"] = uint64(f.gate.Memory.High.Load())
+	m["host_sockets"] = uint64(f.dialer.Sockets.Load())
 	m["goroutines"] = uint64(runtime.NumGoroutine())
 	return m
 }

@@ -12,6 +12,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
 // onlyPort lets the sandbox reach one port of the host's loopback and nothing
@@ -55,8 +57,8 @@ func FuzzLink(f *testing.F) {
 	f.Add(udpPacket(guestTCP, netip.AddrPortFrom(dns4, 53), []byte("data")).bytes(), true)
 	f.Add(echoPacket(guest4, gateway4, 1, 1, nil).bytes(), true)
 	f.Add(echoPacket(guest6, gateway6, 1, 1, []byte("abc")).bytes(), true)
-	f.Add(packet{src: guest6, dst: gateway6, proto: 0, l4: []byte{6, 0, 1, 4, 0, 0, 0, 0}}.bytes(), true) // hop-by-hop options
-	f.Add(packet{src: guest6, dst: gateway6, proto: 44, l4: []byte{17, 0, 0, 1, 0, 0, 0, 9, 1, 2, 3}}.bytes(), true)
+	f.Add(ipPacket{src: guest6, dst: gateway6, proto: 0, l4: []byte{6, 0, 1, 4, 0, 0, 0, 0}}.bytes(), true) // hop-by-hop options
+	f.Add(ipPacket{src: guest6, dst: gateway6, proto: 44, l4: []byte{17, 0, 0, 1, 0, 0, 0, 9, 1, 2, 3}}.bytes(), true)
 	f.Add([]byte{0x45}, false)
 	f.Add([]byte{0x60, 0, 0, 0}, false)
 
@@ -96,7 +98,7 @@ func mendPacket(b []byte) {
 	case b[0]>>4 == 4 && len(b) >= header.IPv4MinimumSize:
 		h := header.IPv4(b)
 		h.SetTotalLength(uint16(len(b)))
-		h.SetSourceAddress(tcpipAddr(guest4))
+		h.SetSourceAddress(packet.StackAddr(guest4))
 		hl := int(h.HeaderLength())
 		if hl < header.IPv4MinimumSize || hl > len(b) {
 			b[0] = 0x45
@@ -104,25 +106,25 @@ func mendPacket(b []byte) {
 		}
 		h.SetChecksum(0)
 		h.SetChecksum(^h.CalculateChecksum())
-		mendTransport(b[hl:], h.Protocol(), guest4, netipAddr(h.DestinationAddress()))
+		mendTransport(b[hl:], h.Protocol(), guest4, packet.NetipAddr(h.DestinationAddress()))
 	case b[0]>>4 == 6 && len(b) >= header.IPv6MinimumSize:
 		h := header.IPv6(b)
 		h.SetPayloadLength(uint16(len(b) - header.IPv6MinimumSize))
-		h.SetSourceAddress(tcpipAddr(guest6))
-		mendTransport(b[header.IPv6MinimumSize:], h.NextHeader(), guest6, netipAddr(h.DestinationAddress()))
+		h.SetSourceAddress(packet.StackAddr(guest6))
+		mendTransport(b[header.IPv6MinimumSize:], h.NextHeader(), guest6, packet.NetipAddr(h.DestinationAddress()))
 	}
 }
 
 func mendTransport(l4 []byte, proto uint8, src, dst netip.Addr) {
-	at := map[uint8]int{protoTCP: 16, protoUDP: 6, protoICMP: 2, protoICMPv6: 2}[proto]
+	at := map[uint8]int{packet.ProtoTCP: 16, packet.ProtoUDP: 6, packet.ProtoICMP: 2, packet.ProtoICMPv6: 2}[proto]
 	if at == 0 || len(l4) < at+2 || src.Is4() != dst.Is4() {
 		return
 	}
-	initial := pseudoSum(src, dst, proto, len(l4))
-	if proto == protoICMP {
+	initial := packet.PseudoSum(src, dst, proto, len(l4))
+	if proto == packet.ProtoICMP {
 		initial = 0
 	}
-	if proto == protoUDP && len(l4) >= header.UDPMinimumSize {
+	if proto == packet.ProtoUDP && len(l4) >= header.UDPMinimumSize {
 		binary.BigEndian.PutUint16(l4[4:], uint16(len(l4)))
 	}
 	binary.BigEndian.PutUint16(l4[at:], 0)

@@ -22,8 +22,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 // The guest is a second netstack, joined to the forwarder by an in-memory pipe:
@@ -108,13 +109,13 @@ func newGuest(t *testing.T, text string, change func(*Config)) *guest {
 		g.stack.Destroy()
 		cancel()
 		wg.Wait()
-		if n := f.dialer.sockets.Load(); n != 0 {
+		if n := f.dialer.Sockets.Load(); n != 0 {
 			t.Errorf("%d host sockets left open", n)
 		}
 		if n := g.table.Len(); n != 0 {
 			t.Errorf("%d flows left in the table", n)
 		}
-		checkRepaid(t, f.gate.memory)
+		checkRepaid(t, f.gate.Memory)
 	})
 	return g
 }
@@ -129,7 +130,7 @@ func newGuestStack(t *testing.T, l stack.LinkEndpoint) *stack.Stack {
 		t.Fatal(err)
 	}
 	for _, a := range []netip.Addr{guest4, guest6} {
-		pa := tcpip.ProtocolAddress{Protocol: netProto(a), AddressWithPrefix: tcpipAddr(a).WithPrefix()}
+		pa := tcpip.ProtocolAddress{Protocol: packet.NetProto(a), AddressWithPrefix: packet.StackAddr(a).WithPrefix()}
 		if err := s.AddProtocolAddress(1, pa, stack.AddressProperties{}); err != nil {
 			t.Fatal(err)
 		}
@@ -142,7 +143,7 @@ func newGuestStack(t *testing.T, l stack.LinkEndpoint) *stack.Stack {
 func (g *guest) dial(to netip.AddrPort) (*gonet.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	return gonet.DialContextTCP(ctx, g.stack, tcpip.FullAddress{NIC: 1, Addr: tcpipAddr(to.Addr()), Port: to.Port()}, netProto(to.Addr()))
+	return gonet.DialContextTCP(ctx, g.stack, tcpip.FullAddress{NIC: 1, Addr: packet.StackAddr(to.Addr()), Port: to.Port()}, packet.NetProto(to.Addr()))
 }
 
 // dialContext is dial for an http.Transport, which goes to the address that it is told names.
@@ -207,6 +208,7 @@ func isReset(err error) bool {
 	var oe *net.OpError
 	return errors.As(err, &oe) && (oe.Err.Error() == "connection reset by peer" || oe.Err.Error() == "connection was refused")
 }
+
 func full(a netip.AddrPort) tcpip.FullAddress {
-	return tcpip.FullAddress{NIC: 1, Addr: tcpipAddr(a.Addr()), Port: a.Port()}
+	return tcpip.FullAddress{NIC: 1, Addr: packet.StackAddr(a.Addr()), Port: a.Port()}
 }

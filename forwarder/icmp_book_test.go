@@ -12,7 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // echoFar is a far side that answers echo requests as it likes: an address of this
@@ -55,7 +58,7 @@ func newEchoFar(t *testing.T, v4 bool) *echoFar {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(f.fd) })
-	if err := unix.Bind(f.fd, toSockaddr(netip.AddrPortFrom(f.addr, 0))); err != nil {
+	if err := unix.Bind(f.fd, hostsock.ToSockaddr(netip.AddrPortFrom(f.addr, 0))); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.SetsockoptTimeval(f.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
@@ -75,10 +78,10 @@ func (f *echoFar) request() (msg []byte, from unix.Sockaddr) {
 		}
 		msg := b[:n]
 		if f.addr.Is4() {
-			if checksum.Checksum(stripIPv4(msg), 0) != 0xffff {
+			if checksum.Checksum(datagram.StripIPv4(msg), 0) != 0xffff {
 				f.t.Fatalf("the request's checksum is wrong: %x", msg[:28])
 			}
-			msg = stripIPv4(msg)
+			msg = datagram.StripIPv4(msg)
 		}
 		if msg[0] == 8 || msg[0] == 128 {
 			return msg, from
@@ -178,38 +181,38 @@ func TestTheEchoBookIsBounded(t *testing.T) {
 		size, sent int
 		left       int
 	}{
-		{"in entries", 0, echoBookLen + 10, echoBookLen},
-		{"in bytes", 20000, 60, echoBookBytes / (echoHeaderLen + 20000 + echoSentOverhead)},
+		{"in entries", 0, datagram.EchoBookLen + 10, datagram.EchoBookLen},
+		{"in bytes", 20000, 60, datagram.EchoBookBytes / (packet.EchoHeaderLen + 20000 + datagram.EchoSentOverhead)},
 	} {
 		ns.run(t, c.name, func(t *testing.T) {
 			far := newEchoFar(t, true)
 			permitPing(t)
 			clock := newTestClock()
 			w := newWire(t, allowAll, withClock(clock))
-			book := &w.f.dgram.echo.book
+			book := &w.f.dgram.Echo.Book
 			var first []byte
 			var to unix.Sockaddr
 			for i := range c.sent {
-				clock.advance(time.Second / echoPerSec)
+				clock.advance(time.Second / datagram.EchoPerSec)
 				w.sendFragments(echoPacket(guest4, far.addr, 7, uint16(i), pattern(c.size)), 1400)
 				msg, from := far.request()
 				if i == 0 {
 					first, to = bytes.Clone(msg), from
 				}
-				if len(book.byKey) > echoBookLen || book.bytes > echoBookBytes {
-					t.Fatalf("%d entries, %d bytes", len(book.byKey), book.bytes)
+				if len(book.ByKey) > datagram.EchoBookLen || book.Bytes > datagram.EchoBookBytes {
+					t.Fatalf("%d entries, %d bytes", len(book.ByKey), book.Bytes)
 				}
 			}
-			if len(book.byKey) != c.left || book.order.Len() != c.left {
-				t.Errorf("%d of %d requests are in the book, expected %d", len(book.byKey), c.sent, c.left)
+			if len(book.ByKey) != c.left || book.Order.Len() != c.left {
+				t.Errorf("%d of %d requests are in the book, expected %d", len(book.ByKey), c.sent, c.left)
 			}
 			far.reply(first, to, 0, "late")
 			w.counts(t, "icmp_late", 1)
 			w.silent("a reply to a request that made room")
 
 			w.f.SetRules(compile(t, allowNone))
-			if len(book.byKey) != 0 || book.order.Len() != 0 || book.bytes != 0 || book.charge.held.Load() != 0 {
-				t.Errorf("the flow has ended, and %d requests of %d bytes are left", len(book.byKey), book.bytes)
+			if len(book.ByKey) != 0 || book.Order.Len() != 0 || book.Bytes != 0 || book.Charge.Held.Load() != 0 {
+				t.Errorf("the flow has ended, and %d requests of %d bytes are left", len(book.ByKey), book.Bytes)
 			}
 		})
 	}
@@ -238,15 +241,15 @@ func TestEchoRequestsAreLimitedInRate(t *testing.T) {
 		}
 		same := func(int) uint8 { return 64 }
 		changing := func(i int) uint8 { return uint8(20 + i%2) }
-		if n, want := passed(2*echoBurst, same), echoBurst-echoShapeCost+1; n != want {
+		if n, want := passed(2*datagram.EchoBurst, same), datagram.EchoBurst-datagram.EchoShapeCost+1; n != want {
 			t.Errorf("%d requests pass at once, expected %d", n, want)
 		}
 		clock.advance(time.Second)
-		if n := passed(2*echoPerSec, same); n != echoPerSec {
-			t.Errorf("%d requests of one shape pass in a second, expected %d", n, echoPerSec)
+		if n := passed(2*datagram.EchoPerSec, same); n != datagram.EchoPerSec {
+			t.Errorf("%d requests of one shape pass in a second, expected %d", n, datagram.EchoPerSec)
 		}
 		clock.advance(time.Second)
-		if n, want := passed(2*echoPerSec, changing), echoPerSec/echoShapeCost; n != want {
+		if n, want := passed(2*datagram.EchoPerSec, changing), datagram.EchoPerSec/datagram.EchoShapeCost; n != want {
 			t.Errorf("%d requests of changing shapes pass in a second, expected %d", n, want)
 		}
 	})
@@ -259,7 +262,7 @@ func TestAnErrorAboutAnEchoQuotesTheSandboxsOwn(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	for _, fam := range families {
 		// The second request is what the error is about, the third what was sent last.
-		var ps []packet
+		var ps []ipPacket
 		for seq, ttl := range []uint8{64, 2, 64} {
 			p := echoPacket(fam.me, fam.beyond, 9, uint16(500*seq), pattern(100+seq))
 			p.ttl, p.tos, p.id = ttl, uint8(4*seq), uint16(seq)

@@ -8,7 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/onlink"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 var (
@@ -36,7 +38,7 @@ func permitPing(t testing.TB) { sysctl(t, "ipv4/ping_group_range", "0 2147483647
 
 func forbidPing(t testing.TB) { sysctl(t, "ipv4/ping_group_range", "1 0") }
 
-func (w *wire) wantReply(p packet, from packet) {
+func (w *wire) wantReply(p ipPacket, from ipPacket) {
 	w.t.Helper()
 	if p.src != from.dst || p.dst != from.src {
 		w.t.Fatalf("reply from %s to %s", p.src, p.dst)
@@ -131,7 +133,7 @@ func TestEchoByOneRawSocket(t *testing.T) {
 
 // wantQuote checks that an error quotes what the sandbox sent: its addresses, protocol
 // and the first n bytes behind the IP header.
-func wantQuote(t *testing.T, quoted []byte, p packet, n int) {
+func wantQuote(t *testing.T, quoted []byte, p ipPacket, n int) {
 	t.Helper()
 	sent := p.bytes()
 	hl := len(sent) - len(p.l4)
@@ -158,15 +160,15 @@ func TestICMPErrorsFromTheNetworkReachTheSandbox(t *testing.T) {
 	ns := inNetns(t)
 	routerNetns(t)
 	permitPing(t)
-	udp := func(from, to netip.Addr, port uint16) packet {
+	udp := func(from, to netip.Addr, port uint16) ipPacket {
 		p := udpPacket(at(from, 4000), at(to, port), []byte("are you there"))
 		p.id = 99
 		return p
 	}
-	with := func(p packet, ttl uint8) packet { p.ttl = ttl; return p }
+	with := func(p ipPacket, ttl uint8) ipPacket { p.ttl = ttl; return p }
 	for _, c := range []struct {
 		what      string
-		p         packet
+		p         ipPacket
 		typ, code uint8
 		from      netip.Addr
 	}{
@@ -199,7 +201,7 @@ func TestPathMTUIsTold(t *testing.T) {
 	permitPing(t)
 	for _, c := range []struct {
 		what   string
-		p      packet
+		p      ipPacket
 		df     bool
 		mtu    uint32
 		from   netip.Addr
@@ -245,17 +247,17 @@ func TestICMPErrorsKeepTheRulesOfRFC1812(t *testing.T) {
 		{"about an echo request", echoPacket(guest4, far4, 1, 1, nil).bytes(), true},
 		{"about an IPv6 datagram", udpPacket(at(guest6, 1), at(far6, 2), nil).bytes(), true},
 		{"about a later fragment", fragment, false},
-		{"about an ICMP error", packet{src: guest4, dst: far4, proto: 1, l4: []byte{3, 1, 0, 0, 0, 0, 0, 0}}.bytes(), false},
-		{"about an ICMPv6 error", packet{src: guest6, dst: far6, proto: 58, l4: []byte{1, 4, 0, 0, 0, 0, 0, 0}}.bytes(), false},
-		{"about a broadcast", udpPacket(at(guest4, 1), at(ipv4Broadcast, 2), nil).bytes(), false},
+		{"about an ICMP error", ipPacket{src: guest4, dst: far4, proto: 1, l4: []byte{3, 1, 0, 0, 0, 0, 0, 0}}.bytes(), false},
+		{"about an ICMPv6 error", ipPacket{src: guest6, dst: far6, proto: 58, l4: []byte{1, 4, 0, 0, 0, 0, 0, 0}}.bytes(), false},
+		{"about a broadcast", udpPacket(at(guest4, 1), at(onlink.IPv4Broadcast, 2), nil).bytes(), false},
 		{"about a multicast", udpPacket(at(guest4, 1), at(netip.MustParseAddr("224.0.0.251"), 2), nil).bytes(), false},
-		{"about an IPv6 multicast", udpPacket(at(guest6, 1), at(allNodes, 2), nil).bytes(), false},
+		{"about an IPv6 multicast", udpPacket(at(guest6, 1), at(onlink.AllNodes, 2), nil).bytes(), false},
 		{"to nobody", udpPacket(at(netip.IPv4Unspecified(), 1), at(far4, 2), nil).bytes(), false},
 		{"about nothing", nil, false},
 		{"about half a header", ok.bytes()[:19], false},
 		{"about a header that claims more than there is", append([]byte{0x4f}, ok.bytes()[1:24]...), false},
 	} {
-		w.f.dgram.udp.errs.send(icmpHostUnreachable, 0, c.orig, netip.Addr{})
+		w.f.dgram.UDP.Errs.Send(packet.ICMPHostUnreachable, 0, c.orig, netip.Addr{})
 		if !c.sent {
 			w.silent(c.what)
 			continue
@@ -269,32 +271,32 @@ func TestICMPErrorsAreLimitedInRate(t *testing.T) {
 	w := newWire(t, allowNone, func(c *Config) { c.Now = clock.now; c.Table = nat.NewTable(nat.Config{Now: clock.now}) })
 	orig := udpPacket(at(guest4, 1), at(far4, 2), nil).bytes()
 	count := func() (n int) {
-		for range 2 * icmpErrorsBurst {
-			w.f.dgram.udp.errs.send(icmpPortUnreachable, 0, orig, netip.Addr{})
+		for range 2 * packet.ICMPErrorsBurst {
+			w.f.dgram.UDP.Errs.Send(packet.ICMPPortUnreachable, 0, orig, netip.Addr{})
 		}
 		for w.ep.Read() != nil {
 			n++
 		}
 		return n
 	}
-	if n := count(); n != icmpErrorsBurst {
-		t.Errorf("%d errors at once, expected the burst of %d", n, icmpErrorsBurst)
+	if n := count(); n != packet.ICMPErrorsBurst {
+		t.Errorf("%d errors at once, expected the burst of %d", n, packet.ICMPErrorsBurst)
 	}
 	clock.advance(10 * time.Millisecond)
-	if n := count(); n != icmpErrorsPerSec/100 {
-		t.Errorf("%d errors after 10 ms, expected %d", n, icmpErrorsPerSec/100)
+	if n := count(); n != packet.ICMPErrorsPerSec/100 {
+		t.Errorf("%d errors after 10 ms, expected %d", n, packet.ICMPErrorsPerSec/100)
 	}
-	for range 2 * icmpErrorsBurst {
-		w.f.dgram.udp.errs.send(icmpPacketTooBig, 1400, orig, netip.Addr{})
+	for range 2 * packet.ICMPErrorsBurst {
+		w.f.dgram.UDP.Errs.Send(packet.ICMPPacketTooBig, 1400, orig, netip.Addr{})
 	}
-	if n := w.ep.NumQueued(); n != 2*icmpErrorsBurst {
-		t.Errorf("%d path MTU errors, expected all %d", n, 2*icmpErrorsBurst)
+	if n := w.ep.NumQueued(); n != 2*packet.ICMPErrorsBurst {
+		t.Errorf("%d path MTU errors, expected all %d", n, 2*packet.ICMPErrorsBurst)
 	}
 }
 
 func TestOtherProtocolsAreUnreachable(t *testing.T) {
 	w := newWire(t, allowAll, nil)
-	p := packet{src: guest4, dst: far4, proto: 132, l4: pattern(20)} // SCTP
+	p := ipPacket{src: guest4, dst: far4, proto: 132, l4: pattern(20)} // SCTP
 	w.send(p)
 	_, quoted := w.wantError("SCTP", 3, 2, gateway4)
 	if !bytes.Equal(quoted, p.bytes()) {

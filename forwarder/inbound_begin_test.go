@@ -9,7 +9,10 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // By allowIn everybody is let in to every port, and nothing is let out; names are not gated.
@@ -24,7 +27,7 @@ spec:
 `
 
 // saysNothing sends a packet of the pod and wants none of it outside.
-func (w *podWire) saysNothing(what string, p packet) {
+func (w *podWire) saysNothing(what string, p ipPacket) {
 	w.t.Helper()
 	w.send(p)
 	if got, ok := w.out.tryRecv(5 * time.Millisecond); ok {
@@ -115,13 +118,13 @@ func ownWorld(t *testing.T, f func(t *testing.T, pod, far netip.Addr)) {
 }
 
 // rests wants a packet from outside to begin nothing, as one for what rests.
-func (w *podWire) rests(what string, p packet) {
+func (w *podWire) rests(what string, p ipPacket) {
 	w.t.Helper()
-	before, flows := w.f.Stats()["inbound_rests"], w.f.outside.count.Load()
+	before, flows := w.f.Stats()["inbound_rests"], w.f.outside.Count.Load()
 	w.out.send(p)
 	w.silent(what + ", inside")
-	if n := w.f.Stats()["inbound_rests"] - before; n != 1 || w.f.outside.count.Load() != flows {
-		w.t.Errorf("%s: %d rest, %d inbound flows; counters: %v", what, n, w.f.outside.count.Load(), w.counters())
+	if n := w.f.Stats()["inbound_rests"] - before; n != 1 || w.f.outside.Count.Load() != flows {
+		w.t.Errorf("%s: %d rest, %d inbound flows; counters: %v", what, n, w.f.outside.Count.Load(), w.counters())
 	}
 	for {
 		if _, ok := w.out.tryRecv(time.Millisecond); !ok {
@@ -150,10 +153,10 @@ func TestADatagramForASocketThatIsGoneBeginsNothing(t *testing.T) {
 		w.saysNothing("the pod by our port", udpPacket(mapped, peer, []byte("secret")))
 		w.saysNothing("the pod by its own", udpPacket(own, peer, []byte("secret")))
 		for range 20 {
-			clock.advance(tombTime * 3 / 4)
+			clock.advance(admit.TombTime * 3 / 4)
 			w.rests("a stream that goes on", udpPacket(peer, mapped, []byte("more")))
 		}
-		clock.advance(2 * tombTime)
+		clock.advance(2 * admit.TombTime)
 		arrives(t, w.out, w.wire, udpPacket(peer, mapped, []byte("somebody, long after")))
 	})
 }
@@ -194,7 +197,7 @@ func TestAConnectionOfOurOwnBeginsNothingWhenItIsOver(t *testing.T) {
 		w.rests("a SYN by the same ports", segment(peer, mapped, header.TCPFlagSyn, 1, 0))
 		w.wantFlows(0)
 		arrives(t, w.out, w.wire, segment(at(far, 9), mapped, header.TCPFlagSyn, 1, 0))
-		clock.advance(2 * tombTime)
+		clock.advance(2 * admit.TombTime)
 		arrives(t, w.out, w.wire, segment(peer, mapped, header.TCPFlagSyn, 1, 0))
 	})
 }
@@ -209,7 +212,7 @@ func TestThePeerOfARefusedDatagramBeginsNothing(t *testing.T) {
 		w.rests("its peer", udpPacket(peer, own, nil))
 		arrives(t, w.out, w.wire, udpPacket(at(far, 6001), own, nil))
 		arrives(t, w.out, w.wire, udpPacket(peer, at(pod, 5001), nil))
-		clock.advance(2 * tombTime)
+		clock.advance(2 * admit.TombTime)
 		arrives(t, w.out, w.wire, udpPacket(peer, own, nil))
 	})
 }
@@ -227,7 +230,7 @@ func TestTheResolversServersBeginNothing(t *testing.T) {
 // A worker that died has left which ports its sockets had.
 func TestPortsRestAcrossWorkers(t *testing.T) {
 	ownWorld(t, func(t *testing.T, pod, far netip.Addr) {
-		memory := make([]byte, MemorySize)
+		memory := make([]byte, inbound.MemorySize)
 		server := udpServer(t, at(far, 0).String())
 		peer := at(far, portOf(server))
 		w := generation(t, memory, allowAll)
@@ -246,34 +249,34 @@ func TestPortsRestAcrossWorkers(t *testing.T) {
 
 func TestTombsAreBoundedAndThenClosed(t *testing.T) {
 	clock := newTestClock()
-	tombs := newTombs(clock.now, nil)
+	tombs := admit.NewTombs(clock.now, nil)
 	tuple := func(i int) nat.Tuple {
-		return nat.NewTuple(protoTCP, at(client4, uint16(i)), at(guest4, uint16(1000+i>>16)))
+		return nat.NewTuple(packet.ProtoTCP, at(client4, uint16(i)), at(guest4, uint16(1000+i>>16)))
 	}
-	for i := range maxTombs {
-		tombs.bury(tuple(i))
+	for i := range admit.MaxTombs {
+		tombs.Bury(tuple(i))
 	}
-	tombs.bury(tuple(0)) // known: takes no place
-	if tombs.full[0] != nil {
+	tombs.Bury(tuple(0)) // known: takes no place
+	if tombs.Full[0] != nil {
 		t.Fatal("it is full too early")
 	}
-	lucky := nat.NewTuple(protoTCP, at(client4, 1), at(guest4, 7000))
-	if tombs.rests(lucky) {
+	lucky := nat.NewTuple(packet.ProtoTCP, at(client4, 1), at(guest4, 7000))
+	if tombs.Rests(lucky) {
 		t.Error("what nobody buried rests")
 	}
-	tombs.bury(nat.NewTuple(protoTCP, at(client4, 2), at(guest4, 7000)))
-	if len(tombs.tuples[0]) != maxTombs {
-		t.Errorf("%d tuples are held", len(tombs.tuples[0]))
+	tombs.Bury(nat.NewTuple(packet.ProtoTCP, at(client4, 2), at(guest4, 7000)))
+	if len(tombs.Tuples[0]) != admit.MaxTombs {
+		t.Errorf("%d tuples are held", len(tombs.Tuples[0]))
 	}
-	if !tombs.rests(lucky) || tombs.rests(nat.NewTuple(protoTCP, at(client4, 1), at(guest4, 7001))) {
+	if !tombs.Rests(lucky) || tombs.Rests(nat.NewTuple(packet.ProtoTCP, at(client4, 1), at(guest4, 7001))) {
 		t.Error("beyond the bound the pod's port is not closed, or another is")
 	}
-	clock.advance(tombTime)
-	if !tombs.rests(tuple(5)) || !tombs.rests(lucky) {
+	clock.advance(admit.TombTime)
+	if !tombs.Rests(tuple(5)) || !tombs.Rests(lucky) {
 		t.Error("it rests for less than tombTime")
 	}
-	clock.advance(tombTime)
-	if tombs.rests(tuple(5)) || tombs.rests(lucky) {
+	clock.advance(admit.TombTime)
+	if tombs.Rests(tuple(5)) || tombs.Rests(lucky) {
 		t.Error("it rests for more than two of them")
 	}
 }
@@ -286,10 +289,10 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 		resolver53, own := at(far, 53), at(pod, 5000)
 		arrives(t, w.out, w.wire, udpPacket(resolver53, own, nil)) // not gated: a client like any other
 		w.connect(at(far, 853), own)
-		w.f.gate.rules.Store(compile(t, gated)) // in force, and the flows not asked yet
+		w.f.gate.Rules.Store(compile(t, gated)) // in force, and the flows not asked yet
 		w.saysNothing("a question by a flow that is left", udpPacket(own, resolver53, []byte("abc")))
 		w.f.SetRules(compile(t, gated))
-		eventually(t, "both are cut", func() bool { return w.f.outside.count.Load() == 0 })
+		eventually(t, "both are cut", func() bool { return w.f.outside.Count.Load() == 0 })
 		for {
 			if _, ok := w.tryRecv(5 * time.Millisecond); !ok {
 				break // resets
@@ -301,7 +304,7 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 			}
 		}
 		refused := w.f.Stats()["inbound_refused"]
-		for _, p := range []packet{
+		for _, p := range []ipPacket{
 			udpPacket(resolver53, own, nil), segment(resolver53, own, header.TCPFlagSyn, 1, 0),
 			udpPacket(at(far, 853), own, nil), segment(at(far, 853), own, header.TCPFlagSyn, 1, 0),
 		} {
@@ -330,7 +333,7 @@ func TestClosedAddressesAreNoClients(t *testing.T) {
 		if from.Is6() {
 			pod = guest6
 		}
-		for _, p := range []packet{udpPacket(at(from, 80), at(pod, 5000), nil), segment(at(from, 80), at(pod, 5000), header.TCPFlagSyn, 1, 0), echoPacket(from, pod, 1, 1, nil)} {
+		for _, p := range []ipPacket{udpPacket(at(from, 80), at(pod, 5000), nil), segment(at(from, 80), at(pod, 5000), header.TCPFlagSyn, 1, 0), echoPacket(from, pod, 1, 1, nil)} {
 			w.stays(w.out, p, "inbound_refused")
 		}
 		w.saysNothing("the pod to "+a, udpPacket(at(pod, 5000), at(from, 80), nil))
@@ -340,7 +343,7 @@ func TestClosedAddressesAreNoClients(t *testing.T) {
 }
 
 // routed4 gives a packet an IPv4 option of source routing, by way of elsewhere.
-func routed4(p packet, option byte) []byte {
+func routed4(p ipPacket, option byte) []byte {
 	b := p.bytes()
 	opts := []byte{1, option, 7, 4, 169, 254, 169, 254}
 	b = append(b[:20:20], append(opts, b[20:]...)...)
@@ -353,7 +356,7 @@ func routed4(p packet, option byte) []byte {
 }
 
 // routed6 gives it a routing header, behind others if asked.
-func routed6(p packet, behind bool, left byte) []byte {
+func routed6(p ipPacket, behind bool, left byte) []byte {
 	via := netip.MustParseAddr("fd00:ec2::254").As16()
 	route := append([]byte{p.proto, 2, 0, left, 0, 0, 0, 0}, via[:]...)
 	p.l4, p.proto = append(route, p.l4...), 43
@@ -421,7 +424,7 @@ func TestPeersThatSpeakBothWays(t *testing.T) {
 		read(t, server)
 		arrives(t, w.out, w.wire, udpPacket(peer, own, []byte("gossip of its own")))
 		arrives(t, w.wire, w.out, udpPacket(own, peer, []byte("answer")))
-		if n := w.f.outside.count.Load(); n != 1 {
+		if n := w.f.outside.Count.Load(); n != 1 {
 			t.Errorf("%d inbound flows; counters: %v", n, w.counters())
 		}
 	})

@@ -9,6 +9,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice.dev/sluice/forwarder/internal/inbound"
 )
 
 // sink is a link that swallows what is written, as directly as the device does.
@@ -18,7 +20,9 @@ type sink struct {
 }
 
 func (s *sink) QDisc() stack.QueueingDiscipline { return s }
-func (s *sink) Close()                          {}
+
+func (s *sink) Close() {}
+
 func (s *sink) WritePacket(*stack.PacketBuffer) tcpip.Error {
 	s.written.Add(1)
 	return nil
@@ -30,8 +34,8 @@ func steadyInbound(t testing.TB, size int) (in, out func(), inside, outside *sin
 	client, server := at(client4, 40000), at(guest4, 80)
 	w.connect(client, server)
 	inside, outside = &sink{Endpoint: w.ep}, &sink{Endpoint: w.out.ep}
-	w.f.outside.sandbox, w.f.outside.in0 = newOutlet(inside), newOutlet(outside)
-	inject := func(w *wire, p packet) func() {
+	w.f.outside.Sandbox, w.f.outside.In0 = inbound.NewOutlet(inside), inbound.NewOutlet(outside)
+	inject := func(w *wire, p ipPacket) func() {
 		b := p.bytes()
 		return func() {
 			v := buffer.NewViewWithData(b)

@@ -9,7 +9,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // FuzzInbound sends whatever bytes to either link of a pod that lets one port be
@@ -32,7 +33,7 @@ spec:
 	w.connect(client, server)
 	w.connect(at(client6, 40000), at(guest6, 80))
 	tooBig := segment(server, client, header.TCPFlagAck, 1, 1)
-	for _, seed := range []packet{
+	for _, seed := range []ipPacket{
 		segment(client, server, header.TCPFlagSyn, 1, 0),
 		dataSegment(client, server, header.TCPFlagAck|header.TCPFlagFin, 1001, 5001, []byte("data")),
 		segment(client, at(guest4, 81), header.TCPFlagSyn, 1, 0),
@@ -79,11 +80,11 @@ spec:
 			}
 		}
 		for _, l := range w.table.Leases() {
-			if to := l.Orig().Dst(); to.Port() != 80 || !w.f.onlink.isGuest(to.Addr()) {
+			if to := l.Orig().Dst(); to.Port() != 80 || !w.f.onlink.IsGuest(to.Addr()) {
 				t.Errorf("there is a flow %v", l.Orig())
 			}
 		}
-		if n, m := w.table.Len(), int(w.f.outside.count.Load()); n > maxFlows || m > maxFlows {
+		if n, m := w.table.Len(), int(w.f.outside.Count.Load()); n > maxFlows || m > maxFlows {
 			t.Errorf("%d flows, %d inbound ones", n, m)
 		}
 	})
@@ -127,13 +128,13 @@ func checkSide(t *testing.T, pkt *stack.PacketBuffer, inside, mended bool) {
 		return
 	case len(b) >= header.IPv4MinimumSize && b[0]>>4 == 4:
 		h := header.IPv4(b)
-		src, dst = netipAddr(h.SourceAddress()), netipAddr(h.DestinationAddress())
+		src, dst = packet.NetipAddr(h.SourceAddress()), packet.NetipAddr(h.DestinationAddress())
 		if mended && !h.IsChecksumValid() || int(h.TotalLength()) != len(b) {
 			t.Errorf("an IPv4 header came out with length %d of %d, sum valid: %v", h.TotalLength(), len(b), h.IsChecksumValid())
 		}
 	case len(b) >= header.IPv6MinimumSize && b[0]>>4 == 6:
 		h := header.IPv6(b)
-		src, dst = netipAddr(h.SourceAddress()), netipAddr(h.DestinationAddress())
+		src, dst = packet.NetipAddr(h.SourceAddress()), packet.NetipAddr(h.DestinationAddress())
 	default:
 		t.Fatalf("what came out is no packet: % x", b)
 	}

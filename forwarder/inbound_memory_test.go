@@ -11,7 +11,10 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // generation starts a forwarder with the memory of the one before.
@@ -21,7 +24,7 @@ func generation(t *testing.T, memory []byte, policy string) *podWire {
 
 func TestInboundFlowsOutliveTheirForwarder(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, pod, far netip.Addr) {
-		memory := make([]byte, MemorySize)
+		memory := make([]byte, inbound.MemorySize)
 		client, server := at(far, 40000), at(pod, 80)
 		t.Run("the first", func(t *testing.T) {
 			w := generation(t, memory, allowAll)
@@ -40,9 +43,9 @@ func TestInboundFlowsOutliveTheirForwarder(t *testing.T) {
 				states[f.Orig.String()] = f.State
 			}
 			want := map[string]nat.State{
-				nat.NewTuple(protoTCP, client, server).String():        nat.FinWait,
-				nat.NewTuple(protoTCP, client, at(pod, 8080)).String(): nat.Established,
-				nat.NewTuple(protoUDP, client, server).String():        nat.Unreplied,
+				nat.NewTuple(packet.ProtoTCP, client, server).String():        nat.FinWait,
+				nat.NewTuple(packet.ProtoTCP, client, at(pod, 8080)).String(): nat.Established,
+				nat.NewTuple(packet.ProtoUDP, client, server).String():        nat.Unreplied,
 			}
 			echo := echoPacket(far, pod, 3, 1, nil)
 			want[nat.NewTuple(echo.proto, at(far, 3), at(pod, uint16(echo.l4[0])<<8)).String()] = nat.Unreplied
@@ -69,35 +72,35 @@ func TestInboundFlowsOutliveTheirForwarder(t *testing.T) {
 
 // Before the first rules nothing passes, and nothing is told to be over.
 func TestThePodWaitsForRules(t *testing.T) {
-	memory := make([]byte, MemorySize)
+	memory := make([]byte, inbound.MemorySize)
 	client, server := at(client4, 40000), at(guest4, 80)
 	t.Run("before", func(t *testing.T) { generation(t, memory, allowAll).connect(client, server) })
 	w := generation(t, memory, allowAll)
-	w.f.outside.waiting.Store(true) // as it is before SetRules, which a wire has called
+	w.f.outside.Waiting.Store(true) // as it is before SetRules, which a wire has called
 	w.stays(w.wire, dataSegment(server, client, header.TCPFlagAck, 5001, 1001, pattern(100)), "inbound_not_ready")
 	w.f.SetRules(compile(t, allowAll))
 	arrives(t, w.wire, w.out, dataSegment(server, client, header.TCPFlagAck, 5001, 1001, pattern(100)))
 }
 
 func TestMemoryIsUsedAgain(t *testing.T) {
-	memory := make([]byte, memorySlot*(1+8)+tombMemory) // room for 8
+	memory := make([]byte, inbound.MemorySlot*(1+8)+admit.TombMemory) // room for 8
 	w := generation(t, memory, allowAll)
 	for i := range uint16(100) {
 		arrives(t, w.out, w.wire, udpPacket(at(client4, 1000+i), at(guest4, 80), nil))
 		if i >= 4 {
-			w.table.Lookup(nat.NewTuple(protoUDP, at(client4, 1000+i-4), at(guest4, 80))).Kill("test")
+			w.table.Lookup(nat.NewTuple(packet.ProtoUDP, at(client4, 1000+i-4), at(guest4, 80))).Kill("test")
 		}
 	}
-	if used := len(w.f.outside.memory.recall()); used != 4 {
+	if used := len(w.f.outside.Memory.Recall()); used != 4 {
 		t.Errorf("%d flows are noted, want the 4 that live", used)
 	}
-	if m := &w.f.outside.memory; m.next > 5 {
-		t.Errorf("%d places were used for 5 flows at a time", m.next)
+	if m := &w.f.outside.Memory; m.Next > 5 {
+		t.Errorf("%d places were used for 5 flows at a time", m.Next)
 	}
 }
 
 func TestMoreFlowsThanMemory(t *testing.T) {
-	memory := make([]byte, memorySlot*(1+8)+tombMemory)
+	memory := make([]byte, inbound.MemorySlot*(1+8)+admit.TombMemory)
 	t.Run("before", func(t *testing.T) {
 		w := generation(t, memory, allowAll)
 		for i := range uint16(20) {
@@ -112,11 +115,11 @@ func TestMoreFlowsThanMemory(t *testing.T) {
 // of it, and the forwarder works.
 func TestHostileMemory(t *testing.T) {
 	client, server := at(client4, 40000), at(guest4, 80)
-	good := make([]byte, memorySlot*(1+64)+tombMemory)
-	m := flowMemory{data: good[:len(good)-tombMemory]}
-	m.recall()
+	good := make([]byte, inbound.MemorySlot*(1+64)+admit.TombMemory)
+	m := inbound.FlowMemory{Data: good[:len(good)-admit.TombMemory]}
+	m.Recall()
 	for i := range uint16(60) {
-		m.note(nat.NewTuple(protoTCP, at(client4, i+1), server), nat.Established)
+		m.Note(nat.NewTuple(packet.ProtoTCP, at(client4, i+1), server), nat.Established)
 	}
 	random := rand.New(rand.NewPCG(1, 2))
 	for name, spoil := range map[string]func(b []byte){
@@ -134,13 +137,13 @@ func TestHostileMemory(t *testing.T) {
 		"another format":        func(b []byte) { copy(b, "what") },
 		"flows of others": func(b []byte) {
 			for i := range 60 {
-				copy(b[memorySlot*(1+i)+32:], client4.AsSlice())
+				copy(b[inbound.MemorySlot*(1+i)+32:], client4.AsSlice())
 			}
 		},
 		"the sandbox's own addresses as clients": func(b []byte) {
 			a := guest4.As16()
 			for i := range 60 {
-				copy(b[memorySlot*(1+i)+16:], a[:])
+				copy(b[inbound.MemorySlot*(1+i)+16:], a[:])
 			}
 		},
 	} {
@@ -151,7 +154,7 @@ func TestHostileMemory(t *testing.T) {
 				t.Run("", func(t *testing.T) {
 					w := generation(t, b, fmt.Sprintf(onlyHTTP, "drop"))
 					for _, l := range w.table.Leases() {
-						if o := l.Orig(); o.Dst().Port() != 80 || !w.f.onlink.isGuest(o.Dst().Addr()) || o.Src().Addr() != client4 && o.Src().Addr() != client6 {
+						if o := l.Orig(); o.Dst().Port() != 80 || !w.f.onlink.IsGuest(o.Dst().Addr()) || o.Src().Addr() != client4 && o.Src().Addr() != client6 {
 							t.Errorf("there is a flow %v", o)
 						}
 					}

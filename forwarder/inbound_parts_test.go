@@ -7,20 +7,23 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
 // icmpError is an error from somebody about a packet; its quotation is as long as
 // the shortest that is allowed, unless all is asked for.
-func icmpError(from, to netip.Addr, typ, code uint8, about packet, all bool) packet {
+func icmpError(from, to netip.Addr, typ, code uint8, about ipPacket, all bool) ipPacket {
 	quoted := about.bytes()
-	if n := ipHeaderLen(about.dst) + 8; !all && n < len(quoted) {
+	if n := packet.IPHeaderLen(about.dst) + 8; !all && n < len(quoted) {
 		quoted = quoted[:n]
 	}
-	p := packet{src: from, dst: to, proto: protoICMP, l4: append([]byte{typ, code, 0, 0, 0, 0, 0, 0}, quoted...)}
+	p := ipPacket{src: from, dst: to, proto: packet.ProtoICMP, l4: append([]byte{typ, code, 0, 0, 0, 0, 0, 0}, quoted...)}
 	if to.Is6() {
-		p.proto = protoICMPv6
+		p.proto = packet.ProtoICMPv6
 	}
-	finishICMP(from, to, p.l4)
+	packet.FinishICMP(from, to, p.l4)
 	return p
 }
 
@@ -47,7 +50,7 @@ func TestInboundICMPErrorsFollowTheirFlows(t *testing.T) {
 			t.Errorf("%d errors were related", n)
 		}
 
-		for name, p := range map[string]packet{
+		for name, p := range map[string]ipPacket{
 			"about a packet the pod never sent": icmpError(router, pod, tooBig[0], tooBig[1], segment(server, at(far, 40001), header.TCPFlagAck, 1, 1), true),
 			"about the client's own packet":     icmpError(router, pod, tooBig[0], tooBig[1], segment(client, server, header.TCPFlagAck, 1, 1), true),
 		} {
@@ -59,12 +62,12 @@ func TestInboundICMPErrorsFollowTheirFlows(t *testing.T) {
 		w.t = t
 		short := icmpError(router, pod, tooBig[0], tooBig[1], answer, false)
 		short.l4 = short.l4[:20]
-		finishICMP(short.src, short.dst, short.l4)
+		packet.FinishICMP(short.src, short.dst, short.l4)
 		w.stays(w.out, short, "inbound_icmp_quote")
 		inError := icmpError(router, pod, tooBig[0], tooBig[1], icmpError(pod, far, unreachable[0], unreachable[1], answer, false), true)
 		w.stays(w.out, inError, "inbound_icmp_quote")
 
-		for name, p := range map[string]packet{
+		for name, p := range map[string]ipPacket{
 			"an error of the sandbox to a third party": icmpError(pod, router, unreachable[0], unreachable[1], udpPacket(client, server, []byte("x")), true),
 			"about what nobody sent":                   icmpError(pod, far, unreachable[0], unreachable[1], udpPacket(at(far, 1), server, []byte("x")), true),
 			"in another's name":                        icmpError(router, far, unreachable[0], unreachable[1], udpPacket(client, server, []byte("x")), true),
@@ -84,7 +87,7 @@ func TestInboundFragmentsFollowTheFirst(t *testing.T) {
 		client, server := at(far, 40000), at(pod, 80)
 		for _, way := range []struct {
 			from, to *wire
-			p        packet
+			p        ipPacket
 		}{
 			{w.out, w.wire, udpPacket(client, server, pattern(4000))},
 			{w.wire, w.out, udpPacket(server, client, pattern(5000))},
@@ -109,7 +112,7 @@ func TestInboundFragmentsFollowTheFirst(t *testing.T) {
 }
 
 // fragment4 is one IPv4 fragment.
-func fragment4(p packet, off int, more bool) []byte {
+func fragment4(p ipPacket, off int, more bool) []byte {
 	b := p.bytes()
 	h := header.IPv4(b)
 	flags := uint8(0)
@@ -127,7 +130,7 @@ func TestHostileFragments(t *testing.T) {
 	w := newPodWire(t, allowAll, func(c *Config) { c.Now = clock.now })
 	w.connect(at(client4, 40000), at(guest4, 80))
 	data := dataSegment(at(client4, 40000), at(guest4, 80), header.TCPFlagAck, 1001, 5001, pattern(100))
-	part := func(id uint16, l4 []byte) packet {
+	part := func(id uint16, l4 []byte) ipPacket {
 		p := data
 		p.id, p.l4 = id, l4
 		return p
@@ -159,21 +162,21 @@ func TestHostileFragments(t *testing.T) {
 	drop("a fragment over the TCP header", fragment4(part(2, data.l4[8:]), 8, false), "inbound_fragment")
 	pass("an honest one", fragment4(part(2, data.l4[48:]), 48, false))
 	drop("one of another packet", fragment4(part(3, data.l4[48:]), 48, false), "inbound_fragment")
-	clock.advance(fragTimeout + time.Second)
+	clock.advance(inbound.FragTimeout + time.Second)
 	drop("one that comes too late", fragment4(part(2, data.l4[48:]), 48, false), "inbound_fragment")
 
 	pass("another first fragment", fragment4(part(4, data.l4[:48]), 0, true))
 	w.sendBytes(fragment4(part(4, data.l4[48:]), 48, false), 0)
 	w.out.silent("what the sandbox says in the client's name")
-	for id := range 3 * maxFragmented {
+	for id := range 3 * inbound.MaxFragmented {
 		pass("one of many first fragments", fragment4(part(uint16(id), data.l4[:48]), 0, true))
 	}
-	f := &w.f.outside.frags
-	if len(f.entries) != maxFragmented || len(f.ring) != maxFragmented {
-		t.Errorf("%d packets are remembered, %d in the ring", len(f.entries), len(f.ring))
+	f := &w.f.outside.Frags
+	if len(f.Entries) != inbound.MaxFragmented || len(f.Ring) != inbound.MaxFragmented {
+		t.Errorf("%d packets are remembered, %d in the ring", len(f.Entries), len(f.Ring))
 	}
-	pass("the rest of the newest", fragment4(part(3*maxFragmented-1, data.l4[48:]), 48, false))
-	drop("the rest of one of the oldest", fragment4(part(3*maxFragmented-1-maxFragmented, data.l4[48:]), 48, false), "inbound_fragment")
+	pass("the rest of the newest", fragment4(part(3*inbound.MaxFragmented-1, data.l4[48:]), 48, false))
+	drop("the rest of one of the oldest", fragment4(part(3*inbound.MaxFragmented-1-inbound.MaxFragmented, data.l4[48:]), 48, false), "inbound_fragment")
 }
 
 func TestPodsAskForNeighbours(t *testing.T) {
@@ -246,7 +249,7 @@ func TestPodsAskForNeighbours(t *testing.T) {
 			na := header.NDPNeighborAdvert(m.MessageBody())
 			option := m[header.ICMPv6NeighborAdvertMinimumSize:]
 			if m.Type() != header.ICMPv6NeighborAdvert || p.src != test.target || p.dst != test.src || p.ttl != 255 || !na.SolicitedFlag() ||
-				netipAddr(na.TargetAddress()) != test.target || na.RouterFlag() != (test.target == gateway6) ||
+				packet.NetipAddr(na.TargetAddress()) != test.target || na.RouterFlag() != (test.target == gateway6) ||
 				len(option) != 8 || option[0] != 2 || [6]byte(option[2:]) != mac {
 				t.Errorf("answered by % x from %s", p.l4, p.src)
 			}
@@ -255,11 +258,11 @@ func TestPodsAskForNeighbours(t *testing.T) {
 }
 
 // solicitation is a neighbour solicitation, sent to the group of its target.
-func solicitation(src, target netip.Addr, hop uint8) packet {
-	dst := netipAddr(header.SolicitedNodeAddr(tcpipAddr(target)))
+func solicitation(src, target netip.Addr, hop uint8) ipPacket {
+	dst := packet.NetipAddr(header.SolicitedNodeAddr(packet.StackAddr(target)))
 	b := make([]byte, header.ICMPv6NeighborSolicitMinimumSize)
 	b[0] = uint8(header.ICMPv6NeighborSolicit)
-	header.NDPNeighborSolicit(header.ICMPv6(b).MessageBody()).SetTargetAddress(tcpipAddr(target))
-	finishICMP(src, dst, b)
-	return packet{src: src, dst: dst, proto: protoICMPv6, ttl: hop, l4: b}
+	header.NDPNeighborSolicit(header.ICMPv6(b).MessageBody()).SetTargetAddress(packet.StackAddr(target))
+	packet.FinishICMP(src, dst, b)
+	return ipPacket{src: src, dst: dst, proto: packet.ProtoICMPv6, ttl: hop, l4: b}
 }

@@ -10,7 +10,10 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // Connections as conntrack sees them. A step is who sends (o: the client, r: the
@@ -41,12 +44,12 @@ func TestInboundTCPStates(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := conversation{ends: [2]netip.AddrPort{at(client4, 40000), at(guest4, 80)}, next: [2]uint32{1 << 31, 7000}}
-			memory := make([]byte, memorySlot*(1+8)+tombMemory)
+			memory := make([]byte, inbound.MemorySlot*(1+8)+admit.TombMemory)
 			if strings.HasPrefix(test.name, "taken over") { // by a worker that has seen the SYN
-				slots, _ := splitMemory(memory)
-				m := flowMemory{data: slots}
-				m.recall()
-				m.note(nat.NewTuple(protoTCP, c.ends[0], c.ends[1]), nat.SynSent)
+				slots, _ := inbound.SplitMemory(memory)
+				m := inbound.FlowMemory{Data: slots}
+				m.Recall()
+				m.Note(nat.NewTuple(packet.ProtoTCP, c.ends[0], c.ends[1]), nat.SynSent)
 			}
 			w := generation(t, memory, allowAll)
 			for i, step := range strings.Fields(test.steps) {
@@ -71,7 +74,7 @@ type conversation struct {
 	next [2]uint32 // sequence number, by side
 }
 
-func (c *conversation) say(d nat.Dir, what string) packet {
+func (c *conversation) say(d nat.Dir, what string) ipPacket {
 	flags := map[string]header.TCPFlags{
 		"S": header.TCPFlagSyn, "SA": header.TCPFlagSyn | header.TCPFlagAck, "A": header.TCPFlagAck, "a": header.TCPFlagAck,
 		"F": header.TCPFlagFin | header.TCPFlagAck, "R": header.TCPFlagRst, "r": header.TCPFlagRst,
@@ -125,7 +128,7 @@ func TestTheSandboxMayUseThePortsOfAFlowThatIsOver(t *testing.T) {
 	}
 	w.send(c.say(nat.Reply, "S"))
 	w.out.silent("a SYN of the sandbox's own connection")
-	if w.f.outside.lookup(nat.NewTuple(protoTCP, c.ends[0], c.ends[1])) != nil {
+	if w.f.outside.Lookup(nat.NewTuple(packet.ProtoTCP, c.ends[0], c.ends[1])) != nil {
 		t.Error("the inbound flow is still there")
 	}
 }
@@ -175,7 +178,7 @@ func TestAByteBudgetEndsInboundFlows(t *testing.T) {
 			t.Errorf("a side was not told: %v", ok)
 		}
 	}
-	eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 && w.f.outside.count.Load() == 0 })
+	eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 && w.f.outside.Count.Load() == 0 })
 }
 
 func TestInboundFlowsTimeOut(t *testing.T) {
@@ -193,7 +196,7 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 		clock.advance(step.after)
 		table.Expire(clock.now())
 		w.wantFlows(step.left)
-		if n := int(w.f.outside.count.Load()); n != step.left {
+		if n := int(w.f.outside.Count.Load()); n != step.left {
 			t.Errorf("%d inbound flows are left, want %d", n, step.left)
 		}
 	}
@@ -259,10 +262,10 @@ spec:
 // holds that nothing is left.
 func TestInboundUnderLoadFromAllSides(t *testing.T) {
 	w := newPodWire(t, openIn, func(c *Config) {
-		c.Memory, c.Table = make([]byte, MemorySize), nat.NewTable(nat.Config{Limits: nat.Limits{Max: 32}})
+		c.Memory, c.Table = make([]byte, inbound.MemorySize), nat.NewTable(nat.Config{Limits: nat.Limits{Max: 32}})
 	})
 	inside, outside := &sink{Endpoint: w.ep}, &sink{Endpoint: w.out.ep}
-	w.f.outside.sandbox, w.f.outside.in0 = newOutlet(inside), newOutlet(outside)
+	w.f.outside.Sandbox, w.f.outside.In0 = inbound.NewOutlet(inside), inbound.NewOutlet(outside)
 	var wg sync.WaitGroup
 	for g := range 4 {
 		wg.Go(func() {
@@ -296,7 +299,7 @@ func TestInboundUnderLoadFromAllSides(t *testing.T) {
 		}
 	})
 	wg.Wait()
-	if n, m := w.table.Len(), int(w.f.outside.count.Load()); m > n || n > 32 {
+	if n, m := w.table.Len(), int(w.f.outside.Count.Load()); m > n || n > 32 {
 		t.Errorf("%d flows, %d inbound ones", n, m)
 	}
 }

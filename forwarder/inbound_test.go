@@ -10,7 +10,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 func bothFamilies(t *testing.T, f func(t *testing.T, pod, far netip.Addr)) {
@@ -24,7 +26,7 @@ func TestInboundConnectionPassesAndIsTracked(t *testing.T) {
 		client, server := at(far, 40000), at(pod, 80)
 		w.connect(client, server)
 		f := w.flow()
-		if f.State != nat.Established || !f.Ingress || !f.Assured || f.Orig != nat.NewTuple(protoTCP, client, server) || f.Rule != "ingress[0] published" {
+		if f.State != nat.Established || !f.Ingress || !f.Assured || f.Orig != nat.NewTuple(packet.ProtoTCP, client, server) || f.Rule != "ingress[0] published" {
 			t.Errorf("the flow is %+v", f)
 		}
 		data := pattern(900)
@@ -34,7 +36,7 @@ func TestInboundConnectionPassesAndIsTracked(t *testing.T) {
 		arrives(t, w.out, w.wire, segment(client, server, header.TCPFlagAck|header.TCPFlagFin, 1901, 5902))
 		arrives(t, w.wire, w.out, segment(server, client, header.TCPFlagAck, 5902, 1902))
 		if f := w.flow(); f.State != nat.TimeWait || f.OrigPackets != 4 || f.ReplyPackets != 4 ||
-			f.OrigBytes != int64(4*(ipHeaderLen(pod)+20)+900) {
+			f.OrigBytes != int64(4*(packet.IPHeaderLen(pod)+20)+900) {
 			t.Errorf("the flow is %+v", f)
 		}
 	})
@@ -59,13 +61,13 @@ func TestInboundDatagramsAndEchoPass(t *testing.T) {
 }
 
 // answerOf makes an echo reply of a request that goes the same way.
-func answerOf(p packet) packet {
+func answerOf(p ipPacket) ipPacket {
 	if p.dst.Is4() {
-		p.l4[0] = echoReply4
+		p.l4[0] = packet.EchoReply4
 	} else {
-		p.l4[0] = echoReply6
+		p.l4[0] = packet.EchoReply6
 	}
-	finishICMP(p.src, p.dst, p.l4)
+	packet.FinishICMP(p.src, p.dst, p.l4)
 	return p
 }
 
@@ -85,8 +87,8 @@ func TestInboundOtherProtocolsPass(t *testing.T) {
 	binary.BigEndian.PutUint16(answer, 2000)
 	binary.BigEndian.PutUint16(answer[2:], 1000)
 	const esp = 50
-	for _, p := range [][2]packet{
-		{{src: client4, dst: guest4, proto: protoSCTP, l4: sctp}, {src: guest4, dst: client4, proto: protoSCTP, l4: answer}},
+	for _, p := range [][2]ipPacket{
+		{{src: client4, dst: guest4, proto: inbound.ProtoSCTP, l4: sctp}, {src: guest4, dst: client4, proto: inbound.ProtoSCTP, l4: answer}},
 		{{src: client4, dst: guest4, proto: esp, l4: pattern(40)}, {src: guest4, dst: client4, proto: esp, l4: pattern(50)}},
 	} {
 		// Their checksums are not ours to know.
@@ -115,7 +117,7 @@ func TestInboundRefusals(t *testing.T) {
 		ping := echoPacket(far, pod, 1, 1, nil)
 		t.Run("drop is silence", func(t *testing.T) {
 			w := newPodWire(t, fmt.Sprintf(onlyHTTP, "drop"), nil)
-			for _, p := range []packet{syn, data, datagram, ping} {
+			for _, p := range []ipPacket{syn, data, datagram, ping} {
 				w.stays(w.out, p, "inbound_refused")
 			}
 			w.connect(client, at(pod, 80))
@@ -156,7 +158,7 @@ func TestInboundRefusalsAreLimitedInRate(t *testing.T) {
 	w := newPodWire(t, fmt.Sprintf(onlyHTTP, "reject"), func(c *Config) {
 		c.Now = newTestClock().now // which stands still
 	})
-	for i := range icmpErrorsBurst + 50 {
+	for i := range packet.ICMPErrorsBurst + 50 {
 		w.out.send(segment(at(client4, uint16(i+1)), at(guest4, 81), header.TCPFlagSyn, 1, 0))
 	}
 	n := 0
@@ -165,7 +167,7 @@ func TestInboundRefusalsAreLimitedInRate(t *testing.T) {
 			break
 		}
 	}
-	if s := w.f.Stats(); n != icmpErrorsBurst || s["inbound_rejected"] != icmpErrorsBurst || s["inbound_rejected_limited"] != 50 {
+	if s := w.f.Stats(); n != packet.ICMPErrorsBurst || s["inbound_rejected"] != packet.ICMPErrorsBurst || s["inbound_rejected_limited"] != 50 {
 		t.Errorf("%d answers; counters: %v", n, w.counters())
 	}
 }
@@ -174,7 +176,7 @@ func TestInboundRefusalsAreLimitedInRate(t *testing.T) {
 func TestOnlyAnswersLeaveAsPackets(t *testing.T) {
 	w := newPodWire(t, fmt.Sprintf(onlyHTTP, "reject"), nil)
 	w.connect(at(client4, 40000), at(guest4, 80))
-	for name, p := range map[string]packet{
+	for name, p := range map[string]ipPacket{
 		"another port of the client":  segment(at(guest4, 80), at(client4, 40001), header.TCPFlagAck, 1, 1),
 		"another client":              segment(at(guest4, 80), at(netip.MustParseAddr("192.0.2.78"), 40000), header.TCPFlagAck, 1, 1),
 		"another port of the sandbox": segment(at(guest4, 81), at(client4, 40000), header.TCPFlagAck, 1, 1),
@@ -200,10 +202,10 @@ func TestOnlyAnswersLeaveAsPackets(t *testing.T) {
 func TestInboundForgeriesAreDropped(t *testing.T) {
 	w := newPodWire(t, allowAll, nil)
 	pod := at(guest4, 80)
-	syn := func(src, dst netip.AddrPort) packet { return segment(src, dst, header.TCPFlagSyn, 1, 0) }
+	syn := func(src, dst netip.AddrPort) ipPacket { return segment(src, dst, header.TCPFlagSyn, 1, 0) }
 	for _, test := range []struct {
 		name, reason string
-		p            packet
+		p            ipPacket
 	}{
 		{"to an address that is not the pod's", "inbound_foreign_destination", syn(at(client4, 1), at(client4, 2))},
 		{"to our gateway", "inbound_foreign_destination", syn(at(client4, 1), at(gateway4, 80))},
@@ -219,18 +221,18 @@ func TestInboundForgeriesAreDropped(t *testing.T) {
 		{"SYN and RST", "inbound_tcp_flags", segment(at(client4, 1), pod, header.TCPFlagSyn|header.TCPFlagRst, 1, 0)},
 		{"FIN alone", "inbound_tcp_flags", segment(at(client4, 1), pod, header.TCPFlagFin, 1, 0)},
 		{"an answer to no ping", "inbound_icmp_type", answerOf(echoPacket(client4, guest4, 1, 1, nil))},
-		{"a redirect", "inbound_icmp_type", packet{src: client4, dst: guest4, proto: protoICMP, l4: append([]byte{5, 1, 0, 0, 0, 0, 0, 0}, pattern(28)...)}},
-		{"a router advertisement", "inbound_icmp_type", packet{src: client6, dst: guest6, proto: protoICMPv6, l4: append([]byte{134, 0, 0, 0}, pattern(12)...)}},
-		{"ICMPv6 in IPv4", "inbound_protocol", packet{src: client4, dst: guest4, proto: protoICMPv6, l4: []byte{128, 0, 0, 0, 0, 0, 0, 0}}},
-		{"half a TCP header", "inbound_short_packet", packet{src: client4, dst: guest4, proto: protoTCP, l4: pattern(12)}},
-		{"options beyond the end", "inbound_length", func() packet {
+		{"a redirect", "inbound_icmp_type", ipPacket{src: client4, dst: guest4, proto: packet.ProtoICMP, l4: append([]byte{5, 1, 0, 0, 0, 0, 0, 0}, pattern(28)...)}},
+		{"a router advertisement", "inbound_icmp_type", ipPacket{src: client6, dst: guest6, proto: packet.ProtoICMPv6, l4: append([]byte{134, 0, 0, 0}, pattern(12)...)}},
+		{"ICMPv6 in IPv4", "inbound_protocol", ipPacket{src: client4, dst: guest4, proto: packet.ProtoICMPv6, l4: []byte{128, 0, 0, 0, 0, 0, 0, 0}}},
+		{"half a TCP header", "inbound_short_packet", ipPacket{src: client4, dst: guest4, proto: packet.ProtoTCP, l4: pattern(12)}},
+		{"options beyond the end", "inbound_length", func() ipPacket {
 			p := syn(at(client4, 1), pod)
 			p.l4[12] = 0xf0
 			return p
 		}()},
-		{"half a UDP header", "inbound_short_packet", packet{src: client4, dst: guest4, proto: protoUDP, l4: pattern(7)}},
-		{"an extension header without end", "inbound_headers", packet{src: client6, dst: guest6, proto: 60, l4: []byte{17, 255, 0, 0, 0, 0, 0, 0, 0, 0}}},
-		{"nothing but extension headers", "inbound_headers", packet{src: client6, dst: guest6, proto: 60, l4: manyOptions(maxExtHeaders + 1)}},
+		{"half a UDP header", "inbound_short_packet", ipPacket{src: client4, dst: guest4, proto: packet.ProtoUDP, l4: pattern(7)}},
+		{"an extension header without end", "inbound_headers", ipPacket{src: client6, dst: guest6, proto: 60, l4: []byte{17, 255, 0, 0, 0, 0, 0, 0, 0, 0}}},
+		{"nothing but extension headers", "inbound_headers", ipPacket{src: client6, dst: guest6, proto: 60, l4: manyOptions(inbound.MaxExtHeaders + 1)}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w.t = t
@@ -240,7 +242,7 @@ func TestInboundForgeriesAreDropped(t *testing.T) {
 	}
 }
 
-func udp6Packet(src netip.Addr) packet {
+func udp6Packet(src netip.Addr) ipPacket {
 	p := udpPacket(at(client6, 1), at(guest6, 2), nil)
 	p.src = src
 	return p
@@ -258,14 +260,14 @@ func manyOptions(n int) []byte {
 func TestInboundExtensionHeadersAreFollowed(t *testing.T) {
 	w := newPodWire(t, fmt.Sprintf(onlyHTTP, "drop"), nil)
 	p := udpPacket(at(client6, 1), at(guest6, 80), []byte("data"))
-	p.l4, p.proto = append([]byte{protoUDP, 0, 1, 4, 0, 0, 0, 0}, p.l4...), 60
+	p.l4, p.proto = append([]byte{packet.ProtoUDP, 0, 1, 4, 0, 0, 0, 0}, p.l4...), 60
 	w.out.sendBytes(p.bytes(), 0)
 	pkt := w.ep.Read()
 	if pkt == nil {
 		t.Fatalf("it did not arrive; counters: %v", w.counters())
 	}
 	pkt.DecRef()
-	if f := w.flow(); f.Orig != nat.NewTuple(protoUDP, at(client6, 1), at(guest6, 80)) {
+	if f := w.flow(); f.Orig != nat.NewTuple(packet.ProtoUDP, at(client6, 1), at(guest6, 80)) {
 		t.Errorf("the flow is %v", f.Orig)
 	}
 }
@@ -276,10 +278,10 @@ func TestInboundOffloadsAreKept(t *testing.T) {
 		w := newPodWire(t, allowAll, nil)
 		client, server := at(far, 40000), at(pod, 80)
 		w.connect(client, server)
-		gso := stack.GSO{NeedsCsum: true, CsumOffset: header.TCPChecksumOffset, L3HdrLen: uint16(ipHeaderLen(pod)), MSS: 1400}
+		gso := stack.GSO{NeedsCsum: true, CsumOffset: header.TCPChecksumOffset, L3HdrLen: uint16(packet.IPHeaderLen(pod)), MSS: 1400}
 		for _, way := range []struct {
 			from, to *wire
-			p        packet
+			p        ipPacket
 		}{
 			{w.out, w.wire, dataSegment(client, server, header.TCPFlagAck, 1001, 5001, pattern(30000))},
 			{w.wire, w.out, dataSegment(server, client, header.TCPFlagAck, 5001, 1001, pattern(60000))},
@@ -296,7 +298,7 @@ func TestInboundOffloadsAreKept(t *testing.T) {
 			if n := len(pkt.TransportHeader().Slice()); n != header.TCPMinimumSize {
 				t.Errorf("its transport header is said to be %d bytes long", n)
 			}
-			if pkt.Size() != ipHeaderLen(pod)+len(way.p.l4) {
+			if pkt.Size() != packet.IPHeaderLen(pod)+len(way.p.l4) {
 				t.Errorf("it arrived with %d bytes", pkt.Size())
 			}
 			pkt.DecRef()
@@ -318,7 +320,7 @@ func TestInboundPaddingIsTakenOff(t *testing.T) {
 func TestHopLimitsArePutBack(t *testing.T) {
 	w := newPodWire(t, allowAll, nil)
 	for _, ttl := range []uint8{1, 63, 254, 255} {
-		for _, p := range []packet{udpPacket(at(client4, 1), at(guest4, 2), nil), udpPacket(at(client6, 1), at(guest6, 2), nil)} {
+		for _, p := range []ipPacket{udpPacket(at(client4, 1), at(guest4, 2), nil), udpPacket(at(client6, 1), at(guest6, 2), nil)} {
 			for id := range uint16(512) { // the header's sum takes many values on its way
 				p.ttl, p.id, p.df = ttl, id*257, id%2 == 0
 				w.out.send(p)
@@ -388,7 +390,7 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 	w.f.SetRules(compile(t, allowAll))
 	eventually(t, "without a limit nothing waits", func() bool {
 		_, _ = w.out.tryRecv(time.Millisecond)
-		return w.f.outside.out.waits.Load() == 0
+		return w.f.outside.Out.Waits.Load() == 0
 	})
 	arrives(t, w.out, w.wire, udpPacket(client, server, []byte("x")))
 	if f := w.flow(); f.OrigPackets != 198 || f.ReplyPackets != 197 {

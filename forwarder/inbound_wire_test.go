@@ -11,7 +11,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // podWire is a forwarder with both its links in the test's hands: the test is the pod
@@ -65,18 +66,18 @@ spec: {defaultAction: drop}
 `
 
 // dataSegment is a TCP segment with data.
-func dataSegment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32, data []byte) packet {
+func dataSegment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32, data []byte) ipPacket {
 	p := segment(src, dst, flags, seq, ack)
 	p.l4 = append(p.l4, data...)
 	h := header.TCP(p.l4)
 	h.SetChecksum(0)
-	h.SetChecksum(^checksum.Checksum(p.l4, pseudoSum(src.Addr(), dst.Addr(), protoTCP, len(p.l4))))
+	h.SetChecksum(^checksum.Checksum(p.l4, packet.PseudoSum(src.Addr(), dst.Addr(), packet.ProtoTCP, len(p.l4))))
 	return p
 }
 
 // arrives sends a packet on one link and wants it on the other as it was, but for its
 // hop limit, which is one more.
-func arrives(t testing.TB, from, to *wire, p packet) {
+func arrives(t testing.TB, from, to *wire, p ipPacket) {
 	t.Helper()
 	p.ttl = 61
 	from.send(p)
@@ -91,7 +92,7 @@ func arrives(t testing.TB, from, to *wire, p packet) {
 }
 
 // stays sends a packet and wants silence on both links, and the reason counted.
-func (w *podWire) stays(from *wire, p packet, reason string) {
+func (w *podWire) stays(from *wire, p ipPacket, reason string) {
 	w.t.Helper()
 	before := w.f.Stats()[reason]
 	from.send(p)
@@ -117,7 +118,7 @@ func (w *podWire) wantFlows(n int) {
 	if got := w.table.Len(); got != n {
 		w.t.Fatalf("%d flows, want %d; counters: %v", got, n, w.counters())
 	}
-	if got := int(w.f.outside.count.Load()); got > n {
+	if got := int(w.f.outside.Count.Load()); got > n {
 		w.t.Fatalf("%d inbound flows, want at most %d", got, n)
 	}
 }

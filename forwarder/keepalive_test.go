@@ -11,10 +11,13 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
 )
 
 // probed is what keepalive a host socket has.
-func probed(t *testing.T, fd int) (k Keepalive, on bool) {
+func probed(t *testing.T, fd int) (k hostsock.Keepalive, on bool) {
 	t.Helper()
 	get := func(level, name int) int {
 		n, err := unix.GetsockoptInt(fd, level, name)
@@ -30,20 +33,20 @@ func probed(t *testing.T, fd int) (k Keepalive, on bool) {
 }
 
 func TestBothHalvesOfAConnectionAreProbed(t *testing.T) {
-	for _, want := range []Keepalive{DefaultKeepalive(), {Time: 7 * time.Second, Interval: 3 * time.Second, Probes: 5}} {
+	for _, want := range []hostsock.Keepalive{hostsock.DefaultKeepalive(), {Time: 7 * time.Second, Interval: 3 * time.Second, Probes: 5}} {
 		g := newGuest(t, allowAll, func(c *Config) {
-			if want != DefaultKeepalive() {
+			if want != hostsock.DefaultKeepalive() {
 				c.Keepalive = want
 			}
 		})
 		check := func(what string) {
 			t.Helper()
-			fl := g.onlyFlow(what, func(fl *tcpFlow) bool { return fl.live.Load() })
-			if k, on := probed(t, fl.fd); k != want || !on {
+			fl := g.onlyFlow(what, func(fl *tcpflow.Flow) bool { return fl.Live.Load() })
+			if k, on := probed(t, fl.FD); k != want || !on {
 				t.Errorf("%s: the host's side has %+v, on %v, want %+v", what, k, on, want)
 			}
 			var idle tcpip.KeepaliveIdleOption
-			if terr := fl.ep.GetSockOpt(&idle); terr != nil || time.Duration(idle) != want.Time || !fl.ep.SocketOptions().GetKeepAlive() {
+			if terr := fl.Ep.GetSockOpt(&idle); terr != nil || time.Duration(idle) != want.Time || !fl.Ep.SocketOptions().GetKeepAlive() {
 				t.Errorf("%s: the sandbox's side is probed after %v, %v", what, time.Duration(idle), terr)
 			}
 		}
@@ -78,10 +81,10 @@ func TestKeepaliveSysctlsAreBounded(t *testing.T) {
 		{"tcp_keepalive_time", "0", ""},
 		{"tcp_keepalive_intvl", "a minute", ""},
 	} {
-		k := DefaultKeepalive()
+		k := hostsock.DefaultKeepalive()
 		err := k.SetSysctl(row.name, row.value)
 		if row.want == "" {
-			if err == nil || k != DefaultKeepalive() {
+			if err == nil || k != hostsock.DefaultKeepalive() {
 				t.Errorf("%s=%s: %v, %+v, want refused", row.name, row.value, err, k)
 			}
 			continue
@@ -90,7 +93,7 @@ func TestKeepaliveSysctlsAreBounded(t *testing.T) {
 			t.Errorf("%s=%s: %v, reads %s", row.name, row.value, err, got)
 		}
 	}
-	if IsKeepaliveSysctl("nf_conntrack_max") || IsKeepaliveSysctl("") {
+	if hostsock.IsKeepaliveSysctl("nf_conntrack_max") || hostsock.IsKeepaliveSysctl("") {
 		t.Error("another setting is taken for keepalive's")
 	}
 }
@@ -133,7 +136,7 @@ func TestTCPAResetBehindTheSandboxsEndOfStreamReachesTheServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.w.send(segment(a.src, a.dst, header.TCPFlagRst, a.seq, 0))
-	eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.sockets.Load() == 0 })
+	eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
 	select {
 	case <-ended:
 	case <-time.After(5 * time.Second):
@@ -145,7 +148,7 @@ func TestTCPAResetBehindTheSandboxsEndOfStreamReachesTheServer(t *testing.T) {
 func TestTCPAClientThatIsGoneIsFoundByAProbe(t *testing.T) {
 	for _, half := range []string{"open", "half-closed"} {
 		t.Run(half, func(t *testing.T) {
-			w := newWire(t, allowAll, func(c *Config) { c.Keepalive = Keepalive{Time: time.Second, Interval: time.Second, Probes: 3} })
+			w := newWire(t, allowAll, func(c *Config) { c.Keepalive = hostsock.Keepalive{Time: time.Second, Interval: time.Second, Probes: 3} })
 			a := &again{w: w, src: netip.AddrPortFrom(guest4, 40000), dst: netip.AddrPortFrom(gateway4, listenSilent(t))}
 			a.syn()
 			a.established(0)
@@ -161,7 +164,7 @@ func TestTCPAClientThatIsGoneIsFoundByAProbe(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.sockets.Load() == 0 })
+			eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
 		})
 	}
 }

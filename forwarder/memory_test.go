@@ -14,20 +14,26 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/count"
+	"sluice.dev/sluice/forwarder/internal/netstack"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpmem"
 )
 
 // checkRepaid asks that a forwarder that has ended has given everything back.
-func checkRepaid(t testing.TB, m *memory) {
+func checkRepaid(t testing.TB, m *admit.Memory) {
 	t.Helper()
-	if used, flows := m.used.Load(), m.flows.Load(); used != 0 || flows != 0 {
+	if used, flows := m.Used.Load(), m.Flows.Load(); used != 0 || flows != 0 {
 		t.Errorf("%d bytes of the memory budget are still charged, to %d flows", used, flows)
 	}
 }
 
-func testMemory(t testing.TB, high int64) (*memory, *[]bool) {
+func testMemory(t testing.TB, high int64) (*admit.Memory, *[]bool) {
 	t.Helper()
 	turns := new([]bool)
-	m, err := newMemory(new(stats), MarksBelow(high), func(pressed bool) { *turns = append(*turns, pressed) })
+	m, err := admit.NewMemory(new(count.Set), admit.MarksBelow(high), func(pressed bool) { *turns = append(*turns, pressed) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,57 +48,57 @@ func TestMemoryMarks(t *testing.T) {
 		pressed bool
 		limit   int64
 	}{
-		{"below low nobody is pressed", 5, false, flowMost},
-		{"nor between low and pressure", 7, false, flowMost},
-		{"nor at pressure", 8, false, flowMost},
-		{"above it everybody gets a share", 9, true, flowPressed},
-		{"which stays so below it", 7, true, flowPressed},
-		{"and at low", 6, true, flowPressed},
-		{"but not below", 5, false, flowMost},
-		{"past half way to high only the minimum is left", 13, true, flowMinimum},
-		{"and at high", 16, true, flowMinimum},
-		{"and above, if it came to that", 17, true, flowMinimum},
+		{"below low nobody is pressed", 5, false, admit.FlowMost},
+		{"nor between low and pressure", 7, false, admit.FlowMost},
+		{"nor at pressure", 8, false, admit.FlowMost},
+		{"above it everybody gets a share", 9, true, admit.FlowPressed},
+		{"which stays so below it", 7, true, admit.FlowPressed},
+		{"and at low", 6, true, admit.FlowPressed},
+		{"but not below", 5, false, admit.FlowMost},
+		{"past half way to high only the minimum is left", 13, true, admit.FlowMinimum},
+		{"and at high", 16, true, admit.FlowMinimum},
+		{"and above, if it came to that", 17, true, admit.FlowMinimum},
 	} {
-		m.add(row.used<<20 - m.used.Load())
-		if got := m.pressed.Load(); got != row.pressed {
+		m.Add(row.used<<20 - m.Used.Load())
+		if got := m.Pressed.Load(); got != row.pressed {
 			t.Errorf("%s: pressed is %v", row.what, got)
 		}
-		if got := m.limit(false); got != row.limit {
+		if got := m.Limit(false); got != row.limit {
 			t.Errorf("%s: a flow may hold %d, not %d", row.what, got, row.limit)
 		}
 	}
-	if len(*turns) != 3 || m.entered.Load() != 2 {
-		t.Errorf("told of %v, entered %d times", *turns, m.entered.Load())
+	if len(*turns) != 3 || m.Entered.Load() != 2 {
+		t.Errorf("told of %v, entered %d times", *turns, m.Entered.Load())
 	}
 }
 
 func TestMemoryAtHighLetsNobodyIn(t *testing.T) {
-	m, _ := testMemory(t, LeastMemory)
-	var in []*shares
+	m, _ := testMemory(t, admit.LeastMemory)
+	var in []*admit.Shares
 	for {
-		s := new(shares)
-		if !m.admit(s) {
-			s.leave() // as who refuses a flow may do, too
+		s := new(admit.Shares)
+		if !m.Admit(s) {
+			s.Leave() // as who refuses a flow may do, too
 			break
 		}
 		in = append(in, s)
 	}
-	if want := LeastMemory / (2 * flowMinimum); len(in) != want {
+	if want := admit.LeastMemory / (2 * admit.FlowMinimum); len(in) != want {
 		t.Errorf("%d flows were let in, not %d", len(in), want)
 	}
-	if m.admit(nil) {
+	if m.Admit(nil) {
 		t.Error("a flow that holds nothing was let in")
 	}
-	if m.refused.Load() != 2 {
-		t.Errorf("%d refusals were counted", m.refused.Load())
+	if m.Refused.Load() != 2 {
+		t.Errorf("%d refusals were counted", m.Refused.Load())
 	}
-	in[0].leave()
-	in[0].leave()
-	if in[0] = new(shares); !m.admit(nil) || !m.admit(in[0]) {
+	in[0].Leave()
+	in[0].Leave()
+	if in[0] = new(admit.Shares); !m.Admit(nil) || !m.Admit(in[0]) {
 		t.Error("what one flow gave back lets no other in")
 	}
 	for _, s := range in {
-		s.leave()
+		s.Leave()
 	}
 	checkRepaid(t, m)
 }
@@ -101,9 +107,9 @@ func TestMemoryAtHighLetsNobodyIn(t *testing.T) {
 func TestMemoryChargesAddUp(t *testing.T) {
 	m, _ := testMemory(t, 1<<30)
 	const holders, steps = 8, 2000
-	all := make([]shares, holders)
+	all := make([]admit.Shares, holders)
 	for i := range all {
-		if !m.admit(&all[i]) {
+		if !m.Admit(&all[i]) {
 			t.Fatal("not admitted")
 		}
 	}
@@ -115,14 +121,14 @@ func TestMemoryChargesAddUp(t *testing.T) {
 				s := &all[rng.IntN(holders)]
 				switch rng.IntN(4) {
 				case 0:
-					s.up.set(rng.Int64N(1 << 20))
+					s.Up.Set(rng.Int64N(1 << 20))
 				case 1:
-					s.down.set(rng.Int64N(1 << 20))
+					s.Down.Set(rng.Int64N(1 << 20))
 				case 2:
-					s.down.try(1000)
+					s.Down.Try(1000)
 				case 3:
 					if rng.IntN(50) == 0 {
-						s.leave()
+						s.Leave()
 					}
 				}
 			}
@@ -131,15 +137,15 @@ func TestMemoryChargesAddUp(t *testing.T) {
 	wg.Wait()
 	var sum int64
 	for i := range all {
-		sum += max(all[i].up.held.Load(), 0) + max(all[i].down.held.Load(), 0)
+		sum += max(all[i].Up.Held.Load(), 0) + max(all[i].Down.Held.Load(), 0)
 	}
-	if m.used.Load() != sum {
-		t.Errorf("%d bytes are charged, the holders hold %d", m.used.Load(), sum)
+	if m.Used.Load() != sum {
+		t.Errorf("%d bytes are charged, the holders hold %d", m.Used.Load(), sum)
 	}
 	for i := range all {
-		all[i].leave()
-		all[i].up.set(99) // too late
-		all[i].down.try(99)
+		all[i].Leave()
+		all[i].Up.Set(99) // too late
+		all[i].Down.Try(99)
 	}
 	checkRepaid(t, m)
 }
@@ -152,26 +158,26 @@ func TestMemorySharesLeaveRoomForOthers(t *testing.T) {
 		moving int64 // what one that moves may hold at least
 	}{
 		{"downloads", 0, 64 << 10},
-		{"both ways, a window under pressure each", receiveOffered * 3 / 4, flowMinimum},
+		{"both ways, a window under pressure each", tcpmem.ReceiveOffered * 3 / 4, admit.FlowMinimum},
 	} {
-		m, _ := testMemory(t, DefaultMemory)
-		few := make([]shares, 100)
+		m, _ := testMemory(t, admit.DefaultMemory)
+		few := make([]admit.Shares, 100)
 		for i := range few {
-			m.admit(&few[i])
-			few[i].down.set(m.pressure.Load()/100 + 1)
+			m.Admit(&few[i])
+			few[i].Down.Set(m.Pressure.Load()/100 + 1)
 		}
-		many := make([]shares, 5000)
+		many := make([]admit.Shares, 5000)
 		for i := range many {
-			if !m.admit(&many[i]) {
-				t.Fatalf("%s: flow %d of those that stand still was refused at %d bytes", row.what, i, m.used.Load())
+			if !m.Admit(&many[i]) {
+				t.Fatalf("%s: flow %d of those that stand still was refused at %d bytes", row.what, i, m.Used.Load())
 			}
-			many[i].down.set(m.limit(false))
-			many[i].up.set(max(row.up, flowMinimum))
+			many[i].Down.Set(m.Limit(false))
+			many[i].Up.Set(max(row.up, admit.FlowMinimum))
 		}
-		if !m.admit(new(shares)) {
-			t.Errorf("%s: the next flow is refused at %d bytes", row.what, m.used.Load())
+		if !m.Admit(new(admit.Shares)) {
+			t.Errorf("%s: the next flow is refused at %d bytes", row.what, m.Used.Load())
 		}
-		if got := m.limit(true); got < row.moving {
+		if got := m.Limit(true); got < row.moving {
 			t.Errorf("%s: a flow that moves may hold %d bytes", row.what, got)
 		}
 	}
@@ -180,29 +186,29 @@ func TestMemorySharesLeaveRoomForOthers(t *testing.T) {
 func TestParseMemory(t *testing.T) {
 	for _, row := range []struct {
 		value string
-		want  MemoryMarks
+		want  admit.MemoryMarks
 	}{
-		{"4096 8192 16384", MemoryMarks{Low: 16 << 20, Pressure: 32 << 20, High: 64 << 20}},
-		{" 1\t2\n2048 ", MemoryMarks{Low: 4096, Pressure: 8192, High: 8 << 20}},
-		{"1 2048 2048", MemoryMarks{Low: 4096, Pressure: 8 << 20, High: 8 << 20}},
-		{"", MemoryMarks{}},
-		{"65536", MemoryMarks{}},
-		{"1 2 3 4096", MemoryMarks{}},
-		{"1 2 2047", MemoryMarks{}},
-		{"0 2 4096", MemoryMarks{}},
-		{"3 2 4096", MemoryMarks{}},
-		{"1 4097 4096", MemoryMarks{}},
-		{"-1 2 4096", MemoryMarks{}},
-		{"1 2 4096k", MemoryMarks{}},
-		{"1 2 9223372036854775807", MemoryMarks{}},
-		{"1 2 18446744073709555712", MemoryMarks{}},
+		{"4096 8192 16384", admit.MemoryMarks{Low: 16 << 20, Pressure: 32 << 20, High: 64 << 20}},
+		{" 1\t2\n2048 ", admit.MemoryMarks{Low: 4096, Pressure: 8192, High: 8 << 20}},
+		{"1 2048 2048", admit.MemoryMarks{Low: 4096, Pressure: 8 << 20, High: 8 << 20}},
+		{"", admit.MemoryMarks{}},
+		{"65536", admit.MemoryMarks{}},
+		{"1 2 3 4096", admit.MemoryMarks{}},
+		{"1 2 2047", admit.MemoryMarks{}},
+		{"0 2 4096", admit.MemoryMarks{}},
+		{"3 2 4096", admit.MemoryMarks{}},
+		{"1 4097 4096", admit.MemoryMarks{}},
+		{"-1 2 4096", admit.MemoryMarks{}},
+		{"1 2 4096k", admit.MemoryMarks{}},
+		{"1 2 9223372036854775807", admit.MemoryMarks{}},
+		{"1 2 18446744073709555712", admit.MemoryMarks{}},
 	} {
-		got, err := ParseMemory(row.value)
-		if got != row.want || (err == nil) != (row.want != MemoryMarks{}) {
+		got, err := admit.ParseMemory(row.value)
+		if got != row.want || (err == nil) != (row.want != admit.MemoryMarks{}) {
 			t.Errorf("%q: %+v, %v", row.value, got, err)
 		}
 		if err == nil {
-			if again, err := ParseMemory(got.String()); err != nil || again != got {
+			if again, err := admit.ParseMemory(got.String()); err != nil || again != got {
 				t.Errorf("%q: what it prints as is read as %+v, %v", row.value, again, err)
 			}
 		}
@@ -214,7 +220,7 @@ func FuzzSendLedger(f *testing.F) {
 	f.Add([]byte{0, 1, 0, 1, 0, 1, 1, 255})
 	f.Add(bytes.Repeat([]byte{0, 0, 0, 200, 1, 3}, 200))
 	f.Fuzz(func(t *testing.T, ops []byte) {
-		var l sendLedger
+		var l tcpmem.SendLedger
 		type write struct{ end, cost int }
 		var writes []write
 		written, acked := 0, 0
@@ -225,12 +231,12 @@ func FuzzSendLedger(f *testing.F) {
 					n *= 1000
 				}
 				written += n
-				cost := segmentOverhead + chunksFor(n)
-				l.wrote(n)
+				cost := netstack.SegmentOverhead + netstack.ChunksFor(n)
+				l.Wrote(n)
 				writes = append(writes, write{written, cost})
 			} else {
 				acked += (written - acked) * int(ops[1]) / 255
-				l.settle(written - acked)
+				l.Settle(written - acked)
 			}
 			var exact, largest int
 			for _, w := range writes {
@@ -239,37 +245,37 @@ func FuzzSendLedger(f *testing.F) {
 				}
 				largest = max(largest, w.cost)
 			}
-			if l.held < int64(exact) {
-				t.Fatalf("%d are held, less than the %d that are not acknowledged take", l.held, exact)
+			if l.Held < int64(exact) {
+				t.Fatalf("%d are held, less than the %d that are not acknowledged take", l.Held, exact)
 			}
 			if acked == written {
-				l.settle(0)
-				if l.held != 0 {
-					t.Fatalf("%d are held with everything acknowledged", l.held)
+				l.Settle(0)
+				if l.Held != 0 {
+					t.Fatalf("%d are held with everything acknowledged", l.Held)
 				}
 			}
-			if l.n > len(l.marks) {
-				t.Fatalf("%d marks", l.n)
+			if l.N > len(l.Marks) {
+				t.Fatalf("%d marks", l.N)
 			}
 		}
-		l.settle(0)
-		if l.held != 0 || l.n != 0 {
-			t.Fatalf("%d are held by %d marks at the end", l.held, l.n)
+		l.Settle(0)
+		if l.Held != 0 || l.N != 0 {
+			t.Fatalf("%d are held by %d marks at the end", l.Held, l.N)
 		}
 	})
 }
 
 // A ledger of one-byte writes stays near the truth however long it runs.
 func TestSendLedgerStaysNearTheTruth(t *testing.T) {
-	var l sendLedger
+	var l tcpmem.SendLedger
 	const ahead = 500
 	for i := range 100_000 {
-		l.wrote(1)
-		l.settle(min(i+1, ahead))
+		l.Wrote(1)
+		l.Settle(min(i+1, ahead))
 	}
-	exact := int64(ahead * (segmentOverhead + leastChunk))
-	if l.held < exact || l.held > exact*3/2 {
-		t.Errorf("%d are held for what takes %d", l.held, exact)
+	exact := int64(ahead * (netstack.SegmentOverhead + netstack.LeastChunk))
+	if l.Held < exact || l.Held > exact*3/2 {
+		t.Errorf("%d are held for what takes %d", l.Held, exact)
 	}
 }
 
@@ -288,7 +294,7 @@ func FuzzCompact(f *testing.F) {
 		var b buffer.Buffer
 		for rest := want; len(rest) > 0; {
 			k := min(max(int(piece), 8), len(rest))
-			v := buffer.NewView(max(k, leastChunk))
+			v := buffer.NewView(max(k, netstack.LeastChunk))
 			_, _ = v.Write(rest[:k])
 			if b.Size() == 0 {
 				b = buffer.MakeWithView(v)
@@ -304,9 +310,9 @@ func FuzzCompact(f *testing.F) {
 		if v, _ := pkt.AsViewList(); v.Front() != nil {
 			first = v.Front().Size()
 		}
-		consume(pkt.NetworkHeader(), min(hl, first))
+		netstack.Consume(pkt.NetworkHeader(), min(hl, first))
 		pkt.RXChecksumValidated = true
-		c := compact(pkt)
+		c := netstack.Compact(pkt)
 		defer c.DecRef()
 		if got := c.ToView().AsSlice(); !bytes.Equal(got, want) {
 			t.Fatalf("the copy differs: %d bytes, %d before", len(got), len(want))
@@ -314,8 +320,8 @@ func FuzzCompact(f *testing.F) {
 		if len(c.NetworkHeader().Slice()) != len(pkt.NetworkHeader().Slice()) || c.Data().Size() != pkt.Data().Size() || !c.RXChecksumValidated {
 			t.Fatal("the copy has other headers")
 		}
-		if wasteful(c) {
-			t.Fatalf("the copy of %d bytes takes %d", n, packetCost(c))
+		if netstack.Wasteful(c) {
+			t.Fatalf("the copy of %d bytes takes %d", n, netstack.PacketCost(c))
 		}
 	})
 }
@@ -354,7 +360,7 @@ func (r *rawFlow) data(offset int, payload []byte) {
 	p.l4 = append(p.l4, payload...)
 	h := header.TCP(p.l4)
 	h.SetChecksum(0)
-	h.SetChecksum(^checksum.Checksum(p.l4, pseudoSum(p.src, p.dst, protoTCP, len(p.l4))))
+	h.SetChecksum(^checksum.Checksum(p.l4, packet.PseudoSum(p.src, p.dst, packet.ProtoTCP, len(p.l4))))
 	r.w.send(p)
 }
 
@@ -362,11 +368,11 @@ func (r *rawFlow) endpoint(t *testing.T) *tcp.Endpoint {
 	t.Helper()
 	var ep *tcp.Endpoint
 	eventually(t, "the flow is open", func() bool {
-		r.w.f.tcp.mu.Lock()
-		defer r.w.f.tcp.mu.Unlock()
-		for id, fl := range r.w.f.tcp.flows {
-			if id.RemotePort == r.src.Port() && fl.live.Load() {
-				ep = fl.ep.(*tcp.Endpoint)
+		r.w.f.tcp.Mu.Lock()
+		defer r.w.f.tcp.Mu.Unlock()
+		for id, fl := range r.w.f.tcp.Flows {
+			if id.RemotePort == r.src.Port() && fl.Live.Load() {
+				ep = fl.Ep.(*tcp.Endpoint)
 			}
 		}
 		return ep != nil
@@ -379,22 +385,22 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	r := w.connectRaw(t, 20000)
 	ep := r.endpoint(t)
-	if next, ok := receiveNext(ep); !ok || next != r.seq {
+	if next, ok := netstack.ReceiveNext(ep); !ok || next != r.seq {
 		t.Errorf("the next sequence number is %d, not %d", next, r.seq)
 	}
 	r.data(100, make([]byte, 50)) // out of order, so that nobody takes it
-	eventually(t, "the segment is counted", func() bool { return receiveMemUsed(ep) > 50 })
-	if n := receiveQueued(ep); n != 0 {
+	eventually(t, "the segment is counted", func() bool { return netstack.ReceiveMemUsed(ep) > 50 })
+	if n := netstack.ReceiveQueued(ep); n != 0 {
 		t.Errorf("%d bytes can be read before the gap is filled", n)
 	}
 	if _, err := r.conn.Write(make([]byte, 700)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "what is sent is counted until it is acknowledged", func() bool { return sendQueued(ep) == 700 })
+	eventually(t, "what is sent is counted until it is acknowledged", func() bool { return netstack.SendQueued(ep) == 700 })
 	r.ack += 700
 	r.data(0, make([]byte, 100))
-	eventually(t, "nothing is held", func() bool { return sendQueued(ep) == 0 && receiveMemUsed(ep) == 0 })
-	if next, _ := receiveNext(ep); next != r.seq+150 {
+	eventually(t, "nothing is held", func() bool { return netstack.SendQueued(ep) == 0 && netstack.ReceiveMemUsed(ep) == 0 })
+	if next, _ := netstack.ReceiveNext(ep); next != r.seq+150 {
 		t.Errorf("the next sequence number is %d, not %d", next, r.seq+150)
 	}
 }
@@ -403,10 +409,10 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 // there is no pressure; and when the gaps are filled the stream is whole.
 func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 	for _, pressed := range []bool{false, true} {
-		w := newWire(t, allowAll, func(c *Config) { c.MemoryMarks = MarksBelow(16 << 20) })
-		other := &charge{m: w.f.gate.memory}
+		w := newWire(t, allowAll, func(c *Config) { c.MemoryMarks = admit.MarksBelow(16 << 20) })
+		other := &admit.Charge{M: w.f.gate.Memory}
 		if pressed {
-			other.try(15 << 20)
+			other.Try(15 << 20)
 		}
 		r := w.connectRaw(t, 20000)
 		ep := r.endpoint(t)
@@ -417,11 +423,11 @@ func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 		for i := len(want) - 1; i > 0; i -= 2 {
 			r.data(i, want[i:i+1])
 		}
-		bound := int64(2 * receiveStart)
+		bound := int64(2 * tcpmem.ReceiveStart)
 		if pressed {
-			bound = flowMinimum
+			bound = admit.FlowMinimum
 		}
-		if got := receivedCost(ep); got > bound {
+		if got := tcpmem.ReceivedCost(ep); got > bound {
 			t.Errorf("pressed %v: %d bytes of memory are held for gaps, more than %d", pressed, got, bound)
 		}
 		// The sandbox's kernel sends again what is not acknowledged.
@@ -435,24 +441,24 @@ func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 		for next < uint32(len(want)) {
 			r.data(int(next), want[next:min(next+100, uint32(len(want)))])
 			eventually(t, "the stream goes on", func() bool {
-				n, _ := receiveNext(ep)
+				n, _ := netstack.ReceiveNext(ep)
 				if n-r.seq == next {
 					r.data(int(next), want[next:min(next+100, uint32(len(want)))])
 				}
 				return n-r.seq > next
 			})
-			n, _ := receiveNext(ep)
+			n, _ := netstack.ReceiveNext(ep)
 			next = n - r.seq
 		}
 		if b := <-got; !bytes.Equal(b, want) {
 			t.Errorf("pressed %v: %d bytes arrived, or others", pressed, len(b))
 		}
-		other.release()
+		other.Release()
 	}
 }
 
 // A far side that sends byte by byte to a sandbox that acknowledges nothing: what is held
-// takes little more than smallReads, and all of it arrives once there are acknowledgements.
+// takes little more than SmallReads, and all of it arrives once there are acknowledgements.
 func TestSingleBytesToASandboxThatDoesNotRead(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	r := w.connectRaw(t, 20000)
@@ -464,10 +470,10 @@ func TestSingleBytesToASandboxThatDoesNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "bytes are sent", func() bool { return sendQueued(ep) > 0 })
+	eventually(t, "bytes are sent", func() bool { return netstack.SendQueued(ep) > 0 })
 	seen := uint32(0)
 	for seen < many {
-		if used := w.f.gate.memory.used.Load(); used > smallReads+64<<10 {
+		if used := w.f.gate.Memory.Used.Load(); used > tcpmem.SmallReads+64<<10 {
 			t.Fatalf("%d bytes of memory are held", used)
 		}
 		h := w.recvTCP(r.src.Port(), header.TCPFlagAck)
@@ -494,9 +500,9 @@ func TestAReassembledSegmentTakesItsSize(t *testing.T) {
 	p.id = 77
 	h := header.TCP(p.l4)
 	h.SetChecksum(0)
-	h.SetChecksum(^checksum.Checksum(p.l4, pseudoSum(p.src, p.dst, protoTCP, len(p.l4))))
+	h.SetChecksum(^checksum.Checksum(p.l4, packet.PseudoSum(p.src, p.dst, packet.ProtoTCP, len(p.l4))))
 	w.sendFragments(p, 8)
-	eventually(t, "the segment is held", func() bool { return receiveMemUsed(ep) > 4000 })
+	eventually(t, "the segment is held", func() bool { return netstack.ReceiveMemUsed(ep) > 4000 })
 	if w.f.Stats()["memory_compacted_packets"] == 0 {
 		t.Error("the segment was queued as it came")
 	}

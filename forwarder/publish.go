@@ -17,20 +17,24 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/ingress"
 )
 
 // publisher is the published ports of one forwarder.
 type publisher struct {
-	onTCP  *ingressTCP
-	onUDP  *datagrams
+	onTCP  *ingress.Ports
+	onUDP  *datagram.Forwarder
 	mu     sync.Mutex
-	tcp    []*tcpListener
-	udp    []Listener
+	tcp    []*ingress.Port
+	udp    []hostsock.Listener
 	closed bool
 }
 
 // Publish starts to serve l.
-func (f *Forwarder) Publish(l Listener) error {
+func (f *Forwarder) Publish(l hostsock.Listener) error {
 	p := &f.publish
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -38,9 +42,9 @@ func (f *Forwarder) Publish(l Listener) error {
 	case p.closed:
 		return errors.New("publishing a port: the forwarder has stopped")
 	case p.find(l.Proto, l.Host) != nil:
-		return fmt.Errorf("publishing %s: %w", l.Host, ErrPublished)
+		return fmt.Errorf("publishing %s: %w", l.Host, hostsock.ErrPublished)
 	case l.Proto == unix.IPPROTO_UDP:
-		if err := p.onUDP.publish(l); err != nil {
+		if err := p.onUDP.Publish(l); err != nil {
 			return fmt.Errorf("publishing %s/udp: %w", l.Host, err)
 		}
 		p.udp = append(p.udp, l)
@@ -48,7 +52,7 @@ func (f *Forwarder) Publish(l Listener) error {
 	case l.Proto != unix.IPPROTO_TCP:
 		return fmt.Errorf("publishing %s: protocol %d has no ports", l.Host, l.Proto)
 	}
-	t, err := p.onTCP.listen(l)
+	t, err := p.onTCP.Listen(l)
 	if err != nil {
 		return err
 	}
@@ -63,25 +67,25 @@ func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if proto == unix.IPPROTO_UDP {
-		i := slices.IndexFunc(p.udp, func(l Listener) bool { return l.Host == host })
+		i := slices.IndexFunc(p.udp, func(l hostsock.Listener) bool { return l.Host == host })
 		if i < 0 {
 			return false
 		}
-		p.onUDP.unpublish(p.udp[i])
+		p.onUDP.Unpublish(p.udp[i])
 		p.udp = slices.Delete(p.udp, i, i+1)
 		return true
 	}
-	i := slices.IndexFunc(p.tcp, func(t *tcpListener) bool { return t.Host == host })
+	i := slices.IndexFunc(p.tcp, func(t *ingress.Port) bool { return t.Host == host })
 	if i < 0 {
 		return false
 	}
-	p.tcp[i].close()
+	p.tcp[i].Close()
 	p.tcp = slices.Delete(p.tcp, i, i+1)
 	return true
 }
 
 // Published lists what is served.
-func (f *Forwarder) Published() []Listener {
+func (f *Forwarder) Published() []hostsock.Listener {
 	p := &f.publish
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -93,7 +97,7 @@ func (f *Forwarder) Published() []Listener {
 }
 
 // find is called with mu held.
-func (p *publisher) find(proto uint8, host netip.AddrPort) *Listener {
+func (p *publisher) find(proto uint8, host netip.AddrPort) *hostsock.Listener {
 	for i := range p.tcp {
 		if l := &p.tcp[i].Listener; l.Proto == proto && l.Host == host {
 			return l
@@ -113,7 +117,7 @@ func (p *publisher) retry() (starved bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, t := range p.tcp {
-		starved = t.retry() || starved
+		starved = t.Retry() || starved
 	}
 	return starved
 }
@@ -123,10 +127,10 @@ func (p *publisher) close() {
 	defer p.mu.Unlock()
 	p.closed = true
 	for _, t := range p.tcp {
-		t.close()
+		t.Close()
 	}
 	for _, l := range p.udp {
-		p.onUDP.unpublish(l)
+		p.onUDP.Unpublish(l)
 	}
 	p.tcp, p.udp = nil, nil
 }

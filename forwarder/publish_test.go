@@ -15,13 +15,16 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/onlink"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // serveInside listens in the guest and serves each connection with handle.
 func (g *guest) serveInside(port uint16, handle func(*gonet.TCPConn)) {
 	g.t.Helper()
-	l, err := gonet.ListenTCP(g.stack, full(netip.AddrPortFrom(guest4, port)), netProto(guest4))
+	l, err := gonet.ListenTCP(g.stack, full(netip.AddrPortFrom(guest4, port)), packet.NetProto(guest4))
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -40,11 +43,11 @@ func (g *guest) serveInside(port uint16, handle func(*gonet.TCPConn)) {
 // publishTCP publishes guest port on an address of the host and returns where.
 func (g *guest) publishTCP(host string, port uint16) netip.AddrPort {
 	g.t.Helper()
-	return g.publishListener(host, Listener{Guest: at(guest4, port)})
+	return g.publishListener(host, hostsock.Listener{Guest: at(guest4, port)})
 }
 
 // publishListener publishes what leads where p says on an address of the host.
-func (g *guest) publishListener(host string, p Listener) netip.AddrPort {
+func (g *guest) publishListener(host string, p hostsock.Listener) netip.AddrPort {
 	g.t.Helper()
 	l, err := net.Listen("tcp", host)
 	if err != nil {
@@ -155,7 +158,7 @@ func wantReset(t *testing.T, to netip.AddrPort) {
 func TestPublishAndUnpublish(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	at := g.publishTCP("127.0.0.1:0", 80)
-	if err := g.f.Publish(Listener{Proto: unix.IPPROTO_TCP, FD: -1, Host: at}); !errors.Is(err, ErrPublished) {
+	if err := g.f.Publish(hostsock.Listener{Proto: unix.IPPROTO_TCP, FD: -1, Host: at}); !errors.Is(err, hostsock.ErrPublished) {
 		t.Errorf("publishing it twice: %v", err)
 	}
 	if l := g.f.Published(); len(l) != 1 || l[0].Host != at {
@@ -347,7 +350,7 @@ func TestSourcePortsAreOfTheClientsKindAndDiffer(t *testing.T) {
 			return 2
 		}
 		seen := map[uint16]bool{}
-		for p := range sourcePorts(port) {
+		for p := range onlink.SourcePorts(port) {
 			if len(seen) == 0 && port != 0 && p != port {
 				t.Errorf("the first port for %d is %d", port, p)
 			}
@@ -356,7 +359,7 @@ func TestSourcePortsAreOfTheClientsKindAndDiffer(t *testing.T) {
 			}
 			seen[p] = true
 		}
-		if len(seen) < sourceTries-1 {
+		if len(seen) < onlink.SourceTries-1 {
 			t.Errorf("%d ports for %d", len(seen), port)
 		}
 	}
@@ -404,13 +407,13 @@ func TestClientFindsTheServerOfTheOtherFamily(t *testing.T) {
 				port = l.Addr().(*net.TCPAddr).AddrPort().Port()
 				serve(l)
 			} else {
-				l, err := gonet.ListenTCP(g.stack, full(at(c.onLink, port)), netProto(c.onLink))
+				l, err := gonet.ListenTCP(g.stack, full(at(c.onLink, port)), packet.NetProto(c.onLink))
 				if err != nil {
 					t.Fatal(err)
 				}
 				serve(l)
 			}
-			p := Listener{Guest: at(guest4, port), Other: at(guest6, port)}
+			p := hostsock.Listener{Guest: at(guest4, port), Other: at(guest6, port)}
 			if c.host[0] == '[' {
 				p.Guest, p.Other = p.Other, p.Guest
 			}
@@ -435,7 +438,7 @@ func TestClientFindsTheServerOfTheOtherFamily(t *testing.T) {
 func TestPublishedPortIsResetAtOnceWhereNeitherFamilyIsServed(t *testing.T) {
 	for _, sockets := range []GuestSockets{nil, &hostsOwn{}} {
 		g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = sockets })
-		wantReset(t, g.publishListener("127.0.0.1:0", Listener{Guest: at(guest4, 1), Other: at(guest6, 1)}))
+		wantReset(t, g.publishListener("127.0.0.1:0", hostsock.Listener{Guest: at(guest4, 1), Other: at(guest6, 1)}))
 		eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
 	}
 }

@@ -4,6 +4,8 @@ import (
 	"testing"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
 func packed(t *testing.T, m dnsmessage.Message) []byte {
@@ -51,11 +53,11 @@ func TestPort53IsJudgedByWhatItIs(t *testing.T) {
 		{"WireGuard", wireguard, false, false},
 		{"QUIC", append([]byte{0xc3, 0, 0, 0, 1, 8}, make([]byte, 1194)...), false, false},
 	} {
-		if q, a := isQuery(row.b), isAnswer(row.b); q != row.query || a != row.answer {
+		if q, a := packet.IsQuery(row.b), packet.IsAnswer(row.b); q != row.query || a != row.answer {
 			t.Errorf("%s: a question: %v, an answer: %v", row.name, q, a)
 		}
 	}
-	if n := testing.AllocsPerRun(100, func() { isQuery(query) }); n != 0 && !raceEnabled {
+	if n := testing.AllocsPerRun(100, func() { packet.IsQuery(query) }); n != 0 && !raceEnabled {
 		t.Errorf("%v allocations for each datagram", n)
 	}
 }

@@ -15,7 +15,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/policy"
 )
 
 // quicGoEcho connects as an ordinary quic-go client does, and has a few bytes echoed.
@@ -105,7 +107,7 @@ func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 			if len(flows) != 1 || !slices.Contains(flows[0].Names, "a.example") || !slices.Contains(flows[0].Names, "www.a.example") {
 				t.Fatalf("flows %+v, want one of both names", flows)
 			}
-			if about := flows[0].About.(About); about.Seen.Name != "www.a.example" {
+			if about := flows[0].About.(admit.About); about.Seen.Name != "www.a.example" {
 				t.Errorf("the flow is said to say %q", about.Seen.Name)
 			}
 			g.f.SetRules(compile(t, strings.Replace(byName, `to: [{domain: a.example}, {domain: "*.a.example"}]`, row.rule, 1)))
@@ -194,7 +196,7 @@ func TestQUICWaitsForItsHello(t *testing.T) {
 	third := craftID()
 	half := initial(third, 0, craftCrypto(0, one))
 	send(half)
-	for i := range maxHeldPackets {
+	for i := range datagram.MaxHeldPackets {
 		send(initial(third, uint32(i+1), []byte{1}))
 	}
 	done := initial(third, 40, craftCrypto(len(one), two))
@@ -211,8 +213,8 @@ func TestQUICConnectionsAreBounded(t *testing.T) {
 	names := policy.NewNames(policy.NamesConfig{})
 	must(t, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, clock.now()))
 	w := newWire(t, byName, func(c *Config) { c.Names, c.Now = names, clock.now })
-	g := newQUICGate(w.f.gate, &w.f.stats, &w.f.timer)
-	s := &script{t: t, gate: g, flow: new(dgramFlow), bench: &bench{}}
+	g := datagram.NewQUICGate(w.f.gate, &w.f.stats, &w.f.timer)
+	s := &script{t: t, gate: g, flow: new(datagram.Flow), bench: &bench{}}
 	hello, evil := craftHello(t, "a.example"), craftHello(t, "b.example")
 	try := func(id []byte, number uint32, hello []byte) bool {
 		s.datagram = crafted{id: id, number: number, frames: craftCrypto(0, hello), size: 1200}.seal()
@@ -224,7 +226,7 @@ func TestQUICConnectionsAreBounded(t *testing.T) {
 		t.Fatal("a refused name passed")
 	}
 	first := craftID()
-	for i := range maxTupleConns - 1 {
+	for i := range datagram.MaxTupleConns - 1 {
 		id := first
 		if i > 0 {
 			id = craftID()
@@ -242,21 +244,21 @@ func TestQUICConnectionsAreBounded(t *testing.T) {
 	if try(first, 1, evil) || try(first, 2, hello) {
 		t.Error("the first connection said another name and passed")
 	}
-	clock.advance(quicQuiet)
+	clock.advance(datagram.QUICQuiet)
 	if !try(craftID(), 0, hello) {
 		t.Error("connections that are quiet for long made no room")
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
+	g.Mu.Lock()
+	defer g.Mu.Unlock()
 	qt := s.tuples[0]
-	if len(qt.conns) != 1 || g.conns != 1 || len(qt.ids) != 1 || len(g.owners) != 1 || g.bytes != len(hello) {
-		t.Errorf("%d connections, %d in all, %d and %d IDs, %d bytes", len(qt.conns), g.conns, len(qt.ids), len(g.owners), g.bytes)
+	if len(qt.Conns) != 1 || g.Conns != 1 || len(qt.Ids) != 1 || len(g.Owners) != 1 || g.Bytes != len(hello) {
+		t.Errorf("%d connections, %d in all, %d and %d IDs, %d bytes", len(qt.Conns), g.Conns, len(qt.Ids), len(g.Owners), g.Bytes)
 	}
-	qt.flow = nil
-	g.rest(qt)
-	clock.advance(quicLinger + time.Second)
-	g.sweep(clock.now())
-	if len(g.tuples) != 0 || g.conns != 0 || g.bytes != 0 || len(g.owners) != 0 || g.idle.Len() != 0 {
-		t.Errorf("%d tuples, %d connections, %d bytes, %d IDs, %d at rest after the time was over", len(g.tuples), g.conns, g.bytes, len(g.owners), g.idle.Len())
+	qt.Flow = nil
+	g.Rest(qt)
+	clock.advance(datagram.QUICLinger + time.Second)
+	g.Sweep(clock.now())
+	if len(g.Tuples) != 0 || g.Conns != 0 || g.Bytes != 0 || len(g.Owners) != 0 || g.Idle.Len() != 0 {
+		t.Errorf("%d tuples, %d connections, %d bytes, %d IDs, %d at rest after the time was over", len(g.Tuples), g.Conns, g.Bytes, len(g.Owners), g.Idle.Len())
 	}
 }

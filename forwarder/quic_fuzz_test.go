@@ -21,8 +21,10 @@ import (
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 const probeName = "probe.a.example"
@@ -58,10 +60,14 @@ func (c *pipeConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	return len(b), nil
 }
 
-func (c *pipeConn) Close() error                     { c.once.Do(func() { close(c.closed) }); return nil }
-func (c *pipeConn) LocalAddr() net.Addr              { return net.UDPAddrFromAddrPort(at(addrA, 443)) }
-func (c *pipeConn) SetDeadline(time.Time) error      { return nil }
-func (c *pipeConn) SetReadDeadline(time.Time) error  { return nil }
+func (c *pipeConn) Close() error { c.once.Do(func() { close(c.closed) }); return nil }
+
+func (c *pipeConn) LocalAddr() net.Addr { return net.UDPAddrFromAddrPort(at(addrA, 443)) }
+
+func (c *pipeConn) SetDeadline(time.Time) error { return nil }
+
+func (c *pipeConn) SetReadDeadline(time.Time) error { return nil }
+
 func (c *pipeConn) SetWriteDeadline(time.Time) error { return nil }
 
 // bench is the servers, with what they heard and which connection IDs they chose.
@@ -148,11 +154,11 @@ type script struct {
 	t      testing.TB
 	b      []byte
 	bench  *bench
-	gate   *quicGate
+	gate   *datagram.QUICGate
 	hellos [][]byte
 	nonce  uint64
-	tuples [2]*quicTuple
-	flow   *dgramFlow
+	tuples [2]*datagram.QUICTuple
+	flow   *datagram.Flow
 
 	datagram, frames []byte
 	log              []string
@@ -230,23 +236,23 @@ func (s *script) send(port int, lost bool) {
 	g := s.gate
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(bytes.Clone(p))})
 	defer pkt.DecRef()
-	g.mu.Lock()
-	tuple := nat.NewTuple(protoUDP, at(guest4, uint16(port)), at(addrA, 443))
-	qt := g.tupleOf(tuple, policy.Query{Proto: protoUDP, Src: tuple.Src(), Dst: tuple.Dst()})
-	r := qt.read(pkt, arrival{})
-	if r.passes {
-		qt.flow = s.flow
+	g.Mu.Lock()
+	tuple := nat.NewTuple(packet.ProtoUDP, at(guest4, uint16(port)), at(addrA, 443))
+	qt := g.TupleOf(tuple, policy.Query{Proto: packet.ProtoUDP, Src: tuple.Src(), Dst: tuple.Dst()})
+	r := qt.Read(pkt, packet.Arrival{})
+	if r.Passes {
+		qt.Flow = s.flow
 	}
-	g.mu.Unlock()
+	g.Mu.Unlock()
 	s.bench.mu.Lock()
 	s.tuples[port] = qt
 	s.bench.mu.Unlock()
-	s.log = append(s.log, fmt.Sprintf("port %d, %d bytes, lost %v: passes %v, held %v, by %q", port, len(p), lost, r.passes, r.held, r.said.query.Seen.Name))
-	for _, before := range r.before {
-		s.bench.deliver(before.pkt.Data().AsRange().ToSlice(), port)
+	s.log = append(s.log, fmt.Sprintf("port %d, %d bytes, lost %v: passes %v, held %v, by %q", port, len(p), lost, r.Passes, r.Held, r.Said.Query.Seen.Name))
+	for _, before := range r.Before {
+		s.bench.deliver(before.Pkt.Data().AsRange().ToSlice(), port)
 	}
-	dropHeld(r.before)
-	if r.passes && !lost {
+	datagram.DropHeld(r.Before)
+	if r.Passes && !lost {
 		s.bench.deliver(p, port)
 	}
 }
@@ -257,7 +263,7 @@ func (s *script) learned(port int, p []byte) {
 	if port > 1 || s.tuples[port] == nil {
 		return
 	}
-	s.tuples[port].answered(p, 0)
+	s.tuples[port].Answered(p, 0)
 	if len(p) > 6 && p[0]&0x80 != 0 {
 		own, id := p[6:6+p[5]], p[6+p[5]:]
 		s.bench.chosen[string(own)] = bytes.Clone(id[1 : 1+id[0]])
@@ -294,13 +300,13 @@ func FuzzQUICNames(f *testing.F) {
 			}
 			servers = newBench(t)
 		}
-		s := &script{t: t, b: b, bench: servers, gate: newQUICGate(w.f.gate, &w.f.stats, &w.f.timer), hellos: hellos, nonce: uint64(time.Now().UnixNano())<<8 + nonce, flow: new(dgramFlow)}
+		s := &script{t: t, b: b, bench: servers, gate: datagram.NewQUICGate(w.f.gate, &w.f.stats, &w.f.timer), hellos: hellos, nonce: uint64(time.Now().UnixNano())<<8 + nonce, flow: new(datagram.Flow)}
 		servers.mu.Lock()
 		servers.learn, servers.chosen = s.learned, make(map[string][]byte)
 		servers.mu.Unlock()
 		s.run()
 		servers.settle(probe)
-		s.gate.close()
+		s.gate.Close()
 		servers.mu.Lock()
 		defer servers.mu.Unlock()
 		heard := servers.heard

@@ -13,8 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 // told is what is told of a forwarder's flows: why those of the table ended, and why others were
@@ -23,7 +26,7 @@ type told struct {
 	ended <-chan nat.Event
 
 	mu      sync.Mutex
-	refused []Refusal
+	refused []admit.Refusal
 }
 
 // hears has the guest's flows told; refusals come by way of Config.Refused.
@@ -33,7 +36,7 @@ func (o *told) hears(t *testing.T, g *guest) {
 	t.Cleanup(cancel)
 }
 
-func (o *told) refusal(r Refusal) {
+func (o *told) refusal(r admit.Refusal) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.refused = append(o.refused, r)
@@ -86,10 +89,10 @@ func (o *told) wantNoRefusal(t *testing.T) {
 
 // vanish has the guest fall silent, once its only flow has come as far as ok says. We wait only
 // for one probe of it.
-func (g *guest) vanish(ok func(*tcpFlow) bool) {
+func (g *guest) vanish(ok func(*tcpflow.Flow) bool) {
 	g.t.Helper()
 	fl := g.onlyFlow("it has come so far", ok)
-	if terr := fl.ep.SetSockOptInt(tcpip.KeepaliveCountOption, 1); terr != nil {
+	if terr := fl.Ep.SetSockOptInt(tcpip.KeepaliveCountOption, 1); terr != nil {
 		g.t.Fatal(terr)
 	}
 	if err := g.stack.DisableNIC(1); err != nil {
@@ -97,8 +100,9 @@ func (g *guest) vanish(ok func(*tcpFlow) bool) {
 	}
 }
 
-func isLive(fl *tcpFlow) bool { return fl.phase == phaseOpen }
-func waits(fl *tcpFlow) bool  { return fl.phase == phaseVerifying }
+func isLive(fl *tcpflow.Flow) bool { return fl.Phase == tcpflow.PhaseOpen }
+
+func waits(fl *tcpflow.Flow) bool { return fl.Phase == tcpflow.PhaseVerifying }
 
 func readAll(c net.Conn) { _, _ = io.Copy(io.Discard, c) }
 
@@ -150,7 +154,7 @@ func TestWhyAConnectionEnded(t *testing.T) {
 			var o told
 			g := newGuest(t, allowAll, func(c *Config) {
 				c.Refused = o.refusal
-				c.Keepalive = Keepalive{Time: time.Second, Interval: time.Second, Probes: 1}
+				c.Keepalive = hostsock.Keepalive{Time: time.Second, Interval: time.Second, Probes: 1}
 			})
 			o.hears(t, g)
 			row.do(t, g)
@@ -166,7 +170,7 @@ func TestAFarSideThatIsSilentHasNotReset(t *testing.T) {
 		return
 	}
 	var o told
-	g := newGuest(t, allowAll, func(c *Config) { c.Keepalive = Keepalive{Time: time.Second, Interval: time.Second, Probes: 1} })
+	g := newGuest(t, allowAll, func(c *Config) { c.Keepalive = hostsock.Keepalive{Time: time.Second, Interval: time.Second, Probes: 1} })
 	o.hears(t, g)
 	roundTrip(t, g.mustDial(serveEcho(t, addrA.String()+":0").at))
 	ip(t, "link", "set", "lo", "down")
@@ -240,7 +244,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 			var o told
 			g := newNamed(t, byName, func(c *Config) {
 				c.Refused = o.refusal
-				c.Keepalive = Keepalive{Time: time.Second, Interval: time.Second, Probes: 1}
+				c.Keepalive = hostsock.Keepalive{Time: time.Second, Interval: time.Second, Probes: 1}
 			})
 			o.hears(t, g)
 			row.do(t, g, serveEcho(t, addrA.String()+":0").at)
@@ -250,7 +254,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 				return
 			}
 			o.wantNoRefusal(t)
-			if v := fl.About.(About).Verdict; v.Allowed() || v.Verify() == policy.VerifyNone {
+			if v := fl.About.(admit.About).Verdict; v.Allowed() || v.Verify() == policy.VerifyNone {
 				t.Errorf("its verdict is %v, want none yet", v)
 			}
 		})
@@ -313,8 +317,8 @@ func TestALimitIsToldAndATupleInUseIsNone(t *testing.T) {
 	}
 
 	var inUse told
-	a := &admission{admissionParts: admissionParts{refused: inUse.refusal}}
-	a.noteLimit(g.f.tcp.limited, judged{query: policy.Query{Proto: unix.IPPROTO_TCP}}, nat.ErrExists)
+	a := &admit.Gate{Config: admit.Config{Refused: inUse.refusal}}
+	a.NoteLimit(g.f.tcp.Limited, admit.Judged{Query: policy.Query{Proto: unix.IPPROTO_TCP}}, nat.ErrExists)
 	inUse.wantRefused(t, "", nat.ErrExists, false)
 	if n := g.f.Stats()["tcp_refused_by_limit"]; n != 1 {
 		t.Errorf("tcp_refused_by_limit is %d, want 1: a tuple that is in use is no limit", n)

@@ -9,6 +9,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/forwarder/internal/admit"
 )
 
 // limitedPort has a rule with limits for one port of the host's loopback, and one without
@@ -121,7 +123,7 @@ func TestARulesBandwidthIsItsOwn(t *testing.T) {
 			eventually(t, "the free flow has moved 8 MB", func() bool { return fast() > 8<<20 })
 			eventually(t, "the limited one has moved 300 kB", func() bool { return slow() > 300<<10 })
 			// The bucket's fill, and then the rate, with its acknowledgements.
-			if most := int64(float64(time.Since(start).Seconds())*1.2e6) + 2*bucketMin; slow() > most {
+			if most := int64(float64(time.Since(start).Seconds())*1.2e6) + 2*admit.BucketMin; slow() > most {
 				t.Errorf("the limited flow moved %d bytes in %v, want at most %d", slow(), time.Since(start), most)
 			}
 		})

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
+
+	"sluice.dev/sluice/forwarder/internal/engine"
 )
 
 // queuedLink has two queues, and notes what it is told of them.
@@ -23,9 +25,12 @@ type queuedLink struct {
 }
 
 func (l *queuedLink) Queues() (attached, all int) { return l.attached, 2 }
-func (l *queuedLink) Spread() error               { return l.note("spread") }
-func (l *queuedLink) Narrow()                     { _ = l.note("narrow") }
-func (l *queuedLink) Gather() error               { return l.note("gather") }
+
+func (l *queuedLink) Spread() error { return l.note("spread") }
+
+func (l *queuedLink) Narrow() { _ = l.note("narrow") }
+
+func (l *queuedLink) Gather() error { return l.note("gather") }
 
 func (l *queuedLink) Received() uint64 {
 	l.mu.Lock()
@@ -63,12 +68,12 @@ func (l *queuedLink) setBusy(busy bool) {
 }
 
 func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
-	defer func(c, f, w time.Duration) { calmAfter, quietFor, quietWithin = c, f, w }(calmAfter, quietFor, quietWithin)
-	calmAfter, quietFor = 20*time.Millisecond, 2*time.Millisecond
+	defer func(c, f, w time.Duration) { engine.CalmAfter, engine.QuietFor, engine.QuietWithin = c, f, w }(engine.CalmAfter, engine.QuietFor, engine.QuietWithin)
+	engine.CalmAfter, engine.QuietFor = 20*time.Millisecond, 2*time.Millisecond
 	crowd := func(w *wire) {
-		w.f.engine.crowdAt.Store(int64(time.Since(w.f.engine.start)))
-		if !w.f.engine.spread.Load() {
-			signal(w.f.engine.crowded)
+		w.f.engine.CrowdAt.Store(int64(time.Since(w.f.engine.Start)))
+		if !w.f.engine.Spread.Load() {
+			engine.Signal(w.f.engine.Crowded)
 		}
 	}
 	all := []string{"spread", "narrow", "gather"}
@@ -85,14 +90,14 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"no pause, then one", 1, true, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
-			enough := l.looked() + 3*int(calmAfter/quietFor)
+			enough := l.looked() + 3*int(engine.CalmAfter/engine.QuietFor)
 			eventually(t, "it was looked at for long", func() bool { return l.looked() > enough })
 			if got := l.heard(); !slices.Equal(got, all[:2]) {
 				t.Errorf("while frames came it was told %v", got)
 			}
 			l.setBusy(false)
 		}, all},
-		{"no pause at all", 1, true, 3 * calmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"no pause at all", 1, true, 3 * engine.CalmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
 		{"a crowd that comes back", 1, false, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
@@ -102,7 +107,7 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"a kernel that refuses", 1, false, time.Hour, errors.New("refused"), func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all[:1]},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			quietWithin = row.patience
+			engine.QuietWithin = row.patience
 			l := &queuedLink{attached: row.attached, busy: row.busy, fail: row.fail}
 			w := newWire(t, allowAll, func(c *Config) {
 				l.Endpoint = c.Link.(*channel.Endpoint)
@@ -110,7 +115,7 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 			})
 			row.do(t, w, l)
 			eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })
-			eventually(t, "the engine knows", func() bool { return !w.f.engine.spread.Load() })
+			eventually(t, "the engine knows", func() bool { return !w.f.engine.Spread.Load() })
 			if got := l.heard(); !slices.Equal(got, row.want) {
 				t.Errorf("it was told %v, want %v", got, row.want)
 			}

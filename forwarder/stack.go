@@ -17,20 +17,14 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
-)
 
-const nicID tcpip.NICID = 1
-
-// Buffers of one TCP flow inside the stack. The send buffer starts at tcpBufferDefault and may
-// grow to tcpBufferMax; the receive buffer starts at receiveStart (memory_flow.go).
-const (
-	tcpBufferMin     = 4 << 10
-	tcpBufferDefault = 1 << 20
-	tcpBufferMax     = mostBuffered
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/forwarder/internal/tcpmem"
 )
 
 // newStack makes a stack whose segments for endpoints go through queue.
-func newStack(queue *tcpQueue) (*stack.Stack, error) {
+func newStack(queue *tcpflow.Queue) (*stack.Stack, error) {
 	s := stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{
 			arp.NewProtocol,
@@ -40,17 +34,17 @@ func newStack(queue *tcpQueue) (*stack.Stack, error) {
 			ipv6.NewProtocolWithOptions(ipv6.Options{}),
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			newTCPProtocol(queue), udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+			tcpflow.NewProtocol(queue), udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	cubic := tcpip.CongestionControlOption("reno")
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpBufferMin, Default: receiveStart, Max: tcpBufferMax}
-	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpBufferMin, Default: tcpBufferDefault, Max: tcpBufferMax}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpmem.BufferMin, Default: tcpmem.ReceiveStart, Max: tcpmem.BufferMax}
+	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpmem.BufferMin, Default: tcpmem.BufferDefault, Max: tcpmem.BufferMax}
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	// The forwarder takes an endpoint out of the demultiplexer as soon as it
-	// reaches TIME_WAIT (tcp.go), so the state need not hold memory either.
-	timeWait := tcpip.TCPTimeWaitTimeoutOption(stackTimeWait)
+	// reaches TIME_WAIT (tcpflow/handshake.go), so the state need not hold memory either.
+	timeWait := tcpip.TCPTimeWaitTimeoutOption(tcpflow.StackTimeWait)
 	// The link loses nothing, but turns packets around when another thread goes on with
 	// a flow: the sandbox's kernel queues them by processor. RACK, whose window for that is a
 	// quarter of a round trip of some µs, takes it for loss hundreds of times a second, and now
@@ -73,13 +67,13 @@ func attachLink(s *stack.Stack, l stack.LinkEndpoint, cfg *Config, linkLocal net
 	}); ok {
 		opts.QDisc = q.QDisc() // the stack's own allocates for each packet
 	}
-	if err := s.CreateNICWithOptions(nicID, l, opts); err != nil {
+	if err := s.CreateNICWithOptions(packet.NICID, l, opts); err != nil {
 		return fmt.Errorf("attaching the link to the stack: %s", err)
 	}
-	if err := s.SetPromiscuousMode(nicID, true); err != nil {
+	if err := s.SetPromiscuousMode(packet.NICID, true); err != nil {
 		return fmt.Errorf("accepting every destination: %s", err)
 	}
-	if err := s.SetSpoofing(nicID, true); err != nil {
+	if err := s.SetSpoofing(packet.NICID, true); err != nil {
 		return fmt.Errorf("allowing every source: %s", err)
 	}
 	own := append(append([]netip.Addr{}, cfg.Gateway...), cfg.DNS...)
@@ -90,21 +84,14 @@ func attachLink(s *stack.Stack, l stack.LinkEndpoint, cfg *Config, linkLocal net
 			continue
 		}
 		seen[a] = true
-		pa := tcpip.ProtocolAddress{Protocol: netProto(a), AddressWithPrefix: tcpipAddr(a).WithPrefix()}
-		if err := s.AddProtocolAddress(nicID, pa, stack.AddressProperties{}); err != nil {
+		pa := tcpip.ProtocolAddress{Protocol: packet.NetProto(a), AddressWithPrefix: packet.StackAddr(a).WithPrefix()}
+		if err := s.AddProtocolAddress(packet.NICID, pa, stack.AddressProperties{}); err != nil {
 			return fmt.Errorf("giving the stack the address %s: %s", a, err)
 		}
 	}
 	s.SetRouteTable([]tcpip.Route{
-		{Destination: header.IPv4EmptySubnet, NIC: nicID},
-		{Destination: header.IPv6EmptySubnet, NIC: nicID},
+		{Destination: header.IPv4EmptySubnet, NIC: packet.NICID},
+		{Destination: header.IPv6EmptySubnet, NIC: packet.NICID},
 	})
 	return nil
-}
-
-func netProto(a netip.Addr) tcpip.NetworkProtocolNumber {
-	if a.Is4() {
-		return header.IPv4ProtocolNumber
-	}
-	return header.IPv6ProtocolNumber
 }

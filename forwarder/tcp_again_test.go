@@ -119,12 +119,12 @@ func TestTCPADialGoesOnForTheLatestSYN(t *testing.T) {
 		w := newWire(t, allowAll, nil)
 		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
-		fl := w.f.tcp.all()[0]
+		fl := w.f.tcp.All()[0]
 		w.send(segment(src, dst, header.TCPFlagSyn, 5000, 0))
 		eventually(t, "the flow has the later SYN", func() bool {
-			fl.mu.Lock()
-			defer fl.mu.Unlock()
-			return fl.irs == 5000 && header.TCP(fl.syn.TransportHeader().Slice()).SequenceNumber() == 5000
+			fl.Mu.Lock()
+			defer fl.Mu.Unlock()
+			return fl.Irs == 5000 && header.TCP(fl.Syn.TransportHeader().Slice()).SequenceNumber() == 5000
 		})
 		if n := w.table.Len(); n != 1 {
 			t.Errorf("%d flows", n)

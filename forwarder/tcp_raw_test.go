@@ -9,21 +9,26 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
 )
 
 // segment is a TCP segment without data.
-func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) packet {
+func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) ipPacket {
 	l4 := make([]byte, header.TCPMinimumSize)
 	h := header.TCP(l4)
 	h.Encode(&header.TCPFields{
 		SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack,
 		DataOffset: header.TCPMinimumSize, Flags: flags, WindowSize: 65535,
 	})
-	h.SetChecksum(^checksum.Checksum(l4, pseudoSum(src.Addr(), dst.Addr(), protoTCP, len(l4))))
-	return packet{src: src.Addr(), dst: dst.Addr(), proto: protoTCP, l4: l4}
+	h.SetChecksum(^checksum.Checksum(l4, packet.PseudoSum(src.Addr(), dst.Addr(), packet.ProtoTCP, len(l4))))
+	return ipPacket{src: src.Addr(), dst: dst.Addr(), proto: packet.ProtoTCP, l4: l4}
 }
 
-// tcpListener accepts and holds connections on the host's loopback.
+// Port accepts and holds connections on the host's loopback.
 func listenHost(t *testing.T) uint16 {
 	t.Helper()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -48,7 +53,7 @@ func (w *wire) recvTCP(port uint16, flags header.TCPFlags) header.TCP {
 	w.t.Helper()
 	for {
 		p := w.recv()
-		if p.proto != protoTCP {
+		if p.proto != packet.ProtoTCP {
 			continue
 		}
 		if h := header.TCP(p.l4); h.DestinationPort() == port && h.Flags()&flags != 0 {
@@ -71,20 +76,20 @@ func TestTCPHandshakesThatAreResetHoldNothing(t *testing.T) {
 	if h := w.recvTCP(50000, header.TCPFlagSyn); !h.Flags().Contains(header.TCPFlagAck) {
 		t.Fatalf("the next SYN was answered with %v", h.Flags())
 	}
-	eventually(t, "only the last flow is left", func() bool { return w.f.gate.table.Len() == 1 })
+	eventually(t, "only the last flow is left", func() bool { return w.f.gate.Table.Len() == 1 })
 }
 
 func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	dst := netip.AddrPortFrom(gateway4, listenHost(t))
 	const extra = 50
-	for i := range maxHandshakes + extra {
+	for i := range tcpflow.MaxHandshakes + extra {
 		src := netip.AddrPortFrom(guest4, uint16(10000+i))
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 		w.recvTCP(src.Port(), header.TCPFlagSyn)
 	}
 	eventually(t, "the oldest are evicted", func() bool {
-		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.gate.table.Len() == maxHandshakes
+		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.gate.Table.Len() == tcpflow.MaxHandshakes
 	})
 }
 
@@ -94,9 +99,9 @@ func TestTCPHandshakeTimesOut(t *testing.T) {
 	src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(gateway4, listenHost(t))
 	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
-	clock.advance(handshakeTimeout + time.Second)
+	clock.advance(tcpflow.HandshakeTimeout + time.Second)
 	eventually(t, "the half-open flow is gone", func() bool {
-		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.gate.table.Len() == 0
+		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.gate.Table.Len() == 0
 	})
 }
 
@@ -108,10 +113,10 @@ func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
 		// Nobody answers for this address: the dial hangs until somebody gives up.
 		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
-		eventually(t, "the dial has begun", func() bool { return w.f.dialer.sockets.Load() == 1 })
+		eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
 		w.send(segment(src, dst, header.TCPFlagRst, 1001, 0))
 		eventually(t, "the dial is cancelled", func() bool {
-			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.sockets.Load() == 0 && w.f.gate.table.Len() == 0
+			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.Sockets.Load() == 0 && w.f.gate.Table.Len() == 0
 		})
 	})
 }
@@ -124,17 +129,17 @@ func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
 		w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
 		syn := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80), header.TCPFlagSyn, 1000, 0)
 		w.send(syn)
-		eventually(t, "the dial has begun", func() bool { return w.f.dialer.sockets.Load() == 1 })
+		eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
 		for _, gap := range []time.Duration{1, 2, 4, 8} { // as a patient sender repeats it
 			clock.advance(gap * time.Second)
 			w.send(syn)
-			if w.f.tcp.expireDials(clock.now()); w.f.dialer.sockets.Load() != 1 {
+			if w.f.tcp.ExpireDials(clock.now()); w.f.dialer.Sockets.Load() != 1 {
 				t.Fatalf("the dial ended %v s after its last SYN", gap)
 			}
 		}
-		clock.advance(15*time.Second + synSlack + time.Second)
+		clock.advance(15*time.Second + tcpflow.SynSlack + time.Second)
 		eventually(t, "the dial has ended", func() bool {
-			return w.f.dialer.sockets.Load() == 0 && w.f.gate.table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
+			return w.f.dialer.Sockets.Load() == 0 && w.f.gate.Table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
 		})
 	})
 }
@@ -145,7 +150,7 @@ func TestTCPWithAWrongChecksumOpensNothing(t *testing.T) {
 	p.l4[16] ^= 0xff
 	w.send(p)
 	w.silent("a SYN with a wrong checksum")
-	if n := w.f.gate.table.Len(); n != 0 {
+	if n := w.f.gate.Table.Len(); n != 0 {
 		t.Errorf("%d flows", n)
 	}
 }
@@ -167,7 +172,7 @@ func TestTCPOverATablesLimitIsDroppedAndCounted(t *testing.T) {
 	sa := w.recvTCP(first.Port(), header.TCPFlagSyn)
 	w.send(segment(first, dst, header.TCPFlagAck, 1001, sa.SequenceNumber()+1))
 	eventually(t, "the first flow is established", func() bool {
-		l := w.f.gate.table.List()
+		l := w.f.gate.Table.List()
 		return len(l) == 1 && l[0].State.String() == "ESTABLISHED"
 	})
 	w.send(segment(netip.AddrPortFrom(guest4, 10001), dst, header.TCPFlagSyn, 1000, 0))
@@ -176,29 +181,29 @@ func TestTCPOverATablesLimitIsDroppedAndCounted(t *testing.T) {
 
 func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 	other4, other6 := netip.MustParseAddr("10.0.2.101"), netip.MustParseAddr("fd00::101")
-	p := func(src, dst string, proto uint8) packet {
-		return packet{src: netip.MustParseAddr(src), dst: netip.MustParseAddr(dst), proto: proto, l4: make([]byte, 20)}
+	p := func(src, dst string, proto uint8) ipPacket {
+		return ipPacket{src: netip.MustParseAddr(src), dst: netip.MustParseAddr(dst), proto: proto, l4: make([]byte, 20)}
 	}
 	for _, row := range []struct {
 		what   string
-		p      packet
+		p      ipPacket
 		reason string
 	}{
-		{"a forged IPv4 source", p(other4.String(), "192.0.2.1", protoUDP), "drop_spoofed_source"},
-		{"a forged IPv6 source", p(other6.String(), "2001:db8::1", protoUDP), "drop_spoofed_source"},
-		{"the gateway's own address as source", p("10.0.2.2", "192.0.2.1", protoUDP), "drop_spoofed_source"},
-		{"loopback as source", p("127.0.0.1", "192.0.2.1", protoUDP), "drop_spoofed_source"},
-		{"a 4-in-6 source", p("::ffff:10.0.2.100", "2001:db8::1", protoUDP), "drop_spoofed_source"},
-		{"IPv4 multicast", p("10.0.2.100", "224.0.0.251", protoUDP), "drop_multicast"},
-		{"IPv6 multicast", p("fd00::100", "ff02::fb", protoUDP), "drop_multicast"},
-		{"the limited broadcast", p("10.0.2.100", "255.255.255.255", protoUDP), "drop_broadcast"},
-		{"the subnet's broadcast", p("10.0.2.100", "10.0.2.255", protoUDP), "drop_broadcast"},
-		{"the unspecified address", p("10.0.2.100", "0.0.0.0", protoUDP), "drop_martian_destination"},
-		{"the sandbox itself", p("10.0.2.100", "10.0.2.100", protoUDP), "drop_martian_destination"},
-		{"a 4-in-6 destination", p("fd00::100", "::ffff:192.0.2.1", protoUDP), "drop_martian_destination"},
-		{"a foreign link-local", p("fd00::100", "fe80::1234", protoUDP), "drop_martian_destination"},
-		{"IPv4 loopback", p("10.0.2.100", "127.1.2.3", protoUDP), "drop_martian_destination"},
-		{"IPv6 loopback", p("fd00::100", "::1", protoUDP), "drop_martian_destination"},
+		{"a forged IPv4 source", p(other4.String(), "192.0.2.1", packet.ProtoUDP), "drop_spoofed_source"},
+		{"a forged IPv6 source", p(other6.String(), "2001:db8::1", packet.ProtoUDP), "drop_spoofed_source"},
+		{"the gateway's own address as source", p("10.0.2.2", "192.0.2.1", packet.ProtoUDP), "drop_spoofed_source"},
+		{"loopback as source", p("127.0.0.1", "192.0.2.1", packet.ProtoUDP), "drop_spoofed_source"},
+		{"a 4-in-6 source", p("::ffff:10.0.2.100", "2001:db8::1", packet.ProtoUDP), "drop_spoofed_source"},
+		{"IPv4 multicast", p("10.0.2.100", "224.0.0.251", packet.ProtoUDP), "drop_multicast"},
+		{"IPv6 multicast", p("fd00::100", "ff02::fb", packet.ProtoUDP), "drop_multicast"},
+		{"the limited broadcast", p("10.0.2.100", "255.255.255.255", packet.ProtoUDP), "drop_broadcast"},
+		{"the subnet's broadcast", p("10.0.2.100", "10.0.2.255", packet.ProtoUDP), "drop_broadcast"},
+		{"the unspecified address", p("10.0.2.100", "0.0.0.0", packet.ProtoUDP), "drop_martian_destination"},
+		{"the sandbox itself", p("10.0.2.100", "10.0.2.100", packet.ProtoUDP), "drop_martian_destination"},
+		{"a 4-in-6 destination", p("fd00::100", "::ffff:192.0.2.1", packet.ProtoUDP), "drop_martian_destination"},
+		{"a foreign link-local", p("fd00::100", "fe80::1234", packet.ProtoUDP), "drop_martian_destination"},
+		{"IPv4 loopback", p("10.0.2.100", "127.1.2.3", packet.ProtoUDP), "drop_martian_destination"},
+		{"IPv6 loopback", p("fd00::100", "::1", packet.ProtoUDP), "drop_martian_destination"},
 		{"GRE over IPv4", p("10.0.2.100", "192.0.2.1", 47), "ip_protocol"},
 		{"GRE over IPv6", p("fd00::100", "2001:db8::1", 47), "ip_protocol"},
 		{"IPv6 source routing", p("fd00::100", "2001:db8::1", 43), "drop_source_route"},
@@ -209,7 +214,7 @@ func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
 			if n := w.f.Stats()[row.reason]; n != 1 {
 				t.Errorf("%s is %d, want 1; counters: %v", row.reason, n, w.counters())
 			}
-			if n := w.f.gate.table.Len(); n != 0 {
+			if n := w.f.gate.Table.Len(); n != 0 {
 				t.Errorf("%d flows", n)
 			}
 		})
@@ -240,30 +245,30 @@ func TestAGuestThatConfiguresItselfMayUseItsPrefix(t *testing.T) {
 
 func TestBandwidthIsHeldAndShared(t *testing.T) {
 	now := time.Unix(1000, 0)
-	var b bucket
-	b.setRate(1_000_000)
-	q := newRunQueue(func() {})
-	defer b.setRate(0)
-	var tk task
-	if got := b.take(10<<20, now, &tk, q); got != bucketMin {
-		t.Fatalf("a full bucket gave %d bytes, want its %d", got, bucketMin)
+	var b admit.Bucket
+	b.SetRate(1_000_000)
+	q := engine.NewRunQueue(func() {})
+	defer b.SetRate(0)
+	var tk engine.Task
+	if got := b.Take(10<<20, now, &tk, q); got != admit.BucketMin {
+		t.Fatalf("a full bucket gave %d bytes, want its %d", got, admit.BucketMin)
 	}
-	if got := b.take(1, now, &tk, q); got != 0 {
+	if got := b.Take(1, now, &tk, q); got != 0 {
 		t.Fatalf("an empty bucket gave %d bytes", got)
 	}
-	var second task
+	var second engine.Task
 	now = now.Add(100 * time.Millisecond)
-	if got := b.take(1<<20, now, &second, q); got != quantum {
-		t.Errorf("while another waits a flow got %d bytes, want a quantum of %d", got, quantum)
+	if got := b.Take(1<<20, now, &second, q); got != admit.Quantum {
+		t.Errorf("while another waits a flow got %d bytes, want a quantum of %d", got, admit.Quantum)
 	}
-	b.wake()
-	if q.next() != &tk {
+	b.Wake()
+	if q.Next() != &tk {
 		t.Error("the flow that waited was not queued")
 	}
 	total := 0
 	for range 1000 {
 		now = now.Add(10 * time.Millisecond)
-		n := b.take(1<<20, now, &tk, q)
+		n := b.Take(1<<20, now, &tk, q)
 		total += n
 	}
 	if total < 9_900_000 || total > 10_100_000 {
@@ -273,13 +278,13 @@ func TestBandwidthIsHeldAndShared(t *testing.T) {
 
 func TestGatherTrimsToExactlyWhatIsGranted(t *testing.T) {
 	for _, row := range []struct{ grant, pieces, last int }{{10, 1, 10}, {11, 2, 1}, {20, 2, 10}, {29, 3, 9}, {30, 3, 10}, {99, 3, 10}} {
-		var g gather
+		var g tcpflow.Gather
 		for range 3 {
 			_, _ = g.Write(make([]byte, 10))
 		}
-		g.trim(row.grant)
-		if g.n != row.pieces || int(g.iov[g.n-1].Len) != row.last || g.bytes != min(row.grant, 30) {
-			t.Errorf("trimmed to %d: %d pieces, the last of %d, %d bytes", row.grant, g.n, g.iov[g.n-1].Len, g.bytes)
+		g.Trim(row.grant)
+		if g.N != row.pieces || int(g.Iov[g.N-1].Len) != row.last || g.Bytes != min(row.grant, 30) {
+			t.Errorf("trimmed to %d: %d pieces, the last of %d, %d bytes", row.grant, g.N, g.Iov[g.N-1].Len, g.Bytes)
 		}
 	}
 }
@@ -297,24 +302,24 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	src, dst := netip.AddrPortFrom(guest6, 10000), netip.AddrPortFrom(gateway6, uint16(l.Addr().(*net.TCPAddr).Port))
 	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
-	clock.advance(handshakeTimeout + time.Second)
-	eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.table.Len() == 0 })
+	clock.advance(tcpflow.HandshakeTimeout + time.Second)
+	eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.Table.Len() == 0 })
 }
 
 // What accepts handshakes listens at no address of the stack's own: a segment for its
 // port comes to the policy like any other.
 func TestTCPAcceptorIsOutOfReach(t *testing.T) {
 	w := newWire(t, allowAll, nil)
-	for _, l := range w.f.tcp.acceptor.all() {
+	for _, l := range w.f.tcp.Acceptor.All() {
 		id := l.TransportEndpointInfo.ID
 		if id.LocalPort == 0 {
 			t.Fatal("the acceptor has no port, so the test would tell nothing")
 		}
-		if ep := w.f.stack.FindTransportEndpoint(l.NetProto, tcp.ProtocolNumber, id, nicID); ep != nil {
+		if ep := w.f.stack.FindTransportEndpoint(l.NetProto, tcp.ProtocolNumber, id, packet.NICID); ep != nil {
 			t.Errorf("the acceptor is found at port %d", id.LocalPort)
 		}
 	}
 	src := netip.AddrPortFrom(guest4, 10002)
-	w.send(segment(src, netip.AddrPortFrom(gateway4, w.f.tcp.acceptor.plain.v4.TransportEndpointInfo.ID.LocalPort), header.TCPFlagSyn, 1000, 0))
+	w.send(segment(src, netip.AddrPortFrom(gateway4, w.f.tcp.Acceptor.Plain.V4.TransportEndpointInfo.ID.LocalPort), header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagRst) // of the host, where the port is closed
 }

@@ -11,7 +11,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/netstack"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/nat"
 )
 
 // response is what a reader that stands still has to get in the end: more than it takes by
@@ -28,22 +30,22 @@ func (g *guest) narrow() {
 }
 
 // onlyFlow waits for the one TCP flow there is to come as far as ok says.
-func (g *guest) onlyFlow(what string, ok func(*tcpFlow) bool) (fl *tcpFlow) {
+func (g *guest) onlyFlow(what string, ok func(*tcpflow.Flow) bool) (fl *tcpflow.Flow) {
 	g.t.Helper()
 	eventually(g.t, what, func() bool {
-		all := g.f.tcp.all()
+		all := g.f.tcp.All()
 		if len(all) != 1 {
 			return false
 		}
 		fl = all[0]
-		fl.mu.Lock()
-		defer fl.mu.Unlock()
-		return fl.ep != nil && ok(fl)
+		fl.Mu.Lock()
+		defer fl.Mu.Unlock()
+		return fl.Ep != nil && ok(fl)
 	})
 	return fl
 }
 
-func queuedOf(fl *tcpFlow) int { return sendQueued(fl.ep.(*tcp.Endpoint)) }
+func queuedOf(fl *tcpflow.Flow) int { return netstack.SendQueued(fl.Ep.(*tcp.Endpoint)) }
 
 // mustRead reads the whole response, and what ends it.
 func mustRead(t *testing.T, c net.Conn) error {
@@ -65,16 +67,16 @@ func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 	for _, row := range []struct {
 		what           string
 		server, client func(closeWrite func() error)
-		ready          func(*tcpFlow) bool
+		ready          func(*tcpflow.Flow) bool
 	}{
 		{"both have ended", func(c func() error) { _ = c() }, func(c func() error) { _ = c() },
-			func(fl *tcpFlow) bool { return fl.phase == phaseClosing }},
+			func(fl *tcpflow.Flow) bool { return fl.Phase == tcpflow.PhaseClosing }},
 		{"the server has ended", func(c func() error) { _ = c() }, func(func() error) {},
-			func(fl *tcpFlow) bool { return fl.down.done.Load() }},
+			func(fl *tcpflow.Flow) bool { return fl.Down.Done.Load() }},
 		{"the client has ended", func(func() error) {}, func(c func() error) { _ = c() },
-			func(fl *tcpFlow) bool { return fl.up.done.Load() && queuedOf(fl) > 0 }},
+			func(fl *tcpflow.Flow) bool { return fl.Up.Done.Load() && queuedOf(fl) > 0 }},
 		{"neither has ended", func(func() error) {}, func(func() error) {},
-			func(fl *tcpFlow) bool { return queuedOf(fl) > 0 }},
+			func(fl *tcpflow.Flow) bool { return queuedOf(fl) > 0 }},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			g := newGuest(t, allowAll, nil)
@@ -87,7 +89,7 @@ func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 			}))
 			row.client(c.CloseWrite)
 			fl := g.onlyFlow(row.what, row.ready)
-			eventually(t, "the reader is full", func() bool { return sendWindow(fl.ep.(*tcp.Endpoint)) == 0 })
+			eventually(t, "the reader is full", func() bool { return netstack.SendWindow(fl.Ep.(*tcp.Endpoint)) == 0 })
 			for n := range 3 {
 				g.table.Expire(time.Now().Add(silentForEver * time.Duration(n+1)))
 			}
@@ -118,7 +120,7 @@ func TestTCPTheTailWaitsForAServerThatStandsStill(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.CloseWrite()
-	g.onlyFlow("some of it is with us", func(fl *tcpFlow) bool { return fl.live.Load() && hostHolds(fl.fd) })
+	g.onlyFlow("some of it is with us", func(fl *tcpflow.Flow) bool { return fl.Live.Load() && tcpflow.HostHolds(fl.FD) })
 	for n := range 3 {
 		g.table.Expire(time.Now().Add(silentForEver * time.Duration(n+1)))
 	}
@@ -133,7 +135,9 @@ func TestTCPASilentFlowStillTimesOut(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	c := g.mustDial(g.listen("tcp4", echo))
 	roundTrip(t, c)
-	g.onlyFlow("what was sent has been taken", func(fl *tcpFlow) bool { return !stackHolds(fl.ep.(*tcp.Endpoint)) && !hostHolds(fl.fd) })
+	g.onlyFlow("what was sent has been taken", func(fl *tcpflow.Flow) bool {
+		return !tcpflow.StackHolds(fl.Ep.(*tcp.Endpoint)) && !tcpflow.HostHolds(fl.FD)
+	})
 	g.table.Expire(time.Now().Add(silentForEver))     // notes the last acknowledgement
 	g.table.Expire(time.Now().Add(2 * silentForEver)) // and by now there was none for long
 	if n := g.table.Len(); n != 0 {
@@ -150,9 +154,11 @@ func TestTCPAcknowledgementsKeepAFlow(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	c := g.mustDial(g.listen("tcp4", echo))
 	roundTrip(t, c)
-	fl := g.onlyFlow("what was sent has been taken", func(fl *tcpFlow) bool { return !stackHolds(fl.ep.(*tcp.Endpoint)) && !hostHolds(fl.fd) })
+	fl := g.onlyFlow("what was sent has been taken", func(fl *tcpflow.Flow) bool {
+		return !tcpflow.StackHolds(fl.Ep.(*tcp.Endpoint)) && !tcpflow.HostHolds(fl.FD)
+	})
 	g.table.Expire(time.Now().Add(silentForEver))
-	fl.counts.SegmentsReceived.Increment() // as a keepalive probe does
+	fl.Counts.SegmentsReceived.Increment() // as a keepalive probe does
 	g.table.Expire(time.Now().Add(2 * silentForEver))
 	roundTrip(t, c)
 }
@@ -164,8 +170,8 @@ func TestTCPLastAckBeginsWhenTheSandboxHasTakenEveryByte(t *testing.T) {
 	defer cancel()
 	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) { _, _ = c.Write(response) }))
 	_ = c.CloseWrite()
-	fl := g.onlyFlow("both have ended", func(fl *tcpFlow) bool { return fl.phase == phaseClosing })
-	if s := fl.lease.State(); s != nat.CloseWait {
+	fl := g.onlyFlow("both have ended", func(fl *tcpflow.Flow) bool { return fl.Phase == tcpflow.PhaseClosing })
+	if s := fl.Lease.State(); s != nat.CloseWait {
 		t.Errorf("with bytes unsent the state is %v, want CLOSE_WAIT", s)
 	}
 	if err := mustRead(t, c); err != nil {
@@ -192,14 +198,14 @@ func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 		<-reset
 		_ = c.SetLinger(0)
 	}))
-	fl := g.onlyFlow("all of it is with us", func(fl *tcpFlow) bool {
-		return fl.live.Load() && g.table.List()[0].ReplyBytes > int64(len(response))
+	fl := g.onlyFlow("all of it is with us", func(fl *tcpflow.Flow) bool {
+		return fl.Live.Load() && g.table.List()[0].ReplyBytes > int64(len(response))
 	})
 	close(reset)
 	eventually(t, "the reset has come", func() bool {
-		fl.mu.Lock()
-		defer fl.mu.Unlock()
-		return fl.fd < 0
+		fl.Mu.Lock()
+		defer fl.Mu.Unlock()
+		return fl.FD < 0
 	})
 	if err := mustRead(t, c); !isReset(err) {
 		t.Errorf("behind the response there is %v, want a reset", err)
@@ -220,8 +226,8 @@ func TestTCPAResetBehindTheEndOfStreamEndsTheFlow(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
 		t.Fatalf("reading gives %v, want the end of stream", err)
 	}
-	g.onlyFlow("the stack knows that it was taken", func(fl *tcpFlow) bool {
-		return endpointState(fl.ep) == tcp.StateFinWait2
+	g.onlyFlow("the stack knows that it was taken", func(fl *tcpflow.Flow) bool {
+		return netstack.EndpointState(fl.Ep) == tcp.StateFinWait2
 	})
 	close(told)
 	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
@@ -239,8 +245,8 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	defer close(over)
 	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) { conns <- c; <-over }))
 	server := <-conns
-	fl := g.onlyFlow("the flow is live", func(fl *tcpFlow) bool { return fl.live.Load() })
-	fl.down.mu.Lock() // the down pump is late
+	fl := g.onlyFlow("the flow is live", func(fl *tcpflow.Flow) bool { return fl.Live.Load() })
+	fl.Down.Mu.Lock() // the down pump is late
 	if _, err := server.Write(response[:4096]); err != nil {
 		t.Fatal(err)
 	}
@@ -249,8 +255,8 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	if _, err := c.Write([]byte("more of the request")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "writing has failed", func() bool { return fl.up.done.Load() || phaseOf(fl) == phaseClosed })
-	fl.unlockDown()
+	eventually(t, "writing has failed", func() bool { return fl.Up.Done.Load() || phaseOf(fl) == tcpflow.PhaseClosed })
+	fl.UnlockDown()
 	got := make([]byte, 4096)
 	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 	if n, err := io.ReadFull(c, got); err != nil {
@@ -261,8 +267,8 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	}
 }
 
-func phaseOf(fl *tcpFlow) phase {
-	fl.mu.Lock()
-	defer fl.mu.Unlock()
-	return fl.phase
+func phaseOf(fl *tcpflow.Flow) tcpflow.Phase {
+	fl.Mu.Lock()
+	defer fl.Mu.Unlock()
+	return fl.Phase
 }

@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
 )
 
 func TestTCPEchoesOverBothFamilies(t *testing.T) {
@@ -190,7 +193,7 @@ func TestTCPNothingIsAllowedBeforeRules(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { _, err := g.dial(addr); done <- err }()
 	eventually(t, "the SYN is refused", func() bool { return g.f.Stats()["tcp_refused_by_policy"] > 0 })
-	if n := g.f.dialer.sockets.Load(); n != 0 {
+	if n := g.f.dialer.Sockets.Load(); n != 0 {
 		t.Errorf("%d host sockets were opened without rules", n)
 	}
 	<-done
@@ -254,7 +257,7 @@ func TestTCPTuplesAreReusableAtOnce(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	addr := g.listen("tcp4", func(c *net.TCPConn) { _, _ = c.Write([]byte("x")) }) // the host closes first
 	for i := range 50 {
-		c, err := gonet.DialTCPWithBind(t.Context(), g.stack, full(netip.AddrPortFrom(guest4, 40000)), full(addr), netProto(guest4))
+		c, err := gonet.DialTCPWithBind(t.Context(), g.stack, full(netip.AddrPortFrom(guest4, 40000)), full(addr), packet.NetProto(guest4))
 		if err != nil {
 			t.Fatalf("connection %d from the same port: %v", i, err)
 		}
@@ -287,7 +290,7 @@ func TestTCPManyShortConnectionsLeaveNothing(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.sockets.Load() == 0 })
+	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.Sockets.Load() == 0 })
 }
 
 // The timer that ends hopeless dials may have chosen one that succeeds before its
@@ -300,16 +303,16 @@ func TestTCPADialThatSucceededIsNotGivenUp(t *testing.T) {
 		defer c.Close()
 	}
 	tf := g.f.tcp
-	tf.mu.Lock()
-	waiting, flows := tf.dials.Len(), len(tf.flows)
-	for _, fl := range tf.flows {
-		fl.dialing = tf.dials.PushBack(fl)
+	tf.Mu.Lock()
+	waiting, flows := tf.Dials.Len(), len(tf.Flows)
+	for _, fl := range tf.Flows {
+		fl.Dialing = tf.Dials.PushBack(fl)
 	}
-	tf.mu.Unlock()
+	tf.Mu.Unlock()
 	if waiting != 0 || flows != 200 {
 		t.Fatalf("%d of %d connected flows are among the dials", waiting, flows)
 	}
-	tf.expireDials(time.Now().Add(time.Hour))
+	tf.ExpireDials(time.Now().Add(time.Hour))
 	if n := g.table.Len(); n != 200 || g.f.Stats()["tcp_dial_cancelled"] != 0 {
 		t.Fatalf("%d of 200 connected flows are left, %d were given up", n, g.f.Stats()["tcp_dial_cancelled"])
 	}
@@ -355,23 +358,23 @@ func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
 	defer close(done)
 	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) { conns <- c; <-done }))
 	host := <-conns
-	var fl *tcpFlow
+	var fl *tcpflow.Flow
 	eventually(t, "the flow is live", func() bool {
-		all := g.f.tcp.all()
+		all := g.f.tcp.All()
 		if len(all) == 1 {
 			fl = all[0]
 		}
-		return fl != nil && fl.live.Load()
+		return fl != nil && fl.Live.Load()
 	})
-	fl.down.mu.Lock() // as a tally does
+	fl.Down.Mu.Lock() // as a tally does
 	if _, err := host.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the down pump was called", fl.down.again.Load)
-	fl.down.mu.Unlock()
-	fl.up.mu.Lock()
-	fl.tallyUp(0)
-	fl.up.mu.Unlock()
+	eventually(t, "the down pump was called", fl.Down.Again.Load)
+	fl.Down.Mu.Unlock()
+	fl.Up.Mu.Lock()
+	fl.TallyUp(0)
+	fl.Up.Mu.Unlock()
 	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
 		t.Fatalf("the byte stayed at the host: %v", err)

@@ -16,6 +16,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
 )
 
 // FuzzTwinTLS has crypto/tls read what passes of a client's bytes, as the server would: no
@@ -284,7 +286,7 @@ func FuzzTwinHTTP2(f *testing.F) {
 					target, _, _ = strings.Cut(target, "?")
 					wrong = wrongRequest(block.PseudoValue("method"), host, unescaped(target), fields)
 				}
-				_, _ = c.Write(frame2(1, 5, block.StreamID, []byte{0x88}))
+				_, _ = c.Write(firstbytes.Frame2(1, 5, block.StreamID, []byte{0x88}))
 			}
 		})
 		if wrong != "" {

@@ -21,9 +21,12 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
-	"sluice/forwarder/sniff"
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/forwarder/sniff"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 // queueEndpoint is the stack's side of a flow: what a client sent and nobody took.
@@ -114,9 +117,12 @@ func (c *blockingConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (c *blockingConn) Close() error                     { return nil }
-func (c *blockingConn) SetDeadline(time.Time) error      { return nil }
-func (c *blockingConn) SetReadDeadline(time.Time) error  { return nil }
+func (c *blockingConn) Close() error { return nil }
+
+func (c *blockingConn) SetDeadline(time.Time) error { return nil }
+
+func (c *blockingConn) SetReadDeadline(time.Time) error { return nil }
+
 func (c *blockingConn) SetWriteDeadline(time.Time) error { return nil }
 
 // serve has a server read until it is done.
@@ -196,10 +202,10 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	defer unix.Close(pair[0])
 	defer unix.Close(pair[1])
 	j.heard = nil
-	fl := &tcpFlow{t: j.f.tcp, ep: ep, check: new(check), fd: pair[0]}
-	fl.upTask.run, fl.downTask.run, fl.check.telling.run = func() {}, func() {}, func() {}
-	q := policy.Query{Proto: protoTCP, Src: netip.AddrPortFrom(guest4, 1234), Dst: j.dst}
-	fl.pass.answer.Store(&judged{query: q})
+	fl := &tcpflow.Flow{T: j.f.tcp, Ep: ep, Check: new(tcpflow.Check), FD: pair[0]}
+	fl.UpTask.Run, fl.DownTask.Run, fl.Check.Telling.Run = func() {}, func() {}, func() {}
+	q := policy.Query{Proto: packet.ProtoTCP, Src: netip.AddrPortFrom(guest4, 1234), Dst: j.dst}
+	fl.Pass.Answer.Store(&admit.Judged{Query: q})
 	more := func() bool {
 		if len(client) == 0 {
 			more := !ep.ended
@@ -213,43 +219,43 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	}
 
 	var said sniff.Seen
-	var buf firstRoom
+	var buf tcpflow.FirstRoom
 	for {
-		look := peekInto{to: buf[:]}
+		look := tcpflow.PeekInto{To: buf[:]}
 		_, _ = ep.Read(&look, tcpip.ReadOptions{Peek: true})
 		var need int
 		var err error
-		said, need, err = sniff.Stream(buf[:look.n])
+		said, need, err = sniff.Stream(buf[:look.N])
 		if err == nil && need > 0 && !ep.ended {
-			say, err := fl.check.greeting.Hear(buf[:look.n])
+			say, err := fl.Check.Greeting.Hear(buf[:look.N])
 			if j.heard = append(j.heard, say...); err != nil {
 				return nil
 			}
 			more()
 			continue
 		}
-		q.Seen = firstSeen(said, look.n, err == nil && need > 0, err)
+		q.Seen = tcpflow.FirstSeen(said, look.N, err == nil && need > 0, err)
 		break
 	}
-	v := j.f.gate.judge(j.f.gate.rules.Load(), q)
+	v := j.f.gate.Judge(j.f.gate.Rules.Load(), q)
 	if !v.Allowed() {
 		return nil
 	}
 	q.Held = v.Name()
-	fl.pass.answer.Store(&judged{query: q, verdict: v})
-	gate := newGate(fl, v, q.Seen)
+	fl.Pass.Answer.Store(&admit.Judged{Query: q, Verdict: v})
+	gate := tcpflow.NewGate(fl, v, q.Seen)
 	far := newBlockingConn()
 	go far.serve(server)
 	defer far.end()
 	for {
-		var g gather
+		var g tcpflow.Gather
 		_, _ = ep.Read(&g, tcpip.ReadOptions{Peek: true})
-		n, drop, abort := g.bytes, 0, nat.Reason("")
-		if s, ok := gate.(*streamGate); ok && s.refused.Load() != nil {
+		n, drop, abort := g.Bytes, 0, nat.Reason("")
+		if s, ok := gate.(*tcpflow.StreamGate); ok && s.Refused.Load() != nil {
 			return passed
 		}
-		if gate != nil && g.bytes > 0 {
-			n, drop, abort = gate.admit(&g)
+		if gate != nil && g.Bytes > 0 {
+			n, drop, abort = gate.Admit(&g)
 		}
 		switch {
 		case abort != "":
@@ -259,10 +265,10 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 		case n > 0:
 			n = cut.next(n)
 			if gate != nil {
-				gate.passed(&g, n)
+				gate.Passed(&g, n)
 			}
 			p := ep.take(n)
-			if h, ok := gate.(*helloGate); !ok || !h.open {
+			if h, ok := gate.(*tcpflow.HelloGate); !ok || !h.Open {
 				passed = append(passed, p...)
 			}
 			j.comesDown(fl, gate, pair[1], far.say(p))
@@ -273,28 +279,28 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 }
 
 // comesDown is the pump of what the far side says.
-func (j *twinJudge) comesDown(fl *tcpFlow, gate gate, far int, answer []byte) {
+func (j *twinJudge) comesDown(fl *tcpflow.Flow, gate tcpflow.Gate, far int, answer []byte) {
 	for len(answer) > 0 {
 		n, err := unix.Write(far, answer)
 		if err != nil {
 			panic(err)
 		}
 		answer = answer[n:]
-		buf := make([]byte, downChunk)
+		buf := make([]byte, tcpflow.DownChunk)
 		for {
-			room := downChunk
+			room := tcpflow.DownChunk
 			if gate != nil {
-				room = gate.room()
+				room = gate.Room()
 			}
 			if room == 0 {
 				break
 			}
-			n, err := unix.Read(fl.fd, buf[:room])
+			n, err := unix.Read(fl.FD, buf[:room])
 			if err != nil || n == 0 {
 				break
 			}
 			if gate != nil {
-				gate.answered(buf[:n])
+				gate.Answered(buf[:n])
 			}
 			j.heard = append(j.heard, buf[:n]...)
 		}

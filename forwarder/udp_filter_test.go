@@ -7,7 +7,8 @@ import (
 	"net/netip"
 	"testing"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 func TestUDPOneSocketServesAllPeersOfAnEndpoint(t *testing.T) {
@@ -78,7 +79,7 @@ func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	_, _, _, _ = w.recvUDP()
 	end := func(peer netip.AddrPort) {
 		t.Helper()
-		l := w.f.gate.table.Lookup(nat.NewTuple(protoUDP, at(guest4, 4000), peer))
+		l := w.f.gate.Table.Lookup(nat.NewTuple(packet.ProtoUDP, at(guest4, 4000), peer))
 		if l == nil || !l.Kill("test") {
 			t.Fatalf("there is no flow to %s", peer)
 		}
@@ -95,7 +96,7 @@ func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	}
 	end(at(gateway4, portOf(second)))
 	end(at(gateway4, portOf(third)))
-	if n := len(w.f.dgram.udp.socks); n != 0 {
+	if n := len(w.f.dgram.UDP.Socks); n != 0 {
 		t.Errorf("%d sockets are left", n)
 	}
 }

@@ -8,11 +8,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/nat"
 )
 
 // publishUDP publishes a host port that leads to the sandbox's port 80.
-func publishUDP(w *wire, listen string, guest netip.Addr) Listener {
+func publishUDP(w *wire, listen string, guest netip.Addr) hostsock.Listener {
 	w.t.Helper()
 	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
 	if err != nil {
@@ -20,7 +21,7 @@ func publishUDP(w *wire, listen string, guest netip.Addr) Listener {
 	}
 	defer c.Close()
 	fd := dupFD(w.t, c)
-	l := Listener{Proto: unix.IPPROTO_UDP, FD: fd, Host: c.LocalAddr().(*net.UDPAddr).AddrPort(), Guest: at(guest, 80)}
+	l := hostsock.Listener{Proto: unix.IPPROTO_UDP, FD: fd, Host: c.LocalAddr().(*net.UDPAddr).AddrPort(), Guest: at(guest, 80)}
 	if err := w.f.Publish(l); err != nil {
 		w.t.Fatal(err)
 	}

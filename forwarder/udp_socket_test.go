@@ -8,14 +8,16 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // heard puts a sample into the batch as recvmmsg(2) does, without control messages.
-func heardInto(b *rxBatch, i int, from netip.AddrPort, p []byte) {
-	b.msgs[i].hdr.Namelen = b.from[i].put(from)
-	b.msgs[i].hdr.SetControllen(0)
-	b.msgs[i].n = uint32(copy(b.data[i*rxBufLen:][:rxBufLen], p))
+func heardInto(b *datagram.RxBatch, i int, from netip.AddrPort, p []byte) {
+	b.Msgs[i].Hdr.Namelen = b.From[i].Put(from)
+	b.Msgs[i].Hdr.SetControllen(0)
+	b.Msgs[i].N = uint32(copy(b.Data[i*datagram.RxBufLen:][:datagram.RxBufLen], p))
 }
 
 // Whatever is glued together for the device, the sandbox gets the datagrams that came.
@@ -24,7 +26,7 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 		t.Run(side.name, func(t *testing.T) {
 			w := newWire(t, allowAll, nil)
 			// As a device that segments would say; the wire does not, and the test looks.
-			w.f.dgram.emit.gso, w.f.dgram.emit.uso, w.f.dgram.emit.mtu = true, true, 65520
+			w.f.dgram.Emit.GSO, w.f.dgram.Emit.Uso, w.f.dgram.Emit.MTU = true, true, 65520
 			a, b := udpServer(t, side.listen), udpServer(t, side.listen)
 			me := at(side.guest, 4000)
 			for _, srv := range []uint16{portOf(a), portOf(b)} {
@@ -32,7 +34,7 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 			}
 			read(t, a)
 			read(t, b)
-			s := w.f.dgram.udp.lookup(nat.NewTuple(17, me, at(side.gateway, portOf(a)))).sock
+			s := w.f.dgram.UDP.Lookup(nat.NewTuple(17, me, at(side.gateway, portOf(a)))).Sock
 			fromA, fromB := a.LocalAddr().(*net.UDPAddr).AddrPort(), b.LocalAddr().(*net.UDPAddr).AddrPort()
 
 			type sample struct {
@@ -56,8 +58,8 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 				}, 1},
 			} {
 				t.Run(row.name, func(t *testing.T) {
-					batch := rxPool.Get().(*rxBatch)
-					defer rxPool.Put(batch)
+					batch := datagram.RxPool.Get().(*datagram.RxBatch)
+					defer datagram.RxPool.Put(batch)
 					var want []sample
 					for i, d := range row.sent {
 						p := pattern(d.size)
@@ -67,7 +69,7 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 						heardInto(batch, i, d.from, p)
 						want = append(want, d)
 					}
-					s.deliverAll(batch, len(row.sent))
+					s.DeliverAll(batch, len(row.sent))
 					packets, next := 0, 0
 					for next < len(want) {
 						pkt := w.ep.Read()
@@ -78,8 +80,8 @@ func TestUDPGluesEqualDatagrams(t *testing.T) {
 						v := pkt.ToView()
 						frame, segment := v.ToSlice(), int(pkt.GSOOptions.MSS)
 						pkt.DecRef()
-						l4 := frame[ipHeaderLen(side.guest):]
-						port, payload := header.UDP(l4).SourcePort(), l4[udpHeaderLen:]
+						l4 := frame[packet.IPHeaderLen(side.guest):]
+						port, payload := header.UDP(l4).SourcePort(), l4[packet.UDPHeaderLen:]
 						for first := true; first || len(payload) > 0; first = false {
 							size := len(payload)
 							if segment > 0 {

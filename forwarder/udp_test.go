@@ -13,9 +13,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sluice/nat"
-
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 const allowNone = `
@@ -41,7 +42,8 @@ func newTestClock() *testClock {
 	return c
 }
 
-func (c *testClock) now() time.Time          { return time.Unix(0, c.ns.Load()) }
+func (c *testClock) now() time.Time { return time.Unix(0, c.ns.Load()) }
+
 func (c *testClock) advance(d time.Duration) { c.ns.Add(int64(d)) }
 
 // sides are the two families, each with a host server that is reached by the gateway.
@@ -165,8 +167,8 @@ func TestUDPHeaderFieldsAreCarried(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c := parseControl(oob[:n]); c.ttl != 33 || c.tos != 0xb9 {
-				t.Errorf("the host sees TTL %d and TOS %#x, expected 33 and 0xb9", c.ttl, c.tos)
+			if c := hostsock.ParseControl(oob[:n]); c.TTL != 33 || c.Tos != 0xb9 {
+				t.Errorf("the host sees TTL %d and TOS %#x, expected 33 and 0xb9", c.TTL, c.Tos)
 			}
 			_, _ = srv.WriteToUDPAddrPort([]byte("y"), netip.AddrPortFrom(from.Addr().Unmap(), from.Port()))
 			if _, _, _, p := w.recvUDP(); p.tos != 0x28 || p.ttl != 64 {
@@ -264,7 +266,7 @@ func TestUDPSocketClosesWithItsLastFlow(t *testing.T) {
 		read(t, srv)
 	}
 	for left, srv := range []*net.UDPConn{b, a} {
-		if n := w.f.dialer.sockets.Load(); n != 1 {
+		if n := w.f.dialer.Sockets.Load(); n != 1 {
 			t.Fatalf("%d host sockets, expected one", n)
 		}
 		w.table.Lookup(nat.NewTuple(17, me, at(gateway4, portOf(srv)))).Kill("test")
@@ -272,7 +274,7 @@ func TestUDPSocketClosesWithItsLastFlow(t *testing.T) {
 			t.Fatalf("%d flows", n)
 		}
 	}
-	if n := w.f.dialer.sockets.Load(); n != 0 {
+	if n := w.f.dialer.Sockets.Load(); n != 0 {
 		t.Fatalf("%d host sockets after the last flow", n)
 	}
 	w.send(udpPacket(me, at(gateway4, portOf(a)), []byte("again")))
@@ -298,7 +300,7 @@ func TestUDPIdleFlowsEndByTheTablesClock(t *testing.T) {
 	}
 	clock.advance(2 * time.Second)
 	table.Expire(clock.now())
-	if n, s := table.Len(), w.f.dialer.sockets.Load(); n != 0 || s != 0 {
+	if n, s := table.Len(), w.f.dialer.Sockets.Load(); n != 0 || s != 0 {
 		t.Fatalf("%d flows and %d sockets after nf_conntrack_udp_timeout", n, s)
 	}
 }
@@ -314,7 +316,7 @@ func TestUDPNewRulesCutWhatTheyDeny(t *testing.T) {
 		t.Fatal("rules that allow the flow cut it")
 	}
 	w.f.SetRules(compile(t, allowNone))
-	if w.table.Len() != 0 || w.f.dialer.sockets.Load() != 0 {
+	if w.table.Len() != 0 || w.f.dialer.Sockets.Load() != 0 {
 		t.Fatal("rules that deny the flow left it")
 	}
 	_, _ = srv.WriteToUDPAddrPort([]byte("late"), mapped)
@@ -359,13 +361,15 @@ func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply
 	reply(a, policy.OutcomeAnswered)
 	reply(a, policy.OutcomeAnswered)
 }
+
 func (resolver) ServeStream(context.Context, net.Conn, func(policy.Outcome)) {}
 
 // later answers from a goroutine of its own, as a resolver that had to ask does.
 type later struct{ resolver }
 
 func (resolver) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
-func (later) AnswerPacket([]byte, netip.AddrPort) []byte    { return nil }
+
+func (later) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
 
 func (later) ServePacket(ctx context.Context, q []byte, from netip.AddrPort, reply func([]byte, policy.Outcome)) {
 	go resolver{}.ServePacket(ctx, q, from, reply)
@@ -436,7 +440,7 @@ func TestUDPTrainsLeaveAndArriveAsDatagrams(t *testing.T) {
 
 func TestUDPBatchesKeepOrderAndBoundaries(t *testing.T) {
 	w := newWire(t, allowAll, nil)
-	w.f.dgram.udp.batched = true
+	w.f.dgram.UDP.Batched = true
 	a, b := udpServer(t, "127.0.0.1:0"), udpServer(t, "127.0.0.1:0")
 	sizes := []int{10, 10, 10, 4, 10, 12, 12, 0, 12, 1400, 1400, 1400, 200, 3}
 	for i, n := range sizes {
@@ -447,7 +451,7 @@ func TestUDPBatchesKeepOrderAndBoundaries(t *testing.T) {
 		w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(a)), p))
 		w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(b)), p))
 	}
-	w.f.dgram.flush()
+	w.f.dgram.Flush()
 	for _, srv := range []*net.UDPConn{a, b} {
 		for i, n := range sizes {
 			got, _ := read(t, srv)
@@ -492,7 +496,7 @@ func TestUDPBandwidthIsThePolicys(t *testing.T) {
 		c.Now = clock.now
 		c.Table = nat.NewTable(nat.Config{Now: clock.now})
 	})
-	w.f.dgram.udp.batched = true // what passes waits, and no socket buffer fills
+	w.f.dgram.UDP.Batched = true // what passes waits, and no socket buffer fills
 	srv := udpServer(t, "127.0.0.1:0")
 	p := udpPacket(at(guest4, 4000), at(gateway4, portOf(srv)), pattern(972))
 	pass := func() int {
@@ -502,8 +506,8 @@ func TestUDPBandwidthIsThePolicys(t *testing.T) {
 		}
 		return 100 - int(w.f.Stats()["udp_egress_bandwidth"]-before)
 	}
-	if n := pass(); n != bucketMin/1000+1 {
-		t.Errorf("%d datagrams passed at once, expected a bucket of %d", n, bucketMin/1000+1)
+	if n := pass(); n != admit.BucketMin/1000+1 {
+		t.Errorf("%d datagrams passed at once, expected a bucket of %d", n, admit.BucketMin/1000+1)
 	}
 	clock.advance(10 * time.Millisecond) // 10 000 bytes
 	if n := pass(); n < 9 || n > 11 {

@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
 )
 
 // frameNote is a frame in few words.
@@ -95,7 +97,7 @@ func plainServer(t *testing.T) (s *server, hears *frameList) {
 					_ = say.WritePing(true, f.Data)
 				}
 			case *http2.MetaHeadersFrame:
-				_, _ = c.Write(frame2(1, 5, f.StreamID, []byte{0x88}))
+				_, _ = c.Write(firstbytes.Frame2(1, 5, f.StreamID, []byte{0x88}))
 			}
 		})
 	})
@@ -210,11 +212,11 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	silent := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_ = silent.SetDeadline(time.Now().Add(8 * time.Second))
 	eventually(t, "one waits", func() bool {
-		g.f.tcp.checks.mu.Lock()
-		defer g.f.tcp.checks.mu.Unlock()
-		return g.f.tcp.checks.flows.Len() == 1
+		g.f.tcp.Checks.Mu.Lock()
+		defer g.f.tcp.Checks.Mu.Unlock()
+		return g.f.tcp.Checks.Flows.Len() == 1
 	})
-	clock.advance(2 * checkTimeout)
+	clock.advance(2 * firstbytes.CheckTimeout)
 	if _, err := silent.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("who says nothing: %v, want a reset", err)
 	}
@@ -230,7 +232,7 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 // unheard is somebody who waits in a list.
 type unheard struct{}
 
-func (unheard) checkExpired(bool) {}
+func (unheard) CheckExpired(bool) {}
 
 // TestAnIdleClientOfHTTP2IsToldOfTheEnd has the far side close, the client, and others come until
 // there is no room for it.
@@ -263,8 +265,8 @@ func TestAnIdleClientOfHTTP2IsToldOfTheEnd(t *testing.T) {
 			case "the client":
 				_ = c.CloseWrite()
 			default:
-				for range maxChecks {
-					g.f.tcp.idle.enter(new(checkEntry), unheard{}, 0)
+				for range firstbytes.MaxChecks {
+					g.f.tcp.Idle.Enter(new(firstbytes.Entry), unheard{}, 0)
 				}
 			}
 			eventually(t, "it hears the end", func() bool { return errors.Is(client.end(), io.EOF) })

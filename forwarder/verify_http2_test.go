@@ -18,8 +18,10 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
-	"sluice/forwarder/sniff"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/sniff"
+	"sluice.dev/sluice/policy"
 )
 
 // spoken is what a client of HTTP/2 says.
@@ -340,7 +342,7 @@ func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
 	say.Reset()
 	_, _ = c.Write(say.request(3, "GET", "/secret", "a.example").Bytes())
 	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
-	clock.advance(refusalTimeout + time.Second)
+	clock.advance(firstbytes.RefusalTimeout + time.Second)
 	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("%v, want a reset", err)
 	}
@@ -434,7 +436,7 @@ func TestStreamsInAuditMode(t *testing.T) {
 		return srv.saw() == "GET a.example /open/1, GET a.example /secret"
 	})
 	all := g.table.List()
-	if len(all) != 1 || all[0].About.(About).Seen.Kind != policy.SeenHTTP2 {
+	if len(all) != 1 || all[0].About.(admit.About).Seen.Kind != policy.SeenHTTP2 {
 		t.Errorf("%+v", all)
 	}
 }

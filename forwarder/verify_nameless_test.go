@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
 )
 
 // byNoName lets flows pass that say no name.
@@ -84,11 +86,11 @@ func TestSilenceIsNoName(t *testing.T) {
 	s := serveEcho(t, addrA.String()+":0")
 	c := g.mustDial(s.at)
 	eventually(t, "it is waited for", func() bool {
-		g.f.tcp.checks.mu.Lock()
-		defer g.f.tcp.checks.mu.Unlock()
-		return g.f.tcp.checks.flows.Len() == 1
+		g.f.tcp.Checks.Mu.Lock()
+		defer g.f.tcp.Checks.Mu.Unlock()
+		return g.f.tcp.Checks.Flows.Len() == 1
 	})
-	clock.advance(checkTimeout + time.Second)
+	clock.advance(firstbytes.CheckTimeout + time.Second)
 	if _, err := sendAndRead(c, clientHello(t, "b.example"), 1<<20); err == nil {
 		t.Error("a wrong name passes behind silence")
 	}
@@ -221,15 +223,15 @@ func TestAnUpgradeThatNobodyAskedFor(t *testing.T) {
 
 // held is how much of what the guest's flows sent is queued.
 func (g *guest) held() (n int) {
-	g.f.tcp.mu.Lock()
-	defer g.f.tcp.mu.Unlock()
-	for _, fl := range g.f.tcp.flows {
-		fl.mu.Lock()
-		if fl.ep != nil {
-			queued, _ := fl.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+	g.f.tcp.Mu.Lock()
+	defer g.f.tcp.Mu.Unlock()
+	for _, fl := range g.f.tcp.Flows {
+		fl.Mu.Lock()
+		if fl.Ep != nil {
+			queued, _ := fl.Ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
 			n += queued
 		}
-		fl.mu.Unlock()
+		fl.Mu.Unlock()
 	}
 	return n
 }

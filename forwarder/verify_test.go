@@ -17,8 +17,10 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
 )
 
 // Rules by domain reach public addresses only, so these tests give some to the loopback
@@ -88,7 +90,8 @@ func newNamed(t *testing.T, text string, change func(*Config)) *guest {
 // runningClock is the machine's clock until it is advanced.
 type runningClock struct{ ahead atomic.Int64 }
 
-func (c *runningClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *runningClock) now() time.Time { return time.Now().Add(time.Duration(c.ahead.Load())) }
+
 func (c *runningClock) advance(d time.Duration) { c.ahead.Add(int64(d)) }
 
 // server serves connections at an address of the namespace.
@@ -237,9 +240,9 @@ func TestFirstBytes(t *testing.T) {
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var mu sync.Mutex
-			var refusals []Refusal
+			var refusals []admit.Refusal
 			g := newNamed(t, byName, func(c *Config) {
-				c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
+				c.Refused = func(r admit.Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
 			})
 			s := serveEcho(t, netip.AddrPortFrom(row.to, 0).String())
 			c, err := g.dial(s.at)
@@ -287,11 +290,11 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "both wait", func() bool {
-		g.f.tcp.checks.mu.Lock()
-		defer g.f.tcp.checks.mu.Unlock()
-		return g.f.tcp.checks.flows.Len() == 2
+		g.f.tcp.Checks.Mu.Lock()
+		defer g.f.tcp.Checks.Mu.Unlock()
+		return g.f.tcp.Checks.Flows.Len() == 2
 	})
-	clock.advance(checkTimeout + time.Second)
+	clock.advance(firstbytes.CheckTimeout + time.Second)
 	for what, c := range map[string]*gonet.TCPConn{"silent": silent, "halfway": half} {
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 		if _, err := c.Read(make([]byte, 1)); !isReset(err) {
@@ -333,7 +336,7 @@ func TestTooManyWhoWaitPushOutTheOldest(t *testing.T) {
 	g := newNamed(t, byName, nil)
 	s := serveEcho(t, addrA.String()+":0")
 	first := g.mustDial(s.at)
-	for range maxChecks {
+	for range firstbytes.MaxChecks {
 		c, err := g.dial(s.at)
 		if err != nil {
 			t.Fatal(err)

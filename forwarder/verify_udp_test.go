@@ -20,7 +20,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/policy"
 )
 
 // certificate is one of a server of that name, which nobody has to trust.
@@ -162,9 +164,9 @@ func TestQUICByName(t *testing.T) {
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var mu sync.Mutex
-			var refusals []Refusal
+			var refusals []admit.Refusal
 			g := newNamed(t, row.policy, func(c *Config) {
-				c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
+				c.Refused = func(r admit.Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
 			})
 			e := quicServer(t, addrA.String()+":0", func(c *quic.Config) { c.RequireAddressValidation = row.retry })
 			timeout := 5 * time.Second
@@ -185,7 +187,7 @@ func TestQUICByName(t *testing.T) {
 			if err == nil || len(refusals) == 0 || refusals[0].Verdict.Reason() != row.reason {
 				t.Errorf("%v, refusals %+v, want reason %q", err, refusals, row.reason)
 			}
-			if n := g.f.dialer.sockets.Load(); n != 0 || g.table.Len() != 0 {
+			if n := g.f.dialer.Sockets.Load(); n != 0 || g.table.Len() != 0 {
 				t.Errorf("%d sockets, %d flows", n, g.table.Len())
 			}
 		})
@@ -198,9 +200,9 @@ func TestEachQUICConnectionOfATupleIsJudged(t *testing.T) {
 		return
 	}
 	var mu sync.Mutex
-	var refusals []Refusal
+	var refusals []admit.Refusal
 	g := newNamed(t, byName, func(c *Config) {
-		c.Refused = func(r Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
+		c.Refused = func(r admit.Refusal) { mu.Lock(); refusals = append(refusals, r); mu.Unlock() }
 	})
 	s := quicServer(t, addrA.String()+":0", nil)
 	e, closeAll := g.quicEndpoint()
@@ -252,7 +254,7 @@ func TestDatagramsThatSayNoNameAreRefused(t *testing.T) {
 	})
 	w.send(udpPacket(netip.AddrPortFrom(guest4, 4000), netip.AddrPortFrom(addrA, portOf(s)), []byte("hello")))
 	w.wantError("a datagram without a name", 3, 3, gateway4)
-	if w.table.Len() != 0 || w.f.dialer.sockets.Load() != 0 {
+	if w.table.Len() != 0 || w.f.dialer.Sockets.Load() != 0 {
 		t.Error("it left a flow or a socket")
 	}
 }
@@ -278,19 +280,19 @@ func TestHalfHellosAreDropped(t *testing.T) {
 		}
 	}
 	held := func() int {
-		gate := g.f.dgram.udp.quic
-		gate.mu.Lock()
-		defer gate.mu.Unlock()
+		gate := g.f.dgram.UDP.QUIC
+		gate.Mu.Lock()
+		defer gate.Mu.Unlock()
 		n := 0
-		for _, qt := range gate.tuples {
-			if len(qt.held) > 0 {
+		for _, qt := range gate.Tuples {
+			if len(qt.Held) > 0 {
 				n++
 			}
 		}
 		return n
 	}
 	eventually(t, "they are held", func() bool { return held() == 3 })
-	clock.advance(checkTimeout + time.Second)
+	clock.advance(firstbytes.CheckTimeout + time.Second)
 	eventually(t, "they are given up", func() bool { return held() == 0 })
 	if n := g.f.Stats()["udp_first_bytes_timeout"]; n != 3 {
 		t.Errorf("udp_first_bytes_timeout is %d", n)

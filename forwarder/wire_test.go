@@ -20,7 +20,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"sluice/nat"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
 )
 
 // wire is a forwarder whose sandbox is the test itself: packets go in and come out as
@@ -61,19 +62,19 @@ func newWire(t testing.TB, text string, change func(*Config)) *wire {
 		cancel()
 		wg.Wait()
 		w.ep.Close()
-		if n := f.dialer.sockets.Load(); n != 0 {
+		if n := f.dialer.Sockets.Load(); n != 0 {
 			t.Errorf("%d host sockets left open", n)
 		}
 		if n := w.table.Len(); n != 0 {
 			t.Errorf("%d flows left in the table", n)
 		}
-		checkRepaid(t, f.gate.memory)
+		checkRepaid(t, f.gate.Memory)
 	})
 	return w
 }
 
-// packet is an IP packet with what a test wants to say about it.
-type packet struct {
+// ipPacket is an IP ipPacket with what a test wants to say about it.
+type ipPacket struct {
 	src, dst netip.Addr
 	proto    uint8
 	ttl, tos uint8
@@ -83,7 +84,7 @@ type packet struct {
 }
 
 // bytes encodes the packet with gVisor's encoders, not with ours.
-func (p packet) bytes() []byte {
+func (p ipPacket) bytes() []byte {
 	if p.ttl == 0 {
 		p.ttl = 64
 	}
@@ -92,7 +93,7 @@ func (p packet) bytes() []byte {
 		h := header.IPv4(b)
 		f := header.IPv4Fields{
 			TotalLength: uint16(len(b)), TTL: p.ttl, TOS: p.tos, Protocol: p.proto, ID: p.id,
-			SrcAddr: tcpipAddr(p.src), DstAddr: tcpipAddr(p.dst),
+			SrcAddr: packet.StackAddr(p.src), DstAddr: packet.StackAddr(p.dst),
 		}
 		if p.df {
 			f.Flags = header.IPv4FlagDontFragment
@@ -105,28 +106,28 @@ func (p packet) bytes() []byte {
 	b := make([]byte, header.IPv6MinimumSize+len(p.l4))
 	header.IPv6(b).Encode(&header.IPv6Fields{
 		PayloadLength: uint16(len(p.l4)), TransportProtocol: tcpip.TransportProtocolNumber(p.proto),
-		HopLimit: p.ttl, TrafficClass: p.tos, SrcAddr: tcpipAddr(p.src), DstAddr: tcpipAddr(p.dst),
+		HopLimit: p.ttl, TrafficClass: p.tos, SrcAddr: packet.StackAddr(p.src), DstAddr: packet.StackAddr(p.dst),
 	})
 	copy(b[header.IPv6MinimumSize:], p.l4)
 	return b
 }
 
-func udpPacket(src, dst netip.AddrPort, payload []byte) packet {
+func udpPacket(src, dst netip.AddrPort, payload []byte) ipPacket {
 	b := make([]byte, header.UDPMinimumSize+len(payload))
 	copy(b[header.UDPMinimumSize:], payload)
 	u := header.UDP(b)
 	u.Encode(&header.UDPFields{SrcPort: src.Port(), DstPort: dst.Port(), Length: uint16(len(b))})
-	x := header.PseudoHeaderChecksum(header.UDPProtocolNumber, tcpipAddr(src.Addr()), tcpipAddr(dst.Addr()), uint16(len(b)))
+	x := header.PseudoHeaderChecksum(header.UDPProtocolNumber, packet.StackAddr(src.Addr()), packet.StackAddr(dst.Addr()), uint16(len(b)))
 	u.SetChecksum(^u.CalculateChecksum(checksum.Checksum(payload, x)))
-	return packet{src: src.Addr(), dst: dst.Addr(), proto: 17, l4: b}
+	return ipPacket{src: src.Addr(), dst: dst.Addr(), proto: 17, l4: b}
 }
 
-func echoPacket(src, dst netip.Addr, id, seq uint16, payload []byte) packet {
+func echoPacket(src, dst netip.Addr, id, seq uint16, payload []byte) ipPacket {
 	b := make([]byte, 8+len(payload))
 	copy(b[8:], payload)
 	binary.BigEndian.PutUint16(b[4:], id)
 	binary.BigEndian.PutUint16(b[6:], seq)
-	p := packet{src: src, dst: dst, proto: 1, l4: b}
+	p := ipPacket{src: src, dst: dst, proto: 1, l4: b}
 	if dst.Is4() {
 		b[0] = 8
 		header.ICMPv4(b).SetChecksum(header.ICMPv4Checksum(b, 0))
@@ -134,13 +135,13 @@ func echoPacket(src, dst netip.Addr, id, seq uint16, payload []byte) packet {
 	}
 	b[0], p.proto = 128, 58
 	header.ICMPv6(b).SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{
-		Header: b, Src: tcpipAddr(src), Dst: tcpipAddr(dst),
+		Header: b, Src: packet.StackAddr(src), Dst: packet.StackAddr(dst),
 	}))
 	return p
 }
 
 // send puts an IP packet on the link, as the sandbox.
-func (w *wire) send(p packet) { w.sendBytes(p.bytes(), 0) }
+func (w *wire) send(p ipPacket) { w.sendBytes(p.bytes(), 0) }
 
 func (w *wire) sendBytes(b []byte, mss uint16) {
 	proto := header.IPv4ProtocolNumber
@@ -157,7 +158,7 @@ func (w *wire) sendBytes(b []byte, mss uint16) {
 }
 
 // sendFragments cuts a packet as a sandbox with a small MTU would.
-func (w *wire) sendFragments(p packet, size int) {
+func (w *wire) sendFragments(p ipPacket, size int) {
 	size &^= 7
 	for off := 0; off < len(p.l4); off += size {
 		part := p
@@ -192,7 +193,7 @@ func (w *wire) sendFragments(p packet, size int) {
 
 // recv returns the next packet to the sandbox. Fragments are put together, in order
 // of arrival; every checksum is verified.
-func (w *wire) recv() packet {
+func (w *wire) recv() ipPacket {
 	w.t.Helper()
 	p, ok := w.tryRecv(5 * time.Second)
 	if !ok {
@@ -211,15 +212,15 @@ func (w *wire) counters() map[string]uint64 {
 	return m
 }
 
-func (w *wire) tryRecv(wait time.Duration) (packet, bool) {
+func (w *wire) tryRecv(wait time.Duration) (ipPacket, bool) {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), wait)
 	defer cancel()
-	var p packet
+	var p ipPacket
 	for {
 		pkt := w.ep.ReadContext(ctx)
 		if pkt == nil {
-			return packet{}, false
+			return ipPacket{}, false
 		}
 		v := pkt.ToView()
 		b := v.ToSlice()
@@ -234,7 +235,7 @@ func (w *wire) tryRecv(wait time.Duration) (packet, bool) {
 			if int(h.FragmentOffset()) != len(p.l4) {
 				w.t.Fatalf("fragment at %d, expected one at %d", h.FragmentOffset(), len(p.l4))
 			}
-			p.src, p.dst, p.proto = netipAddr(h.SourceAddress()), netipAddr(h.DestinationAddress()), h.Protocol()
+			p.src, p.dst, p.proto = packet.NetipAddr(h.SourceAddress()), packet.NetipAddr(h.DestinationAddress()), h.Protocol()
 			p.ttl, p.id, p.df = h.TTL(), h.ID(), h.Flags()&header.IPv4FlagDontFragment != 0
 			p.tos, _ = h.TOS()
 			p.l4 = append(p.l4, h.Payload()...)
@@ -244,7 +245,7 @@ func (w *wire) tryRecv(wait time.Duration) (packet, bool) {
 			if !h.IsValid(len(b)) {
 				w.t.Fatalf("invalid IPv6 header %x", b[:40])
 			}
-			p.src, p.dst, p.proto, p.ttl = netipAddr(h.SourceAddress()), netipAddr(h.DestinationAddress()), h.NextHeader(), h.HopLimit()
+			p.src, p.dst, p.proto, p.ttl = packet.NetipAddr(h.SourceAddress()), packet.NetipAddr(h.DestinationAddress()), h.NextHeader(), h.HopLimit()
 			p.tos, _ = h.TOS()
 			l4 := []byte(h.Payload())
 			if p.proto == 44 {
@@ -264,11 +265,11 @@ func (w *wire) tryRecv(wait time.Duration) (packet, bool) {
 }
 
 // verify checks the transport checksum.
-func (w *wire) verify(p packet) {
+func (w *wire) verify(p ipPacket) {
 	w.t.Helper()
 	initial := uint16(0)
 	if p.proto != 1 {
-		initial = header.PseudoHeaderChecksum(tcpip.TransportProtocolNumber(p.proto), tcpipAddr(p.src), tcpipAddr(p.dst), uint16(len(p.l4)))
+		initial = header.PseudoHeaderChecksum(tcpip.TransportProtocolNumber(p.proto), packet.StackAddr(p.src), packet.StackAddr(p.dst), uint16(len(p.l4)))
 	}
 	if checksum.Checksum(p.l4, initial) != 0xffff {
 		w.t.Fatalf("bad checksum in protocol %d packet from %s", p.proto, p.src)
@@ -276,7 +277,7 @@ func (w *wire) verify(p packet) {
 }
 
 // recvUDP returns the next datagram to the sandbox.
-func (w *wire) recvUDP() (src, dst netip.AddrPort, payload []byte, p packet) {
+func (w *wire) recvUDP() (src, dst netip.AddrPort, payload []byte, p ipPacket) {
 	w.t.Helper()
 	p = w.recv()
 	if p.proto != 17 {
@@ -290,7 +291,7 @@ func (w *wire) recvUDP() (src, dst netip.AddrPort, payload []byte, p packet) {
 }
 
 // wantError receives an ICMP error and returns the packet it quotes.
-func (w *wire) wantError(what string, typ, code uint8, from netip.Addr) (p packet, quoted []byte) {
+func (w *wire) wantError(what string, typ, code uint8, from netip.Addr) (p ipPacket, quoted []byte) {
 	w.t.Helper()
 	p = w.recv()
 	if p.proto != 1 && p.proto != 58 {

@@ -27,7 +27,7 @@ step go vet
 "$go" vet ./... || echo vet >"$reports/failed"
 
 step unit tests
-packages=$("$go" list ./... | grep -v '^sluice/e2e$')
+packages=$("$go" list ./... | grep -v '^sluice.dev/sluice/e2e$')
 # shellcheck disable=SC2086
 "$go" test -json -timeout 5m $packages | "$report" -name unit -dir "$reports" || true
 
@@ -64,7 +64,7 @@ e2e() {
 	shift 2
 	step "end-to-end tests: $name"
 	(cd "$work" && "$@" "$work/e2e.test" -test.v=test2json -test.timeout 24m "$flag" 2>&1) </dev/null |
-		build/test2json -t -p "sluice/e2e ($name)" |
+		build/test2json -t -p "sluice.dev/sluice/e2e ($name)" |
 		"$report" -name "$name" -dir "$reports" -v || true
 }
 

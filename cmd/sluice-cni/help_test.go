@@ -3,7 +3,7 @@ package main
 import (
 	"testing"
 
-	"sluice/cmd/internal/helptest"
+	"sluice.dev/sluice/cmd/internal/helptest"
 )
 
 func TestHelp(t *testing.T) {

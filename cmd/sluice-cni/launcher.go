@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/cni"
-	"sluice/forwarder/sandbox"
-	"sluice/nat"
-	"sluice/policy"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/cni"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox"
 )
 
 // launcher wires the plugin to package sandbox.

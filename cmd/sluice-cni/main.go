@@ -15,9 +15,9 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/urfave/cli/v2"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/cni"
-	"sluice/forwarder/sandbox"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/cni"
+	"sluice.dev/sluice/sandbox"
 )
 
 func init() {
@@ -29,15 +29,7 @@ func init() {
 }
 
 func main() {
-	// The stages that an attachment starts of this same binary.
-	if len(os.Args) > 1 {
-		switch os.Args[1] {
-		case sandbox.AttachmentCommand:
-			os.Exit(sandbox.AttachmentMain(cmdline.Version()))
-		case sandbox.WorkerCommand:
-			os.Exit(sandbox.WorkerMain())
-		}
-	}
+	sandbox.Init(cmdline.Version())
 	if os.Getenv("CNI_COMMAND") != "" {
 		plugin := &cni.Plugin{Launcher: launcher{}, Reached: reached}
 		skel.PluginMainFuncs(plugin.Funcs(), cni.Versions, "sluice-cni "+cmdline.Version())

@@ -11,11 +11,11 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
-	"sluice/forwarder/sandbox/guest"
-	"sluice/policy"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
+	"sluice.dev/sluice/sandbox/guest"
 )
 
 func attachCommand() *cli.Command {

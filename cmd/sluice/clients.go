@@ -7,9 +7,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 // clientCommands are the commands that speak to running sandboxes.

@@ -13,7 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func TestFlagsMayFollowArguments(t *testing.T) {

@@ -6,8 +6,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func flowLogCommand() *cli.Command {

@@ -11,8 +11,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox/api"
-	"sluice/nat"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func flowsCommand() *cli.Command {

@@ -7,7 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/cmd/internal/helptest"
+	"sluice.dev/sluice/cmd/internal/helptest"
 )
 
 func TestHelp(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func statsCommand() *cli.Command {

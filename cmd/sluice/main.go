@@ -11,9 +11,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/guest"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/guest"
 )
 
 // exitStatus carries CMD's status through the command line library.
@@ -22,18 +22,7 @@ type exitStatus int
 func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
 func main() {
-	// The stages that run and attach start of this same binary. They are told by
-	// their first argument and refuse to run for anybody else.
-	if len(os.Args) > 1 {
-		switch os.Args[1] {
-		case guest.StageCommand:
-			os.Exit(guest.Main(os.Args[2:]))
-		case sandbox.WorkerCommand:
-			os.Exit(sandbox.WorkerMain())
-		case sandbox.AttachmentCommand:
-			os.Exit(sandbox.AttachmentMain(cmdline.Version()))
-		}
-	}
+	sandbox.Init(cmdline.Version())
 	os.Exit(run(context.Background(), os.Args))
 }
 

@@ -9,9 +9,9 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func policyCommand() *cli.Command {

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 const gatePolicy = `apiVersion: sluice.dev/v1alpha1

@@ -12,8 +12,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox/api"
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 // policyCompareCommands compare policy files, and make one from a flow log.

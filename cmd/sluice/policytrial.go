@@ -11,7 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // policyTrialCommands ask a policy file about a flow that nobody has started.

@@ -8,8 +8,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 func portCommand() *cli.Command {

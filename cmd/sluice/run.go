@@ -14,12 +14,12 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
-	"sluice/cmd/internal/cmdline"
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
-	"sluice/forwarder/sandbox/guest"
-	"sluice/policy"
-	"sluice/tun"
+	"sluice.dev/sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
+	"sluice.dev/sluice/sandbox/guest"
+	"sluice.dev/sluice/tun"
 )
 
 // The categories that the flags of run and attach are listed under.

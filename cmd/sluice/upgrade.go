@@ -10,8 +10,8 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/forwarder/sandbox"
-	"sluice/forwarder/sandbox/api"
+	"sluice.dev/sluice/sandbox"
+	"sluice.dev/sluice/sandbox/api"
 )
 
 // upgradeTimeout bounds one attachment's upgrade: the old worker's end and the new

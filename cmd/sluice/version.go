@@ -6,7 +6,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"sluice/cmd/internal/cmdline"
+	"sluice.dev/sluice/cmd/internal/cmdline"
 )
 
 func versionCommand() *cli.Command {

@@ -23,7 +23,7 @@ import (
 	"sync"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 const (

@@ -14,7 +14,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // counted makes an upstream count the questions that reach it.

@@ -17,7 +17,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // tunnelEnd is the far end of a tunnel: the zone's server, which sees the questions, and
@@ -30,7 +30,9 @@ type tunnelEnd struct {
 	size      int             // of a TXT record or the number of addresses
 }
 
-const tunnelTypes = 17 // that a policy can list
+const tunnelTypes = 17
+
+// that a policy can list
 
 func (e *tunnelEnd) serve(suffix string) func([]byte) [][]byte {
 	return respond(func(q, a *dns.Msg) {

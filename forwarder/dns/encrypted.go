@@ -1,6 +1,8 @@
 package dns
 
-import "strings"
+import (
+	"strings"
+)
 
 // Names of services that resolve names behind encryption, and those that software
 // asks for to learn whether it may use one. Where names are gated they do not

@@ -39,7 +39,7 @@ import (
 	"sync"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 const (

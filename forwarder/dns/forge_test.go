@@ -9,7 +9,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // A hundred thousand forged answers race true ones: none is believed, and no

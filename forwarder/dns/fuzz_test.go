@@ -10,7 +10,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 func seeds(f *testing.F) [][]byte {

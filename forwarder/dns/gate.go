@@ -25,7 +25,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // refuseNoData is how a type is refused: the name has no such record. NXDOMAIN would deny

@@ -12,7 +12,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // In a pod's place: silence as soon as the policy leaves names to the pod's own resolver,

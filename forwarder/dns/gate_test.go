@@ -13,7 +13,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // gatedPolicy lets a few names be asked, and a private one.

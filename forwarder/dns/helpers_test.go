@@ -11,7 +11,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // fakeNet is a Dialer whose servers are functions; no socket is opened.

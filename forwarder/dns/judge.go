@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // maxQuery bounds a message from the sandbox. A question is at most 259 bytes;

@@ -13,7 +13,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // became asks over UDP, and gives what is told of the question: to who carried it, and as an event.

@@ -22,7 +22,7 @@ import (
 	"testing"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 type hostDialer struct{}

@@ -29,7 +29,8 @@ type Event struct {
 // Bound reports whether it was refused for a bound that has nothing to do with the name, and
 // Rate whether because the questions came too fast.
 func (e *Event) Bound() bool { return e.Rule == ruleBusy || e.Rule == ruleBounds || e.Rate() }
-func (e *Event) Rate() bool  { return e.Rule == ruleRate }
+
+func (e *Event) Rate() bool { return e.Rule == ruleRate }
 
 func (r *Resolver) record(e Event) {
 	if r.tell != nil {

@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
-	"sluice/forwarder/seldom"
-	"sluice/policy"
+	"sluice.dev/sluice/forwarder/seldom"
+	"sluice.dev/sluice/policy"
 )
 
 // Dialer opens the sockets to upstream servers, each connected to exactly the

@@ -14,7 +14,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 func addrs(s ...string) []netip.Addr {

@@ -1,6 +1,8 @@
 package dns
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+)
 
 // counters are what a Resolver counts; Stats is their snapshot.
 type counters struct {

@@ -19,7 +19,7 @@ import (
 	"sync"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // stream is one connection.

@@ -14,7 +14,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // serve runs ServeStream on one end of a pipe; ended is closed when it returns.

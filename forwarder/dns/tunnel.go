@@ -37,7 +37,7 @@ import (
 	"sync"
 	"time"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 const (

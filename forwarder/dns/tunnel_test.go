@@ -10,7 +10,7 @@ import (
 
 	"github.com/miekg/dns"
 
-	"sluice/policy"
+	"sluice.dev/sluice/policy"
 )
 
 // defaults are the bounds of a policy that sets none.

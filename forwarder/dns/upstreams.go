@@ -19,10 +19,10 @@ import (
 // Bounds on what a resolv.conf may ask for. Timeout and attempts are capped as
 // glibc caps them (RES_MAXRETRANS, RES_MAXRETRY).
 const (
-	maxServers  = 8
-	maxSearch   = 32
-	maxTimeout  = 30 * time.Second
-	maxAttempts = 5
+	MaxServers  = 8
+	MaxSearch   = 32
+	MaxTimeout  = 30 * time.Second
+	MaxAttempts = 5
 
 	// defaultTimeout is shorter than glibc's five seconds: the client in front
 	// of us runs such a timer of its own, and one dead upstream must not use it up.
@@ -70,7 +70,7 @@ func ParseResolvConf(data []byte) Upstreams {
 			}
 			u.Search = nil
 			for _, s := range fields[1:] {
-				if _, ok := parseName(s); ok && len(u.Search) < maxSearch {
+				if _, ok := parseName(s); ok && len(u.Search) < MaxSearch {
 					u.Search = append(u.Search, s)
 				}
 			}
@@ -85,7 +85,7 @@ func ParseResolvConf(data []byte) Upstreams {
 
 func (u *Upstreams) addServer(s string) {
 	a, err := netip.ParseAddr(s)
-	if err != nil || len(u.Servers) >= maxServers {
+	if err != nil || len(u.Servers) >= MaxServers {
 		return
 	}
 	ap := netip.AddrPortFrom(a.Unmap(), 53)
@@ -103,9 +103,9 @@ func (u *Upstreams) addOption(o string) {
 			return
 		}
 		if key == "attempts" {
-			u.Attempts = min(n, maxAttempts)
+			u.Attempts = min(n, MaxAttempts)
 		} else {
-			u.Timeout = min(time.Duration(min(n, 3600))*time.Second, maxTimeout)
+			u.Timeout = min(time.Duration(min(n, 3600))*time.Second, MaxTimeout)
 		}
 	case "rotate":
 		u.Rotate = true
@@ -158,12 +158,12 @@ func (u Upstreams) timeout() time.Duration {
 	if u.Timeout <= 0 {
 		return defaultTimeout
 	}
-	return min(u.Timeout, maxTimeout)
+	return min(u.Timeout, MaxTimeout)
 }
 
 func (u Upstreams) attempts() int {
 	if u.Attempts <= 0 {
 		return defaultAttempts
 	}
-	return min(u.Attempts, maxAttempts)
+	return min(u.Attempts, MaxAttempts)
 }

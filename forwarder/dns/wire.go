@@ -67,7 +67,8 @@ const (
 	edeProhibited = 18
 )
 
-func be16(b []byte, off int) uint16     { return binary.BigEndian.Uint16(b[off:]) }
+func be16(b []byte, off int) uint16 { return binary.BigEndian.Uint16(b[off:]) }
+
 func put16(b []byte, off int, v uint16) { binary.BigEndian.PutUint16(b[off:], v) }
 
 // name is a domain name in uncompressed wire form, ASCII letters lowered: two

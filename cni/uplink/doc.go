@@ -1,0 +1,4 @@
+// Package uplink is the node's side of a pod's network: the namespace beside the pod's that
+// keeps the interface of before, the links, addresses, rules and routes that lead a pod's
+// traffic through its worker, and the way back for each of them.
+package uplink

@@ -1,0 +1,59 @@
+package uplink
+
+import (
+	"errors"
+)
+
+// Undo is what an ADD has done so far, and how to take it back. The error that
+// decides is passed in, not read from a variable that an inner scope may shadow.
+type Undo struct {
+	steps []func() error
+	// Reached, if set, is told the name of every step that has been done, and may say
+	// that it shall be the last.
+	Reached func(step string) error
+}
+
+// The steps of ADD in their order, as tests name the points to fail at.
+const (
+	StepRecorded  = "recorded"  // the record says that an ADD has begun
+	StepNamespace = "namespace" // the uplink namespace is bound
+	StepDelegated = "delegated" // the delegates have run (not when chained)
+	StepSaved     = "saved"     // the record has the main interface's state (chained)
+	StepMoved     = "moved"     // the main interface is in the uplink namespace
+	StepRestored  = "restored"  // it is up there, with its addresses and routes
+	StepSteered   = "steered"   // in0, rules and policy routing are in place
+	StepDevice    = "device"    // the pod has its device
+	StepAddressed = "addressed" // the device has the addresses and routes
+	StepLaunched  = "launched"  // the monitor serves
+	StepCommitted = "committed" // the record says that the attachment is ready
+)
+
+// Push notes the reversal of what is about to be done and may fail half-way.
+func (u *Undo) Push(reverse func() error) { u.steps = append(u.steps, reverse) }
+
+// Done notes a step and its reversal, which may be nil.
+func (u *Undo) Done(step string, reverse func() error) error {
+	if reverse != nil {
+		u.steps = append(u.steps, reverse)
+	}
+	if u.Reached != nil {
+		return u.Reached(step)
+	}
+	return nil
+}
+
+// Rollback takes everything back, last step first, going on after failures. With a
+// nil cause there is nothing to take back.
+func (u *Undo) Rollback(cause error) error {
+	if cause == nil {
+		return nil
+	}
+	errs := []error{cause}
+	for i := len(u.steps) - 1; i >= 0; i-- {
+		if err := u.steps[i](); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	u.steps = nil
+	return errors.Join(errs...)
+}

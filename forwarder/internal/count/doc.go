@@ -1,0 +1,2 @@
+// Package count holds the forwarder's counters by name.
+package count

@@ -1,0 +1,162 @@
+package datagram
+
+// Published UDP ports.
+//
+// The listener is a host socket like the others, except that it outlives its flows and
+// that strangers may write to it: their first datagram is judged by the ingress
+// rules and begins a flow. The sandbox sees the client's own address. A client on
+// the host's loopback, or on a link, cannot appear as itself and is seen as the
+// gateway. What the sandbox answers finds the flow by its tuple like any datagram, and
+// leaves by the listener from the address that the client wrote to, which IP_PKTINFO
+// told. So a client that writes to two ports or two addresses of the host which lead to
+// one port inside has two flows, of which the second has another source port there.
+
+import (
+	"net/netip"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/count"
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/forwarder/internal/onlink"
+	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
+)
+
+type ingressCounters struct {
+	refused, limited, noSource *atomic.Uint64
+}
+
+func newIngressCounters(s *count.Set) ingressCounters {
+	return ingressCounters{
+		refused:  s.Counter("udp_ingress_refused_by_policy"),
+		limited:  s.Counter("udp_ingress_refused_by_limit"),
+		noSource: s.Counter("udp_ingress_no_source"), // no address to show the client under
+	}
+}
+
+// publishedUDP is one listener.
+type publishedUDP struct {
+	u     *udpForwarder
+	host  netip.AddrPort
+	guest netip.AddrPort
+	sock  *hostSocket
+}
+
+// Publish takes over the descriptor of l if it returns nil.
+func (d *Forwarder) Publish(l hostsock.Listener) error {
+	u := d.UDP
+	v6 := l.Host.Addr().Is6()
+	if err := hostsock.TunePacket(l.FD, v6); err != nil {
+		return err
+	}
+	if v6 {
+		// A dual-stack listener reports what IPv4 clients sent at IPv4's level.
+		_ = hostsock.TunePacket(l.FD, false)
+	}
+	// As in the dialer: without it, datagrams come one by one.
+	_ = unix.SetsockoptInt(l.FD, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+	p := &publishedUDP{u: u, host: l.Host, guest: l.Guest}
+	u.Mu.Lock()
+	defer u.Mu.Unlock()
+	if u.closed {
+		return admit.ErrStopped
+	}
+	p.sock = u.newHostSocket(l.FD, packet.ProtoUDP, func(fd int) { unix.Close(fd) })
+	p.sock.shared = true
+	p.sock.client = p.client
+	if err := p.sock.start(); err != nil {
+		return err
+	}
+	u.published[l.Host] = p.sock
+	return nil
+}
+
+// Unpublish closes the listener. Its flows end: nothing else can carry their answers.
+func (d *Forwarder) Unpublish(l hostsock.Listener) {
+	u := d.UDP
+	u.Mu.Lock()
+	s := u.published[l.Host]
+	delete(u.published, l.Host)
+	u.Mu.Unlock()
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	var flows []*Flow
+	for _, fl := range s.peers {
+		flows = append(flows, fl)
+	}
+	s.mu.Unlock()
+	for _, fl := range flows {
+		fl.end(nat.ReasonUnpublished)
+	}
+	s.close()
+}
+
+// client begins a flow for a datagram to local from an address that has none.
+func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *Flow {
+	u := p.u
+	j := u.Gate.Decide(policy.Query{Ingress: true, Proto: packet.ProtoUDP, Src: from, Dst: p.guest})
+	if !j.MayBegin() {
+		u.ingress.refused.Add(1)
+		u.Gate.Refuse(j, false)
+		return nil
+	}
+	u.openMu.Lock()
+	defer u.openMu.Unlock()
+	source, ok := p.source(from)
+	if !ok {
+		u.Gate.NoteLimit(u.ingress.noSource, j, nat.ErrNoPort)
+		return nil
+	}
+	fl := &Flow{
+		d: &u.dgramTable, Tuple: nat.NewTuple(packet.ProtoUDP, p.guest, source),
+		Guest: p.guest, Peer: source, Target: from, local: local, ingress: true,
+	}
+	host := p.host
+	if local.IsValid() {
+		host = netip.AddrPortFrom(local, p.host.Port())
+	}
+	if err := u.Gate.Enter(&fl.Pass, fl, j, admit.Entry{Orig: nat.NewTuple(packet.ProtoUDP, from, host)}); err != nil {
+		u.Gate.NoteLimit(u.ingress.limited, j, err)
+		return nil
+	}
+	fl.Lease.SetReply(fl.Tuple)
+	u.Mu.Lock()
+	ok = !fl.ended && !u.closed && u.published[p.host] == p.sock
+	if ok {
+		u.attachLocked(fl, p.sock)
+	}
+	u.Mu.Unlock()
+	if !ok {
+		fl.end(nat.ReasonUnpublished)
+		return nil
+	}
+	return fl
+}
+
+// source is the address that the sandbox sees a client under. openMu is held.
+func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
+	a := p.u.Onlink.ClientInside(from.Addr(), p.guest.Addr())
+	if !a.IsValid() {
+		return from, false
+	}
+	for port := range onlink.SourcePorts(from.Port()) {
+		s := netip.AddrPortFrom(a, port)
+		old := p.u.Lookup(nat.NewTuple(packet.ProtoUDP, p.guest, s))
+		if s == from && old != nil && !old.ingress {
+			// The sandbox had addressed this client from the published port. From now on
+			// its datagrams must leave by the listener, or the client would not know them.
+			old.end(nat.ReasonReplaced)
+			old = nil
+		}
+		if old == nil {
+			return s, true
+		}
+	}
+	return from, false
+}

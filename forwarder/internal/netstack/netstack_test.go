@@ -1,0 +1,22 @@
+package netstack
+
+import (
+	"os"
+	"strings"
+	"testing"
+)
+
+// The compiler does not see when a function reached by go:linkname changes its
+// parameters or its meaning. Whoever moves the pin looks at dispatcher.go's
+// HandleConnected and HandleConnecting, and LockUser and UnlockUser of endpoint.go,
+// and then names the new version here.
+func TestNetstackInternalsWereLookedAt(t *testing.T) {
+	const looked = "gvisor.dev/gvisor v0.0.0-20260905035102-160fafc42237"
+	mod, err := os.ReadFile("../../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(mod), looked) {
+		t.Errorf("go.mod does not have %s: see whether netstack.go and inline.go hold for the version it has", looked)
+	}
+}

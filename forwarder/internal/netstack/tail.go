@@ -1,0 +1,11 @@
+package netstack
+
+import (
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+// EndpointState is where ep stands.
+func EndpointState(ep tcpip.Endpoint) tcp.EndpointState {
+	return tcp.EndpointState(ep.State())
+}

@@ -1,0 +1,2 @@
+// Package onlink knows whose an address on the sandbox's link is.
+package onlink

@@ -1,0 +1,39 @@
+package tcpflow
+
+import (
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/nat"
+)
+
+// tellFailed tells the log of dials that keep failing, and of what came of the last one. It is
+// no warning: the sandbox is told of each, and can have them fail at will.
+func (t *Forwarder) tellFailed(to netip.AddrPort, err error) {
+	if n, tell := t.failures.Note(repeatedly, t.Gate.Now()); tell {
+		t.Log.Info(fmt.Sprintf("connections fail, %d within a minute, the last one to %v: %v (`sluice flows --ended` lists them)", n, to, err))
+	}
+}
+
+// dialReason counts a failed dial, and is why the flow ends.
+func (fl *Flow) dialReason(err error) nat.Reason {
+	t := fl.T
+	switch ErrnoOf(err) {
+	case unix.ECONNREFUSED, unix.ECONNRESET:
+		t.dialRefused.Add(1)
+		return nat.ReasonRefused
+	case unix.ETIMEDOUT:
+		t.dialTimeout.Add(1)
+		return nat.ReasonTimeout
+	}
+	if reason := hostsock.Shortage(ErrnoOf(err)); reason != "" {
+		// It may pass: the sandbox's next SYN tries again.
+		t.dialDescriptors.Add(1)
+		return reason
+	}
+	t.dialUnreachable.Add(1)
+	return nat.ReasonUnreachable
+}

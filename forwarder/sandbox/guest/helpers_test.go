@@ -1,9 +1,0 @@
-package guest
-
-import "net/netip"
-
-func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
-func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
-
-// scripts are the scenes that need more of the monitor than running CMD.
-var scripts = map[string]func(scene) int{}

@@ -1,0 +1,2 @@
+// Package console is the caller's terminal beside that of the command inside.
+package console

@@ -1,0 +1,2 @@
+// Package explain says why the host does not let this user have namespaces, and what to do.
+package explain

@@ -1,0 +1,118 @@
+package host
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/nldump"
+	"sluice.dev/sluice/policy"
+)
+
+// What the host's kernel takes for itself, so that a connection to it ends at the host:
+//
+//	the addresses of its interfaces, also of those that are down
+//	routes of type local: AnyIP, as `ip route add local 203.0.113.0/24 dev lo` has it
+//	routes of type anycast, and the subnet-router anycast address of each IPv6 prefix
+//	(RFC 4291 section 2.6.1), which the kernel answers at once it forwards
+//	routes of type broadcast
+//
+// A routing table counts unless marks alone lead to it, as transparent proxies have it:
+// `local default dev lo` in there says nothing about packets without the mark.
+
+// errTooManyHost is the end of a list that no rules are made for.
+var errTooManyHost = fmt.Errorf("the host has more than %d addresses and local routes", policy.MaxHostRanges)
+
+// ownRoutes are the types of the routes that end at the host.
+var ownRoutes = []int{unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST}
+
+// HostRanges lists what the caller's network namespace takes for itself, but for loopback.
+func HostRanges() ([]netip.Prefix, error) { return nldump.Steady(listHost) }
+
+func listHost() ([]netip.Prefix, error) {
+	seen := make(map[netip.Prefix]struct{})
+	add := func(p netip.Prefix) {
+		if a := p.Addr(); p.IsValid() && !a.IsLoopback() && !(a.IsUnspecified() && p.IsSingleIP()) {
+			seen[p] = struct{}{}
+		}
+	}
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	for _, a := range list {
+		p := prefixFrom(a.IPNet)
+		if !p.IsValid() {
+			continue
+		}
+		add(netip.PrefixFrom(p.Addr(), p.Addr().BitLen()))
+		if p.Addr().Is6() {
+			add(netip.PrefixFrom(p.Masked().Addr(), 128))
+		}
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		marked, err := markedTables(family)
+		if err != nil {
+			return nil, err
+		}
+		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
+		err = netlink.RouteListFilteredIter(family, all, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+			if !marked[r.Table] && slices.Contains(ownRoutes, r.Type) {
+				p := prefixFrom(r.Dst)
+				if r.Dst == nil {
+					p = wholeFamily(family)
+				}
+				add(p.Masked())
+			}
+			return len(seen) <= policy.MaxHostRanges
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list the host's routes: %w", err)
+		}
+	}
+	if len(seen) > policy.MaxHostRanges {
+		return nil, errTooManyHost
+	}
+	out := make([]netip.Prefix, 0, len(seen))
+	for p := range seen {
+		out = append(out, p)
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return out, nil
+}
+
+// markedTables are the routing tables that only rules with a mark lead to.
+func markedTables(family int) (map[int]bool, error) {
+	rules, err := netlink.RuleList(family)
+	if err != nil {
+		return nil, fmt.Errorf("list the host's routing rules: %w", err)
+	}
+	marked := make(map[int]bool)
+	for _, r := range rules {
+		// A rule for the mark 0 is one for packets without a mark.
+		only, before := marked[r.Table]
+		marked[r.Table] = r.Mark != 0 && !r.Invert && (only || !before)
+	}
+	return marked, nil
+}
+
+// prefixFrom reads an address with its prefix length; the zero Prefix is none.
+func prefixFrom(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.Prefix{}
+	}
+	a, _ := netip.AddrFromSlice(n.IP)
+	ones, _ := n.Mask.Size()
+	return netip.PrefixFrom(a.Unmap(), ones)
+}
+
+func wholeFamily(family int) netip.Prefix {
+	if family == netlink.FAMILY_V4 {
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+}

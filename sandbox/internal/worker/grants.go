@@ -1,0 +1,60 @@
+package worker
+
+// A worker's table of grants.
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"sluice.dev/sluice/policy"
+	"sluice.dev/sluice/sandbox/internal/channel"
+)
+
+// NewNames makes a worker's table of grants. The hosts that the sandbox was given, and the
+// caller's, are in it for good: they stand in its /etc/hosts, so that nobody asks for them.
+// What the worker before granted is in it for the time that is left.
+func NewNames(hosts, callers map[string][]netip.Addr, kept []channel.GrantMessage, log *slog.Logger) *policy.Names {
+	names := channel.NewKeptGrants()
+	for name, addrs := range callers {
+		if err := names.Pin(name, addrs); err != nil {
+			log.Warn(fmt.Sprintf("no rule by domain will match %q of the caller's /etc/hosts: %v", name, err))
+		}
+	}
+	for host, addrs := range hosts {
+		name, err := policy.NormalizeName(host)
+		if err == nil {
+			err = names.Pin(name, addrs)
+		}
+		if err != nil {
+			log.Warn(fmt.Sprintf("no rule by domain will match the host entry %q: %v", host, err))
+		}
+	}
+	now := time.Now()
+	for _, g := range kept {
+		if err := g.Take(names, now); err != nil {
+			log.Warn(fmt.Sprintf("a grant of the worker before is lost: %v", err))
+		}
+	}
+	return names
+}
+
+// ToldGrants is the worker's table as the resolver sees it: the monitor is told of each
+// grant.
+type ToldGrants struct {
+	Names *policy.Names
+	Tell  func(channel.GrantMessage) error
+}
+
+// Grant implements dns.Names.
+func (g ToldGrants) Grant(name string, addrs []netip.Addr, ttl time.Duration, now time.Time) error {
+	if err := g.Names.Grant(name, addrs, ttl, now); err != nil {
+		return err
+	}
+	// Should the channel fail the monitor is gone, and soon the worker is too.
+	_ = g.Tell(channel.GrantMessage{Name: name, Addrs: addrs[:min(len(addrs), policy.MaxGrantsPerName)], TTL: g.Names.Bounded(ttl)})
+	return nil
+}
+
+func (w *Worker) tellGrant(g channel.GrantMessage) error { return w.ch.Send(channel.MsgGrant, 0, g) }

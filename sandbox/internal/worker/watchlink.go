@@ -1,0 +1,13 @@
+package worker
+
+import (
+	"sluice.dev/sluice/tun"
+)
+
+// watchLink says why a device stopped; it ends with it.
+func (w *Worker) watchLink(what string, l *tun.Endpoint) {
+	<-l.Done()
+	if err := l.Err(); err != nil && w.ctx.Err() == nil {
+		w.log.Warn("the " + what + ": " + err.Error())
+	}
+}

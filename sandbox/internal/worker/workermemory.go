@@ -1,0 +1,144 @@
+package worker
+
+// The worker's memory: the marks of the budget for what the sandbox's bytes take
+// (forwarder/internal/admit/memory.go), and the Go runtime's heap around it, which by default grows to twice
+// what is in use before it is collected.
+
+import (
+	"context"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"sluice.dev/sluice/forwarder"
+	"sluice.dev/sluice/nat"
+)
+
+const (
+	// easyGC and pressedGC are the heap's growth between two collections, in per cent of what
+	// is in use: Go's default, and while the budget is under pressure. What is in use then is
+	// nearly all chunks without a pointer in them, which cost a collection nothing.
+	easyGC, pressedGC = 100, 25
+	// giveBackEvery and giveBackTimes are when memory is given back to the system after the end of
+	// pressure, which the runtime by itself takes its time for: the pools keep chunks over two
+	// collections, and flows go on ending.
+	giveBackEvery = 5 * time.Second
+	giveBackTimes = 6
+	// limitShare is the part of a cgroup's memory limit that the high mark is at most by
+	// default: its processes, the kernel's socket buffers and the heap's growth want theirs.
+	limitShare = 4
+)
+
+// MemoryMarks are the budget's marks where limit is the memory limit of the worker's
+// cgroup; 0 means none.
+func MemoryMarks(limit int64) forwarder.MemoryMarks {
+	high := int64(forwarder.DefaultMemory)
+	if limit > 0 {
+		high = max(min(high, limit/limitShare), forwarder.LeastMemory)
+	}
+	return forwarder.MarksBelow(high)
+}
+
+// collector tunes the runtime's collector when pressure begins and ends.
+type collector struct {
+	turned  chan struct{} // capacity 1
+	pressed atomic.Bool
+}
+
+// collect starts a collector and returns what tells it of pressure.
+func collect(ctx context.Context) func(pressed bool) {
+	c := &collector{turned: make(chan struct{}, 1)}
+	go c.run(ctx) // the worker's; ends with ctx
+	return c.turn
+}
+
+// turn does not block.
+func (c *collector) turn(pressed bool) {
+	c.pressed.Store(pressed)
+	select {
+	case c.turned <- struct{}{}:
+	default:
+	}
+}
+
+func (c *collector) run(ctx context.Context) {
+	again := time.NewTimer(0)
+	<-again.C
+	left := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-again.C:
+		case <-c.turned:
+			left = giveBackTimes
+		}
+		if c.pressed.Load() {
+			debug.SetGCPercent(pressedGC)
+			continue
+		}
+		debug.SetGCPercent(easyGC)
+		debug.FreeOSMemory()
+		if left--; left > 0 {
+			again.Reset(giveBackEvery)
+		}
+	}
+}
+
+// isMemoryTunable reports whether a tunable, as trimSysctl has it, is the budget's.
+func isMemoryTunable(name string) bool {
+	return name == forwarder.MemorySysctl || name == strings.TrimPrefix(forwarder.MemorySysctl, "net.ipv4.")
+}
+
+// SetTunable sets a tunable of the flow table, of the memory budget or of keepalive.
+func (w *Worker) SetTunable(name, value string) error {
+	name = trimSysctl(name)
+	switch {
+	case forwarder.IsKeepaliveSysctl(name):
+		return w.setKeepalive(name, value)
+	case !isMemoryTunable(name):
+		return w.Table.SetSysctl(name, value)
+	}
+	marks, err := forwarder.ParseMemory(value)
+	if err != nil {
+		return err
+	}
+	if w.fwd != nil {
+		return w.fwd.SetMemory(marks)
+	}
+	w.Marks = marks
+	return nil
+}
+
+// setKeepalive sets one of keepalive's tunables.
+func (w *Worker) setKeepalive(name, value string) error {
+	k := w.keepalive
+	if err := k.SetSysctl(name, value); err != nil {
+		return err
+	}
+	w.keepalive = k
+	if w.fwd != nil {
+		w.fwd.SetKeepalive(k)
+	}
+	return nil
+}
+
+// tunable reads one.
+func (w *Worker) tunable(name string) (string, error) {
+	switch {
+	case forwarder.IsKeepaliveSysctl(name):
+		return w.fwd.Keepalive().Sysctl(name), nil
+	case isMemoryTunable(name):
+		return w.fwd.Memory().String(), nil
+	}
+	v, err := w.Table.Sysctl(name)
+	return strconv.FormatInt(v, 10), err
+}
+
+// tunables are all names, sorted.
+func tunables() []string {
+	names := append(nat.SysctlNames(), forwarder.KeepaliveSysctls()...)
+	return append(names, forwarder.MemorySysctl)
+}
