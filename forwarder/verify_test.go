@@ -231,7 +231,7 @@ func TestFirstBytes(t *testing.T) {
 		{"a look-alike behind it", addrA, clientHello(t, "a.example.evil.io"), 1 << 20, false, policy.ReasonMismatch},
 		{"no name", addrA, clientHello(t, "203.0.113.10"), 1 << 20, false, policy.ReasonNoName},
 		{"something else", addrA, []byte("\x00\x01\x02\x03hello"), 1 << 20, false, policy.ReasonNoName},
-		{"a ClientHello without end", addrA, append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, 17<<10)...), 1 << 20, false, policy.ReasonMalformed},
+		{"a ClientHello without end", addrA, append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, 17<<10)...), 1 << 20, false, policy.ReasonTooLong},
 		{"a name to an address that is not granted under an allowed one", addrB, clientHello(t, "a.example"), 1 << 20, false, ""},
 		{"the name in a request", addrA, []byte(get + "a.example\r\n\r\n"), 1 << 20, true, ""},
 		{"the name in a request, byte by byte", addrA, []byte(get + "a.example\r\n\r\n"), 1, true, ""},

@@ -26,6 +26,9 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 	var msg []byte // the handshake message as far as it goes
 	whole := -1    // its length, once known
 	for off := 0; ; {
+		if off+recordHeader >= MaxFirst {
+			return seen, 0, 0, ErrTooLong
+		}
 		rest := p[off:]
 		if len(rest) < recordHeader {
 			if len(rest) > 0 && rest[0] != recordHandshake || len(rest) > 1 && rest[1] != 3 {
@@ -49,7 +52,7 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 			}
 			if len(msg) >= handshakeHeader {
 				whole = handshakeHeader + int(msg[1])<<16 + int(msg[2])<<8 + int(msg[3])
-				if whole > MaxFirst {
+				if recordHeader+whole > MaxFirst {
 					return seen, 0, 0, ErrTooLong
 				}
 			}
@@ -57,6 +60,8 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 		switch {
 		case whole >= 0 && len(msg) > whole, whole >= 0 && len(msg) == whole && len(part) < n:
 			return seen, 0, 0, ErrMalformed
+		case whole >= 0 && len(msg) == whole && off+recordHeader+n > MaxFirst:
+			return seen, 0, 0, ErrTooLong // as it is before all of it has come
 		case whole >= 0 && len(msg) == whole:
 			err = seen.readHello(msg[handshakeHeader:])
 			return seen, off + recordHeader + n, 0, err
