@@ -18,7 +18,7 @@ export PATH := $(dir $(GO)):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 KILLS   ?= 500
 
-.PHONY: build help install man run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube lint fuzz clean
+.PHONY: build help install man run demo-cni test clients bench soak-cni soak-memory bench-cni e2e-kube threat-model lint fuzz clean
 
 # The binaries, static, in build/.
 build:
@@ -83,6 +83,11 @@ clients: build
 # is the directory of the programs that start one; unset, what it must hold is said.
 e2e-kube: build
 	hack/kube.sh
+
+# As root: writes what a hostile sandbox's attempts came to into docs/threat-model.md, which
+# `make test` compares only.
+threat-model: build
+	hack/e2e-cni.sh 10m TestHostileSandbox THREAT_MODEL=$(CURDIR)/docs/threat-model.md SLUICE_WRITE_THREAT_MODEL=1
 
 # Sluice against every peer on PATH (docs/performance.md). SHORT=1: two minutes;
 # CELLS=REGEXP: only these.
