@@ -108,7 +108,7 @@ soak-memory: build
 bench-cni: build
 	hack/e2e-cni.sh 5m TestCNICosts SLUICE_BENCH_CNI=1
 
-# gofmt, vet, staticcheck (staticcheck.conf) and shellcheck.
+# gofmt, vet, staticcheck and shellcheck.
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(GO) vet ./...
