@@ -77,6 +77,7 @@ func lastHeld(out, event string) (h held, found bool) {
 
 func TestTenThousandFlowsHeldAndEchoing(t *testing.T) {
 	area(t, "churn.held")
+	asRoot(t, "it is the same worker for every user, and takes three quarters of a minute")
 	const many = 10000
 	w := newPair(t)
 	serve(t, w.far)

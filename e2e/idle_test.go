@@ -23,13 +23,17 @@ const portSilent = 7100
 const silentServer = `
 import errno, select, socket, sys, threading
 told = threading.Event()
+mouth = threading.Lock()
+def say(*words): # a line at a time
+    with mouth:
+        print(*words, flush=True)
 def serve(c):
     name, what = c.makefile().readline().split()
-    print(name, "came", flush=True)
+    say(name, "came")
     try:
         while c.recv(4096):
             pass
-        print(name, "half-closed", flush=True)
+        say(name, "half-closed")
         if what == "writes":
             told.wait()
             c.send(b"x")
@@ -39,9 +43,9 @@ def serve(c):
         e = c.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     except OSError as failed:
         e = failed.errno
-    print(name, "ended by", errno.errorcode.get(e, e), flush=True)
+    say(name, "ended by", errno.errorcode.get(e, e))
 l = socket.create_server(("::", 7100), family=socket.AF_INET6, dualstack_ipv6=True)
-print("listening", flush=True)
+say("listening")
 threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
 while True:
     threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()
