@@ -97,11 +97,11 @@ type Config struct {
 	OnlyHost bool
 
 	// Keepalive is how idle connections are probed; the zero value stands for the default.
-	Keepalive hostsock.Keepalive
+	Keepalive Keepalive
 	// MemoryMarks are those of the budget for what the sandbox's bytes take (admit/memory.go); the
 	// zero value stands for the default. MemoryPressure is told when pressure begins and ends;
 	// it must not block, and may be nil.
-	MemoryMarks    admit.MemoryMarks
+	MemoryMarks    MemoryMarks
 	MemoryPressure func(bool)
 
 	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
@@ -112,7 +112,7 @@ type Config struct {
 	// not block, and may not keep pkt. It may be nil.
 	Drop func(reason string, pkt []byte)
 	// Refused is told of each flow, and each request, that policy refused. It must not block. It may be nil.
-	Refused func(admit.Refusal)
+	Refused func(Refusal)
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 	// Log receives what an operator has to know; nothing is logged per packet.
@@ -120,6 +120,8 @@ type Config struct {
 	// Threads is how many goroutines move bytes when there is much to move; 0 means
 	// one for each processor, at most maxThreads.
 	Threads int
+
+	spread engine.SpreadTimes // tests have shorter ones
 }
 
 const (
@@ -182,7 +184,7 @@ func New(cfg Config) (*Forwarder, error) {
 		Resolver: f.onlink.ForResolver, Refused: cfg.Refused,
 	})
 	f.dialer = hostsock.NewDialer(&f.stats, cfg.Log)
-	if cfg.Keepalive != (hostsock.Keepalive{}) {
+	if cfg.Keepalive != (Keepalive{}) {
 		f.SetKeepalive(cfg.Keepalive)
 	}
 	f.dialer.Pod = cfg.Inbound != nil
@@ -299,7 +301,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		}
 	})
 	wg.Go(f.tend)
-	wg.Go(func() { f.engine.SpreadLink(f.ctx, f.cfg.Link, f.stats.Counter("device_spread_failed")) })
+	wg.Go(func() { f.engine.SpreadLink(f.ctx, f.cfg.Link, f.cfg.spread, f.stats.Counter("device_spread_failed")) })
 	wg.Go(func() { f.gate.Reaper(f.ctx) })
 	wg.Go(func() { f.cfg.Table.Run(f.ctx) })
 	<-f.ctx.Done()
@@ -381,17 +383,17 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 }
 
 // SetKeepalive has connections that are set up from now on probed as k says.
-func (f *Forwarder) SetKeepalive(k hostsock.Keepalive) { f.dialer.SetKeepalive(k) }
+func (f *Forwarder) SetKeepalive(k Keepalive) { f.dialer.SetKeepalive(k) }
 
 // Keepalive returns what SetKeepalive has set.
-func (f *Forwarder) Keepalive() hostsock.Keepalive { return f.dialer.Keepalive() }
+func (f *Forwarder) Keepalive() Keepalive { return f.dialer.Keepalive() }
 
 // SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
 // shrink as they move.
-func (f *Forwarder) SetMemory(m admit.MemoryMarks) error { return f.gate.Memory.SetMarks(m) }
+func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.gate.Memory.SetMarks(m) }
 
 // Memory returns the marks in force.
-func (f *Forwarder) Memory() admit.MemoryMarks { return f.gate.Memory.Marks() }
+func (f *Forwarder) Memory() MemoryMarks { return f.gate.Memory.Marks() }
 
 // Responds returns a channel that is closed when the engine has run a task that is queued
 // now: never, if its goroutines hang.

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder/internal/datagram"
-	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/ingress"
 )
 
@@ -29,12 +28,12 @@ type publisher struct {
 	onUDP  *datagram.Forwarder
 	mu     sync.Mutex
 	tcp    []*ingress.Port
-	udp    []hostsock.Listener
+	udp    []Listener
 	closed bool
 }
 
 // Publish starts to serve l.
-func (f *Forwarder) Publish(l hostsock.Listener) error {
+func (f *Forwarder) Publish(l Listener) error {
 	p := &f.publish
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -42,7 +41,7 @@ func (f *Forwarder) Publish(l hostsock.Listener) error {
 	case p.closed:
 		return errors.New("publishing a port: the forwarder has stopped")
 	case p.find(l.Proto, l.Host) != nil:
-		return fmt.Errorf("publishing %s: %w", l.Host, hostsock.ErrPublished)
+		return fmt.Errorf("publishing %s: %w", l.Host, ErrPublished)
 	case l.Proto == unix.IPPROTO_UDP:
 		if err := p.onUDP.Publish(l); err != nil {
 			return fmt.Errorf("publishing %s/udp: %w", l.Host, err)
@@ -67,7 +66,7 @@ func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if proto == unix.IPPROTO_UDP {
-		i := slices.IndexFunc(p.udp, func(l hostsock.Listener) bool { return l.Host == host })
+		i := slices.IndexFunc(p.udp, func(l Listener) bool { return l.Host == host })
 		if i < 0 {
 			return false
 		}
@@ -85,7 +84,7 @@ func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
 }
 
 // Published lists what is served.
-func (f *Forwarder) Published() []hostsock.Listener {
+func (f *Forwarder) Published() []Listener {
 	p := &f.publish
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -97,7 +96,7 @@ func (f *Forwarder) Published() []hostsock.Listener {
 }
 
 // find is called with mu held.
-func (p *publisher) find(proto uint8, host netip.AddrPort) *hostsock.Listener {
+func (p *publisher) find(proto uint8, host netip.AddrPort) *Listener {
 	for i := range p.tcp {
 		if l := &p.tcp[i].Listener; l.Proto == proto && l.Host == host {
 			return l

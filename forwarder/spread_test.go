@@ -68,8 +68,7 @@ func (l *queuedLink) setBusy(busy bool) {
 }
 
 func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
-	defer func(c, f, w time.Duration) { engine.CalmAfter, engine.QuietFor, engine.QuietWithin = c, f, w }(engine.CalmAfter, engine.QuietFor, engine.QuietWithin)
-	engine.CalmAfter, engine.QuietFor = 20*time.Millisecond, 2*time.Millisecond
+	const calmAfter, quietFor = 20 * time.Millisecond, 2 * time.Millisecond
 	crowd := func(w *wire) {
 		w.f.engine.CrowdAt.Store(int64(time.Since(w.f.engine.Start)))
 		if !w.f.engine.Spread.Load() {
@@ -90,14 +89,14 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"no pause, then one", 1, true, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
-			enough := l.looked() + 3*int(engine.CalmAfter/engine.QuietFor)
+			enough := l.looked() + 3*int(calmAfter/quietFor)
 			eventually(t, "it was looked at for long", func() bool { return l.looked() > enough })
 			if got := l.heard(); !slices.Equal(got, all[:2]) {
 				t.Errorf("while frames came it was told %v", got)
 			}
 			l.setBusy(false)
 		}, all},
-		{"no pause at all", 1, true, 3 * engine.CalmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
+		{"no pause at all", 1, true, 3 * calmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
 		{"a crowd that comes back", 1, false, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
 			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
@@ -107,11 +106,11 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"a kernel that refuses", 1, false, time.Hour, errors.New("refused"), func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all[:1]},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			engine.QuietWithin = row.patience
 			l := &queuedLink{attached: row.attached, busy: row.busy, fail: row.fail}
 			w := newWire(t, allowAll, func(c *Config) {
 				l.Endpoint = c.Link.(*channel.Endpoint)
 				c.Link = l
+				c.spread = engine.SpreadTimes{CalmAfter: calmAfter, QuietFor: quietFor, QuietWithin: row.patience}
 			})
 			row.do(t, w, l)
 			eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })

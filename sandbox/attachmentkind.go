@@ -49,7 +49,7 @@ func (c *AttachmentConfig) environment() policy.Environment {
 	return env
 }
 
-// WorkerConfig implements kind.
+// workerConfig implements kind.
 func (m *attachment) workerConfig() (channel.WorkerConfig, []int) {
 	c := &m.cfg
 	w := channel.WorkerConfig{

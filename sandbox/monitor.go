@@ -244,7 +244,7 @@ func (m *monitor) introduce(ctx context.Context, l *process.WorkerLink) error {
 	return nil
 }
 
-// WorkerConfig collects what a new worker gets, but for the flow log. Called with change
+// workerConfig collects what a new worker gets, but for the flow log. Called with change
 // held.
 func (m *monitor) workerConfig() (channel.WorkerConfig, []int) {
 	w, fds := m.kind.workerConfig()

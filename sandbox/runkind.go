@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// WorkerConfig implements kind.
+// workerConfig implements kind.
 func (m *run) workerConfig() (channel.WorkerConfig, []int) {
 	c := &m.cfg
 	w := channel.WorkerConfig{

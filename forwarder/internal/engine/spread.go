@@ -17,22 +17,23 @@ type spreadingLink interface {
 	Gather() error
 }
 
-// Times of the device's other queues. They are variables for tests.
-var (
+// SpreadTimes are those of the device's other queues. The zero value stands for what is used
+// but in tests: 2 s, 100 ms and 30 s.
+type SpreadTimes struct {
 	// CalmAfter is how long they are kept without need, and then not written to until they
 	// are detached.
-	CalmAfter = 2 * time.Second
+	CalmAfter time.Duration
 	// QuietFor is how long no frame must have come when they are: one in the wrong queue at
 	// that moment is lost, and a sandbox that was asleep begins with a SYN.
-	QuietFor = 100 * time.Millisecond
+	QuietFor time.Duration
 	// QuietWithin is how long such a pause is waited for.
-	QuietWithin = 30 * time.Second
-)
+	QuietWithin time.Duration
+}
 
-// spread has the device use all of its queues while several flows of the sandbox's send in
+// SpreadLink has the device use all of its queues while several flows of the sandbox's send in
 // bulk, as the engine's leader tells. A timer of Go's runs only until they are detached
 // again. A link that refuses stays as it is.
-func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, failed *atomic.Uint64) {
+func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, times SpreadTimes, failed *atomic.Uint64) {
 	link, ok := l.(spreadingLink)
 	if !ok {
 		return
@@ -41,11 +42,14 @@ func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, failed *a
 	if all < 2 {
 		return
 	}
-	s := spreader{link: link, engine: e}
+	if times == (SpreadTimes{}) {
+		times = SpreadTimes{CalmAfter: 2 * time.Second, QuietFor: 100 * time.Millisecond, QuietWithin: 30 * time.Second}
+	}
+	s := spreader{link: link, engine: e, times: times}
 	if attached > 1 { // the worker before us ended so
 		s.narrow()
 	}
-	look := time.NewTicker(QuietFor)
+	look := time.NewTicker(times.QuietFor)
 	defer look.Stop()
 	for {
 		if !e.Spread.Load() {
@@ -57,7 +61,7 @@ func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, failed *a
 			return
 		case <-e.Crowded:
 			err = s.spread()
-			look.Reset(QuietFor)
+			look.Reset(times.QuietFor)
 		case <-look.C:
 			err = s.look()
 		}
@@ -72,6 +76,7 @@ func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, failed *a
 type spreader struct {
 	link     spreadingLink
 	engine   *Engine
+	times    SpreadTimes
 	narrowed time.Duration // when, since the engine's start; 0: all are written to
 	received uint64        // when last looked at
 }
@@ -99,12 +104,12 @@ func (s *spreader) look() error {
 	s.received = received
 	switch {
 	case s.narrowed == 0:
-		if now-crowd > CalmAfter {
+		if now-crowd > s.times.CalmAfter {
 			s.narrow()
 		}
 	case crowd > s.narrowed:
 		return s.spread()
-	case now-s.narrowed > CalmAfter && quiet || now-s.narrowed > QuietWithin:
+	case now-s.narrowed > s.times.CalmAfter && quiet || now-s.narrowed > s.times.QuietWithin:
 		if err := s.link.Gather(); err != nil {
 			return err
 		}

@@ -118,7 +118,7 @@ func (k *Keepalive) probeHost(fd int) error {
 // ProbeInside has the stack probe the sandbox's half of a connection.
 func (d *Dialer) ProbeInside(ep tcpip.Endpoint) { d.keepalive.Load().probeInside(ep) }
 
-// ProbeInside has the stack probe the sandbox's half of a connection.
+// probeInside sets the options of ProbeInside.
 func (k *Keepalive) probeInside(ep tcpip.Endpoint) {
 	idle, interval := tcpip.KeepaliveIdleOption(k.Time), tcpip.KeepaliveIntervalOption(k.Interval)
 	count := max(k.Probes, int(math.Ceil(float64(insideSilence)/float64(k.Interval))))

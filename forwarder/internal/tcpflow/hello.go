@@ -169,5 +169,5 @@ func (h *HelloGate) Answered(p []byte) {
 	}
 }
 
-// UnderWay is nothing beside what the flow itself was judged by.
+// underWay is nothing beside what the flow itself was judged by.
 func (h *HelloGate) underWay() []policy.Seen { return nil }
