@@ -17,7 +17,7 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
-	"sluice.dev/sluice/forwarder/seldom"
+	"sluice.dev/sluice/forwarder/internal/seldom"
 	"sluice.dev/sluice/policy"
 )
 

@@ -50,7 +50,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/onlink"
 	"sluice.dev/sluice/forwarder/internal/packet"
-	"sluice.dev/sluice/forwarder/seldom"
+	"sluice.dev/sluice/forwarder/internal/seldom"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
