@@ -28,8 +28,9 @@
 // and networks in the test's node, and are asked for no image of any registry.
 //
 // Settings by environment: SLUICE_BIN, SLUICE_CNI_BIN, SLUICE_CNI_FAULTS_BIN (with the
-// build tag faults) and PEER_BIN (the binaries; built if unset), CNI_PLUGINS (what
-// hack/cni-plugins.sh builds; without it the CNI tests are skipped),
+// build tag faults), SLUICE_CGO_BIN (with cgo; none without a C compiler) and PEER_BIN (the
+// binaries; built if unset), CNI_PLUGINS (what hack/cni-plugins.sh builds; without it the
+// CNI tests are skipped),
 // SLUICE_CLIENTS=REGEXP (clients of aswithout_test.go by name, whatever they need; .: all),
 // SLUICE_E2E_KEEP=1 (show all output of every command).
 package e2e

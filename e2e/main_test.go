@@ -20,6 +20,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -62,12 +63,16 @@ func enter() int {
 	defer os.RemoveAll(dir)
 	os.Setenv("SLUICE_E2E_DIR", dir)
 	os.Setenv("TMPDIR", dir) // whatever a test that was killed left goes with it
-	for _, b := range []struct{ name, pkg, tags string }{
+	binaries := []struct{ name, pkg, tags string }{
 		{"SLUICE_BIN", "sluice.dev/sluice/cmd/sluice", ""},
 		{"PEER_BIN", "sluice.dev/sluice/e2e/peer", ""},
 		{"SLUICE_CNI_BIN", "sluice.dev/sluice/cmd/sluice-cni", ""},
 		{"SLUICE_CNI_FAULTS_BIN", "sluice.dev/sluice/cmd/sluice-cni", "faults"},
-	} {
+	}
+	if hasCompiler() {
+		binaries = append(binaries, struct{ name, pkg, tags string }{"SLUICE_CGO_BIN", "sluice.dev/sluice/cmd/sluice", "cgo"})
+	}
+	for _, b := range binaries {
 		if err := provide(b.name, b.pkg, filepath.Join(dir, b.tags), b.tags); err != nil {
 			return complain(err)
 		}
@@ -111,13 +116,25 @@ func complain(err error) int {
 	return 1
 }
 
-// provide sees to it that the variable names a binary.
+// hasCompiler reports whether a C compiler is on PATH by a name that Go looks for.
+func hasCompiler() bool {
+	return slices.ContainsFunc([]string{"gcc", "cc"}, func(name string) bool {
+		_, err := exec.LookPath(name)
+		return err == nil
+	})
+}
+
+// provide sees to it that the variable names a binary. The tag cgo asks for one with cgo.
 func provide(name, pkg, dir, tags string) error {
 	path := os.Getenv(name)
 	if path == "" {
 		path = filepath.Join(dir, filepath.Base(pkg))
 		build := exec.Command("go", "build", "-tags", tags, "-o", path, pkg)
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		cgo := "CGO_ENABLED=0"
+		if tags == "cgo" {
+			cgo = "CGO_ENABLED=1"
+		}
+		build.Env = append(os.Environ(), cgo)
 		if out, err := build.CombinedOutput(); err != nil {
 			return fmt.Errorf("building %s: %w\n%s", pkg, err, out)
 		}

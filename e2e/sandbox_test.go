@@ -328,8 +328,11 @@ func describe(pids []int) []string {
 }
 
 // status reads fields of /proc/PID/status.
-func status(pid int) map[string]string {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+func status(pid int) map[string]string { return statusAt(fmt.Sprintf("/proc/%d", pid)) }
+
+// statusAt is status for the directory of a process or a thread.
+func statusAt(dir string) map[string]string {
+	b, _ := os.ReadFile(filepath.Join(dir, "status"))
 	fields := map[string]string{}
 	for line := range strings.Lines(string(b)) {
 		if k, v, ok := strings.Cut(line, ":"); ok {

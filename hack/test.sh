@@ -57,6 +57,10 @@ chmod 755 "$work"
 "$go" test -c -o "$work/e2e.test" ./e2e
 cp build/sluice build/sluice-cni build/peer docs/threat-model.md "$work/"
 "$go" build -trimpath -tags faults -o "$work/faults/sluice-cni" ./cmd/sluice-cni
+if command -v gcc >/dev/null || command -v cc >/dev/null; then
+	CGO_ENABLED=1 "$go" build -o "$work/cgo/sluice" ./cmd/sluice
+	export SLUICE_CGO_BIN=$work/cgo/sluice
+fi
 hack/cni-plugins.sh "$work/cni"
 
 cni=^TestCNI

@@ -108,9 +108,6 @@ func start(t *testing.T, cfg Config) *running {
 	case run.info = <-ready:
 	case got = <-over:
 		once.Do(func() { w.Close(); cancel() })
-		if strings.Contains(got.err.Error(), "cgo") {
-			t.Skip("this test binary was built with cgo: run with CGO_ENABLED=0")
-		}
 		t.Fatalf("the sandbox does not start: %v", got.err)
 	}
 	run.client.Path = filepath.Join(dir, "sluice", run.info.Name, registry.SocketFile)

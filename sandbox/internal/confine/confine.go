@@ -1,7 +1,6 @@
 package confine
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -17,10 +16,6 @@ type Config struct {
 	// become /dev/null, all others are closed.
 	KeepFDs []int
 }
-
-// ErrCgo is returned in a binary built with cgo, where threads that the Go runtime
-// does not know of would keep their privileges.
-var ErrCgo = errors.New("the binary was built with cgo; build it with CGO_ENABLED=0")
 
 // Enter confines the calling process, all of its threads, for good. It is to be
 // called once, in a process freshly cloned into user and mount namespaces of its
@@ -40,15 +35,22 @@ func Enter(cfg Config) (seal func() error, err error) {
 	// set by hand it does not look any more, and they can be closed.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
 
+	if err := closeOthers(cfg.KeepFDs); err != nil {
+		return nil, fmt.Errorf("close descriptors: %w", err)
+	}
+	all, err := openThreads()
+	if err != nil {
+		return nil, err
+	}
+	defer all.close()
 	for _, stage := range []struct {
 		what string
 		do   func() error
 	}{
-		{"close descriptors", func() error { return closeOthers(cfg.KeepFDs) }},
 		{"empty the root", emptyRoot},
 		{"set limits", limit},
-		{"drop privileges", dropPrivileges},
-		{"restrict by Landlock", landlock},
+		{"drop privileges", func() error { return dropPrivileges(all) }},
+		{"restrict by Landlock", func() error { return landlock(all) }},
 	} {
 		if err := stage.do(); err != nil {
 			return nil, fmt.Errorf("%s: %w", stage.what, err)

@@ -20,9 +20,9 @@
 // Each stage alone would hold most attacks; they are in this order because each
 // takes away what the ones before needed. All of them hold for every thread of the
 // process: Linux keeps no_new_privs, capabilities, Landlock and seccomp per
-// thread, and a Go program has several by the time main runs. Hence
-// syscall.AllThreadsSyscall, which does not exist in a binary with cgo: such a
-// binary is refused.
+// thread, and a Go program has several by the time main runs. seccomp(2) reaches
+// them all by itself (SECCOMP_FILTER_FLAG_TSYNC); the others are told one by one
+// (threads.go), in a binary with cgo as in one without.
 //
 // FilterCommand is the other filter: of what runs inside a sandbox.
 //

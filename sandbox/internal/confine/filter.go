@@ -84,7 +84,7 @@ func sockopt(level, name uintptr) seccomp.PerArg {
 // allowed is what passes.
 func allowed(pid int) seccomp.SyscallRules {
 	rules := seccomp.NewSyscallRules()
-	for _, nr := range slices.Concat(always, archAlways) {
+	for _, nr := range slices.Concat(always, archAlways, libcAlways) {
 		rules.Set(nr, seccomp.MatchAll{})
 	}
 	noExec := seccomp.PerArg{any0, any0, seccomp.MaskedEqual(unix.PROT_EXEC, 0)}
@@ -106,7 +106,7 @@ func allowed(pid int) seccomp.SyscallRules {
 		unix.SYS_FCNTL: oneOf(1, unix.F_GETFL, unix.F_SETFL, unix.F_GETFD, unix.F_SETFD, unix.F_DUPFD_CLOEXEC,
 			unix.F_GETPIPE_SZ, unix.F_SETPIPE_SZ),
 		unix.SYS_PRCTL:        seccomp.PerArg{seccomp.EqualTo(prSetVMA)},
-		unix.SYS_CLONE:        oneOf(0, threadFlags, threadFlags|unix.CLONE_SETTLS), // the latter on amd64
+		unix.SYS_CLONE:        oneOf(0, append([]uintptr{threadFlags, threadFlags | unix.CLONE_SETTLS /* on amd64 */}, libcThreadFlags...)...),
 		unix.SYS_MMAP:         noExec,
 		unix.SYS_MPROTECT:     noExec,
 		unix.SYS_TGKILL:       self,

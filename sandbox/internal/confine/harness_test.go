@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -35,42 +34,11 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	code := m.Run()
-	if builtIn != "" {
-		_ = os.RemoveAll(builtIn)
-	}
-	os.Exit(code)
+	os.Exit(m.Run())
 }
-
-// builtIn is the directory of a binary that was built for the tests, if one was.
-var builtIn string
 
 // nobody is who the worker is when root starts it.
 const nobody = 65534
-
-// binary is the test binary as a static one, for Apply refuses cgo. It is named by
-// /proc/self/exe where that is it, so that whoever the helper is mapped to need not
-// reach it by its path.
-var binary = sync.OnceValues(func() (string, error) {
-	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_GETPID, 0, 0, 0); errno != syscall.ENOTSUP {
-		return "/proc/self/exe", nil
-	}
-	dir, err := os.MkdirTemp("", "confine")
-	if err != nil {
-		return "", err
-	}
-	builtIn = dir
-	if err := os.Chmod(dir, 0o755); err != nil {
-		return "", err
-	}
-	out := filepath.Join(dir, "confine.test")
-	cmd := exec.Command("go", "test", "-c", "-o", out, ".")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if b, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build without cgo: %w\n%s", err, b)
-	}
-	return out, nil
-})
 
 // helper is a running helper.
 type helper struct {
@@ -87,15 +55,12 @@ func start(t *testing.T, name string, extra []*os.File, args ...string) *helper 
 
 func startTo(t *testing.T, stderr *os.File, name string, extra []*os.File, args ...string) *helper {
 	t.Helper()
-	path, err := binary()
-	if err != nil {
-		t.Fatal(err)
-	}
 	who, root := os.Getuid(), os.Getuid() == 0
 	if root {
 		who = nobody
 	}
-	cmd := exec.Command(path, args...)
+	// Not by its path, which whoever the helper is mapped to need not reach.
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), helperEnv+"="+name)
 	cmd.ExtraFiles = extra
 	cmd.Dir = "/"
@@ -107,6 +72,7 @@ func startTo(t *testing.T, stderr *os.File, name string, extra []*os.File, args 
 		Credential:                 &syscall.Credential{NoSetGroups: !root},
 	}
 	h := &helper{t: t, cmd: cmd}
+	var err error
 	if h.in, err = cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}

@@ -25,6 +25,7 @@ var helpers = map[string]func() error{
 	"null":      helpNull,
 	"abstract":  helpAbstract,
 	"busy":      helpBusy,
+	"churn":     helpChurn,
 	"panic":     helpPanic,
 	"fault":     helpFault,
 	"command":   commandHelper,
@@ -77,52 +78,52 @@ func helpWait() error {
 // forbidden are calls that must kill. Arguments are such that each would succeed,
 // or fail at once, if it were let through.
 var forbidden = map[string]func(){
-	"unshare":                 func() { call(unix.SYS_UNSHARE, unix.CLONE_NEWNET) },
-	"setns":                   func() { call(unix.SYS_SETNS, 0, 0) },
-	"execve":                  func() { call(unix.SYS_EXECVE, ptr("/proc/self/exe"), 0, 0) },
-	"execveat":                func() { call(unix.SYS_EXECVEAT, 0, ptr(""), 0, 0, unix.AT_EMPTY_PATH) },
-	"fork by clone":           func() { call(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0) },
-	"a thread in a new netns": func() { call(unix.SYS_CLONE, threadFlags|unix.CLONE_NEWNET, 0) },
-	"ptrace":                  func() { call(unix.SYS_PTRACE, unix.PTRACE_TRACEME) },
-	"process_vm_readv":        func() { call(unix.SYS_PROCESS_VM_READV, 1) },
-	"open_by_handle_at":       func() { call(unix.SYS_OPEN_BY_HANDLE_AT, 0, 0, 0) },
-	"mount":                   func() { call(unix.SYS_MOUNT) },
-	"umount2":                 func() { call(unix.SYS_UMOUNT2) },
-	"chroot":                  func() { call(unix.SYS_CHROOT, ptr("/")) },
-	"unlinkat":                func() { call(unix.SYS_UNLINKAT, 0, ptr("x"), 0) },
-	"mkdirat":                 func() { call(unix.SYS_MKDIRAT, 0, ptr("x"), 0) },
-	"bpf":                     func() { call(unix.SYS_BPF) },
-	"io_uring_setup":          func() { call(unix.SYS_IO_URING_SETUP) },
-	"perf_event_open":         func() { call(unix.SYS_PERF_EVENT_OPEN) },
-	"userfaultfd":             func() { call(unix.SYS_USERFAULTFD) },
-	"keyctl":                  func() { call(unix.SYS_KEYCTL) },
-	"init_module":             func() { call(unix.SYS_INIT_MODULE) },
-	"setuid":                  func() { call(unix.SYS_SETUID, 0) },
-	"capset":                  func() { call(unix.SYS_CAPSET, 0, 0) },
-	"seccomp":                 func() { call(unix.SYS_SECCOMP, 2, 0, 0) },
-	"prctl of dumpable":       func() { call(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 1) },
-	"kill of another":         func() { call(unix.SYS_KILL, ^uintptr(0), 0) },
-	"tgkill of another":       func() { call(unix.SYS_TGKILL, 2, 2, 0) },
+	"unshare":                 func() { try(unix.SYS_UNSHARE, unix.CLONE_NEWNET) },
+	"setns":                   func() { try(unix.SYS_SETNS, 0, 0) },
+	"execve":                  func() { try(unix.SYS_EXECVE, ptr("/proc/self/exe"), 0, 0) },
+	"execveat":                func() { try(unix.SYS_EXECVEAT, 0, ptr(""), 0, 0, unix.AT_EMPTY_PATH) },
+	"fork by clone":           func() { try(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0) },
+	"a thread in a new netns": func() { try(unix.SYS_CLONE, threadFlags|unix.CLONE_NEWNET, 0) },
+	"ptrace":                  func() { try(unix.SYS_PTRACE, unix.PTRACE_TRACEME) },
+	"process_vm_readv":        func() { try(unix.SYS_PROCESS_VM_READV, 1) },
+	"open_by_handle_at":       func() { try(unix.SYS_OPEN_BY_HANDLE_AT, 0, 0, 0) },
+	"mount":                   func() { try(unix.SYS_MOUNT) },
+	"umount2":                 func() { try(unix.SYS_UMOUNT2) },
+	"chroot":                  func() { try(unix.SYS_CHROOT, ptr("/")) },
+	"unlinkat":                func() { try(unix.SYS_UNLINKAT, 0, ptr("x"), 0) },
+	"mkdirat":                 func() { try(unix.SYS_MKDIRAT, 0, ptr("x"), 0) },
+	"bpf":                     func() { try(unix.SYS_BPF) },
+	"io_uring_setup":          func() { try(unix.SYS_IO_URING_SETUP) },
+	"perf_event_open":         func() { try(unix.SYS_PERF_EVENT_OPEN) },
+	"userfaultfd":             func() { try(unix.SYS_USERFAULTFD) },
+	"keyctl":                  func() { try(unix.SYS_KEYCTL) },
+	"init_module":             func() { try(unix.SYS_INIT_MODULE) },
+	"setuid":                  func() { try(unix.SYS_SETUID, 0) },
+	"capset":                  func() { try(unix.SYS_CAPSET, 0, 0) },
+	"seccomp":                 func() { try(unix.SYS_SECCOMP, 2, 0, 0) },
+	"prctl of dumpable":       func() { try(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 1) },
+	"kill of another":         func() { try(unix.SYS_KILL, ^uintptr(0), 0) },
+	"tgkill of another":       func() { try(unix.SYS_TGKILL, 2, 2, 0) },
 	"executable memory": func() {
-		call(unix.SYS_MMAP, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0)
+		try(unix.SYS_MMAP, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON, ^uintptr(0), 0)
 	},
-	"memory made executable":     func() { call(unix.SYS_MPROTECT, 0, 0, unix.PROT_EXEC) },
-	"memfd without cloexec":      func() { call(unix.SYS_MEMFD_CREATE, ptr("x"), 0) },
-	"a raw socket":               func() { call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP) },
-	"an SCTP socket":             func() { call(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_SCTP) },
-	"a UDP-Lite socket":          func() { call(unix.SYS_SOCKET, unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE) },
-	"a socketpair":               func() { call(unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_STREAM, 0) },
-	"a filter on a socket":       func() { call(unix.SYS_SETSOCKOPT, 0, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, 0, 0) },
-	"an upper layer on TCP":      func() { call(unix.SYS_SETSOCKOPT, 0, unix.IPPROTO_TCP, unix.TCP_ULP, 0, 0) },
-	"an option of netlink":       func() { call(unix.SYS_SETSOCKOPT, 0, unix.SOL_NETLINK, 1, 0, 0) },
-	"ioctl TIOCSTI":              func() { call(unix.SYS_IOCTL, 0, unix.TIOCSTI, 0) },
-	"ioctl TUNSETIFF":            func() { call(unix.SYS_IOCTL, 0, unix.TUNSETIFF, 0) },
-	"fcntl F_SETOWN":             func() { call(unix.SYS_FCNTL, 0, unix.F_SETOWN, 1) },
-	"a call of another ABI":      func() { call(0x40000000|unix.SYS_GETPID, 0) },
-	"a call that does not exist": func() { call(100000) },
+	"memory made executable":     func() { try(unix.SYS_MPROTECT, 0, 0, unix.PROT_EXEC) },
+	"memfd without cloexec":      func() { try(unix.SYS_MEMFD_CREATE, ptr("x"), 0) },
+	"a raw socket":               func() { try(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP) },
+	"an SCTP socket":             func() { try(unix.SYS_SOCKET, unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_SCTP) },
+	"a UDP-Lite socket":          func() { try(unix.SYS_SOCKET, unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE) },
+	"a socketpair":               func() { try(unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_STREAM, 0) },
+	"a filter on a socket":       func() { try(unix.SYS_SETSOCKOPT, 0, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, 0, 0) },
+	"an upper layer on TCP":      func() { try(unix.SYS_SETSOCKOPT, 0, unix.IPPROTO_TCP, unix.TCP_ULP, 0, 0) },
+	"an option of netlink":       func() { try(unix.SYS_SETSOCKOPT, 0, unix.SOL_NETLINK, 1, 0, 0) },
+	"ioctl TIOCSTI":              func() { try(unix.SYS_IOCTL, 0, unix.TIOCSTI, 0) },
+	"ioctl TUNSETIFF":            func() { try(unix.SYS_IOCTL, 0, unix.TUNSETIFF, 0) },
+	"fcntl F_SETOWN":             func() { try(unix.SYS_FCNTL, 0, unix.F_SETOWN, 1) },
+	"a call of another ABI":      func() { try(0x40000000|unix.SYS_GETPID, 0) },
+	"a call that does not exist": func() { try(100000) },
 }
 
-func call(nr uintptr, args ...uintptr) {
+func try(nr uintptr, args ...uintptr) {
 	var a [6]uintptr
 	copy(a[:], args)
 	_, _, _ = unix.RawSyscall6(nr, a[0], a[1], a[2], a[3], a[4], a[5])
@@ -178,6 +179,11 @@ func helpAnswered() error {
 
 // helpStages goes stage by stage and looks at what the filter would hide.
 func helpStages() error {
+	all, err := openThreads()
+	if err != nil {
+		return err
+	}
+	defer all.close()
 	if err := emptyRoot(); err != nil {
 		return err
 	}
@@ -197,13 +203,13 @@ func helpStages() error {
 	if n, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0); err != nil || n != 0 {
 		return fmt.Errorf("dumpable is %d, %v", n, err)
 	}
-	if err := dropPrivileges(); err != nil {
+	if err := dropPrivileges(all); err != nil {
 		return err
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REMOUNT, ""); !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("mounting without capabilities: %v", err)
 	}
-	if err := landlock(); err != nil {
+	if err := landlock(all); err != nil {
 		return err
 	}
 	if _, err := createRuleset(nil, 0, unix.LANDLOCK_CREATE_RULESET_VERSION); err != nil {
@@ -320,6 +326,38 @@ func helpBusy() error {
 	}
 	if !strings.Contains(time.Now().Format(time.RFC1123), ":") {
 		return errors.New("no time")
+	}
+	return pause("fine")
+}
+
+// helpChurn makes calls on all threads while threads start others and end.
+func helpChurn() error {
+	all, err := openThreads()
+	if err != nil {
+		return err
+	}
+	defer all.close()
+	crowd()
+	var churning sync.WaitGroup
+	for range 4 {
+		churning.Go(func() { // ends after so many threads: until then a listing may find new ones
+			for range 25 {
+				done := make(chan struct{})
+				go func() {
+					runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+					close(done)
+				}()
+				<-done
+			}
+		})
+	}
+	if err := all.onAll(call{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0}); err != nil {
+		return err
+	}
+	churning.Wait()
+	// What fails on the others is not tried on the caller's, and is told.
+	if err := all.onAll(call{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 2, 0}); err != unix.EINVAL {
+		return fmt.Errorf("a call that fails: %v", err)
 	}
 	return pause("fine")
 }

@@ -62,7 +62,7 @@ func landlockRuleset(abi, errata int) (attr unix.LandlockRulesetAttr, size uintp
 
 // landlock restricts all threads. A kernel without Landlock is no error: the root is
 // empty and the filter knows no call that opens a file.
-func landlock() error {
+func landlock(all threads) error {
 	abi, err := createRuleset(nil, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
 	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil
@@ -80,7 +80,7 @@ func landlock() error {
 		return fmt.Errorf("create a ruleset: %w", err)
 	}
 	defer unix.Close(fd)
-	if err := onAllThreads(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(fd), 0, 0); err != nil {
+	if err := all.onAll(call{unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(fd), 0, 0}); err != nil {
 		return fmt.Errorf("restrict: %w", err)
 	}
 	return nil
