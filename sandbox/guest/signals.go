@@ -12,8 +12,6 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
-	"errors"
-	"io"
 	"os"
 	"os/signal"
 	"unsafe"
@@ -40,15 +38,14 @@ type Signals struct{ Ignored, Blocked SignalSet }
 // the first signal.Notify.
 func InheritedSignals() (s Signals) {
 	var found [lastSignal + 1]uint64
-	readVariable("runtime.fwdSig", found[:])
+	var began [1]uint64
+	readRuntime(map[string][]uint64{"runtime.fwdSig": found[:], "runtime.initSigmask": began[:]})
 	for sig := unix.Signal(1); sig <= lastSignal; sig++ {
 		if found[sig] == sigIgn || disposition(sig) == sigIgn {
 			s.Ignored |= 1 << (sig - 1)
 		}
 	}
 	s.Ignored &^= kept
-	var began [1]uint64
-	readVariable("runtime.initSigmask", began[:])
 	var mask unix.Sigset_t
 	_ = unix.PthreadSigmask(unix.SIG_BLOCK, nil, &mask) // cannot fail
 	s.Blocked = SignalSet(mask.Val[0] | began[0])
@@ -82,60 +79,73 @@ func disposition(sig unix.Signal) uint64 {
 	return binary.NativeEndian.Uint64(act[:])
 }
 
-// readVariable reads words of the runtime's, or leaves them alone.
-func readVariable(name string, words []uint64) {
-	b := make([]byte, 8*len(words))
-	at, err := symbol(name, int64(len(b)))
+// readRuntime reads variables of the runtime's, each of so many words, or leaves them alone.
+func readRuntime(variables map[string][]uint64) {
+	exe, err := mapExecutable()
 	if err != nil {
 		return
 	}
+	defer func() { _ = unix.Munmap(exe) }()
+	f, err := elf.NewFile(bytes.NewReader(exe))
+	if err != nil || f.Type != elf.ET_EXEC || f.Class != elf.ELFCLASS64 {
+		return
+	}
+	symbols, names := contents(exe, f.Section(".symtab")), contents(exe, f.Section(".strtab"))
 	mem, err := os.Open("/proc/self/mem")
 	if err != nil {
 		return
 	}
 	defer mem.Close()
-	if _, err := mem.ReadAt(b, at); err != nil {
-		return
-	}
-	for i := range words {
-		words[i] = binary.NativeEndian.Uint64(b[8*i:])
+	for name, words := range variables {
+		b := make([]byte, 8*len(words))
+		at, found := symbol(symbols, names, name, uint64(len(b)))
+		if !found {
+			continue
+		}
+		if _, err := mem.ReadAt(b, at); err != nil {
+			continue
+		}
+		for i := range words {
+			words[i] = binary.NativeEndian.Uint64(b[8*i:])
+		}
 	}
 }
 
-var errNoSymbol = errors.New("no such symbol")
-
-// symbol finds where a variable of size bytes is in this process. elf.File.Symbols would
-// take ten times as long.
-func symbol(name string, size int64) (int64, error) {
-	f, err := elf.Open("/proc/self/exe")
+// mapExecutable maps this process's executable. Its symbols are 2 MB: reading them into the
+// heap would take longer than finding two of them, and start the garbage collector.
+func mapExecutable() ([]byte, error) {
+	f, err := os.Open("/proc/self/exe")
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer f.Close()
-	symbols, names := f.Section(".symtab"), f.Section(".strtab")
-	if symbols == nil || names == nil || f.Type != elf.ET_EXEC || f.Class != elf.ELFCLASS64 {
-		return 0, errNoSymbol
-	}
-	text, err := names.Data()
+	info, err := f.Stat()
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	i := bytes.Index(text, []byte("\x00"+name+"\x00")) + 1
-	table, err := symbols.Data()
-	if i == 0 || err != nil {
-		return 0, errors.Join(errNoSymbol, err)
+	return unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_PRIVATE)
+}
+
+// contents is what a section holds of the mapped executable: nothing if there is no such section.
+func contents(exe []byte, s *elf.Section) []byte {
+	if s == nil || s.Offset > uint64(len(exe)) || s.FileSize > uint64(len(exe))-s.Offset {
+		return nil
 	}
-	for ; len(table) >= elf.Sym64Size; table = table[elf.Sym64Size:] {
-		if f.ByteOrder.Uint32(table) != uint32(i) {
-			continue
-		}
-		var s elf.Sym64
-		if err := binary.Read(io.LimitReader(bytes.NewReader(table), elf.Sym64Size), f.ByteOrder, &s); err != nil {
-			return 0, err
-		}
-		if int64(s.Size) == size {
-			return int64(s.Value), nil
+	return exe[s.Offset:][:s.FileSize]
+}
+
+// symbol finds the address of a variable of size bytes. It reads the table itself because
+// elf.File.Symbols, which makes all of them, takes a hundred times as long.
+func symbol(symbols, names []byte, name string, size uint64) (address int64, found bool) {
+	const entry, atValue, atSize = elf.Sym64Size, 8, 16 // offsets in elf.Sym64
+	i := bytes.Index(names, []byte("\x00"+name+"\x00")) + 1
+	if i == 0 {
+		return 0, false
+	}
+	for ; len(symbols) >= entry; symbols = symbols[entry:] {
+		if binary.NativeEndian.Uint32(symbols) == uint32(i) && binary.NativeEndian.Uint64(symbols[atSize:]) == size {
+			return int64(binary.NativeEndian.Uint64(symbols[atValue:])), true
 		}
 	}
-	return 0, errNoSymbol
+	return 0, false
 }
