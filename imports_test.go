@@ -82,7 +82,7 @@ var allowed = map[string][]string{
 
 	"cni": {"cni/conflist", "cni/uplink", "internal/privdir", "policy", "tun"},
 
-	"e2e/bench": {},
+	"e2e/bench": {"forwarder/sniff"},
 	"e2e/peer":  {},
 	"e2e":       {"examples"},
 

@@ -6,7 +6,8 @@ package main
 //	"http"   the head of a request with a body, whose first bytes are a flow's header
 //
 // The far side knows them by their first byte and how long they are, and reads no more
-// of them: the figures are the proxy's, not a TLS library's.
+// of them: the figures are the proxy's, not a TLS library's. It answers a ClientHello by a
+// ServerHello. Then comes the flow's header, in a record, and bytes in none.
 
 import (
 	"bytes"
@@ -17,6 +18,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,12 +33,11 @@ const (
 	speaksTLS  = "tls"
 	speaksHTTP = "http"
 
-	tlsHandshake = 0x16
-	tlsHeader    = 5
-	httpMethod   = 'P' // of POST
-	endOfHead    = "\r\n\r\n"
-	manyBytes    = 1 << 50
-	answerHead   = "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+	tlsHandshake, tlsData, tlsHeader = 0x16, 0x17, 5
+	httpMethod                       = 'P' // of POST
+	endOfHead                        = "\r\n\r\n"
+	manyBytes                        = 1 << 50
+	answerHead                       = "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 )
 
 // greetings are what is spoken to rules by domain.
@@ -66,6 +67,38 @@ func greeting(speaks string, body int) ([]byte, error) {
 	return nil, fmt.Errorf("nobody speaks %q", speaks)
 }
 
+// serverHello answers a ClientHello: version 1.3, no session, AES-128, and no key.
+var serverHello = []byte("\x16\x03\x03\x00\x32\x02\x00\x00\x2e\x03\x03" + strings.Repeat("\x00", 33) +
+	"\x13\x01\x00\x00\x06\x00\x2b\x00\x02\x03\x04")
+
+// record is b as one record of TLS.
+func record(kind byte, b []byte) []byte {
+	return append([]byte{kind, 3, 3, byte(len(b) >> 8), byte(len(b))}, b...)
+}
+
+// greet says the greeting on a new connection, and then the header.
+func greet(fd int, speaks string, first []byte, h header) error {
+	b := append(first[:len(first):len(first)], h.bytes()...)
+	if speaks == speaksTLS {
+		if _, e := rawSend(fd, first); e != 0 {
+			return fmt.Errorf("send: %w", e)
+		}
+		said := make([]byte, len(serverHello))
+		for got := 0; got < len(said); {
+			n, e := rawRecv(fd, said[got:])
+			if e != 0 || n == 0 {
+				return fmt.Errorf("receive: %d bytes of a ServerHello, %w", got, e)
+			}
+			got += n
+		}
+		b = record(tlsData, h.bytes())
+	}
+	if _, e := rawSend(fd, b); e != 0 {
+		return fmt.Errorf("send: %w", e)
+	}
+	return nil
+}
+
 // greetingLen is how long the greeting at the front of b is: 0 if there is none, and more
 // than len(b) if its end is not to be seen.
 func greetingLen(b []byte) int {
@@ -85,10 +118,13 @@ func greetingLen(b []byte) int {
 }
 
 // readHeader reads the greeting of a connection, if there is one, and the header after
-// it, into b, and tells what the client speaks.
+// it, into b, and tells what the client speaks. It answers a ClientHello.
 func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
-	got := 0
-	for want := headerLen; got < want && want <= len(b); {
+	at := 0 // where the header begins
+	for got, want := 0, headerLen; got < want; {
+		if want > len(b) {
+			return h, "", false
+		}
 		n, e := rawRecv(fd, b[got:want])
 		if e == unix.EINTR {
 			// By the runtime, which wants to stop this goroutine: the kernel restarts no call
@@ -100,30 +136,26 @@ func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 			return h, "", false
 		}
 		got += n
-		want = headerLen
-		if l := greetingLen(b[:got]); l > got {
+		switch l := greetingLen(b[:got]); {
+		case speaks != "" || l == 0:
+		case l > got:
 			want = l // at least: no further than the end of a head that is not yet to be seen
-		} else {
-			want += l
+		case b[0] == tlsHandshake:
+			if _, e := rawSend(fd, serverHello); e != 0 {
+				return h, "", false
+			}
+			speaks, at = speaksTLS, l+tlsHeader
+			want = at + headerLen
+		default:
+			speaks, at = speaksHTTP, l
+			want = at + headerLen
 		}
-	}
-	at := greetingLen(b[:got])
-	if got < at+headerLen {
-		return h, "", false
-	}
-	if at > 0 {
-		speaks = map[bool]string{true: speaksTLS, false: speaksHTTP}[b[0] == tlsHandshake]
 	}
 	return parseHeader(b[at:]), speaks, true
 }
 
-// answer is what the far side says first of n bytes.
-func answer(speaks string, n int) []byte {
-	if speaks != speaksHTTP {
-		return nil
-	}
-	return fmt.Appendf(nil, answerHead, n)
-}
+// answer is the head of n bytes of HTTP.
+func answer(n int) []byte { return fmt.Appendf(nil, answerHead, n) }
 
 // listener is a connection that takes the first thing said on it, and fails.
 type listener struct {

@@ -3,10 +3,13 @@ package main
 import (
 	"bytes"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/forwarder/sniff"
 )
 
 // What a client says first names the far side, and the far side finds the header behind
@@ -27,8 +30,12 @@ func TestGreetingsAreReadAsTheyAreMade(t *testing.T) {
 		if speaks == speaksTLS && len(first) < 1200 {
 			t.Errorf("a ClientHello of %d bytes has no post-quantum key share", len(first))
 		}
+		behind := h.bytes()
+		if speaks == speaksTLS {
+			behind = record(tlsData, behind)
+		}
 		for _, piece := range []int{1, 7, 4096} {
-			got, said, ok := overWire(t, append(first, h.bytes()...), piece)
+			got, said, ok := overWire(t, append(first[:len(first):len(first)], behind...), piece)
 			if !ok || said != speaks || got != h {
 				t.Errorf("%q in pieces of %d: %+v, speaks %q, %v", speaks, piece, got, said, ok)
 			}
@@ -36,6 +43,15 @@ func TestGreetingsAreReadAsTheyAreMade(t *testing.T) {
 	}
 	if _, err := greeting("gopher", 0); err == nil {
 		t.Error("a protocol that nobody speaks has a greeting")
+	}
+}
+
+// The gate lets everything pass behind what the far side answers to a ClientHello.
+func TestServerHelloEndsTheGatesWork(t *testing.T) {
+	var answer sniff.HelloAnswer
+	answer.Feed(serverHello)
+	if !answer.Settled || answer.Foreign || answer.Retries != 0 {
+		t.Errorf("the ServerHello is read as %+v", answer)
 	}
 }
 
@@ -51,7 +67,7 @@ func TestGreetingThatEndsEarlyIsNoHeader(t *testing.T) {
 	}
 }
 
-// overWire has readHeader read what is written in pieces, and then ends.
+// overWire has readHeader read what is written in pieces and then ends.
 func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -59,11 +75,14 @@ func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 		t.Fatal(err)
 	}
 	defer rawClose(fds[0])
+	defer rawClose(fds[1])
 	for _, fd := range fds { // with which a signal of the runtime's ends a call
 		setTimeouts(fd, 10*time.Second)
 	}
-	go func() { // ends when all is written
-		defer rawClose(fds[1])
+	var writer sync.WaitGroup
+	defer writer.Wait() // before the descriptors are closed
+	writer.Go(func() {
+		defer unix.Shutdown(fds[1], unix.SHUT_WR)
 		for len(b) > 0 {
 			n := min(piece, len(b))
 			_, e := rawSend(fds[1], b[:n])
@@ -76,6 +95,6 @@ func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 			}
 			b = b[n:]
 		}
-	}()
+	})
 	return readHeader(fds[0], make([]byte, bufferLen))
 }

@@ -16,8 +16,7 @@ import (
 // flowLimit bounds each blocking call of a flow.
 const flowLimit = 3 * time.Second
 
-// dialTCP connects and sends what is to be said first, if anything.
-func dialTCP(to netip.AddrPort, first []byte) (int, error) {
+func dialTCP(to netip.AddrPort) (int, error) {
 	fd, err := tcpSocket(family(to.Addr()), flowLimit)
 	if err != nil {
 		return -1, err
@@ -27,12 +26,6 @@ func dialTCP(to netip.AddrPort, first []byte) (int, error) {
 		return -1, fmt.Errorf("connect: %w", connectError(e))
 	}
 	setNoDelay(fd)
-	if len(first) > 0 {
-		if _, e := rawSend(fd, first); e != 0 {
-			abort(fd)
-			return -1, fmt.Errorf("send: %w", e)
-		}
-	}
 	return fd, nil
 }
 
@@ -60,13 +53,17 @@ func bulk(q request) (reply, error) {
 	if err != nil {
 		return reply{}, err
 	}
-	fds := make([]int, q.Flows)
 	h := header{mode: mode, id: q.ID}
 	h.start, h.end = q.window()
-	first = append(first, h.bytes()...)
-	for i := range fds {
-		if fds[i], err = dialTCP(to, first); err != nil {
-			for _, fd := range fds[:i] {
+	var fds []int
+	for i := range q.Flows {
+		fd, err := dialTCP(to)
+		if err == nil {
+			fds = append(fds, fd)
+			err = greet(fd, q.Speaks, first, h)
+		}
+		if err != nil {
+			for _, fd := range fds {
 				abort(fd)
 			}
 			return reply{}, fmt.Errorf("flow %d of %d: %w", i+1, q.Flows, err)
@@ -102,11 +99,14 @@ func roundTrips(q request) (reply, error) {
 		return reply{}, err
 	}
 	reserve(1)
-	fd, err := dialTCP(to, header{mode: 'R'}.bytes())
+	fd, err := dialTCP(to)
 	if err != nil {
 		return reply{}, err
 	}
 	defer rawClose(fd)
+	if err := greet(fd, "", nil, header{mode: 'R'}); err != nil {
+		return reply{}, err
+	}
 	start, end := q.window()
 	took := make([]int64, 0, 1<<20)
 	b := []byte{1}
@@ -227,7 +227,7 @@ func (h *holder) hold(q request) (r reply, err error) {
 	b := []byte{1}
 	_, end := q.window()
 	for i := 0; i < q.Count && monotonic() < end && r.failures() < 3; i++ {
-		fd, err := dialTCP(netip.AddrPortFrom(a.Addr(), uint16(echoPort+i%echoPorts)), nil)
+		fd, err := dialTCP(netip.AddrPortFrom(a.Addr(), uint16(echoPort+i%echoPorts)))
 		if err != nil {
 			r.fail("dial", err)
 			continue

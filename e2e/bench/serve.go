@@ -194,8 +194,8 @@ func serveFlow(fd int, t *tally) {
 	case 'U':
 		t.add(h.id, receive(fd, b, h.start, h.end))
 	case 'D':
-		if head := answer(speaks, manyBytes); len(head) > 0 {
-			if _, e := rawSend(fd, head); e != 0 {
+		if speaks == speaksHTTP {
+			if _, e := rawSend(fd, answer(manyBytes)); e != 0 {
 				return
 			}
 		}
@@ -258,7 +258,7 @@ func serveEchoes(poll int, listeners []int) {
 	b := make([]byte, 4096)
 	owed := map[int32]greeted{} // what came in parts
 	one := []byte{1}
-	httpOne := append(answer(speaksHTTP, len(one)), one...)
+	httpOne := append(answer(len(one)), one...)
 	for {
 		n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(poll), uintptr(unsafe.Pointer(&events[0])), uintptr(len(events)), ^uintptr(0), 0, 0)
 		if e != 0 {
@@ -278,7 +278,7 @@ func serveEchoes(poll int, listeners []int) {
 						g.left = greetingLen(back)
 						switch back[0] {
 						case tlsHandshake:
-							g.answer = one
+							g.answer = serverHello
 						case httpMethod:
 							g.answer = httpOne
 						}
