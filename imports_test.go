@@ -30,7 +30,8 @@ var allowed = map[string][]string{
 
 	"nat": {},
 
-	"policy": {},
+	"policy":      {},
+	"policy/kube": {"policy"},
 
 	"internal/fswatch": {},
 	"internal/nldump":  {},
@@ -194,5 +195,22 @@ func TestFilesAreShort(t *testing.T) {
 	}
 	if seen < 3 {
 		t.Errorf("only %d files were looked at", seen)
+	}
+}
+
+// Kubernetes' types would weigh on every worker and on each call of the CNI plugin.
+func TestWorkersAndThePluginKnowNoKubernetes(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "./cmd/sluice", "./cmd/sluice-cni").Output()
+	if err != nil {
+		t.Fatalf("listing what the binaries are made of: %v", err)
+	}
+	deps := strings.Fields(string(out))
+	if !slices.Contains(deps, module+"/policy") {
+		t.Errorf("the binaries are made of %d packages, and policy is none of them", len(deps))
+	}
+	for _, path := range deps {
+		if strings.HasPrefix(path, "k8s.io/") || strings.HasPrefix(path, "sigs.k8s.io/") || path == module+"/policy/kube" {
+			t.Errorf("sluice or sluice-cni depends on %s", path)
+		}
 	}
 }

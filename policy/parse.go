@@ -24,6 +24,10 @@ import (
 // MaxPolicyBytes bounds a policy file.
 const MaxPolicyBytes = 4 << 20
 
+// MaxRuleName bounds a rule's name: there is room for the kind, namespace and name of an
+// object of Kubernetes, and the place of a rule in it.
+const MaxRuleName = 512
+
 // maxErrors bounds how many mistakes one Parse reports.
 const maxErrors = 20
 
@@ -144,7 +148,7 @@ func (p *parser) constant(n *yaml.Node, what, want string) string {
 
 var (
 	policyName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
-	ruleNames  = regexp.MustCompile(`^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$`)
+	ruleNames  = regexp.MustCompile(`^[A-Za-z0-9]([-_./A-Za-z0-9]*[A-Za-z0-9])?$`)
 )
 
 func (p *parser) metadata(n *yaml.Node, out *Metadata) {

@@ -36,7 +36,7 @@ func (p *parser) rules(n *yaml.Node, direction string) []Rule {
 
 // rule also gives the node of its name, if it has a good one.
 func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *yaml.Node) {
-	const want = "a name of letters, digits, -, _ and ., at most 63"
+	want := fmt.Sprintf("a name of letters, digits, -, _, . and /, at most %d", MaxRuleName)
 	peers, foreign := field{"to", false, func(v *yaml.Node) { out.To = p.peers(v, "to") }}, "from"
 	if ingress {
 		peers, foreign = field{"from", false, func(v *yaml.Node) { out.From = p.peers(v, "from") }}, "to"
@@ -46,7 +46,7 @@ func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *
 			s, ok := p.str(v, what+".name", want)
 			switch {
 			case !ok:
-			case !ruleNames.MatchString(s) || len(s) > 63:
+			case !ruleNames.MatchString(s) || len(s) > MaxRuleName:
 				p.errorf(v, "%s.name is %q; expected %s", what, clip(s), want)
 			default:
 				out.Name, name = s, v

@@ -52,6 +52,8 @@ func TestParseNamesPlaceCauseAndCure(t *testing.T) {
 		{"a misspelt action", head + "spec: {defaultAction: Reject}\n", []string{"did you mean reject?"}},
 		{"a rule without action", head + "spec:\n  egress:\n  - name: a\n", []string{"f:6:5: egress[0] lacks action; expected name, action, to, ports, icmp"}},
 		{"two rules of one name", head + "spec:\n  egress:\n  - {name: a, action: allow}\n  - {name: a, action: drop}\n", []string{`f:7:12: egress[1] is named "a" like the rule on line 6`}},
+		{"a rule name that is too long", rule("name: " + strings.Repeat("a", MaxRuleName+1)), []string{"at most 512"}},
+		{"a rule name that ends in a slash", rule("name: a/"), []string{`egress[0].name is "a/"; expected a name of letters`}},
 		{"a rule name with a space", rule("name: a b"), []string{`egress[0].name is "a b"; expected a name of letters`}},
 		{"from in an egress rule", rule("from: [{entity: host}]"), []string{"f:6:21: egress[0] has from; expected to"}},
 		{"to in an ingress rule", head + "spec:\n  ingress:\n  - {action: allow, to: [{entity: host}]}\n", []string{"f:6:21: ingress[0] has to; expected from"}},

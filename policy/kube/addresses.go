@@ -1,0 +1,202 @@
+package kube
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"sluice.dev/sluice/policy"
+)
+
+// Sets of addresses. A selector's set is exact: it is made of the addresses that pods have at
+// this moment, joined into networks only where all addresses of the network are in the set,
+// because an address that no pod has now may be another pod's a moment later. A policy's
+// network stays as it was written, since it depends on that which special addresses
+// an allow rule opens (package policy).
+
+// podSet is a set of pods' addresses.
+type podSet struct {
+	nets  []netip.Prefix // disjoint, sorted
+	peers []policy.Peer  // the same, shared by all rules with this set
+}
+
+func newPodSet(nets []netip.Prefix) *podSet {
+	s := &podSet{nets: nets, peers: make([]policy.Peer, len(nets))}
+	for i, p := range nets {
+		s.peers[i].CIDR = p
+	}
+	return s
+}
+
+// podSetOf makes the set of some addresses.
+func podSetOf(addrs []netip.Addr) *podSet {
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	addrs = slices.Compact(addrs)
+	var nets []netip.Prefix
+	for _, a := range addrs {
+		p := netip.PrefixFrom(a, a.BitLen())
+		// Two halves of a network are the network.
+		for len(nets) > 0 {
+			last := nets[len(nets)-1]
+			wider := netip.PrefixFrom(last.Addr(), last.Bits()-1)
+			if last.Bits() != p.Bits() || wider.Masked() != wider || !wider.Contains(p.Addr()) {
+				break
+			}
+			nets, p = nets[:len(nets)-1], wider
+		}
+		nets = append(nets, p)
+	}
+	return newPodSet(slices.Clip(nets))
+}
+
+// intersect gives the addresses that both sets have.
+func (s *podSet) intersect(t *podSet) *podSet {
+	var out []netip.Prefix
+	for i, j := 0, 0; i < len(s.nets) && j < len(t.nets); {
+		a, b := s.nets[i], t.nets[j]
+		switch {
+		case covers(a, b):
+			out = append(out, b)
+			j++
+		case covers(b, a):
+			out = append(out, a)
+			i++
+		case a.Addr().Less(b.Addr()):
+			i++
+		default:
+			j++
+		}
+	}
+	return newPodSet(out)
+}
+
+// within gives the addresses that are in some block.
+func (s *podSet) within(blocks []block) *podSet {
+	var out []netip.Prefix
+	for _, p := range s.nets {
+		for _, b := range blocks {
+			out = append(out, b.cut(p)...)
+		}
+	}
+	slices.SortFunc(out, comparePrefix)
+	out = slices.Compact(out)
+	// Blocks may overlap: a network within the one before it says nothing more.
+	disjoint := out[:0]
+	for _, p := range out {
+		if n := len(disjoint); n == 0 || !covers(disjoint[n-1], p) {
+			disjoint = append(disjoint, p)
+		}
+	}
+	return newPodSet(disjoint)
+}
+
+// comparePrefix sorts by address, wider networks first.
+func comparePrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+// covers reports whether all of inner is in outer.
+func covers(outer, inner netip.Prefix) bool {
+	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
+}
+
+// block is a network less its exceptions, which are all inside it.
+type block struct {
+	cidr   netip.Prefix
+	except []netip.Prefix
+}
+
+// cidr reads a network as the API writes it.
+func cidr(s string) (netip.Prefix, bool) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return netip.Prefix{}, false
+	}
+	if a := p.Addr(); a.Is4In6() {
+		if p.Bits() < 96 {
+			return netip.Prefix{}, false
+		}
+		p = netip.PrefixFrom(a.Unmap(), p.Bits()-96)
+	}
+	return p.Masked(), true
+}
+
+// blockOf makes a block. It is empty where an exception takes all of the network; an
+// exception elsewhere takes nothing.
+func blockOf(network netip.Prefix, except []netip.Prefix) (b block, ok bool) {
+	b.cidr = network
+	for _, e := range except {
+		if covers(e, network) {
+			return block{}, false
+		}
+		if covers(network, e) {
+			b.except = append(b.except, e)
+		}
+	}
+	return b, true
+}
+
+// contains reports whether an address is in the block.
+func (b block) contains(a netip.Addr) bool {
+	return b.cidr.Contains(a) && !slices.ContainsFunc(b.except, func(e netip.Prefix) bool { return e.Contains(a) })
+}
+
+// cut gives the parts of a network that are in the block.
+func (b block) cut(p netip.Prefix) []netip.Prefix {
+	switch {
+	case covers(p, b.cidr):
+		p = b.cidr
+	case !covers(b.cidr, p):
+		return nil
+	}
+	split := false
+	for _, e := range b.except {
+		if covers(e, p) {
+			return nil
+		}
+		split = split || covers(p, e)
+	}
+	if !split {
+		return []netip.Prefix{p}
+	}
+	lower, upper := halves(p)
+	return append(b.cut(lower), b.cut(upper)...)
+}
+
+// part gives the block that is in both a network and b, as a part of b: an allow rule opens
+// by it only the special addresses that it opens by b.
+func (b block) part(p netip.Prefix) (out block, ok bool) {
+	if covers(p, b.cidr) {
+		return b, true
+	}
+	if !covers(b.cidr, p) {
+		return block{}, false
+	}
+	out.cidr = b.cidr
+	for _, e := range b.except {
+		if covers(e, p) {
+			return block{}, false
+		}
+		if covers(p, e) {
+			out.except = append(out.except, e)
+		}
+	}
+	for around := b.cidr; around.Bits() < p.Bits(); {
+		lower, upper := halves(around)
+		if around = lower; covers(upper, p) {
+			around, upper = upper, lower
+		}
+		out.except = append(out.except, upper)
+	}
+	return out, true
+}
+
+// halves splits a network that is more than one address.
+func halves(p netip.Prefix) (lower, upper netip.Prefix) {
+	bytes := p.Addr().AsSlice()
+	bytes[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	a, _ := netip.AddrFromSlice(bytes)
+	return netip.PrefixFrom(p.Addr(), p.Bits()+1), netip.PrefixFrom(a, p.Bits()+1)
+}
+
+func (b block) peer() policy.Peer { return policy.Peer{CIDR: b.cidr, Except: b.except} }

@@ -1,0 +1,154 @@
+package kube
+
+import (
+	"net/netip"
+	"slices"
+
+	"sluice.dev/sluice/policy"
+)
+
+// A rule of any kind becomes clauses, each one set of addresses with the ports that go with
+// it. One clause is one rule of package policy, so that large sets are shared and not
+// joined.
+
+// clause matches the addresses of the one of any, pods, blocks and domains that is set.
+type clause struct {
+	any     bool
+	pods    *podSet
+	blocks  []block
+	domains []string
+	ports   []policy.Port // nil: every protocol
+}
+
+func (c *clause) empty() bool {
+	return !c.any && (c.pods == nil || len(c.pods.nets) == 0) && len(c.blocks) == 0 && len(c.domains) == 0
+}
+
+// everything is the blocks that any stands for.
+var everything = []block{{cidr: netip.MustParsePrefix("0.0.0.0/0")}, {cidr: netip.MustParsePrefix("::/0")}}
+
+// specials are the ranges that an allow rule of package policy opens only by name,
+// but a NetworkPolicy by every network around them. The others stay closed: see the package's comment.
+var specials = []netip.Prefix{
+	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10"), // a node's resolver has such an address
+	netip.MustParsePrefix("240.0.0.0/4"), // and so have the pods of some clusters
+}
+
+// opening adds to the networks of an allow rule for egress the special ranges inside them.
+func opening(blocks []block, host []netip.Prefix) []block {
+	out := slices.Clone(blocks)
+	for _, b := range blocks {
+		for _, list := range [][]netip.Prefix{specials, host} {
+			for _, s := range list {
+				if s == b.cidr || !covers(b.cidr, s) {
+					continue
+				}
+				if inner, ok := blockOf(s, b.except); ok {
+					out = append(out, inner)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// within gives what matches both c and p, as a part of what c matches. Where c is an allow
+// rule for egress it opens no more special addresses than c does. A name that c matches
+// counts only where p matches every address: which addresses a name has is known later.
+func (c *clause) within(p *clause, opens bool, host []netip.Prefix) (out clause, ok bool) {
+	if out.ports, ok = intersectPorts(c.ports, p.ports); !ok {
+		return clause{}, false
+	}
+	switch {
+	case p.any:
+		out.any, out.pods, out.blocks, out.domains = c.any, c.pods, c.blocks, c.domains
+	case p.pods != nil && c.any:
+		out.pods = p.pods
+	case p.pods != nil && c.pods != nil:
+		out.pods = c.pods.intersect(p.pods)
+	case p.pods != nil:
+		out.pods = p.pods.within(c.blocks)
+	case c.pods != nil:
+		out.pods = c.pods.within(p.blocks)
+	case c.any || len(c.blocks) > 0:
+		blocks := c.blocks
+		if c.any {
+			blocks = everything
+			if opens {
+				blocks = opening(everything, host)
+			}
+		}
+		for _, b := range blocks {
+			for _, q := range p.blocks {
+				out.blocks = append(out.blocks, common(b, q, opens)...)
+			}
+		}
+	}
+	return out, !out.empty()
+}
+
+// common gives the part of b that q has too.
+func common(b, q block, opens bool) []block {
+	part, ok := b.part(q.cidr)
+	if !ok {
+		return nil
+	}
+	if !opens && covers(b.cidr, q.cidr) {
+		part.cidr, part.except = q.cidr, nil
+		for _, e := range b.except {
+			if covers(q.cidr, e) {
+				part.except = append(part.except, e)
+			}
+		}
+	}
+	// The exceptions of q take away what they cover of the part.
+	for _, e := range q.except {
+		switch {
+		case covers(e, part.cidr):
+			return nil
+		case covers(part.cidr, e):
+			part.except = append(part.except, e)
+		}
+	}
+	return []block{part}
+}
+
+// intersectPorts gives the ports that both lists have; nil is every protocol.
+func intersectPorts(a, b []policy.Port) (out []policy.Port, ok bool) {
+	if a == nil || b == nil {
+		return append(a, b...), true
+	}
+	for _, x := range a {
+		for _, y := range b {
+			if x.Protocol != y.Protocol {
+				continue
+			}
+			xlo, xhi := portRange(x)
+			ylo, yhi := portRange(y)
+			if lo, hi := max(xlo, ylo), min(xhi, yhi); lo <= hi {
+				out = append(out, ports(x.Protocol, lo, hi))
+			}
+		}
+	}
+	return out, len(out) > 0
+}
+
+const maxPort = 65535
+
+func portRange(p policy.Port) (lo, hi uint16) {
+	if p.Port == 0 {
+		return 1, maxPort
+	}
+	return p.Port, max(p.Port, p.EndPort)
+}
+
+// ports spells a range as package policy does.
+func ports(proto policy.Protocol, lo, hi uint16) policy.Port {
+	switch {
+	case lo <= 1 && hi == maxPort:
+		return policy.Port{Protocol: proto}
+	case lo == hi:
+		return policy.Port{Protocol: proto, Port: lo}
+	}
+	return policy.Port{Protocol: proto, Port: lo, EndPort: hi}
+}

@@ -1,0 +1,190 @@
+package kube
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+
+	"sluice.dev/sluice/policy"
+)
+
+// Compiled is what the policies of a cluster say about one pod.
+type Compiled struct {
+	// Policy is for the pod's worker. Its rules may be shared with other pods: it is not to be
+	// changed.
+	Policy *policy.Policy
+	// Notes are about the policies that select the pod.
+	Notes []Note
+}
+
+// PolicyName is the name of every compiled policy.
+const PolicyName = "kubernetes"
+
+// MaxPeers bounds the addresses and networks of a compiled policy, so that its text stays
+// below policy.MaxPolicyBytes. A pod whose policies have more is closed to all but its node.
+const MaxPeers = policy.MaxPolicyBytes / maxPeerText
+
+// maxPeerText is how long a peer, an exception or a rule's name and ports can be in text.
+const maxPeerText = 64
+
+// Names of rules that are of no policy.
+const (
+	ruleNode      = "node"         // a pod's own node reaches it
+	ruleIsolated  = "isolated"     // some NetworkPolicy selects the pod, and none allows this
+	ruleUnpoliced = "not-selected" // no policy decides
+	ruleClosed    = "closed"       // the policies cannot be compiled
+)
+
+// ofPod is the rules that select one pod, tier by tier, each in the order of evaluation.
+type ofPod struct {
+	admin, namespaced, baseline []*rule
+	isolated                    bool
+}
+
+// compile makes a pod's policy of the rules that select it.
+func (w *world) compile(pod *Pod, rules [directions]ofPod, notes []Note) Compiled {
+	out := &policy.Policy{APIVersion: policy.APIVersion, Kind: policy.Kind, Metadata: policy.Metadata{Name: PolicyName}}
+	out.Spec = policy.Spec{DefaultAction: policy.Drop, Egress: []policy.Rule{}, Ingress: []policy.Rule{}, DNS: policy.DNS{Names: policy.NamesUngated}}
+	peers := 0
+	for d := range directions {
+		e := emitter{direction: d, names: make(map[string]int)}
+		if d == ingress {
+			e.node(w, pod)
+		}
+		for _, r := range w.order(pod, d, &rules[d]) {
+			e.emit(r)
+		}
+		peers += e.peers
+		if d == ingress {
+			out.Spec.Ingress = e.rules
+		} else {
+			out.Spec.Egress = e.rules
+		}
+	}
+	if peers > MaxPeers {
+		notes = append(slices.Clone(notes), Note{"pod " + pod.Key.String(), fmt.Sprintf("its policies have %d addresses and networks, more than %d: it is closed", peers, MaxPeers)})
+		return w.closed(pod, notes)
+	}
+	return Compiled{out, notes}
+}
+
+// closed is the policy of a pod that nothing but its node may reach.
+func (w *world) closed(pod *Pod, notes []Note) Compiled {
+	out := &policy.Policy{APIVersion: policy.APIVersion, Kind: policy.Kind, Metadata: policy.Metadata{Name: PolicyName}}
+	e := emitter{direction: ingress, names: make(map[string]int)}
+	e.node(w, pod)
+	refuse := policy.Rule{Name: ruleClosed, Action: policy.Drop}
+	out.Spec = policy.Spec{DefaultAction: policy.Drop, Ingress: append(e.rules, refuse), Egress: []policy.Rule{refuse}, DNS: policy.DNS{Names: policy.NamesUngated}}
+	return Compiled{out, notes}
+}
+
+// found is a rule with its addresses.
+type found struct {
+	name    string
+	action  action
+	clauses []clause
+}
+
+// order gives the rules of one direction so that the first that matches decides. Package
+// policy knows no tiers: where a rule passes traffic on, what the lower tiers say of that
+// traffic is put in its place.
+func (w *world) order(pod *Pod, d direction, rules *ofPod) []found {
+	find := func(r *rule) found { return found{r.name, r.action, w.clauses(r, pod, d)} }
+	all := []clause{{any: true}}
+	var below []found
+	for _, r := range rules.namespaced {
+		below = append(below, find(r))
+	}
+	if rules.isolated {
+		below = append(below, found{ruleIsolated, deny, all})
+	} else {
+		for _, r := range rules.baseline {
+			f := find(r)
+			if f.action == pass {
+				f.action = accept // no tier is below this one
+			}
+			below = append(below, f)
+		}
+		below = append(below, found{ruleUnpoliced, accept, all})
+	}
+	return below
+}
+
+// emitter writes the rules of one direction.
+type emitter struct {
+	direction direction
+	rules     []policy.Rule
+	names     map[string]int // how often each was used
+	peers     int
+}
+
+// node lets a pod's own node in, whatever policies say: its probes come from there.
+func (e *emitter) node(w *world, pod *Pod) {
+	r := policy.Rule{Name: ruleNode, Action: policy.Allow, From: []policy.Peer{{Entity: policy.EntityHost}}}
+	for _, p := range w.hostOf(pod) {
+		r.From = append(r.From, policy.Peer{CIDR: p})
+	}
+	e.rules = []policy.Rule{r}
+	e.peers += len(r.From)
+}
+
+// anywhere is every destination that an allow rule without peers opens. Of the special
+// addresses those of specials and the node are among them (doc.go).
+var anywhere = []policy.Peer{{Entity: policy.EntityWorld}, {Entity: policy.EntityLinkLocal}, {Entity: policy.EntityReserved}, {Entity: policy.EntityHost}}
+
+func (e *emitter) emit(f found) {
+	for i := range f.clauses {
+		c := &f.clauses[i]
+		if c.empty() {
+			continue
+		}
+		r := policy.Rule{Name: e.name(f.name), Action: policy.Drop, Ports: c.ports}
+		if f.action == accept {
+			r.Action = policy.Allow
+		}
+		var peers []policy.Peer
+		switch {
+		case c.any:
+			if e.direction == egress && f.action == accept {
+				peers = anywhere
+			}
+		case c.pods != nil:
+			peers = c.pods.peers
+		default:
+			for _, b := range c.blocks {
+				peers = append(peers, b.peer())
+				e.peers += len(b.except)
+			}
+			for _, d := range c.domains {
+				peers = append(peers, policy.Peer{Domain: d})
+			}
+		}
+		e.peers += len(peers) + len(c.ports) + 4
+		if e.direction == ingress {
+			r.From = peers
+		} else {
+			r.To = peers
+		}
+		e.rules = append(e.rules, r)
+	}
+}
+
+// name makes a name unique: the first of its rules has it, the others a number.
+func (e *emitter) name(base string) string {
+	n := e.names[base]
+	e.names[base]++
+	if n == 0 {
+		return base
+	}
+	return base + "." + strconv.Itoa(n)
+}
+
+// Document is the policy as a worker's control socket takes it.
+func (c Compiled) Document() (policy.Document, error) {
+	text, err := json.Marshal(c.Policy)
+	if err != nil {
+		return policy.Document{}, fmt.Errorf("write down the policy of a pod: %w", err)
+	}
+	return policy.NewDocument(c.Policy.Metadata.Name, text)
+}
