@@ -39,7 +39,7 @@ func podSetOf(addrs []netip.Addr) *podSet {
 		for len(nets) > 0 {
 			last := nets[len(nets)-1]
 			wider := netip.PrefixFrom(last.Addr(), last.Bits()-1)
-			if last.Bits() != p.Bits() || wider.Masked() != wider || !wider.Contains(p.Addr()) {
+			if last.Bits() != p.Bits() || !wider.Contains(p.Addr()) {
 				break
 			}
 			nets, p = nets[:len(nets)-1], wider

@@ -4,16 +4,19 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
 // cluster is a world and its policies.
 type cluster struct {
 	*world
 	networkPolicies map[Key]*networkPolicy
+	clusterPolicies map[string]*clusterNetworkPolicy
 }
 
 func newCluster(s *State) *cluster {
-	c := &cluster{world: newWorld(), networkPolicies: make(map[Key]*networkPolicy)}
+	c := &cluster{world: newWorld(), networkPolicies: make(map[Key]*networkPolicy), clusterPolicies: make(map[string]*clusterNetworkPolicy)}
 	for name, l := range s.Namespaces {
 		c.namespaces[name] = l
 	}
@@ -26,6 +29,9 @@ func newCluster(s *State) *cluster {
 	c.host = s.Host
 	for _, o := range s.NetworkPolicies {
 		c.networkPolicies[Key{o.Namespace, o.Name}] = readNetworkPolicy(o)
+	}
+	for _, o := range s.ClusterNetworkPolicies {
+		c.clusterPolicies[o.Name] = readClusterNetworkPolicy(o)
 	}
 	return c
 }
@@ -51,6 +57,22 @@ func (c *cluster) compilePod(p *Pod) Compiled {
 	}
 	var rules [directions]ofPod
 	var notes []Note
+	// Of two with one priority either may go first: always the same.
+	for _, n := range slices.SortedFunc(maps.Values(c.clusterPolicies), (*clusterNetworkPolicy).compare) {
+		if _, ok := c.selects(n.subject, p); !ok {
+			continue
+		}
+		notes = append(notes, n.notes...)
+		for d := range directions {
+			list := &rules[d].admin
+			if n.tier == v1beta1.BaselineTier {
+				list = &rules[d].baseline
+			}
+			for i := range n.rules[d] {
+				*list = append(*list, &n.rules[d][i])
+			}
+		}
+	}
 	for _, k := range slices.SortedFunc(maps.Keys(c.networkPolicies), Key.compare) {
 		n := c.networkPolicies[k]
 		if _, ok := c.selects(n.subject, p); !ok {

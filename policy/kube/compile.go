@@ -3,6 +3,7 @@ package kube
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 
@@ -33,6 +34,7 @@ const (
 	ruleNode      = "node"         // a pod's own node reaches it
 	ruleIsolated  = "isolated"     // some NetworkPolicy selects the pod, and none allows this
 	ruleUnpoliced = "not-selected" // no policy decides
+	ruleUnopened  = "not-opened"   // it was passed to lower tiers, and no rule there opens what is special
 	ruleClosed    = "closed"       // the policies cannot be compiled
 )
 
@@ -60,6 +62,7 @@ func (w *world) compile(pod *Pod, rules [directions]ofPod, notes []Note) Compile
 			out.Spec.Ingress = e.rules
 		} else {
 			out.Spec.Egress = e.rules
+			out.Spec.DNS.Names = namesMode(e.rules)
 		}
 	}
 	if peers > MaxPeers {
@@ -68,6 +71,33 @@ func (w *world) compile(pod *Pod, rules [directions]ofPod, notes []Note) Compile
 	}
 	return Compiled{out, notes}
 }
+
+// namesMode says which names a pod may ask for. Rules by domain need the gate of names, which
+// then answers every question. Without such rules questions pass as the packets that they are. With them a
+// pod may ask for any name if it may send questions anywhere, and otherwise for those of its rules.
+func namesMode(rules []policy.Rule) policy.NamesMode {
+	byDomain, asks, stopped := false, false, false
+	for i := range rules {
+		r := &rules[i]
+		byDomain = byDomain || slices.ContainsFunc(r.To, func(p policy.Peer) bool { return p.Domain != "" })
+		dns := len(r.Ports) == 0 || slices.ContainsFunc(r.Ports, func(p policy.Port) bool {
+			lo, hi := portRange(p)
+			return p.Protocol != policy.SCTP && lo <= dnsPort && dnsPort <= hi
+		})
+		addresses := len(r.To) == 0 || slices.ContainsFunc(r.To, func(p policy.Peer) bool { return p.Domain == "" })
+		asks = asks || !stopped && dns && addresses && r.Action == policy.Allow
+		stopped = stopped || len(r.To) == 0 && len(r.Ports) == 0 && r.Action != policy.Allow
+	}
+	switch {
+	case !byDomain:
+		return policy.NamesUngated
+	case asks:
+		return policy.NamesAny
+	}
+	return policy.NamesByRules
+}
+
+const dnsPort = 53
 
 // closed is the policy of a pod that nothing but its node may reach.
 func (w *world) closed(pod *Pod, notes []Note) Compiled {
@@ -100,15 +130,43 @@ func (w *world) order(pod *Pod, d direction, rules *ofPod) []found {
 		below = append(below, found{ruleIsolated, deny, all})
 	} else {
 		for _, r := range rules.baseline {
-			f := find(r)
-			if f.action == pass {
-				f.action = accept // no tier is below this one
-			}
-			below = append(below, f)
+			below = append(below, find(r))
 		}
 		below = append(below, found{ruleUnpoliced, accept, all})
 	}
-	return below
+	var out []found
+	for i := 0; i < len(rules.admin); i++ {
+		f := find(rules.admin[i])
+		if f.action != pass {
+			out = append(out, f)
+			continue
+		}
+		for ; i+1 < len(rules.admin) && rules.admin[i+1].action == pass; i++ {
+			f.clauses = append(f.clauses, find(rules.admin[i+1]).clauses...)
+		}
+		if slices.ContainsFunc(f.clauses, func(c clause) bool { return c.any && c.ports == nil }) {
+			break // nothing comes to the rules that follow
+		}
+		for _, b := range below {
+			out = append(out, b.within(f.clauses, d, w.hostOf(pod)))
+		}
+		// What the lower tiers opened, were it not special, comes to none of the rules that follow.
+		out = append(out, found{ruleUnopened, deny, f.clauses})
+	}
+	return append(out, below...)
+}
+
+// within gives a rule for the traffic that some clause matches.
+func (f found) within(clauses []clause, d direction, host []netip.Prefix) found {
+	out := found{name: f.name, action: f.action}
+	for i := range f.clauses {
+		for j := range clauses {
+			if c, ok := f.clauses[i].within(&clauses[j], d == egress && f.action == accept, host); ok {
+				out.clauses = append(out.clauses, c)
+			}
+		}
+	}
+	return out
 }
 
 // emitter writes the rules of one direction.

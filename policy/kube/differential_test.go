@@ -114,6 +114,10 @@ func dump(o *objects) string {
 		}
 		text += "\n"
 	}
+	for _, p := range o.cluster {
+		b, _ := json.MarshalIndent(p, "", " ")
+		text += string(b) + "---\n"
+	}
 	for _, p := range o.policies {
 		b, _ := json.MarshalIndent(p, "", " ")
 		text += string(b) + "---\n"
@@ -182,6 +186,9 @@ func (g generator) objects() *objects {
 	o.pods = append(o.pods, p)
 	for i := range g.IntN(5) {
 		o.policies = append(o.policies, g.networkPolicy(i))
+	}
+	for i := range g.IntN(6) {
+		o.cluster = append(o.cluster, g.clusterPolicy(i))
 	}
 	return o
 }

@@ -6,7 +6,8 @@
 // workers nor the CNI plugin import it: the API's types are large.
 //
 //	Pods, Namespaces, Nodes ──► State ──Compile──► Compiled.Policy ──► a worker's policy.set
-//	NetworkPolicies ───────────►                   Compiled.Notes  ──► a person
+//	NetworkPolicies,
+//	ClusterNetworkPolicies ────►                   Compiled.Notes  ──► a person
 //
 // # NetworkPolicy
 //
@@ -36,10 +37,42 @@
 // that has nothing but metadata services, because it hands a node's credentials to who asks. Multicast
 // likewise needs a network inside of 224.0.0.0/4 or ff00::/8.
 //
+// # ClusterNetworkPolicy
+//
+// policy.networking.k8s.io/v1beta1, and v1alpha2 by FromV1Alpha2, are followed as the text of
+// https://network-policy-api.sigs.k8s.io/reference/spec/ says. For each direction of a pod the order is
+//
+//	node         its own node, to the pod
+//	Admin        by priority, then by name, then by index
+//	NetworkPolicy
+//	Baseline     as Admin, for pods that no NetworkPolicy isolates
+//	             accepted: all pods can communicate
+//
+// Accept and Deny are rules of package policy, where the first that matches decides; Deny drops.
+// Package policy has no tiers and no Pass. A Pass rule is therefore replaced by what the
+// lower tiers say, each of their rules cut to what the Pass rule matches, and closed by
+// a rule that drops what is special and opened by none of them ("not-opened"). Neighbouring Pass
+// rules are cut together, and one for everything ends the tier. The cost is a copy of the lower tiers
+// for each run of Pass rules. In Baseline Pass accepts, since no tier is below it.
+//
+//   - A peer, protocol or port without a field that is known, or with two, a selector or network that
+//     cannot be read, a named port of what is no pod, and domain names that are not
+//     accepted make the rule unknown. An Accept rule matches nothing then, a Deny or Pass rule denies
+//     everything in its direction.
+//   - A policy of an unknown tier, or without a subject that can be read, accepts nothing, and its
+//     other rules deny: in the tier Admin, and for every pod. So does a rule with an unknown action.
+//   - A Deny rule takes the wider reading of what is not known yet: pods whose namespace is not
+//     known, and an address that two pods claim, if it would deny either.
+//   - domainNames are rules by domain (docs/policy.md): "*." is "**." there. The API asks for the address
+//     of a name alone; the worker reads the name in the flow's first bytes as well, and takes no private
+//     address for it. A policy with such rules turns the gate of names on, which answers the pod's
+//     questions: all of them, if the pod may send any to port 53 of anything, else those for the
+//     names of its rules. A Pass rule takes them along only if it is for everything.
+//
 // # Names, order, size
 //
 // A rule is named NetworkPolicy/NAMESPACE/NAME/INDEX, the index being that in the object's list for
-// the direction. Where one rule takes several of package policy the others have a
+// the direction, and ClusterNetworkPolicy/NAME/INDEX or, if the rule has a name, .../INDEX/RULE. Where one rule takes several of package policy the others have a
 // suffix: NetworkPolicy/default/web/0.1. Objects are taken by namespace and name, so that one State
 // has one result.
 //

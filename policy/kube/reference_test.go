@@ -8,6 +8,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
 // The stupid twin: it evaluates the objects themselves, one flow at a time, as the text of
@@ -20,6 +21,7 @@ type objects struct {
 	nodes      []*corev1.Node
 	host       []netip.Prefix // what the kernel of the pods' node takes for itself
 	policies   []*networkingv1.NetworkPolicy
+	cluster    []*v1beta1.ClusterNetworkPolicy
 }
 
 // flow goes between a pod, for which it is judged, and an address.
@@ -103,12 +105,31 @@ func (o *objects) ownNode(f flow) bool {
 	return slices.ContainsFunc(o.host, func(p netip.Prefix) bool { return p.Contains(f.peer) })
 }
 
-// allowed is the whole of it.
+// allowed is the whole of it: the tiers in their order, and what holds where none decides.
 func (o *objects) allowed(f flow) bool {
 	if !f.egress && o.ownNode(f) {
 		return true
 	}
-	isolated := false
+	switch o.tier(f, v1beta1.AdminTier) {
+	case v1beta1.ClusterNetworkPolicyRuleActionAccept:
+		return true
+	case v1beta1.ClusterNetworkPolicyRuleActionDeny:
+		return false
+	}
+	if isolated, allowed := o.namespaced(f); isolated {
+		return allowed
+	}
+	switch o.tier(f, v1beta1.BaselineTier) {
+	case v1beta1.ClusterNetworkPolicyRuleActionAccept:
+		return true
+	case v1beta1.ClusterNetworkPolicyRuleActionDeny:
+		return false
+	}
+	return f.peer != metadata
+}
+
+// namespaced is the tier of NetworkPolicy.
+func (o *objects) namespaced(f flow) (isolated, allowed bool) {
 	for _, p := range o.policies {
 		if p.Namespace != f.pod.Namespace || !o.labelsMatch(&p.Spec.PodSelector, f.pod.Labels) {
 			continue
@@ -119,9 +140,7 @@ func (o *objects) allowed(f flow) bool {
 			}
 			isolated = true
 			for _, r := range p.Spec.Egress {
-				if o.networkPolicyAllows(p.Namespace, f, r.To, r.Ports) {
-					return true
-				}
+				allowed = allowed || o.networkPolicyAllows(p.Namespace, f, r.To, r.Ports)
 			}
 			continue
 		}
@@ -130,12 +149,10 @@ func (o *objects) allowed(f flow) bool {
 		}
 		isolated = true
 		for _, r := range p.Spec.Ingress {
-			if o.networkPolicyAllows(p.Namespace, f, r.From, r.Ports) {
-				return true
-			}
+			allowed = allowed || o.networkPolicyAllows(p.Namespace, f, r.From, r.Ports)
 		}
 	}
-	return !isolated && f.peer != metadata
+	return isolated, allowed
 }
 
 // networkPolicyAllows asks for a peer and a port that both match. Where a port is named it
@@ -203,7 +220,7 @@ func (o *objects) peerMatches(namespace string, a netip.Addr, p *networkingv1.Ne
 
 // state is what the package is given of the objects.
 func (o *objects) state() *State {
-	s := &State{Namespaces: o.namespaces, Host: o.host, NetworkPolicies: o.policies}
+	s := &State{Namespaces: o.namespaces, Host: o.host, NetworkPolicies: o.policies, ClusterNetworkPolicies: o.cluster}
 	for _, p := range o.pods {
 		s.Pods = append(s.Pods, PodOf(p))
 	}

@@ -37,7 +37,9 @@ type rule struct {
 	action    action
 	any       bool
 	selectors []*podSelector
+	nodes     []labels.Selector
 	blocks    []block
+	domains   []string
 	allPorts  bool
 	ports     []policy.Port // by number
 	named     []portName
@@ -89,11 +91,14 @@ func (w *world) clauses(r *rule, pod *Pod, d direction) []clause {
 	for _, s := range r.selectors {
 		out = append(out, clause{pods: w.group(s).set(w, wide)})
 	}
-	if blocks := r.blocks; len(blocks) > 0 {
+	if blocks := slices.Concat(r.blocks, w.nodeBlocks(r.nodes)); len(blocks) > 0 {
 		if opens {
 			blocks = opening(blocks, w.hostOf(pod))
 		}
 		out = append(out, clause{blocks: blocks})
+	}
+	if len(r.domains) > 0 {
+		out = append(out, clause{domains: r.domains})
 	}
 	if r.allPorts {
 		return out

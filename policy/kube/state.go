@@ -7,6 +7,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 
 	"sluice.dev/sluice/policy"
 )
@@ -28,6 +29,8 @@ type State struct {
 	// Host is what policy.Environment.Host is on the node of the pods that are compiled.
 	Host            []netip.Prefix
 	NetworkPolicies []*networkingv1.NetworkPolicy
+	// ClusterNetworkPolicies are of either version: see FromV1Alpha2.
+	ClusterNetworkPolicies []*v1beta1.ClusterNetworkPolicy
 }
 
 // Pod is what a policy can ask of a pod. A Pod that was handed over is not changed any more.
