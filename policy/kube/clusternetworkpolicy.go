@@ -87,8 +87,6 @@ func (p *clusterNetworkPolicy) add(r *reader, c *clusterRule, known bool) {
 	case !ok:
 		r.note("%v: the rule denies everything", c)
 		out = rule{name: out.name, action: deny, any: true, allPorts: true}
-	case known && out.action == pass && p.tier == v1beta1.BaselineTier:
-		out.action = accept // no tier is below that one
 	case !known && out.action == accept:
 		return
 	case !known:

@@ -83,6 +83,8 @@ func TestClusterNetworkPolicyAsDocumented(t *testing.T) {
 			[]string{"to 10.244.1.11 TCP 1"}, []string{"to 10.244.2.21 TCP 1", "to 10.244.1.12 TCP 1"}},
 		{"Pass in Baseline is what holds without policies", []string{rule("Baseline", "1", "egress", "Pass", webPods, ""), rule("Baseline", "2", "egress", "Deny", pods, "")}, "",
 			[]string{"to 10.244.1.11 TCP 1"}, []string{"to 10.244.2.21 TCP 1"}},
+		{"and opens no more than that", []string{rule("Baseline", "1", "egress", "Pass", `{"networks":["169.254.169.254/32","198.51.100.0/24"]}`, "")}, "",
+			[]string{"to 198.51.100.7 TCP 1"}, []string{"to 169.254.169.254 TCP 80"}},
 		{"nodes are peers by the addresses in their status", []string{rule("Admin", "1", "egress", "Deny", `{"nodes":{"matchLabels":{"zone":"b"}}}`, "")}, "",
 			[]string{"to 192.0.2.11 TCP 1"}, []string{"to 192.0.2.12 TCP 1"}},
 		{"nodes are accepted, the pod's own too", []string{rule("Admin", "1", "egress", "Accept", `{"nodes":{}}`, "")}, isolate, []string{"to 192.0.2.11 TCP 1", "to 192.0.2.12 TCP 1"}, []string{"to 10.244.1.1 TCP 1"}},

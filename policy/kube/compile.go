@@ -116,33 +116,36 @@ type found struct {
 	clauses []clause
 }
 
-// order gives the rules of one direction so that the first that matches decides. Package
-// policy knows no tiers: where a rule passes traffic on, what the lower tiers say of that
-// traffic is put in its place.
+// order gives the rules of one direction so that the first that matches decides.
 func (w *world) order(pod *Pod, d direction, rules *ofPod) []found {
-	find := func(r *rule) found { return found{r.name, r.action, w.clauses(r, pod, d)} }
-	all := []clause{{any: true}}
 	var below []found
 	for _, r := range rules.namespaced {
-		below = append(below, find(r))
+		below = append(below, w.find(r, pod, d))
 	}
+	all := []clause{{any: true}}
 	if rules.isolated {
 		below = append(below, found{ruleIsolated, deny, all})
 	} else {
-		for _, r := range rules.baseline {
-			below = append(below, find(r))
-		}
-		below = append(below, found{ruleUnpoliced, accept, all})
+		below = append(below, w.tier(rules.baseline, pod, d, []found{{ruleUnpoliced, accept, all}})...)
 	}
-	var out []found
-	for i := 0; i < len(rules.admin); i++ {
-		f := find(rules.admin[i])
+	return w.tier(rules.admin, pod, d, below)
+}
+
+func (w *world) find(r *rule, pod *Pod, d direction) found {
+	return found{r.name, r.action, w.clauses(r, pod, d)}
+}
+
+// tier puts the rules of a tier above those of the lower ones. Package policy knows no tiers:
+// where a rule passes traffic on, what the lower ones say of that traffic is put in its place.
+func (w *world) tier(rules []*rule, pod *Pod, d direction, below []found) (out []found) {
+	for i := 0; i < len(rules); i++ {
+		f := w.find(rules[i], pod, d)
 		if f.action != pass {
 			out = append(out, f)
 			continue
 		}
-		for ; i+1 < len(rules.admin) && rules.admin[i+1].action == pass; i++ {
-			f.clauses = append(f.clauses, find(rules.admin[i+1]).clauses...)
+		for ; i+1 < len(rules) && rules[i+1].action == pass; i++ {
+			f.clauses = append(f.clauses, w.clauses(rules[i+1], pod, d)...)
 		}
 		if slices.ContainsFunc(f.clauses, func(c clause) bool { return c.any && c.ports == nil }) {
 			break // nothing comes to the rules that follow

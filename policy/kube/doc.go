@@ -53,7 +53,7 @@
 // lower tiers say, each of their rules cut to what the Pass rule matches, and closed by
 // a rule that drops what is special and opened by none of them ("not-opened"). Neighbouring Pass
 // rules are cut together, and one for everything ends the tier. The cost is a copy of the lower tiers
-// for each run of Pass rules. In Baseline Pass accepts, since no tier is below it.
+// for each run of Pass rules. Below Baseline there is what holds without policies.
 //
 //   - A peer, protocol or port without a field that is known, or with two, a selector or network that
 //     cannot be read, a named port of what is no pod, and domain names that are not
