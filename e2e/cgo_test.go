@@ -18,7 +18,7 @@ func TestAPlainBuildWorks(t *testing.T) {
 	area(t, "cgo", "curl", "nginx", "nsenter", "unshare", "ip")
 	bin := os.Getenv("SLUICE_CGO_BIN")
 	if bin == "" {
-		t.Skip("there is no C compiler (cc or gcc) to build with cgo")
+		t.Skip("no binary with cgo: there is no C compiler (cc or gcc), or SLUICE_BIN is set and SLUICE_CGO_BIN is not")
 	}
 	f, err := elf.Open(bin)
 	if err != nil {

@@ -69,7 +69,7 @@ func enter() int {
 		{"SLUICE_CNI_BIN", "sluice.dev/sluice/cmd/sluice-cni", ""},
 		{"SLUICE_CNI_FAULTS_BIN", "sluice.dev/sluice/cmd/sluice-cni", "faults"},
 	}
-	if hasCompiler() {
+	if os.Getenv("SLUICE_BIN") == "" && hasCompiler() { // who provides the one provides the other
 		binaries = append(binaries, struct{ name, pkg, tags string }{"SLUICE_CGO_BIN", "sluice.dev/sluice/cmd/sluice", "cgo"})
 	}
 	for _, b := range binaries {
