@@ -49,7 +49,7 @@ func mariadb(t *testing.T, m *matrix) {
 mariadb-install-db --no-defaults --user=root --datadir="$PWD/data" --auth-root-authentication-method=normal --skip-test-db
 echo "create user tester identified by 'secret';" >init.sql`)
 	file := func(name string) string { return filepath.Join(dir, name) }
-	m.daemon(t, 3306, "mariadbd", "--no-defaults", "--user=root", "--datadir="+file("data"), "--socket="+file("sock"), "--pid-file="+file("pid"), "--bind-address=*", "--port=3306",
+	m.daemon(t, 3306, "mariadbd", "--no-defaults", "--user=root", "--datadir="+file("data"), "--socket="+file("sock"), "--pid-file="+file("pid"), "--bind-address=*", "--port=3306", "--skip-name-resolve", // it would ask a nameserver that is not there
 		"--init-file="+file("init.sql"), "--ssl-cert="+filepath.Join(m.dir, "cert.pem"), "--ssl-key="+filepath.Join(m.dir, "key.pem"))
 }
 
