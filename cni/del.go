@@ -127,7 +127,7 @@ func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs
 		// Nothing says that the default delegates were ever run for this container; but
 		// if they were, before a reboot, an address is still taken.
 		if _, err := os.Stat(filepath.Join(hostLocalDir, c.Name)); err != nil {
-			return nil
+			return nil //nolint:nilerr // no address is taken
 		}
 	}
 	delegates, err := newChain(c, args, p.Exec)

@@ -130,8 +130,8 @@ func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
 		syn := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80), header.TCPFlagSyn, 1000, 0)
 		w.send(syn)
 		eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
-		for _, gap := range []time.Duration{1, 2, 4, 8} { // as a patient sender repeats it
-			clock.advance(gap * time.Second)
+		for _, gap := range []int{1, 2, 4, 8} { // as a patient sender repeats it
+			clock.advance(time.Duration(gap) * time.Second)
 			w.send(syn)
 			if w.f.tcp.ExpireDials(clock.now()); w.f.dialer.Sockets.Load() != 1 {
 				t.Fatalf("the dial ended %v s after its last SYN", gap)

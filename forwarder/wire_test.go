@@ -247,7 +247,7 @@ func (w *wire) tryRecv(wait time.Duration) (ipPacket, bool) {
 			}
 			p.src, p.dst, p.proto, p.ttl = packet.NetipAddr(h.SourceAddress()), packet.NetipAddr(h.DestinationAddress()), h.NextHeader(), h.HopLimit()
 			p.tos, _ = h.TOS()
-			l4 := []byte(h.Payload())
+			l4 := h.Payload()
 			if p.proto == 44 {
 				p.proto = l4[0]
 				more = l4[3]&1 != 0

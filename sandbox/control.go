@@ -150,9 +150,9 @@ func (m control) answer(ctx context.Context, req api.Request) (any, error) {
 	case api.MethodPorts:
 		return api.PortsResult{Ports: ports.ApiPorts(m.ports.List())}, nil
 	case api.MethodPortsAdd:
-		return decoded(req, publishing{m.monitor}.addPort)
+		return decoded(req, publishing(m).addPort)
 	case api.MethodPortsRm:
-		return decoded(req, publishing{m.monitor}.removePort)
+		return decoded(req, publishing(m).removePort)
 	case api.MethodFlowLogReopen:
 		return m.reopenFlowLog()
 	case api.MethodSysctlSet:

@@ -252,8 +252,7 @@ func (e *Endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
 func (e *Endpoint) Wait() {
 	for _, q := range e.queues {
 		q.reading.Lock()
-		//lint:ignore SA2001 the lock was had: nobody is reading
-		q.reading.Unlock()
+		q.reading.Unlock() //nolint:staticcheck // SA2001: the lock was had, so nobody is reading
 	}
 }
 

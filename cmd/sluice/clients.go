@@ -29,7 +29,7 @@ func target(c *cli.Context, looksLikeName func(string) bool) (api.Client, []stri
 		return api.Client{}, nil, err
 	}
 	args := c.Args().Slice()
-	name := ""
+	var name string
 	if len(args) > 0 && looksLikeName(args[0]) {
 		name, args = args[0], args[1:]
 	} else {

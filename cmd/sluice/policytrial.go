@@ -139,7 +139,8 @@ func trialOf(c *cli.Context) (policy.Trial, error) {
 	}
 	t.Method, t.Path = c.String("method"), c.String("path")
 
-	to, port := c.String("to"), ""
+	var port string
+	to := c.String("to")
 	icmp := t.Proto == policy.ICMPv4 || t.Proto == policy.ICMPv6
 	switch {
 	case to == "" && !(icmp && t.Client.IsValid()):

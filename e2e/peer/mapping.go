@@ -42,7 +42,7 @@ func mapping(args []string) error {
 	for {
 		n, from, err := c.ReadFromUDP(buf)
 		if err != nil {
-			return nil // closed at the end of the input
+			return nil //nolint:nilerr // closed at the end of the input
 		}
 		say(map[string]string{"got": string(buf[:n]), "from": from.String()})
 	}

@@ -140,7 +140,7 @@ func FuzzSift(f *testing.F) {
 		{`an pypi.test. 60 HTTPS 1 . mandatory="alpn" alpn="h2" ipv4hint="198.51.100.9"`}, {"ns test. 60 SOA a. b. 1 2 3 4 5"},
 	} {
 		b := says(records...)(ask(f, "pypi.test", dns.TypeA))[0]
-		f.Add(b[headerLen+15:], byte(len(records)), byte(0), uint16(dns.TypeA))
+		f.Add(b[headerLen+15:], byte(len(records)), byte(0), dns.TypeA)
 	}
 	rules := compile(f, gatedPolicy)
 	f.Fuzz(func(t *testing.T, tail []byte, answers, authorities byte, qtype uint16) {

@@ -6,6 +6,10 @@
 //	go test -json ./... | report -name unit -dir DIR     one run
 //	report -close -areas FILE -modes root,user -dir DIR  the closing, fails if anything did
 //
+// gotestsum prints tests and skips as well, but looks at one run of one user at a time. Here
+// three runs, of different users, together must have proved each area. A runner that keeps
+// that list would replace this program.
+//
 // An area is declared by a test's line "area NAME by TEST"; the file names each area and
 // the runs it belongs to.
 package main

@@ -86,7 +86,7 @@ func TestWidth(t *testing.T) {
 		{"a wide terminal", "", 300, 120},
 	} {
 		t.Setenv("COLUMNS", row.columns)
-		got := 0
+		var got int
 		if row.terminal > 0 {
 			resize(row.terminal)
 			got = width(master)

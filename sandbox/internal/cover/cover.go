@@ -133,7 +133,7 @@ func (c *Coverer) copy(from, to string, dev uint64, depth int) error {
 	}
 	entries, err := os.ReadDir(from)
 	if err != nil {
-		return nil // CMD cannot read it either
+		return nil //nolint:nilerr // CMD cannot read it either
 	}
 	for _, e := range entries {
 		if c.Left--; c.Left < 0 {
