@@ -15,38 +15,43 @@ type cluster struct {
 	clusterPolicies map[string]*clusterNetworkPolicy
 }
 
-func newCluster(s *State) *cluster {
-	c := &cluster{world: newWorld(), networkPolicies: make(map[Key]*networkPolicy), clusterPolicies: make(map[string]*clusterNetworkPolicy)}
+func newCluster() *cluster {
+	return &cluster{world: newWorld(), networkPolicies: make(map[Key]*networkPolicy), clusterPolicies: make(map[string]*clusterNetworkPolicy)}
+}
+
+// Index makes an index of the state.
+func (s *State) Index(node string) *Index {
+	x := NewIndex(node)
+	x.SetHost(s.Host)
 	for name, l := range s.Namespaces {
-		c.namespaces[name] = l
+		x.SetNamespace(name, l)
 	}
 	for i := range s.Nodes {
-		c.nodes[s.Nodes[i].Name] = &s.Nodes[i]
+		x.SetNode(s.Nodes[i])
 	}
 	for i := range s.Pods {
-		c.setPod(&s.Pods[i])
+		x.SetPod(s.Pods[i])
 	}
-	c.host = s.Host
 	for _, o := range s.NetworkPolicies {
-		c.networkPolicies[Key{o.Namespace, o.Name}] = readNetworkPolicy(o)
+		x.SetNetworkPolicy(o)
 	}
 	for _, o := range s.ClusterNetworkPolicies {
-		c.clusterPolicies[o.Name] = readClusterNetworkPolicy(o)
+		x.SetClusterNetworkPolicy(o)
 	}
-	return c
+	return x
 }
 
 // Compile makes the policy of one pod. A pod that has its node's addresses has none.
 func (s *State) Compile(pod Key) (Compiled, error) {
-	c := newCluster(s)
-	p := c.pods[pod]
+	x := s.Index("")
+	p := x.pods[pod]
 	switch {
 	case p == nil:
 		return Compiled{}, fmt.Errorf("compile the policies of pod %v: there is no such pod", pod)
 	case p.HostNetwork:
 		return Compiled{}, fmt.Errorf("compile the policies of pod %v: it has its node's network", pod)
 	}
-	return c.compilePod(p), nil
+	return x.compilePod(p), nil
 }
 
 // compilePod finds the policies that select a pod, and compiles them. A pod whose namespace

@@ -241,6 +241,27 @@ func (e *emitter) name(base string) string {
 	return base + "." + strconv.Itoa(n)
 }
 
+// same reports whether two compilations of one pod say the same. It compares what emitter
+// writes, and does not look at addresses that both share.
+func (c *Compiled) same(d *Compiled) bool {
+	p, q := &c.Policy.Spec, &d.Policy.Spec
+	return p.DNS.Names == q.DNS.Names && slices.Equal(c.Notes, d.Notes) &&
+		slices.EqualFunc(p.Ingress, q.Ingress, sameRule) && slices.EqualFunc(p.Egress, q.Egress, sameRule)
+}
+
+func sameRule(r, s policy.Rule) bool {
+	return r.Name == s.Name && r.Action == s.Action && slices.Equal(r.Ports, s.Ports) && samePeers(r.From, s.From) && samePeers(r.To, s.To)
+}
+
+func samePeers(a, b []policy.Peer) bool {
+	if len(a) == len(b) && len(a) > 0 && &a[0] == &b[0] {
+		return true
+	}
+	return slices.EqualFunc(a, b, func(x, y policy.Peer) bool {
+		return x.CIDR == y.CIDR && x.Entity == y.Entity && x.Domain == y.Domain && slices.Equal(x.Except, y.Except)
+	})
+}
+
 // Document is the policy as a worker's control socket takes it.
 func (c Compiled) Document() (policy.Document, error) {
 	text, err := json.Marshal(c.Policy)

@@ -1,13 +1,15 @@
 // Package kube compiles the policies that users of Kubernetes write into package policy's
 // own, one for each pod, which the pod's worker enforces.
 //
-// It is a pure library: State holds what it needs to know of a cluster, and nothing in it
+// It is a pure library: State and Index hold what it needs to know of a cluster, and nothing in it
 // watches, dials or keeps time. It must not know the API server, workers or sockets. Neither
 // workers nor the CNI plugin import it: the API's types are large.
 //
 //	Pods, Namespaces, Nodes ──► State ──Compile──► Compiled.Policy ──► a worker's policy.set
 //	NetworkPolicies,
 //	ClusterNetworkPolicies ────►                   Compiled.Notes  ──► a person
+//
+//	the same, one by one ──► Index ──Changes──► the pods of one node whose policy is another now
 //
 // # NetworkPolicy
 //
@@ -79,7 +81,10 @@
 // A selector becomes the addresses that its pods have at this moment, joined into networks where
 // they fill them: an address that no pod has now may be another pod's a moment later, so that no
 // network is ever rounded up. All rules and pods share one list of each selector. Matching is a
-// lookup in a trie, however many addresses there are. With 10 000 scattered pods in one selector a policy has about
-// 300 KB of text; MaxPeers bounds all of it, and a pod with more is closed to all but its node, and
-// told in a Note.
+// lookup in a trie, however many addresses there are. A selector of 10 000 pods that are scattered as badly
+// as can be is 300 KB of text in a policy. MaxPeers bounds all of it: a pod with more is closed
+// to all but its node, and told of in a Note.
+//
+// An Index of 10 000 pods and 1 000 policies holds about 6 MiB; bench_test.go measures it and what
+// each kind of change costs. It keeps the parsed policies, not the objects.
 package kube

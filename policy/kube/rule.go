@@ -89,7 +89,13 @@ func (w *world) clauses(r *rule, pod *Pod, d direction) []clause {
 		out = append(out, clause{any: true})
 	}
 	for _, s := range r.selectors {
-		out = append(out, clause{pods: w.group(s).set(w, wide)})
+		out = append(out, clause{pods: w.use(s, pod).set(w, wide)})
+	}
+	if len(r.nodes) > 0 {
+		w.byNode[pod.Key] = true
+	}
+	if d == egress && len(r.named) > 0 {
+		w.byPort[pod.Key] = true
 	}
 	if blocks := slices.Concat(r.blocks, w.nodeBlocks(r.nodes)); len(blocks) > 0 {
 		if opens {

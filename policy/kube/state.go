@@ -3,6 +3,7 @@ package kube
 import (
 	"cmp"
 	"net/netip"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -106,6 +107,12 @@ func (p *Pod) addPorts(c *corev1.Container) {
 			p.Ports = append(p.Ports, NamedPort{cp.Name, proto, uint16(cp.ContainerPort)})
 		}
 	}
+}
+
+// samePeer reports whether two pods differ in nothing but labels and place.
+func (p *Pod) samePeer(q *Pod) bool {
+	return p.Key == q.Key && p.HostNetwork == q.HostNetwork && p.Done == q.Done && p.Terminating == q.Terminating &&
+		slices.Equal(p.Addrs, q.Addrs) && slices.Equal(p.Ports, q.Ports)
 }
 
 // port finds a named port.

@@ -22,42 +22,95 @@ type world struct {
 	nodes      map[string]*Node
 	host       []netip.Prefix
 	groups     map[selectorKey]*group
+
+	// Which pods were compiled with what, and what of it has changed since.
+	used   map[Key]map[*group]bool
+	byPort dependents // pods whose rules name ports of their destinations
+	byNode dependents // pods whose rules select nodes
+	dirty  dependents
 }
+
+// dependents are pods whose rules depend on something.
+type dependents map[Key]bool
+
+func (d dependents) mark(others dependents) { maps.Copy(d, others) }
 
 func newWorld() *world {
 	return &world{
 		namespaces: make(map[string]labels.Set), pods: make(map[Key]*Pod), claims: make(map[netip.Addr][]*Pod),
-		nodes: make(map[string]*Node), groups: make(map[selectorKey]*group),
+		nodes: make(map[string]*Node), groups: make(map[selectorKey]*group), used: make(map[Key]map[*group]bool),
+		byPort: make(dependents), byNode: make(dependents), dirty: make(dependents),
 	}
 }
 
 // selectable reports whether a pod can be a peer by a selector.
 func selectable(p *Pod) bool { return !p.HostNetwork && !p.Done }
 
-// setPod puts a pod in the place of the one of its key.
-func (w *world) setPod(p *Pod) {
-	w.deletePod(p.Key)
-	w.pods[p.Key] = p
-	if !selectable(p) {
-		return
+// setPod puts a pod in the place of the one of its key; nil takes that away.
+func (w *world) setPod(k Key, p *Pod) {
+	old := w.pods[k]
+	same := old != nil && p != nil && old.samePeer(p)
+	others := w.claimants(old)
+	if delete(w.pods, k); old != nil {
+		for _, a := range old.Addrs {
+			left := slices.DeleteFunc(w.claims[a], func(q *Pod) bool { return q == old })
+			if w.claims[a] = left; len(left) == 0 {
+				delete(w.claims, a)
+			}
+		}
 	}
-	for _, a := range p.Addrs {
-		w.claims[a] = append(w.claims[a], p)
+	others = append(others, w.claimants(p)...)
+	if p != nil {
+		w.pods[k] = p
+		for _, a := range p.Addrs {
+			if selectable(p) {
+				w.claims[a] = append(w.claims[a], p)
+			}
+		}
+	}
+	for _, g := range w.groups {
+		g.replace(w, old, p, same, others)
+	}
+	if !same && (old != nil && len(old.Ports) > 0 || p != nil && len(p.Ports) > 0 || len(others) > 0) {
+		w.dirty.mark(w.byPort)
 	}
 }
 
-func (w *world) deletePod(k Key) {
-	p, ok := w.pods[k]
-	if !ok {
-		return
+// claimants gives the pods that have an address of p.
+func (w *world) claimants(p *Pod) (out []*Pod) {
+	if p == nil {
+		return nil
 	}
-	delete(w.pods, k)
 	for _, a := range p.Addrs {
-		left := slices.DeleteFunc(w.claims[a], func(q *Pod) bool { return q == p })
-		if w.claims[a] = left; len(left) == 0 {
-			delete(w.claims, a)
+		for _, q := range w.claims[a] {
+			if q != p {
+				out = append(out, q)
+			}
 		}
 	}
+	return out
+}
+
+// setNamespace notes a namespace's labels, or that it is not known. It reports whether that is new.
+func (w *world) setNamespace(name string, l labels.Set, known bool) bool {
+	if old, was := w.namespaces[name]; was == known && maps.Equal(old, l) {
+		return false
+	}
+	if delete(w.namespaces, name); known {
+		w.namespaces[name] = l
+	}
+	for _, p := range w.pods {
+		if p.Namespace != name {
+			continue
+		}
+		for _, g := range w.groups {
+			g.replace(w, p, p, true, nil)
+		}
+		if len(p.Ports) > 0 {
+			w.dirty.mark(w.byPort)
+		}
+	}
+	return true
 }
 
 // owners gives the pods that an address counts as the address of.
@@ -107,20 +160,72 @@ type group struct {
 	selector *podSelector
 	members  map[*Pod]bool // false: it would be one if its namespace, which is not known, were selected
 	// Made when they are asked for: the addresses for allow rules, and those for deny rules.
-	narrow, wide *podSet
+	narrow, wide struct {
+		set  *podSet
+		good bool // nothing has changed since
+	}
+	users dependents
+}
+
+// replace takes a member out and puts another one in, if it is one. Where they are the same
+// peer as far as sets can tell, and no other pod of the group has an address of theirs, the sets stay.
+func (g *group) replace(w *world, old, p *Pod, same bool, others []*Pod) {
+	before, was := g.members[old]
+	delete(g.members, old)
+	if p != nil {
+		g.add(w, p)
+	}
+	after, is := g.members[p]
+	changed := was != is || before != after || (was || is) && !same
+	if changed || !same && slices.ContainsFunc(others, func(q *Pod) bool { _, ok := g.members[q]; return ok }) {
+		g.narrow.good, g.wide.good = false, false
+		w.dirty.mark(g.users)
+	}
 }
 
 // group finds the pods of a selector.
 func (w *world) group(s *podSelector) *group {
 	g := w.groups[s.key]
 	if g == nil {
-		g = &group{selector: s, members: make(map[*Pod]bool)}
+		g = &group{selector: s, members: make(map[*Pod]bool), users: make(dependents)}
 		for _, p := range w.pods {
 			g.add(w, p)
 		}
 		w.groups[s.key] = g
 	}
 	return g
+}
+
+// use finds the pods of a selector for the rules of a pod, which depend on them from now on.
+func (w *world) use(s *podSelector, pod *Pod) *group {
+	g := w.group(s)
+	g.users[pod.Key] = true
+	if w.used[pod.Key] == nil {
+		w.used[pod.Key] = make(map[*group]bool)
+	}
+	w.used[pod.Key][g] = true
+	return g
+}
+
+// forget ends what a pod's rules depend on. It gives the groups that no rule may use any more.
+func (w *world) forget(pod Key) map[*group]bool {
+	groups := w.used[pod]
+	for g := range groups {
+		delete(g.users, pod)
+	}
+	delete(w.used, pod)
+	delete(w.byPort, pod)
+	delete(w.byNode, pod)
+	return groups
+}
+
+// release drops those of some groups that no rule uses.
+func (w *world) release(groups map[*group]bool) {
+	for g := range groups {
+		if len(g.users) == 0 {
+			delete(w.groups, g.selector.key)
+		}
+	}
 }
 
 func (g *group) add(w *world, p *Pod) {
@@ -154,8 +259,12 @@ func (g *group) set(w *world, wide bool) *podSet {
 	if wide {
 		s = &g.wide
 	}
-	if *s == nil {
-		*s = podSetOf(w.collect(maps.Keys(g.members), wide, func(p *Pod, _ netip.Addr) bool { return g.has(p, wide) }))
+	if !s.good {
+		set := podSetOf(w.collect(maps.Keys(g.members), wide, func(p *Pod, _ netip.Addr) bool { return g.has(p, wide) }))
+		if s.set == nil || !slices.Equal(s.set.nets, set.nets) {
+			s.set = set // else those who have the old one need not look at its addresses
+		}
+		s.good = true
 	}
-	return *s
+	return s.set
 }
