@@ -106,9 +106,6 @@ func (w *world) setNamespace(name string, l labels.Set, known bool) bool {
 		for _, g := range w.groups {
 			g.replace(w, p, p, true, nil)
 		}
-		if len(p.Ports) > 0 {
-			w.dirty.mark(w.byPort)
-		}
 	}
 	return true
 }
