@@ -2,28 +2,29 @@ package policy
 
 import "strings"
 
-// Builtin is the policy that holds where none was given; it does not gate names. The zero value is the one of
-// `sluice run`: public addresses only, every client of a published port. (The host's
-// loopback is open too, once the Environment maps the gateway to it.) Refusals are
-// rejected at once, and their rule names the flag that would have opened the address.
+// Builtin is the policy used when none is given. It does not gate names. The zero value is that of
+// `sluice run`: egress to public addresses only, and any client may connect to a published port.
+// (The host's loopback is open too, once the Environment maps the gateway to it.) Refused flows are
+// rejected at once, and the rule's name gives the flag that would have opened the address.
 type Builtin struct {
 	// AllowPrivate opens entity private, AllowHost the host's own addresses.
 	AllowPrivate bool `json:"allowPrivate,omitempty"`
 	AllowHost    bool `json:"allowHost,omitempty"`
 	// Pod is the policy of a pod: open in both directions, as pods are in a cluster without
-	// policies. The clouds' metadata services hand a node's credentials to whoever asks, so
-	// they stay closed until a policy names them; the node itself is open, as its services are; a link-local address that is none of them,
-	// as a node's own resolver has, is open. Refusals are dropped, as Kubernetes wants it.
+	// policies. Cloud metadata services hand a node's credentials to any client, so they stay
+	// closed until a policy names them. The node itself is open, as are its services, and so are
+	// other link-local addresses, such as a node's own resolver. Refused flows are dropped, as in
+	// Kubernetes.
 	Pod bool `json:"pod,omitempty"`
 }
 
 // BuiltinName is the name of every built-in policy.
 const BuiltinName = "default"
 
-// needs begins the name of a rule that refuses for want of the flag that follows.
+// needs prefixes the name of a rule that refuses because the flag that follows is missing.
 const needs = "needs"
 
-// Policy is the policy itself, the caller's to change.
+// Policy returns the policy itself, which the caller may change.
 func (b Builtin) Policy() *Policy {
 	p := &Policy{APIVersion: APIVersion, Kind: Kind, Metadata: Metadata{Name: BuiltinName}}
 	if b.Pod {
@@ -54,8 +55,9 @@ func (b Builtin) Policy() *Policy {
 		DNS:     DNS{Names: NamesUngated},
 	}
 	if !b.AllowPrivate {
-		// Entity world is whatever is not special, so the last rule refuses exactly the
-		// private addresses: a special one keeps the name of its class, for no flag opens it.
+		// Entity world is every address that is not special, so the last rule refuses exactly the
+		// private addresses. A special address keeps the name of its class, because no flag opens
+		// it.
 		p.Spec.Egress[2].To = publicAddresses()
 		p.Spec.Egress = append(p.Spec.Egress,
 			Rule{Name: needs + "--allow-private", Action: Reject, To: []Peer{{Entity: EntityWorld}}})
@@ -63,7 +65,7 @@ func (b Builtin) Policy() *Policy {
 	return p
 }
 
-// publicAddresses is entity world without entity private.
+// publicAddresses returns entity world without entity private.
 func publicAddresses() []Peer {
 	v4, v6 := Peer{CIDR: everyIPv4}, Peer{CIDR: everyIPv6}
 	for _, p := range privateRanges {
@@ -76,8 +78,8 @@ func publicAddresses() []Peer {
 	return []Peer{v4, v6}
 }
 
-// OpenedBy is the flag of `sluice run` that opens what the built-in policy refused with
-// v; empty if there is none.
+// OpenedBy returns the flag of `sluice run` that opens what the built-in policy refused with v, or
+// the empty string if there is none.
 func (b Builtin) OpenedBy(v Verdict) string {
 	_, rule, _ := strings.Cut(v.Rule(), " ")
 	flag, ok := strings.CutPrefix(rule, needs)

@@ -7,16 +7,15 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// Where names are gated, flows that would resolve names past the gate are
-// refused, even by a policy that opens the internet: plain DNS on every
-// address, since the gate answers it all. Where some names may not be asked, or
-// rules by domain need to know who asked for which, so are DNS over TLS and QUIC, unless the
-// rule that allows lists their port by itself; and everything at public
-// resolvers (resolvers.go), unless that rule names the address, by a CIDR not
-// much wider than a site or by its exact domain.
+// Where names are gated, flows that would resolve names past the gate are refused, even by a policy
+// that opens the internet. Plain DNS is refused at every address, since the gate answers all of it.
+// Where some names may not be asked, or rules by domain need to know which names were asked, two
+// more kinds of flow are refused: DNS over TLS and QUIC, unless the allow rule lists their port
+// explicitly; and everything to public resolvers (resolvers.go), unless the rule names the address
+// by a CIDR not much wider than a site or by its exact domain.
 
 const (
-	// What lets a name be asked that no rule settles.
+	// Allows a query for a name that no rule settles.
 	ruleAnyName = "builtin:any-name"
 
 	rulePlainDNS   = "builtin:dns"
@@ -27,7 +26,7 @@ const (
 	portDNSOverTLS = 853
 )
 
-// plainDNS reports whether a flow is for the gate to answer.
+// plainDNS reports whether the gate must answer a flow.
 func (r *Rules) plainDNS(q *Query) bool {
 	return r.GatesNames() && !q.Ingress && carriesDNS(q.Proto) && q.Dst.Port() == portDNS
 }
@@ -40,8 +39,8 @@ func (r *Rules) hidesNames() bool {
 
 func carriesDNS(proto uint8) bool { return proto == uint8(TCP) || proto == uint8(UDP) }
 
-// bypass gives the name under which an allowed flow is refused after all, or
-// nothing. info is the rule that allowed it, nil for the default.
+// bypass returns the name under which an allowed flow is refused after all, or the empty string.
+// info is the rule that allowed it, nil for the default.
 func (j *judgement) bypass(peer netip.Addr, info *ruleInfo, m match) string {
 	q := j.query
 	if q.Ingress || !carriesDNS(q.Proto) || !j.rules.hidesNames() {
@@ -59,8 +58,7 @@ func (j *judgement) bypass(peer netip.Addr, info *ruleInfo, m match) string {
 	return ruleDoH
 }
 
-// namedExactly reports whether a rule has a name of the destination as such, not
-// as part of a wider pattern.
+// namedExactly reports whether a rule names the destination itself, not as part of a wider pattern.
 func (j *judgement) namedExactly(rule int32) bool {
 	found := false
 	j.query.Names.each(j.query.Dst.Addr(), j.query.Now, j.query.Held, func(name string) {
@@ -70,7 +68,7 @@ func (j *judgement) namedExactly(rule int32) bool {
 	return found
 }
 
-// nameBypass notes what a rule names on purpose.
+// nameBypass records the ways around the gate that a rule names explicitly.
 func (info *ruleInfo) nameBypass(r *Rule) {
 	for _, p := range r.Ports {
 		if p.Port == portDNSOverTLS && (p.EndPort == 0 || p.EndPort == portDNSOverTLS) {

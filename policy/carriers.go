@@ -2,20 +2,20 @@ package policy
 
 import "net/netip"
 
-// carriers is what an Environment says about addresses that carry another one.
+// carriers holds the Environment's addresses that carry another one.
 type carriers struct {
 	nat64    []netip.Prefix
 	metadata []netip.Prefix
 }
 
-// maxEmbedded is how many addresses one can carry: two by its range, one by its interface
+// maxEmbedded is how many addresses one address can carry: two by its range, one by its interface
 // identifier, one as a metadata service, and one for each translator.
 const maxEmbedded = 4 + MaxNAT64
 
-// embedded gives the IPv4 addresses that an address carries by its range, of class c; by
-// its interface identifier, whatever its range: ISATAP (RFC 5214 section 6.1); and by the
-// operator's own prefixes, whatever else it carries: a prefix that a lying resolver named
-// closes addresses, and opens none. Those that it does not carry are invalid.
+// embedded returns the IPv4 addresses that an address of class c carries: by its range; by its
+// interface identifier, in any range: ISATAP (RFC 5214 section 6.1); and by the operator's own
+// prefixes, in addition to the rest. So a prefix that came from a lying resolver closes addresses
+// and opens none. Addresses that it does not carry are invalid.
 func (o *carriers) embedded(c class, a netip.Addr) (inner [maxEmbedded]netip.Addr) {
 	b := a.As16()
 	if embeds := classes[c].embeds; embeds != nil {
@@ -44,8 +44,8 @@ func (o *carriers) embedded(c class, a netip.Addr) (inner [maxEmbedded]netip.Add
 	return inner
 }
 
-// inNAT64 reads the address behind a prefix of some length: RFC 6052 section 2.2. The
-// octet that the RFC keeps zero is passed over, whatever it is.
+// inNAT64 returns the address embedded behind a prefix of the given length: RFC 6052 section 2.2.
+// It skips the octet that the RFC reserves as zero, whatever its value.
 func inNAT64(bits int, b [16]byte) netip.Addr {
 	const u = 8
 	var v4 [4]byte

@@ -7,8 +7,8 @@ import (
 	"slices"
 )
 
-// check holds what Compile relies on. Parse reports the same mistakes with
-// their place in the file; this is for policies built in code.
+// check verifies what Compile relies on. Parse reports the same mistakes with their place in the
+// file; this is for policies built in code.
 func (r *Rule) check(ingress bool) error {
 	peers, other := r.To, r.From
 	if ingress {
@@ -44,7 +44,7 @@ func (r *Rule) check(ingress bool) error {
 	return nil
 }
 
-// checkByName holds what the fields for names and requests need of the others.
+// checkByName verifies that the fields for names and requests fit the other fields.
 func (r *Rule) checkByName(ingress bool) error {
 	named := slices.ContainsFunc(r.To, func(p Peer) bool { return p.Domain != "" })
 	if !named && (r.Verify != "" || r.MissingName != "" || r.ECH != "" || r.QUIC != "" || r.PrivateAddresses != "") {

@@ -21,12 +21,11 @@ import (
 //	└ 10.0.0.0/8     rules 1,2,9    ◄─┤ parent
 //	  └ 10.1.2.0/24  rule  5        ◄─┘ found by the trie
 //
-// A special range is a node that guards what is inside it: once the walk leaves
-// it upwards, only rules that cross count – in egress the reject and drop rules,
-// in ingress all – and never those of entity world, which is by definition
-// outside. Where an ingress rule has to name its client, only reject and drop
-// rules cross, and the node holds those itself. Exceptions are cut out of a CIDR before it gets here: 10.0.0.0/8
-// except 10.1.0.0/16 is eight ranges.
+// A special range is a node that guards the addresses inside it. Once the walk leaves it upwards,
+// only rules that cross count: the reject and drop rules in egress, all rules in ingress. Rules of
+// entity world never cross, because entity world excludes special ranges. Where an ingress rule has
+// to name its client, only reject and drop rules cross, and the node holds those itself. Exceptions
+// are cut out of a CIDR before it gets here: 10.0.0.0/8 except 10.1.0.0/16 is eight ranges.
 
 // Bounds on what Compile builds, about 64 MiB at worst.
 const (
@@ -34,7 +33,7 @@ const (
 	MaxPieces = 1 << 21 // pieces of painted lines, before merging neighbours
 )
 
-// Errors of a policy that is valid but too large to compile.
+// Errors for a policy that is valid but too large to compile.
 var (
 	ErrTooManyRanges = fmt.Errorf("more than %d address ranges: where a rule has many exceptions, put a reject rule for them before it instead", MaxRanges)
 	ErrTooManyPieces = fmt.Errorf("more than %d combinations of address and port ranges: put rules that share addresses together, or use wider port ranges", MaxPieces)
@@ -51,10 +50,10 @@ type table struct {
 type ruleInfo struct {
 	name   string
 	action Action
-	noQUIC bool // it refuses UDP that it would allow by domain
+	noQUIC bool // it refuses UDP that it would otherwise allow by domain
 	http   []HTTPMatch
 
-	// Ways around the gate that it names on purpose (bypass.go).
+	// Ways around the gate that the rule names explicitly (bypass.go).
 	listsDNSOverTLS bool
 	resolvers       *bart.Lite
 }
@@ -62,7 +61,7 @@ type ruleInfo struct {
 type node struct {
 	own, crossing        *line // nil: no such rules
 	parent               int32 // -1 at the two roots
-	least, leastCrossing int32 // the lowest rule here or further up, of those that count
+	least, leastCrossing int32 // the lowest rule that counts, here or further up
 	class                class // of the innermost special range around it
 	embeds               class // of the innermost range around it whose addresses carry others, else ordinary
 	guard                bool  // it is a special range that is not open
@@ -88,9 +87,9 @@ func (t *table) first(at int32, key uint32) int32 {
 	return best
 }
 
-// Compile makes the rules of a policy for one environment. A policy that Parse
-// returned fails only by its size. Where the host's own addresses are not known, or are too
-// many, what it returns denies everything.
+// Compile compiles a policy for one environment. A policy that Parse returned fails only if it is
+// too large. Where the host's own addresses are unknown or too many, the returned Rules deny
+// everything.
 func Compile(p *Policy, env Environment) (*Rules, error) {
 	if p == nil {
 		return nil, errors.New("compile policy: there is none")
@@ -149,7 +148,7 @@ func Compile(p *Policy, env Environment) (*Rules, error) {
 	return r, nil
 }
 
-// notInPolicy names the rule that lets a pod's ingress be where its policy does not speak of it.
+// notInPolicy names the rule that leaves a pod's ingress open when its policy has no ingress key.
 const notInPolicy = "not-in-policy"
 
 // ingressIn returns the ingress rules that hold in an environment.
@@ -252,7 +251,7 @@ func (b *builder) addRule(i int32, r *Rule) error {
 func (b *builder) addEntity(e Entity, r ref) error {
 	for _, p := range members(e, b.special, b.ingress) {
 		if _, guarded := b.guards.LookupPrefix(p); guarded && e == EntityPrivate && !r.crosses {
-			continue // where it is the host's it is not named by being private
+			continue // a host address is not named by being private
 		}
 		if err := b.add(p, r); err != nil {
 			return err
@@ -263,8 +262,8 @@ func (b *builder) addEntity(e Entity, r ref) error {
 
 func (b *builder) addCIDR(peer Peer, r ref, action Action) error {
 	return subtract(peer.CIDR, peer.Except, func(p netip.Prefix) error {
-		// A piece may lie inside a special range that the CIDR as written does
-		// not: cutting something out of the internet names nothing special.
+		// A piece may lie inside a special range even though the whole CIDR does not: cutting a
+		// hole into the internet names nothing special.
 		guard, ok := b.guards.LookupPrefix(p)
 		if ok && action == Allow && classes[b.special[guard]].closed(b.ingress) && !covers(guard, peer.CIDR) {
 			return nil
@@ -293,7 +292,7 @@ func (b *builder) addLoopback(p netip.Prefix, r ref) error {
 	return nil
 }
 
-// classOf is the fixed class whose range p lies in.
+// classOf returns the fixed class whose range p lies in.
 func classOf(p netip.Prefix) class {
 	best, bits := ordinary, -1
 	for c := range numClasses {
@@ -351,8 +350,8 @@ func upperHalf(p netip.Prefix) netip.Prefix {
 	return netip.PrefixFrom(a, p.Bits()+1)
 }
 
-// enclosed is what counts at p, a range of clients that have to be named: what names it, and
-// the reject and drop rules of the ranges around it.
+// enclosed returns the rules that count at p, a range whose clients must be named: the rules that
+// name it, and the reject and drop rules of the ranges around it.
 func (b *builder) enclosed(p netip.Prefix, around []netip.Prefix, rules []ruleInfo) []ref {
 	list := slices.Clone(b.at[p])
 	for _, outer := range around {
@@ -417,7 +416,7 @@ func (b *builder) link(t *table, spans [][]span) error {
 			}
 		}
 		if n.class == metadata && (n.embeds == linkLocal || n.embeds == uniqueLocal) {
-			n.embeds = ordinary // it is the address that it spells
+			n.embeds = ordinary // it is the address that it spells out
 		}
 		var own, crossing []int32
 		for _, r := range refs {

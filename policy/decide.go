@@ -8,23 +8,22 @@ import (
 	"time"
 )
 
-// Query asks about one flow, as the sandbox or the published port's client sees
-// it. Addresses may be 4-in-6 forms. In egress the destination is judged; in
-// ingress the source is, and the destination is the sandbox's own address and
-// port.
+// Query asks about one flow, as seen by the sandbox or by the client of a published port. Addresses
+// may be 4-in-6 forms. In egress the destination is judged; in ingress the source is, and the
+// destination is the sandbox's own address and port.
 type Query struct {
 	Ingress            bool
 	Proto              uint8
 	Src, Dst           netip.AddrPort
 	ICMPType, ICMPCode uint8
 
-	// For rules by domain, of which none matches without them: what the sandbox
-	// was told of names, the time, and what the first bytes said.
+	// Used by rules by domain, none of which matches without them: the names that the sandbox was
+	// told, the time, and what the first bytes said.
 	Names *Names
 	Now   time.Time
 	Seen  Seen
-	// Held is Verdict.Name of a flow that was let in before: its grant counts as
-	// long as the flow lives.
+	// Held is the Verdict.Name of a flow that was admitted earlier: its grant counts as long as the
+	// flow lives.
 	Held string
 }
 
@@ -43,7 +42,7 @@ type Rules struct {
 	ruleLimits      map[string]RuleLimits // by the rule's name in verdicts
 }
 
-// Name is the policy's name, empty for the zero value.
+// Name returns the policy's name, empty for the zero value.
 func (r *Rules) Name() string {
 	if r == nil {
 		return ""
@@ -51,7 +50,7 @@ func (r *Rules) Name() string {
 	return r.name
 }
 
-// Limits are the policy's limits, as written.
+// Limits returns the policy's limits as written.
 func (r *Rules) Limits() Limits {
 	if r == nil {
 		return Limits{}
@@ -59,8 +58,7 @@ func (r *Rules) Limits() Limits {
 	return r.limits
 }
 
-// RuleLimits yields the rules that have limits of their own, by the name that
-// verdicts give.
+// RuleLimits yields the rules that have limits of their own, keyed by the name in verdicts.
 func (r *Rules) RuleLimits() iter.Seq2[string, RuleLimits] {
 	if r == nil {
 		return maps.All[map[string]RuleLimits](nil)
@@ -83,8 +81,8 @@ func (r *Rules) Decide(q Query) Verdict {
 	target := q.Dst.Addr().Unmap()
 	peer, t := target, r.egress
 	if q.Ingress {
-		// A client on a link is told apart by zone, which no rule can name and
-		// nothing will dial.
+		// Clients on a link are distinguished by zone, which no rule can name and nothing will
+		// dial.
 		peer, t = q.Src.Addr().Unmap().WithZone(""), r.ingress
 	}
 	if !target.IsValid() || !peer.IsValid() {

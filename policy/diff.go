@@ -10,36 +10,35 @@ import (
 	"strings"
 )
 
-// What another policy changes, as decisions, not as text. Both policies cut the
-// addresses into regions, each a range without the narrower ranges inside it,
-// in which every address is decided alike; and each domain pattern stands for
-// the names that no closer pattern has. A region or pattern under which some
-// port is decided otherwise is a change; one that only repeats what its
-// surroundings say is left out, and one that does not share a change of its
+// The difference between two policies, as decisions rather than as text. Together the policies cut
+// the addresses into regions: a region is a range without the narrower ranges inside it, and every
+// address in it is decided alike. Each domain pattern stands for the names that no closer pattern
+// matches. A change is a region or pattern under which some port is decided differently. One that
+// only repeats a change of its surroundings is left out; one that does not share a change of its
 // surroundings is an exception to it.
 
-// Change is one thing that another policy decides otherwise.
+// Change is one thing that the other policy decides differently.
 type Change struct {
 	Kind      ChangeKind     `json:"kind"`
 	Direction string         `json:"direction,omitempty"`
-	To        []string       `json:"to"` // ranges, or a domain pattern; of ingress, the clients; the setting
+	To        []string       `json:"to"` // ranges, or a domain pattern; for ingress, the clients; for a setting, its name
 	Except    []netip.Prefix `json:"except,omitempty"`
 	Ports     []string       `json:"ports,omitempty"` // as Parse spells protocols: "TCP 443", "ICMP type 8"
 	Before    string         `json:"before"`          // the action and the rule, or a setting's value
 	After     string         `json:"after"`
 }
 
-// ChangeKind says which way a change goes.
+// ChangeKind is the direction of a change.
 type ChangeKind string
 
 const (
 	Opens  ChangeKind = "opens"
 	Closes ChangeKind = "closes"
-	Alters ChangeKind = "alters" // refused or allowed as before, but otherwise: what is read, how it is refused
-	Resets ChangeKind = "resets" // a setting beside the rules
+	Alters ChangeKind = "alters" // still refused or still allowed, but differently: what is read, how it is refused
+	Resets ChangeKind = "resets" // a setting outside the rules
 )
 
-// Diff says what changes if after takes the place of before.
+// Diff returns what changes if after replaces before.
 func Diff(before, after *Policy, env Environment) ([]Change, error) {
 	a, err := Compile(before, env)
 	if err != nil {
@@ -81,19 +80,19 @@ type differ struct {
 type outcome struct {
 	action Action
 	rule   string
-	terms  string // what else the rule asks for
+	terms  string // the rule's other conditions
 }
 
 func (o outcome) String() string { return o.action.String() + " by " + o.rule }
 
-// item is one change, still without its place.
+// item is one change, not yet placed.
 type item struct {
 	kind          ChangeKind
 	before, after string
 	ports         string // comma-separated
 }
 
-// decide is Decide for an address's node, and a name, if any.
+// decide is Decide for an address's node and an optional name.
 func (s *side) decide(d *differ, at int32, name string, key uint32) outcome {
 	n := &s.table.nodes[at]
 	info := &classes[n.class]
@@ -124,7 +123,7 @@ func (s *side) decide(d *differ, at int32, name string, key uint32) outcome {
 	return o
 }
 
-// terms are the fields of a rule that matter beside its action, as JSON.
+// terms returns the fields of a rule that matter besides its action, as JSON.
 func terms(r *Rule, named bool) string {
 	t := Rule{HTTP: r.HTTP, Limits: r.Limits}
 	if named {
@@ -137,7 +136,7 @@ func terms(r *Rule, named bool) string {
 	return string(text)
 }
 
-// items compares the two sides at one place, for every port.
+// items compares the two sides at one place, for all ports.
 func (d *differ) items(at [2]int32, name string) []item {
 	cuts := []uint32{0}
 	for i := range d.sides {
@@ -215,7 +214,7 @@ func (d *differ) addresses() []Change {
 
 	parents, hollow := nest(ranges)
 	var out []area
-	places := make([]map[item]int, len(ranges)) // where in out each change of a region is told
+	places := make([]map[item]int, len(ranges)) // index in out where each change of a region is reported
 	for i, p := range ranges {
 		var outer map[item]int
 		if parents[i] >= 0 {
@@ -248,15 +247,15 @@ func (d *differ) addresses() []Change {
 	return d.merge(out)
 }
 
-// area is one change of a range, but for parts of it.
+// area is one change of a range, with exceptions.
 type area struct {
 	item
 	in     netip.Prefix
 	except []netip.Prefix
 }
 
-// merge puts the areas of one change together. An area is told by its pieces
-// where that takes fewer words than its exceptions.
+// merge puts the areas of one change together. It lists an area's pieces where that takes fewer
+// words than its exceptions.
 func (d *differ) merge(areas []area) []Change {
 	var out []Change
 	at := make(map[item]int)
@@ -284,11 +283,11 @@ func (d *differ) merge(areas []area) []Change {
 	return out
 }
 
-// errSome ends a subtraction that yields enough.
+// errSome ends a subtraction as soon as it yields enough.
 var errSome = errors.New("something is left")
 
-// nest gives for each of some ranges, wider ones first, the next wider one, or
-// -1, and whether narrower ones cover all of it.
+// nest returns, for each range (wider ones first), the index of the next wider one, or -1, and
+// whether narrower ones cover all of it.
 func nest(ranges []netip.Prefix) (parents []int, hollow []bool) {
 	parents, hollow = make([]int, len(ranges)), make([]bool, len(ranges))
 	inside := make([][]netip.Prefix, len(ranges))
@@ -314,8 +313,8 @@ func comparePrefixes(x, y netip.Prefix) int {
 	return cmp.Or(x.Addr().Compare(y.Addr()), cmp.Compare(x.Bits(), y.Bits()))
 }
 
-// domains compares every pattern, for a name that no closer pattern has at a
-// public address that no rule names.
+// domains compares every pattern, for a name that no closer pattern matches, at a public address
+// that no rule names.
 func (d *differ) domains() []Change {
 	var patterns []string
 	for _, s := range d.sides {
@@ -330,7 +329,7 @@ func (d *differ) domains() []Change {
 		at[i], _ = d.sides[i].table.trie.LookupPrefix(everyIPv4)
 	}
 	for _, p := range slices.Compact(patterns) {
-		// A label of a byte that names do not have is in no pattern.
+		// A label made of a byte that no name contains is in no pattern.
 		name := strings.Replace(strings.Replace(p, "**.", "?.?.", 1), "*.", "?.", 1)
 		for _, it := range d.items(at, name) {
 			out = append(out, d.change(it, p))
@@ -339,7 +338,7 @@ func (d *differ) domains() []Change {
 	return out
 }
 
-// diffNames compares what becomes of a question for a name that is in no rule.
+// diffNames compares how a question is answered for a name that is in no rule.
 func diffNames(a, b *Rules) []Change {
 	outcomeOf := func(r *Rules) outcome {
 		v := NameVerdict{Rule: "no gate", Allowed: true}
@@ -362,7 +361,7 @@ func diffNames(a, b *Rules) []Change {
 	return []Change{{Kind: kind, Direction: "egress", To: []string{"names that no rule lists"}, Ports: []string{"DNS"}, Before: x.String(), After: y.String()}}
 }
 
-// diffSettings compares what is not rules.
+// diffSettings compares the settings outside the rules.
 func diffSettings(a, b *Policy) []Change {
 	x, y := settingsOf(a), settingsOf(b)
 	var names []string

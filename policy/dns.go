@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Refusal is how the DNS gate answers for a name that may not be asked.
+// Refusal is how the DNS gate answers a question for a name that is not allowed.
 type Refusal string
 
 const (
@@ -20,13 +20,13 @@ const (
 
 var refusals = []Refusal{RefuseNXDOMAIN, RefuseREFUSED, RefuseDrop}
 
-// NamesMode says which names the sandbox may ask for, beyond those of the rules.
+// NamesMode is which names the sandbox may ask for, beyond those of the rules.
 type NamesMode string
 
 const (
-	NamesByRules NamesMode = ""        // those that a rule allows, and no other
+	NamesByRules NamesMode = ""        // those that a rule allows, and no others
 	NamesAny     NamesMode = "any"     // every name that no rule by domain refuses
-	NamesUngated NamesMode = "ungated" // the gate is off: questions pass as they are, and no rule is by domain
+	NamesUngated NamesMode = "ungated" // the gate is off: questions pass unchanged, and no rule is by domain
 )
 
 var namesModes = []NamesMode{NamesAny, NamesUngated}
@@ -39,16 +39,15 @@ type DNS struct {
 	TTLFloor Duration  `json:"ttlFloor,omitempty"`
 	TTLCap   Duration  `json:"ttlCap,omitempty"`
 
-	// Of names under a wildcard, which the sandbox makes up: bounds of the part that the
-	// wildcard stands for.
+	// Bounds for names under a wildcard, which the sandbox can make up. They apply to the part that
+	// the wildcard stands for.
 	MaxLabelLength     int     `json:"maxLabelLength,omitempty"`     // bytes of a label
 	MaxWildcardLength  int     `json:"maxWildcardLength,omitempty"`  // bytes in all
-	MaxWildcardEntropy float64 `json:"maxWildcardEntropy,omitempty"` // bits in a byte, of parts long enough to tell
-	MaxNamesPerMinute  int     `json:"maxNamesPerMinute,omitempty"`  // different names, for each pattern
+	MaxWildcardEntropy float64 `json:"maxWildcardEntropy,omitempty"` // bits per byte, for parts long enough to measure
+	MaxNamesPerMinute  int     `json:"maxNamesPerMinute,omitempty"`  // distinct names, per pattern
 }
 
-// What holds where a policy is silent. The floor is what clients keep an
-// answer for anyway, whatever it says.
+// Defaults. Clients keep an answer for at least the floor anyway, whatever its TTL.
 const (
 	DefaultTTLFloor = 60 * time.Second
 	DefaultTTLCap   = time.Hour
@@ -60,8 +59,7 @@ const (
 	DefaultMaxNamesPerMinute  = 120
 )
 
-// What the settings may be at most: what DNS can say, and what a sandbox may make us
-// remember.
+// Upper bounds of the settings: what DNS can express, and what a sandbox may make us remember.
 const (
 	mostLabelLength     = 63
 	mostWildcardLength  = 253
@@ -69,9 +67,8 @@ const (
 	mostNamesPerMinute  = 10000
 )
 
-// queryTypes are the types that a policy can let through, and which of them pass
-// if it says nothing: those that name an address, or a name on the way to one.
-// TXT and NULL are what tunnels are made of.
+// queryTypes are the types that a policy can let through, with those that pass by default: types
+// that give an address, or a name on the way to one. Tunnels are made of TXT and NULL.
 var queryTypes = []struct {
 	name     string
 	standard bool
@@ -80,7 +77,7 @@ var queryTypes = []struct {
 	{"MX", false}, {"NS", false}, {"SOA", false}, {"TXT", false}, {"CAA", false}, {"NAPTR", false}, {"DS", false}, {"DNSKEY", false}, {"TLSA", false}, {"SSHFP", false},
 }
 
-// orDefaults fills in what the policy leaves open.
+// orDefaults fills in the settings that the policy leaves open.
 func (d DNS) orDefaults() DNS {
 	d.Refusal = cmp.Or(d.Refusal, RefuseNXDOMAIN)
 	d.TTLFloor = cmp.Or(d.TTLFloor, Duration(min(DefaultTTLFloor, time.Duration(cmp.Or(d.TTLCap, Duration(MaxTTL))))))
@@ -141,28 +138,28 @@ func knownQueryType(s string) bool {
 	return false
 }
 
-// NameVerdict says whether a name may be asked. The zero value refuses.
+// NameVerdict is whether a name may be asked. The zero value refuses.
 type NameVerdict struct {
 	Allowed bool
 	Audited bool    // only because the policy is in audit mode
 	Rule    string  // what decided, as in Verdict.Rule
 	Refusal Refusal // how to refuse, if not allowed
-	Grants  bool    // the addresses in the answer are to be granted: some rule matches by this name
-	Pattern string  // the closest domain pattern that let it be asked; empty if none did
-	ECH     bool    // answers may tell how to encrypt a ClientHello
+	Grants  bool    // addresses in the answer are to be granted: some rule matches by this name
+	Pattern string  // the closest domain pattern that allowed the question; empty if none did
+	ECH     bool    // answers may carry ECH keys
 }
 
-// GatesNames reports whether names are gated: questions are answered by the gate,
-// which asks only for names that DecideName allows. Every policy gates them that
-// does not say names: ungated; so does the absence of a policy.
+// GatesNames reports whether names are gated: questions are answered by the gate, which asks only
+// for names that DecideName allows. Every policy gates names unless it says names: ungated. The
+// absence of a policy gates them too.
 func (r *Rules) GatesNames() bool { return r == nil || r.dns.Names != NamesUngated }
 
-// OpensNames reports whether any name at all may be asked.
+// OpensNames reports whether every name may be asked.
 func (r *Rules) OpensNames() bool {
 	return r != nil && r.egress != nil && (r.everyName().Allowed || r.audit || r.domains.allowed)
 }
 
-// everyName decides about a name that no rule by domain matches.
+// everyName decides a name that no rule by domain matches.
 func (r *Rules) everyName() NameVerdict {
 	switch i := r.domains.everyName; {
 	case i != noRule:
@@ -173,7 +170,7 @@ func (r *Rules) everyName() NameVerdict {
 	return NameVerdict{Rule: ruleDefault, Allowed: r.fallback == Allow}
 }
 
-// DNS gives the policy's DNS settings, defaults filled in.
+// DNS returns the policy's DNS settings with defaults filled in.
 func (r *Rules) DNS() DNS {
 	if r == nil {
 		return DNS{}.orDefaults()
@@ -181,14 +178,13 @@ func (r *Rules) DNS() DNS {
 	return r.dns
 }
 
-// DecideName says whether a name, as NormalizeName gives it, may be asked. It
-// does not allocate.
+// DecideName decides whether a name, as NormalizeName returns it, may be asked. It does not
+// allocate.
 //
-// The rules are tried in their order for the name alone, whatever the port. An
-// allow rule by a domain that matches, or one for every address, lets it be
-// asked; a refusing one that does so for every protocol and port refuses it;
-// names: any and then the default decide at the end. Under names: any only rules
-// by domain refuse.
+// The rules are tried in order, for the name alone, ignoring the port. An allow rule by a matching
+// domain, or one for every address, allows the question. A refusing rule that covers every protocol
+// and port refuses it. If no rule decides, names: any does, and then the default. Under names: any
+// only rules by domain refuse.
 func (r *Rules) DecideName(name string) NameVerdict {
 	if r == nil || r.egress == nil {
 		return NameVerdict{Rule: ruleNoPolicy, Refusal: RefuseREFUSED}
@@ -218,11 +214,10 @@ func (r *Rules) DecideName(name string) NameVerdict {
 	return v
 }
 
-// Grantable reports whether an address in an answer for a name may be granted
-// and shown to the sandbox. Special addresses are not, nor private ones unless a
-// rule for the name has privateAddresses: allow or the policy is in audit mode,
-// nor what carries such an address – except where an allow rule by address opens
-// it anyway.
+// Grantable reports whether an address in an answer for a name may be granted and shown to the
+// sandbox. Special addresses are not. Private ones are not, unless a rule for the name has
+// privateAddresses: allow or the policy is in audit mode. Addresses that carry such an address are
+// not. An allow rule by address overrides all three.
 func (r *Rules) Grantable(name string, addr netip.Addr) bool {
 	if r == nil || r.egress == nil || !addr.IsValid() || addr.Zone() != "" {
 		return false
@@ -289,7 +284,7 @@ func isPrivate(a netip.Addr) bool {
 	return false
 }
 
-// Duration is a time.Duration that is written as such: 60s, 5m, 1h.
+// Duration is a time.Duration in text form: 60s, 5m, 1h.
 type Duration time.Duration
 
 func (d Duration) String() string {
@@ -303,5 +298,5 @@ func (d Duration) String() string {
 	return s
 }
 
-// MarshalText gives the form that Parse reads back.
+// MarshalText returns the form that Parse reads back.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }

@@ -9,14 +9,14 @@ import (
 	"unicode/utf8"
 )
 
-// Document is the text of one policy that somebody gave. It is the only form in which a
-// policy's text travels, and is made only by ReadDocument and its like, NewDocument, and
-// decoding: all of them refuse a text that is empty or not text. So a policy that was lost
-// on its way cannot be mistaken for none. The zero value has no policy.
+// Document is the text of one policy as it was given. It is the only form in which a policy's text
+// travels, and only ReadDocument and its variants, NewDocument, and decoding make one. All of them
+// refuse text that is empty or not UTF-8, so a policy that was lost on its way cannot be mistaken
+// for none. The zero value has no policy.
 type Document struct{ name, text string }
 
-// NewDocument makes a document of a text that is known to be whole, such as a string in a
-// request. name is for people, and for the errors.
+// NewDocument makes a document of text that is known to be complete, such as a string in a request.
+// The name is for people and for error messages.
 func NewDocument(name string, text []byte) (Document, error) {
 	d := Document{name, string(text)}
 	if _, err := d.Policy(); err != nil {
@@ -25,13 +25,13 @@ func NewDocument(name string, text []byte) (Document, error) {
 	return d, nil
 }
 
-// Name is what the document is called, such as its file.
+// Name returns the document's name, such as its file.
 func (d Document) Name() string { return d.name }
 
-// Text is the text as it was given.
+// Text returns the text as it was given.
 func (d Document) Text() string { return d.text }
 
-// Policy parses the text, anew for each caller.
+// Policy parses the text. Each call returns a new Policy.
 func (d Document) Policy() (*Policy, error) { return Parse(d.name, []byte(d.text)) }
 
 type documentJSON struct {
@@ -47,8 +47,8 @@ func (d Document) MarshalJSON() ([]byte, error) {
 	return json.Marshal(documentJSON{d.name, d.text})
 }
 
-// UnmarshalJSON refuses what is no text of a policy. It leaves parsing to Policy, without
-// which nothing is done with a document.
+// UnmarshalJSON refuses text that cannot be a policy. It leaves parsing to Policy, which every use
+// of a document calls.
 func (d *Document) UnmarshalJSON(b []byte) error {
 	var in documentJSON
 	if err := decodeStrict(b, &in); err != nil {
@@ -74,7 +74,7 @@ func decodeStrict(b []byte, v any) error {
 	return nil
 }
 
-// textError is a place in a text that no policy can have. Line and column count from 1.
+// textError is a position in text that no policy can contain. Line and column count from 1.
 type textError struct {
 	line, col int
 	msg       string
@@ -82,8 +82,8 @@ type textError struct {
 
 func (e *textError) Error() string { return e.msg }
 
-// checkText refuses what is no text before anything is parsed: the YAML library reads
-// UTF-16, and takes a byte order mark for nothing, where another program may not.
+// checkText refuses text that is not clean UTF-8 before it is parsed: the YAML library reads UTF-16
+// and ignores a byte order mark, where another program may not.
 func checkText(text []byte) error {
 	at := func(i int, format string, args ...any) error {
 		before := text[:i]

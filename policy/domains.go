@@ -6,24 +6,21 @@ import (
 	"strings"
 )
 
-// The rules by name of the egress list. Each pattern of some rule is an entry
-// under its suffix; the entry holds the rules that name it, as painted lines
-// (spans.go). To decide, every suffix of a name that is no longer than the
-// longest one of a pattern is looked up once:
+// The rules by name of the egress list. Each pattern of some rule is an entry under its suffix; the
+// entry holds the rules that name it, as painted lines (spans.go). To decide, each suffix of the
+// name is looked up once, up to the length of the longest pattern:
 //
 //	pypi.org       exact: rules 0      one: rules 1,4    many: –
 //	example.com    exact: –            one: –            many: rule 2
 //
-// Whether a rule matches depends on what the first bytes said, so that an entry
-// has a line for each view of them: the rules that are still to be reckoned with
-// under that view, each for the ports that it is so for.
+// Whether a rule matches depends on what the first bytes said, so an entry has one line for each
+// view of them: the rules that can still match under that view, with the ports for which they can.
 type domains struct {
 	at      map[string]*[3]*settled // suffix → entry by depth
 	labels  int                     // of the longest suffix
 	any     bool                    // some egress rule matches by name
 	allowed bool                    // ... and allows
-	// The first rule that settles every name, whatever it is, and the first of those
-	// that allows.
+	// The first rule that settles every name, and the first of those that allows.
 	everyName, everyAllowed int32
 }
 
@@ -35,21 +32,21 @@ const (
 	viewECH                     // this name was said beside an encrypted hello
 	viewNameless                // no name was said, by what could have said one
 	viewNamelessECH             // likewise, beside an encrypted hello
-	viewUnread                  // what was said may be followed by any name
-	viewGrant                   // another name was said: only what needs none
-	viewSaid                    // this name was said, but the address is not granted under it: refusals
+	viewUnread                  // what was said may still be followed by any name
+	viewGrant                   // another name was said: only rules that need no name
+	viewSaid                    // this name was said, but the address is not granted under it: refusals only
 	numViews
 )
 
-// settled is what the rules say of one pattern.
+// settled holds what the rules say about one pattern.
 type settled struct {
-	// To public addresses first, then to private ones.
+	// For public addresses first, then for private ones.
 	lines [2][numViews]*line
 
 	pattern string
-	rules   []int32 // that name it
+	rules   []int32 // the rules that name it
 	asked   int32   // the first rule that settles whether the name may be asked
-	ech     bool    // a rule that allows it puts up with encrypted hellos
+	ech     bool    // a rule that allows it accepts encrypted hellos
 	private bool    // a rule that allows it reaches private addresses
 }
 
@@ -82,7 +79,7 @@ func (d *domains) each(name string, yield func(*settled)) {
 	}
 }
 
-// first gives the lowest rule for a name under a view, below best.
+// first returns the lowest rule for a name under a view, below best.
 func (d *domains) first(name string, v view, private bool, key uint32, best int32) int32 {
 	side := 0
 	if private {
@@ -96,18 +93,17 @@ func (d *domains) first(name string, v view, private bool, key uint32, best int3
 	return best
 }
 
-const portFTP = 21 // of control connections
+const portFTP = 21 // control connections
 
-// serverFirst are the ports on which the client waits for the server to speak,
-// or speaks without ever saying a name: FTP, SSH, SMTP, POP3, IMAP, submission,
-// MySQL, PostgreSQL. There, and for protocols in which nothing says a name, a
-// rule matches by grant and port unless it says verify: strict.
+// serverFirst are the ports where the client waits for the server to speak, or speaks without ever
+// saying a name: FTP, SSH, SMTP, POP3, IMAP, submission, MySQL, PostgreSQL. On these ports, and for
+// protocols that carry no name, a rule matches by grant and port unless it says verify: strict.
 var (
 	serverFirst = []uint16{portFTP, 22, 25, 110, 143, 587, 3306, 5432}
-	nameless    = []uint16{123, 3478} // of UDP: NTP, STUN
+	nameless    = []uint16{123, 3478} // UDP: NTP, STUN
 )
 
-// speaksFirst reports whether the client of a protocol begins, and may say a name.
+// speaksFirst reports whether a protocol's client speaks first and may say a name.
 func speaksFirst(proto uint8, port uint16) bool {
 	switch Protocol(proto) {
 	case TCP:
@@ -118,7 +114,7 @@ func speaksFirst(proto uint8, port uint16) bool {
 	return false
 }
 
-// unverified gives the spans in which a rule asks for no name.
+// unverified returns the spans in which a rule requires no name.
 func unverified(r *Rule) []span {
 	var out []span
 	switch r.Verify {
@@ -132,12 +128,12 @@ func unverified(r *Rule) []span {
 			out = append(out, span{portKey(UDP, p), portKey(UDP, p)})
 		}
 	}
-	// Nothing can be read from what is neither TCP nor UDP.
+	// Only TCP and UDP carry bytes that can be read.
 	return append(out, span{0, portKey(TCP, 0) - 1}, span{portKey(TCP+1, 0), portKey(UDP, 0) - 1}, span{portKey(UDP+1, 0), keys - 1})
 }
 
-// intersect gives what two lists of spans share; both are sorted and disjoint,
-// and so is the result, if b is.
+// intersect returns the intersection of two span lists. Both are sorted; if b is disjoint too, so
+// is the result.
 func intersect(a, b []span) []span {
 	var out []span
 	for _, x := range a {
@@ -166,9 +162,9 @@ func (p pattern) String() string {
 	return [...]string{exact: "", oneLabel: "*.", manyLabels: "**."}[p.depth] + p.suffix
 }
 
-// namedSpans are the spans of a rule for the addresses of its domains. A rule that lets a
-// name in without listing protocols means what names are said in: an echo request says
-// none, and carries what it likes to who answers at the address.
+// namedSpans returns a rule's spans for the addresses of its domains. A rule that allows a name
+// without listing protocols covers only protocols that carry names: an echo request carries none,
+// and can smuggle anything to the host at that address.
 func namedSpans(r *Rule, spans []span) []span {
 	if r.Action != Allow || len(r.Ports) > 0 || len(r.ICMP) > 0 {
 		return spans
@@ -176,8 +172,7 @@ func namedSpans(r *Rule, spans []span) []span {
 	return []span{{portKey(TCP, 0), portKey(TCP, math.MaxUint16)}, {portKey(UDP, 0), portKey(UDP, math.MaxUint16)}}
 }
 
-// compileDomains makes the index of the rules by name. spans are those of the
-// rules.
+// compileDomains builds the index of the rules by name. spans are those of the rules.
 func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
 	d := &domains{at: make(map[string]*[3]*settled), everyName: noRule, everyAllowed: noRule}
 	b := &domainsBuilder{refs: make(map[pattern][]int32), rules: rules}
@@ -229,12 +224,12 @@ func compileDomains(rules []Rule, spans [][]span) (*domains, error) {
 	return d, nil
 }
 
-// view says for which ports a rule is to be reckoned with under each view.
+// view sets the ports for which a rule can match, under each view.
 func (b *domainsBuilder) view(i int32, all []span) {
 	r := &b.rules[i]
 	free := unverified(r)
 	if r.QUIC == SettingRefuse {
-		// Such a flow is refused by this rule, and needs no name for that.
+		// This rule refuses such a flow without needing a name.
 		free = append(free, span{portKey(UDP, 0), portKey(UDP+1, 0) - 1})
 	}
 	byGrant := normalSpans(intersect(all, free))
@@ -275,7 +270,7 @@ func (b *domainsBuilder) settle(list []int32) (*settled, error) {
 	}
 	for side, rules := range [2][]int32{list, private} {
 		for v := range numViews {
-			// A rule without ports under a view is none under it.
+			// A rule that has no ports under a view does not exist under it.
 			var some []int32
 			for _, i := range rules {
 				if len(b.caches[v].spans[i]) > 0 {
@@ -292,10 +287,9 @@ func (b *domainsBuilder) settle(list []int32) (*settled, error) {
 	return s, nil
 }
 
-// settlesEveryName reports whether a rule says of every name whether it may be
-// asked: an allow rule that reaches every address of a family over TCP or UDP (a
-// ping of anything is no reason to ask for everything), or a refusal of every
-// address, protocol and port.
+// settlesEveryName reports whether a rule settles for every name whether it may be asked: an allow
+// rule that reaches every address of a family over TCP or UDP (allowing pings to everything is no
+// reason to allow every question), or a refusal of every address, protocol and port.
 func settlesEveryName(r *Rule) bool {
 	all4, all6 := len(r.To) == 0, len(r.To) == 0
 	for _, p := range r.To {

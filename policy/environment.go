@@ -8,8 +8,8 @@ import (
 	"slices"
 )
 
-// Environment is what the rules must know about where they run. Prefixes are without host
-// bits; IPv4 ones are not in 4-in-6 form.
+// Environment describes the machine that the rules run on. Prefixes have no host bits set; IPv4
+// ones are not in 4-in-6 form.
 type Environment struct {
 	Gateway4 netip.Addr   `json:"gateway4,omitzero"`
 	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
@@ -17,21 +17,22 @@ type Environment struct {
 	DNS6     netip.Addr   `json:"dns6,omitzero"`
 	Guest    []netip.Addr `json:"guest,omitempty"`
 
-	// Host is what the host's kernel takes for itself: the addresses of its interfaces, AnyIP
-	// and anycast ranges, broadcast addresses. HostUnknown says that the list could not be had,
-	// or not whole: then the rules deny everything, as they do with more than MaxHostRanges.
+	// Host lists the addresses that the host's kernel treats as its own: those of its interfaces,
+	// AnyIP and anycast ranges, broadcast addresses. HostUnknown is set if the list could not be
+	// read in full. The rules then deny everything, as they do with more than MaxHostRanges.
 	Host        []netip.Prefix `json:"host,omitempty"`
 	HostUnknown bool           `json:"hostUnknown,omitempty"`
-	// HostClients makes clients at the host's addresses entity world as well. In a pod they
-	// are not only the node itself: it forwards others' connections under its own address.
+	// HostClients puts clients at the host's addresses into entity world as well. In a pod they are
+	// not only the node itself: the node forwards other clients' connections under its own address.
 	HostClients bool `json:"hostClients,omitempty"`
-	// OpenIngress leaves ingress open under a policy that has egress rules and no key ingress:
-	// in a pod such a policy is not about what comes to it, probes included, as by Kubernetes' habit.
+	// OpenIngress leaves ingress open under a policy that has egress rules and no ingress key. As
+	// in Kubernetes, such a policy says nothing about a pod's ingress, probes included.
 	OpenIngress  bool `json:"openIngress,omitempty"`
 	HostLoopback bool `json:"hostLoopback,omitempty"` // the gateway address stands for the host's loopback
 
 	// Metadata are the operator's own metadata services, NAT64 the prefixes of the network's
-	// translators. Both only close: see ParseMetadata and ParseNAT64 for what may be in them.
+	// translators. Both can only close addresses: see ParseMetadata and ParseNAT64 for what they
+	// may contain.
 	Metadata []netip.Prefix `json:"metadata,omitempty"`
 	NAT64    []netip.Prefix `json:"nat64,omitempty"`
 }
@@ -43,7 +44,7 @@ const (
 	MaxNAT64      = 8
 )
 
-// ParseMetadata reads the addresses of metadata services, or small networks of them.
+// ParseMetadata parses the addresses of metadata services, or small networks of them.
 func ParseMetadata(list []string) ([]netip.Prefix, error) {
 	if len(list) > MaxMetadata {
 		return nil, fmt.Errorf("%d of them: the limit is %d", len(list), MaxMetadata)
@@ -51,8 +52,8 @@ func ParseMetadata(list []string) ([]netip.Prefix, error) {
 	return parsePrefixes(list, checkMetadata)
 }
 
-// ParseNAT64 reads the prefixes of translators: IPv6 networks of the lengths of RFC 6052
-// section 2.2.
+// ParseNAT64 parses the prefixes of translators: IPv6 networks of the lengths of RFC 6052 section
+// 2.2.
 func ParseNAT64(list []string) ([]netip.Prefix, error) {
 	if len(list) > MaxNAT64 {
 		return nil, fmt.Errorf("%d of them: the limit is %d", len(list), MaxNAT64)
@@ -107,7 +108,7 @@ func checkNAT64(p netip.Prefix) error {
 	return nil
 }
 
-// check judges what an operator gave.
+// check validates what an operator configured.
 func (env *Environment) check() error {
 	if len(env.Metadata) > MaxMetadata || len(env.NAT64) > MaxNAT64 {
 		return fmt.Errorf("%d metadata addresses and %d NAT64 prefixes: the limits are %d and %d", len(env.Metadata), len(env.NAT64), MaxMetadata, MaxNAT64)
@@ -122,8 +123,8 @@ func (env *Environment) check() error {
 	return errors.Join(errs...)
 }
 
-// boundaries lists every special range, the environment's last and each only once, the
-// strictest class first to claim it.
+// boundaries returns every special range, with the environment's last. Each range is listed once;
+// the strictest class claims it first.
 func (env *Environment) boundaries(ingress bool) map[netip.Prefix]class {
 	out := make(map[netip.Prefix]class)
 	for c := range numClasses {
@@ -162,8 +163,8 @@ func (env *Environment) boundaries(ingress bool) map[netip.Prefix]class {
 	return out
 }
 
-// surround gives a range of the environment's to class c, with the ranges of table inside
-// it that yield to c. In a range that does not yield it is nothing.
+// surround gives a range of the environment to class c, together with the ranges of table inside it
+// that yield to c. Inside a range that does not yield, it has no effect.
 func surround(out, table map[netip.Prefix]class, c class, p netip.Prefix) {
 	var inside []netip.Prefix
 	for q, was := range table {
@@ -179,14 +180,14 @@ func surround(out, table map[netip.Prefix]class, c class, p netip.Prefix) {
 	}
 }
 
-// yields reports whether a range of class c that the environment counts to class to, as a
-// whole or in part, is of that class there: the stricter reading wins.
+// yields reports whether a range of class c that the environment assigns to class to, as a whole or
+// in part, becomes that class: the stricter reading wins.
 func (c class) yields(to class) bool {
 	return classes[c].lock == open || to == metadata && (c == linkLocal || c == reserved || c == metadata)
 }
 
-// halves is the range itself, or what every address of a family is made of: a rule for
-// everything names nothing special.
+// halves returns the range itself or, for all addresses of a family, its two halves, so that a rule
+// for everything names nothing special.
 func halves(p netip.Prefix) []netip.Prefix {
 	if p.Bits() > 0 {
 		return []netip.Prefix{p}

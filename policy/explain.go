@@ -6,12 +6,11 @@ import (
 	"strings"
 )
 
-// Why a flow is decided as it is, rule by rule. Each rule is asked by the engine
-// itself, alone in a policy of its own; what does not match is asked again with
-// one of its conditions taken away, until it does. So an explanation cannot say
-// something else than what happens.
+// Explains a decision rule by rule. The engine itself judges each rule, alone in a policy of its
+// own. A rule that does not match is judged again with one of its conditions removed, until it
+// matches. So an explanation cannot differ from the decision.
 
-// Step is what one rule had to say about a flow.
+// Step is the result of one rule for a flow.
 type Step struct {
 	Rule    string `json:"rule"`
 	Action  Action `json:"action"`
@@ -19,13 +18,13 @@ type Step struct {
 	Why     string `json:"why"`
 }
 
-// Explanation is a verdict and how it came about. Steps end with what decided.
+// Explanation is a verdict with the steps that led to it. The last step decided.
 type Explanation struct {
 	Verdict Verdict `json:"-"`
 	Steps   []Step  `json:"steps"`
 }
 
-// Explain judges a flow under a policy and says why.
+// Explain judges a flow under a policy and returns the reasons.
 func Explain(p *Policy, env Environment, q Query) (*Explanation, error) {
 	rules, err := Compile(p, env)
 	if err != nil {
@@ -72,7 +71,7 @@ var builtinReasons = map[string]string{
 	rulePortZero:   "port 0 is reserved",
 }
 
-// because words the rest of a verdict by a rule.
+// because describes the rest of a verdict by a rule.
 func because(v Verdict) string {
 	switch {
 	case v.verify == VerifyFirstBytes:
@@ -99,7 +98,7 @@ type explainer struct {
 	q   Query
 }
 
-// alone gives the verdict if a rule were the only one.
+// alone returns the verdict as if the rule were the only one.
 func (e *explainer) alone(r Rule) (Verdict, error) {
 	p := *e.p
 	p.Spec.DefaultAction, p.Spec.Mode, p.Spec.Egress, p.Spec.Ingress = Drop, Enforce, nil, nil
@@ -116,7 +115,7 @@ func (e *explainer) alone(r Rule) (Verdict, error) {
 	return rules.Decide(e.q), nil
 }
 
-// whyNot says which of its conditions kept a rule from deciding.
+// whyNot returns which of its conditions kept a rule from deciding.
 func (e *explainer) whyNot(r Rule) (string, error) {
 	v, err := e.alone(r)
 	if err != nil {

@@ -8,15 +8,13 @@ import (
 	"unicode/utf8"
 )
 
-// HTTPMatch matches requests of clear-text HTTP: one of the methods (none
-// listed: every method), and a path: exact, or, if it ends in *, by what comes
-// before that (empty: every path). The query is not looked at. CONNECT, which
-// has no path, is matched only where it is listed, with no path.
+// HTTPMatch matches clear-text HTTP requests by method and path. An empty list of methods matches
+// every method. A path is exact or, if it ends in *, a prefix; an empty path matches every path.
+// The query is ignored. CONNECT, which has no path, matches only where it is listed without a path.
 //
-// Paths are compared as they were sent. What a server might resolve to another
-// path than the one that was compared – dot segments, encoded dots and slashes,
-// backslashes, also behind a path parameter or encoded twice, bytes that are no UTF-8 –
-// matches nothing.
+// Paths are compared as sent. A path that a server might resolve differently matches nothing: dot
+// segments, encoded dots and slashes, backslashes, any of these behind a path parameter or encoded
+// twice, and bytes that are not UTF-8.
 type HTTPMatch struct {
 	Methods []string `json:"methods,omitempty"`
 	Path    string   `json:"path,omitempty"`
@@ -35,7 +33,7 @@ func (m HTTPMatch) matches(method, path string) bool {
 	return m.Path == "" || m.Path == path
 }
 
-// requestMatches judges the request that was seen.
+// requestMatches reports whether the request that was seen matches.
 func requestMatches(list []HTTPMatch, method, path string) bool {
 	path, _, _ = strings.Cut(path, "?")
 	if method != methodConnect && ambiguousPath(path) {
@@ -49,7 +47,7 @@ func requestMatches(list []HTTPMatch, method, path string) bool {
 	return false
 }
 
-// ambiguousPath reports whether a server could read the path as another one.
+// ambiguousPath reports whether a server could read the path differently.
 func ambiguousPath(path string) bool {
 	if path == "*" {
 		return false // OPTIONS *
@@ -57,7 +55,7 @@ func ambiguousPath(path string) bool {
 	if !strings.HasPrefix(path, "/") || !utf8.ValidString(path) {
 		return true
 	}
-	for range 2 { // as sent, and as sent inside of an encoding
+	for range 2 { // as sent, and as sent inside an encoding
 		decoded, err := url.PathUnescape(path)
 		if err != nil || strings.ContainsAny(decoded, "\\\x00\r\n") || strings.Count(decoded, "/") != strings.Count(path, "/") {
 			return true

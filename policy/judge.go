@@ -5,26 +5,24 @@ import (
 	"net/netip"
 )
 
-// One address is judged by the lowest of two rules: the first by address, from
-// the tree of ranges (compile.go), and the first by domain, from the names under
-// which the address is granted (domains.go). A special address that is not open
-// is never reached by a name.
+// An address is judged by the lower of two rules: the first by address, from the tree of ranges
+// (compile.go), and the first by domain, from the names under which the address is granted
+// (domains.go). A name never reaches a special address that is not open.
 //
-// A rule by domain that wants to see the name is a candidate until the first
-// bytes were read. The verdict asks for them then, and does not allow; the same
-// question with the answer is decided for good.
+// A rule by domain that requires a name is a candidate until the first bytes are read. Until then
+// the verdict asks for them and does not allow; the same query with the answer filled in is decided
+// for good.
 type judgement struct {
 	rules *Rules
 	table *table
 	query *Query
 	key   uint32
-	// hopeful reports, of the address that was judged last, that a flow which has yet to be
-	// read is allowed if it says the right thing.
+	// hopeful reports, for the address that was judged last, that an unread flow is allowed if it
+	// says the right thing.
 	hopeful bool
 }
 
-// match is the rule by domain that matches, or may once the first bytes are
-// read.
+// match is the rule by domain that matches, or may match once the first bytes are read.
 type match struct {
 	rule    int32
 	name    string
@@ -34,8 +32,8 @@ type match struct {
 	reason  Reason
 }
 
-// judge finds the first rule for one address. The verdict has no target yet;
-// the node says what kind of address it was (nil only if refused).
+// judge finds the first rule for one address. The verdict has no target yet. The node gives the
+// kind of address, and is nil only if the flow is refused.
 func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	r, t, q := j.rules, j.table, j.query
 	j.hopeful = false
@@ -98,9 +96,9 @@ func (j *judgement) judge(peer netip.Addr) (Verdict, *node) {
 	return v, at
 }
 
-// mayAllow reports whether anything that the first bytes can say leads to a rule that allows
-// the flow: to the one that decides whatever is said, to that of a granted name, or to the
-// one by address, or the default, behind them all.
+// mayAllow reports whether any possible first bytes lead to a rule that allows the flow: the rule
+// that decides regardless of them, the rule of a granted name, or the rule by address or default
+// behind them all.
 func (j *judgement) mayAllow(peer netip.Addr, info *classInfo, decided *ruleInfo, m match, byAddress int32) bool {
 	r, t, q := j.rules, j.table, j.query
 	if !m.pending {
@@ -123,9 +121,9 @@ func (j *judgement) mayAllow(peer netip.Addr, info *classInfo, decided *ruleInfo
 	return may
 }
 
-// learns reports whether a flow that only audit mode lets through has a name to
-// tell first: it goes where a name was granted, by a protocol whose client
-// speaks first. What is logged of it is what rules will be made of.
+// learns reports whether a flow that passes only because of audit mode should be read for its name
+// first. It should if its destination was granted under a name and its client speaks first. Rules
+// will be made from what is logged about it.
 func (j *judgement) learns() bool {
 	q := j.query
 	if q.Ingress || q.Seen.Kind != SeenNone || !speaksFirst(q.Proto, q.Dst.Port()) {
@@ -136,8 +134,8 @@ func (j *judgement) learns() bool {
 	return granted
 }
 
-// verdict is what a rule that was found says. The match tells how, if it was
-// found by domain.
+// verdict returns the verdict of a rule that was found. The match says how, if it was found by
+// domain.
 func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
 	r, seen := j.rules, &j.query.Seen
 	v := Verdict{rule: info.name, proto: j.query.Proto, action: info.action, name: m.name}
@@ -163,17 +161,17 @@ func (j *judgement) verdict(info *ruleInfo, m match) Verdict {
 			v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonOverride}
 		}
 	case byName && seen.Method == methodConnect:
-		// A tunnel through a proxy leads to where nobody looks.
+		// Nobody sees where a tunnel through a proxy leads.
 		v = Verdict{rule: info.name, proto: v.proto, action: r.deny, tried: info.name, reason: ReasonRequest}
 	default:
-		// The next request may say another name, by which another rule decides.
+		// The next request may say another name, for which another rule decides.
 		v.requests = (byName || m.tried != noRule) && seen.isHTTP()
 	}
 	return v
 }
 
-// byName finds the lowest rule by domain below best. Names are granted for the
-// destination; what is judged may be an address inside it.
+// byName finds the lowest rule by domain below best. Names are granted for the destination; the
+// judged address may be one that it embeds.
 func (j *judgement) byName(private bool, best int32) match {
 	q, d := j.query, j.rules.domains
 	dst, said := q.Dst.Addr(), q.Seen.Name
@@ -236,8 +234,8 @@ func (j *judgement) byName(private bool, best int32) match {
 	return m
 }
 
-// candidate gives the lowest rule by domain below best that is right but for what
-// was said, else noRule.
+// candidate returns the lowest rule by domain below best that would match but for the name, or
+// noRule.
 func (j *judgement) candidate(private bool, best int32) int32 {
 	q, lowest := j.query, best
 	q.Names.each(q.Dst.Addr(), q.Now, q.Held, func(name string) {
@@ -249,9 +247,9 @@ func (j *judgement) candidate(private bool, best int32) int32 {
 	return lowest
 }
 
-// former gives the lowest rule by domain below best that would let the flow pass, or ask for its
-// first bytes, if the address were still granted under a name that it was granted under; else
-// noRule. It says why it is not.
+// former returns the lowest rule by domain below best that would allow the flow, or ask for its
+// first bytes, if one of the address's earlier grants still held, or noRule. why is the reason that
+// the grant ended.
 func (j *judgement) former(private bool, best int32) (tried int32, why Reason) {
 	q, tried := j.query, noRule
 	q.Names.former(q.Dst.Addr(), q.Now, func(name string, evicted bool) {
@@ -267,10 +265,10 @@ func (j *judgement) former(private bool, best int32) (tried int32, why Reason) {
 	return tried, why
 }
 
-// closedClient gives the name under which a client is refused that the rules let in, or
-// nothing. A client is answered, whatever the rules for egress say: so an address
-// that carries one which is closed to every rule is no client, nor is, while names are
-// gated, a server that would resolve names past the gate.
+// closedClient returns the name under which a client is refused although the rules allow it, or the
+// empty string. The sandbox answers a client whatever the egress rules say, so two kinds of address
+// cannot be clients: one that carries an address closed to every rule, and, while names are gated,
+// a server that would resolve names past the gate.
 func (j *judgement) closedClient(peer netip.Addr, at *node) string {
 	q := j.query
 	for _, inner := range j.rules.carriers.embedded(at.embeds, peer) {
@@ -294,7 +292,7 @@ func (j *judgement) closedClient(peer netip.Addr, at *node) string {
 	return ""
 }
 
-// classOf is the class of an address that was found inside the peer.
+// classOf returns the class of an address found inside the peer.
 func (j *judgement) classOf(inner netip.Addr) class {
 	i, ok := j.table.trie.Lookup(inner)
 	if !ok {
@@ -303,9 +301,8 @@ func (j *judgement) classOf(inner netip.Addr) class {
 	return j.table.nodes[i].class
 }
 
-// judgeInner judges an address that was found inside the destination. The
-// gateway means the host's loopback only to a packet addressed to it, not to
-// some translator on the way.
+// judgeInner judges an address found inside the destination. The gateway stands for the host's
+// loopback only in a packet addressed to it, not for a translator on the way.
 func (j *judgement) judgeInner(inner netip.Addr) Verdict {
 	if !inner.IsValid() {
 		j.hopeful = false

@@ -14,7 +14,7 @@ type Limits struct {
 	DNSQueriesPerSecond int       `json:"dnsQueriesPerSecond,omitempty"`
 }
 
-// Or lays l over other: what l leaves open is as in other.
+// Or merges two sets of limits: those that l leaves unset come from other.
 func (l Limits) Or(other Limits) Limits {
 	return Limits{
 		Flows:               cmp.Or(l.Flows, other.Flows),
@@ -28,8 +28,8 @@ func (l Limits) Or(other Limits) Limits {
 	}
 }
 
-// RuleLimits bound the flows that one rule let in, all of them together. Zero
-// means no bound but the sandbox's.
+// RuleLimits bound all flows that one rule admitted, taken together. Zero means only the sandbox's
+// limits apply.
 type RuleLimits struct {
 	Flows             int       `json:"flows,omitempty"`
 	NewFlowsPerSecond int       `json:"newFlowsPerSecond,omitempty"`

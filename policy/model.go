@@ -5,15 +5,15 @@ import (
 	"net/netip"
 )
 
-// The one version and kind this package reads.
+// The only version and kind that this package reads.
 const (
 	APIVersion = "sluice.dev/v1alpha1"
 	Kind       = "SandboxPolicy"
 )
 
-// Policy is a SandboxPolicy as its author wrote it. It is plain data: it can be
-// built in code, compared field by field, and printed by YAML or encoding/json
-// in a form that Parse reads back to the same value.
+// Policy is a SandboxPolicy as its author wrote it. It is plain data: code can build it and compare
+// it field by field, and YAML and encoding/json print it in a form that Parse reads back to the
+// same value.
 type Policy struct {
 	APIVersion string   `json:"apiVersion"`
 	Kind       string   `json:"kind"`
@@ -37,12 +37,12 @@ type Spec struct {
 	Limits        Limits `json:"limits,omitzero"`
 }
 
-// Mode says whether a policy is enforced.
+// Mode is whether a policy is enforced.
 type Mode string
 
 const (
 	Enforce Mode = "enforce"
-	Audit   Mode = "audit" // let through what would be refused, and say so; special addresses stay closed
+	Audit   Mode = "audit" // admit and report flows that would be refused; special addresses stay closed
 )
 
 var modes = []Mode{Enforce, Audit}
@@ -58,25 +58,25 @@ type Rule struct {
 	Ports  []Port `json:"ports,omitempty"`
 	ICMP   []ICMP `json:"icmp,omitempty"`
 
-	// How a peer by domain matches, in egress; empty is the default.
+	// How a peer by domain matches, in egress; the empty value is the default.
 	Verify           VerifyRule `json:"verify,omitempty"`
-	MissingName      Setting    `json:"missingName,omitempty"`      // flows that say no name where they could (Seen.Nameless)
+	MissingName      Setting    `json:"missingName,omitempty"`      // flows that say no name although they could (Seen.Nameless)
 	ECH              Setting    `json:"ech,omitempty"`              // hellos that carry an encrypted one
-	QUIC             Setting    `json:"quic,omitempty"`             // UDP, of a rule that allows
+	QUIC             Setting    `json:"quic,omitempty"`             // UDP, for allow rules
 	PrivateAddresses Setting    `json:"privateAddresses,omitempty"` // names that resolve to entity private
 
-	// Which requests of clear-text HTTP an allow rule lets through, in egress;
-	// what is not such a request is refused by the rule then.
+	// The clear-text HTTP requests that an allow rule lets through, in egress. The rule refuses
+	// everything else that reaches it.
 	HTTP []HTTPMatch `json:"http,omitempty"`
 
 	Limits RuleLimits `json:"limits,omitzero"`
 }
 
-// VerifyRule says what a rule by domain wants to read before it matches.
+// VerifyRule is what a rule by domain must read before it matches.
 type VerifyRule string
 
 const (
-	VerifyRuleDefault VerifyRule = ""       // strict, but for protocols that say no name (domains.go)
+	VerifyRuleDefault VerifyRule = ""       // strict, except for protocols that carry no name (domains.go)
 	VerifyRuleStrict  VerifyRule = "strict" // the name, in the first bytes
 	VerifyRuleGrant   VerifyRule = "grant"  // nothing: address and port are enough
 )
@@ -93,9 +93,9 @@ const (
 
 var settings = []Setting{SettingRefuse, SettingAllow}
 
-// Peer is a set of addresses: a CIDR less its exceptions, an entity, or, in
-// egress, those that are granted under a name that a domain pattern matches:
-// "x" itself, "*.x" one label before it, "**.x" one or more.
+// Peer is a set of addresses: a CIDR less its exceptions, an entity or, in egress, the addresses
+// granted under names that a domain pattern matches. "x" matches x itself, "*.x" one label before
+// it, "**.x" one or more.
 type Peer struct {
 	Domain string         `json:"domain,omitempty"`
 	CIDR   netip.Prefix   `json:"cidr,omitzero"`
@@ -136,7 +136,7 @@ func (a Action) String() string {
 	return fmt.Sprintf("action(%d)", uint8(a))
 }
 
-// MarshalText gives the word used in policy files.
+// MarshalText returns the word used in policy files.
 func (a Action) MarshalText() ([]byte, error) { return []byte(a.String()), nil }
 
 // Protocol is an IP protocol number that a rule can name.
@@ -166,7 +166,7 @@ func (p Protocol) String() string {
 	return fmt.Sprintf("protocol(%d)", uint8(p))
 }
 
-// MarshalText gives the word used in policy files.
+// MarshalText returns the word used in policy files.
 func (p Protocol) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
 
 func (p Protocol) hasPorts() bool { return p == TCP || p == UDP || p == SCTP }
@@ -179,8 +179,8 @@ const (
 	IPv6 Family = "IPv6"
 )
 
-// Entity names a set of addresses whose members the machine knows better than
-// the author of a policy does. special.go says what each one covers.
+// Entity names a set of addresses that the machine knows better than the author of a policy.
+// special.go lists what each covers.
 type Entity string
 
 const (

@@ -9,22 +9,21 @@ import (
 	"golang.org/x/net/idna"
 )
 
-// A name has one spelling: lower case, A-labels, no trailing dot. Rules, DNS
-// questions, server names in a ClientHello and hosts in a request all come
-// through here, so that two names are equal exactly if their strings are. Only what a
-// person writes may be in other letters than ASCII's.
+// A name has one spelling: lower case, A-labels, no trailing dot. Names in rules, DNS questions,
+// ClientHellos and HTTP requests all come through here, so two names are equal exactly if their
+// strings are. Only names written by people may contain non-ASCII letters.
 //
-// What a resolver or a server might read otherwise than we do is refused, not
-// interpreted: escapes, bytes outside of letters, digits, - and _, and whatever
-// a C library would take for an address (127.1, 0x7f000001, 2130706433).
+// A name that a resolver or server might read differently is refused, not interpreted: escapes,
+// bytes other than letters, digits, - and _, and any form that a C library would parse as an
+// address (127.1, 0x7f000001, 2130706433).
 
-// Bounds of a name, RFC 1035 section 2.3.4.
+// Bounds on a name, RFC 1035 section 2.3.4.
 const (
 	MaxName  = 253
 	MaxLabel = 63
 )
 
-// Errors of a string that is no name.
+// Errors for strings that are not names.
 var (
 	errNameEmpty   = errors.New("it is empty")
 	errNameLong    = fmt.Errorf("it has more than %d characters", MaxName)
@@ -34,8 +33,8 @@ var (
 	errNameIDN     = errors.New("it is no valid internationalised name")
 )
 
-// NormalizeName gives the one spelling of a host name that a person wrote, or an
-// error for what is none. It allocates only if it changes something.
+// NormalizeName returns the normal form of a host name written by a person, or an error if it is
+// not a name. It allocates only if it changes something.
 func NormalizeName(s string) (string, error) {
 	if len(s) > 4*MaxName {
 		return "", errNameLong
@@ -44,8 +43,8 @@ func NormalizeName(s string) (string, error) {
 		if !utf8.ValidString(s) {
 			return "", errNameIDN
 		}
-		// The Lookup profile maps case, width and the ideographic full stops, and
-		// refuses what two labels could be confused by: bidi and joiners out of place.
+		// The Lookup profile maps case, width and the ideographic full stops, and refuses misplaced
+		// bidi characters and joiners, which can make labels look alike.
 		a, err := idna.Lookup.ToASCII(strings.TrimSuffix(s, "."))
 		if err != nil {
 			return "", errNameIDN
@@ -55,9 +54,9 @@ func NormalizeName(s string) (string, error) {
 	return NormalizeSaid(s)
 }
 
-// NormalizeSaid gives the one spelling of a name that a program said: in a
-// ClientHello or in a request. Servers compare its bytes, so that nothing is mapped
-// but the case of ASCII letters; a name with any other character is none.
+// NormalizeSaid returns the normal form of a name that a program sent, in a ClientHello or a
+// request. Servers compare its bytes, so only the case of ASCII letters is mapped; a name with any
+// other character is refused.
 func NormalizeSaid(s string) (string, error) {
 	for i := range len(s) {
 		if 'A' <= s[i] && s[i] <= 'Z' {
@@ -72,7 +71,7 @@ func NormalizeSaid(s string) (string, error) {
 	return s, nil
 }
 
-// checkName judges a name in lower case without a trailing dot.
+// checkName checks a lower-case name without a trailing dot.
 func checkName(s string) error {
 	if s == "" {
 		return errNameEmpty
@@ -108,8 +107,8 @@ func nameByte(c byte) bool {
 	return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_'
 }
 
-// numeric reports whether a last label makes a C library or a browser take the
-// whole for an IPv4 address: digits, or 0x and hexadecimal digits.
+// numeric reports whether a C library or a browser would parse a name with this last label as an
+// IPv4 address: all digits, or 0x and hexadecimal digits.
 func numeric(label string) bool {
 	if rest, ok := strings.CutPrefix(label, "0x"); ok {
 		return strings.Trim(rest, "0123456789abcdef") == ""
@@ -117,9 +116,8 @@ func numeric(label string) bool {
 	return strings.Trim(label, "0123456789") == ""
 }
 
-// NormalizeWire gives the one spelling of a name in DNS wire form without
-// compression: length, label, …, 0. A label with a dot in it is refused like
-// every other byte that names do not have.
+// NormalizeWire returns the normal form of a name in DNS wire form without compression: length,
+// label, …, 0. A label with a dot in it is refused, like any other byte that is invalid in a name.
 func NormalizeWire(wire []byte) (string, error) {
 	var buf [MaxName + 1]byte
 	n := 0
@@ -160,7 +158,7 @@ func NormalizeWire(wire []byte) (string, error) {
 	return s, nil
 }
 
-// depth says how many labels a pattern leaves open before its suffix.
+// depth is how many labels a pattern leaves open before its suffix.
 type depth uint8
 
 const (
@@ -169,7 +167,7 @@ const (
 	manyLabels              // "**.x": one or more labels before x
 )
 
-// parsePattern splits a domain pattern into its normal form's parts.
+// parsePattern splits a domain pattern into the parts of its normal form.
 func parsePattern(s string) (suffix string, d depth, err error) {
 	rest, many := strings.CutPrefix(s, "**.")
 	rest, one := strings.CutPrefix(rest, "*.")
@@ -185,7 +183,7 @@ func parsePattern(s string) (suffix string, d depth, err error) {
 	return suffix, d, err
 }
 
-// NormalizePattern gives the one spelling of a domain pattern.
+// NormalizePattern returns the normal form of a domain pattern.
 func NormalizePattern(s string) (string, error) {
 	suffix, d, err := parsePattern(s)
 	if err != nil {

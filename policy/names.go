@@ -11,16 +11,16 @@ import (
 	"time"
 )
 
-// Names holds what the sandbox's own resolver told it: which address was granted
-// under which name, until when. It outlives the rules, so that a reload takes
-// nothing away; a grant counts only while the rules in force match its name.
+// Names records what the sandbox's resolver told it: which address is granted under which name, and
+// until when. It outlives the rules, so that a reload takes nothing away; a grant counts only while
+// the rules in force match its name.
 //
 //	name ──► its grants (≤ MaxGrantsPerName) ──► address
 //	address ──► its grants (≤ MaxNamesPerAddress) ──► name
 //	heap of all grants (≤ MaxGrants), the first to expire on top
 //
-// A full table gives up the grant that would expire first: a sandbox that asks
-// for too much takes away its own, and never gets one it was not given.
+// A full table evicts the grant that would expire first: a sandbox that asks for too much loses its
+// own grants, and gains none.
 type Names struct {
 	mu          sync.RWMutex
 	floor, ceil time.Duration
@@ -31,11 +31,11 @@ type Names struct {
 	gone        formerGrants
 }
 
-// Bounds on what a sandbox can make us remember, about 4 MiB at worst. A name may have all
-// the addresses that answers can tell of it in a minute, which the bounds against tunnels
-// limit (package dns: 16 KiB for a name that a rule spells out), so that none of a name
-// which rotates through hundreds is given up within the shortest TTL that is promised; and
-// an address all the names of a wildcard that may be asked in it (maxNamesPerMinute).
+// Bounds on what a sandbox can make us remember, about 4 MiB at worst. A name may have every
+// address that its answers can list in a minute (package dns limits them against tunnels: 16 KiB
+// for a name that a rule spells out), so a name that rotates through hundreds of addresses loses
+// none within the shortest TTL. An address may have every name under a wildcard that may be asked
+// in that minute (maxNamesPerMinute).
 const (
 	MaxNames           = 4096
 	MaxGrantsPerName   = 4096
@@ -43,11 +43,10 @@ const (
 	MaxGrants          = 16384
 )
 
-// ErrGrant is the error of a grant that says nothing: not a name in its normal
-// form, or no address.
+// ErrGrant is returned for a grant without a normalized name or without an address.
 var ErrGrant = errors.New("grant: no name in its normal form, or no address")
 
-// NamesConfig bounds how long a grant holds. The zero value is the default.
+// NamesConfig bounds how long a grant holds. The zero value means the defaults.
 type NamesConfig struct {
 	TTLFloor, TTLCap time.Duration
 }
@@ -56,20 +55,20 @@ type grant struct {
 	name  string
 	addr  netip.Addr
 	until time.Time // heldUntil while flows hold it
-	index int       // in the heap; -1 once it is given up
+	index int       // in the heap; -1 once evicted
 
-	holds int       // flows by it
-	ends  time.Time // until, but for them
+	holds int       // flows that hold it
+	ends  time.Time // until, ignoring holds
 }
 
-// NewNames makes an empty table.
+// NewNames returns an empty table.
 func NewNames(c NamesConfig) *Names {
 	n := &Names{byName: make(map[string][]*grant), byAddr: make(map[netip.Addr][]*grant)}
 	n.Configure(c)
 	return n
 }
 
-// Configure sets the bounds for the grants that follow.
+// Configure sets the bounds for later grants.
 func (n *Names) Configure(c NamesConfig) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -77,9 +76,8 @@ func (n *Names) Configure(c NamesConfig) {
 	n.ceil = max(cmp.Or(c.TTLCap, DefaultTTLCap), n.floor)
 }
 
-// Grant records that a name, in its normal form, has these addresses for ttl,
-// which the floor and the cap bound. A grant that is there already is prolonged,
-// never shortened.
+// Grant records that a name, in its normal form, has these addresses for ttl, which the floor and
+// the cap bound. An existing grant is extended, never shortened.
 func (n *Names) Grant(name string, addrs []netip.Addr, ttl time.Duration, now time.Time) error {
 	if checkName(name) != nil || len(addrs) == 0 {
 		return ErrGrant
@@ -99,8 +97,8 @@ func (n *Names) Grant(name string, addrs []netip.Addr, ttl time.Duration, now ti
 	return nil
 }
 
-// Pin grants addresses to a name for good: the host entries that the sandbox was
-// started with, which nobody asks for.
+// Pin grants addresses to a name permanently: for the host entries that the sandbox started with,
+// which are never asked for.
 func (n *Names) Pin(name string, addrs []netip.Addr) error {
 	if checkName(name) != nil {
 		return ErrGrant
@@ -116,7 +114,7 @@ func (n *Names) Pin(name string, addrs []netip.Addr) error {
 	return nil
 }
 
-// forever is later than any time that a TTL leads to.
+// forever is later than any time that a TTL can reach.
 var forever = time.Unix(1<<40, 0)
 
 func (n *Names) grant(name string, addr netip.Addr, until time.Time) {
@@ -180,7 +178,7 @@ func (n *Names) evict(g *grant) {
 	n.remove(g)
 }
 
-// expire forgets what no longer holds.
+// expire removes grants that have ended.
 func (n *Names) expire(now time.Time) {
 	for len(n.byExpiry) > 0 && !n.byExpiry[0].until.After(now) {
 		n.gone.note(n.byExpiry[0], false)
@@ -208,21 +206,21 @@ func without(list []*grant, g *grant) []*grant {
 	return slices.Delete(list, i, i+1)
 }
 
-// Bounded is how long a grant for ttl holds.
+// Bounded returns how long a grant for ttl holds.
 func (n *Names) Bounded(ttl time.Duration) time.Duration {
 	n.mu.RLock()
 	defer n.mu.RUnlock()
 	return min(max(ttl, n.floor), n.ceil)
 }
 
-// Granted is one address under one name, and for how long.
+// Granted is one address under one name, with its remaining time.
 type Granted struct {
 	Name string
 	Addr netip.Addr
 	TTL  time.Duration
 }
 
-// All yields the grants that hold now and are not for good.
+// All yields the current grants, except pinned ones.
 func (n *Names) All(now time.Time) iter.Seq[Granted] {
 	return func(yield func(Granted) bool) {
 		n.mu.RLock()
@@ -239,8 +237,7 @@ func (n *Names) All(now time.Time) iter.Seq[Granted] {
 	}
 }
 
-// Of appends the names under which an address is granted now. A time of zero is
-// no time: nothing is granted then.
+// Of appends the names under which an address is granted now. With a zero time nothing is granted.
 func (n *Names) Of(addr netip.Addr, now time.Time, dst []string) []string {
 	n.each(addr, now, "", func(name string) { dst = append(dst, name) })
 	return dst
@@ -261,8 +258,8 @@ func (n *Names) Holds(name string, addr netip.Addr, now time.Time) bool {
 	return false
 }
 
-// each yields the names under which an address is granted now, and first the one
-// that is held whatever the time.
+// each yields the names under which an address is granted now. The held name comes first, whatever
+// the time.
 func (n *Names) each(addr netip.Addr, now time.Time, held string, yield func(string)) {
 	if held != "" {
 		yield(held)
@@ -283,7 +280,7 @@ func (n *Names) each(addr netip.Addr, now time.Time, held string, yield func(str
 type NamesStats struct {
 	Names   int    `json:"names"`
 	Grants  int    `json:"grants"`
-	Evicted uint64 `json:"evicted"` // given up because the table was full
+	Evicted uint64 `json:"evicted"` // removed because the table was full
 }
 
 // Stats reports how full the table is.

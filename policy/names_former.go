@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Grants that are over are remembered for a while, for one thing: who is refused an address that
-// was granted is told that it was. Nothing is allowed by them.
+// Ended grants are remembered for a while so that a refusal can say that the address had been
+// granted. They never allow anything.
 
 // maxFormer bounds what is remembered, some 64 KiB.
 const maxFormer = 1024
@@ -15,7 +15,7 @@ const maxFormer = 1024
 type formerGrants struct {
 	ring  []formerGrant
 	next  int
-	count map[netip.Addr]int // in the ring: most addresses that are refused were never granted
+	count map[netip.Addr]int // in the ring: most refused addresses were never granted
 }
 
 type formerGrant struct {
@@ -24,7 +24,7 @@ type formerGrant struct {
 	evicted bool // newer grants took its place
 }
 
-// note remembers g instead of the one that ended longest ago.
+// note remembers g in place of the grant that ended longest ago.
 func (f *formerGrants) note(g *grant, evicted bool) {
 	if f.count == nil {
 		f.count = make(map[netip.Addr]int)
@@ -43,8 +43,8 @@ func (f *formerGrants) note(g *grant, evicted bool) {
 	f.next = (f.next + 1) % maxFormer
 }
 
-// former yields the names under which an address was granted and is not now, and whether the
-// grant was evicted before its time.
+// former yields the names under which an address was granted but is not now, and whether the grant
+// was evicted early.
 func (n *Names) former(addr netip.Addr, now time.Time, yield func(name string, evicted bool)) {
 	if n == nil || now.IsZero() {
 		return
@@ -53,14 +53,14 @@ func (n *Names) former(addr netip.Addr, now time.Time, yield func(name string, e
 	n.mu.RLock()
 	defer n.mu.RUnlock()
 	for _, g := range n.byAddr[addr] {
-		if !g.until.After(now) { // expire has not come to it yet
+		if !g.until.After(now) { // expire has not reached it yet
 			yield(g.name, false)
 		}
 	}
 	if n.gone.count[addr] == 0 {
 		return
 	}
-	for k, size := 1, len(n.gone.ring); k <= size; k++ { // the last first
+	for k, size := 1, len(n.gone.ring); k <= size; k++ { // newest first
 		if g := &n.gone.ring[(n.gone.next-k+size)%size]; g.addr == addr {
 			yield(g.name, g.evicted)
 		}

@@ -6,19 +6,18 @@ import (
 	"time"
 )
 
-// Hold keeps grants for as long as a flow by them is open: its client knows the address,
-// goes on using it, and comes again by it when the connection is lost. The zero value
-// holds nothing.
+// Hold keeps grants alive while a flow uses them: its client knows the address, keeps using it, and
+// reconnects to it when the connection is lost. The zero value holds nothing.
 type Hold struct {
 	names  *Names
 	grants []*grant
 }
 
-// heldUntil is the end of a grant that is held. It sorts behind all others but those for good.
+// heldUntil is the end of a held grant. It sorts after all others except pinned ones.
 var heldUntil = forever.Add(-1)
 
-// Hold holds the grant of an address under a name, or under every name if none is given.
-// What is not granted now is not held.
+// Hold holds the grant of an address under a name, or under every name if name is empty. It does
+// not hold addresses that are not granted now.
 func (n *Names) Hold(addr netip.Addr, name string, now time.Time) (h Hold) {
 	if n == nil {
 		return h
@@ -39,8 +38,8 @@ func (n *Names) Hold(addr netip.Addr, name string, now time.Time) (h Hold) {
 	return h
 }
 
-// End lets go. The grant of the name by which the flow went holds for the shortest TTL from
-// now on; the others, and all if there is no name, as if they had not been held.
+// End releases the grants. The grant of the name that the flow used then holds for the shortest TTL
+// from now. The others, and all of them if name is empty, end as if they had not been held.
 func (h *Hold) End(name string, now time.Time) {
 	if len(h.grants) == 0 {
 		return
@@ -50,7 +49,7 @@ func (h *Hold) End(name string, now time.Time) {
 	defer n.mu.Unlock()
 	for _, g := range h.grants {
 		if g.index < 0 {
-			continue // the table was full, and gave it up
+			continue // the full table evicted it
 		}
 		if g.name == name {
 			g.ends = latest(g.ends, now.Add(n.floor))

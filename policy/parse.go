@@ -15,17 +15,16 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Parsing is strict, because a policy that is not understood is not enforced: a
-// misspelt field, an alias, a second document or a value of the wrong type is
-// an error, and each error says where it is, what was found and what was
-// expected. yaml.v3 only makes the tree of nodes, with their places; everything
-// else is read by hand from there, so nothing is ever guessed from Go types.
+// Parsing is strict, because a misunderstood policy is not enforced: a misspelt field, an alias, a
+// second document or a value of the wrong type is an error, and each error gives its position, what
+// was found and what was expected. yaml.v3 only builds the tree of nodes with their positions. The
+// rest is read by hand, so nothing is guessed from Go types.
 
 // MaxPolicyBytes bounds a policy file.
 const MaxPolicyBytes = 4 << 20
 
-// MaxRuleName bounds a rule's name: there is room for the kind, namespace and name of an
-// object of Kubernetes, and the place of a rule in it.
+// MaxRuleName bounds a rule's name. It leaves room for the kind, namespace and name of a Kubernetes
+// object and the index of a rule in it.
 const MaxRuleName = 512
 
 // maxErrors bounds how many mistakes one Parse reports.
@@ -40,8 +39,8 @@ type Error struct {
 
 func (e *Error) Error() string { return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Col, e.Msg) }
 
-// Parse reads a policy in YAML (or JSON, which is a part of YAML). Its error
-// joins one *Error for each mistake; name is only used in those.
+// Parse parses a policy in YAML, or in JSON, which is a subset of it. Its error joins one *Error
+// for each mistake; name appears only in those.
 func Parse(name string, data []byte) (*Policy, error) {
 	p := &parser{file: name}
 	var bad *textError
@@ -80,7 +79,7 @@ type parser struct {
 	more bool
 }
 
-// err joins the mistakes in the order of their places.
+// err joins the mistakes in order of position.
 func (p *parser) err() error {
 	slices.SortStableFunc(p.errs, func(a, b *Error) int {
 		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Col, b.Col))
@@ -104,7 +103,7 @@ func (p *parser) errorAt(line, col int, format string, args ...any) {
 		p.more = true
 		return
 	}
-	// What is repeated of the file must not reach a terminal as commands.
+	// Text quoted from the file must not reach a terminal as control sequences.
 	msg := strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
 			return ' '
@@ -116,7 +115,7 @@ func (p *parser) errorAt(line, col int, format string, args ...any) {
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?(?s:(.*))$`)
 
-// syntaxError takes the line out of a yaml.v3 message; columns it has none.
+// syntaxError extracts the line from a yaml.v3 message, which has no column.
 func (p *parser) syntaxError(err error) {
 	m := yamlLine.FindStringSubmatch(err.Error())
 	if m == nil {
@@ -174,8 +173,8 @@ func (p *parser) spec(n *yaml.Node, out *Spec) {
 	})
 }
 
-// quantity gives the text of a scalar, whether YAML takes it for a number or a
-// string; anything else has none that a quantity could have.
+// quantity returns the text of a scalar, whether YAML reads it as a number or a string. It returns
+// the empty string for other nodes, which are no valid quantity.
 func (p *parser) quantity(n *yaml.Node) string {
 	if n.Kind != yaml.ScalarNode {
 		return describe(n)

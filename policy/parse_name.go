@@ -8,7 +8,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// oneOf reads one of some words of a type; empty on error.
+// oneOf reads one word of a set; it returns the empty string on error.
 func oneOf[T ~string](p *parser, n *yaml.Node, what string, known []T) T {
 	words := make([]string, len(known))
 	for i, k := range known {
@@ -20,7 +20,7 @@ func oneOf[T ~string](p *parser, n *yaml.Node, what string, known []T) T {
 	return ""
 }
 
-// domain reads a domain pattern into its normal form; empty on error.
+// domain reads a domain pattern in its normal form; it returns the empty string on error.
 func (p *parser) domain(n *yaml.Node) string {
 	const want = "a name such as example.com, *.example.com (one label) or **.example.com (one or more)"
 	s, ok := p.str(n, "domain", want)
@@ -34,7 +34,7 @@ func (p *parser) domain(n *yaml.Node) string {
 	return norm
 }
 
-// byName gives the fields of an egress rule that are about names and requests.
+// byName returns the fields of an egress rule that concern names and requests.
 func (p *parser) byName(out *Rule) []field {
 	setting := func(name string, dst *Setting) field {
 		return field{name, false, func(v *yaml.Node) { *dst = oneOf(p, v, name, settings) }}
@@ -53,7 +53,7 @@ func (p *parser) byName(out *Rule) []field {
 	}
 }
 
-// checkByName reports fields that have no meaning beside the others.
+// checkByName reports fields that make no sense together.
 func (p *parser) checkByName(n *yaml.Node, r *Rule) {
 	if len(p.errs) == 0 {
 		if err := r.checkByName(false); err != nil {

@@ -70,7 +70,7 @@ func (p *parser) list(n *yaml.Node, what, items string, emptyOK bool, read func(
 	}
 }
 
-// str reads a string; want says what would have been right.
+// str reads a string; want describes a correct value.
 func (p *parser) str(n *yaml.Node, what, want string) (string, bool) {
 	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" {
 		p.errorf(n, "%s is %s; expected %s", what, describe(n), want)
@@ -79,7 +79,7 @@ func (p *parser) str(n *yaml.Node, what, want string) (string, bool) {
 	return n.Value, true
 }
 
-// word reads one of some words; it gives the index, or -1.
+// word reads one word of a set and returns its index, or -1.
 func (p *parser) word(n *yaml.Node, what string, words []string) int {
 	s, ok := p.str(n, what, "one of "+strings.Join(words, ", "))
 	if !ok {
@@ -92,7 +92,7 @@ func (p *parser) word(n *yaml.Node, what string, words []string) int {
 	return i
 }
 
-// number reads a decimal integer; 0 on error.
+// number reads a decimal integer; it returns 0 on error.
 func (p *parser) number(n *yaml.Node, what string, low, high int) int {
 	v, err := strconv.Atoi(n.Value)
 	ok := n.Kind == yaml.ScalarNode && n.ShortTag() == "!!int" && err == nil &&
@@ -104,7 +104,7 @@ func (p *parser) number(n *yaml.Node, what string, low, high int) int {
 	return v
 }
 
-// describe says what was found, in the words of someone who writes YAML.
+// describe describes what was found in the terms of a person who writes YAML.
 func describe(n *yaml.Node) string {
 	switch n.Kind {
 	case yaml.AliasNode:
@@ -127,7 +127,7 @@ func describe(n *yaml.Node) string {
 	return clip(n.ShortTag() + " " + n.Value)
 }
 
-// clip bounds what a message repeats of the file.
+// clip bounds how much of the file a message repeats.
 func clip(s string) string {
 	const most = 80
 	if len(s) <= most {
@@ -136,7 +136,7 @@ func clip(s string) string {
 	return strings.ToValidUTF8(s[:most], "") + "…"
 }
 
-// expectedOneOf lists what is known, or just the one that was surely meant.
+// expectedOneOf lists the known words, or only the one that was almost certainly meant.
 func expectedOneOf(got string, known []string) string {
 	all := "expected one of " + strings.Join(known, ", ")
 	if near := nearest(got, known); near != "" {
@@ -145,7 +145,7 @@ func expectedOneOf(got string, known []string) string {
 	return all
 }
 
-// nearest gives the known word that is at most a third wrong, case aside.
+// nearest returns the known word that differs by at most a third, ignoring case.
 func nearest(got string, known []string) string {
 	if len(got) > 40 {
 		return ""
@@ -159,7 +159,7 @@ func nearest(got string, known []string) string {
 	return best
 }
 
-// distance is Levenshtein's.
+// distance is the Levenshtein distance.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

@@ -16,7 +16,7 @@ func (p *parser) action(n *yaml.Node, what string) Action {
 	return Action(max(0, p.word(n, what, actionNames)))
 }
 
-// rules returns a list that is not nil: one without rules says something else than none.
+// rules returns a non-nil list: an empty list means something other than no list.
 func (p *parser) rules(n *yaml.Node, direction string) []Rule {
 	out := []Rule{}
 	lines := make(map[string]int) // name → line
@@ -34,7 +34,7 @@ func (p *parser) rules(n *yaml.Node, direction string) []Rule {
 	return out
 }
 
-// rule also gives the node of its name, if it has a good one.
+// rule also returns the node of the rule's name, if the name is valid.
 func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *yaml.Node) {
 	want := fmt.Sprintf("a name of letters, digits, -, _, . and /, at most %d", MaxRuleName)
 	peers, foreign := field{"to", false, func(v *yaml.Node) { out.To = p.peers(v, "to") }}, "from"
@@ -69,7 +69,7 @@ func (p *parser) rule(n *yaml.Node, what string, ingress bool) (out Rule, name *
 		fields = append(fields, p.byName(&out)...)
 	}
 	fields = append(fields, field{"limits", false, func(v *yaml.Node) { p.ruleLimits(v, &out.Limits) }})
-	// The other direction's field is a likely slip that spelling does not show.
+	// Using the other direction's field is a likely mistake, and not a spelling one.
 	if n.Kind == yaml.MappingNode {
 		for i := 0; i < len(n.Content); i += 2 {
 			if key := n.Content[i]; key.Kind == yaml.ScalarNode && key.Value == foreign {
@@ -95,7 +95,7 @@ func (p *parser) unreachable(rule *yaml.Node, to []Peer) {
 		if !peer.CIDR.IsValid() {
 			continue
 		}
-		// 127.0.0.0/8 and ::1 stand for the host's loopback, where the gateway does.
+		// 127.0.0.0/8 and ::1 stand for the host's loopback where the gateway maps to it.
 		if c := classOf(peer.CIDR); classes[c].lock == never && c != loopback {
 			n := rule
 			if list := value(rule, "to"); list != nil && i < len(list.Content) {
@@ -172,7 +172,7 @@ func (p *parser) peer(n *yaml.Node, what string) (out Peer) {
 	return out
 }
 
-// cidr reads a network; the zero Prefix on error.
+// cidr reads a network; it returns the zero Prefix on error.
 func (p *parser) cidr(n *yaml.Node, what string) netip.Prefix {
 	const want = "a network such as 10.0.0.0/8 or 2001:db8::/32"
 	s, ok := p.str(n, what, want)
@@ -200,7 +200,7 @@ func (p *parser) cidr(n *yaml.Node, what string) netip.Prefix {
 	return pfx
 }
 
-// cidrMeant guesses what a string that is no CIDR was to be.
+// cidrMeant guesses which CIDR an invalid string was meant to be.
 func cidrMeant(s, want string) string {
 	addr, bits, _ := strings.Cut(s, "/")
 	a, err := netip.ParseAddr(addr)

@@ -10,8 +10,8 @@ import (
 
 // YAML prints the policy in the form that Parse reads back to the same value.
 //
-// JSON is YAML, and the struct tags already say everything about the form, so
-// the JSON is read as a tree and only its style is changed.
+// JSON is YAML, and the struct tags already define the form, so the JSON is parsed into a tree and
+// only its style is changed.
 func (p *Policy) YAML() ([]byte, error) {
 	j, err := json.Marshal(p)
 	if err != nil {
@@ -38,7 +38,7 @@ func blockStyle(n *yaml.Node) {
 	}
 }
 
-// UnmarshalJSON reads what json.Marshal wrote, as strictly as Parse.
+// UnmarshalJSON reads the output of json.Marshal, as strictly as Parse.
 func (p *Policy) UnmarshalJSON(b []byte) error {
 	q, err := Parse("policy", b)
 	if err != nil {

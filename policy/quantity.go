@@ -8,9 +8,9 @@ import (
 	"strings"
 )
 
-// Quantities are a decimal number and a suffix, as in Kubernetes: K, M, G, T, P
-// are powers of 1000; Ki, Mi, Gi, Ti, Pi powers of 1024. Links are sold and
-// shaped in powers of ten, so Bandwidth takes only those.
+// A quantity is a decimal number and a suffix, as in Kubernetes: K, M, G, T, P are powers of 1000;
+// Ki, Mi, Gi, Ti, Pi are powers of 1024. Links are sold and shaped in powers of ten, so Bandwidth
+// takes only those.
 
 // Bandwidth is in bits per second, as in the CNI bandwidth plugin.
 type Bandwidth int64
@@ -18,7 +18,7 @@ type Bandwidth int64
 // Bytes is an amount of data.
 type Bytes int64
 
-// Bounds of a bandwidth, the same as Kubernetes' for its pod annotations.
+// Bounds on a bandwidth, those of Kubernetes for its pod annotations.
 const (
 	MinBandwidth Bandwidth = 1e3
 	MaxBandwidth Bandwidth = 1e15
@@ -36,10 +36,10 @@ var (
 
 func (b Bandwidth) String() string { return formatQuantity(int64(b), siUnits) }
 
-// MarshalText gives the shortest exact form that Parse reads back.
+// MarshalText returns the shortest exact form that Parse reads back.
 func (b Bandwidth) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
 
-// UnmarshalText reads what MarshalText gave.
+// UnmarshalText reads the output of MarshalText.
 func (b *Bandwidth) UnmarshalText(text []byte) (err error) {
 	*b, err = parseBandwidth(string(text))
 	return err
@@ -53,10 +53,10 @@ func (b Bytes) String() string {
 	return si
 }
 
-// MarshalText gives the shortest exact form that Parse reads back.
+// MarshalText returns the shortest exact form that Parse reads back.
 func (b Bytes) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
 
-// UnmarshalText reads what MarshalText gave.
+// UnmarshalText reads the output of MarshalText.
 func (b *Bytes) UnmarshalText(text []byte) (err error) {
 	*b, err = parseBytes(string(text))
 	return err
@@ -97,8 +97,8 @@ func parseBytes(s string) (Bytes, error) {
 	return Bytes(v), nil
 }
 
-// parseQuantity reads digits, an optional decimal fraction and an optional
-// suffix. It refuses what does not come out as a whole number that fits int64.
+// parseQuantity reads digits, an optional decimal fraction and an optional suffix. It fails if the
+// result is not a whole number that fits int64.
 func parseQuantity(s string, units []unit) (int64, bool) {
 	factor := uint64(1)
 	for _, u := range units {

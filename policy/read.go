@@ -12,8 +12,8 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Reading a policy, for everybody who has a path or a descriptor: no other code reads the
-// text of one. The text is bounded, and it is whole or an error. What shows that it is not:
+// Reads policies from paths and descriptors. No other code reads the text of one. The text is
+// bounded, and is complete or an error. Signs that it is incomplete:
 //
 //	a read that fails, a directory, a socket       the system's error
 //	no byte, or none but space and comments        empty
@@ -26,29 +26,30 @@ import (
 //	a pipe's end after which a cut could have      cut, unless the document ends with "..."
 //	taken what narrows the policy (widestEnd)
 //
-// What does not: a file that was cut at the end of a line before it was opened, and a pipe
-// whose writer died there, if the rest is a policy and widestEnd finds nothing in it. Rules
-// that are lost so leave their flows to defaultAction, which denies; a last rule may have
-// lost its ports, exceptions or limits. JSON and a pipe's "..." have an end of their own.
+// Two cuts go undetected: a file cut at the end of a line before it was opened, and a pipe whose
+// writer died there, if the rest is a policy and widestEnd finds nothing in it. Flows of the lost
+// rules fall to defaultAction, which denies; the last rule may have lost its ports, exceptions or
+// limits. JSON and a pipe's "..." mark their own end.
 
-// maxReads bounds how often a file that changes while it is read is read anew.
+// maxReads bounds how often a file that changes during a read is read again.
 const maxReads = 3
 
 // errChanged means that a file was written while it was read.
 var errChanged = errors.New("it changed while it was read: write policies to a new file and rename that")
 
-// ReadDocument reads a policy from a path, and calls it name. Pipes are read to their end.
+// ReadDocument reads a policy from a path; name is the document's name. Pipes are read to their
+// end.
 func ReadDocument(path, name string) (Document, error) {
 	return readPath(path, name, os.O_RDONLY, fs.ModeNamedPipe|fs.ModeDevice|fs.ModeCharDevice)
 }
 
-// ReadDocumentFile is ReadDocument for callers who cannot wait for a writer: only a regular
-// file will do. The document is called by its path.
+// ReadDocumentFile is ReadDocument for callers who cannot wait for a writer: it accepts only a
+// regular file. The path is the document's name.
 func ReadDocumentFile(path string) (Document, error) {
 	return readPath(path, path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 }
 
-// ReadDocumentFrom reads a policy from an open file to its end. It stays the caller's.
+// ReadDocumentFrom reads a policy from an open file to its end. The caller keeps the file.
 func ReadDocumentFrom(f *os.File, name string) (Document, error) {
 	d, err := readFile(f, name, fs.ModeNamedPipe|fs.ModeDevice|fs.ModeCharDevice|fs.ModeSocket)
 	if err != nil {
@@ -73,7 +74,7 @@ func readPath(path, name string, flags int, kinds fs.FileMode) (Document, error)
 	}
 }
 
-// readError leaves alone what says by itself where it is.
+// readError leaves errors alone that already name their place.
 func readError(name string, err error) error {
 	var at *Error
 	var path *fs.PathError
@@ -95,7 +96,7 @@ func openAndRead(path, name string, flags int, kinds fs.FileMode) (Document, err
 	return readFile(f, name, kinds)
 }
 
-// readFile reads f, which is regular or of one of kinds, from where it stands to its end.
+// readFile reads f, which is regular or of one of kinds, from its current offset to the end.
 func readFile(f *os.File, name string, kinds fs.FileMode) (Document, error) {
 	before, err := f.Stat()
 	if err != nil {
@@ -160,7 +161,7 @@ func stamps(fi fs.FileInfo) fileStamps {
 	return fileStamps{st.Size, st.Mtim, st.Ctim}
 }
 
-// cutOff says by what a text that parses shows that something may be missing at its end.
+// cutOff returns an error if text that parses shows that something may be missing at its end.
 func cutOff(text []byte, pipe bool) error {
 	switch text[len(text)-1] {
 	case '\n', '}', ']', '"':
@@ -176,16 +177,16 @@ func cutOff(text []byte, pipe bool) error {
 	return nil
 }
 
-// ended reports whether a document has an end of its own: a closing bracket that belongs to
-// an opening one at the very start, or the marker of YAML.
+// ended reports whether a document marks its own end: by a bracket that closes one at the very
+// start, or by YAML's marker.
 func ended(text []byte) bool {
 	text = bytes.TrimSpace(text)
 	return text[0] == '{' || bytes.HasSuffix(text, []byte("\n..."))
 }
 
-// widestEnd says what of a policy could be wider than what a cut at its end has taken from it:
-// a default or mode that allows, which rules that follow may narrow, and a last rule that
-// allows every peer, which fields that follow may. It is empty if there is none.
+// widestEnd describes how a policy could be wider than the one before it was cut at its end, or
+// returns the empty string. It looks for a default or mode that allows, which later rules may
+// narrow, and for a last rule that allows every peer, which later fields may narrow.
 func widestEnd(text []byte) string {
 	var doc yaml.Node
 	if err := yaml.Unmarshal(text, &doc); err != nil || len(doc.Content) == 0 {
@@ -213,7 +214,7 @@ func widestEnd(text []byte) string {
 	return ""
 }
 
-// valueOf is the value of a mapping's key, or nil.
+// valueOf returns the value of a mapping's key, or nil.
 func valueOf(n *yaml.Node, key string) *yaml.Node {
 	if n == nil || n.Kind != yaml.MappingNode {
 		return nil

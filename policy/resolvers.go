@@ -6,12 +6,11 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// publicResolvers are the addresses of well-known public DNS services, which
-// answer in clear text, over TLS (RFC 7858), QUIC (RFC 9250) and HTTPS (RFC 8484).
-// Where names are gated, a sandbox that reached one could resolve past the gate.
-// The list cannot be complete, and need not be: what a name found elsewhere leads
-// to is no more granted than any other address. It closes the way that software
-// takes by itself, under a policy that opens the internet by address.
+// publicResolvers are the addresses of well-known public DNS services, which answer in clear text,
+// over TLS (RFC 7858), QUIC (RFC 9250) and HTTPS (RFC 8484). Where names are gated, a sandbox that
+// reached one could resolve past the gate. The list cannot be complete, and need not be: an address
+// resolved elsewhere is not granted. It closes the way that ordinary software takes, under a policy
+// that opens the internet by address.
 var publicResolvers = func() *bart.Lite {
 	var t bart.Lite
 	for _, p := range prefixes(
@@ -39,5 +38,5 @@ var publicResolvers = func() *bart.Lite {
 	return &t
 }()
 
-// isPublicResolver tells whether a, unmapped, belongs to a public DNS service.
+// isPublicResolver reports whether a, unmapped, belongs to a public DNS service.
 func isPublicResolver(a netip.Addr) bool { return publicResolvers.Contains(a) }

@@ -6,31 +6,31 @@ import (
 	"fmt"
 )
 
-// Source says where a sandbox's rules come from: a Document that was given or, where it
-// was decided that none is, a Builtin. It travels whole from the flag to the worker, through
-// records, upgrades and restarts, and is one or the other wherever it is decoded: an
-// absent, empty or damaged one is an error, never the Builtin. The zero value is neither.
+// Source is where a sandbox's rules come from: a Document or, by explicit decision, a Builtin. It
+// travels as one value from the flag to the worker, through records, upgrades and restarts, and is
+// one or the other wherever it is decoded. An absent, empty or damaged Source is an error, never
+// the Builtin. The zero value is neither.
 type Source struct {
 	document Document
 	builtin  *Builtin
 }
 
-// ErrNoSource is the error of the zero Source.
+// ErrNoSource is returned for the zero Source.
 var ErrNoSource = errors.New("it is not said which policy applies, nor that none was given")
 
-// Given is the source of a sandbox that was given a policy.
+// Given returns the source of a sandbox with a policy.
 func Given(d Document) Source { return Source{document: d} }
 
-// NotGiven is the source of a sandbox that was given none.
+// NotGiven returns the source of a sandbox without a policy.
 func NotGiven(b Builtin) Source { return Source{builtin: &b} }
 
 // IsZero reports whether s is the zero value, which denies.
 func (s Source) IsZero() bool { return s.builtin == nil && s.document == Document{} }
 
-// Document is the policy that was given, and whether one was.
+// Document returns the policy that was given, and whether one was.
 func (s Source) Document() (Document, bool) { return s.document, s.builtin == nil && !s.IsZero() }
 
-// Builtin is what holds in the place of a policy, and whether none was given.
+// Builtin returns the built-in policy, and whether it applies.
 func (s Source) Builtin() (Builtin, bool) {
 	if s.builtin == nil {
 		return Builtin{}, false
@@ -38,7 +38,7 @@ func (s Source) Builtin() (Builtin, bool) {
 	return *s.builtin, true
 }
 
-// Name is the document's, or BuiltinName.
+// Name returns the document's name, or BuiltinName.
 func (s Source) Name() string {
 	if s.builtin != nil {
 		return BuiltinName
@@ -46,7 +46,7 @@ func (s Source) Name() string {
 	return s.document.name
 }
 
-// Policy is the policy, the caller's to change.
+// Policy returns the policy, which the caller may change.
 func (s Source) Policy() (*Policy, error) {
 	switch {
 	case s.IsZero():
@@ -57,7 +57,7 @@ func (s Source) Policy() (*Policy, error) {
 	return s.document.Policy()
 }
 
-// Text is the policy as a person reads it: as it was given, or the Builtin in YAML.
+// Text returns the policy in readable form: as it was given, or the Builtin in YAML.
 func (s Source) Text() (string, error) {
 	switch {
 	case s.IsZero():
@@ -85,7 +85,7 @@ func (s Source) MarshalJSON() ([]byte, error) {
 	return json.Marshal(sourceJSON{Given: &s.document})
 }
 
-// UnmarshalJSON takes a document or a built-in policy, and nothing that is neither or both.
+// UnmarshalJSON accepts a document or a built-in policy, and refuses neither or both.
 func (s *Source) UnmarshalJSON(b []byte) error {
 	var in sourceJSON
 	if err := decodeStrict(b, &in); err != nil {

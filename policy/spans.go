@@ -6,12 +6,11 @@ import (
 	"slices"
 )
 
-// What a rule says about protocols is a set of intervals on one line of 2^24
-// keys: protocol in the high byte, then the destination port, or the ICMP type
-// and code, or nothing. "TCP 80-90", "ICMP echo request" and "everything" are
-// each one interval, so ordered rules become one painted line: cut it at every
-// interval's ends and give each piece to the first rule that covers it. A
-// lookup is one binary search, however many rules share an address range.
+// A rule's protocols and ports are a set of intervals on one line of 2^24 keys: protocol in the
+// high byte, then the destination port, or the ICMP type and code, or nothing. "TCP 80-90", "ICMP
+// echo request" and "everything" are each one interval, so ordered rules become one painted line:
+// cut it at every interval's ends and give each piece to the first rule that covers it. A lookup is
+// one binary search, however many rules share an address range.
 
 const keys = 1 << 24
 
@@ -24,7 +23,7 @@ var allSpan = span{0, keys - 1}
 
 func portKey(p Protocol, port uint16) uint32 { return uint32(p)<<16 | uint32(port) }
 
-// ruleSpans gives a rule's intervals, sorted and disjoint.
+// ruleSpans returns a rule's intervals, sorted and disjoint.
 func ruleSpans(r *Rule) []span {
 	if len(r.Ports) == 0 && len(r.ICMP) == 0 {
 		return []span{allSpan}
@@ -93,7 +92,7 @@ func (l *line) first(key uint32) int32 {
 	return l.rules[lo]
 }
 
-// paint makes the line of some rules, given in ascending order.
+// paint returns the line of some rules, given in ascending order.
 func paint(rules []int32, spans [][]span) *line {
 	cuts := []uint32{0}
 	for _, r := range rules {
@@ -107,8 +106,8 @@ func paint(rules []int32, spans [][]span) *line {
 	slices.Sort(cuts)
 	cuts = slices.Compact(cuts)
 
-	// next[i] leads to the first piece at or after i that nobody owns, so that
-	// every piece is painted once and skipped cheaply ever after.
+	// next[i] leads to the first unpainted piece at or after i, so every piece is painted once and
+	// skipped cheaply from then on.
 	owner, next := make([]int32, len(cuts)), make([]int, len(cuts)+1)
 	for i := range cuts {
 		owner[i], next[i] = noRule, i

@@ -4,9 +4,9 @@ import (
 	"net/netip"
 )
 
-// The audited place for special addresses. Everything the package knows about
-// an address beyond the rules of a policy is in this file: which addresses are
-// special, what unlocks them, and which carry another address inside.
+// The audited table of special addresses. Everything the package knows about an address beyond a
+// policy's rules is in this file: which addresses are special, what unlocks them, and which carry
+// another address.
 //
 // As a destination (egress):
 //
@@ -39,17 +39,15 @@ import (
 //	guest          Environment.Guest               –                  never
 //	zone           any address with a zone         RFC 4007           never
 //
-// "and what it embeds" means that the address must be allowed as it stands and
-// the embedded IPv4 address must be allowed for the same protocol and port.
-// Where ranges nest, the innermost one counts: metadata is not unlocked by what
-// unlocks link-local. A host address inside another special range stays in that
-// range, and so do not-so-special neighbours: the stricter reading wins.
+// "and what it embeds" means that the address must be allowed as it stands and the embedded IPv4
+// address must be allowed for the same protocol and port. Where ranges nest, the innermost one
+// counts: metadata is not unlocked by what unlocks link-local. A host address inside another
+// special range stays in that range: the stricter reading wins.
 //
-// As a client (ingress) this-network, multicast, broadcast and v4-compat are refused:
-// nobody can have such an address. A metadata service is no client either, unless a
-// rule names it: who begins a flow is answered, which would open it. For the rest
-// the classes just say what the entities mean; but no client's address embeds one that
-// is never unlocked, or a metadata service.
+// As a client (ingress), this-network, multicast, broadcast and v4-compat are refused: no client
+// can have such an address. A metadata service is not a client either, unless a rule names it,
+// because the sandbox's answers to it would open it. The other classes only define the entities;
+// but no client's address may embed one that is never unlocked, or a metadata service.
 type class uint8
 
 const (
@@ -76,7 +74,7 @@ const (
 	numClasses
 )
 
-// lock says what opens a class to an allow rule of the egress list.
+// lock is what opens a class to an allow rule in egress.
 type lock uint8
 
 const (
@@ -89,15 +87,15 @@ type classInfo struct {
 	rule    string // the name under which a verdict refuses it
 	lock    lock
 	martian bool // never a client's address
-	// namedClient: as a client too it needs a rule that names it.
+	// namedClient: it needs a rule that names it as a client, too.
 	namedClient bool
 	entity      Entity
-	ranges      []netip.Prefix                      // none: they come with the Environment
-	embeds      func(b [16]byte) (v4 [2]netip.Addr) // nil: nothing inside
+	ranges      []netip.Prefix                      // nil if they come with the Environment
+	embeds      func(b [16]byte) (v4 [2]netip.Addr) // nil if it embeds nothing
 }
 
-// closed reports whether, in one direction, only a rule that names an address of the
-// class lets it pass.
+// closed reports whether, in one direction, only a rule that names an address of the class admits
+// it.
 func (i *classInfo) closed(ingress bool) bool {
 	return i.lock != open && (!ingress || i.namedClient)
 }
@@ -125,7 +123,7 @@ var classes = [numClasses]classInfo{
 	guest:        {rule: "special:guest"},
 }
 
-// Refusals that come before any address class.
+// Refusals that precede any address class.
 const (
 	ruleNoPolicy = "no-policy"       // no rules are in force
 	ruleInvalid  = "special:invalid" // not an address
@@ -134,7 +132,7 @@ const (
 	ruleDefault  = "default"
 )
 
-// metadataServices hand credentials to whoever asks.
+// metadataServices hand out credentials to any client.
 var metadataServices = prefixes(
 	"169.254.169.254/32", "fd00:ec2::254/128", // AWS; the first also GCP, Azure, OpenStack and most others
 	"169.254.170.2/32",                      // AWS ECS task credentials
@@ -151,8 +149,8 @@ var metadataServices = prefixes(
 	"169.254.42.42/32", "fd00:42::42/128", // Scaleway
 )
 
-// privateRanges are entity private: ordinary addresses, not special ones.
-// 198.18.0.0/15 (RFC 2544) and fec0::/10 (RFC 3879) are of no public network either.
+// privateRanges are entity private: ordinary addresses, not special ones. 198.18.0.0/15 (RFC 2544)
+// and fec0::/10 (RFC 3879) belong to no public network either.
 var privateRanges = prefixes("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "198.18.0.0/15", "fc00::/7", "fec0::/10")
 
 var (
@@ -174,9 +172,9 @@ func inLast32(b [16]byte) [2]netip.Addr {
 	return [2]netip.Addr{netip.AddrFrom4([4]byte(b[12:16]))}
 }
 
-// metadataInLast32 finds the IPv4 address of a metadata service at the end of an address
-// of the local network, as clouds write the IPv6 address of the same service:
-// fd00:c1::a9fe:a9fe, fe80::a9fe:a9fe.
+// metadataInLast32 finds the IPv4 address of a metadata service at the end of a local address,
+// which is how clouds write the IPv6 address of the same service: fd00:c1::a9fe:a9fe,
+// fe80::a9fe:a9fe.
 func metadataInLast32(b [16]byte) (none [2]netip.Addr) {
 	a := netip.AddrFrom4([4]byte(b[12:16]))
 	for _, p := range metadataServices {
@@ -191,7 +189,7 @@ func in6to4(b [16]byte) [2]netip.Addr {
 	return [2]netip.Addr{netip.AddrFrom4([4]byte(b[2:6]))}
 }
 
-// inTeredo: RFC 4380 section 4: the server as it is, the client inverted.
+// inTeredo follows RFC 4380 section 4: the server's address as is, the client's inverted.
 func inTeredo(b [16]byte) [2]netip.Addr {
 	return [2]netip.Addr{
 		netip.AddrFrom4([4]byte(b[4:8])),
@@ -199,8 +197,8 @@ func inTeredo(b [16]byte) [2]netip.Addr {
 	}
 }
 
-// members lists the addresses of an entity other than world, among the special
-// ranges of one direction.
+// members returns the addresses of an entity other than world, among the special ranges of one
+// direction.
 func members(e Entity, special map[netip.Prefix]class, ingress bool) []netip.Prefix {
 	if e == EntityPrivate {
 		return privateRanges

@@ -9,16 +9,16 @@ import (
 	"time"
 )
 
-// A policy from what was seen: every flow that passed passes again, and nothing
-// is wider than it must be for that. Flows of one name or address are put
-// together, and then the names and addresses that are reached at the same ports
-// in the same way; nothing is generalised: no pattern, no network, no range.
+// Makes a policy from observed flows: every flow that passed passes again, and nothing is wider
+// than needed for that. Flows with the same name or address are merged, and then the names and
+// addresses that are reached at the same ports in the same way. Nothing is generalized: no pattern,
+// no network, no range.
 
-// Observed is a flow that passed, as a flow log has it.
+// Observed is a flow that passed, as recorded in a flow log.
 type Observed struct {
 	Ingress            bool
 	Proto              uint8
-	Peer               netip.Addr // the destination; of ingress, the client
+	Peer               netip.Addr // the destination; for ingress, the client
 	Port               uint16     // the destination's; 0 for ICMP
 	ICMPType, ICMPCode uint8
 	Said               string   // the name in the first bytes
@@ -26,13 +26,13 @@ type Observed struct {
 	Names              []string // under which the address was granted
 }
 
-// Suggestion is a policy, and what it could not be made for.
+// Suggestion is a policy, with the flows that it could not cover.
 type Suggestion struct {
 	Policy  *Policy
-	Skipped []string // a reason each
+	Skipped []string // one reason each
 }
 
-// access is how a target is reached: what its rule says beside peers and ports.
+// access is how a target is reached: the parts of its rule other than peers and ports.
 type access struct {
 	ingress  bool
 	byName   bool
@@ -43,7 +43,7 @@ type access struct {
 	icmpType int16 // -1: not ICMP
 }
 
-// Suggest makes the policy. Its name goes into the metadata.
+// Suggest makes the policy; name goes into its metadata.
 func Suggest(name string, flows []Observed) (*Suggestion, error) {
 	s := &suggester{said: make(map[string]bool), reached: make(map[string]map[access]bool)}
 	for _, f := range flows {
@@ -82,8 +82,7 @@ type suggester struct {
 	skipped []string
 }
 
-// said is the name that a flow said, if it is one that the address is granted
-// under.
+// said returns the flow's name, if its address is granted under it.
 func (f *Observed) said() string {
 	if n, err := NormalizeSaid(f.Said); err == nil && slices.Contains(f.Names, n) {
 		return n
@@ -91,8 +90,8 @@ func (f *Observed) said() string {
 	return ""
 }
 
-// target is the name that a flow is allowed by, else its address. No name opens a
-// special address.
+// target returns the name by which a flow is allowed, or its address. No name opens a special
+// address.
 func (s *suggester) target(f Observed) (name string, addr netip.Addr) {
 	addr = f.Peer.Unmap().WithZone("")
 	if f.Ingress || classes[classOf(netip.PrefixFrom(addr, addr.BitLen()))].lock != open {
@@ -135,7 +134,7 @@ func (s *suggester) add(f Observed) {
 	targets := []string{to.String()}
 	carried := carriedBy(a)
 	if name == "" && !f.Ingress {
-		for _, inner := range carried { // it must be allowed as well
+		for _, inner := range carried { // it must be allowed too
 			targets = append(targets, netip.PrefixFrom(inner, inner.BitLen()).String())
 		}
 	}
@@ -148,7 +147,8 @@ func (s *suggester) add(f Observed) {
 			how.ech = SettingAllow
 		}
 		if f.said() != name {
-			// It passed without saying it: by its port, or because it must.
+			// It passed without saying the name: because of its port, or because the rule has to
+			// allow that.
 			key := portKey(how.port.Protocol, f.Port)
 			if len(intersect([]span{{key, key}}, unverified(&Rule{}))) == 0 {
 				how.verify = VerifyRuleGrant
@@ -163,7 +163,7 @@ func (s *suggester) add(f Observed) {
 	}
 }
 
-// carriedBy gives the addresses inside an address, as far as addresses alone tell.
+// carriedBy returns the addresses embedded in an address, as far as the address alone shows.
 func carriedBy(a netip.Addr) []netip.Addr {
 	list := new(carriers).embedded(classOf(netip.PrefixFrom(a, a.BitLen())), a)
 	return slices.DeleteFunc(list[:], func(a netip.Addr) bool { return !a.IsValid() })
@@ -175,14 +175,13 @@ func (s *suggester) skip(why string) {
 	}
 }
 
-// shape is a rule without its peers: what targets that share a rule have in
-// common.
+// shape is a rule without its peers: the part that targets of the same rule share.
 type shape struct {
 	terms access // without port and ICMP type
-	ports string // as spanWords puts them
+	ports string // as spanWords formats them
 }
 
-// rules makes the rules of one direction.
+// rules returns the rules of one direction.
 func (s *suggester) rules(ingress bool) []Rule {
 	type entry struct {
 		rule    Rule
@@ -246,7 +245,7 @@ func (s *suggester) rules(ingress bool) []Rule {
 	return out
 }
 
-// ruleText orders rules: by name before by address, then by what they say.
+// ruleText is the sort key of rules: by name before by address, then by content.
 func ruleText(r *Rule) string {
 	var b strings.Builder
 	for _, p := range append(slices.Clone(r.To), r.From...) {
@@ -280,10 +279,10 @@ func nameRules(rules []Rule) {
 	}
 }
 
-// replay says why a flow would not pass again, or nothing.
+// replay returns why a flow would not pass again, or the empty string.
 func (s *suggester) replay(rules *Rules, f Observed) string {
 	if !Protocol(f.Proto).known() {
-		return "" // told already
+		return "" // already reported
 	}
 	name, a := s.target(f)
 	q := Query{Ingress: f.Ingress, Proto: f.Proto, Dst: netip.AddrPortFrom(a, f.Port), ICMPType: f.ICMPType, ICMPCode: f.ICMPCode, Names: NewNames(NamesConfig{}), Now: time.Unix(1, 0)}
@@ -309,7 +308,7 @@ func (s *suggester) replay(rules *Rules, f Observed) string {
 	return fmt.Sprintf("%v to %s: %v", Protocol(f.Proto), cmp.Or(name, a.String()), v)
 }
 
-// special reports whether it was told already that an address is never open.
+// special reports whether an address is never open and was already reported.
 func (s *suggester) special(a netip.Addr) bool {
 	return classes[classOf(netip.PrefixFrom(a, a.BitLen()))].lock == never
 }

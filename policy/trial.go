@@ -8,23 +8,22 @@ import (
 	"time"
 )
 
-// Trial asks what a policy would do with a flow that nobody has started: to a
-// name or an address, or from a client of a published port. What it is not told,
-// it assumes, and says so.
+// Trial asks what a policy would do with a hypothetical flow: to a name or an address, or from a
+// client of a published port. It assumes what it is not told, and says so.
 type Trial struct {
-	Host               string     // a name or an address; of ingress, nothing
-	Client             netip.Addr // of ingress
-	Address            netip.Addr // what the name resolves to; none: a public address that no rule names
+	Host               string     // a name or an address; unused for ingress
+	Client             netip.Addr // for ingress
+	Address            netip.Addr // what the name resolves to; by default a public address that no rule names
 	Proto              Protocol
 	Port               uint16
 	ICMPType, ICMPCode uint8
-	Said               *string // the name in the first bytes; nil: the host's
-	Method, Path       string  // of a request; empty: GET /
+	Said               *string // the name in the first bytes; nil means the host's
+	Method, Path       string  // of a request; empty means GET /
 }
 
-// TrialResult is what would happen.
+// TrialResult is the outcome of a Trial.
 type TrialResult struct {
-	Name        *NameVerdict // whether the name may be asked; nil if there is none to ask
+	Name        *NameVerdict // whether the name may be asked; nil if there is no name
 	Explanation              // of the flow; empty if the name may not be asked
 	Assumed     []string
 }
@@ -32,11 +31,10 @@ type TrialResult struct {
 // Allowed reports whether the flow would pass.
 func (r *TrialResult) Allowed() bool { return r.Verdict.Allowed() }
 
-// trialAddr is where a name leads to if nothing else is said: TEST-NET-1, where
-// nobody lives.
+// trialAddr is the default address of a name: TEST-NET-1, where no host is.
 var trialAddr = netip.AddrFrom4([4]byte{192, 0, 2, 1})
 
-// Run asks.
+// Run judges the trial.
 func (t Trial) Run(p *Policy, env Environment) (*TrialResult, error) {
 	rules, err := Compile(p, env)
 	if err != nil {

@@ -2,7 +2,7 @@ package policy
 
 import "fmt"
 
-// spanWords puts intervals of keys into the words of a policy.
+// spanWords formats intervals of keys in the words of a policy.
 func spanWords(spans []span) []string {
 	if len(spans) == 1 && spans[0] == allSpan {
 		return []string{"every protocol"}
@@ -47,8 +47,8 @@ func spanWords(spans []span) []string {
 	return out
 }
 
-// icmpWords puts an interval of types and codes into words: what is left of the
-// first type, whole types, and what there is of the last.
+// icmpWords formats an interval of types and codes: the rest of the first type, whole types, and
+// the start of the last.
 func icmpWords(proto Protocol, lo, hi int) (out []string) {
 	codes := func(lo, hi int) {
 		switch first, last := lo&0xff, hi&0xff; {
@@ -66,7 +66,7 @@ func icmpWords(proto Protocol, lo, hi int) (out []string) {
 		codes(lo, end)
 		lo = end + 1
 	}
-	whole := (hi+1)>>8 - 1 // the last type that is there with all codes
+	whole := (hi+1)>>8 - 1 // the last type with all of its codes
 	switch first := lo >> 8; {
 	case whole == first:
 		out = append(out, fmt.Sprintf("%v type %d", proto, first))
