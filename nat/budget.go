@@ -2,15 +2,15 @@ package nat
 
 import "sync/atomic"
 
-// BudgetLimits bound flows together. Zero in a field means that it bounds nothing.
+// BudgetLimits bound several flows together. A zero field sets no bound.
 type BudgetLimits struct {
 	Flows        int
 	NewPerSecond int   // with a second's worth of burst
 	TotalBytes   int64 // both ways, since the budget was made
 }
 
-// Budget is what some flows of a table may take together, beside the table's Limits:
-// those that one rule let in. It belongs to one table.
+// Budget limits what some flows of a table may use together, in addition to the table's Limits: the
+// flows that one rule admitted. It belongs to one table.
 type Budget struct {
 	total atomic.Int64 // TotalBytes
 	used  atomic.Int64 // bytes charged
@@ -20,8 +20,8 @@ type Budget struct {
 	rate       bucket
 }
 
-// SetBudget changes the limits of b, the zero value at first. Flows that exist stay, but
-// for bytes: where they are used up flows end at the next Expire.
+// SetBudget changes the limits of b, which start as the zero value. Existing flows stay, except
+// when a byte budget is exhausted: then they end at the next Expire.
 func (t *Table) SetBudget(b *Budget, l BudgetLimits) {
 	t.mu.Lock()
 	b.max, b.rate.rate = max(l.Flows, 0), max(l.NewPerSecond, 0)
@@ -33,9 +33,8 @@ func (t *Table) SetBudget(b *Budget, l BudgetLimits) {
 	}
 }
 
-// Charge charges the flow to b instead of the budget that it was charged to, either of
-// which may be nil. It fails if b has no room, unless the flow is let in already (admitted):
-// then it is b's to have too many.
+// Charge charges the flow to b instead of the budget it was charged to; either may be nil. It fails
+// if b has no room, unless the flow was admitted already: then b may exceed its limit.
 func (l *Lease) Charge(b *Budget, admitted bool) error {
 	t := l.table
 	l.mu.Lock()
@@ -55,7 +54,7 @@ func (l *Lease) Charge(b *Budget, admitted bool) error {
 	return nil
 }
 
-// room tells whether b has room for one more flow. Table.mu is held.
+// room reports whether b has room for one more flow. Table.mu is held.
 func (t *Table) room(b *Budget, now int64) (err error) {
 	switch {
 	case b == nil:
@@ -89,7 +88,7 @@ func (b *Budget) spent() bool {
 	return total > 0 && b.used.Load() >= total
 }
 
-// charge notes bytes, and has Expire called when they are used up.
+// charge adds bytes, and has Expire called once they are used up.
 func (b *Budget) charge(t *Table, bytes int64) {
 	used := b.used.Add(bytes)
 	if total := b.total.Load(); total > 0 && used >= total && used-bytes < total {

@@ -6,11 +6,10 @@ package nat
 //	tcp      6 431999 ESTABLISHED src=… dst=… sport=… dport=… packets=… bytes=… \
 //	    [UNREPLIED] src=… dst=… sport=… dport=… packets=… bytes=… [ASSURED] mark=0 use=1
 //
-// The kernel's details that scripts depend on and that are kept here: the protocol
-// name is padded to eight columns; only TCP has a state word; [UNREPLIED] stands
-// between the directions; listed flows have a mark and a use count, events have
-// neither; only listed flows and DESTROY have counters; the DESTROY of a flow that
-// timed out has no timeout.
+// Scripts depend on these details of the kernel's format, so they are kept: the protocol name is
+// padded to eight columns; only TCP has a state word; [UNREPLIED] stands between the directions;
+// listed flows have a mark and a use count, events have neither; only listed flows and DESTROY have
+// counters; the DESTROY of a flow that timed out has no timeout.
 
 import (
 	"bufio"

@@ -14,14 +14,14 @@
 // [UNREPLIED], the nf_conntrack_* names for every setting that the kernel has too,
 // and conntrack(8)'s line format.
 //
-// The package knows neither packets nor sockets nor policy. It is told what
-// happened to a flow and it answers whether a new one may be. Time is a parameter:
-// a Table with a Config.Now and calls of Expire does exactly the same thing each time.
+// The package knows neither packets nor sockets nor policy. The forwarder tells it what happened to
+// a flow and asks whether a new one may begin. Time is a parameter: given a Config.Now and the same
+// calls of Expire, a Table does exactly the same each time.
 //
 // # Locks
 //
-// Lease.mu comes before Table.mu comes before nothing. Lease.mu guards a flow's
-// transitions (and so orders its events), Table.mu the index, the timer wheel, the
-// eviction lists and the budgets. Table.subs.mu is a leaf as well. No callback runs
-// under Table.mu; Config.OnEvent runs under the Lease.mu of its flow.
+// Lease.mu is taken before Table.mu, and no lock is taken after Table.mu. Lease.mu guards a flow's
+// transitions, and so orders its events. Table.mu guards the index, the timer wheel, the eviction
+// lists and the budgets. Table.subs.mu is a leaf as well. No callback runs under Table.mu;
+// Config.OnEvent runs under the Lease.mu of its flow.
 package nat

@@ -6,32 +6,32 @@ import (
 	"time"
 )
 
-// EventType is what happened to a flow, by conntrack -E's names.
+// EventType is what happened to a flow, under conntrack -E's names.
 type EventType uint8
 
-// A flow is told of once by NEW, then whenever its state, SEEN_REPLY or ASSURED
-// changes, and once by DESTROY.
+// A flow is reported once by NEW, then whenever its state, SEEN_REPLY or ASSURED changes, and once
+// by DESTROY.
 const (
 	New EventType = iota
 	Update
 	Destroy
 )
 
-// String is NEW, UPDATE or DESTROY.
+// String returns NEW, UPDATE or DESTROY.
 func (e EventType) String() string { return [...]string{"NEW", "UPDATE", "DESTROY"}[e%3] }
 
-// Event is a change of a flow, with the flow as it then stood.
+// Event is a change of a flow, with the flow as it was right after the change.
 type Event struct {
 	Type EventType
 	Time time.Time
 	Flow Flow
-	Lost uint64 // how many events this subscriber had no room for before this one
+	Lost uint64 // events dropped for this subscriber before this one
 }
 
 // subscribers are the channels of Subscribe.
 type subscribers struct {
-	n    atomic.Int32  // how many, for those who want to know without the lock
-	lost atomic.Uint64 // in all
+	n    atomic.Int32  // their number, readable without the lock
+	lost atomic.Uint64 // total
 	mu   sync.RWMutex
 	all  map[*subscriber]struct{}
 }
@@ -39,12 +39,12 @@ type subscribers struct {
 type subscriber struct {
 	c    chan Event
 	mu   sync.Mutex
-	lost uint64 // since the last that had room
+	lost uint64 // since the last delivered event
 }
 
-// Subscribe delivers events from now on. A subscriber that does not keep up loses
-// events, never time of the packet path: each event says how many were lost before
-// it. cancel ends the subscription and closes the channel.
+// Subscribe delivers events from now on. A slow subscriber loses events and never delays the packet
+// path; each event says how many were lost before it. cancel ends the subscription and closes the
+// channel.
 func (t *Table) Subscribe(buffer int) (events <-chan Event, cancel func()) {
 	s := &subscriber{c: make(chan Event, max(buffer, 1))}
 	t.subs.mu.Lock()
@@ -65,7 +65,7 @@ func (t *Table) Subscribe(buffer int) (events <-chan Event, cancel func()) {
 	}
 }
 
-// emit tells of l, whose mu is held. Nobody listening, it costs a load.
+// emit reports a change of l, whose mu is held. Without subscribers it costs one atomic load.
 func (t *Table) emit(typ EventType, l *Lease) {
 	if t.onEvent == nil && t.subs.n.Load() == 0 {
 		return

@@ -7,21 +7,20 @@ import (
 )
 
 const (
-	// clockTick is how often Run looks while packets flow, and so how late the
-	// cached clock may make a timeout.
+	// clockTick is how often Run looks while packets flow, and so how late the cached clock can
+	// make a timeout.
 	clockTick = 250 * time.Millisecond
-	// idleTick is how often it looks while there are flows and no packets: to
-	// notice that packets flow again.
+	// idleTick is how often Run looks while there are flows but no packets, to notice when packets
+	// flow again.
 	idleTick = 10 * time.Second
 )
 
 // Never is what Expire returns when there is no flow that could time out.
 const Never = time.Duration(math.MaxInt64)
 
-// Expire ends the flows whose time has come and says how long until it wants to be
-// called again: not later than the first timeout that is left. It may be called at
-// any time from any goroutine; it ends a flow at most a wheel grain (134 ms) late
-// and never early. Long-lived owners use Run.
+// Expire ends the flows whose time has come and returns how long until it must be called again: no
+// later than the first remaining timeout. It may be called at any time from any goroutine. It ends
+// a flow at most one wheel grain (134 ms) late, and never early. Long-lived owners use Run.
 func (t *Table) Expire(now time.Time) time.Duration {
 	return t.expire(int64(now.Sub(t.epoch)))
 }
@@ -44,7 +43,7 @@ func (t *Table) expire(now int64) time.Duration {
 	t.mu.Lock()
 	t.wheel.advance(grain, func(l *Lease) {
 		if d := grainAt(l.deadline()); d > grain {
-			t.wheel.arm(l, d) // packets came since it was armed
+			t.wheel.arm(l, d) // packets came after it was armed
 		} else {
 			due = append(due, l)
 		}
@@ -55,7 +54,7 @@ func (t *Table) expire(now int64) time.Duration {
 			l.saw(now)
 		}
 		ended := l.end(now, ReasonTimeout, true, func(_ status, deadline int64) bool { return grainAt(deadline) <= grain })
-		if !ended { // a packet came just now, or it is gone
+		if !ended { // a packet came just now, or the flow is gone
 			t.mu.Lock()
 			if t.byTuple[l.spec.Orig] == l {
 				t.arm(l, l.deadline())
@@ -72,13 +71,13 @@ func (t *Table) expire(now int64) time.Duration {
 	return time.Duration(max(t.wakeAt<<grainBits-now, 1))
 }
 
-// Run calls Expire whenever there is something to do, until ctx ends. It is the
-// goroutine of whoever owns the table.
+// Run calls Expire whenever there is something to do, until ctx ends. The owner of the table runs
+// it in a goroutine.
 //
-// While it runs it also keeps a cached clock for Account, whose cost is otherwise
-// mostly reading the clock: as long as packets flow, it stores the time every
-// clockTick. What it stores is the end of the tick to come, so that a flow never
-// ends early by it. When nothing flows it stores nothing and sleeps.
+// Run also keeps a cached clock for Account, which would otherwise spend most of its time reading
+// the clock: while packets flow, it stores the time every clockTick. It stores the end of the
+// coming tick, so the cached clock never ends a flow early. When nothing flows it stores nothing
+// and sleeps.
 func (t *Table) Run(ctx context.Context) {
 	defer t.cached.Store(0)
 	timer := time.NewTimer(0)
@@ -103,7 +102,7 @@ func (t *Table) Run(ctx context.Context) {
 			t.cached.Store(0)
 		}
 		if next != Never {
-			// Nobody need rouse Run for what is due after it comes back.
+			// Timers due after Run looks again need not wake it.
 			t.mu.Lock()
 			t.wakeAt = min(t.wakeAt, (now+int64(next))>>grainBits)
 			t.mu.Unlock()

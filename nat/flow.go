@@ -2,11 +2,11 @@ package nat
 
 import "time"
 
-// Flow is a lease as it stood at one time: what is listed, logged and told.
+// Flow is a snapshot of a lease, for lists, logs and events.
 type Flow struct {
 	ID          uint64
 	State       State
-	Orig, Reply Tuple // Reply: as the far side's packets come to the host's socket
+	Orig, Reply Tuple // Reply: the packets that arrive at the host's socket
 
 	OrigPackets, OrigBytes   int64
 	ReplyPackets, ReplyBytes int64
@@ -14,7 +14,7 @@ type Flow struct {
 	SeenReply bool // without it conntrack(8) prints [UNREPLIED]
 	Assured   bool
 
-	TimeoutLeft time.Duration // 0 of a flow that timed out
+	TimeoutLeft time.Duration // 0 for a flow that timed out
 	Start       time.Time
 	LastSeen    time.Time
 	End         time.Time // zero while it lives
@@ -22,14 +22,14 @@ type Flow struct {
 	Ingress bool
 	Rule    string
 	Names   []string
-	About   any    // of the owner's
+	About   any    // Spec.About
 	Reason  Reason // why it ended; empty while it lives
 }
 
-// at turns the table's time into the world's.
+// at converts the table's time to wall-clock time.
 func (t *Table) at(ns int64) time.Time { return t.epoch.Add(time.Duration(ns)) }
 
-// snapshot makes the Flow of l, whose mu is held.
+// snapshot returns the Flow of l, whose mu is held.
 func (l *Lease) snapshot() Flow {
 	t := l.table
 	now := t.clock()

@@ -12,9 +12,9 @@ const streamAfter = int64(2 * time.Second)
 
 // Lease is one flow's place in the table. Acquire returns it; Release gives it back.
 //
-// Account is the hot path: it adds to counters and notes the time, all atomically,
-// and takes a lock only where a packet changes what the flow is (the first answer,
-// UDP turning into a stream): at most twice in a flow's life.
+// Account is the hot path. It adds to counters and stores the time atomically, and takes a lock
+// only when a packet changes the flow's status (the first answer, UDP turning into a stream): at
+// most twice in a flow's life.
 type Lease struct {
 	table *Table
 	spec  Spec
@@ -23,7 +23,7 @@ type Lease struct {
 
 	status atomic.Uint32          // a status; written under mu, read anywhere
 	seen   atomic.Int64           // ns since Table.epoch of the last packet
-	sent   atomic.Int64           // likewise, of the last one in the direction of Orig
+	sent   atomic.Int64           // likewise, of the last packet in the direction of Orig
 	count  [2]counter             // by Dir
 	budget atomic.Pointer[Budget] // may hold nil; written under Table.mu
 
@@ -57,41 +57,40 @@ func (c counters) bytes() int64 { return c[Original].bytes + c[Reply].bytes }
 
 func (l *Lease) load() status { return status(l.status.Load()) }
 
-// Orig is the tuple the flow was acquired with.
+// Orig returns the tuple that the flow was acquired with.
 func (l *Lease) Orig() Tuple { return l.spec.Orig }
 
-// Owner is Spec.Owner.
+// Owner returns Spec.Owner.
 func (l *Lease) Owner() any { return l.spec.Owner }
 
-// Rule is the policy rule that let the flow in.
+// Rule returns the policy rule that admitted the flow.
 func (l *Lease) Rule() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.spec.Rule
 }
 
-// Describe replaces what Spec said of the rule, the names, and of whatever else, for a
-// flow that was judged once more.
+// Describe replaces the rule, names and About of Spec, for a flow that was judged again.
 func (l *Lease) Describe(rule string, names []string, about any) {
 	l.mu.Lock()
 	l.spec.Rule, l.spec.Names, l.spec.About = rule, names, about
 	l.mu.Unlock()
 }
 
-// Ended says whether the flow is over.
+// Ended reports whether the flow is over.
 func (l *Lease) Ended() bool { return l.load()&dead != 0 }
 
-// evictable says whether a new flow may push this one out when its status is s.
+// evictable reports whether a new flow may evict this one when its status is s.
 func (l *Lease) evictable(s status) bool {
 	return s.evictable() || l.spec.Forwarded && s&assured == 0
 }
 
-// State is where the flow stands.
+// State returns the flow's state.
 func (l *Lease) State() State { return l.load().state() }
 
-// Account notes packets and their bytes, counted as the kernel does: the IP packet's
-// total length. It starts the idle timeout anew and applies nf_conntrack's rules
-// for SEEN_REPLY and ASSURED. On a flow that has ended it does nothing.
+// Account counts packets and their bytes as the kernel does: by the IP packet's total length. It
+// restarts the idle timeout and applies nf_conntrack's rules for SEEN_REPLY and ASSURED. On a flow
+// that has ended it does nothing.
 func (l *Lease) Account(d Dir, packets, bytes int64) {
 	t, s := l.table, l.load()
 	if s&dead != 0 {
@@ -124,7 +123,7 @@ func (l *Lease) Account(d Dir, packets, bytes int64) {
 	}
 }
 
-// charge charges the byte budget, and has Expire called when it is used up.
+// charge charges the byte budget, and has Expire called once it is used up.
 func (t *Table) charge(bytes int64) {
 	budget, used := t.budget.Load(), t.used.Add(bytes)
 	if used >= budget && used-bytes < budget {
@@ -156,15 +155,15 @@ func (l *Lease) observe(s status, d Dir, now int64) {
 	})
 }
 
-// Outlast ends what Spec.Short says: the flow is of more than one question and one answer.
+// Outlast ends Spec.Short: the flow carries more than one question and one answer.
 func (l *Lease) Outlast() {
 	l.short.Store(false)
 	l.transition(func(s status) status { return s &^ settled })
 }
 
-// SetState moves a TCP flow. SYN_RECV and what follows it mean that the far side
-// answered; ESTABLISHED makes the flow ASSURED. It starts the timeout anew. It is
-// ignored for other protocols, states that are not TCP's, and flows that have ended.
+// SetState moves a TCP flow. SYN_RECV and what follows it mean that the far side answered;
+// ESTABLISHED makes the flow ASSURED. It restarts the timeout. It is ignored for other protocols,
+// for states other than TCP's, and for ended flows.
 func (l *Lease) SetState(to State) {
 	if l.spec.Orig.proto != protoTCP || !to.tcp() {
 		return
@@ -182,10 +181,10 @@ func (l *Lease) SetState(to State) {
 	})
 }
 
-// saw starts the timeout anew.
+// saw restarts the timeout.
 func (l *Lease) saw(now int64) { l.seen.Store(max(l.seen.Load(), now)) }
 
-// transition changes the status and tells of it, unless nothing changed.
+// transition changes the status and reports the change, if there is one.
 func (l *Lease) transition(f func(status) status) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -201,19 +200,19 @@ func (l *Lease) transition(f func(status) status) {
 	l.table.emit(Update, l)
 }
 
-// SetReply notes the tuple of the answers as the far side sends them: from the far
-// address to the host's socket. Until then it is Orig's Reverse.
+// SetReply records the tuple of the answers as the far side sends them: from the far address to the
+// host's socket. Until then the reply tuple is Orig's Reverse.
 func (l *Lease) SetReply(t Tuple) {
 	l.mu.Lock()
 	l.reply = t
 	l.mu.Unlock()
 }
 
-// deadline is when the flow ends if no packet comes.
+// deadline returns when the flow ends if no packet comes.
 func (l *Lease) deadline() int64 { return l.ends(l.State(), l.seen.Load(), l.sent.Load()) }
 
-// ends is the deadline of a flow in state s: seen is when its last packet came, sent when
-// the last one in the direction of Orig did.
+// ends returns the deadline of a flow in state s: seen is when its last packet came, sent when the
+// last one in the direction of Orig did.
 func (l *Lease) ends(s State, seen, sent int64) int64 {
 	timeouts := l.table.timeouts.Load()
 	end := seen + int64(timeouts.of(l.spec.Orig.proto, s, l.short.Load()))
@@ -223,17 +222,17 @@ func (l *Lease) ends(s State, seen, sent int64) int64 {
 	return end
 }
 
-// Release ends the flow: its budgets are repaid and DESTROY is told, once. Later
-// calls do nothing. Spec.Expire is not called.
+// Release ends the flow: it repays its budgets and emits DESTROY, once. Later calls do nothing.
+// Spec.Expire is not called.
 func (l *Lease) Release(reason Reason) { l.end(l.table.clock(), reason, false, nil) }
 
-// Kill ends the flow as a timeout would: with Spec.Expire called, so that whoever
-// owns its sockets closes them. It says whether the flow was alive.
+// Kill ends the flow as a timeout would: it calls Spec.Expire, so that the owner of the sockets
+// closes them. It reports whether the flow was alive.
 func (l *Lease) Kill(reason Reason) bool { return l.end(l.table.clock(), reason, true, nil) }
 
-// end is the one way out of the table. If there is a condition it is asked under
-// the lock that orders transitions, so that a flow which became ASSURED, or saw a
-// packet, a moment ago is not ended. tell: the table does it, not the owner.
+// end is the only way out of the table. A condition, if given, is evaluated under the lock that
+// orders transitions, so a flow that has just become ASSURED or seen a packet is not ended. tell
+// means that the table ends the flow, not its owner.
 func (l *Lease) end(now int64, reason Reason, tell bool, still func(s status, deadline int64) bool) bool {
 	t := l.table
 	l.mu.Lock()
@@ -256,8 +255,8 @@ func (l *Lease) end(now int64, reason Reason, tell bool, still func(s status, de
 	return true
 }
 
-// recorded is the reason as the flow's record has it. A connection that both sides
-// have ended stays in the table for a while, and that this ran out is not what ended it.
+// recorded returns the reason for the flow's record. A connection that both sides have ended stays
+// in the table for a while; that timeout is not why it ended.
 func (s status) recorded(reason Reason) Reason {
 	switch {
 	case reason == ReasonTimeout && s.state() == TimeWait:
@@ -268,7 +267,7 @@ func (s status) recorded(reason Reason) Reason {
 	return reason
 }
 
-// Snapshot is the flow as it stands.
+// Snapshot returns the flow as it is now.
 func (l *Lease) Snapshot() Flow {
 	l.mu.Lock()
 	defer l.mu.Unlock()

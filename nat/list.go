@@ -1,6 +1,6 @@
 package nat
 
-// listed says which eviction list a lease is on.
+// listed is the eviction list that a lease is on.
 type listed uint8
 
 const (

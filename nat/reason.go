@@ -1,8 +1,8 @@
 package nat
 
-// Reason is why a flow ended, or why it could not begin, as its record has it. All of them are
-// here, and docs/flow-log.md says of each what it means; a test compares the two. As an error
-// it is why Acquire refuses a flow.
+// Reason is why a flow ended or could not begin, as its record has it. This is the complete list;
+// docs/flow-log.md explains each, and a test compares the two. As an error it is why Acquire
+// refuses a flow.
 type Reason string
 
 // Error implements error.
@@ -10,20 +10,20 @@ func (r Reason) Error() string { return string(r) }
 
 // The flow was over.
 const (
-	ReasonTimeout  Reason = "timeout" // nothing moved; of a TCP flow in SYN_SENT: the far side did not answer
+	ReasonTimeout  Reason = "timeout" // nothing moved; for a TCP flow in SYN_SENT: the far side did not answer
 	ReasonClosed   Reason = "closed"  // both sides had ended their streams
 	ReasonReset    Reason = "reset"   // one side reset the connection when both ends were on their way
 	ReasonAnswered Reason = "answered"
-	ReasonReopened Reason = "reopened" // another connection began by the same ports
+	ReasonReopened Reason = "reopened" // another connection began on the same ports
 	ReasonReplaced Reason = "replaced" // likewise, by a client of a published port
 )
 
 // One of the two sides ended it.
 const (
 	ReasonRefused           Reason = "refused"     // by RST
-	ReasonUnreachable       Reason = "unreachable" // the network said so, or there is no route
+	ReasonUnreachable       Reason = "unreachable" // the network reported it, or there is no route
 	ReasonResetByPeer       Reason = "reset_by_peer"
-	ReasonPeerTimeout       Reason = "peer_timeout" // it acknowledged nothing more: data, or probes
+	ReasonPeerTimeout       Reason = "peer_timeout" // it stopped acknowledging data or probes
 	ReasonResetBySandbox    Reason = "reset_by_sandbox"
 	ReasonSandboxTimeout    Reason = "sandbox_timeout" // as ReasonPeerTimeout
 	ReasonGivenUp           Reason = "given_up"        // the sandbox stopped asking for the connection
@@ -35,14 +35,14 @@ const (
 
 // The policy ended it.
 const (
-	ReasonPolicy            Reason = "policy"            // new rules refuse it; of a flow that never began: the rules do
+	ReasonPolicy            Reason = "policy"            // new rules refuse it; for a flow that never began: the rules refuse it
 	ReasonRefusedByPolicy   Reason = "refused_by_policy" // a request on it, or another hello
 	ReasonMalformedRequest  Reason = "malformed_request"
 	ReasonRequestTooLong    Reason = "request_too_long"
 	ReasonIncompleteRequest Reason = "incomplete_request" // the client ended in the middle
 	ReasonMalformedHello    Reason = "malformed_hello"
 	ReasonIncompleteHello   Reason = "incomplete_hello"
-	ReasonUnreadableAnswer  Reason = "unreadable_answer" // so that the next request could not be told from the rest
+	ReasonUnreadableAnswer  Reason = "unreadable_answer" // the next request could not be told apart from the rest
 )
 
 // A bound ended it.
@@ -55,13 +55,13 @@ const (
 	ReasonTooManyRequests   Reason = "too_many_requests"
 )
 
-// The host had nothing to carry it with.
+// The host lacked the means to carry it.
 const (
 	ReasonOutOfDescriptors Reason = "out_of_descriptors"
 	ReasonOutOfPorts       Reason = "out_of_ports"
 	ReasonOutOfMemory      Reason = "out_of_memory" // the kernel's
 	ReasonNoSocket         Reason = "no-socket"
-	ReasonNoUpstream       Reason = "no-upstream" // of a flow to our own resolver
+	ReasonNoUpstream       Reason = "no-upstream" // for a flow to our own resolver
 	ReasonNoPingSocket     Reason = "no-ping-socket"
 )
 
@@ -71,8 +71,8 @@ const (
 	ReasonUnpublished Reason = "unpublished"
 )
 
-// Why a flow may not begin. Each is counted in Stats, except ErrMemory and ErrNoPort, which are
-// the owner's to count.
+// Why a flow may not begin. Stats counts each, except ErrMemory and ErrNoPort, which the owner
+// counts.
 const (
 	ErrTableFull   Reason = "flow table is full"
 	ErrDestLimit   Reason = "too many flows to this destination"
@@ -87,7 +87,7 @@ const (
 	ErrNoPort      Reason = "no port for the client inside"
 )
 
-// Refuses reports whether the reason kept the flow from beginning: nothing of it was passed on.
+// Refuses reports whether the reason kept the flow from beginning: nothing of it was forwarded.
 func (r Reason) Refuses() bool {
 	switch r {
 	case ErrTableFull, ErrDestLimit, ErrRate, ErrHalfOpen, ErrTotalBytes, ErrExists, ErrBudgetFlows, ErrBudgetRate, ErrBudgetBytes,
@@ -100,7 +100,7 @@ func (r Reason) Refuses() bool {
 // Rate reports whether the flow came too fast, so that a later one may pass.
 func (r Reason) Rate() bool { return r == ErrRate || r == ErrBudgetRate }
 
-// Shortage reports whether the host had nothing to carry the flow with.
+// Shortage reports whether the host lacked the means to carry the flow.
 func (r Reason) Shortage() bool {
 	switch r {
 	case ReasonOutOfDescriptors, ReasonOutOfPorts, ReasonOutOfMemory, ReasonNoSocket, ReasonNoPingSocket:

@@ -2,8 +2,8 @@ package nat
 
 import "fmt"
 
-// Dir is a direction of a flow. Original is that of the packet that began it: from
-// the container for what it dials, towards the container for published ports.
+// Dir is a direction of a flow. Original is the direction of its first packet: from the container
+// for flows that it starts, towards the container for published ports.
 type Dir uint8
 
 // The two directions, as nf_conntrack counts them.
@@ -12,8 +12,8 @@ const (
 	Reply
 )
 
-// State is where a flow stands. TCP flows walk through nf_conntrack's TCP states by
-// SetState; all others have one of the last three, which Account alone moves.
+// State is a flow's state. SetState moves TCP flows through nf_conntrack's TCP states; all others
+// are in one of the last three, which only Account changes.
 type State uint8
 
 // TCP states, in the kernel's order and with conntrack(8)'s names, then the states
@@ -29,7 +29,7 @@ const (
 	TimeWait
 	Close
 
-	Unreplied // nothing came back yet
+	Unreplied // nothing has come back yet
 	Replied   // an answer came
 	Assured   // traffic both ways for longer than two seconds: a stream
 
@@ -41,7 +41,7 @@ var stateNames = [numStates]string{
 	"UNREPLIED", "REPLIED", "ASSURED",
 }
 
-// String is the name conntrack(8) has for the state.
+// String returns conntrack(8)'s name of the state.
 func (s State) String() string {
 	if s < numStates {
 		return stateNames[s]
@@ -49,16 +49,16 @@ func (s State) String() string {
 	return fmt.Sprintf("STATE_%d", uint8(s))
 }
 
-// tcp says whether s is a TCP state.
+// tcp reports whether s is a TCP state.
 func (s State) tcp() bool { return s < Unreplied }
 
-// halfOpen says whether a TCP handshake is under way.
+// halfOpen reports whether a TCP handshake is under way.
 func (s State) halfOpen() bool { return s == SynSent || s == SynRecv }
 
-// closing says whether nothing more can be said on a TCP flow: only memory is held.
+// closing reports whether a TCP flow can carry no more data, and only holds memory.
 func (s State) closing() bool { return s == TimeWait || s == Close }
 
-// ParseState is String's inverse.
+// ParseState is the inverse of String.
 func ParseState(name string) (State, bool) {
 	for s, n := range stateNames {
 		if n == name {
@@ -75,7 +75,7 @@ type status uint32
 const (
 	seenReply status = 1 << (8 + iota) // IPS_SEEN_REPLY
 	assured                            // IPS_ASSURED
-	settled                            // no packet can change the status any more, only SetState
+	settled                            // no packet can change the status any more, only SetState can
 	dead                               // released; budgets are repaid
 )
 
@@ -83,8 +83,8 @@ func (s status) state() State { return State(s & 0xff) }
 
 func (s status) withState(st State) status { return s&^0xff | status(st) }
 
-// evictable says whether a new flow may push this one out: no answer ever came, or
-// it is over. An ASSURED flow that is not over never is.
+// evictable reports whether a new flow may evict this one: it was never answered, or it is over. An
+// ASSURED flow is evictable only once it is over.
 func (s status) evictable() bool {
 	return s.state().closing() || s&(seenReply|assured) == 0
 }

@@ -5,12 +5,12 @@ type Stats struct {
 	Count        int `json:"count"` // nf_conntrack_count
 	Max          int `json:"max"`   // nf_conntrack_max
 	HalfOpen     int `json:"halfOpen"`
-	Destinations int `json:"destinations"` // far addresses with a flow from the sandbox
+	Destinations int `json:"destinations"` // far addresses that the sandbox has a flow to
 
 	Created   uint64 `json:"created"`
 	Released  uint64 `json:"released"`  // ended by their owner
 	TimedOut  uint64 `json:"timedOut"`  // ended by their timeout
-	EarlyDrop uint64 `json:"earlyDrop"` // ended for a new one's sake
+	EarlyDrop uint64 `json:"earlyDrop"` // ended to make room for a new flow
 	OverBytes uint64 `json:"overBytes"` // ended because a byte budget was used up
 	Killed    uint64 `json:"killed"`    // ended by Kill, for another reason
 
@@ -24,7 +24,7 @@ type Stats struct {
 
 	EventsLost uint64 `json:"eventsLost"`
 
-	OrigPackets  int64 `json:"origPackets"` // of all flows, those that are gone too
+	OrigPackets  int64 `json:"origPackets"` // of all flows, ended ones included
 	OrigBytes    int64 `json:"origBytes"`
 	ReplyPackets int64 `json:"replyPackets"`
 	ReplyBytes   int64 `json:"replyBytes"`
@@ -47,7 +47,7 @@ func (s *Stats) count(reason Reason, byTable bool) {
 	}
 }
 
-// Stats sums up. It visits every flow, for the bytes they carried.
+// Stats returns the current statistics. It visits every flow, for the bytes carried.
 func (t *Table) Stats() Stats {
 	t.mu.RLock()
 	defer t.mu.RUnlock()

@@ -28,8 +28,8 @@ var timeoutNames = [...]string{
 	"nf_conntrack_icmp_timeout", "nf_conntrack_icmpv6_timeout", "nf_conntrack_generic_timeout",
 }
 
-// limitNames are those of Limits. The kernel has only the first; the others are
-// named after it, and 0 stands for "not bounded by this" where Limits says so.
+// limitNames are those of Limits. The kernel has only the first; the others follow its naming. 0
+// means "no bound" where Limits says so.
 var limitNames = [...]string{
 	"nf_conntrack_max", "nf_conntrack_max_half_open", "nf_conntrack_max_per_destination",
 	"nf_conntrack_max_new_per_second", "nf_conntrack_max_total_bytes",
@@ -37,7 +37,7 @@ var limitNames = [...]string{
 
 const countName = "nf_conntrack_count"
 
-// SysctlNames are all names that Sysctl knows, sorted.
+// SysctlNames returns all names that Sysctl knows, sorted.
 func SysctlNames() []string {
 	names := append([]string{countName}, timeoutNames[:]...)
 	names = append(names, limitNames[:]...)
@@ -72,8 +72,8 @@ func (t *Table) Sysctl(name string) (int64, error) {
 	return 0, fmt.Errorf("reading %q: %w", name, ErrUnknownSysctl)
 }
 
-// SetSysctl changes a setting by its name. Times are whole seconds, 1 to 2^31-1, as
-// the kernel takes them. Two calls at once may not see each other's change.
+// SetSysctl changes a setting by its name. Times are whole seconds, 1 to 2^31-1, as the kernel
+// takes them. Concurrent calls may overwrite each other's change.
 func (t *Table) SetSysctl(name, value string) error {
 	name = strings.TrimPrefix(name, sysctlPrefix)
 	n, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)

@@ -8,62 +8,62 @@ import (
 	"time"
 )
 
-// maxEvictions bounds what one Acquire does to find room. One is enough unless
-// other goroutines take the room first, or Max was lowered under what there is.
+// maxEvictions bounds the evictions of one Acquire. One is enough unless other goroutines take the
+// room first, or Max was lowered below the current count.
 const maxEvictions = 8
 
-// Config makes a Table. The zero Config is good for use.
+// Config configures a Table. The zero Config is useful.
 type Config struct {
 	Limits   Limits
 	Timeouts Timeouts
 	Now      func() time.Time // nil: time.Now
 
-	// OnEvent is called for every event, in order for each flow; none is lost,
-	// which is what a log of flows needs. It must not block for long and must not
-	// call the methods of Lease: the flow as it stood is in the event.
+	// OnEvent is called for every event, in order for each flow. Unlike a subscriber it loses none,
+	// which a flow log needs. It must not block for long and must not call the methods of Lease:
+	// the event contains the flow.
 	OnEvent func(Event)
 }
 
-// Spec describes a flow that is to begin.
+// Spec describes a new flow.
 type Spec struct {
 	Orig    Tuple
-	Rule    string   // the policy rule that let it in
+	Rule    string   // the policy rule that admitted it
 	Names   []string // names of the far side, if known
-	About   any      // whatever else the owner knows; comes back in Flow
-	Owner   any      // who began the flow; comes back from Lease.Owner
+	About   any      // opaque data of the owner; returned in Flow
+	Owner   any      // who began the flow; returned by Lease.Owner
 	Ingress bool     // a flow towards the container: Orig.Src is the far side
-	// Forwarded: its packets pass, and both ends are elsewhere. The handshake is then
-	// theirs to bound: it is not charged to Limits.HalfOpen. As in the kernel, such a
-	// flow may give way to a new one until it is ASSURED, answered or not, or a flood
-	// from outside could fill the table.
+	// Forwarded means that the flow's packets pass through, and both ends are elsewhere. The ends
+	// bound the handshake themselves: it is not charged to Limits.HalfOpen. As in the kernel, such
+	// a flow may be evicted until it is ASSURED, answered or not; otherwise a flood from outside
+	// could fill the table.
 	Forwarded bool
-	Budget    *Budget // beside the table's limits; may be nil
-	Short     bool    // UDP of one question and one answer: Timeouts.UDPShort, never ASSURED, until Lease.Outlast
+	Budget    *Budget // in addition to the table's limits; may be nil
+	Short     bool    // UDP with one question and one answer: Timeouts.UDPShort, never ASSURED, until Lease.Outlast
 
-	// Pending is asked before the table ends the flow for its silence: the owner accounts for
-	// what moved and was not accounted for yet, and reports whether it holds bytes that one
-	// side has still to take. Then the timeout starts anew. It is called without locks held;
-	// nil stands for false.
+	// Pending is called before the table ends the flow for being idle. The owner accounts for
+	// traffic not yet accounted for, and reports whether it holds bytes that one side has yet to
+	// take; if so, the timeout restarts. It is called without locks held. A nil Pending returns
+	// false.
 	Pending func() bool
 
-	// Expire is called once when the table ends the flow (timeout, early drop, byte
-	// budget, Kill), without locks held and after its budgets were repaid. It is
-	// not called after Release. It may run on any goroutine that calls the table.
+	// Expire is called once when the table ends the flow (timeout, early drop, byte budget, Kill),
+	// without locks held and after its budgets are repaid. It is not called after Release. It may
+	// run on any goroutine that calls the table.
 	Expire func(reason Reason)
 }
 
-// Table is the sandbox's flows. All methods may be called from any goroutine.
+// Table is the flow table of a sandbox. Its methods may be called from any goroutine.
 type Table struct {
 	epoch   time.Time
 	nowFunc func() time.Time // nil: the monotonic clock since epoch
 	cached  atomic.Int64     // see Run; 0: ask the clock
 	busy    atomic.Bool      // some flow saw a packet since the last expire
-	wake    chan struct{}    // holds one: Run has slept too long by now
+	wake    chan struct{}    // holds one token: Run must look again
 
 	timeouts  atomic.Pointer[Timeouts]
 	budget    atomic.Int64 // Limits.TotalBytes
 	overspent atomic.Bool  // some Budget's bytes were used up since the last expire
-	used      atomic.Int64 // bytes charged to budget; only kept up while there is one
+	used      atomic.Int64 // bytes charged to budget; maintained only while there is one
 	onEvent   func(Event)
 	subs      subscribers
 
@@ -74,15 +74,15 @@ type Table struct {
 	perDest  map[[16]byte]int
 	halfOpen int
 	wheel    wheel
-	wakeAt   int64 // the grain at which the owner of Expire comes back
+	wakeAt   int64 // the grain at which Expire will be called again
 	over     list  // evictable: TIME_WAIT and CLOSE, oldest first
 	mute     list  // evictable: never answered, oldest first
 	lastID   uint64
-	ended    counters // what the flows that are gone have carried
-	stats    Stats    // only its counts of events
+	ended    counters // totals of ended flows
+	stats    Stats    // only its event counters are used
 }
 
-// NewTable makes an empty table.
+// NewTable returns an empty table.
 func NewTable(cfg Config) *Table {
 	t := &Table{
 		nowFunc: cfg.Now, onEvent: cfg.OnEvent, limits: cfg.Limits.orDefault(), wakeAt: never,
@@ -100,8 +100,8 @@ func NewTable(cfg Config) *Table {
 	return t
 }
 
-// clock is nanoseconds since the table was made. time.Since reads only the
-// monotonic clock, which costs half of time.Now.
+// clock returns nanoseconds since the table was made. time.Since reads only the monotonic clock,
+// which costs half of time.Now.
 func (t *Table) clock() int64 {
 	if t.nowFunc != nil {
 		return int64(t.nowFunc().Sub(t.epoch))
@@ -109,10 +109,9 @@ func (t *Table) clock() int64 {
 	return int64(time.Since(t.epoch))
 }
 
-// Acquire admits a new flow and charges the budgets, or says which one is spent.
-// With a full table the oldest flow that is over or was never answered is ended
-// for the new one; if there is none the new one is refused (RFC 6888 REQ-4).
-// Release, or the table itself, ends what Acquire began.
+// Acquire admits a new flow and charges the budgets, or returns the budget that is exhausted. If
+// the table is full, it ends the oldest flow that is over or was never answered; if there is none,
+// it refuses the new one (RFC 6888 REQ-4). Release, or the table itself, ends the lease.
 func (t *Table) Acquire(s Spec) (*Lease, error) {
 	now := t.clock()
 	l := &Lease{table: t, spec: s, reply: s.Orig.Reverse(), began: now}
@@ -120,7 +119,7 @@ func (t *Table) Acquire(s Spec) (*Lease, error) {
 	l.seen.Store(now)
 	l.status.Store(uint32(initialStatus(s.Orig.proto)))
 	for range maxEvictions {
-		l.mu.Lock() // so that NEW comes before any other event of l
+		l.mu.Lock() // NEW must come before any other event of l
 		t.mu.Lock()
 		victim, err := t.admit(l, now)
 		t.mu.Unlock()
@@ -150,8 +149,7 @@ func initialStatus(proto uint8) status {
 	return status(Unreplied)
 }
 
-// admit puts l into the table, or returns the flow that is to go first, or an error.
-// t.mu is held.
+// admit puts l into the table, or returns the flow to evict first, or an error. t.mu is held.
 func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
 	orig := l.spec.Orig
 	full := len(t.byTuple) >= t.limits.Max
@@ -195,8 +193,8 @@ func (t *Table) admit(l *Lease, now int64) (victim *Lease, err error) {
 	return nil, nil
 }
 
-// place makes the wheel, the eviction lists and the half-open count agree with l's
-// status. t.mu is held and l is in the table.
+// place updates the wheel, the eviction lists and the half-open count for l's status. t.mu is held
+// and l is in the table.
 func (t *Table) place(l *Lease) {
 	s := l.load()
 	t.arm(l, l.deadline())
@@ -218,11 +216,11 @@ func (t *Table) place(l *Lease) {
 	}
 }
 
-// arm sets l's timer, and wakes the owner of Expire if it sleeps past it.
+// arm sets l's timer, and wakes the owner of Expire if it would sleep past it.
 func (t *Table) arm(l *Lease, deadline int64) {
 	d := grainAt(deadline)
 	if l.timer.armed && l.timer.due <= d {
-		return // rings early, and is armed anew then
+		return // it rings early and is armed again then
 	}
 	t.wheel.arm(l, d)
 	if d < t.wakeAt {
@@ -239,7 +237,7 @@ func (t *Table) rouse() {
 	}
 }
 
-// file puts l on an eviction list, off any other.
+// file moves l to an eviction list.
 func (t *Table) file(l *Lease, to *list) {
 	if to != nil && l.listed == to.kind {
 		return
@@ -255,7 +253,7 @@ func (t *Table) file(l *Lease, to *list) {
 	}
 }
 
-// remove repays all that admit and place charged. t.mu is held.
+// remove repays everything that admit and place charged. t.mu is held.
 func (t *Table) remove(l *Lease) {
 	orig := l.spec.Orig
 	delete(t.byTuple, orig)
@@ -274,14 +272,14 @@ func (t *Table) remove(l *Lease) {
 	t.ended.add(l)
 }
 
-// exhausted says whether the byte budget is used up.
+// exhausted reports whether the byte budget is used up.
 func (t *Table) exhausted() bool {
 	budget := t.budget.Load()
 	return budget > 0 && t.used.Load() >= budget
 }
 
-// Lookup finds the flow that was acquired with exactly this original tuple, or nil.
-// For a packet of the other direction ask for its Reverse.
+// Lookup finds the flow that was acquired with exactly this original tuple, or nil. For a packet of
+// the other direction, look up its Reverse.
 func (t *Table) Lookup(orig Tuple) *Lease {
 	t.mu.RLock()
 	l := t.byTuple[orig]
@@ -289,15 +287,15 @@ func (t *Table) Lookup(orig Tuple) *Lease {
 	return l
 }
 
-// Len is nf_conntrack_count.
+// Len returns nf_conntrack_count.
 func (t *Table) Len() int {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	return len(t.byTuple)
 }
 
-// Leases are the flows of the moment, oldest first, for those who must judge each
-// again, as a new policy does.
+// Leases returns the current flows, oldest first, for callers that judge each again, as under a new
+// policy.
 func (t *Table) Leases() []*Lease {
 	t.mu.RLock()
 	all := make([]*Lease, 0, len(t.byTuple))
@@ -309,7 +307,7 @@ func (t *Table) Leases() []*Lease {
 	return all
 }
 
-// List is a snapshot of every flow, oldest first.
+// List returns a snapshot of every flow, oldest first.
 func (t *Table) List() []Flow {
 	leases := t.Leases()
 	flows := make([]Flow, len(leases))
@@ -319,15 +317,15 @@ func (t *Table) List() []Flow {
 	return flows
 }
 
-// Limits are the budgets in force.
+// Limits returns the budgets in force.
 func (t *Table) Limits() Limits {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	return t.limits
 }
 
-// SetLimits changes the budgets. Flows that exist stay, whatever the new limits;
-// but a byte budget that is used up ends them at the next Expire.
+// SetLimits changes the budgets. Existing flows stay, whatever the new limits, except when a byte
+// budget is exhausted: then they end at the next Expire.
 func (t *Table) SetLimits(l Limits) {
 	l = l.orDefault()
 	t.mu.Lock()
@@ -340,8 +338,7 @@ func (t *Table) SetLimits(l Limits) {
 	}
 }
 
-// carried sums what all flows, gone or not, have carried. t.mu is held, if only
-// for reading.
+// carried returns the totals of all flows, ended ones included. t.mu is held, at least for reading.
 func (t *Table) carried() counters {
 	sum := t.ended
 	for _, l := range t.byTuple {
@@ -350,11 +347,11 @@ func (t *Table) carried() counters {
 	return sum
 }
 
-// Timeouts are those in force.
+// Timeouts returns the timeouts in force.
 func (t *Table) Timeouts() Timeouts { return *t.timeouts.Load() }
 
-// SetTimeouts changes the timeouts, of flows that exist too: unlike the kernel's,
-// which apply from a flow's next packet.
+// SetTimeouts changes the timeouts, also of existing flows. The kernel's apply from a flow's next
+// packet.
 func (t *Table) SetTimeouts(to Timeouts) {
 	t.timeouts.Store(to.orDefault())
 	t.mu.Lock()

@@ -2,10 +2,9 @@ package nat
 
 import "time"
 
-// Timeouts are how long a flow may be silent in each state before the table ends
-// it. One whose bytes wait for a reader is not silent (Spec.Pending). A zero field
-// means the default. Names and defaults are nf_conntrack's, except
-// where a field says why not.
+// Timeouts are how long a flow may be silent in each state before the table ends it. A flow whose
+// bytes wait for a reader is not silent (Spec.Pending). A zero field means the default. Names and
+// defaults are nf_conntrack's, except where a field says why not.
 type Timeouts struct {
 	TCPSynSent     time.Duration // nf_conntrack_tcp_timeout_syn_sent, 120 s
 	TCPSynRecv     time.Duration // nf_conntrack_tcp_timeout_syn_recv, 60 s
@@ -14,26 +13,25 @@ type Timeouts struct {
 	TCPLastAck     time.Duration // nf_conntrack_tcp_timeout_last_ack, 30 s
 	TCPClose       time.Duration // nf_conntrack_tcp_timeout_close, 10 s
 
-	// TCPCloseWait is nf_conntrack_tcp_timeout_close_wait: 7440 s, not the kernel's 60.
-	// A flow of which one side said its last word may be silent for as long as the
-	// other works on its answer. The kernel only forgets such a flow; here its end
-	// is a reset, so it is given the 2 h 4 min of RFC 5382 REQ-5.
+	// TCPCloseWait is nf_conntrack_tcp_timeout_close_wait: 7440 s, not the kernel's 60. After one
+	// side has closed its stream, the flow may be silent for as long as the other works on its
+	// answer. The kernel merely forgets such a flow; here it ends in a reset, so it gets the 2 h 4
+	// min of RFC 5382 REQ-5.
 	TCPCloseWait time.Duration
 
-	// TCPTimeWait is nf_conntrack_tcp_timeout_time_wait: 1 s, not the kernel's 120.
-	// The kernel's conntrack outlives sockets that it does not own and must take
-	// late segments for theirs. Here both ends are ours: the host's socket has its
-	// own TIME_WAIT in the host's kernel, and the sandbox's half is an endpoint of
-	// our stack, which swallows a SYN that reuses the tuple for as long as it
-	// lives. So the entry lives as long as that endpoint does, and no longer. Of a flow
-	// whose packets pass (Spec.Forwarded) both ends are acknowledged by then.
+	// TCPTimeWait is nf_conntrack_tcp_timeout_time_wait: 1 s, not the kernel's 120. The kernel's
+	// conntrack outlives sockets that it does not own, and must recognize their late segments. Here
+	// both ends are ours: the host's socket has its own TIME_WAIT in the host's kernel, and the
+	// sandbox's half is an endpoint of our stack, which swallows a SYN that reuses the tuple for as
+	// long as it lives. So the entry lives exactly as long as that endpoint. In a Spec.Forwarded
+	// flow both ends have been acknowledged by then.
 	TCPTimeWait time.Duration
 
-	// UDP is nf_conntrack_udp_timeout: 120 s, not the kernel's 30. With its last flow a
-	// sandbox endpoint loses its host socket, and so its port outside, which RFC 4787 REQ-5
-	// wants kept for two minutes: a client that waits for a late answer, or told others the
-	// address that a server saw it at, knows nothing of streams. Flows that were never
-	// answered give way to new ones when the table is full.
+	// UDP is nf_conntrack_udp_timeout: 120 s, not the kernel's 30. When its last flow ends, a
+	// sandbox endpoint loses its host socket and so its outside port, which RFC 4787 REQ-5 keeps
+	// for two minutes: a client may wait for a late answer, or may have told others the address
+	// that a server saw. Flows that were never answered make room for new ones when the table is
+	// full.
 	UDP time.Duration
 
 	UDPStream time.Duration // nf_conntrack_udp_timeout_stream, 120 s
@@ -43,10 +41,10 @@ type Timeouts struct {
 	// allows it for well-known ports. A resolver's retry comes within 5 s.
 	UDPShort time.Duration
 
-	// UDPInbound is nf_conntrack_udp_timeout_inbound, 300 s, which the kernel does not
-	// have: how long after the sandbox's last datagram those from outside keep a flow
-	// that it began. Without it whoever the sandbox once wrote to could keep the way
-	// in open for ever (RFC 4787 section 4.3, REQ-6).
+	// UDPInbound is nf_conntrack_udp_timeout_inbound, 300 s, which the kernel does not have: how
+	// long after the sandbox's last datagram incoming ones keep a flow alive that the sandbox
+	// started. Without it a remote host that the sandbox once wrote to could keep the way in open
+	// for ever (RFC 4787 section 4.3, REQ-6).
 	UDPInbound time.Duration
 
 	ICMP    time.Duration // nf_conntrack_icmp_timeout, 30 s
@@ -54,7 +52,7 @@ type Timeouts struct {
 	Generic time.Duration // nf_conntrack_generic_timeout, 600 s
 }
 
-// DefaultTimeouts are what a zero Timeouts means.
+// DefaultTimeouts returns the timeouts that a zero Timeouts means.
 func DefaultTimeouts() Timeouts {
 	return Timeouts{
 		TCPSynSent: 120 * time.Second, TCPSynRecv: 60 * time.Second, TCPEstablished: 432000 * time.Second,
@@ -83,7 +81,7 @@ func (t *Timeouts) fields() [15]*time.Duration {
 	}
 }
 
-// of is the timeout of a flow of that protocol in that state.
+// of returns the timeout of a flow of that protocol in that state.
 func (t *Timeouts) of(proto uint8, s State, short bool) time.Duration {
 	switch proto {
 	case protoTCP:

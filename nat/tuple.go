@@ -5,8 +5,8 @@ import (
 	"net/netip"
 )
 
-// IP protocol numbers that the table knows by name. Any other has the generic
-// timeout and no states, as in the kernel.
+// IP protocol numbers that the table knows by name. All others have the generic timeout and no
+// states, as in the kernel.
 const (
 	protoICMP   = 1
 	protoTCP    = 6
@@ -19,10 +19,9 @@ const (
 	familyIPv6 = 6
 )
 
-// Tuple names one direction of a flow. It is comparable, holds no pointer (a table
-// of tens of thousands is no work for the garbage collector, and a map key hashes
-// as one run of memory, which netip.Addr with its zone pointer does not), and its
-// addresses are always unmapped, so that one IPv4 flow has one name.
+// Tuple names one direction of a flow. It is comparable and its addresses are always unmapped, so
+// an IPv4 flow has one name. It holds no pointer, unlike netip.Addr with its zone: the garbage
+// collector need not scan a table of tens of thousands, and a map key hashes as one run of memory.
 //
 // The zero Tuple names nothing.
 type Tuple struct {
@@ -32,9 +31,9 @@ type Tuple struct {
 	family       uint8
 }
 
-// NewTuple makes the tuple of a packet from src to dst. Addresses are unmapped and
-// lose their zone. For ICMP and ICMPv6 echo the source port is the echo identifier
-// and the destination port is type<<8 | code, as nf_conntrack keys them.
+// NewTuple returns the tuple of a packet from src to dst. Addresses are unmapped and lose their
+// zone. For ICMP and ICMPv6 echo the source port is the echo identifier and the destination port is
+// type<<8 | code, as in nf_conntrack's keys.
 func NewTuple(proto uint8, src, dst netip.AddrPort) Tuple {
 	s, d := src.Addr().Unmap(), dst.Addr().Unmap()
 	t := Tuple{src: s.As16(), dst: d.As16(), sport: src.Port(), dport: dst.Port(), proto: proto, family: familyIPv6}
@@ -44,13 +43,13 @@ func NewTuple(proto uint8, src, dst netip.AddrPort) Tuple {
 	return t
 }
 
-// Proto is the IP protocol number.
+// Proto returns the IP protocol number.
 func (t Tuple) Proto() uint8 { return t.proto }
 
-// Src is the source; the port of an ICMP tuple is the echo identifier.
+// Src returns the source; the port of an ICMP tuple is the echo identifier.
 func (t Tuple) Src() netip.AddrPort { return netip.AddrPortFrom(t.addr(t.src), t.sport) }
 
-// Dst is the destination; the port of an ICMP tuple is type<<8 | code.
+// Dst returns the destination; the port of an ICMP tuple is type<<8 | code.
 func (t Tuple) Dst() netip.AddrPort { return netip.AddrPortFrom(t.addr(t.dst), t.dport) }
 
 func (t Tuple) addr(b [16]byte) netip.Addr {
@@ -63,9 +62,9 @@ func (t Tuple) addr(b [16]byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// Reverse is the tuple of the answer: ends swapped; for ICMP the addresses are
-// swapped, the identifier stays, and the type becomes its answer (echo request ↔
-// echo reply and the other pairs of nf_conntrack_proto_icmp.c's invmap).
+// Reverse returns the tuple of the answer, with the ends swapped. For ICMP the addresses are
+// swapped, the identifier stays, and the type becomes its answer (echo request ↔ echo reply and the
+// other pairs of nf_conntrack_proto_icmp.c's invmap).
 func (t Tuple) Reverse() Tuple {
 	t.src, t.dst = t.dst, t.src
 	if t.isICMP() {
@@ -101,7 +100,7 @@ func icmpAnswer(proto, typ uint8) uint8 {
 	return typ
 }
 
-// String is for people: "tcp 10.0.2.100:4000 > 192.0.2.1:80".
+// String returns a readable form: "tcp 10.0.2.100:4000 > 192.0.2.1:80".
 func (t Tuple) String() string {
 	switch {
 	case t.family == 0:
@@ -112,7 +111,7 @@ func (t Tuple) String() string {
 	return fmt.Sprintf("%s %v > %v", protoName(t.proto), t.Src(), t.Dst())
 }
 
-// protoName is conntrack(8)'s name of a protocol.
+// protoName returns conntrack(8)'s name of a protocol.
 func protoName(p uint8) string {
 	switch p {
 	case protoICMP:

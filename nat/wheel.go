@@ -15,9 +15,9 @@ import (
 // never ambiguous, and it is taken out when time enters its slot: it is then due
 // (level 0) or armed again lower down.
 //
-// Leases are armed lazily. A packet moves only Lease.seen; the wheel still holds
-// the old time, finds the lease then, and arms it anew for what is left. A flow that
-// carries a million packets in its timeout costs the wheel one step.
+// Leases are armed lazily. A packet moves only Lease.seen; the wheel keeps the old time, finds the
+// lease then, and arms it again for the remainder. A flow that carries a million packets in its
+// timeout costs the wheel one step.
 //
 // Guarded by Table.mu.
 type wheel struct {
@@ -33,10 +33,10 @@ const (
 	wheelLevels = 6 // 2^(27+36) ns: all of time
 )
 
-// never is the grain of a timer that will not ring.
+// never is the grain of a timer that never rings.
 const never = math.MaxInt64 >> grainBits
 
-// grainAt is the first grain that begins at or after ns: when a deadline is due.
+// grainAt returns the first grain that begins at or after ns: when a deadline is due.
 func grainAt(ns int64) int64 {
 	if ns > math.MaxInt64-(1<<grainBits) {
 		return never
@@ -44,7 +44,7 @@ func grainAt(ns int64) int64 {
 	return (ns + 1<<grainBits - 1) >> grainBits
 }
 
-// arm puts l in for grain d, out of where it was. A grain that is past rings next.
+// arm moves l to grain d. A grain in the past rings next.
 func (w *wheel) arm(l *Lease, d int64) {
 	w.disarm(l)
 	d = max(d, w.now+1)
@@ -64,7 +64,7 @@ func (w *wheel) arm(l *Lease, d int64) {
 	}
 }
 
-// disarm takes l out, if it is in.
+// disarm takes l out, if it is armed.
 func (w *wheel) disarm(l *Lease) {
 	t := l.timer
 	if !t.armed {
@@ -82,8 +82,8 @@ func (w *wheel) disarm(l *Lease) {
 	l.timer = timer{}
 }
 
-// advance moves to grain now and calls ring for each lease whose time has come, out
-// of the wheel; ring may arm it again.
+// advance moves to grain now. It removes each lease whose time has come and calls ring, which may
+// arm it again.
 func (w *wheel) advance(now int64, ring func(*Lease)) {
 	if now <= w.now {
 		return
@@ -93,8 +93,8 @@ func (w *wheel) advance(now int64, ring func(*Lease)) {
 		from, to := w.now>>(level*wheelBits), now>>(level*wheelBits)
 		pending[level] = w.used[level] & slotsBetween(from, to)
 	}
-	// All slots are emptied before any lease is armed again, or a slot that is
-	// reused for the future would be emptied with what was armed into it.
+	// All slots are emptied before any lease is armed again. Otherwise a slot that is reused for
+	// the future would lose the leases newly armed into it.
 	var first *Lease
 	for level, mask := range pending {
 		for ; mask != 0; mask &= mask - 1 {
@@ -120,7 +120,7 @@ func (w *wheel) advance(now int64, ring func(*Lease)) {
 	}
 }
 
-// slotsBetween is the set of slots after from, up to and with to.
+// slotsBetween returns the set of slots after from, up to and including to.
 func slotsBetween(from, to int64) uint64 {
 	n := to - from
 	if n >= wheelSlots {
@@ -129,8 +129,8 @@ func slotsBetween(from, to int64) uint64 {
 	return bits.RotateLeft64(1<<n-1, int((from+1)%wheelSlots))
 }
 
-// next is the grain at which advance has something to do: not later than the first
-// timer, perhaps earlier, when only a slot of a higher level is to be opened.
+// next returns the grain at which advance has something to do: no later than the first timer, and
+// earlier if only a slot of a higher level must be opened.
 func (w *wheel) next() int64 {
 	best := int64(never)
 	for level, mask := range w.used {
