@@ -26,8 +26,8 @@ func (e *Endpoint) ParseHeader(pkt *stack.PacketBuffer) bool {
 	return ok
 }
 
-// destination is the hardware address that a packet goes to: the one that the stack
-// was told of (the asker's, in an ARP reply), the group's, or the container's.
+// destination returns the hardware address that a packet goes to: the one that the stack gave (in
+// an ARP reply, the asker's), the group's, or the container's.
 func (e *Endpoint) destination(pkt *stack.PacketBuffer) mac {
 	if a := pkt.EgressRoute.RemoteLinkAddress; len(a) == 6 {
 		return mac([]byte(a))

@@ -17,15 +17,14 @@ import (
 // per capture encodes records and writes them. With no capture running the cost
 // is one atomic load per packet.
 //
-// A file has two interfaces: the device with every frame as it was on the wire
-// (checksums left to offload look wrong there, as they do in any capture on the
-// sending host), and "NAME-drops" with the IP packets that somebody above the link
-// refused, each with the reason as its comment. Frames that the endpoint itself
-// refused carry their reason as a comment on the device's interface. Both have the
-// device's link type, because tcpdump and other readers by libpcap take no file with
-// two: on a TAP, a refused packet has an Ethernet header to our address, from none. The
-// file of a TUN has the device's interface only, with the refused packets in it: libpcap
-// takes a second interface of bare IP packets for one of another type.
+// A file has two interfaces. The device has every frame as it was on the wire (checksums left to
+// offload look wrong there, as in any capture on a sending host). "NAME-drops" has the IP packets
+// that were refused above the link, each with the reason as its comment. Frames that the endpoint
+// itself refused carry their reason as a comment on the device's interface. Both have the device's
+// link type, because tcpdump and other libpcap programs reject a file with two: on a TAP, a refused
+// packet has an Ethernet header to our address, from the zero address. The file of a TUN has only
+// the device's interface, which includes the refused packets: libpcap mistakes a second interface
+// of bare IP packets for one of another type.
 
 // ErrTooManyCaptures is returned when MaxCaptures are running.
 var ErrTooManyCaptures = errors.New("too many captures are running")
@@ -35,17 +34,17 @@ const (
 	MaxCaptures         = 8 // per endpoint
 	DefaultCaptureQueue = 4 << 20
 	defaultSnapLen      = 262144 // tcpdump's; more than any frame
-	// recordOverhead is what a queued record costs beside its bytes, so that a
-	// flood of small packets is bounded too.
+	// recordOverhead is the cost of a queued record beyond its bytes, so that a flood of small
+	// packets is bounded too.
 	recordOverhead = 256
 	maxRecords     = 1 << 16
 )
 
-// CaptureOptions has a useful zero value: whole packets, all of them.
+// CaptureOptions selects packets. The zero value captures all packets in full.
 type CaptureOptions struct {
 	SnapLen    int  // bytes kept of each packet; 0 means all
-	DropsOnly  bool // only what was dropped, by the endpoint or as told by NoteDrop
-	QueueBytes int  // bound on what waits to be written; 0 means DefaultCaptureQueue
+	DropsOnly  bool // only packets dropped by the endpoint or passed to NoteDrop
+	QueueBytes int  // bound on the bytes waiting to be written; 0 means DefaultCaptureQueue
 }
 
 type captureInterface uint32
@@ -82,7 +81,7 @@ type Capture struct {
 	offered [numCaptureInterfaces]atomic.Uint64
 	lost    [numCaptureInterfaces]atomic.Uint64
 
-	mu      sync.RWMutex // held for reading while sending, for writing to close
+	mu      sync.RWMutex // held for reading to send, for writing to close
 	ended   bool         // guarded by mu: records is closed
 	records chan *record // closed by end
 
@@ -90,9 +89,8 @@ type Capture struct {
 	err  error         // set before done is closed
 }
 
-// StartCapture begins to write a pcapng file to w. The capture goes on until Stop,
-// until a write fails, or until the endpoint is closed; neither a slow nor a failing
-// w is felt by the packets.
+// StartCapture starts writing a pcapng file to w. The capture runs until Stop, until a write fails,
+// or until the endpoint is closed. A slow or failing w does not affect the packets.
 func (e *Endpoint) StartCapture(w io.Writer, opt CaptureOptions) (*Capture, error) {
 	if opt.SnapLen <= 0 {
 		opt.SnapLen = defaultSnapLen
@@ -155,8 +153,8 @@ func (e *Endpoint) activeCaptures() []*Capture {
 	return nil
 }
 
-// NoteDrop shows a packet that was refused above the link, with the reason, to
-// captures. pkt starts with the IP header; it is copied.
+// NoteDrop passes a packet that was refused above the link, with the reason, to the captures. pkt
+// starts with the IP header; it is copied.
 func (e *Endpoint) NoteDrop(reason string, pkt []byte) {
 	e.noted.Add(1)
 	var room [ethernetHeaderLen]byte
@@ -170,7 +168,7 @@ func (e *Endpoint) NoteDrop(reason string, pkt []byte) {
 	}
 }
 
-// dropHeader is the link header that a packet of NoteDrop's gets in a file.
+// dropHeader returns the link header that NoteDrop's packets get in a file.
 func (e *Endpoint) dropHeader(room *[ethernetHeaderLen]byte, pkt []byte) []byte {
 	if e.filter.kind != TAP {
 		return nil
@@ -183,7 +181,7 @@ func (e *Endpoint) dropHeader(room *[ethernetHeaderLen]byte, pkt []byte) []byte 
 	return room[:]
 }
 
-// captureTx shows a packet that was written, or could not be.
+// captureTx passes a packet that was written, or could not be, to the captures.
 func captureTx(captures []*Capture, pkt *stack.PacketBuffer, size int, why reason) {
 	for _, c := range captures {
 		comment := ""
@@ -199,9 +197,8 @@ func captureTx(captures []*Capture, pkt *stack.PacketBuffer, size int, why reaso
 	}
 }
 
-// reserve takes room in the queue for a packet of length bytes; the caller appends
-// the packet to the record's data and commits it. It returns nil, and counts the
-// loss, if there is no room.
+// reserve takes room in the queue for a packet of length bytes. The caller appends the packet to
+// the record's data and commits it. If there is no room, reserve counts the loss and returns nil.
 func (c *Capture) reserve(iface captureInterface, d direction, length int, comment string) *record {
 	c.offered[iface].Add(1)
 	charge := recordOverhead + min(length, c.snapLen)
@@ -238,7 +235,7 @@ func (c *Capture) recycle(r *record) {
 	recordPool.Put(r)
 }
 
-// end stops the intake; what is queued is still written.
+// end stops the intake; queued records are still written.
 func (c *Capture) end() {
 	c.e.removeCapture(c)
 	c.mu.Lock()
@@ -249,18 +246,18 @@ func (c *Capture) end() {
 	}
 }
 
-// Stop ends the capture, waits until everything queued is written, and returns the
-// first error of a write. If w can block for ever, close or unblock it first.
+// Stop ends the capture, waits until everything queued is written, and returns the first write
+// error. If w can block for ever, close or unblock it first.
 func (c *Capture) Stop() error {
 	c.end()
 	<-c.done
 	return c.err
 }
 
-// Done is closed when the capture has ended, by whatever cause.
+// Done is closed when the capture has ended, for any reason.
 func (c *Capture) Done() <-chan struct{} { return c.done }
 
-// Lost is the number of packets that the capture had no room for.
+// Lost returns how many packets the capture had no room for.
 func (c *Capture) Lost() uint64 {
 	return c.lost[frameInterface].Load() + c.lost[dropInterface].Load()
 }
@@ -270,7 +267,7 @@ func (c *Capture) write() {
 	defer close(c.done)
 	err := c.writeFile()
 	c.end()
-	for r := range c.records { // after a failed write, what is left
+	for r := range c.records { // after a failed write, drain the rest
 		c.recycle(r)
 	}
 	if err != nil {

@@ -22,8 +22,7 @@ const (
 	MaxQueues = 16
 )
 
-// DefaultQueues is how many queues are worth having here: what a third is good for was not
-// measured.
+// DefaultQueues returns how many queues are worthwhile here. More than two have not been measured.
 func DefaultQueues() int { return min(2, runtime.NumCPU()) }
 
 // Kind is the layer at which the device works.
@@ -46,7 +45,7 @@ func (k Kind) String() string {
 	return fmt.Sprintf("Kind(%d)", uint8(k))
 }
 
-// linkHeaderLen is the number of bytes before the IP header.
+// linkHeaderLen returns the number of bytes before the IP header.
 func (k Kind) linkHeaderLen() int {
 	if k == TAP {
 		return ethernetHeaderLen
@@ -56,25 +55,25 @@ func (k Kind) linkHeaderLen() int {
 
 // Sentinel errors that a caller can act on.
 var (
-	// ErrNoDevice says that /dev/net/tun does not exist: the tun module is not
-	// loaded, or the container runtime did not pass the device on.
+	// ErrNoDevice means that /dev/net/tun does not exist: the tun module is not loaded, or the
+	// container runtime did not pass the device on.
 	ErrNoDevice = errors.New("no /dev/net/tun (load the tun module, or pass the device to this container)")
-	// ErrPermission says that /dev/net/tun or the network namespace refused us.
+	// ErrPermission means that /dev/net/tun or the network namespace refused us.
 	ErrPermission = errors.New("no permission for /dev/net/tun (make it 0666, or run with CAP_NET_ADMIN in a user namespace that owns the network namespace)")
-	// ErrExists says that an interface of that name is there already.
+	// ErrExists means that an interface of that name exists already.
 	ErrExists = errors.New("an interface of that name exists")
-	// ErrNotTunDevice says that an adopted descriptor is not an attached TUN/TAP
-	// queue of the expected kind.
+	// ErrNotTunDevice means that an adopted descriptor is not an attached TUN/TAP queue of the
+	// expected kind.
 	ErrNotTunDevice = errors.New("descriptor is not an attached tun/tap queue of that kind")
-	// ErrDeviceGone says that the kernel took the interface away, as it does when
-	// the network namespace ends or somebody deletes the link.
+	// ErrDeviceGone means that the kernel removed the interface, as it does when the network
+	// namespace ends or the link is deleted.
 	ErrDeviceGone = errors.New("the network device is gone")
-	// ErrClosed says that the Device was closed by us.
+	// ErrClosed means that we closed the Device.
 	ErrClosed = errors.New("device closed")
 )
 
-// Config describes a device. The zero value is a TAP of the kernel's choice of
-// name with one queue, the largest MTU and every offload the kernel has.
+// Config describes a device. The zero value is a TAP with one queue, the largest MTU, every offload
+// the kernel has, and a name that the kernel chooses.
 type Config struct {
 	Name      string // "" or a pattern such as "tap%d" lets the kernel choose
 	Kind      Kind
@@ -103,7 +102,7 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
-// Features are the offloads that were agreed with the kernel.
+// Features are the offloads agreed with the kernel.
 type Features struct {
 	Checksum   bool `json:"checksum"`   // either side may leave a TCP or UDP checksum unfilled
 	TSO        bool `json:"tso"`        // either side may send TCP segments of up to 64 KiB
@@ -111,9 +110,9 @@ type Features struct {
 	MultiQueue bool `json:"multiQueue"` // the device has more than one queue
 }
 
-// Device owns the descriptors of one TUN/TAP interface, one per queue. All are
-// non-blocking and close-on-exec. None is registered with Go's poller: a process
-// that only keeps a Device for another one is then not woken by every packet.
+// Device owns the descriptors of one TUN/TAP interface, one per queue. All are non-blocking and
+// close-on-exec. None is registered with Go's poller, so a process that only keeps a Device for
+// another one is not woken by every packet.
 type Device struct {
 	name     string
 	cfg      Config
@@ -121,21 +120,21 @@ type Device struct {
 
 	mu     sync.Mutex
 	fds    []int
-	spare  []bool // by descriptor: a queue that is detached
+	spare  []bool // by descriptor: the queue is detached
 	taken  bool   // by an endpoint
 	closed bool
 }
 
-// Name is the interface's name at the time it was opened.
+// Name returns the interface's name at the time it was opened.
 func (d *Device) Name() string { return d.name }
 
-// Kind is the layer at which the device works.
+// Kind returns the layer at which the device works.
 func (d *Device) Kind() Kind { return d.cfg.Kind }
 
-// MTU is the configured one; the container may since have lowered its own.
+// MTU returns the configured MTU; the container may since have lowered its own.
 func (d *Device) MTU() int { return d.cfg.MTU }
 
-// Features are the agreed offloads.
+// Features returns the agreed offloads.
 func (d *Device) Features() Features { return d.features }
 
 // FDs returns the descriptors, one per queue, for handing to another process. They
@@ -164,9 +163,8 @@ func (d *Device) HardwareAddr() (net.HardwareAddr, error) {
 	return mac, nil
 }
 
-// Close gives the descriptors up. The interface itself vanishes with the last
-// descriptor to it in any process. A Device with an Endpoint is closed by that.
-// Closing twice is allowed.
+// Close closes the descriptors. The interface vanishes with the last descriptor to it in any
+// process. Closing an Endpoint closes its Device. Closing twice is allowed.
 func (d *Device) Close() error {
 	d.mu.Lock()
 	if d.closed {

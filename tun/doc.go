@@ -1,7 +1,6 @@
-// Package tun puts a virtual network device between a container and a
-// userspace TCP/IP stack. It owns three things: opening a kernel TAP or TUN
-// device with its offloads (Device), moving frames between it and netstack
-// (Endpoint), and showing those frames to people (Capture).
+// Package tun puts a virtual network device between a container and a userspace TCP/IP stack. It
+// owns three things: opening a kernel TAP or TUN device with its offloads (Device), moving frames
+// between it and netstack (Endpoint), and capturing those frames (Capture).
 //
 //	container netns               │ worker process
 //	                              │
@@ -12,16 +11,14 @@
 //	                              │      │
 //	                tap0 ◄─ queue ═══ writev ◄── WritePackets ◄─ netstack
 //
-// Every frame carries a virtio-net header, which says what the sender left to
-// the receiver: a checksum that is still to be filled in, or a segment that is
-// still to be cut. On one machine neither need ever be done, which is what makes
+// Every frame carries a virtio-net header, which says what work the sender left to the receiver:
+// filling in a checksum, or cutting a segment. On one machine neither need ever be done. That makes
 // the device fast at any MTU: a 64 KiB segment crosses in one system call.
 //
-// The container is hostile. What it sends, and what its kernel's header says
-// about it, is checked before the stack sees it (inspect.go); a frame that fails
-// is counted under one reason and dropped, nothing else happens. In the other
-// direction nothing is dropped while the container reads: a full queue makes the
-// writer wait, but not for one that stays full (write.go).
+// The container is hostile. Its frames, and its kernel's headers for them, are checked before the
+// stack sees them (inspect.go). A frame that fails is counted under one reason and dropped; nothing
+// else happens. In the other direction nothing is dropped while the container reads: the writer
+// waits for a full queue, but not for one that stays full (write.go).
 //
 // The package knows nothing of flows, policy or addresses above the link.
 package tun

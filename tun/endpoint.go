@@ -15,21 +15,20 @@ import (
 
 // Endpoint joins a Device to a netstack NIC.
 //
-// Reading: the endpoint has no goroutine. Whoever waits for its descriptors
-// (PollQueues) reads a batch of frames, each of which is handed to the stack inline
-// (read.go). Writing: whoever has a packet writes it, with no queue or thread between
-// (write.go).
+// Reading: the endpoint has no goroutine. The goroutine that polls its descriptors (PollQueues)
+// reads a batch of frames and hands each to the stack inline (read.go). Writing: the goroutine that
+// has a packet writes it, with no queue or thread in between (write.go).
 //
 // Link addresses: in TAP mode the endpoint is the gateway, the only other host on
 // the wire. It answers to its own address and to groups; it sends everything to the
 // container's address, which it learns from the source of the container's frames.
 // So it does not ask the stack for address resolution.
 //
-// Checksums: each packet is delivered with its own RXChecksumValidated. Netstack's
-// NIC overwrites that with one flag for the whole link, which can only be wrong:
-// claiming validity blindly makes corruption silent, not claiming it costs a pass
-// over every byte. A dispatcher that is a ChecksumKeeper avoids both; before any
-// other, open checksums are filled in here and the stack verifies them again.
+// Checksums: each packet is delivered with its own RXChecksumValidated. Netstack's NIC overwrites
+// that with one flag for the whole link, which is wrong either way: claiming validity blindly hides
+// corruption, and not claiming it costs a pass over every byte. A dispatcher that is a
+// ChecksumKeeper avoids both. For any other dispatcher, open checksums are filled in here and the
+// stack verifies them again.
 type Endpoint struct {
 	device  *Device
 	filter  filter
@@ -56,10 +55,9 @@ var (
 	_ stack.GSOEndpoint  = (*Endpoint)(nil)
 )
 
-// ChecksumKeeper is a stack.NetworkDispatcher that respects what a packet's
-// RXChecksumValidated says when it is delivered, by handing it to
-// stack.NetworkEndpoint.HandlePacket rather than to the NIC. It is asked before
-// each delivery, so it may say no until the stack is set up.
+// ChecksumKeeper is a stack.NetworkDispatcher that respects a delivered packet's
+// RXChecksumValidated, by handing the packet to stack.NetworkEndpoint.HandlePacket rather than to
+// the NIC. It is asked before each delivery, so it may return false until the stack is set up.
 type ChecksumKeeper interface {
 	KeepsRXChecksumValidated() bool
 }
@@ -73,11 +71,11 @@ func (d *dispatcher) keepsChecksums() bool {
 	return d.keeper != nil && d.keeper.KeepsRXChecksumValidated()
 }
 
-// EndpointConfig says who is on the link.
+// EndpointConfig describes the hosts on the link.
 type EndpointConfig struct {
 	MTU       int              // 0 means the device's
 	LinkAddr  net.HardwareAddr // the gateway's own; required for TAP
-	GuestAddr net.HardwareAddr // the container's until it has sent something; nil means ask the device
+	GuestAddr net.HardwareAddr // the container's until it has sent a frame; nil means ask the device
 }
 
 // queue is one descriptor of the device.
@@ -95,15 +93,15 @@ type queue struct {
 
 	reading  sync.Mutex // held while a batch is read; guards what follows
 	rx       rxbuf
-	to       *dispatcher // the batch's
+	to       *dispatcher // where the batch is delivered
 	readErr  error
 	badReads int
 
 	count counters
 }
 
-// NewEndpoint takes the device over: closing the endpoint closes it. Reading
-// starts when the stack attaches.
+// NewEndpoint takes over the device: closing the endpoint closes it. Reading starts when the stack
+// attaches.
 func NewEndpoint(d *Device, cfg EndpointConfig) (*Endpoint, error) {
 	if cfg.MTU == 0 {
 		cfg.MTU = d.MTU()
@@ -155,10 +153,10 @@ func (e *Endpoint) setAddresses(cfg EndpointConfig) error {
 	return nil
 }
 
-// PollQueues calls add for each queue, with the descriptor to wait for and what to do
-// when it is readable: read delivers a batch of frames and tells whether there may be
-// more. Frames wait while the endpoint is not attached, so read has to be called once
-// after that, too. Nobody may wait for the descriptor once Close has been called.
+// PollQueues calls add for each queue, with the descriptor to wait for and what to do when it is
+// readable: read delivers a batch of frames and reports whether there may be more. Frames wait
+// while the endpoint is not attached, so read must also be called once after it attaches. The
+// descriptor must not be polled once Close has been called.
 func (e *Endpoint) PollQueues(add func(fd int, read func() (more bool)) error) error {
 	for _, q := range e.queues {
 		if err := add(q.fd, q.read); err != nil {
@@ -168,11 +166,11 @@ func (e *Endpoint) PollQueues(add func(fd int, read func() (more bool)) error) e
 	return nil
 }
 
-// USO says whether UDP may be sent as one large segment, by setting
-// GSOOptions.MSS, and may arrive so.
+// USO reports whether UDP may be sent as one large segment, by setting GSOOptions.MSS, and may
+// arrive as one.
 func (e *Endpoint) USO() bool { return e.filter.features.USO }
 
-// GuestAddr is the container's MAC address as last seen.
+// GuestAddr returns the container's MAC address as last seen.
 func (e *Endpoint) GuestAddr() net.HardwareAddr {
 	if e.filter.kind != TAP {
 		return nil
@@ -181,19 +179,19 @@ func (e *Endpoint) GuestAddr() net.HardwareAddr {
 	return m[:]
 }
 
-// Done is closed when the endpoint can carry no more: the device is gone, or Close
-// was called.
+// Done is closed when the endpoint can carry no more frames: the device is gone, or Close was
+// called.
 func (e *Endpoint) Done() <-chan struct{} { return e.done }
 
-// Err says why Done was closed: nil before, ErrClosed after Close, else an error
-// that wraps ErrDeviceGone or what the kernel said.
+// Err returns why Done was closed: nil before, ErrClosed after Close, else an error that wraps
+// ErrDeviceGone or the kernel's error.
 func (e *Endpoint) Err() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.err
 }
 
-// end records the first cause and tells the world.
+// end records the first cause and announces it.
 func (e *Endpoint) end(cause error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -203,8 +201,8 @@ func (e *Endpoint) end(cause error) {
 	}
 }
 
-// Close implements stack.LinkEndpoint: the device is closed and captures end, after
-// the batches that are being read. It must not be called from within packet delivery.
+// Close implements stack.LinkEndpoint. It closes the device and ends the captures, after the
+// batches being read. It must not be called from within packet delivery.
 func (e *Endpoint) Close() {
 	if e.closing.Swap(true) {
 		return
@@ -224,15 +222,14 @@ func (e *Endpoint) Close() {
 		q.fd = -1
 		q.fdMu.Unlock()
 	}
-	// The only error is a close(2) that failed on a descriptor that is gone anyway.
+	// The only possible error is a failed close(2) of a descriptor that is gone anyway.
 	_ = e.device.Close()
 	for _, c := range e.activeCaptures() {
 		c.end()
 	}
 }
 
-// Attach implements stack.LinkEndpoint. While nobody is attached frames wait in the
-// device.
+// Attach implements stack.LinkEndpoint. While no dispatcher is attached, frames wait in the device.
 func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
 	if d == nil {
 		e.dispatcher.Store(nil)
@@ -246,9 +243,9 @@ func (e *Endpoint) Attach(d stack.NetworkDispatcher) {
 // IsAttached implements stack.LinkEndpoint.
 func (e *Endpoint) IsAttached() bool { return e.dispatcher.Load() != nil }
 
-// Wait implements stack.LinkEndpoint: it returns after the batches that are being
-// read. Close and Wait must come before stack.Destroy, which waits with the stack's
-// lock held while a reader that is delivering may want that lock.
+// Wait implements stack.LinkEndpoint: it returns after the batches being read. Close and Wait must
+// come before stack.Destroy, which waits with the stack's lock held, while a delivering reader may
+// want that lock.
 func (e *Endpoint) Wait() {
 	for _, q := range e.queues {
 		q.reading.Lock()
@@ -291,8 +288,8 @@ func (e *Endpoint) ARPHardwareType() header.ARPHardwareType {
 	return header.ARPHardwareNone
 }
 
-// gsoMaxSize keeps an IPv4 packet's total length in its 16 bits: the stack's TCP
-// takes this less all possible headers as the largest payload.
+// gsoMaxSize keeps an IPv4 packet's total length in its 16 bits: the stack's TCP subtracts all
+// possible headers from it to get the largest payload.
 const gsoMaxSize = 65535
 
 // GSOMaxSize implements stack.GSOEndpoint.
@@ -306,7 +303,7 @@ func (e *Endpoint) SupportedGSO() stack.SupportedGSO {
 	return stack.GSONotSupported
 }
 
-// isGone says that the kernel has taken the interface away.
+// isGone reports whether the kernel has removed the interface.
 func isGone(errno syscall.Errno) bool {
 	switch errno {
 	case syscall.EBADFD, syscall.EBADF, syscall.ENODEV, syscall.ENXIO:
@@ -323,5 +320,5 @@ func macOf(v uint64) mac {
 	return mac{byte(v >> 40), byte(v >> 32), byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)}
 }
 
-// errUnexpectedEnd is the cause when a queue ends without saying why.
+// errUnexpectedEnd is the cause when a queue ends without an error.
 var errUnexpectedEnd = errors.New("end of file")

@@ -7,13 +7,13 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-// What a frame must look like to reach the stack. inspect sees the first bytes
-// of the frame (all headers that matter fit in them, see headroom in rxbuf.go), its
-// whole length and the virtio-net header, and decides by these alone.
+// Decides which frames reach the stack. inspect sees the first bytes of the frame (all relevant
+// headers fit in them, see headroom in rxbuf.go), its total length and the virtio-net header, and
+// decides by these alone.
 //
-// The virtio-net header comes from the container's kernel, but a container that
-// may open packet sockets can dictate it (PACKET_VNET_HDR), so each field counts
-// only as far as it agrees with the packet itself:
+// The virtio-net header comes from the container's kernel, but a container that may open packet
+// sockets can dictate it (PACKET_VNET_HDR), so each field is trusted only as far as it agrees with
+// the packet itself:
 //
 //   - hdr_len is ignored; headers are parsed.
 //   - NEEDS_CSUM makes the packet "checksum validated" only if it names exactly
@@ -23,7 +23,7 @@ import (
 //   - a segment larger than the MTU needs an offered gso_type that matches its IP
 //     version and protocol, a size, and NEEDS_CSUM on its own transport header.
 //
-// A sum over a fragment cannot be left open: the bytes it covers are elsewhere.
+// A checksum over a fragment cannot be left open: the bytes that it covers are in other frames.
 
 const (
 	ethernetHeaderLen = header.EthernetMinimumSize
@@ -34,27 +34,27 @@ const (
 	udpChecksumOffset = 6      // of the field in the UDP header
 )
 
-// verdict is what inspect found out about a frame that passed.
+// verdict is what inspect learned about a frame that passed.
 type verdict struct {
 	proto   tcpip.NetworkProtocolNumber
 	pktType tcpip.PacketType
 	linkLen int
 	// validated: the transport checksum need not be verified.
 	validated bool
-	// fillStart, fillAt: an open checksum, from where on and at which place; fillAt
-	// is 0 if there is none. fill: it has to be filled in before anybody looks.
+	// An open checksum covers the frame from fillStart on and belongs at fillAt, which is 0 if
+	// there is none. fill means that it must be filled in before anything reads it.
 	fill              bool
 	fillStart, fillAt int
-	// segment is the payload size of the packets that a GSO segment stands for.
+	// segment is the payload size of the packets that a GSO segment represents.
 	segment uint16
 	gso     bool
 	source  mac // of a TAP frame
 }
 
-// packet is the outcome of parsing the IP headers.
+// packet is the result of parsing the IP headers.
 type packet struct {
 	transport      tcpip.TransportProtocolNumber // 0 if it was not found
-	transportStart int                           // from the frame's first byte
+	transportStart int                           // offset from the frame's first byte
 	fragment       bool
 }
 
@@ -65,8 +65,7 @@ func (m mac) group() bool { return m[0]&1 != 0 }
 
 var broadcastMAC = mac{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// filter is what inspect must know of the endpoint. It does not change while
-// frames are read.
+// filter is what inspect needs from the endpoint. It does not change while frames are read.
 type filter struct {
 	kind     Kind
 	gateway  mac
@@ -132,8 +131,8 @@ func (f *filter) inspectEthernet(head []byte, length int, v *verdict) reason {
 	return reasonNone
 }
 
-// inspectBare finds the protocol of a TUN packet, which has nothing before the IP
-// header, in its version field.
+// inspectBare reads the protocol of a TUN packet, which starts with the IP header, from its version
+// field.
 func inspectBare(head []byte, v *verdict) reason {
 	v.pktType = tcpip.PacketHost
 	if len(head) == 0 {
@@ -165,8 +164,8 @@ func inspectIPv4(head []byte, at, length int) (p packet, why reason) {
 	if total := int(ip.TotalLength()); total < headerLen || total > length-at {
 		return p, badIPLength
 	}
-	// The stack skips this sum for a packet whose transport checksum is known to
-	// be good, so it is checked here for all.
+	// The stack skips this checksum for a packet whose transport checksum is known to be good, so
+	// it is checked here for all packets.
 	if !ip.IsChecksumValid() {
 		return p, badIPChecksum
 	}
@@ -187,8 +186,8 @@ func inspectIPv6(head []byte, at, length int) (p packet, why reason) {
 	if int(ip.PayloadLength()) > length-at-header.IPv6MinimumSize {
 		return p, badIPLength
 	}
-	// Follow the extension headers as far as they are at hand. One that is not
-	// only costs the packet its short cut: transport stays 0.
+	// Follow the extension headers as far as they are in reach. One that is not only costs the
+	// packet its shortcut: transport stays 0.
 	next, start := ip.NextHeader(), at+header.IPv6MinimumSize
 	for range maxExtensions {
 		switch header.IPv6ExtensionHeaderIdentifier(next) {

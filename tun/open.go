@@ -20,9 +20,8 @@ const (
 	offloadUSO6     = 0x40 // TUN_F_USO6
 )
 
-// offloadSteps are tried in order until the kernel takes one; each is a kernel
-// generation: 6.2 with USO, all with TSO, and the case that the administrator's
-// lockdown of offloads leaves only plain frames.
+// offloadSteps are tried in order until the kernel takes one; USO needs kernel 6.2, all kernels
+// have TSO, and plain frames remain if the administrator has locked offloads down.
 var offloadSteps = []struct {
 	flags    int
 	features Features
@@ -63,8 +62,8 @@ func (d *Device) create() error {
 		}
 		flags := wantFlags(d.cfg)
 		if i == 0 && d.name != "" {
-			// Without it TUNSETIFF would silently join a persistent device that
-			// somebody else made and configured.
+			// Without it TUNSETIFF would silently join an existing persistent device with an
+			// unknown configuration.
 			flags |= unix.IFF_TUN_EXCL
 		}
 		req.SetUint16(flags)
@@ -85,11 +84,10 @@ func (d *Device) create() error {
 	return setMTU(d.name, d.cfg.MTU)
 }
 
-// Adopt takes over descriptors that another process created, with whatever
-// frames wait in them. cfg must be the one given to Create (the name is read
-// back). On error the descriptors stay the caller's; afterwards they are the
-// Device's. Adopt needs no privilege, but it makes ioctl calls: do it before
-// confining the process.
+// Adopt takes over descriptors that another process created, with the frames that wait in them. cfg
+// must be the one given to Create (the name is read back). On success the descriptors belong to the
+// Device; on error they stay the caller's. Adopt needs no privilege, but it makes ioctl calls: do
+// it before confining the process.
 func Adopt(fds []int, cfg Config) (*Device, error) {
 	if cfg.Queues == 0 {
 		cfg.Queues = len(fds)
@@ -151,8 +149,8 @@ func wantFlags(cfg Config) uint16 {
 	return flags
 }
 
-// negotiate sets the header's size and the offloads. Both are idempotent and need
-// no privilege, so Adopt repeats them: what was agreed cannot be read back.
+// negotiate sets the header's size and the offloads. Both are idempotent and need no privilege, so
+// Adopt repeats them: the agreed offloads cannot be read back.
 func (d *Device) negotiate(fd int) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, vnetHeaderLen); err != nil {
 		return fmt.Errorf("setting the virtio-net header size: %w", err)

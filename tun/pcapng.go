@@ -47,8 +47,8 @@ const (
 	linkTypeRaw      = 101 // an IPv4 or IPv6 packet, told apart by its version
 )
 
-// direction is the value of a packet's flags. It is seen from the sandbox's gateway:
-// inbound is what the container sent.
+// direction is the value of a packet's flags, as seen from the sandbox's gateway: packets from the
+// container are inbound.
 type direction uint32
 
 const (
@@ -56,7 +56,7 @@ const (
 	outbound direction = 2
 )
 
-// pcapngWriter encodes blocks into one reused buffer and hands each to w whole.
+// pcapngWriter encodes blocks into one reused buffer and writes each to w in one call.
 type pcapngWriter struct {
 	w   io.Writer
 	buf []byte
@@ -148,8 +148,8 @@ func (p *pcapngWriter) packet(r *record, iface captureInterface) error {
 	return p.flush()
 }
 
-// statistics tells how many packets of an interface were offered to the capture
-// and how many of them it lost.
+// statistics writes how many packets of an interface were offered to the capture and how many it
+// lost.
 func (p *pcapngWriter) statistics(iface captureInterface, from, to time.Time, received, dropped uint64) error {
 	p.begin(blockStatistics)
 	p.u32(uint32(iface))

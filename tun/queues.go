@@ -2,19 +2,17 @@ package tun
 
 import "golang.org/x/sys/unix"
 
-// Several queues let several readers take frames at once, which is worth a quarter
-// for bulk from several flows. All else is better off with one: with two attached the kernel
-// dissects and remembers every flow, and what would have been one batch comes in two,
-// which cost short connections a fifth of their rate. The others are therefore
-// detached (TUNSETQUEUE) until Spread.
+// Several queues let several readers take frames at once, which makes bulk data in several flows a
+// quarter faster. Everything else is better off with one: with two attached, the kernel dissects
+// and remembers every flow, and one batch becomes two, which made short connections a fifth slower.
+// So the others are detached (TUNSETQUEUE) until Spread.
 //
 //	Create ─► one ─ Spread ─► all ─ Narrow ─► all, written to one ─ Gather ─► one
 //
-// The kernel sends a flow's packets to the queue that the flow's last packet to the
-// sandbox came from, so after Narrow live flows come back to the first queue by themselves.
-// New flows go to any, and what is in another one when it is detached is lost: Gather is for
-// a moment in which nothing comes. A detached queue has nothing to read, and still takes
-// what is written.
+// The kernel sends a flow's packets to the queue that the flow's last packet to the sandbox came
+// from, so after Narrow live flows return to the first queue by themselves. New flows go to any
+// queue, and frames in a queue that is detached are lost: call Gather when no frames arrive. A
+// detached queue has nothing to read, but still accepts writes.
 
 // setQueue attaches or detaches a queue: IFF_ATTACH_QUEUE or IFF_DETACH_QUEUE.
 func setQueue(fd int, flag uint16) error {
@@ -26,7 +24,7 @@ func setQueue(fd int, flag uint16) error {
 	return unix.IoctlIfreq(fd, unix.TUNSETQUEUE, req)
 }
 
-// Queues says how many of the device's queues are attached, and how many it has.
+// Queues returns how many of the device's queues are attached, and how many it has.
 func (e *Endpoint) Queues() (attached, all int) {
 	for _, q := range e.queues {
 		if q.attached.Load() {
@@ -36,7 +34,7 @@ func (e *Endpoint) Queues() (attached, all int) {
 	return attached, len(e.queues)
 }
 
-// Received is how many frames the device gave, other than those that were dropped.
+// Received returns how many frames the device delivered, without the dropped ones.
 func (e *Endpoint) Received() (frames uint64) {
 	for _, q := range e.queues {
 		frames += q.count.rxFrames.Load()
@@ -44,8 +42,7 @@ func (e *Endpoint) Received() (frames uint64) {
 	return frames
 }
 
-// Spread uses all of the device's queues. Spread, Narrow and Gather must not be called at
-// the same time.
+// Spread uses all of the device's queues. Calls of Spread, Narrow and Gather must not overlap.
 func (e *Endpoint) Spread() error {
 	for _, q := range e.queues {
 		if err := q.attach(true); err != nil {
@@ -56,17 +53,17 @@ func (e *Endpoint) Spread() error {
 	return nil
 }
 
-// Narrow writes to the first queue only, so that the others fall idle.
+// Narrow writes to the first queue only, so that the others become idle.
 func (e *Endpoint) Narrow() { e.written.Store(1) }
 
-// Gather uses the first queue alone.
+// Gather uses only the first queue.
 func (e *Endpoint) Gather() error {
 	e.Narrow()
 	for _, q := range e.queues[1:] {
 		if err := q.attach(false); err != nil {
 			return err
 		}
-		// Without fdMu: a reader that delivers may write, and so want that.
+		// Not under fdMu: a delivering reader may write, which takes fdMu.
 		q.reading.Lock()
 		q.rx.release()
 		q.reading.Unlock()
@@ -74,7 +71,7 @@ func (e *Endpoint) Gather() error {
 	return nil
 }
 
-// attach has the kernel send to the queue, or no more.
+// attach makes the kernel send to the queue, or stop sending.
 func (q *queue) attach(on bool) error {
 	flag := uint16(unix.IFF_DETACH_QUEUE)
 	if on {

@@ -10,23 +10,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The read path. A batch of a queue's frames is read, inspected and delivered on the
-// caller's goroutine, so that a frame costs no hand-over between threads, and the
-// order of the wire is kept. The system calls are raw ones: the descriptor never
-// blocks, so telling Go's scheduler about each would only cost time and invite it to
-// move the processor to another thread.
+// The read path. A batch of a queue's frames is read, inspected and delivered on the caller's
+// goroutine, so a frame costs no hand-over between threads and the wire order is kept. The system
+// calls are raw: the descriptor never blocks, so telling Go's scheduler about each would only cost
+// time and invite it to move the P to another thread.
 
 const (
-	// batchFrames and batchBytes are how much a batch holds. What was read is still
-	// in the processor's cache when the batch is passed on.
+	// batchFrames and batchBytes bound a batch, so that its data is still in the processor's cache
+	// when it is passed on.
 	batchFrames = 64
 	batchBytes  = 512 << 10
-	// maxBadReads bounds consecutive failures of a queue that is not gone by its
-	// own account; past it the device is given up rather than spun on.
+	// maxBadReads bounds consecutive failed reads of a queue that does not report being gone.
+	// Beyond it the device is given up, instead of spinning.
 	maxBadReads = 64
 )
 
-// read delivers a batch of frames and tells whether there may be more.
+// read delivers a batch of frames and reports whether there may be more.
 func (q *queue) read() (more bool) {
 	q.reading.Lock()
 	defer q.reading.Unlock()
@@ -73,8 +72,8 @@ func (q *queue) readFrame() (more, ended bool) {
 		q.readErr = fmt.Errorf("%w (%w)", ErrDeviceGone, errno)
 		return false, true
 	}
-	// The kernel gave up on a frame (EINVAL: it could not describe it in a
-	// virtio-net header; ENOMEM). The next one may well be fine.
+	// The kernel gave up on a frame (EINVAL: it could not describe it in a virtio-net header;
+	// ENOMEM). The next one may be fine.
 	q.count.rxErrors.Add(1)
 	if q.badReads++; q.badReads >= maxBadReads {
 		q.readErr = errno
@@ -118,7 +117,7 @@ func (q *queue) frame(n int) {
 	q.deliver(n, &v)
 }
 
-// settleChecksum fills in what the receiver would not understand to be open.
+// settleChecksum fills in a checksum that the receiver would not know is open.
 func (q *queue) settleChecksum(n int, v *verdict) {
 	if !v.fill && v.validated && !q.to.keepsChecksums() {
 		v.validated = false
@@ -142,8 +141,8 @@ func (q *queue) deliver(n int, v *verdict) {
 	pkt.NetworkProtocolNumber = v.proto
 	pkt.GSOOptions.MSS = v.segment
 	if v.fillAt != 0 && !v.fill {
-		// Still open. Type stays GSONone: to the stack this is a packet like any other;
-		// who passes it on has to say so again.
+		// Still open. Type stays GSONone: to the stack this is a packet like any other; the code
+		// that forwards it must mark it open again.
 		pkt.GSOOptions.NeedsCsum = true
 		pkt.GSOOptions.L3HdrLen = uint16(v.fillStart - v.linkLen)
 		pkt.GSOOptions.CsumOffset = uint16(v.fillAt - v.fillStart)

@@ -7,23 +7,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where frames are read to. One readv scatters a frame over a chain of pooled
-// views, and the views that it reached become the packet as they are: nothing is
-// copied, and only they have to be replaced (and so cleared by the pool) before
-// the next read. The sizes make a bare acknowledgement cost 128 bytes, a 1500-byte
-// frame 2 KiB more and a 64 KiB segment everything, so that a small packet that
-// waits long in some queue never pins a large chunk.
+// The buffer that frames are read into. One readv scatters a frame over a chain of pooled views,
+// and the views that it reaches become the packet: nothing is copied, and only they must be
+// replaced (and cleared by the pool) before the next read. By their sizes a bare acknowledgement
+// costs 128 bytes, a 1500-byte frame 2 KiB more and a 64 KiB segment the whole chain, so a small
+// packet that waits long in a queue never pins a large chunk.
 //
-// The chain holds more than the largest frame that the kernel can have for us. A
-// frame that fills all of it was therefore cut off, and is refused.
+// The chain is larger than the largest frame that the kernel can deliver. So a frame that fills it
+// was truncated, and is refused.
 
 // viewSizes are powers of two, as the pool's chunks are. Their sum is at least
 // maxFrame+1.
 var viewSizes = [...]int{headroom, 2048, 8192, 8192, 16384, 32768}
 
 const (
-	// headroom holds every header inspect wants: Ethernet (14), IPv4 with options
-	// (60), and the ports. One view, so that they are contiguous.
+	// headroom holds every header that inspect needs: Ethernet (14), IPv4 with options (60), and
+	// the ports. It is one view, so they are contiguous.
 	headroom = 128
 	// maxFrame is an IP packet of 65535 bytes with an Ethernet header and a VLAN tag.
 	maxFrame = 65535 + ethernetHeaderLen + 4
@@ -35,7 +34,7 @@ type rxbuf struct {
 	iov   [1 + len(viewSizes)]unix.Iovec
 }
 
-// refill makes every view whole again. It must run before each read.
+// refill replaces the views that were taken. It must run before each read.
 func (b *rxbuf) refill() {
 	if b.iov[0].Base == nil {
 		b.iov[0].Base = &b.vnet[0]
@@ -64,7 +63,7 @@ func (b *rxbuf) take(n int) buffer.Buffer {
 		b.views[i] = nil
 		v.CapLength(min(n, viewSizes[i]))
 		n -= v.Size()
-		// Every view but the last is full, so Append links it and copies nothing.
+		// Every view but the last is full, so Append links it without copying.
 		if i == 0 {
 			out = buffer.MakeWithView(v)
 		} else if err := out.Append(v); err != nil {
@@ -81,7 +80,7 @@ func (b *rxbuf) fillChecksum(n, start, at int) {
 	b.each(n, start, func(_ int, part []byte) { sum.Add(part) })
 	value := ^sum.Checksum()
 	if value == 0 {
-		value = 0xffff // zero would mean "no checksum" to UDP; to all else it is the same number
+		value = 0xffff // zero would mean "no checksum" in UDP; elsewhere the two are equal
 	}
 	bytes := [2]byte{byte(value >> 8), byte(value)}
 	b.each(n, at, func(off int, part []byte) {

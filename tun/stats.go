@@ -2,11 +2,11 @@ package tun
 
 import "sync/atomic"
 
-// reason says why a frame was dropped. The zero value means that it was not.
+// reason is why a frame was dropped. The zero value means that it was not.
 type reason uint8
 
-// The reasons, with the name each has in Stats and in captures. A frame is counted
-// under the first that applies, in this order of checks.
+// The reasons, with their names in Stats and in captures. A frame is counted under the first that
+// applies, in this order.
 const (
 	reasonNone reason = iota
 	shortVnetHeader
@@ -73,17 +73,16 @@ func (r reason) String() string {
 	return reasonNames[r]
 }
 
-// Stats are the counters of one Endpoint since it was made. Rx is what the
-// container sent, Tx what it was sent; bytes count the link header but not the
-// virtio-net one.
+// Stats are the counters of one Endpoint since it was made. Rx counts frames from the container, Tx
+// frames to it; bytes count the link header but not the virtio-net one.
 type Stats struct {
 	RxFrames uint64 `json:"rxFrames"` // delivered to the stack
 	RxBytes  uint64 `json:"rxBytes"`
 	RxGSO    uint64 `json:"rxGSO"` // of RxFrames, segments larger than the container's MSS
-	// RxBatches counts the batches; RxFrames/RxBatches is the mean one.
+	// RxBatches counts batches; RxFrames/RxBatches is their mean size.
 	RxBatches uint64 `json:"rxBatches"`
-	// RxChecksumsFilled counts checksums that had to be computed here, because
-	// they belong to an inner header or because the dispatcher is no ChecksumKeeper.
+	// RxChecksumsFilled counts checksums computed here, because they belong to an inner header or
+	// because the dispatcher is not a ChecksumKeeper.
 	RxChecksumsFilled uint64 `json:"rxChecksumsFilled"`
 	RxErrors          uint64 `json:"rxErrors"` // reads that failed without ending the device
 
@@ -94,12 +93,12 @@ type Stats struct {
 
 	// Dropped has an entry for every reason, zero or not.
 	Dropped map[string]uint64 `json:"dropped"`
-	// Noted counts packets that NoteDrop was told of.
+	// Noted counts packets passed to NoteDrop.
 	Noted uint64 `json:"noted"`
 }
 
-// counters is one queue's share of Stats. A queue's reader and writers touch only
-// their own, so that queues do not fight over cache lines.
+// counters is one queue's share of Stats. A queue's reader and writers touch only their own, so
+// queues do not contend for cache lines.
 type counters struct {
 	rxFrames, rxBytes, rxGSO, rxBatches, rxFilled, rxErrors atomic.Uint64
 

@@ -2,9 +2,8 @@ package tun
 
 import "encoding/binary"
 
-// The header that goes before each frame: struct virtio_net_hdr of
-// linux/virtio_net.h (virtio 1.2, section 5.1.6), in the machine's byte order, as
-// the kernel's TUN driver uses it by default:
+// The header before each frame: struct virtio_net_hdr of linux/virtio_net.h (virtio 1.2, section
+// 5.1.6), in the machine's byte order, as the kernel's TUN driver uses it by default:
 //
 //	 0      1         2..3     4..5      6..7        8..9
 //	┌───────┬──────────┬─────────┬──────────┬────────────┬─────────────┐
@@ -15,7 +14,7 @@ const vnetHeaderLen = 10
 
 // Values of vnetHeader.flags.
 const (
-	vnetNeedsChecksum = 1 // the sum from csumStart on is still to be put at csumStart+csumOffset
+	vnetNeedsChecksum = 1 // the sum from csumStart on must still be stored at csumStart+csumOffset
 	vnetDataValid     = 2 // the transport checksum was verified before
 )
 

@@ -20,19 +20,18 @@ import (
 // all, so writers need no lock between them. With several queues (queues.go) the flow
 // picks the queue, and the kernel then answers on the same one.
 //
-// A full queue makes the writer wait in poll(2), for at most writePatience: a container can
-// keep its device full for as long as it likes, and nobody else may wait for that. A frame
-// that found no room by then is lost, and until the queue has taken one again the next are
-// not waited for at all. The other frames that are lost are those that no wait would save:
-// the interface is down (EIO), the device is gone (EBADFD), the kernel refused the frame.
-// All are counted and, as on any wire, not reported to the sender.
+// If a queue is full, the writer waits in poll(2) for at most writePatience: a container can keep
+// its device full for as long as it likes, and other traffic must not wait for that. A frame that
+// finds no room by then is lost, and the following frames do not wait at all until the queue has
+// accepted one. Frames that waiting would not save are lost too: the interface is down (EIO), the
+// device is gone (EBADFD), or the kernel refused the frame. All are counted and, as on any wire,
+// not reported to the sender.
 
-// maxIOV is how many pieces one writev gathers from the stack; a packet in more
-// pieces than that is copied together first. The array lives on the writer's stack.
+// maxIOV is how many pieces one writev gathers from the stack; a packet in more pieces is copied
+// into one buffer first. The array lives on the writer's stack.
 const maxIOV = 64
 
-// WritePackets implements stack.LinkEndpoint. It does not fail but when the device
-// has ended.
+// WritePackets implements stack.LinkEndpoint. It fails only when the device has ended.
 func (e *Endpoint) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	for i, pkt := range pkts.AsSlice() {
 		if err := e.writePacket(pkt); err != nil {
@@ -42,9 +41,8 @@ func (e *Endpoint) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) 
 	return pkts.Len(), nil
 }
 
-// QDisc returns the queueing discipline to give to stack.NICOptions: there is no
-// queue, packets are written at once. Netstack's own default does the same but
-// allocates a list per packet.
+// QDisc returns the queueing discipline to give to stack.NICOptions: it has no queue and writes
+// packets at once. Netstack's own default does the same but allocates a list per packet.
 func (e *Endpoint) QDisc() stack.QueueingDiscipline { return directQDisc{e} }
 
 type directQDisc struct{ e *Endpoint }
@@ -123,8 +121,8 @@ func (q *queue) writev(iov []unix.Iovec) syscall.Errno {
 	}
 }
 
-// writeSlowly writes a frame that is in one piece, waiting for room a while. EAGAIN means
-// that there was none.
+// writeSlowly writes a frame that is in one piece, waiting a while for room. It returns EAGAIN if
+// there was none.
 func (q *queue) writeSlowly(frame []byte) syscall.Errno {
 	iov := []unix.Iovec{{Base: &frame[0]}}
 	iov[0].SetLen(len(frame))
@@ -149,20 +147,20 @@ func (q *queue) writeSlowly(frame []byte) syscall.Errno {
 }
 
 const (
-	// writePatience bounds the wait for room in a queue. A kernel that takes the container's
-	// packets in at all makes room in microseconds.
+	// writePatience bounds the wait for room in a queue. A kernel that still takes the container's
+	// packets makes room within microseconds.
 	writePatience = 200 * time.Millisecond
-	// roomWait bounds one poll of it, in milliseconds, so that Close need not wait longer
-	// for a writer.
+	// roomWait bounds one poll of the wait, in milliseconds, so that Close need not wait longer for
+	// a writer.
 	roomWait = 50
 )
 
-// awaitRoom waits until the queue may take a frame again, or was closed.
+// awaitRoom waits until the queue may accept a frame again, or is closed.
 func (q *queue) awaitRoom() {
 	q.fdMu.RLock()
 	defer q.fdMu.RUnlock()
 	if q.fd >= 0 && !q.e.closing.Load() {
-		// Whatever it says, the next attempt finds out.
+		// Whatever the result, the next attempt shows it.
 		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(q.fd), Events: unix.POLLOUT}}, roomWait)
 	}
 }
@@ -205,7 +203,7 @@ func appendPacket(dst []byte, pkt *stack.PacketBuffer, limit int) []byte {
 	return dst
 }
 
-// pieceOf returns what is left of v after *skip bytes, and takes those off *skip.
+// pieceOf returns v without its first *skip bytes, and subtracts those from *skip.
 func pieceOf(v *buffer.View, skip *int) []byte {
 	piece := v.AsSlice()
 	n := min(*skip, len(piece))
@@ -213,8 +211,8 @@ func pieceOf(v *buffer.View, skip *int) []byte {
 	return piece[n:]
 }
 
-// offloadHeader says what the stack left open: the transport checksum, and the
-// cutting of a payload larger than MSS. Packets without GSO options are complete.
+// offloadHeader returns the work that the stack left open: the transport checksum, and cutting a
+// payload larger than MSS. Packets without GSO options are complete.
 func offloadHeader(pkt *stack.PacketBuffer) (h vnetHeader) {
 	gso := &pkt.GSOOptions
 	if gso.Type == stack.GSONone || gso.Type == stack.GSOGvisor || !gso.NeedsCsum {
@@ -245,8 +243,7 @@ func offloadHeader(pkt *stack.PacketBuffer) (h vnetHeader) {
 	return h
 }
 
-// writeEnded ends the endpoint when a write finds the device gone, which may be
-// before the reader does.
+// writeEnded ends the endpoint when a write finds the device gone, possibly before a read does.
 func (e *Endpoint) writeEnded(errno syscall.Errno) {
 	if !e.closing.Load() {
 		e.end(fmt.Errorf("writing to %s: %w (%w)", e.device.name, ErrDeviceGone, errno))
