@@ -50,14 +50,16 @@ var allowed = map[string][]string{
 	"forwarder/internal/packet":     {"forwarder/internal/count", "forwarder/internal/onlink"},
 	"forwarder/internal/hostsock":   {"forwarder/internal/count", "forwarder/internal/packet", "nat", "policy"},
 	"forwarder/internal/admit":      {"forwarder/internal/count", "forwarder/internal/engine", "forwarder/internal/hostsock", "forwarder/internal/netstack", "forwarder/internal/packet", "nat", "policy"},
+	"forwarder/internal/gate":       {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/firstbytes", "forwarder/internal/gatetest", "forwarder/sniff", "nat", "policy"},
+	"forwarder/internal/gatetest":   {},
 	"forwarder/internal/inbound":    {"forwarder/internal/admit", "forwarder/internal/onlink", "forwarder/internal/packet", "nat", "policy"},
 	"forwarder/internal/tcpmem":     {"forwarder/internal/admit", "forwarder/internal/netstack"},
-	"forwarder/internal/tcpflow":    {"forwarder/internal/admit", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/seldom", "forwarder/internal/tcpmem", "forwarder/sniff", "nat", "policy"},
+	"forwarder/internal/tcpflow":    {"forwarder/internal/admit", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/gate", "forwarder/internal/hostsock", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/seldom", "forwarder/internal/tcpmem", "nat", "policy"},
 	"forwarder/internal/datagram":   {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow", "forwarder/sniff", "nat", "policy"},
 	"forwarder/internal/ingress":    {"forwarder/internal/admit", "forwarder/internal/engine", "forwarder/internal/hostsock", "forwarder/internal/packet", "forwarder/internal/tcpflow", "nat", "policy"},
 	"forwarder/internal/link":       {"forwarder/internal/admit", "forwarder/internal/datagram", "forwarder/internal/inbound", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow"},
 
-	"forwarder": {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/datagram", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/hostsock", "forwarder/internal/inbound", "forwarder/internal/ingress", "forwarder/internal/link", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow", "forwarder/internal/tcpmem", "forwarder/sniff", "nat", "policy"},
+	"forwarder": {"forwarder/internal/admit", "forwarder/internal/count", "forwarder/internal/datagram", "forwarder/internal/engine", "forwarder/internal/firstbytes", "forwarder/internal/gatetest", "forwarder/internal/hostsock", "forwarder/internal/inbound", "forwarder/internal/ingress", "forwarder/internal/link", "forwarder/internal/netstack", "forwarder/internal/onlink", "forwarder/internal/packet", "forwarder/internal/tcpflow", "forwarder/internal/tcpmem", "forwarder/sniff", "nat", "policy"},
 
 	"sandbox/internal/confine":  {},
 	"sandbox/internal/console":  {},

@@ -26,8 +26,7 @@ const (
 
 // mayHaveLines are the packages of more than maxPackageLines lines.
 var mayHaveLines = map[string]string{
-	"policy":                     "one language: parsing, compiling, deciding and explaining share every type, and its file map is in doc.go",
-	"forwarder/internal/tcpflow": "the gates of HTTP/1, HTTP/2 and further ClientHellos still stand in the flow that they judge",
+	"policy": "one language: parsing, compiling, deciding and explaining share every type, and its file map is in doc.go",
 }
 
 const (

@@ -14,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 
 	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
 	"sluice.dev/sluice/nat"
@@ -183,7 +184,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 		return
 	}
 	const long = 70 << 10
-	hello := clientHello(t, "a.example")
+	hello := gatetest.ClientHello(t, "a.example")
 	say := func(b []byte, end bool) func(*testing.T, *guest, netip.AddrPort) {
 		return func(_ *testing.T, g *guest, at netip.AddrPort) {
 			c := g.mustDial(at)
@@ -238,7 +239,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 		{"its head is too long", nat.ReasonRefusedByPolicy, policy.ReasonTooLong, say([]byte("GET / HTTP/1.1\r\nHost: a.example\r\nX: "+strings.Repeat("x", long)+"\r\n\r\n"), false)},
 		{"its HTTP/2 is malformed", nat.ReasonRefusedByPolicy, policy.ReasonMalformed, say([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff"), false)},
 		{"it speaks something else", nat.ReasonRefusedByPolicy, policy.ReasonNoName, say([]byte("\x00\x01\x02hello"), false)},
-		{"it says another name", nat.ReasonRefusedByPolicy, policy.ReasonMismatch, say(clientHello(t, "b.example"), false)},
+		{"it says another name", nat.ReasonRefusedByPolicy, policy.ReasonMismatch, say(gatetest.ClientHello(t, "b.example"), false)},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var o told

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
 // frameNote is a frame in few words.
@@ -111,44 +112,44 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 		return
 	}
 	const start = "settings0, ack"
-	more := func(s *spoken) *spoken {
+	more := func(s *gatetest.Spoken) *gatetest.Spoken {
 		_ = s.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
 		return s
 	}
-	ping := func(s *spoken, what string) *spoken { return s.raw(http2.FramePing, 0, 0, what) }
+	ping := func(s *gatetest.Spoken, what string) *gatetest.Spoken { return s.Raw(http2.FramePing, 0, 0, what) }
 	for _, row := range []struct {
 		what  string
-		say   *spoken
+		say   *gatetest.Spoken
 		hears string
 		// Behind a request: what both hear more. A client that heard SETTINGS acknowledges them once.
 		then, server string
 	}{
-		{"SETTINGS", newSpoken(), start, "settings7, headers 1", "settings0, ack, headers 1"},
-		{"SETTINGS twice", more(newSpoken()), start + ", ack", "settings7, headers 1", "settings0, settings0, ack, headers 1"},
-		{"two PINGs", ping(ping(newSpoken(), "12345678"), "abcdefgh"), start + ", pong 12345678, pong abcdefgh", "settings7, headers 1", "settings0, ack, headers 1"},
-		{"an answer to no PING", newSpoken().raw(http2.FramePing, http2.FlagPingAck, 0, "12345678"), start, "settings7, headers 1", "settings0, pong 12345678, ack, headers 1"},
-		{"WINDOW_UPDATE, PRIORITY, and a PING", ping(newSpoken().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x01\x00").raw(http2.FramePriority, 0, 3, "\x00\x00\x00\x00\x10"), "12345678"),
+		{"SETTINGS", gatetest.NewSpoken(), start, "settings7, headers 1", "settings0, ack, headers 1"},
+		{"SETTINGS twice", more(gatetest.NewSpoken()), start + ", ack", "settings7, headers 1", "settings0, settings0, ack, headers 1"},
+		{"two PINGs", ping(ping(gatetest.NewSpoken(), "12345678"), "abcdefgh"), start + ", pong 12345678, pong abcdefgh", "settings7, headers 1", "settings0, ack, headers 1"},
+		{"an answer to no PING", gatetest.NewSpoken().Raw(http2.FramePing, http2.FlagPingAck, 0, "12345678"), start, "settings7, headers 1", "settings0, pong 12345678, ack, headers 1"},
+		{"WINDOW_UPDATE, PRIORITY, and a PING", ping(gatetest.NewSpoken().Raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x01\x00").Raw(http2.FramePriority, 0, 3, "\x00\x00\x00\x00\x10"), "12345678"),
 			start + ", pong 12345678", "settings7, headers 1", "settings0, window 256, priority, ack, headers 1"},
-		{"a frame of no known type, with flags", newSpoken().raw(0x16, 0xff, 0, "12345678"), start, "settings7, headers 1", "settings0, unknown_frame_type_22, ack, headers 1"},
-		{"reserved bits", newSpoken().raw(http2.FramePing, 0, 1<<31, "12345678").raw(http2.FrameWindowUpdate, 0, 1<<31, "\x80\x00\x01\x00"), start + ", pong 12345678", "settings7, headers 1", "settings0, window 256, ack, headers 1"},
+		{"a frame of no known type, with flags", gatetest.NewSpoken().Raw(0x16, 0xff, 0, "12345678"), start, "settings7, headers 1", "settings0, unknown_frame_type_22, ack, headers 1"},
+		{"reserved bits", gatetest.NewSpoken().Raw(http2.FramePing, 0, 1<<31, "12345678").Raw(http2.FrameWindowUpdate, 0, 1<<31, "\x80\x00\x01\x00"), start + ", pong 12345678", "settings7, headers 1", "settings0, window 256, ack, headers 1"},
 
-		{"a PING of a stream", newSpoken().raw(http2.FramePing, 0, 1, "12345678"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a short PING", newSpoken().raw(http2.FramePing, 0, 0, "1234"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
-		{"SETTINGS of a stream", newSpoken().raw(http2.FrameSettings, 0, 1, ""), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"SETTINGS cut short", newSpoken().raw(http2.FrameSettings, 0, 0, "\x00\x03\x00"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
-		{"an acknowledgement that says something", newSpoken().raw(http2.FrameSettings, http2.FlagSettingsAck, 0, "\x00\x03\x00\x00\x00\x01"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
-		{"a push that is neither on nor off", newSpoken().raw(http2.FrameSettings, 0, 0, "\x00\x02\x00\x00\x00\x02"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a window larger than any", newSpoken().raw(http2.FrameSettings, 0, 0, "\x00\x04\x80\x00\x00\x00"), "goaway 0 FLOW_CONTROL_ERROR", "", ""},
-		{"frames smaller than any", newSpoken().raw(http2.FrameSettings, 0, 0, "\x00\x05\x00\x00\x3f\xff"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"frames larger than any", newSpoken().raw(http2.FrameSettings, 0, 0, "\x00\x05\x01\x00\x00\x00"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a window that grows by nothing", newSpoken().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x00"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a window that grows too large", newSpoken().raw(http2.FrameWindowUpdate, 0, 0, "\x7f\xff\x00\x00").raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01"), "goaway 0 FLOW_CONTROL_ERROR", "", ""},
-		{"a window of no stream", newSpoken().raw(http2.FrameWindowUpdate, 0, 1, "\x00\x00\x00\x01"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a reset of no stream", newSpoken().raw(http2.FrameRSTStream, 0, 2, "\x00\x00\x00\x08"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"content of no stream", newSpoken().data(1, true, "hello"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a stream that depends on itself", newSpoken().raw(http2.FramePriority, 0, 3, "\x00\x00\x00\x03\x10"), "goaway 0 PROTOCOL_ERROR", "", ""},
-		{"a block that cannot be decoded", newSpoken().raw(http2.FrameHeaders, 5, 1, "\xff\x7f"), "goaway 0 COMPRESSION_ERROR", "", ""},
-		{"more than is kept", newSpoken().raw(0x16, 0, 0, strings.Repeat("x", 16000)).raw(0x16, 0, 0, strings.Repeat("x", 1000)), "goaway 0 ENHANCE_YOUR_CALM", "", ""},
+		{"a PING of a stream", gatetest.NewSpoken().Raw(http2.FramePing, 0, 1, "12345678"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a short PING", gatetest.NewSpoken().Raw(http2.FramePing, 0, 0, "1234"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
+		{"SETTINGS of a stream", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 1, ""), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"SETTINGS cut short", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "\x00\x03\x00"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
+		{"an acknowledgement that says something", gatetest.NewSpoken().Raw(http2.FrameSettings, http2.FlagSettingsAck, 0, "\x00\x03\x00\x00\x00\x01"), "goaway 0 FRAME_SIZE_ERROR", "", ""},
+		{"a push that is neither on nor off", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "\x00\x02\x00\x00\x00\x02"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a window larger than any", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "\x00\x04\x80\x00\x00\x00"), "goaway 0 FLOW_CONTROL_ERROR", "", ""},
+		{"frames smaller than any", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "\x00\x05\x00\x00\x3f\xff"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"frames larger than any", gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "\x00\x05\x01\x00\x00\x00"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a window that grows by nothing", gatetest.NewSpoken().Raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x00"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a window that grows too large", gatetest.NewSpoken().Raw(http2.FrameWindowUpdate, 0, 0, "\x7f\xff\x00\x00").Raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01"), "goaway 0 FLOW_CONTROL_ERROR", "", ""},
+		{"a window of no stream", gatetest.NewSpoken().Raw(http2.FrameWindowUpdate, 0, 1, "\x00\x00\x00\x01"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a reset of no stream", gatetest.NewSpoken().Raw(http2.FrameRSTStream, 0, 2, "\x00\x00\x00\x08"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"content of no stream", gatetest.NewSpoken().Data(1, true, "hello"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a stream that depends on itself", gatetest.NewSpoken().Raw(http2.FramePriority, 0, 3, "\x00\x00\x00\x03\x10"), "goaway 0 PROTOCOL_ERROR", "", ""},
+		{"a block that cannot be decoded", gatetest.NewSpoken().Raw(http2.FrameHeaders, 5, 1, "\xff\x7f"), "goaway 0 COMPRESSION_ERROR", "", ""},
+		{"more than is kept", gatetest.NewSpoken().Raw(0x16, 0, 0, strings.Repeat("x", 16000)).Raw(0x16, 0, 0, strings.Repeat("x", 1000)), "goaway 0 ENHANCE_YOUR_CALM", "", ""},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			g := newNamed(t, byRequest, nil)
@@ -178,7 +179,7 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 			}
 			row.say.Reset()
 			_ = row.say.WriteSettingsAck() // of ours
-			_, _ = c.Write(row.say.request(1, "GET", "/open/1", "a.example").Bytes())
+			_, _ = c.Write(row.say.Request(1, "GET", "/open/1", "a.example").Bytes())
 			eventually(t, "the client gets the server's answer", func() bool { return client.String() == row.hears+", "+row.then })
 			// What comes from now on goes to the server, and back from it.
 			row.say.Reset()
@@ -206,7 +207,7 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
 	client := new(frameList)
 	go client.follow(c, nil)
-	say := newSpoken()
+	say := gatetest.NewSpoken()
 	_, _ = c.Write(say.Bytes())
 	eventually(t, "the client is answered", func() bool { return client.String() == "settings0, ack" })
 	silent := g.mustDial(netip.AddrPortFrom(addrA, 8080))
@@ -222,7 +223,7 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	}
 	say.Reset()
 	_ = say.WriteSettingsAck()
-	_, _ = c.Write(say.request(1, "GET", "/open/1", "a.example").Bytes())
+	_, _ = c.Write(say.Request(1, "GET", "/open/1", "a.example").Bytes())
 	eventually(t, "it is served", func() bool { return client.String() == "settings0, ack, settings7, headers 1" })
 	if got := server.String(); got != "settings0, headers 1" {
 		t.Errorf("the server hears %q", got)
@@ -257,7 +258,7 @@ func TestAnIdleClientOfHTTP2IsToldOfTheEnd(t *testing.T) {
 			_ = c.SetDeadline(time.Now().Add(8 * time.Second))
 			client := new(frameList)
 			go client.follow(c, nil)
-			_, _ = c.Write(newSpoken().Bytes())
+			_, _ = c.Write(gatetest.NewSpoken().Bytes())
 			eventually(t, "it is answered", func() bool { return client.String() == "settings0, ack" })
 			switch row.what {
 			case "the far side":

@@ -20,61 +20,10 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 	"sluice.dev/sluice/forwarder/sniff"
 	"sluice.dev/sluice/policy"
 )
-
-// spoken is what a client of HTTP/2 says.
-type spoken struct {
-	bytes.Buffer
-	*http2.Framer
-	block   bytes.Buffer
-	encoder *hpack.Encoder
-}
-
-func newSpoken() *spoken {
-	s := new(spoken)
-	s.WriteString(http2.ClientPreface)
-	s.Framer = http2.NewFramer(&s.Buffer, nil)
-	s.AllowIllegalWrites = true
-	s.encoder = hpack.NewEncoder(&s.block)
-	_ = s.WriteSettings()
-	return s
-}
-
-// fields encodes a block.
-func (s *spoken) fields(kv ...string) []byte {
-	s.block.Reset()
-	for i := 0; i < len(kv); i += 2 {
-		_ = s.encoder.WriteField(hpack.HeaderField{Name: kv[i], Value: kv[i+1]})
-	}
-	return bytes.Clone(s.block.Bytes())
-}
-
-// request says one in a frame; "" ends it there.
-func (s *spoken) request(stream uint32, method, path, authority string, more ...string) *spoken {
-	kv := []string{":method", method, ":scheme", "http", ":path", path, ":authority", authority}
-	if authority == "" {
-		kv = kv[:6]
-	}
-	end := !slices.Contains(more, "open")
-	if !end {
-		more = slices.Delete(slices.Clone(more), 0, 1)
-	}
-	_ = s.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: s.fields(append(kv, more...)...), EndStream: end, EndHeaders: true})
-	return s
-}
-
-func (s *spoken) data(stream uint32, end bool, data string) *spoken {
-	_ = s.WriteData(stream, end, []byte(data))
-	return s
-}
-
-// raw says a frame of any kind.
-func (s *spoken) raw(typ http2.FrameType, flags http2.Flags, stream uint32, payload string) *spoken {
-	_ = s.WriteRawFrame(typ, flags, stream, []byte(payload))
-	return s
-}
 
 // h2Server serves HTTP/2 with prior knowledge at an address of the namespace, and notes
 // the requests.
@@ -162,67 +111,67 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 		return
 	}
 	const a, long = "a.example:8080", "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
-	get := func() *spoken { return newSpoken().request(1, "GET", "/open/1", a) }
-	post := func(more ...string) *spoken {
-		return newSpoken().request(1, "POST", "/open/p", a, append([]string{"open"}, more...)...)
+	get := func() *gatetest.Spoken { return gatetest.NewSpoken().Request(1, "GET", "/open/1", a) }
+	post := func(more ...string) *gatetest.Spoken {
+		return gatetest.NewSpoken().Request(1, "POST", "/open/p", a, append([]string{"open"}, more...)...)
 	}
-	trailers := func(s *spoken, stream uint32, kv ...string) *spoken {
-		return s.raw(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, stream, string(s.fields(kv...)))
+	trailers := func(s *gatetest.Spoken, stream uint32, kv ...string) *gatetest.Spoken {
+		return s.Raw(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, stream, string(s.Fields(kv...)))
 	}
 	const one, posted = "GET a.example:8080 /open/1", "POST a.example:8080 /open/p hello"
 	// The server's answers to what was allowed before may or may not come in time.
 	for _, row := range []struct {
 		what    string
-		say     *spoken
+		say     *gatetest.Spoken
 		served  string // the requests that the server may have seen; "?" before what it need not
 		refused string // the stream that is answered 403; "": none is, "ended": the connection is, by an error
 	}{
-		{"two that are allowed", get().request(3, "GET", "/open/2", a), one + ", GET a.example:8080 /open/2", ""},
-		{"the first not", newSpoken().request(1, "DELETE", "/open/1", a), "", "1:403"},
-		{"the first not, of HEAD", newSpoken().request(1, "HEAD", "/x", a), "", "1:403"},
-		{"the first to another name", newSpoken().request(1, "GET", "/open/1", "b.example"), "", "1:403"},
-		{"the second not", get().request(3, "GET", "/secret", a).request(5, "GET", "/open/2", a), "?" + one, "3:403"},
-		{"the second to another name", get().request(3, "GET", "/open/1", "b.example"), "?" + one, "3:403"},
-		{"the second to another name by Host", get().request(3, "GET", "/open/1", "", "host", "b.example"), "?" + one, "3:403"},
-		{"authority by Host", newSpoken().request(1, "GET", "/open/1", "", "host", a), one, ""},
-		{"no authority", newSpoken().request(1, "GET", "/open/1", ""), "", "1:403"},
-		{"authority and Host that differ", newSpoken().request(1, "GET", "/open/1", a, "host", "b.example"), "", "ended"},
-		{"dots", newSpoken().request(1, "GET", "/open/../secret", a), "", "1:403"},
-		{"an absolute path", newSpoken().request(1, "GET", "http://b.example/open/1", a), "", "ended"},
-		{"content and a length", post("content-length", "5").data(1, false, "he").data(1, true, "llo").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
-		{"content that says it is another request", post().data(1, true, "\x00\x00\x00\x01\x05\x00\x00\x00\x03"), "POST a.example:8080 /open/p \x00\x00\x00\x01\x05\x00\x00\x00\x03", ""},
-		{"more content than its length", post("content-length", "2").data(1, true, "hello"), "", "ended"},
-		{"less content than its length", post("content-length", "7").data(1, true, "hello"), "", "ended"},
-		{"a length and no content", newSpoken().request(1, "POST", "/open/p", a, "content-length", "7"), "", "ended"},
-		{"two lengths", post("content-length", "5", "content-length", "5").data(1, true, "hello"), "", "ended"},
-		{"a coding of HTTP/1", post("transfer-encoding", "chunked").data(1, true, "hello"), "", "ended"},
-		{"a line end in a value", newSpoken().request(1, "GET", "/open/1", a, "x", "y\r\nhost: b.example"), "", "ended"},
-		{"trailers", trailers(post("x", "y").data(1, false, "hello"), 1, "x", "z").request(3, "GET", "/open/1", a), one + ", " + posted, ""},
-		{"trailers with a path", trailers(post().data(1, false, "hello"), 1, ":path", "/secret"), "", "ended"},
-		{"a stream begun twice", get().request(1, "GET", "/open/2", a), "?" + one, "ended"},
-		{"a lower stream", newSpoken().request(3, "GET", "/open/1", a).request(1, "GET", "/open/2", a), "?" + one, "ended"},
-		{"a stream of the server's", newSpoken().request(2, "GET", "/open/1", a), "", "ended"},
-		{"CONNECT with a path", newSpoken().request(1, "CONNECT", "/open/1", a), "", "ended"},
-		{"another protocol", newSpoken().request(1, "CONNECT", "/open/1", a, ":protocol", "websocket"), "", "1:403"},
-		{"an upgrade of HTTP/1", newSpoken().request(1, "GET", "/open/1", a, "upgrade", "h2c"), "", "ended"},
-		{"a method in small letters", newSpoken().request(1, "get", "/open/1", a), "", "1:403"},
-		{"two paths", newSpoken().request(1, "GET", "/open/1", a, ":path", "/secret"), "", "ended"},
-		{"a field in capitals", newSpoken().request(1, "GET", "/open/1", a, "Host", "b.example"), "", "ended"},
-		{"an underscored length", newSpoken().request(1, "GET", "/open/1", a, "content_length", "5"), "", "ended"},
-		{"a block in many frames", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 0, 1, "\x44\x07/open/1").
-			raw(http2.FrameContinuation, 0, 1, "").raw(http2.FrameContinuation, 4, 1, "\x41\x0e"+a), one, ""},
-		{"padding and priority", newSpoken().raw(http2.FrameHeaders, 1|4|8|32, 1, "\x03\x00\x00\x00\x00\x10\x82\x86\x44\x07/open/1\x41\x0e"+a+"\x00\x00\x00"), one, ""},
-		{"more padding than there is", newSpoken().raw(http2.FrameHeaders, 1|4|8, 1, "\x7f\x82\x86"), "", "ended"},
-		{"padded content", post("content-length", "5").raw(http2.FrameData, 8, 1, "\x04hel\x00\x00\x00\x00").raw(http2.FrameData, 1|8, 1, "\x00lo"), posted, ""},
-		{"a frame between a block's", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FramePing, 0, 0, "12345678"), "", "ended"},
-		{"another stream's CONTINUATION", newSpoken().raw(http2.FrameHeaders, 1, 1, "\x82\x86").raw(http2.FrameContinuation, 4, 3, "\x84"), "", "ended"},
-		{"CONTINUATION of nothing", get().raw(http2.FrameContinuation, 4, 1, "\x84"), "?" + one, "ended"},
-		{"content of no stream", get().data(5, true, "hello"), "?" + one, "ended"},
-		{"PUSH_PROMISE", get().raw(http2.FramePushPromise, 4, 1, "\x00\x00\x00\x02\x82"), "?" + one, "ended"},
-		{"a window of five bytes", get().raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01\x00"), "?" + one, "ended"},
-		{"unknown frames", newSpoken().raw(0x4d, 0xff, 7, long).request(1, "GET", "/open/1", a), one, ""},
-		{"a field that fills many segments", newSpoken().request(1, "GET", "/open/1", a, "x", strings.Repeat(long, 10)).request(3, "GET", "/open/2", a, "x", strings.Repeat(long+"x", 10)), one + ", GET a.example:8080 /open/2", ""},
-		{"a table larger than any", newSpoken().raw(http2.FrameHeaders, 1|4, 1, "\x3f\xe2\xff\x03\x82\x86\x44\x07/open/1\x41\x0e"+a), "", "ended"},
+		{"two that are allowed", get().Request(3, "GET", "/open/2", a), one + ", GET a.example:8080 /open/2", ""},
+		{"the first not", gatetest.NewSpoken().Request(1, "DELETE", "/open/1", a), "", "1:403"},
+		{"the first not, of HEAD", gatetest.NewSpoken().Request(1, "HEAD", "/x", a), "", "1:403"},
+		{"the first to another name", gatetest.NewSpoken().Request(1, "GET", "/open/1", "b.example"), "", "1:403"},
+		{"the second not", get().Request(3, "GET", "/secret", a).Request(5, "GET", "/open/2", a), "?" + one, "3:403"},
+		{"the second to another name", get().Request(3, "GET", "/open/1", "b.example"), "?" + one, "3:403"},
+		{"the second to another name by Host", get().Request(3, "GET", "/open/1", "", "host", "b.example"), "?" + one, "3:403"},
+		{"authority by Host", gatetest.NewSpoken().Request(1, "GET", "/open/1", "", "host", a), one, ""},
+		{"no authority", gatetest.NewSpoken().Request(1, "GET", "/open/1", ""), "", "1:403"},
+		{"authority and Host that differ", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "host", "b.example"), "", "ended"},
+		{"dots", gatetest.NewSpoken().Request(1, "GET", "/open/../secret", a), "", "1:403"},
+		{"an absolute path", gatetest.NewSpoken().Request(1, "GET", "http://b.example/open/1", a), "", "ended"},
+		{"content and a length", post("content-length", "5").Data(1, false, "he").Data(1, true, "llo").Request(3, "GET", "/open/1", a), one + ", " + posted, ""},
+		{"content that says it is another request", post().Data(1, true, "\x00\x00\x00\x01\x05\x00\x00\x00\x03"), "POST a.example:8080 /open/p \x00\x00\x00\x01\x05\x00\x00\x00\x03", ""},
+		{"more content than its length", post("content-length", "2").Data(1, true, "hello"), "", "ended"},
+		{"less content than its length", post("content-length", "7").Data(1, true, "hello"), "", "ended"},
+		{"a length and no content", gatetest.NewSpoken().Request(1, "POST", "/open/p", a, "content-length", "7"), "", "ended"},
+		{"two lengths", post("content-length", "5", "content-length", "5").Data(1, true, "hello"), "", "ended"},
+		{"a coding of HTTP/1", post("transfer-encoding", "chunked").Data(1, true, "hello"), "", "ended"},
+		{"a line end in a value", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "x", "y\r\nhost: b.example"), "", "ended"},
+		{"trailers", trailers(post("x", "y").Data(1, false, "hello"), 1, "x", "z").Request(3, "GET", "/open/1", a), one + ", " + posted, ""},
+		{"trailers with a path", trailers(post().Data(1, false, "hello"), 1, ":path", "/secret"), "", "ended"},
+		{"a stream begun twice", get().Request(1, "GET", "/open/2", a), "?" + one, "ended"},
+		{"a lower stream", gatetest.NewSpoken().Request(3, "GET", "/open/1", a).Request(1, "GET", "/open/2", a), "?" + one, "ended"},
+		{"a stream of the server's", gatetest.NewSpoken().Request(2, "GET", "/open/1", a), "", "ended"},
+		{"CONNECT with a path", gatetest.NewSpoken().Request(1, "CONNECT", "/open/1", a), "", "ended"},
+		{"another protocol", gatetest.NewSpoken().Request(1, "CONNECT", "/open/1", a, ":protocol", "websocket"), "", "1:403"},
+		{"an upgrade of HTTP/1", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "upgrade", "h2c"), "", "ended"},
+		{"a method in small letters", gatetest.NewSpoken().Request(1, "get", "/open/1", a), "", "1:403"},
+		{"two paths", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, ":path", "/secret"), "", "ended"},
+		{"a field in capitals", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "Host", "b.example"), "", "ended"},
+		{"an underscored length", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "content_length", "5"), "", "ended"},
+		{"a block in many frames", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1, 1, "\x82\x86").Raw(http2.FrameContinuation, 0, 1, "\x44\x07/open/1").
+			Raw(http2.FrameContinuation, 0, 1, "").Raw(http2.FrameContinuation, 4, 1, "\x41\x0e"+a), one, ""},
+		{"padding and priority", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1|4|8|32, 1, "\x03\x00\x00\x00\x00\x10\x82\x86\x44\x07/open/1\x41\x0e"+a+"\x00\x00\x00"), one, ""},
+		{"more padding than there is", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1|4|8, 1, "\x7f\x82\x86"), "", "ended"},
+		{"padded content", post("content-length", "5").Raw(http2.FrameData, 8, 1, "\x04hel\x00\x00\x00\x00").Raw(http2.FrameData, 1|8, 1, "\x00lo"), posted, ""},
+		{"a frame between a block's", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1, 1, "\x82\x86").Raw(http2.FramePing, 0, 0, "12345678"), "", "ended"},
+		{"another stream's CONTINUATION", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1, 1, "\x82\x86").Raw(http2.FrameContinuation, 4, 3, "\x84"), "", "ended"},
+		{"CONTINUATION of nothing", get().Raw(http2.FrameContinuation, 4, 1, "\x84"), "?" + one, "ended"},
+		{"content of no stream", get().Data(5, true, "hello"), "?" + one, "ended"},
+		{"PUSH_PROMISE", get().Raw(http2.FramePushPromise, 4, 1, "\x00\x00\x00\x02\x82"), "?" + one, "ended"},
+		{"a window of five bytes", get().Raw(http2.FrameWindowUpdate, 0, 0, "\x00\x00\x00\x01\x00"), "?" + one, "ended"},
+		{"unknown frames", gatetest.NewSpoken().Raw(0x4d, 0xff, 7, long).Request(1, "GET", "/open/1", a), one, ""},
+		{"a field that fills many segments", gatetest.NewSpoken().Request(1, "GET", "/open/1", a, "x", strings.Repeat(long, 10)).Request(3, "GET", "/open/2", a, "x", strings.Repeat(long+"x", 10)), one + ", GET a.example:8080 /open/2", ""},
+		{"a table larger than any", gatetest.NewSpoken().Raw(http2.FrameHeaders, 1|4, 1, "\x3f\xe2\xff\x03\x82\x86\x44\x07/open/1\x41\x0e"+a), "", "ended"},
 	} {
 		for _, piece := range []int{1 << 20, 1} {
 			t.Run(row.what+", "+map[int]string{1: "byte by byte", 1 << 20: "at once"}[piece], func(t *testing.T) {
@@ -291,7 +240,7 @@ func TestARefusalComesBetweenTwoFrames(t *testing.T) {
 	})
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
-	say := newSpoken().request(1, "GET", "/open/1", "a.example")
+	say := gatetest.NewSpoken().Request(1, "GET", "/open/1", "a.example")
 	_, _ = c.Write(say.Bytes())
 	half <- true
 	got := make([]byte, 20)
@@ -299,7 +248,7 @@ func TestARefusalComesBetweenTwoFrames(t *testing.T) {
 		t.Fatal(err)
 	}
 	say.Reset()
-	_, _ = c.Write(say.request(3, "GET", "/secret", "a.example").Bytes())
+	_, _ = c.Write(say.Request(3, "GET", "/secret", "a.example").Bytes())
 	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
 	rest <- true
 	answers, texts, err := answersOf(readBefore{c, bytes.NewReader(got)})
@@ -334,13 +283,13 @@ func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
 	})
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
-	say := newSpoken().request(1, "GET", "/open/1", "a.example")
+	say := gatetest.NewSpoken().Request(1, "GET", "/open/1", "a.example")
 	_, _ = c.Write(say.Bytes())
 	if _, err := io.ReadFull(c, make([]byte, 12)); err != nil {
 		t.Fatal(err)
 	}
 	say.Reset()
-	_, _ = c.Write(say.request(3, "GET", "/secret", "a.example").Bytes())
+	_, _ = c.Write(say.Request(3, "GET", "/secret", "a.example").Bytes())
 	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
 	clock.advance(firstbytes.RefusalTimeout + time.Second)
 	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
@@ -431,7 +380,7 @@ func TestStreamsInAuditMode(t *testing.T) {
 	g := newNamed(t, strings.Replace(byRequest, "  defaultAction", "  mode: audit\n  defaultAction", 1), nil)
 	srv := serveH2(t, addrA.String()+":8080", nil)
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
-	_, _ = c.Write(newSpoken().request(1, "GET", "/open/1", "a.example").request(3, "GET", "/secret", "a.example").Bytes())
+	_, _ = c.Write(gatetest.NewSpoken().Request(1, "GET", "/open/1", "a.example").Request(3, "GET", "/secret", "a.example").Bytes())
 	eventually(t, "both are served", func() bool {
 		return srv.saw() == "GET a.example /open/1, GET a.example /secret"
 	})

@@ -14,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
 // byNoName lets flows pass that say no name.
@@ -25,8 +26,8 @@ func TestNoNameIsNoWrongName(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
-	nameless := clientHello(t, "203.0.113.10")
-	wrong := clientHello(t, "b.example")
+	nameless := gatetest.ClientHello(t, "203.0.113.10")
+	wrong := gatetest.ClientHello(t, "b.example")
 	long := append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, 17<<10)...)
 	for _, row := range []struct {
 		what    string
@@ -34,11 +35,11 @@ func TestNoNameIsNoWrongName(t *testing.T) {
 		through bool
 	}{
 		{"a hello without a name", nameless, true},
-		{"in records of one byte", records(nameless, 1), true},
+		{"in records of one byte", gatetest.Records(nameless, 1), true},
 		{"a request without Host", []byte("GET /x HTTP/1.0\r\n\r\n"), true},
 		{"a request with its own address for Host", []byte("GET /x HTTP/1.1\r\nHost: 203.0.113.10:80\r\n\r\n"), true},
 		{"a stream without an authority", []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x03\x01\x05\x00\x00\x00\x01\x82\x84\x86"), true},
-		{"the right name", clientHello(t, "a.example"), true},
+		{"the right name", gatetest.ClientHello(t, "a.example"), true},
 
 		{"a wrong name", wrong, false},
 		{"a hello whose length is wrong", append(bytes.Clone(wrong[:8]), append([]byte{wrong[8] - 1}, wrong[9:]...)...), false},
@@ -91,7 +92,7 @@ func TestSilenceIsNoName(t *testing.T) {
 		return g.f.tcp.Checks.Flows.Len() == 1
 	})
 	clock.advance(firstbytes.CheckTimeout + time.Second)
-	if _, err := sendAndRead(c, clientHello(t, "b.example"), 1<<20); err == nil {
+	if _, err := sendAndRead(c, gatetest.ClientHello(t, "b.example"), 1<<20); err == nil {
 		t.Error("a wrong name passes behind silence")
 	}
 	if _, n := s.heard(t); n != 0 {
@@ -167,7 +168,7 @@ func TestNamesAreComparedAsTheyAreSaid(t *testing.T) {
 			g := newNamed(t, text, nil)
 			s := serveEcho(t, addrA.String()+":0")
 			c := g.mustDial(s.at)
-			if _, err := sendAndRead(c, spelled(clientHello(t, strings.Repeat("x", len(name))), name), 1<<20); !isReset(err) {
+			if _, err := sendAndRead(c, gatetest.Spelled(gatetest.ClientHello(t, strings.Repeat("x", len(name))), name), 1<<20); !isReset(err) {
 				t.Errorf("%q: %v, want a reset", name, err)
 			}
 			if _, n := s.heard(t); n != 0 {
@@ -175,11 +176,6 @@ func TestNamesAreComparedAsTheyAreSaid(t *testing.T) {
 			}
 		}
 	}
-}
-
-// spelled puts another name of the same length into a hello that says one of x's.
-func spelled(hello []byte, name string) []byte {
-	return bytes.Replace(hello, bytes.Repeat([]byte("x"), len(name)), []byte(name), 1)
 }
 
 // TestAnUpgradeThatNobodyAskedFor has a server answer an ordinary request with 101, or with

@@ -2,8 +2,6 @@ package forwarder
 
 import (
 	"bytes"
-	"context"
-	"crypto/tls"
 	"io"
 	"net"
 	"net/netip"
@@ -19,6 +17,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -159,33 +158,6 @@ func (s *server) heard(t *testing.T) (connections, bytes int64) {
 	return s.began.Load() - 1, s.said.Load() - 1
 }
 
-// clientHello is what Go's TLS client sends first.
-func clientHello(t testing.TB, name string) []byte {
-	t.Helper()
-	client, far := net.Pipe()
-	defer far.Close()
-	go func() {
-		_ = tls.Client(client, &tls.Config{ServerName: name, InsecureSkipVerify: true}).HandshakeContext(context.Background())
-		client.Close()
-	}()
-	b := make([]byte, 16<<10)
-	n, err := far.Read(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b[:n]
-}
-
-// records cuts a ClientHello into records of n bytes each.
-func records(b []byte, n int) []byte {
-	var out []byte
-	for msg := b[5:]; len(msg) > 0; msg = msg[min(n, len(msg)):] {
-		k := min(n, len(msg))
-		out = append(append(out, 22, 3, 1, byte(k>>8), byte(k)), msg[:k]...)
-	}
-	return out
-}
-
 // sendAndRead sends bytes, in pieces, and returns what comes back, up to as much as was sent.
 func sendAndRead(c *gonet.TCPConn, b []byte, piece int) ([]byte, error) {
 	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
@@ -220,19 +192,19 @@ func TestFirstBytes(t *testing.T) {
 		through bool
 		reason  policy.Reason
 	}{
-		{"the granted name in a ClientHello", addrA, clientHello(t, "a.example"), 1 << 20, true, ""},
-		{"over IPv6", addrA6, clientHello(t, "a.example"), 1 << 20, true, ""},
-		{"in capital letters", addrA, clientHello(t, "WWW.A.Example"), 1 << 20, true, ""},
-		{"in segments of one byte", addrA, clientHello(t, "a.example"), 1, true, ""},
-		{"in records of one byte", addrA, records(clientHello(t, "a.example"), 1), 700, true, ""},
-		{"another name that is granted for another address", addrA, clientHello(t, "b.example"), 1 << 20, false, policy.ReasonMismatch},
-		{"a name of the rule that is granted for another address", addrA6, clientHello(t, "www.a.example"), 1 << 20, false, policy.ReasonMismatch},
-		{"a look-alike", addrA, clientHello(t, "evila.example"), 1 << 20, false, policy.ReasonMismatch},
-		{"a look-alike behind it", addrA, clientHello(t, "a.example.evil.io"), 1 << 20, false, policy.ReasonMismatch},
-		{"no name", addrA, clientHello(t, "203.0.113.10"), 1 << 20, false, policy.ReasonNoName},
+		{"the granted name in a ClientHello", addrA, gatetest.ClientHello(t, "a.example"), 1 << 20, true, ""},
+		{"over IPv6", addrA6, gatetest.ClientHello(t, "a.example"), 1 << 20, true, ""},
+		{"in capital letters", addrA, gatetest.ClientHello(t, "WWW.A.Example"), 1 << 20, true, ""},
+		{"in segments of one byte", addrA, gatetest.ClientHello(t, "a.example"), 1, true, ""},
+		{"in records of one byte", addrA, gatetest.Records(gatetest.ClientHello(t, "a.example"), 1), 700, true, ""},
+		{"another name that is granted for another address", addrA, gatetest.ClientHello(t, "b.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a name of the rule that is granted for another address", addrA6, gatetest.ClientHello(t, "www.a.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a look-alike", addrA, gatetest.ClientHello(t, "evila.example"), 1 << 20, false, policy.ReasonMismatch},
+		{"a look-alike behind it", addrA, gatetest.ClientHello(t, "a.example.evil.io"), 1 << 20, false, policy.ReasonMismatch},
+		{"no name", addrA, gatetest.ClientHello(t, "203.0.113.10"), 1 << 20, false, policy.ReasonNoName},
 		{"something else", addrA, []byte("\x00\x01\x02\x03hello"), 1 << 20, false, policy.ReasonNoName},
 		{"a ClientHello without end", addrA, append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, 17<<10)...), 1 << 20, false, policy.ReasonTooLong},
-		{"a name to an address that is not granted under an allowed one", addrB, clientHello(t, "a.example"), 1 << 20, false, ""},
+		{"a name to an address that is not granted under an allowed one", addrB, gatetest.ClientHello(t, "a.example"), 1 << 20, false, ""},
 		{"the name in a request", addrA, []byte(get + "a.example\r\n\r\n"), 1 << 20, true, ""},
 		{"the name in a request, byte by byte", addrA, []byte(get + "a.example\r\n\r\n"), 1, true, ""},
 		{"the name in a request with prior knowledge", addrA, []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" +
@@ -286,7 +258,7 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
 	s := serveEcho(t, addrA.String()+":0")
 	silent, half := g.mustDial(s.at), g.mustDial(s.at)
-	if _, err := half.Write(clientHello(t, "a.example")[:100]); err != nil {
+	if _, err := half.Write(gatetest.ClientHello(t, "a.example")[:100]); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "both wait", func() bool {
@@ -408,7 +380,7 @@ func TestWhatAServerSaysFirstWaits(t *testing.T) {
 	for _, row := range []struct{ name, hears string }{{"b.example", ""}, {"a.example", "hello"}} {
 		c := g.mustDial(s.at)
 		<-greeted
-		if _, err := c.Write(clientHello(t, row.name)); err != nil {
+		if _, err := c.Write(gatetest.ClientHello(t, row.name)); err != nil {
 			t.Fatal(err)
 		}
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -428,7 +400,7 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 	s := serveEcho(t, addrA.String()+":0")
 	a, www, waits := g.mustDial(s.at), g.mustDial(s.at), g.mustDial(s.at)
 	for c, name := range map[*gonet.TCPConn]string{a: "a.example", www: "www.a.example"} {
-		if _, err := sendAndRead(c, clientHello(t, name), 1<<20); err != nil {
+		if _, err := sendAndRead(c, gatetest.ClientHello(t, name), 1<<20); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -457,7 +429,7 @@ func TestAnAddressIsGrantedWhileAFlowByItIsOpen(t *testing.T) {
 	speak := func(name string) (*gonet.TCPConn, error) {
 		c, err := g.dial(s.at)
 		if err == nil {
-			_, err = sendAndRead(c, clientHello(t, name), 1<<20)
+			_, err = sendAndRead(c, gatetest.ClientHello(t, name), 1<<20)
 		}
 		return c, err
 	}

@@ -2,34 +2,16 @@ package forwarder
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"io"
-	"math/big"
 	"net"
 	"strings"
 	"sync"
 	"testing"
 	"time"
-)
 
-// selfSigned is a certificate for whatever name.
-func selfSigned(t testing.TB) tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"a.example"}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-}
+	"sluice.dev/sluice/forwarder/internal/gatetest"
+)
 
 // recorded is a connection whose received bytes are kept.
 type recorded struct {
@@ -57,7 +39,7 @@ type tlsServer struct {
 func serveTLS(t *testing.T, cfg *tls.Config) *tlsServer {
 	t.Helper()
 	cfg = cfg.Clone()
-	cfg.Certificates = []tls.Certificate{selfSigned(t)}
+	cfg.Certificates = []tls.Certificate{gatetest.SelfSigned(t)}
 	s := new(tlsServer)
 	s.server = serve(t, addrA.String()+":0", func(c *net.TCPConn) {
 		s.over.Add(1)
@@ -117,19 +99,7 @@ var retried = &tls.Config{ServerName: "a.example", InsecureSkipVerify: true, Cur
 
 // records13 cuts a hello that was asked for into records of one byte.
 func records13(hello []byte) []byte {
-	return bytes.ReplaceAll(records(hello, 1), []byte{22, 3, 1, 0, 1}, []byte{22, 3, 3, 0, 1})
-}
-
-// handshakeOf is the content of the handshake's records.
-func handshakeOf(p []byte) (all []byte) {
-	for len(p) >= 5 {
-		n := min(len(p), 5+int(p[3])<<8+int(p[4]))
-		if p[0] == 22 {
-			all = append(all, p[5:n]...)
-		}
-		p = p[n:]
-	}
-	return all
+	return bytes.ReplaceAll(gatetest.Records(hello, 1), []byte{22, 3, 1, 0, 1}, []byte{22, 3, 3, 0, 1})
 }
 
 func toB(hello []byte) []byte {
@@ -180,8 +150,8 @@ func TestAnotherHelloMustSayTheSameName(t *testing.T) {
 				if want := row.got == everything && !early; (err == nil) != want {
 					t.Errorf("the handshake ends with %v; counters %v", err, g.f.Stats())
 				}
-				got := handshakeOf(s.received())
-				if bytes.Contains(got, []byte("b.example")) || row.got == onlyFirst && !bytes.Equal(got, handshakeOf(conn.first)) {
+				got := gatetest.HandshakeOf(s.received())
+				if bytes.Contains(got, []byte("b.example")) || row.got == onlyFirst && !bytes.Equal(got, gatetest.HandshakeOf(conn.first)) {
 					t.Errorf("the server got %q", got)
 				}
 				counted := g.f.Stats()["tcp_refused_hello"] + g.f.Stats()["tcp_first_bytes_malformed"]
@@ -208,7 +178,7 @@ func TestHandshakesOfEveryKindGoThrough(t *testing.T) {
 		return
 	}
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<16) // 1 MiB
-	cert := selfSigned(t)
+	cert := gatetest.SelfSigned(t)
 	for _, row := range []struct {
 		what           string
 		client, server func(*tls.Config)
@@ -253,15 +223,15 @@ func TestNothingFollowsAHelloToWhatSpeaksNoTLS(t *testing.T) {
 	}
 	const alert = "\x15\x03\x01\x00\x02\x02\x46"
 	for say, want := range map[string]string{
-		alert:                               alert,
-		"STARTTLS\r\n":                      "",
-		"\x17\x03\x03\x00\x01x":             "",
-		alert + "STARTTLS\r\n":              alert,
-		string(clientHello(t, "a.example")): "",
+		alert:                   alert,
+		"STARTTLS\r\n":          "",
+		"\x17\x03\x03\x00\x01x": "",
+		alert + "STARTTLS\r\n":  alert,
+		string(gatetest.ClientHello(t, "a.example")): "",
 	} {
 		t.Run(strings.ToValidUTF8(say[:min(len(say), 12)], "."), func(t *testing.T) {
 			g := newNamed(t, byName, nil)
-			hello := clientHello(t, "a.example")
+			hello := gatetest.ClientHello(t, "a.example")
 			got := make(chan string, 1)
 			s := serve(t, addrA.String()+":0", func(c *net.TCPConn) {
 				if _, err := io.ReadFull(c, make([]byte, len(hello))); err != nil {
@@ -299,7 +269,7 @@ func TestAHelloThatWaitsKeepsNothingElseWaiting(t *testing.T) {
 		return
 	}
 	g := newNamed(t, byName, nil)
-	hello := clientHello(t, "a.example")
+	hello := gatetest.ClientHello(t, "a.example")
 	s := serve(t, addrA.String()+":0", func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	c := g.mustDial(s.at)
 	_, _ = c.Write(append(bytes.Clone(hello), hello...))

@@ -13,7 +13,7 @@ package firstbytes
 // A TCP connection is set up before they are read, if anything that they can say would be allowed
 // (policy.Verdict.Contact); a datagram is kept. The address is the flow's own destination, which
 // is the one that was judged: no name is resolved in between. Clear-text HTTP goes on being judged, request
-// by request (http1.go, http2.go).
+// by request (package gate).
 //
 // Nobody but the sandbox pays for a flow that waits: there are at most MaxChecks of them,
 // of which the oldest gives way, each for CheckTimeout, and their bytes stay where they

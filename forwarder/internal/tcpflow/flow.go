@@ -31,6 +31,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/forwarder/internal/gate"
 	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/forwarder/internal/packet"
 	"sluice.dev/sluice/forwarder/internal/tcpmem"
@@ -56,7 +57,7 @@ type Flow struct {
 	number  uint64 // of this flow and of no other
 	T       *Forwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
-	Check   *Check                    // nil: the first bytes are nobody's business
+	check   *check                    // nil: the first bytes are nobody's business
 	hops    packet.Meta               // for the dial; ttl 0: the host's default
 	ingress bool                      // dialled by a client of a published port
 	caller  *Caller                   // who that is
@@ -71,7 +72,7 @@ type Flow struct {
 	settling engine.Task
 	Up       pump       // stack → host
 	Down     pump       // host → stack
-	gate     Gate       // nil: requests are not judged; set before live, under mu
+	gate     gate.Gate  // nil: requests are not judged; set before live, under mu
 	reader   hostReader // of the down pump, kept here so that a write allocates nothing
 	mem      tcpmem.Flow
 
@@ -289,8 +290,8 @@ func (fl *Flow) end(reason nat.Reason) {
 	if ep != nil {
 		fl.wq.EventUnregister(&fl.entry)
 	}
-	if fl.Check != nil && fl.Check.refused != "" {
-		reason = fl.Check.refused
+	if fl.check != nil && fl.check.refused != "" {
+		reason = fl.check.refused
 	}
 	fl.Release(reason)
 	fl.T.forget(fl)
@@ -433,7 +434,7 @@ func (fl *Flow) UnderWay(q policy.Query) (all []policy.Query) {
 	if gate == nil {
 		return nil
 	}
-	for _, seen := range gate.underWay() {
+	for _, seen := range gate.UnderWay() {
 		q.Seen = seen
 		all = append(all, q)
 	}

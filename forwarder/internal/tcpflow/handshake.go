@@ -47,6 +47,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/engine"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gate"
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/onlink"
 	"sluice.dev/sluice/forwarder/internal/packet"
@@ -112,9 +113,10 @@ type Forwarder struct {
 	Flows      map[stack.TransportEndpointID]*Flow
 	handshakes list.List // of *Flow, oldest first
 	Dials      list.List // of *Flow, those that wait for the far side
+	gates      *gate.Shared
 	Checks     *firstbytes.List
 	failures   seldom.Failures
-	Idle       *firstbytes.List // of clients of HTTP/2 that were greeted (greet), for as long as they like
+	Idle       *firstbytes.List // of clients of HTTP/2 that were greeted, for as long as they like
 	wg         sync.WaitGroup   // of the DNS handler's connections
 	closed     bool
 
@@ -122,7 +124,6 @@ type Forwarder struct {
 	dialTimeout, dialRefused, dialUnreachable, dialDescriptors      *atomic.Uint64
 	shortRead, lastHop, malformed, noConnection                     *atomic.Uint64
 	inwardLimited, noAddress                                        *atomic.Uint64
-	refusedFirst, refusedRequest, refusedHello, firstMalformed      *atomic.Uint64
 }
 
 // New needs the stack, whose segments go through queue. batched: the link says
@@ -148,16 +149,13 @@ func New(parts Config, queue *Queue, batched bool) (*Forwarder, error) {
 		noConnection:     c("tcp_no_connection"), // answered by RST
 		lastHop:          c("tcp_time_exceeded"),
 		shortRead:        c("tcp_short_read"),
-		refusedFirst:     c("tcp_refused_by_first_bytes"),
-		refusedRequest:   c("tcp_refused_request"),
-		refusedHello:     c("tcp_refused_hello"),
-		firstMalformed:   c("tcp_first_bytes_malformed"),
+		gates:            gate.NewShared(parts.Gate, parts.Drops.Stats),
 		Checks:           firstbytes.NewList(parts.Drops.Stats, parts.Timer, parts.Gate.Now, "tcp"),
 		Idle:             firstbytes.NewList(parts.Drops.Stats, parts.Timer, parts.Gate.Now, "tcp_idle"),
 	}
 	queue.t = t
 	t.Inline.batched = batched
-	t.gsoPayload = DownChunk
+	t.gsoPayload = gate.Chunk
 	if g, ok := parts.Link.(stack.GSOEndpoint); ok && g.SupportedGSO() == stack.HostGSOSupported {
 		t.gsoPayload = int(g.GSOMaxSize()) - header.TCPTotalHeaderMaximumSize - 1
 	}
@@ -220,7 +218,7 @@ func (t *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	}
 	fl := &Flow{T: t, number: t.numbers.Add(1), id: id, FD: -1, local: j.Local, Irs: h.SequenceNumber()}
 	if j.Waits() {
-		fl.Check = new(Check)
+		fl.check = newCheck(fl)
 	}
 	fl.hops.Tos = a.Meta.Tos
 	if a.Meta.TTL <= tracerouteTTL && !own {
@@ -394,9 +392,9 @@ func (t *Forwarder) accepted(ep *tcp.Endpoint, wq *waiter.Queue) {
 	}
 	t.leaveHandshake(fl)
 	t.Dialer.ProbeInside(ep)
-	if fl.Check != nil {
+	if fl.check != nil {
 		fl.wq = wq
-		fl.verify(ep)
+		fl.check.verify(ep)
 		return
 	}
 	fl.Lease.SetState(nat.Established)
@@ -463,9 +461,8 @@ func (t *Forwarder) forget(fl *Flow) {
 	t.leaveDialLocked(fl)
 	t.Mu.Unlock()
 	fl.mem.Leave()
-	if fl.Check != nil {
-		t.Checks.Leave(&fl.Check.entry)
-		t.Idle.Leave(&fl.Check.idle)
+	if fl.check != nil {
+		fl.check.leave()
 	}
 	t.unindex(fl)
 }

@@ -29,6 +29,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/forwarder/internal/gate"
 	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/nat"
 )
@@ -36,10 +37,6 @@ import (
 const (
 	// PumpBudget is how many bytes one run may move before others get a turn.
 	PumpBudget = 1 << 20
-	// maxIovecs is how many pieces one writev takes (the kernel's UIO_MAXIOV is 1024).
-	maxIovecs = 256
-	// DownChunk is about the most that one write hands to the stack.
-	DownChunk = 256 << 10
 	// What the flow table adds for each segment's headers: IP, and TCP with
 	// timestamps.
 	tcpOverhead4 = 20 + 32
@@ -48,59 +45,13 @@ const (
 
 // upScratch is what one run of an up pump needs.
 type upScratch struct {
-	gather  Gather
+	gather  gate.Gather
 	discard discard
 }
 
 var upScratches = sync.Pool{New: func() any { return new(upScratch) }}
 
-// Gather collects the slices of a peeked receive queue as iovecs.
-type Gather struct {
-	Iov   [maxIovecs]unix.Iovec
-	N     int
-	Bytes int
-}
-
 var errFull = errors.New("no room for more pieces")
-
-func (g *Gather) Write(p []byte) (int, error) {
-	if g.N == len(g.Iov) {
-		return 0, errFull
-	}
-	if len(p) == 0 {
-		return 0, nil
-	}
-	g.Iov[g.N].Base = &p[0]
-	g.Iov[g.N].SetLen(len(p))
-	g.N++
-	g.Bytes += len(p)
-	return len(p), nil
-}
-
-// Trim drops what is beyond the first n bytes, n > 0.
-func (g *Gather) Trim(n int) {
-	if n >= g.Bytes {
-		return
-	}
-	g.Bytes = n
-	for i := range g.Iov[:g.N] {
-		l := int(g.Iov[i].Len)
-		if l < n {
-			n -= l
-			continue
-		}
-		g.Iov[i].SetLen(n)
-		clear(g.Iov[i+1 : g.N])
-		g.N = i + 1
-		return
-	}
-}
-
-// reset forgets the slices, so that they are not kept alive.
-func (g *Gather) reset() {
-	clear(g.Iov[:g.N])
-	g.N, g.Bytes = 0, 0
-}
 
 // discard accepts exactly left bytes.
 type discard struct{ left int }
@@ -141,12 +92,12 @@ func (fl *Flow) run(p *pump, once func(*Flow) (abort nat.Reason)) {
 // runUp returns a reason when the flow has to be aborted.
 func (fl *Flow) runUp() (abort nat.Reason) {
 	if !fl.Live.Load() || fl.Up.Done.Load() || fl.FD < 0 {
-		return fl.beforeOpen()
+		return fl.check.beforeOpen()
 	}
 	scratch := upScratches.Get().(*upScratch)
 	g := &scratch.gather
 	defer func() {
-		g.reset()
+		g.Reset()
 		upScratches.Put(scratch)
 	}()
 	moved := 0
@@ -155,7 +106,7 @@ func (fl *Flow) runUp() (abort nat.Reason) {
 		if fl.Revoked.Load() {
 			return nat.ReasonPolicy
 		}
-		g.reset()
+		g.Reset()
 		_, terr := fl.Ep.Read(g, tcpip.ReadOptions{Peek: true})
 		switch terr.(type) {
 		case nil:
@@ -174,23 +125,31 @@ func (fl *Flow) runUp() (abort nat.Reason) {
 			return ""
 		}
 		if fl.gate != nil {
-			n, drop, abort := fl.gate.Admit(g)
-			if drop > 0 {
-				scratch.discard.left = drop
+			step := fl.gate.Admit(g)
+			if step.Drop > 0 {
+				scratch.discard.left = step.Drop
 				if _, terr := fl.Ep.Read(&scratch.discard, tcpip.ReadOptions{}); terr != nil {
 					return lostSandbox(fl.Ep)
 				}
 				continue
 			}
 			switch {
-			case abort != "":
-				return abort
-			case n == 0 && netstack.EndpointState(fl.Ep) == tcp.StateError:
+			case step.Abort != "":
+				return step.Abort
+			case step.Refusing != "":
+				if abort := fl.check.awaitRefusal(step.Refusing); abort != "" {
+					return abort
+				}
+			case step.End != nil:
+				fl.check.end(step.End)
+			}
+			switch {
+			case step.Pass == 0 && netstack.EndpointState(fl.Ep) == tcp.StateError:
 				return lostSandbox(fl.Ep) // what is held passes no more
-			case n == 0:
+			case step.Pass == 0:
 				return ""
 			}
-			g.Trim(n)
+			g.Trim(step.Pass)
 		}
 		limit, rule := &fl.T.Gate.Bandwidth.Up, fl.RuleUp()
 		granted := g.Bytes
@@ -254,9 +213,13 @@ func (fl *Flow) runDown() (abort nat.Reason) {
 		if fl.Revoked.Load() {
 			return nat.ReasonPolicy
 		}
-		room := DownChunk
+		room := gate.Chunk
 		if fl.gate != nil {
-			if room = fl.gate.Room(); room == 0 {
+			var end *gate.Ending
+			if room, end = fl.gate.Room(); end != nil {
+				fl.check.end(end)
+			}
+			if room == 0 {
 				return ""
 			}
 		}
@@ -320,7 +283,7 @@ func (fl *Flow) runDown() (abort nat.Reason) {
 // no multiple of what the stack sends in one packet ends in a small packet, which costs
 // the sandbox as much as a large one.
 func (t *Forwarder) downSize(queued int) int {
-	n := min(queued, DownChunk)
+	n := min(queued, gate.Chunk)
 	if n > t.gsoPayload {
 		n -= n % t.gsoPayload
 	}
@@ -430,7 +393,7 @@ func SegmentsOf(n int) int { return (n + 65535) / 65536 }
 type hostReader struct {
 	fd   int
 	left int
-	gate Gate // follows what is read; may be nil
+	gate gate.Gate // follows what is read; may be nil
 }
 
 // Len is a promise to the stack.

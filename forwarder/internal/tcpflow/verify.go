@@ -16,15 +16,14 @@ package tcpflow
 // The bytes are peeked at and stay in the endpoint's receive queue, and what the far side says
 // stays in the kernel's, so that nothing has to be replayed: when the flow is open its pumps
 // find them there. The flow counts as half-open until then.
+//
+// Package gate judges: here are its senses and its hands. It is asked by the pumps, and what it
+// returns is done here and in splice.go.
 
 import (
-	"errors"
 	"io"
-	"net/netip"
 	"strings"
-	"sync"
 	"sync/atomic"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -33,42 +32,44 @@ import (
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/engine"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gate"
 	"sluice.dev/sluice/forwarder/internal/netstack"
-	"sluice.dev/sluice/forwarder/sniff"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
 
-// Check is what a TCP flow keeps of its verification. It stays with the flow, which is
+// check is what a TCP flow keeps of its verification. It stays with the flow, which is
 // judged again when rules change.
-type Check struct {
+type check struct {
+	fl      *Flow
 	entry   firstbytes.Entry
-	over    atomic.Bool // no more bytes are waited for
+	idle    firstbytes.Entry // of a client that was greeted, and has asked for nothing yet
+	over    atomic.Bool      // no more bytes are waited for, or no longer for a refusal to be read
 	evicted atomic.Bool
-	need    int // bytes that readFirst wants to see; guarded by up.mu
 
-	Greeting sniff.Greeting   // what an HTTP/2 client has heard; likewise
-	idle     firstbytes.Entry // of one that was greeted, and has asked for nothing yet
+	// Guarded by the up pump's lock.
+	first    gate.First
+	refusing bool // the down pump is to tell a refusal
 
-	Telling engine.Task // the refusal
-	// Written before telling is queued: what the client is answered, empty for one that asked
-	// for nothing, and why the flow ends, empty if by the client's will.
-	answer string
-	why    nat.Reason
+	telling engine.Task // ends the flow by ending, which was written before
+	ending  *gate.Ending
 
 	refused nat.Reason // why, once told; guarded by the flow's mu
 }
 
-// firstBytes is room for a look at a stream.
-var firstBytes = sync.Pool{New: func() any { return new(FirstRoom) }}
+var _ gate.Flow = (*check)(nil)
 
-type FirstRoom [sniff.MaxHead]byte
+// newCheck has the first bytes of fl, which has begun nothing yet, judged.
+func newCheck(fl *Flow) *check {
+	c := &check{fl: fl, first: fl.T.gates.NewFirst()}
+	c.telling.Run = c.tellEnding
+	return c
+}
 
 // verify begins to wait for the first bytes, now that the handshake is complete.
-func (fl *Flow) verify(ep tcpip.Endpoint) {
+func (c *check) verify(ep tcpip.Endpoint) {
+	fl := c.fl
 	fl.prepare()
-	fl.Check.Telling.Run = fl.tellRefusal
-	fl.Check.need = 1
 	fl.Mu.Lock()
 	if fl.Phase != phaseHandshake {
 		fl.Mu.Unlock()
@@ -88,7 +89,7 @@ func (fl *Flow) verify(ep tcpip.Endpoint) {
 		fl.Abort(fl.lostUnread())
 		return
 	}
-	fl.T.Checks.Enter(&fl.Check.entry, fl, firstbytes.CheckTimeout)
+	fl.T.Checks.Enter(&c.entry, c, firstbytes.CheckTimeout)
 	fl.wq.EventRegister(&fl.entry)
 	fl.T.Engine.Put(&fl.UpTask)
 }
@@ -101,164 +102,71 @@ func (fl *Flow) lostUnread() nat.Reason {
 }
 
 // CheckExpired has the flow decided with what there is.
-func (fl *Flow) CheckExpired(evicted bool) {
-	fl.Check.evicted.Store(evicted)
-	fl.Check.over.Store(true)
-	fl.T.Engine.Put(&fl.UpTask)
+func (c *check) CheckExpired(evicted bool) {
+	c.evicted.Store(evicted)
+	c.over.Store(true)
+	c.fl.T.Engine.Put(&c.fl.UpTask)
+}
+
+// leave ends all waiting.
+func (c *check) leave() {
+	c.fl.T.Checks.Leave(&c.entry)
+	c.fl.T.Idle.Leave(&c.idle)
 }
 
 // beforeOpen is the up pump of a flow that is not open: it looks at the first bytes, or
 // throws away what comes after a refusal.
-func (fl *Flow) beforeOpen() (abort nat.Reason) {
-	if fl.Check == nil {
+func (c *check) beforeOpen() (abort nat.Reason) {
+	if c == nil {
 		return ""
 	}
-	fl.Mu.Lock()
-	ph := fl.Phase
-	fl.Mu.Unlock()
+	c.fl.Mu.Lock()
+	ph := c.fl.Phase
+	c.fl.Mu.Unlock()
 	switch ph {
 	case PhaseVerifying:
-		return fl.readFirst()
+		return c.readFirst()
 	case phaseRefused:
-		return fl.drain()
+		return c.drain()
 	}
 	return ""
 }
 
 // readFirst decides once enough is queued, or nothing more is to be waited for.
-func (fl *Flow) readFirst() (abort nat.Reason) {
-	c := fl.Check
+func (c *check) readFirst() (abort nat.Reason) {
+	fl := c.fl
 	last := c.over.Load() // nothing more is waited for
-	greeted := c.Greeting.Settings() > 0
-	if last && c.evicted.Load() && !greeted {
+	if last && c.evicted.Load() && !c.first.Greeted() {
 		return nat.ReasonFirstBytesEvicted
 	}
-	queued, terr := fl.Ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
-	if terr != nil {
+	if over(fl.Ep) {
 		return lostSandbox(fl.Ep)
 	}
-	switch {
-	case netstack.EndpointState(fl.Ep) == tcp.StateEstablished:
-	case over(fl.Ep):
-		return lostSandbox(fl.Ep)
-	default:
-		last = true // its end of stream came
+	at, gone := c.first.Read(c, last, fl.hostEvents.Load()&unix.EPOLLRDHUP != 0)
+	if gone != "" {
+		return gone
 	}
-	if queued < c.need && !last && !fl.abandoned() {
-		fl.awaitFirst()
-		return ""
-	}
-	buf := firstBytes.Get().(*FirstRoom)
-	defer firstBytes.Put(buf)
-	look := PeekInto{To: buf[:]}
-	if _, terr := fl.Ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.N == 0 {
-		switch terr.(type) {
-		case *tcpip.ErrWouldBlock:
-		case *tcpip.ErrClosedForReceive:
-			fl.T.Engine.Put(&fl.Check.Telling) // nothing: it closed without having said anything
-			return ""
-		default:
-			return lostSandbox(fl.Ep)
-		}
-	}
-	said, need, err := sniff.Stream(buf[:look.N])
-	cut := err == nil && need > 0
-	if cut && (!last || greeted) {
-		c.need = need
-		fl.awaitFirst()
-		return fl.greet(buf[:look.N], last)
-	}
-	if err != nil {
-		fl.T.firstMalformed.Add(1)
-	}
-	return fl.decide(FirstSeen(said, look.N, cut, err), &said, err)
-}
-
-// greet answers what a client of HTTP/2 says before it asks for anything. Such a connection is
-// set up, to the client, and may be idle for as long as its two sides let it: it is told by
-// GOAWAY when the far side leaves, or when there is no room for it any more.
-func (fl *Flow) greet(first []byte, last bool) (abort nat.Reason) {
-	c := fl.Check
-	before := c.Greeting.Settings()
-	say, err := c.Greeting.Hear(first)
-	if len(say) > 0 {
-		if abort := fl.tell(string(say)); abort != "" {
+	if len(at.Say) > 0 {
+		if abort := fl.tell(string(at.Say)); abort != "" {
 			return abort
 		}
 	}
-	if err != nil {
-		fl.T.firstMalformed.Add(1)
-		return fl.decide(policy.Seen{Kind: policy.SeenOpaque}, &sniff.Seen{Kind: sniff.HTTP2}, err)
-	}
-	now := c.Greeting.Settings()
-	switch {
-	case before == 0 && now > 0:
+	if at.SetUp {
 		fl.Lease.SetState(nat.Established)
 		fl.T.Checks.Leave(&c.entry)
-		fl.T.Idle.Enter(&c.idle, fl, 0)
-	case last && netstack.EndpointState(fl.Ep) != tcp.StateEstablished:
-		fl.T.Engine.Put(&c.Telling) // nothing: it closed without having asked for anything
-		return ""
+		fl.T.Idle.Enter(&c.idle, c, 0)
 	}
-	if now > 0 && (last || fl.abandoned()) {
-		c.answer = string(firstbytes.GoAway(0, firstbytes.NoErrorCode, ""))
-		fl.T.Engine.Put(&c.Telling)
+	switch {
+	case at.Decide:
+		return c.decide(&at)
+	case at.End != nil:
+		c.end(at.End)
+	default:
+		if ep, ok := fl.Ep.(*tcp.Endpoint); ok {
+			fl.mem.FitJudged(ep) // there is room for what is waited for
+		}
 	}
 	return ""
-}
-
-// abandoned reports whether the far side has closed while a client that was greeted has yet to
-// ask for anything.
-func (fl *Flow) abandoned() bool {
-	return fl.Check.Greeting.Settings() > 0 && fl.hostEvents.Load()&unix.EPOLLRDHUP != 0
-}
-
-// awaitFirst sees to it that there is room for the bytes that readFirst waits for.
-func (fl *Flow) awaitFirst() {
-	if ep, ok := fl.Ep.(*tcp.Endpoint); ok {
-		fl.mem.FitJudged(ep)
-	}
-}
-
-// FirstSeen puts into policy's words what sniff.Stream made of the first n bytes, when no more
-// are waited for. cut: it would have liked more.
-func FirstSeen(said sniff.Seen, n int, cut bool, err error) policy.Seen {
-	seen := firstbytes.SeenOf(said)
-	switch {
-	case n == 0:
-		seen = policy.Seen{Kind: policy.SeenServerFirst}
-	case cut:
-		seen.Flaw = policy.ReasonIncomplete
-	case err != nil:
-		// It may have said a name, and another one besides.
-		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
-			seen.Kind = policy.SeenOpaque
-		}
-		seen.Flaw = flawOf(err)
-	}
-	return seen
-}
-
-// flawOf is why the first bytes could not be read.
-func flawOf(err error) policy.Reason {
-	if errors.Is(err, sniff.ErrTooLong) {
-		return policy.ReasonTooLong
-	}
-	return policy.ReasonMalformed
-}
-
-// NewGate judges what follows the first bytes of a flow that was let in by v; nil if nothing
-// that follows matters.
-func NewGate(fl *Flow, v policy.Verdict, seen policy.Seen) Gate {
-	switch {
-	case v.EachRequest() && seen.Kind == policy.SeenHTTP:
-		return &requestGate{fl: fl}
-	case seen.Kind == policy.SeenTLS && (seen.Name != "" || seen.Nameless):
-		return &HelloGate{fl: fl, seen: seen}
-	case v.EachRequest(), fl.Check.Greeting.Settings() > 0:
-		return newStreamGate(fl, &fl.Check.Greeting, v.EachRequest())
-	}
-	return nil
 }
 
 // tell sends the sandbox something in the far side's place.
@@ -269,80 +177,70 @@ func (fl *Flow) tell(what string) (abort nat.Reason) {
 	return ""
 }
 
-// decide judges the flow with what it said, and opens or refuses it. unread is why it could
-// not be read.
-func (fl *Flow) decide(seen policy.Seen, said *sniff.Seen, unread error) (abort nat.Reason) {
-	t := fl.T
-	t.Checks.Leave(&fl.Check.entry)
-	t.Idle.Leave(&fl.Check.idle)
-	j, err := fl.Hear(seen)
+// decide judges the flow with what it said, and opens or refuses it.
+func (c *check) decide(at *gate.Look) (abort nat.Reason) {
+	fl := c.fl
+	c.leave()
+	j, err := fl.Hear(at.Seen)
 	switch {
 	case err == admit.ErrFlowEnded:
 		return nat.ReasonPolicy
 	case err != nil:
-		t.Limited.Add(1)
+		fl.T.Limited.Add(1)
 		return admit.LimitOf(err)
 	case !j.Verdict.Allowed():
-		return fl.refuse(j.Verdict, seen, said, unread)
+		e := c.first.Refuse(c, j.Verdict, at)
+		if e == nil {
+			return nat.ReasonRefusedByPolicy
+		}
+		c.end(e)
+		return ""
 	}
 	fl.Mu.Lock()
 	if fl.Phase != PhaseVerifying || fl.Revoked.Load() {
 		fl.Mu.Unlock()
 		return ""
 	}
-	fl.gate = NewGate(fl, j.Verdict, seen)
+	fl.gate = c.first.Gate(c, j.Verdict, at.Seen)
 	err = fl.openLocked()
 	fl.Mu.Unlock()
 	if err != nil {
 		return nat.ReasonOutOfDescriptors
 	}
 	fl.Lease.SetState(nat.Established)
-	t.Engine.Put(&fl.UpTask)
-	t.Engine.Put(&fl.DownTask)
+	fl.T.Engine.Put(&fl.UpTask)
+	fl.T.Engine.Put(&fl.DownTask)
 	return ""
 }
 
-// refuse ends the flow for policy's sake: with a reset, or, for a client that understands
-// it, with an answer that names the rule. It returns a reason to abort.
-func (fl *Flow) refuse(v policy.Verdict, seen policy.Seen, said *sniff.Seen, unread error) (abort nat.Reason) {
-	t := fl.T
-	t.refusedFirst.Add(1)
-	orig := fl.Lease.Orig()
-	fl.noteRequest(v, seen, orig.Src(), orig.Dst(), "")
-	name := t.Gate.Rules.Load().Name()
-	greeted := fl.Check.Greeting.Settings() > 0
-	fl.Check.why = nat.ReasonRefusedByPolicy
+// end ends the flow as e says.
+func (c *check) end(e *gate.Ending) {
+	c.ending = e
+	c.fl.T.Engine.Put(&c.telling)
+}
+
+// awaitRefusal has the down pump end the flow, for why, as soon as its gate lets it.
+func (c *check) awaitRefusal(why nat.Reason) (abort nat.Reason) {
+	fl := c.fl
 	switch {
-	case unread != nil && said.Kind == sniff.HTTP2:
-		r := firstbytes.RefusedStream{Broken: unread}
-		fl.Check.answer = r.Answer(name, greeted)
-	case unread != nil && said.Kind == sniff.HTTP:
-		fl.Check.answer = firstbytes.BadRequest(unread)
-	case seen.Kind == policy.SeenHTTP:
-		fl.Check.answer = firstbytes.Forbidden(v, name)
-	case seen.Kind == policy.SeenHTTP2:
-		r := firstbytes.RefusedStream{Verdict: v, ID: said.Stream, Grpc: said.GRPC, Head: said.Method == "HEAD"}
-		fl.Check.answer = r.Answer(name, greeted)
-	default:
-		return nat.ReasonRefusedByPolicy
+	case c.refusing && !c.over.Load():
+		return ""
+	case c.refusing, fl.Down.Done.Load(): // an answer would come behind the server's end
+		return why
 	}
-	t.Engine.Put(&fl.Check.Telling)
+	c.refusing = true
+	c.over.Store(false)
+	fl.T.Checks.Enter(&c.entry, c, firstbytes.RefusalTimeout)
+	fl.T.Engine.Put(&fl.DownTask)
 	return ""
 }
 
-// noteRequest records that a request, or the flow for its first bytes, was refused. The sandbox
-// is told, by an answer or a reset.
-func (fl *Flow) noteRequest(v policy.Verdict, seen policy.Seen, src, dst netip.AddrPort, because policy.Reason) {
-	fl.T.Gate.NoteRefused(admit.Refusal{
-		Proto: unix.IPPROTO_TCP, Src: src, Dst: dst, Verdict: v, Seen: seen, Reason: nat.ReasonPolicy, Because: because, Told: true,
-	})
-}
-
-// tellRefusal answers a request with its refusal, or a client that closed without a word with
+// tellEnding answers a request with its refusal, or a client that closed without a word with
 // the same. It is a task, as it must not hold the pumps' locks. What the sandbox still sends is
 // thrown away until it closes: a reset, which closing with data unread would be, could overtake
 // the answer.
-func (fl *Flow) tellRefusal() {
+func (c *check) tellEnding() {
+	fl := c.fl
 	fl.Mu.Lock()
 	if fl.Phase != PhaseVerifying && fl.Phase != PhaseOpen {
 		fl.Mu.Unlock()
@@ -350,22 +248,23 @@ func (fl *Flow) tellRefusal() {
 	}
 	fl.Phase = phaseRefused
 	fl.Live.Store(false)
-	fl.Check.refused = fl.Check.why
+	c.refused = c.ending.Why
 	fl.Mu.Unlock()
 	fl.closeHost(false)
-	if abort := fl.tell(fl.Check.answer); abort != "" {
+	if abort := fl.tell(c.ending.Answer); abort != "" {
 		fl.Abort(abort)
 		return
 	}
 	_ = fl.Ep.Shutdown(tcpip.ShutdownWrite) // an endpoint that is gone says so to drain
-	fl.Check.over.Store(false)
-	fl.T.Checks.Enter(&fl.Check.entry, fl, firstbytes.RefusalTimeout)
+	c.over.Store(false)
+	fl.T.Checks.Enter(&c.entry, c, firstbytes.RefusalTimeout)
 	fl.T.Engine.Put(&fl.UpTask)
 }
 
 // drain throws away what comes after the refusal, until the sandbox closes.
-func (fl *Flow) drain() (abort nat.Reason) {
-	if fl.Check.over.Load() {
+func (c *check) drain() (abort nat.Reason) {
+	fl := c.fl
+	if c.over.Load() {
 		return nat.ReasonRefusedByPolicy
 	}
 	for {
@@ -376,7 +275,7 @@ func (fl *Flow) drain() (abort nat.Reason) {
 			break
 		}
 	}
-	fl.T.Checks.Leave(&fl.Check.entry)
+	fl.T.Checks.Leave(&c.entry)
 	fl.Mu.Lock()
 	over := fl.Phase == phaseRefused
 	if over {
@@ -391,20 +290,55 @@ func (fl *Flow) drain() (abort nat.Reason) {
 	return ""
 }
 
-// PeekInto takes the first bytes of a receive queue.
-type PeekInto struct {
-	To []byte
-	N  int
+// The rest is what a gate asks of its flow.
+
+func (c *check) Question() policy.Query  { return c.fl.Question() }
+func (c *check) Verdict() policy.Verdict { return c.fl.Verdict() }
+func (c *check) LookAgain()              { c.fl.T.Engine.Put(&c.fl.UpTask) }
+func (c *check) Ended() bool             { return netstack.EndpointState(c.fl.Ep) != tcp.StateEstablished }
+func (c *check) FarEnded() bool          { return c.fl.hostEvents.Load() != 0 }
+
+func (c *check) Queued() (n int, gone nat.Reason) {
+	n, terr := c.fl.Ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+	if terr != nil {
+		return 0, lostSandbox(c.fl.Ep)
+	}
+	return n, ""
 }
 
-func (p *PeekInto) Write(b []byte) (int, error) {
-	n := copy(p.To[p.N:], b)
-	p.N += n
+func (c *check) Peek(to []byte) (n int, gone nat.Reason) {
+	into := peekInto{to: to}
+	if _, terr := c.fl.Ep.Read(&into, tcpip.ReadOptions{Peek: true}); terr != nil && into.n == 0 {
+		switch terr.(type) {
+		case *tcpip.ErrWouldBlock, *tcpip.ErrClosedForReceive:
+		default:
+			return 0, lostSandbox(c.fl.Ep)
+		}
+	}
+	return into.n, ""
+}
+
+func (c *check) PeekFar(to []byte) int {
+	n, _ := recvPeek(c.fl.FD, to) // an error is for the pump to find
+	return n
+}
+
+func (c *check) SkipFar(p []byte) bool {
+	n, err := unix.Read(c.fl.FD, p)
+	return err == nil && n == len(p)
+}
+
+// peekInto takes the first bytes of a receive queue.
+type peekInto struct {
+	to []byte
+	n  int
+}
+
+func (p *peekInto) Write(b []byte) (int, error) {
+	n := copy(p.to[p.n:], b)
+	p.n += n
 	if n < len(b) {
 		return n, errFull
 	}
 	return n, nil
 }
-
-// piece is one slice of what was gathered.
-func (g *Gather) piece(i int) []byte { return unsafe.Slice(g.Iov[i].Base, int(g.Iov[i].Len)) }

@@ -1,4 +1,4 @@
-package tcpflow
+package gate
 
 // ClientHellos behind the first one, each judged before a byte of it is passed on.
 //
@@ -19,25 +19,20 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-
-	"sluice.dev/sluice/forwarder/internal/firstbytes"
-	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/forwarder/sniff"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
 
-// HelloGate is one flow's, of which nothing has passed yet.
-type HelloGate struct {
-	fl   *Flow
+// helloGate is one flow's, of which nothing has passed yet.
+type helloGate struct {
+	of
 	seen policy.Seen // what the first hello said
 
 	settled atomic.Bool // the server asks for no other hello
 
 	// Guarded by the flow's up.mu.
-	Open  bool // nothing more is to be judged
+	open  bool // nothing more is to be judged
 	ahead int  // bytes that may pass, from the front of what is queued; may be more than are queued
 	need  int  // bytes that must be queued before another hello is looked at again
 	heard int  // hellos that were let pass: the first one, and one for each that the server asked for
@@ -46,9 +41,9 @@ type HelloGate struct {
 	answer sniff.HelloAnswer
 }
 
-func (h *HelloGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
-	if h.Open {
-		return g.Bytes, 0, ""
+func (h *helloGate) Admit(g *Gather) Step {
+	if h.open {
+		return Step{Pass: g.Bytes}
 	}
 	at := place{g: g}
 	at.skip(h.ahead)
@@ -59,18 +54,18 @@ func (h *HelloGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
 		case err != nil:
 			return h.malformed()
 		case need > 0:
-			if h.ahead == 0 && netstack.EndpointState(h.fl.Ep) != tcp.StateEstablished {
-				return 0, 0, nat.ReasonIncompleteHello // its end came before the record's
+			if h.ahead == 0 && h.flow.Ended() {
+				return Step{Abort: nat.ReasonIncompleteHello} // its end came before the record's
 			}
-			return h.ahead, 0, ""
+			return Step{Pass: h.ahead}
 		case h.ahead > 0 && (r.Handshake || h.settled.Load()):
-			return h.ahead, 0, ""
+			return Step{Pass: h.ahead}
 		case h.settled.Load():
 			if r.Hello {
 				return h.malformed()
 			}
-			h.Open = true
-			return g.Bytes, 0, ""
+			h.open = true
+			return Step{Pass: g.Bytes}
 		case r.Handshake:
 			return h.further(g)
 		case !r.Alert && h.foreign():
@@ -79,22 +74,22 @@ func (h *HelloGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
 		h.ahead += r.Size
 		at.skip(r.Size)
 	}
-	return g.Bytes, 0, ""
+	return Step{Pass: g.Bytes}
 }
 
-func (h *HelloGate) foreign() bool {
+func (h *helloGate) foreign() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.answer.Foreign
 }
 
-func (h *HelloGate) malformed() (int, int, nat.Reason) {
-	h.fl.T.firstMalformed.Add(1)
-	return 0, 0, nat.ReasonMalformedHello
+func (h *helloGate) malformed() Step {
+	h.shared.malformed.Add(1)
+	return Step{Abort: nat.ReasonMalformedHello}
 }
 
 // further decides about a record of the handshake at the front of what is queued.
-func (h *HelloGate) further(g *Gather) (pass, drop int, abort nat.Reason) {
+func (h *helloGate) further(g *Gather) Step {
 	h.mu.Lock()
 	answer := h.answer
 	h.mu.Unlock()
@@ -102,59 +97,57 @@ func (h *HelloGate) further(g *Gather) (pass, drop int, abort nat.Reason) {
 	case answer.Foreign:
 		return h.malformed()
 	case h.heard > answer.Retries:
-		return 0, 0, "" // answered has it looked at again
+		return Step{} // Answered has it looked at again
 	}
-	fl := h.fl
-	queued, terr := fl.Ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
-	if terr != nil {
-		return 0, 0, lostSandbox(fl.Ep)
+	queued, gone := h.flow.Queued()
+	if gone != "" {
+		return Step{Abort: gone}
 	}
-	ended := netstack.EndpointState(fl.Ep) != tcp.StateEstablished
+	ended := h.flow.Ended()
 	if queued < h.need && !ended {
-		return 0, 0, ""
+		return Step{}
 	}
-	buf := firstBytes.Get().(*FirstRoom)
-	defer firstBytes.Put(buf)
-	look := PeekInto{To: buf[:]}
-	if _, terr := fl.Ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil && look.N == 0 {
-		return 0, 0, lostSandbox(fl.Ep)
+	buf := looks.Get().(*look)
+	defer looks.Put(buf)
+	n, gone := h.flow.Peek(buf[:])
+	if gone != "" {
+		return Step{Abort: gone}
 	}
-	said, size, need, err := sniff.Hello(buf[:look.N])
+	said, size, need, err := sniff.Hello(buf[:n])
 	switch {
 	case err != nil:
 		return h.malformed()
 	case need > 0 && ended:
-		return 0, 0, nat.ReasonIncompleteHello
+		return Step{Abort: nat.ReasonIncompleteHello}
 	case need > 0:
 		h.need = need
-		return 0, 0, ""
+		return Step{}
 	}
-	if seen := firstbytes.SeenOf(said); seen != h.seen {
-		return 0, 0, h.refuse(seen)
+	if seen := seenOf(said); seen != h.seen {
+		h.refuse(seen)
+		return Step{Abort: nat.ReasonRefusedByPolicy}
 	}
 	h.heard++
 	h.need, h.ahead = 0, size
-	return min(size, g.Bytes), 0, ""
+	return Step{Pass: min(size, g.Bytes)}
 }
 
-// refuse ends the flow, whatever the rules say of the other name: the server was dialled for
-// the first one.
-func (h *HelloGate) refuse(seen policy.Seen) (abort nat.Reason) {
-	fl := h.fl
-	fl.T.refusedHello.Add(1)
-	q := fl.Question()
+// refuse records that the connection ends, whatever the rules say of the other name: the server
+// was dialled for the first one.
+func (h *helloGate) refuse(seen policy.Seen) {
+	s := h.shared
+	s.refusedHello.Add(1)
+	q := h.flow.Question()
 	q.Seen, q.Held = seen, ""
-	v := fl.T.Gate.Judge(fl.T.Gate.Rules.Load(), q)
-	fl.noteRequest(v, seen, q.Src, q.Dst, policy.ReasonAnotherHello)
-	return nat.ReasonRefusedByPolicy
+	s.noteRefused(&q, s.admit.Judge(s.admit.Rules.Load(), q), policy.ReasonAnotherHello)
 }
 
-func (h *HelloGate) Passed(_ *Gather, n int) { h.ahead = max(h.ahead-n, 0) }
+func (h *helloGate) Passed(_ *Gather, n int) { h.ahead = max(h.ahead-n, 0) }
 
-func (h *HelloGate) Room() int { return DownChunk }
+func (h *helloGate) Room() (int, *Ending) { return Chunk, nil }
 
 // Answered has what waits looked at when the answer is known.
-func (h *HelloGate) Answered(p []byte) {
+func (h *helloGate) Answered(p []byte) {
 	if h.settled.Load() {
 		return
 	}
@@ -165,9 +158,9 @@ func (h *HelloGate) Answered(p []byte) {
 	h.settled.Store(h.answer.Settled)
 	h.mu.Unlock()
 	if known {
-		h.fl.T.Engine.Put(&h.fl.UpTask)
+		h.flow.LookAgain()
 	}
 }
 
-// underWay is nothing beside what the flow itself was judged by.
-func (h *HelloGate) underWay() []policy.Seen { return nil }
+// UnderWay is nothing beside what the flow itself was judged by.
+func (h *helloGate) UnderWay() []policy.Seen { return nil }

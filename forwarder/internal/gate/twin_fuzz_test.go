@@ -1,4 +1,4 @@
-package forwarder
+package gate
 
 import (
 	"bufio"
@@ -18,20 +18,33 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
+
+const byName = `
+apiVersion: sluice.dev/v1alpha1
+kind: SandboxPolicy
+metadata: {name: names}
+spec:
+  defaultAction: reject
+  egress:
+  - {name: a, action: allow, to: [{domain: a.example}, {domain: "*.a.example"}]}
+`
+
+var byNoName = strings.Replace(byName, `{domain: "*.a.example"}]`, `{domain: "*.a.example"}], missingName: allow`, 1)
 
 // FuzzTwinTLS has crypto/tls read what passes of a client's bytes, as the server would: no
 // ClientHello in it may say any name but the allowed one. The second answer of the server's,
 // if it asks for one, is for the hellos that a server might still take the name from.
 func FuzzTwinTLS(f *testing.F) {
-	cert := selfSigned(f)
+	cert := gatetest.SelfSigned(f)
 	strict, nameless := newTwinJudge(f, byName, 443), newTwinJudge(f, byNoName, 443)
-	a, b, none := clientHello(f, "a.example"), clientHello(f, "b.example"), clientHello(f, "203.0.113.10")
+	a, b, none := gatetest.ClientHello(f, "a.example"), gatetest.ClientHello(f, "b.example"), gatetest.ClientHello(f, "203.0.113.10")
 	join := func(all ...[]byte) []byte { return bytes.Join(all, nil) }
 	change, data := []byte{20, 3, 3, 0, 1, 1}, []byte{23, 3, 3, 0, 1, 0}
 	for _, client := range [][]byte{
-		a, b, none, join(a, b), join(a, change, b), join(a, change, a, b), join(none, b), join(none, change, none), records(a, 50), join(a, data, records(b, 1)),
-		join([]byte{22, 3, 1, 0, 0}, b), join([]byte{21, 3, 1, 0, 2, 1, 100}, b), spelled(clientHello(f, "xxxxxxxxxx"), "a.example."), spelled(clientHello(f, "xxxxxxxxxxx"), "ａ.example"),
+		a, b, none, join(a, b), join(a, change, b), join(a, change, a, b), join(none, b), join(none, change, none), gatetest.Records(a, 50), join(a, data, gatetest.Records(b, 1)),
+		join([]byte{22, 3, 1, 0, 0}, b), join([]byte{21, 3, 1, 0, 2, 1, 100}, b), gatetest.Spelled(gatetest.ClientHello(f, "xxxxxxxxxx"), "a.example."), gatetest.Spelled(gatetest.ClientHello(f, "xxxxxxxxxxx"), "ａ.example"),
 		[]byte("GET / HTTP/1.0\r\n\r\n"), []byte("STARTTLS\r\n"),
 	} {
 		for _, retry := range []bool{false, true} {
@@ -79,7 +92,7 @@ func FuzzTwinTLS(f *testing.F) {
 // laterHellos are the messages of the handshake behind the first one, whatever other records are
 // between, each in records of its own and with what follows it.
 func laterHellos(p []byte) (all [][]byte) {
-	msg := handshakeOf(p)
+	msg := gatetest.HandshakeOf(p)
 	for first := true; len(msg) >= 4 && len(all) < 8; first = false {
 		if !first {
 			all = append(all, inRecords(msg))
@@ -218,9 +231,9 @@ func readOn(r io.Reader) string {
 func FuzzTwinHTTP2(f *testing.F) {
 	judge := newTwinJudge(f, twinRules, 8080)
 	say := func(requests ...[]string) []byte {
-		s := newSpoken()
+		s := gatetest.NewSpoken()
 		for i, r := range requests {
-			s.request(uint32(2*i+1), r[0], r[1], r[2], r[3:]...)
+			s.Request(uint32(2*i+1), r[0], r[1], r[2], r[3:]...)
 		}
 		return s.Bytes()
 	}
@@ -229,8 +242,8 @@ func FuzzTwinHTTP2(f *testing.F) {
 		say(get), say(get, get), say(get, secret), say(secret), say(get, []string{"GET", "/open/1", "b.example"}), say([]string{"DELETE", "/open/1", "a.example"}),
 		say(append(slices.Clone(get), "x-original-url", "/secret")), say(append(slices.Clone(get), "host", "b.example")), say(append(slices.Clone(get), "x-http-method-override", "DELETE", "cookie", "a=b")),
 		append([]byte("\r\n"), say(get)...),
-		newSpoken().raw(http2.FramePing, 0, 0, "12345678").request(1, "GET", "/open/1", "a.example").raw(http2.FramePing, 0, 0, "12345678").raw(http2.FrameSettings, 0, 0, "").Bytes(),
-		newSpoken().raw(http2.FrameSettings, 0, 0, "").raw(http2.FrameSettings, 1, 0, "").raw(http2.FramePing, 1, 0, "12345678").raw(http2.FrameWindowUpdate, 0, 1<<31, "\x00\x00\x00\x01").request(1, "GET", "/secret", "a.example").Bytes(),
+		gatetest.NewSpoken().Raw(http2.FramePing, 0, 0, "12345678").Request(1, "GET", "/open/1", "a.example").Raw(http2.FramePing, 0, 0, "12345678").Raw(http2.FrameSettings, 0, 0, "").Bytes(),
+		gatetest.NewSpoken().Raw(http2.FrameSettings, 0, 0, "").Raw(http2.FrameSettings, 1, 0, "").Raw(http2.FramePing, 1, 0, "12345678").Raw(http2.FrameWindowUpdate, 0, 1<<31, "\x00\x00\x00\x01").Request(1, "GET", "/secret", "a.example").Bytes(),
 	} {
 		f.Add(client, []byte{})
 		f.Add(client, []byte{0, 7})
@@ -295,16 +308,16 @@ func FuzzTwinHTTP2(f *testing.F) {
 		if len(client) < len(http2.ClientPreface) {
 			return
 		}
-		settings, pings := asked(client[len(http2.ClientPreface):], 0)
-		acks, pongs := asked(judge.heard, http2.FlagSettingsAck)
+		settings, pings := askedFor(client[len(http2.ClientPreface):], 0)
+		acks, pongs := askedFor(judge.heard, http2.FlagSettingsAck)
 		if acks > settings || pongs > pings {
 			t.Fatalf("%d acknowledgements and %d answers to %d SETTINGS and %d PINGs in %q", acks, pongs, settings, pings, client)
 		}
 	})
 }
 
-// asked counts SETTINGS and PINGs, either those that want an answer or, with ack, the answers.
-func asked(p []byte, ack http2.Flags) (settings, pings int) {
+// askedFor counts SETTINGS and PINGs, either those that want an answer or, with ack, the answers.
+func askedFor(p []byte, ack http2.Flags) (settings, pings int) {
 	frames := http2.NewFramer(nil, bytes.NewReader(p))
 	frames.SetMaxReadFrameSize(1<<24 - 1)
 	for {

@@ -1,4 +1,4 @@
-package tcpflow
+package gate
 
 // Requests of clear-text HTTP/2, each judged before a byte of it is passed on.
 //
@@ -29,12 +29,7 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
-	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/forwarder/sniff"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
@@ -44,9 +39,9 @@ import (
 // said, and 128 bytes more.
 const maxStreamBytes = 256 << 10
 
-// StreamGate is one flow's.
-type StreamGate struct {
-	fl *Flow
+// streamGate is one connection's.
+type streamGate struct {
+	of
 
 	// Guarded by the flow's up.mu.
 	frames  sniff.Frames
@@ -55,13 +50,14 @@ type StreamGate struct {
 	judging bool // else it only waits for what it owes
 	owed    bool // an acknowledgement that is not the server's business will come
 
-	Refused atomic.Pointer[firstbytes.RefusedStream]
+	refused atomic.Pointer[firstbytes.RefusedStream]
 
 	// Guarded by the flow's down.mu.
 	ends    sniff.FrameEnds
 	swallow int  // acknowledgements of SETTINGS that the client has had from us
 	greeted bool // the client has had SETTINGS, of the server's or from us
 	told    bool
+	header  [sniff.FrameHeader]byte // room for one
 
 	mu    sync.Mutex
 	open  map[uint32]*openStream // the requests under way
@@ -80,27 +76,24 @@ func (o *openStream) cost() int {
 	return 128 + len(o.seen.Name) + len(o.seen.Method) + len(o.seen.Path)
 }
 
-// newStreamGate is for a flow of which nothing has passed yet. greeting is what its client has
-// heard, and judging tells that its requests are to be judged.
-func newStreamGate(fl *Flow, greeting *sniff.Greeting, judging bool) *StreamGate {
+// newStreamGate is for a connection of which nothing has passed yet. greeting is what its client
+// has heard, and judging tells that its requests are to be judged.
+func newStreamGate(of of, greeting *sniff.Greeting, judging bool) *streamGate {
 	greeted := greeting.Settings() > 0
-	s := &StreamGate{
-		fl: fl, judging: judging, ahead: sniff.Preface, open: make(map[uint32]*openStream),
+	s := &streamGate{
+		of: of, judging: judging, ahead: sniff.Preface, open: make(map[uint32]*openStream),
 		heard: greeting.Heard(), owed: greeted, swallow: greeting.Settings(), greeted: greeted,
 	}
 	s.ends.Ended = s.ended
 	return s
 }
 
-func (s *StreamGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
-	if r := s.Refused.Load(); r != nil {
-		if s.fl.Check.over.Load() {
-			return 0, 0, r.Reason()
-		}
-		return 0, 0, ""
+func (s *streamGate) Admit(g *Gather) Step {
+	if r := s.refused.Load(); r != nil {
+		return Step{Refusing: r.Reason()}
 	}
 	if !s.walks() {
-		return g.Bytes, 0, ""
+		return Step{Pass: g.Bytes}
 	}
 	at := place{g: g}
 	at.skip(s.ahead)
@@ -116,15 +109,15 @@ func (s *StreamGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
 		switch {
 		case fr.Ack && s.owed, fr.Ping && s.ahead < s.heard:
 			if s.ahead > 0 {
-				return s.ahead, 0, ""
+				return Step{Pass: s.ahead}
 			}
 			s.owed = s.owed && !fr.Ack
 			s.heard = max(s.heard-fr.Size, 0)
-			return 0, fr.Size, ""
+			return Step{Drop: fr.Size}
 		case !s.judging:
 		case fr.Fields:
 			if s.ahead > 0 {
-				return s.ahead, 0, ""
+				return Step{Pass: s.ahead}
 			}
 			return s.fieldsAt(g, fr.Size)
 		case !s.goesOn(fr):
@@ -136,13 +129,13 @@ func (s *StreamGate) Admit(g *Gather) (pass, drop int, abort nat.Reason) {
 	if s.ahead == 0 {
 		return s.unfinished()
 	}
-	return min(s.ahead, g.Bytes), 0, ""
+	return Step{Pass: min(s.ahead, g.Bytes)}
 }
 
 // walks reports whether anything of what comes is to be judged or kept back.
-func (s *StreamGate) walks() bool { return s.judging || s.owed || s.heard > 0 }
+func (s *streamGate) walks() bool { return s.judging || s.owed || s.heard > 0 }
 
-func (s *StreamGate) Passed(_ *Gather, n int) {
+func (s *streamGate) Passed(_ *Gather, n int) {
 	if s.walks() {
 		s.ahead -= n
 		s.heard = max(s.heard-n, 0)
@@ -150,34 +143,27 @@ func (s *StreamGate) Passed(_ *Gather, n int) {
 }
 
 // unfinished waits for the rest of what begins what is queued.
-func (s *StreamGate) unfinished() (int, int, nat.Reason) {
-	if netstack.EndpointState(s.fl.Ep) != tcp.StateEstablished {
-		return 0, 0, nat.ReasonIncompleteRequest // its end came before the frame's
+func (s *streamGate) unfinished() Step {
+	if s.flow.Ended() {
+		return Step{Abort: nat.ReasonIncompleteRequest} // its end came before the frame's
 	}
-	return 0, 0, ""
+	return Step{}
 }
 
 // malformed ends the connection for err's sake.
-func (s *StreamGate) malformed(err error) (int, int, nat.Reason) {
-	s.fl.T.firstMalformed.Add(1)
-	return 0, 0, s.refuse(&firstbytes.RefusedStream{ID: s.frames.Last(), Broken: err})
+func (s *streamGate) malformed(err error) Step {
+	s.shared.malformed.Add(1)
+	return s.refuse(&firstbytes.RefusedStream{ID: s.frames.Last(), Broken: err})
 }
 
 // refuse has the client told at the next place between two frames of the server's.
-func (s *StreamGate) refuse(r *firstbytes.RefusedStream) (abort nat.Reason) {
-	fl := s.fl
-	if fl.Down.Done.Load() {
-		return r.Reason() // an answer would come behind the server's end
-	}
-	s.Refused.Store(r)
-	fl.Check.over.Store(false)
-	fl.T.Checks.Enter(&fl.Check.entry, fl, firstbytes.RefusalTimeout)
-	fl.T.Engine.Put(&fl.DownTask)
-	return ""
+func (s *streamGate) refuse(r *firstbytes.RefusedStream) Step {
+	s.refused.Store(r)
+	return Step{Refusing: r.Reason()}
 }
 
 // goesOn follows the request that a frame is about.
-func (s *StreamGate) goesOn(fr sniff.Frame) bool {
+func (s *streamGate) goesOn(fr sniff.Frame) bool {
 	if fr.Data == 0 && !fr.End && !fr.Reset {
 		return true
 	}
@@ -204,23 +190,22 @@ func (s *StreamGate) goesOn(fr sniff.Frame) bool {
 
 // fieldsAt looks at the header block that begins what is queued, in a frame of so many
 // bytes and those that follow it.
-func (s *StreamGate) fieldsAt(g *Gather, want int) (pass, drop int, abort nat.Reason) {
-	fl := s.fl
-	buf := firstBytes.Get().(*FirstRoom)
-	defer firstBytes.Put(buf)
+func (s *streamGate) fieldsAt(g *Gather, want int) Step {
+	buf := looks.Get().(*look)
+	defer looks.Put(buf)
 	for want <= len(buf) {
-		queued, terr := fl.Ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
-		if terr != nil {
-			return 0, 0, lostSandbox(fl.Ep)
+		queued, gone := s.flow.Queued()
+		if gone != "" {
+			return Step{Abort: gone}
 		}
 		if queued < want {
 			return s.unfinished()
 		}
-		look := PeekInto{To: buf[:want]}
-		if _, terr := fl.Ep.Read(&look, tcpip.ReadOptions{Peek: true}); terr != nil {
-			return 0, 0, lostSandbox(fl.Ep)
+		n, gone := s.flow.Peek(buf[:want])
+		if gone != "" {
+			return Step{Abort: gone}
 		}
-		req, need, err := s.frames.Fields(buf[:look.N])
+		req, need, err := s.frames.Fields(buf[:n])
 		switch {
 		case err != nil:
 			return s.malformed(err)
@@ -228,49 +213,43 @@ func (s *StreamGate) fieldsAt(g *Gather, want int) (pass, drop int, abort nat.Re
 			want = need
 			continue
 		}
-		if abort := s.judge(&req); abort != "" || s.Refused.Load() != nil {
-			return 0, 0, abort
+		step := s.judge(&req)
+		if step.Abort == "" && step.Refusing == "" {
+			s.ahead = req.Size
+			step.Pass = min(req.Size, g.Bytes)
 		}
-		s.ahead = req.Size
-		return min(req.Size, g.Bytes), 0, ""
+		return step
 	}
 	return s.malformed(sniff.ErrTooLong)
 }
 
-// judge decides about a request, or notes that one ends.
-func (s *StreamGate) judge(req *sniff.StreamRequest) (abort nat.Reason) {
-	fl := s.fl
+// judge decides about a request, or notes that one ends. The zero Step lets it pass.
+func (s *streamGate) judge(req *sniff.StreamRequest) Step {
 	if req.Trailers {
 		if !s.goesOn(sniff.Frame{Stream: req.Stream, End: true}) {
-			_, _, abort = s.malformed(sniff.ErrMalformed)
+			return s.malformed(sniff.ErrMalformed)
 		}
-		return abort
+		return Step{}
 	}
 	if req.End && req.Length > 0 {
-		_, _, abort = s.malformed(sniff.ErrMalformed)
-		return abort
+		return s.malformed(sniff.ErrMalformed)
 	}
-	q := fl.Question()
-	q.Seen = firstbytes.SeenOf(sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override})
-	rules := fl.T.Gate.Rules.Load()
-	v := fl.T.Gate.Judge(rules, q)
-	if !v.Allowed() || req.Upgrade || v.Target() != fl.Verdict().Target() {
-		fl.T.refusedRequest.Add(1)
-		fl.noteRequest(v, q.Seen, q.Src, q.Dst, beside(v, req.Upgrade))
-		return s.refuse(&firstbytes.RefusedStream{Verdict: v, ID: req.Stream, Grpc: req.GRPC, Head: req.Method == "HEAD"})
+	a := s.shared.ask(s.flow, sniff.Seen{Kind: sniff.HTTP2, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override}, req.Upgrade)
+	if a.refused {
+		return s.refuse(&firstbytes.RefusedStream{Verdict: a.Verdict, ID: req.Stream, Grpc: req.GRPC, Head: req.Method == "HEAD"})
 	}
-	o := &openStream{seen: q.Seen, left: req.Length, sent: req.End}
+	o := &openStream{seen: a.Seen, left: req.Length, sent: req.End}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.bytes += o.cost(); s.bytes > maxStreamBytes {
-		return nat.ReasonTooManyRequests
+		return Step{Abort: nat.ReasonTooManyRequests}
 	}
 	s.open[req.Stream] = o
-	return fl.stillInForce(rules, q)
+	return Step{Abort: s.shared.stillInForce(&a)}
 }
 
 // ended is told by the server's frames of an answer that is whole, or will not be.
-func (s *StreamGate) ended(stream uint32, reset bool) {
+func (s *streamGate) ended(stream uint32, reset bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if o := s.open[stream]; o != nil {
@@ -282,92 +261,59 @@ func (s *StreamGate) ended(stream uint32, reset bool) {
 }
 
 // forget takes a request off those under way. mu is held.
-func (s *StreamGate) forget(stream uint32, o *openStream) {
+func (s *streamGate) forget(stream uint32, o *openStream) {
 	s.bytes -= o.cost()
 	delete(s.open, stream)
 }
 
-func (s *StreamGate) Answered(p []byte) { s.ends.Feed(p) }
+func (s *streamGate) Answered(p []byte) { s.ends.Feed(p) }
 
 // Room keeps from the client what it has had from us, and lets what the far side sends pass up
 // to the end of a frame once there is a refusal to be told there.
-func (s *StreamGate) Room() int {
+func (s *streamGate) Room() (int, *Ending) {
 	n := s.ends.Until()
-	r := s.Refused.Load()
+	r := s.refused.Load()
 	switch {
 	case r == nil && s.swallow == 0:
-		return DownChunk
+		return Chunk, nil
 	case n > 0:
-		return n
+		return n, nil
 	case r == nil:
-		return s.nextFrame()
+		return s.nextFrame(), nil
 	case !s.told:
 		s.told = true
-		fl := s.fl
-		fl.Check.answer, fl.Check.why = r.Answer(fl.T.Gate.Rules.Load().Name(), s.ends.Begun() || s.greeted), r.Reason()
-		fl.T.Engine.Put(&fl.Check.Telling)
+		return 0, &Ending{Answer: r.Answer(s.shared.policyName(), s.ends.Begun() || s.greeted), Why: r.Reason()}
 	}
-	return 0
+	return 0, nil
 }
 
 // nextFrame takes acknowledgements that the client has had off the front of what the far side
 // has sent, and returns how much of the frame behind them may pass: 0 if its header is not there.
-func (s *StreamGate) nextFrame() int {
+func (s *streamGate) nextFrame() int {
 	for s.swallow > 0 {
-		var header [sniff.FrameHeader]byte
-		n, errno := recvPeek(s.fl.FD, header[:])
-		switch {
-		case errno != 0 || n < len(header):
-			if s.fl.hostEvents.Load() != 0 {
-				return DownChunk // its end came before the frame's
+		header := s.header[:]
+		switch n := s.flow.PeekFar(header); {
+		case n < len(header):
+			if s.flow.FarEnded() {
+				return Chunk // its end came before the frame's
 			}
 			return 0
-		case !sniff.OnlyAck(header[:]):
-			return min(sniff.FrameSize(header[:]), DownChunk)
+		case !sniff.OnlyAck(header):
+			return min(sniff.FrameSize(header), Chunk)
 		}
-		if n, err := unix.Read(s.fl.FD, header[:]); err != nil || n < len(header) {
+		if !s.flow.SkipFar(header) {
 			return 0 // a reset, which the pump is told of
 		}
 		s.swallow--
 	}
-	return DownChunk
+	return Chunk
 }
 
-func (s *StreamGate) underWay() (all []policy.Seen) {
+func (s *streamGate) UnderWay() (all []policy.Seen) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, o := range s.open {
 		all = append(all, o.seen)
 	}
 	return all
-}
-
-// place is a place in what was gathered.
-type place struct {
-	g   *Gather
-	i   int // the piece
-	off int // in it
-}
-
-// skip goes n bytes on, and stops at the end.
-func (p *place) skip(n int) {
-	for p.i < p.g.N {
-		rest := int(p.g.Iov[p.i].Len) - p.off
-		if n < rest {
-			p.off += n
-			return
-		}
-		n -= rest
-		p.i, p.off = p.i+1, 0
-	}
-}
-
-// look copies what is there, and does not move.
-func (p *place) look(to []byte) (n int) {
-	off := p.off
-	for i := p.i; i < p.g.N && n < len(to); i++ {
-		n += copy(to[n:], p.g.piece(i)[off:])
-		off = 0
-	}
-	return n
 }

@@ -1,0 +1,164 @@
+package gate
+
+// Requests of clear-text HTTP/1, each judged before a byte of it is passed on.
+//
+// The gate stands in the up pump and says how much of what is queued may pass: the head
+// that was judged, its body, and then nothing until the next head is whole and the far
+// side has answered. So at most one request is under way, which the client cannot tell
+// from a server that takes one at a time, and a refusal comes at a place where an
+// answer is expected.
+
+import (
+	"sync"
+
+	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/forwarder/sniff"
+	"sluice.dev/sluice/nat"
+	"sluice.dev/sluice/policy"
+)
+
+// requestGate is the one of HTTP/1.
+type requestGate struct {
+	of
+
+	// Guarded by the flow's up.mu.
+	head   int // bytes of a judged head that have not passed
+	body   sniff.Body
+	shut   bool // a refusal is on its way
+	tunnel bool // CONNECT was allowed and accepted, or a protocol that was offered
+	waits  bool // the client waits for a 100 before it sends the body, of which nothing has passed
+
+	mu      sync.Mutex
+	answers sniff.Responses
+	seen    policy.Seen // of the last request
+}
+
+func (r *requestGate) Admit(g *Gather) Step {
+	switch {
+	case r.shut:
+		return Step{}
+	case r.tunnel:
+		return Step{Pass: g.Bytes}
+	case r.head > 0:
+		return Step{Pass: min(r.head, g.Bytes)}
+	case r.waits && r.answeredAll():
+		// Without the 100: some clients, curl 7 among them, send the next request now, others
+		// the body. They come again on another connection.
+		return r.end("", nat.ReasonUnreadableAnswer)
+	case !r.body.Done():
+		body := r.body // which Passed takes further
+		n, err := scan(&body, g, g.Bytes)
+		if err != nil {
+			r.shared.malformed.Add(1)
+			return Step{Abort: nat.ReasonMalformedRequest}
+		}
+		return Step{Pass: n}
+	}
+	r.mu.Lock()
+	idle, tunnel, lost := r.answers.Idle(), r.answers.Tunnel(), r.answers.Lost()
+	r.mu.Unlock()
+	switch {
+	case tunnel:
+		r.tunnel = true
+		return Step{Pass: g.Bytes}
+	case lost:
+		return r.end("", nat.ReasonUnreadableAnswer) // it would wait for an answer that cannot be told from the one before
+	case !idle:
+		return Step{}
+	}
+	return r.judge(g)
+}
+
+// judge looks at the next request.
+func (r *requestGate) judge(g *Gather) Step {
+	buf := looks.Get().(*look)
+	defer looks.Put(buf)
+	n, gone := r.flow.Peek(buf[:])
+	if gone != "" {
+		return Step{Abort: gone}
+	}
+	req, head, err := sniff.ParseHead(buf[:n])
+	switch {
+	case err != nil:
+		r.shared.malformed.Add(1)
+		why := nat.ReasonMalformedRequest
+		if flawOf(err) == policy.ReasonTooLong {
+			why = nat.ReasonRequestTooLong
+		}
+		return r.end(firstbytes.BadRequest(err), why)
+	case head == 0 && r.flow.Ended():
+		return Step{Abort: nat.ReasonIncompleteRequest} // its end came before the head's
+	case head == 0:
+		return Step{}
+	}
+	a := r.shared.ask(r.flow, sniff.Seen{Kind: sniff.HTTP, Name: req.Name, Method: req.Method, Path: req.Path, Override: req.Override}, false)
+	if a.refused {
+		return r.end(firstbytes.Forbidden(a.Verdict, r.shared.policyName()), nat.ReasonRefusedByPolicy)
+	}
+	r.head, r.body, r.waits = head, req.Body, req.Continue && !req.Body.Done()
+	r.mu.Lock()
+	r.answers.Expect(&req)
+	r.seen = a.Seen
+	r.mu.Unlock()
+	return Step{Pass: min(head, g.Bytes), Abort: r.shared.stillInForce(&a)}
+}
+
+// end ends the connection by an answer of ours, or, if that is empty, by its end alone.
+func (r *requestGate) end(answer string, why nat.Reason) Step {
+	r.shut = true
+	return Step{End: &Ending{Answer: answer, Why: why}}
+}
+
+func (r *requestGate) Passed(g *Gather, n int) {
+	switch {
+	case r.tunnel:
+	case r.head > 0:
+		r.head -= n
+	default:
+		r.waits = r.waits && n == 0
+		_, _ = scan(&r.body, g, n) // Admit has looked at them
+	}
+}
+
+// answeredAll reports whether no answer is due.
+func (r *requestGate) answeredAll() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.answers.Idle()
+}
+
+// scan has body take in the first n of the gathered bytes.
+func scan(body *sniff.Body, g *Gather, n int) (took int, err error) {
+	for i := 0; i < g.N && took < n && !body.Done(); i++ {
+		p := g.piece(i)
+		k, err := body.Scan(p[:min(len(p), n-took)])
+		took += k
+		if err != nil {
+			return took, err
+		}
+	}
+	return took, nil
+}
+
+func (r *requestGate) Room() (int, *Ending) { return Chunk, nil }
+
+func (r *requestGate) UnderWay() []policy.Seen {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.answers.Idle() {
+		return nil
+	}
+	return []policy.Seen{r.seen}
+}
+
+// Answered has the next request looked at when an answer has ended.
+func (r *requestGate) Answered(p []byte) {
+	r.mu.Lock()
+	waited := !r.answers.Idle()
+	r.answers.Feed(p)
+	ended := waited && (r.answers.Idle() || r.answers.Tunnel() || r.answers.Lost())
+	r.mu.Unlock()
+	if ended {
+		r.flow.LookAgain()
+	}
+}
