@@ -32,21 +32,20 @@ import (
 //	eth0 = tap ═══════ worker ═ sockets with the pod's IP  │ monitor ── control.sock
 //	                     ╚═════ in0, traffic from outside  │   holds tap, in0, lock, flow log
 //
-// It differs from the monitor of `sluice run` in what it does not do: whoever
-// starts it has made the namespaces, devices, addresses and rules, and takes them
-// away again. There is no command to run, no resolver of ours but while the policy
-// gates names, no port to publish (every port of the pod is reached by the pod's own address), and no loopback of
-// the host behind the gateway.
+// It does less than the monitor of `sluice run`: its launcher makes the namespaces, devices,
+// addresses and rules, and removes them again. There is no command to run, no resolver of ours
+// except while the policy gates names, no port to publish (every port of the pod is reached at the
+// pod's own address), and no host loopback behind the gateway.
 
 // AttachmentConfig describes one attachment. Name, UplinkNetNS, Link, Addrs and the
 // descriptors are required.
 type AttachmentConfig struct {
-	// Name is what `sluice ps` and the other commands call it; see CheckName.
+	// Name is the attachment's name in `sluice ps` and the other commands; see CheckName.
 	Name string `json:"name"`
-	// RuntimeDir is the registry that Name is claimed in; "" means the caller's own,
-	// /run/sluice for root.
+	// RuntimeDir is the registry in which Name is claimed; "" means the caller's own, /run/sluice
+	// for root.
 	RuntimeDir string `json:"runtimeDir,omitempty"`
-	// Describe is shown by `sluice ps` in the place of a command: what the attachment is for.
+	// Describe says what the attachment is for; `sluice ps` shows it in place of a command.
 	Describe []string `json:"describe,omitempty"`
 	Version  string   `json:"version,omitempty"`
 
@@ -54,8 +53,8 @@ type AttachmentConfig struct {
 	UplinkNetNS string `json:"uplinkNetns"`
 	// Link is the device in the pod: kind, name, MTU and number of queues.
 	Link tun.Config `json:"link"`
-	// Inbound is the device by which traffic from outside comes, always a TUN; its
-	// MTU defaults to the largest.
+	// Inbound is the device for traffic from outside, always a TUN; its MTU defaults to the
+	// largest.
 	Inbound tun.Config `json:"inbound"`
 	// GatewayMAC is our address on the pod's link; default 52:55:a9:fe:01:01.
 	GatewayMAC net.HardwareAddr `json:"gatewayMAC,omitempty"`
@@ -66,57 +65,57 @@ type AttachmentConfig struct {
 	// 169.254.1.1 and fe80::1 for the families that the pod has.
 	Gateways []netip.Addr `json:"gateways,omitempty"`
 
-	// Resolvers are asked for the names that the policy allows, on port 53 and from the
-	// uplink namespace, while it gates names: then they answer in the place of whom the
-	// pod asks. Without any, such a policy closes DNS. ResolversNote says where they are
-	// from and which were left out, for people.
+	// Resolvers are asked for the names that the policy allows, on port 53 and from the uplink
+	// namespace, while the policy gates names. They then answer in place of the server that the pod
+	// asks. Without any, such a policy closes DNS. ResolversNote says, for people, where they come
+	// from and which were left out.
 	Resolvers     []netip.Addr `json:"resolvers,omitempty"`
 	ResolversNote string       `json:"resolversNote,omitempty"`
 
-	// Metadata are metadata services beside those that are known, NAT64 the prefixes of the
+	// Metadata are metadata services in addition to the known ones, NAT64 the prefixes of the
 	// network's translators.
 	Metadata []netip.Prefix `json:"metadata,omitempty"`
 	NAT64    []netip.Prefix `json:"nat64,omitempty"`
 
-	// Policy is required: a document, or that the pod was given none and what holds then.
+	// Policy is required: a document or, explicitly, none, with the built-in policy that applies
+	// instead.
 	Policy  policy.Source     `json:"policy"`
-	Limits  policy.Limits     `json:"limits,omitzero"` // where the policy's own leave something open
+	Limits  policy.Limits     `json:"limits,omitzero"` // used where the policy sets none
 	Sysctls map[string]string `json:"sysctls,omitempty"`
 	// FlowLog is a file to append flow records to, FlowLogMaxSize and FlowLogMaxFiles its
 	// bounds, as in Config.
 	FlowLog         string `json:"flowLog,omitempty"`
 	FlowLogMaxSize  int64  `json:"flowLogMaxSize,omitempty"`
 	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
-	// Keep is a file for what is set later: the next monitor of the same attachment
-	// starts with that. "" keeps nothing.
+	// Keep is a file for settings made at run time, with which the next monitor of the attachment
+	// starts. "" keeps nothing.
 	Keep string `json:"keep,omitempty"`
 
-	// MonitorCgroups and WorkerCgroups are cgroup directories, one of each mounted
-	// hierarchy, that the monitor and its workers move to. None: they stay where
-	// the caller is.
+	// MonitorCgroups and WorkerCgroups are cgroup directories, one per mounted hierarchy, that the
+	// monitor and its workers move to. Without any, they stay in the caller's.
 	MonitorCgroups []string `json:"monitorCgroups,omitempty"`
 	WorkerCgroups  []string `json:"workerCgroups,omitempty"`
-	// LogFile gets the monitor's warnings and last words; "" means that only
-	// `sluice logs` has them.
+	// LogFile receives the monitor's warnings and last words; "" means that only `sluice logs` has
+	// them.
 	LogFile string `json:"logFile,omitempty"`
 
-	// Device are the queues of the pod's device, In0 the descriptor of the inbound
-	// one. They stay the caller's to close, after RunAttachment has returned.
+	// Device are the queues of the pod's device, In0 the descriptor of the inbound one. The caller
+	// closes them after RunAttachment has returned.
 	Device []*os.File `json:"-"`
 	In0    *os.File   `json:"-"`
-	// Lock, if set, is whatever the launcher holds against others who would look for a
-	// monitor: it is closed once there is one to be found, should the launcher be dead by then.
+	// Lock, if set, is the launcher's lock against others who would look for a monitor. It is
+	// closed once the monitor can be found, in case the launcher is dead by then.
 	Lock *os.File `json:"-"`
 	// Ready, if set, is called once traffic flows.
 	Ready func(api.Info) error `json:"-"`
 	// Stderr gets warnings; nil means os.Stderr.
 	Stderr io.Writer `json:"-"`
 
-	resume *resumption // what the binary before this one left, or nil
+	resume *resumption // state left by the previous binary, or nil
 }
 
-// The gateway that a pod sees: addresses that mean nothing beyond the link, so that
-// no pod network can have them.
+// The gateway that a pod sees: addresses that mean nothing beyond the link, so no pod network can
+// use them.
 var (
 	podGateway4   = netip.AddrFrom4([4]byte{169, 254, 1, 1})
 	podGateway6   = netip.MustParseAddr("fe80::1")
@@ -176,17 +175,17 @@ func (c AttachmentConfig) withDefaults() (AttachmentConfig, error) {
 	return c, nil
 }
 
-// attachment is the monitor of one.
+// attachment is the monitor of one attachment.
 type attachment struct {
 	*monitor
 	cfg       AttachmentConfig
 	listener  *net.UnixListener // the control server's
-	memory    *os.File          // where workers note flows for their successors
+	memory    *os.File          // where workers record flows for their successors
 	takeovers chan takeover
 }
 
-// RunAttachment is the monitor's whole life: it serves the attachment until ctx
-// ends, and returns once nothing of it is left but what it was given.
+// RunAttachment is the monitor's whole life: it serves the attachment until ctx ends, and returns
+// once everything that it made is gone.
 func RunAttachment(ctx context.Context, cfg AttachmentConfig) (err error) {
 	cfg, err = cfg.withDefaults()
 	if err != nil {
@@ -220,7 +219,7 @@ func (m *attachment) live(ctx context.Context) (err error) {
 	}
 	if m.dir != nil {
 		defer func() {
-			if err == nil || !cfg.resume.fails(err) { // else all of it is the guardian's
+			if err == nil || !cfg.resume.fails(err) { // else the guardian owns all of it
 				err = errors.Join(err, m.dir.Remove())
 			}
 		}()
@@ -231,7 +230,7 @@ func (m *attachment) live(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// Also a binary that takes over starts from what the node has now.
+	// A binary that takes over also starts from the node's current addresses.
 	m.rules.Env = cfg.environment()
 	var hostErr error
 	if m.rules.Env.Host, hostErr = host.HostRanges(); hostErr != nil {
@@ -263,7 +262,7 @@ func (m *attachment) live(ctx context.Context) (err error) {
 		return err
 	}
 	defer m.spawner.Close()
-	// Ping sockets and raw ones are the uplink namespace's, as all others.
+	// Ping and raw sockets belong to the uplink namespace, like all others.
 	m.spawner.Do(func() { m.raw = host.RawICMP(process.WorkerIDs().Gid) })
 
 	var server *controlServer
@@ -275,7 +274,7 @@ func (m *attachment) live(ctx context.Context) (err error) {
 	m.listener = server.l
 	first, err := m.startWorker(ctx)
 	if err != nil && cfg.resume != nil && cfg.resume.failure != "" {
-		// There is nobody behind us any more.
+		// There is no process to fall back to any more.
 		first, err = stillborn(err.Error()), nil
 	}
 	if err != nil {
@@ -288,8 +287,8 @@ func (m *attachment) live(ctx context.Context) (err error) {
 	return m.serve(ctx, server, first)
 }
 
-// flowMemory makes the memory in which a worker notes flows. Its size is sealed: a
-// worker that could shrink it could make its successor die of it.
+// flowMemory makes the memory in which a worker records flows. Its size is sealed: a worker that
+// could shrink it could crash its successor.
 func flowMemory() (*os.File, error) {
 	fd, err := unix.MemfdCreate("flows", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -316,7 +315,7 @@ func (m *attachment) claim() error {
 	return err
 }
 
-// stillborn is a worker that never came up, for a supervisor to replace.
+// stillborn is a worker that never came up, which a supervisor replaces.
 type stillborn string
 
 func (s stillborn) Reason() string { return string(s) }
@@ -353,7 +352,7 @@ func (m *attachment) serve(ctx context.Context, server *controlServer, first pro
 			return nil
 		case t := <-m.takeovers:
 			last := stop()
-			// Whoever would change something waits for whoever serves then.
+			// A caller that changes something waits until a worker serves.
 			m.change.Lock()
 			m.endWorker(last)
 			m.setState(api.StateRestarting)
@@ -368,12 +367,12 @@ func (m *attachment) serve(ctx context.Context, server *controlServer, first pro
 	}
 }
 
-// supervise looks after workers until the function that it returns is called, which
-// says which one is running then.
+// supervise looks after workers until the returned function is called, which returns the worker
+// running then.
 func (m *attachment) supervise(ctx context.Context, first process.Supervised) (stop func() process.Supervised) {
 	ctx, cancel := context.WithCancel(ctx)
 	last := make(chan process.Supervised, 1)
-	// Owned by whoever calls stop.
+	// Owned by the caller of stop.
 	go func() {
 		s := process.Supervisor{Start: m.startWorker, Lost: m.lost, Failed: m.startFailed, Now: time.Now, Sleep: process.SleepContext}
 		last <- s.Run(ctx, first)
@@ -384,7 +383,7 @@ func (m *attachment) supervise(ctx context.Context, first process.Supervised) (s
 	}
 }
 
-// endWorker ends the worker that was running when supervision ended, in order.
+// endWorker stops the worker that was running when supervision ended, in order.
 func (m *attachment) endWorker(last process.Supervised) {
 	l, ok := last.(*process.WorkerLink)
 	if !ok || l == nil {
@@ -407,8 +406,8 @@ func joinCgroups(dirs []string, pid int) error {
 	return errors.Join(errs...)
 }
 
-// newSpawnerIn makes a spawner whose thread is in the network namespace at path,
-// so that what it starts is there too.
+// newSpawnerIn makes a spawner whose thread is in the network namespace at path, so its children
+// are too.
 func newSpawnerIn(path string) (*process.Spawner, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

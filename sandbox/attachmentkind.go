@@ -1,6 +1,6 @@
 package sandbox
 
-// What is different about a pod's attachment: kind, and what its configuration says.
+// The part of the monitor that is specific to a pod's attachment: kind, from its configuration.
 
 import (
 	"net/netip"
@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// guest lists the pod's addresses.
+// guest returns the pod's addresses.
 func (c *AttachmentConfig) guest() []netip.Addr {
 	var out []netip.Addr
 	for _, p := range c.Addrs {
@@ -26,7 +26,7 @@ func (c *AttachmentConfig) guest() []netip.Addr {
 	return out
 }
 
-// upstreams are the servers that names are asked of.
+// upstreams returns the servers that are asked for names.
 func (c *AttachmentConfig) upstreams() dns.Upstreams {
 	var u dns.Upstreams
 	for _, a := range c.Resolvers {
@@ -35,8 +35,8 @@ func (c *AttachmentConfig) upstreams() dns.Upstreams {
 	return u
 }
 
-// environment is where the rules apply, but for the host's addresses: the node's, in whose
-// network namespace the monitor is. Clients have them who came by way of the node.
+// environment returns the environment of the rules, without the host's addresses: those of the
+// node, whose network namespace the monitor is in. Clients that the node forwards have them.
 func (c *AttachmentConfig) environment() policy.Environment {
 	env := policy.Environment{Guest: c.guest(), HostClients: true, OpenIngress: true, Metadata: c.Metadata, NAT64: c.NAT64}
 	for _, g := range c.Gateways {
@@ -79,14 +79,14 @@ func (c *AttachmentConfig) info(started time.Time) api.Info {
 	}
 }
 
-// admit implements kind: the worker's memory is the pod's from the first page on.
+// admit implements kind: the worker's memory is charged to the pod from its first page.
 func (m *attachment) admit(p *process.Process) {
 	if err := joinCgroups(m.cfg.WorkerCgroups, p.Cmd.Pid); err != nil {
 		m.log.Warnf("monitor", "%v", err)
 	}
 }
 
-// giveSocket implements kind: an attachment has no sockets inside, and its workers are told so.
+// giveSocket implements kind: an attachment has no sockets inside, and tells its workers so.
 func (m *attachment) giveSocket(*process.WorkerLink, bool) {}
 
 // families implements kind.

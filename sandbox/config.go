@@ -16,10 +16,9 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// Config describes one sandbox. With Guest.Command it is complete: everything
-// else has a default.
+// Config describes one sandbox. Only Guest.Command is needed: everything else has a default.
 type Config struct {
-	// Name is the sandbox's; "" generates one.
+	// Name is the sandbox's name; "" generates one.
 	Name string
 	// Version is shown by `info`.
 	Version string
@@ -38,23 +37,24 @@ type Config struct {
 	ResolvConf string                  // "" means /etc/resolv.conf
 	Hosts      map[string][]netip.Addr // --add-host
 
-	// Metadata are metadata services beside those that are known, NAT64 the prefixes of the
+	// Metadata are metadata services in addition to the known ones, NAT64 the prefixes of the
 	// network's translators.
 	Metadata []netip.Prefix
 	NAT64    []netip.Prefix
-	// HostLoopback makes the gateway address lead to the host's loopback.
+	// HostLoopback maps the gateway address to the host's loopback.
 	HostLoopback bool
-	// Policy is required: a document, or that none was given and what holds then.
+	// Policy is required: a document or, explicitly, none, with the built-in policy that applies
+	// instead.
 	Policy policy.Source
 
-	// UnderPolicy covers the host's sockets: somebody has said what the command may
-	// reach. AllowSockets are left in reach all the same, HostSockets leaves all.
+	// UnderPolicy covers the host's sockets, because the caller has said what the command may
+	// reach. AllowSockets stay in reach all the same; HostSockets leaves all of them.
 	UnderPolicy  bool
 	AllowSockets []string
 	HostSockets  bool
-	// ReadOnly are files that are about the command, which it may not change.
+	// ReadOnly are files that control the command, so it may not change them.
 	ReadOnly []string
-	// Quiet says nothing of what is covered.
+	// Quiet suppresses the line that says what is covered.
 	Quiet bool
 
 	Ports []api.Port
@@ -65,27 +65,26 @@ type Config struct {
 
 	// FlowLog is a file to append flow records to, "-" for standard output.
 	FlowLog string
-	// FlowLogMaxSize is how many bytes it may have before it is renamed to FlowLog.1, and
-	// that to .2; 0 means DefaultFlowLogMaxSize, FlowLogUnbounded never. FlowLogMaxFiles
-	// is how many files there may be; 0 means DefaultFlowLogMaxFiles.
+	// FlowLogMaxSize is the size in bytes at which it is renamed to FlowLog.1, and that to .2; 0
+	// means DefaultFlowLogMaxSize, FlowLogUnbounded never. FlowLogMaxFiles is how many files there
+	// may be; 0 means DefaultFlowLogMaxFiles.
 	FlowLogMaxSize  int64
 	FlowLogMaxFiles int
-	// Sysctls are tunables of the flow table by nf_conntrack's names.
+	// Sysctls are tunables of the flow table, under nf_conntrack's names.
 	Sysctls map[string]string
 
 	// Ready is called once traffic can flow, before the command is started.
 	Ready func(api.Info) error
-	// Ended, if set, is given the flows that are over at the end.
+	// Ended, if set, receives the flows that are still there at the end.
 	Ended func(api.FlowsResult)
 	// Stderr gets warnings, or everything with Verbose; nil means os.Stderr.
 	Stderr  io.Writer
 	Verbose bool
 }
 
-// The addresses of a sandbox that asks for none. IPv4's are slirp4netns's, so
-// that what people have learned and configured keeps working; its fd00::/64 is
-// what too many hosts and container networks have, so IPv6 has a prefix of its
-// own (RFC 4193, the global identifier spells sluice).
+// The default addresses of a sandbox. The IPv4 ones are slirp4netns's, so that existing habits and
+// configurations keep working. Too many hosts and container networks use its fd00::/64, so IPv6 has
+// its own prefix (RFC 4193, the global identifier spells sluice).
 var (
 	defaultPrefix4 = netip.MustParsePrefix("10.0.2.100/24")
 	defaultPrefix6 = netip.MustParsePrefix("fd73:6c75:6963:65::100/64")
@@ -120,8 +119,8 @@ func (c Config) withDefaults() (Config, error) {
 	return c, err
 }
 
-// plan completes the addresses of one family: the gateway is the prefix's
-// second address and the resolver its third, unless given.
+// plan completes the addresses of one family: by default the gateway is the prefix's second address
+// and the resolver its third.
 func plan(addr *netip.Prefix, gateway, dns *netip.Addr, off bool, def netip.Prefix) error {
 	if off {
 		*addr, *gateway, *dns = netip.Prefix{}, netip.Addr{}, netip.Addr{}
@@ -155,7 +154,7 @@ func plan(addr *netip.Prefix, gateway, dns *netip.Addr, off bool, def netip.Pref
 	return nil
 }
 
-// addrs keeps the valid ones.
+// addrs returns the valid addresses.
 func addrs(list ...netip.Addr) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range list {
@@ -166,7 +165,7 @@ func addrs(list ...netip.Addr) []netip.Addr {
 	return out
 }
 
-// environment is where the rules apply, but for the host's addresses.
+// environment returns the environment of the rules, without the host's addresses.
 func (c *Config) environment() policy.Environment {
 	return policy.Environment{
 		Gateway4: c.Guest.Gateway4, Gateway6: c.Guest.Gateway6,
@@ -178,7 +177,7 @@ func (c *Config) environment() policy.Environment {
 	}
 }
 
-// upstreams merges what the host says with what the caller asked for.
+// upstreams merges the host's resolvers with the caller's.
 func (c *Config) upstreams(host dns.Upstreams) dns.Upstreams {
 	if c.Servers != nil {
 		host = dns.Upstreams{Servers: c.Servers, Search: host.Search, StubOptions: host.StubOptions}
@@ -189,7 +188,7 @@ func (c *Config) upstreams(host dns.Upstreams) dns.Upstreams {
 	return host
 }
 
-// info is the part of api.Info that does not change.
+// info returns the part of api.Info that does not change.
 func (c *Config) info(started time.Time) api.Info {
 	i := api.Info{
 		Name: c.Name, PID: os.Getpid(), Command: c.Guest.Command, Started: started, Version: c.Version,

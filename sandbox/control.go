@@ -22,8 +22,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// maxControlConns bounds the connections being served by the monitor; those
-// handed to the worker count until it has them.
+// maxControlConns bounds the connections that the monitor serves. A connection handed to the worker
+// counts until the worker has it.
 const maxControlConns = 32
 
 // controlServer accepts on the control socket.
@@ -34,8 +34,8 @@ type controlServer struct {
 	log    *logring.LogRing
 }
 
-// listenControl opens the control socket. The directory it is in is private;
-// that peers are checked one by one is the second lock on the door.
+// listenControl opens the control socket. Its directory is private; checking each peer is a second
+// safeguard.
 func (m *monitor) listenControl() (*controlServer, error) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: m.dir.Socket(), Net: "unix"})
 	if err != nil {
@@ -49,9 +49,9 @@ func (m *monitor) listenControl() (*controlServer, error) {
 	return s, nil
 }
 
-// serverOn makes the server of a listener, and owns that.
+// serverOn makes the server of a listener, and owns the listener.
 func (m *monitor) serverOn(l *net.UnixListener) *controlServer {
-	l.SetUnlinkOnClose(false) // the directory goes as a whole
+	l.SetUnlinkOnClose(false) // the directory is removed as a whole
 	return &controlServer{l: l, peers: registry.PeerPolicy{Uid: os.Geteuid()}, handle: control{m}.handle, log: m.log}
 }
 
@@ -73,8 +73,7 @@ func (s *controlServer) serve(ctx context.Context) {
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 				return
 			}
-			// Out of descriptors, most likely: the sandbox goes on, and the next
-			// client may find some.
+			// Most likely out of descriptors: the sandbox goes on, and the next client may succeed.
 			s.log.Warnf("monitor", "accept on the control socket: %v", err)
 			process.SleepContext(ctx, 100*time.Millisecond)
 			continue
@@ -99,7 +98,7 @@ func (s *controlServer) serveConn(ctx context.Context, c *net.UnixConn) {
 	}
 	req, err := api.ReadRequest(c, time.Now().Add(api.RequestTimeout))
 	if err == nil {
-		// Each answer sets what deadline it needs.
+		// Each answer sets its own deadline.
 		_ = c.SetWriteDeadline(time.Time{})
 		err = s.handle(ctx, c, req)
 	}
@@ -109,10 +108,10 @@ func (s *controlServer) serveConn(ctx context.Context, c *net.UnixConn) {
 	}
 }
 
-// control is the monitor as far as it answers on its control socket.
+// control is the part of the monitor that answers on its control socket.
 type control struct{ *monitor }
 
-// handle answers one request. An error it returns has not been written.
+// handle answers one request. The error that it returns has not been written.
 func (m control) handle(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	switch req.Method {
 	case api.MethodLogs:
@@ -131,7 +130,7 @@ func (m control) handle(ctx context.Context, c *net.UnixConn, req api.Request) e
 	return nil
 }
 
-// answer serves the methods that have one answer and are the monitor's.
+// answer serves the methods that have a single answer and that the monitor handles itself.
 func (m control) answer(ctx context.Context, req api.Request) (any, error) {
 	switch req.Method {
 	case api.MethodInfo:
@@ -170,7 +169,7 @@ func decoded[P any](req api.Request, f func(P) (any, error)) (any, error) {
 	return f(p)
 }
 
-// handOver gives the connection to the worker, which answers from here on.
+// handOver gives the connection to the worker, which answers from then on.
 func (m control) handOver(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	rc, err := c.SyscallConn()
 	if err != nil {
@@ -187,13 +186,13 @@ func (m control) handOver(ctx context.Context, c *net.UnixConn, req api.Request)
 		if err := errors.Join(err, posted); err == nil || !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 			return err
 		}
-		dead = l // and nobody has told us yet
+		dead = l // it died without our being told yet
 	}
 }
 
 var errRestarting = &api.Error{Code: api.CodeUnavailable, Message: "the worker is being restarted: try again in a moment"}
 
-// callTimeout bounds a question of the monitor's own to the worker.
+// callTimeout bounds the monitor's own calls to the worker.
 const callTimeout = 2 * time.Second
 
 // callWorker asks the worker as a client would.
@@ -230,9 +229,8 @@ func (m control) policyResult() (any, error) {
 	return api.PolicyResult{Name: m.rules.Policy.Name(), Source: text, Generation: m.generation}, nil
 }
 
-// setPolicy puts a policy in force; one with errors leaves the old one there. From the
-// moment that it is kept no older one comes back, whatever becomes of this process, of the
-// worker, or of the answer.
+// setPolicy puts a policy in force; if it has errors, the old one stays. Once the new policy is
+// kept, no older one comes back, whatever happens to this process, the worker, or the answer.
 func (m control) setPolicy(p api.PolicySetParams) (any, error) {
 	name := cmp.Or(p.Name, "policy")
 	m.lockChange()
@@ -280,7 +278,7 @@ func (m control) setSysctl(p api.SysctlParams) (any, error) {
 		next = make(map[string]string)
 	}
 	next[p.Name] = p.Value
-	// Only the worker knows whether the value is one.
+	// Only the worker can tell whether the value is valid.
 	switch err := l.Request(channel.MsgSysctl, p); {
 	case err != nil && l.Survived(err) == nil:
 		return nil, errRestarting
@@ -296,8 +294,7 @@ func (m control) setSysctl(p api.SysctlParams) (any, error) {
 	return api.SysctlResult{Values: map[string]string{p.Name: p.Value}}, nil
 }
 
-// handleLogs answers with the last lines and, if asked, goes on with new ones
-// until the client hangs up.
+// handleLogs answers with the last lines and, if asked, follows new ones until the client hangs up.
 func (m control) handleLogs(ctx context.Context, c *net.UnixConn, req api.Request) error {
 	var p api.LogsParams
 	if err := api.DecodeStrict(req.Params, &p); err != nil {
@@ -318,8 +315,7 @@ func (m control) handleLogs(ctx context.Context, c *net.UnixConn, req api.Reques
 		return nil
 	}
 	gone := make(chan struct{})
-	// Ends when the client hangs up, or with the deadline that serveConn sets
-	// at the end of ctx.
+	// Ends when the client hangs up, or with the deadline that serveConn sets when ctx ends.
 	go func() {
 		defer close(gone)
 		_, _ = c.Read(make([]byte, 1))

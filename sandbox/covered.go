@@ -1,6 +1,6 @@
 package sandbox
 
-// What a sandbox covers of the host, and how that is said.
+// The parts of the host that a sandbox covers, and how they are reported.
 
 import (
 	"fmt"
@@ -13,7 +13,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// cover plans what the guest covers.
+// cover plans the paths that the guest covers.
 func (m *run) cover(r *registry.Registry) error {
 	g := &m.cfg.Guest
 	g.HideDirs = append(g.HideDirs, r.RegistriesToHide()...)
@@ -58,13 +58,12 @@ func (m *run) cover(r *registry.Registry) error {
 	return nil
 }
 
-// filesOfRoot is what it means that root's sandbox has root's files: it maps every id to
-// itself. A range of other ids would keep it from writing to the directory that it was
-// started for.
+// filesOfRoot explains that root's sandbox has access to root's files, because it maps every id to
+// itself. Mapping other ids would keep it from writing to the directory that it was started for.
 const filesOfRoot = "started by root, uid 0 inside owns all files of root's and can change the host by them: start it as another user where that matters"
 
-// covered says in a line what is between the command and the host beside the network, or
-// nothing where nobody has to know.
+// covered returns a line about the barriers between the command and the host besides the network,
+// or the empty string if there is nothing to say.
 func (m *run) covered() string {
 	root := os.Geteuid() == 0
 	switch {

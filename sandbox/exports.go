@@ -1,6 +1,6 @@
 package sandbox
 
-// What callers name that stands in the packages below.
+// Names of the packages below that callers of this package need.
 
 import (
 	"sluice.dev/sluice/sandbox/api"
@@ -10,20 +10,20 @@ import (
 )
 
 type (
-	// Registry is the sandboxes of one user: their state directories.
+	// Registry holds the state directories of one user's sandboxes.
 	Registry = registry.Registry
-	// State is what a state directory says of its sandbox.
+	// State is the content of a sandbox's state file.
 	State = registry.State
 )
 
-// ErrNoSandbox says that there is no sandbox of that name.
+// ErrNoSandbox means that there is no sandbox of that name.
 var ErrNoSandbox = registry.ErrNoSandbox
 
-// OpenRegistry finds the caller's runtime directory, makes it if need be, and opens it.
+// OpenRegistry opens the caller's runtime directory, making it if necessary.
 func OpenRegistry() (*Registry, error) { return registry.Open() }
 
 const (
-	// DefaultFlowLogMaxSize is the size in bytes at which a flow log's file is followed by the next.
+	// DefaultFlowLogMaxSize is the size in bytes at which a flow log starts its next file.
 	DefaultFlowLogMaxSize = flowlog.DefaultFlowLogMaxSize
 	// DefaultFlowLogMaxFiles is how many files of a flow log are kept.
 	DefaultFlowLogMaxFiles = flowlog.DefaultFlowLogMaxFiles
@@ -32,11 +32,11 @@ const (
 // ParseFlowLogSize reads a size such as "64M" for Config.FlowLogMaxSize.
 func ParseFlowLogSize(s string) (int64, error) { return flowlog.ParseFlowLogSize(s) }
 
-// CheckFlowLogFiles reports why a number of files is none for Config.FlowLogMaxFiles.
+// CheckFlowLogFiles returns an error if n is not a valid Config.FlowLogMaxFiles.
 func CheckFlowLogFiles(n int) error { return flowlog.CheckFlowLogFiles(n) }
 
-// ParsePort reads a published port as the command line has it, such as "8080:80/tcp".
+// ParsePort parses a published port in command-line form, such as "8080:80/tcp".
 func ParsePort(spec string) (api.Port, error) { return ports.ParsePort(spec) }
 
-// FormatPort writes a published port as ParsePort reads it.
+// FormatPort formats a published port in the form that ParsePort reads.
 func FormatPort(p api.Port) string { return ports.FormatPort(p) }

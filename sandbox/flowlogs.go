@@ -1,6 +1,7 @@
 package sandbox
 
-// The flow log between monitor and worker: who opens its files, and who asks for the next.
+// The flow log between monitor and worker: the monitor opens the files, the worker asks for the
+// next.
 
 import (
 	"fmt"
@@ -10,13 +11,13 @@ import (
 	"sluice.dev/sluice/sandbox/internal/process"
 )
 
-// nextFlowLog answers a worker whose file is full. It is called by the link's reader and
-// must not block that.
+// nextFlowLog answers a worker whose file is full. The link's reader calls it, so it must not
+// block.
 func (m *monitor) nextFlowLog(l *process.WorkerLink) {
 	if m.flowLog == nil || l.LogWants.Add(1) > 1 {
-		return // whoever sees to the wish before this one sees to this, too
+		return // the goroutine that handles the previous request handles this one, too
 	}
-	// Ends with what the file system takes for some renames; FlowFile.close waits for that.
+	// Ends after a few renames; FlowFile.close waits for that.
 	go func() {
 		for seen := int64(1); seen > 0; seen = l.LogWants.Add(-seen) {
 			seen = l.LogWants.Load()
@@ -34,11 +35,11 @@ func (m *monitor) giveFlowLog(l *process.WorkerLink) {
 			return
 		}
 	}
-	_ = l.Post(channel.MsgFlowLog, nil) // it writes on
+	_ = l.Post(channel.MsgFlowLog, nil) // it keeps writing
 }
 
-// reopenFlowLog has the flow log written to what is now at its path. When it returns, the
-// worker has at most one write under way to what was there before.
+// reopenFlowLog makes the flow log continue in the file that is now at its path. When it returns,
+// the worker has at most one write to the old file under way.
 func (m control) reopenFlowLog() (any, error) {
 	m.change.Lock()
 	defer m.change.Unlock()

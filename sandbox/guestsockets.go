@@ -5,8 +5,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/process"
 )
 
-// maxSocketWants bounds how many sockets of the guest's namespace are on their
-// way to the worker.
+// maxSocketWants bounds the guest-namespace sockets that are on their way to the worker.
 const maxSocketWants = 64
 
 // giveSocket implements kind.
@@ -16,7 +15,7 @@ func (m *run) giveSocket(l *process.WorkerLink, v6 bool) {
 	default:
 		return
 	}
-	// Ends with the guest stage's answer, which the guest's Close provokes.
+	// Ends with the guest stage's answer, which closing the guest provokes.
 	go func() {
 		defer func() { <-m.socketWants }()
 		network := "tcp4"

@@ -18,30 +18,30 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// A monitor that was stopped.
+// Handles a monitor that was stopped.
 //
-// Without a PID namespace of its own a sandbox's command may send signals to every process
-// of its user, the monitor included. It gains nothing by killing that, since the worker dies
-// with it; but a stopped one takes no new policy, while the worker goes by the old. So
-// whoever sets a policy looks whether the monitor is stopped while it owes the answer, and
-// has it continue. One that was seen stopped and has not answered within insistPatience is
-// killed: the sandbox then has no network, which is less than any policy allows. (A pod has no
-// process that can signal its monitor, unless it was given the host's.)
+// Without a PID namespace of its own a sandbox's command may send signals to every process of its
+// user, the monitor included. Killing the monitor gains it nothing, since the worker dies too; but
+// a stopped monitor accepts no new policy while the worker enforces the old one. So the client that
+// sets a policy checks whether the monitor is stopped while it owes the answer, and continues it. A
+// monitor that was seen stopped and has not answered within insistPatience is killed: the sandbox
+// then has no network, which is less than any policy allows. (No process of a pod can signal its
+// monitor, unless it was given the host's PID namespace.)
 
 const (
 	// insistPatience is less than the two seconds within which a policy is in force.
 	insistPatience = 1200 * time.Millisecond
-	// insistEvery is how often the monitor is looked at.
+	// insistEvery is how often the monitor is checked.
 	insistEvery = 50 * time.Millisecond
-	// setTimeout bounds the wait for the answer of a monitor that runs.
+	// setTimeout bounds the wait for the answer of a running monitor.
 	setTimeout = 10 * time.Second
 )
 
-// errMonitorStopped is what is left to say of a monitor that was killed.
+// errMonitorStopped is the error after a stopped monitor was killed.
 var errMonitorStopped = errors.New("the sandbox's monitor was stopped and could not be made to go on: it was killed, and the sandbox has no network any more")
 
-// SetPolicy puts a policy in force in the sandbox whose control socket client has, also if
-// the monitor is stopped, or kept from going on.
+// SetPolicy puts a policy in force in the sandbox behind client's control socket, even if the
+// monitor is stopped or kept from running.
 func SetPolicy(ctx context.Context, client api.Client, p api.PolicySetParams) error {
 	ctx, cancel := context.WithTimeout(ctx, setTimeout)
 	defer cancel()
@@ -66,15 +66,14 @@ func SetPolicy(ctx context.Context, client api.Client, p api.PolicySetParams) er
 			if err := signalMonitor(s, unix.SIGKILL); err != nil {
 				return fmt.Errorf("%w: %w", errMonitorStopped, err)
 			}
-			<-answer // which the end of the monitor is
+			<-answer // when the monitor has ended
 			return setForTheNext(s.Keep, p)
 		}
 	}
 }
 
-// setForTheNext sets the policy of an attachment whose monitor is gone: the next one, with
-// which the attachment is repaired, starts with it and with nothing older. No other sandbox has
-// a next one.
+// setForTheNext sets the policy of an attachment whose monitor is gone: the monitor that repairs
+// the attachment starts with it and with nothing older. Other sandboxes have no next monitor.
 func setForTheNext(keep string, p api.PolicySetParams) error {
 	if keep == "" {
 		return errMonitorStopped

@@ -12,23 +12,23 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// What was changed in an attachment while it ran, for a monitor that comes after one
-// that was killed: the policy and the tunables that were set. Whoever starts monitors
-// names the file (AttachmentConfig.Keep) and removes it with the attachment.
+// Keeps the policy and tunables that were set while an attachment ran, for the monitor that follows
+// a killed one. The launcher names the file (AttachmentConfig.Keep) and removes it with the
+// attachment.
 //
-// A policy is kept before the worker is told of it: once it may be in force anywhere, a
-// monitor that is killed leaves it to its successor, and never an older one. A tunable is
-// kept once the worker has taken it, and before the client is told.
+// A policy is kept before the worker is told of it, so a killed monitor never leaves its successor
+// an older policy than one that may have been in force. A tunable is kept once the worker has
+// accepted it, and before the client is told.
 
-// kept is the file's content. A field that was never set is missing, and what the
-// monitor is started with holds.
+// kept is the file's content. A field that was never set is absent, and the monitor's start value
+// holds.
 type kept struct {
 	Policy     policy.Source     `json:"policy,omitzero"`
 	Generation uint64            `json:"generation,omitempty"` // of Policy; 0 without one
 	Sysctls    map[string]string `json:"sysctls,omitempty"`
 }
 
-// decodeKept reads the file's content, which says something, and all that it says.
+// decodeKept decodes the file's content, which must not be empty or have unknown fields.
 func decodeKept(b []byte) (kept, error) {
 	var k kept
 	if len(bytes.TrimSpace(b)) == 0 {
@@ -75,8 +75,8 @@ func (k kept) write(path string) error {
 	return nil
 }
 
-// keepPolicy has the next monitor start with a policy that the one before, which is gone,
-// did not take.
+// keepPolicy makes the next monitor start with a policy that the previous one, now gone, did not
+// accept.
 func keepPolicy(path string, d policy.Document) error {
 	k, err := readKept(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -89,7 +89,7 @@ func keepPolicy(path string, d policy.Document) error {
 	return k.write(path)
 }
 
-// remember takes over what is kept, at the start of a monitor.
+// remember restores the kept settings when a monitor starts.
 func (m *attachment) remember() error {
 	if m.cfg.Keep == "" {
 		return nil
@@ -99,7 +99,7 @@ func (m *attachment) remember() error {
 		return nil
 	}
 	if err != nil {
-		// Not knowing what was set last, the pod must not get what was set before.
+		// If the last setting is unknown, the pod must not get an older one.
 		return fmt.Errorf("read the settings that were kept: %w: remove %s to start with those of the configuration", err, m.cfg.Keep)
 	}
 	if !k.Policy.IsZero() {
@@ -113,7 +113,7 @@ func (m *attachment) remember() error {
 	return nil
 }
 
-// keep has f make a change in what is kept, in one step. Called with change held.
+// keep applies f to the kept settings in one step. Called with change held.
 func (m *attachment) keep(f func(*kept)) error {
 	if m.cfg.Keep == "" {
 		return nil

@@ -26,44 +26,42 @@ import (
 
 // Launching, finding and stopping the monitor of an attachment.
 //
-// The monitor is the launcher's own binary with the hidden command
-// AttachmentCommand. It is handed its configuration in a memory file and its
-// devices as open descriptors, lives in a session of its own, and says on a pipe
-// that it serves, or why it does not. Whoever launched it may end at once: nothing
-// ties the two together.
+// The monitor is the launcher's own binary with the hidden command AttachmentCommand. It gets its
+// configuration in a memory file and its devices as open descriptors, runs in its own session, and
+// reports on a pipe that it serves, or why not. The launcher may then exit: nothing ties the two
+// together.
 
 // AttachmentCommand is the hidden command that becomes AttachmentMain. A name
 // follows it, for people who read process lists.
 const AttachmentCommand = "attachment"
 
-// The descriptors that a monitor starts with, beside standard input, output and error.
+// The descriptors that a monitor starts with, besides standard input, output and error.
 const (
 	attachmentConfigFD = 3 // attachmentStart as JSON
-	attachmentFirstFD  = 4 // those that attachmentStart numbers from here on
+	attachmentFirstFD  = 4 // numbered by attachmentStart from here on
 )
 
-// attachmentStart is the content of the memory file. The numbers are descriptors;
-// those that may be missing are 0.
+// attachmentStart is the content of the memory file. Its numbers are descriptors; 0 means that an
+// optional one is absent.
 type attachmentStart struct {
 	Config AttachmentConfig `json:"config"`
 	Device []int            `json:"device"`
 	In0    int              `json:"in0"`
 	Lock   int              `json:"lock,omitempty"`
 	Ready  int              `json:"ready,omitempty"`
-	// Resume is set when a binary has taken another's place (upgrade.go).
+	// Resume is set when a binary has replaced another (upgrade.go).
 	Resume *resumption `json:"resume,omitempty"`
 }
 
-// launchTimeout bounds a launch: the worker's own start and some.
+// launchTimeout bounds a launch: the worker's start and a margin.
 const launchTimeout = process.ReadyTimeout + 5*time.Second
 
 // readyWord is what the monitor writes once it serves; anything else is its error.
 const readyWord = "1"
 
-// LaunchAttachment starts the monitor of an attachment from the binary exe (""
-// means the caller's own), which must give AttachmentCommand and WorkerCommand to
-// this package. It returns when the worker serves. cfg.Ready and cfg.Stderr are not used. The
-// process is known by its pid and its start time, in clock ticks since boot
+// LaunchAttachment starts the monitor of an attachment from the binary exe ("" means the caller's
+// own), which must call Init first. It returns when the worker serves. cfg.Ready and cfg.Stderr are
+// not used. The process is identified by its pid and its start time, in clock ticks since boot
 // (proc_pid_stat(5), field 22).
 func LaunchAttachment(ctx context.Context, exe string, cfg AttachmentConfig) (pid int, start uint64, err error) {
 	defer func() {
@@ -135,14 +133,13 @@ func LaunchAttachment(ctx context.Context, exe string, cfg AttachmentConfig) (pi
 	if err := awaitReady(ctx, readyR); err != nil {
 		return 0, 0, err
 	}
-	// A launcher that lives on collects the process; one that ends leaves it to init.
+	// A launcher that keeps running reaps the process; one that exits leaves it to init.
 	go func() { _, _ = p.Wait() }()
 	return p.Pid, start, nil
 }
 
-// startWithFDs starts a program in a session of its own with exactly these
-// descriptors. They are passed without os.File's Fd, which would make their
-// descriptions blocking.
+// startWithFDs starts a program in its own session with exactly these descriptors. They are passed
+// without os.File's Fd, which would make them blocking.
 func startWithFDs(exe string, args []string, fds []uintptr) (*os.Process, error) {
 	pid, _, err := syscall.StartProcess(exe, args, &syscall.ProcAttr{
 		Dir: "/", Env: []string{"GOTRACEBACK=single"}, Files: fds, Sys: &syscall.SysProcAttr{Setsid: true},
@@ -162,7 +159,7 @@ func (s attachmentStart) file() (*os.File, error) {
 	return channel.BodyFile(b)
 }
 
-// awaitReady waits for the word of a monitor.
+// awaitReady waits for a monitor's report.
 func awaitReady(ctx context.Context, r *os.File) error {
 	deadline := time.Now().Add(launchTimeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -210,7 +207,7 @@ func AttachmentMain(version string) int {
 			ready = nil
 			return err
 		}
-		// Nobody's terminal is ours, but a group may be signalled as a whole.
+		// We have no terminal, but a signal may go to the whole process group.
 		signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPIPE)
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
@@ -228,8 +225,8 @@ func AttachmentMain(version string) int {
 	return 1
 }
 
-// closeDevices ends the interfaces at the same time: the kernel waits some 20 ms for each,
-// and whoever stops us waits for both.
+// closeDevices closes the devices at the same time: the kernel takes some 20 ms for each, and the
+// process that stops us waits for both.
 func closeDevices(cfg AttachmentConfig) {
 	var wg sync.WaitGroup
 	for _, f := range append([]*os.File{cfg.In0}, cfg.Device...) {
@@ -240,8 +237,8 @@ func closeDevices(cfg AttachmentConfig) {
 	wg.Wait()
 }
 
-// readStart takes over what the process was started with. Whoever executed it in its
-// own place names the configuration's descriptor in a last argument.
+// readStart takes over the process's start state. After an exec in place, a last argument names the
+// configuration's descriptor.
 func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
 	config := attachmentConfigFD
 	if len(os.Args) > 3 {
@@ -275,10 +272,9 @@ func readStart() (cfg AttachmentConfig, ready *os.File, err error) {
 	return cfg, ready, nil
 }
 
-// StopAttachment ends the monitor of an attachment in order, or by force if that
-// takes longer than ctx allows, and waits until it serves no more and its worker is gone;
-// its devices end a moment later. That nobody serves name is no error. RuntimeDir is
-// AttachmentConfig.RuntimeDir.
+// StopAttachment ends the monitor of an attachment in order, or by force if that takes longer than
+// ctx allows, and waits until it serves no more and its worker is gone; its devices end a moment
+// later. It is no error if no monitor serves name. RuntimeDir is AttachmentConfig.RuntimeDir.
 func StopAttachment(ctx context.Context, runtimeDir, name string) error {
 	r, err := registry.At(runtimeDir)
 	if err != nil {
@@ -291,9 +287,9 @@ func StopAttachment(ctx context.Context, runtimeDir, name string) error {
 }
 
 const (
-	// stopGrace is how long a monitor may take to end in order.
+	// stopGrace is how long a monitor may take to stop in order.
 	stopGrace = stopTimeout + time.Second
-	// stopPoll is how often its lock is looked at meanwhile.
+	// stopPoll is how often its lock is checked meanwhile.
 	stopPoll = 2 * time.Millisecond
 )
 
@@ -304,14 +300,13 @@ func stopMonitor(ctx context.Context, r *registry.Registry, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, stopGrace)
 	defer cancel()
 	for sig := unix.SIGTERM; ; {
-		// Its lock goes with the process, so reap clears up what that could not.
+		// Its lock ends with the process, so reap removes what the monitor could not.
 		alive, err := r.Reap(name)
 		if err != nil {
 			return err
 		}
 		if !alive {
-			// Its worker is gone, and it has only its devices to end, which takes the
-			// kernel longer than all else.
+			// Its worker is gone. Only its devices remain, which take the kernel longest.
 			return nil
 		}
 		if err := signalMonitor(r.State(name), sig); err != nil {
@@ -331,8 +326,8 @@ func stopMonitor(ctx context.Context, r *registry.Registry, name string) error {
 	}
 }
 
-// AttachmentAlive says whether the monitor of an attachment and its worker serve:
-// an error says what does not.
+// AttachmentAlive returns nil if the monitor of an attachment and its worker serve, else an error
+// that says which does not.
 func AttachmentAlive(ctx context.Context, runtimeDir, name string) error {
 	r, err := registry.At(runtimeDir)
 	if err != nil {
@@ -352,8 +347,8 @@ func AttachmentAlive(ctx context.Context, runtimeDir, name string) error {
 	return nil
 }
 
-// AttachmentGone says whether an attachment has no monitor, by its lock, which ends with
-// the process: one that does not answer is not gone.
+// AttachmentGone reports whether an attachment has no monitor. It looks at the lock, which ends
+// with the process: a monitor that does not answer is not gone.
 func AttachmentGone(runtimeDir, name string) (bool, error) {
 	r, err := registry.At(runtimeDir)
 	if err != nil {
@@ -366,13 +361,14 @@ func AttachmentGone(runtimeDir, name string) (bool, error) {
 	return !alive, err
 }
 
-// processStart reads when a process started, in clock ticks since boot.
+// processStart returns when a process started, in clock ticks since boot.
 func processStart(pid int) (uint64, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
 		return 0, err
 	}
-	// The second field is in parentheses and may hold anything; what counts follows the last.
+	// The second field is in parentheses and may contain anything, so parse after the last
+	// parenthesis.
 	_, rest, _ := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
 	const startTime = 22 - 3 // the rest begins with field 3
 	fields := strings.Fields(rest)
@@ -382,8 +378,8 @@ func processStart(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[startTime], 10, 64)
 }
 
-// signalMonitor sends a signal to the monitor that wrote s, and to no other process
-// that may have its number now. One that has written nothing yet gets none.
+// signalMonitor sends a signal to the monitor that wrote s, and never to another process that has
+// its pid now. A state without a pid gets none.
 func signalMonitor(s registry.State, sig unix.Signal) error {
 	if s.PID == 0 {
 		return nil

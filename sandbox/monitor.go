@@ -26,13 +26,11 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// StartGuest makes the inside of a sandbox: guest.Start, or an attachment to
-// namespaces that exist.
+// StartGuest makes the inside of a sandbox: guest.Start, or an attachment to existing namespaces.
 type StartGuest func(context.Context, guest.Config) (*guest.Guest, error)
 
-// monitor is the process that outlives the workers: what it holds is what a
-// new worker is given. A sandbox with a command (run) and a pod's attachment
-// (attachment) are each one of its own kind.
+// monitor is the process that outlives the workers, and holds everything that a new worker is
+// given. A sandbox with a command (run) and a pod's attachment (attachment) are two kinds of it.
 //
 // Lock order: change, then mu.
 type monitor struct {
@@ -42,14 +40,14 @@ type monitor struct {
 	spawner *process.Spawner
 	early   *process.Process // spawned for the first startWorker; nil afterwards
 	ports   ports.PortTable
-	base    api.Info          // what does not change
+	base    api.Info          // the part that does not change
 	flowLog *flowlog.FlowFile // nil without one
 	raw     [2]int            // raw ICMP and ICMPv6, or -1
-	grants  *policy.Names     // what workers granted, for their successors
+	grants  *policy.Names     // grants by workers, for their successors
 
-	// change serialises what alters a worker's world: starting one, and rules,
-	// upstreams, ports and tunables while one runs. Each change is stored here
-	// before the worker is told, so that its successor starts with it.
+	// change serialises changes to a worker's world: starting a worker, and changing rules,
+	// upstreams, ports and tunables while one runs. Each change is stored here before the worker is
+	// told, so that its successor starts with it.
 	change sync.Mutex
 	world  // read under change or mu, written under both
 
@@ -57,38 +55,40 @@ type monitor struct {
 	serving // under mu
 }
 
-// kind is what sandboxes with a command and attachments have differently.
+// kind is the difference between sandboxes with a command and attachments.
 type kind interface {
 	// WorkerConfig is the part of a new worker's configuration that only this kind knows, with
 	// the devices' descriptors. Called with change held.
 	workerConfig() (channel.WorkerConfig, []int)
-	// admit is called with each worker's process before that is told anything.
+	// admit is called with each worker's process before that process is told anything.
 	admit(p *process.Process)
-	// giveSocket makes a socket inside the sandbox for the worker. It is called by the link's
-	// reader and must not block that.
+	// giveSocket makes a socket inside the sandbox for the worker. The link's reader calls it, so
+	// it must not block.
 	giveSocket(l *process.WorkerLink, v6 bool)
-	// families reports which addresses ports are published for; an error says why none are.
+	// families returns the addresses for which ports are published, or an error that says why there
+	// are none.
 	families() (has4, has6 bool, err error)
-	// followsHost reports whether the resolvers are those of the host.
+	// followsHost reports whether the resolvers are the host's.
 	followsHost() bool
-	// keep has f make a change in what outlives the monitor. Called with change held.
+	// keep applies f to the state that outlives the monitor. Called with change held.
 	keep(f func(*kept)) error
-	// upgrade answers a request for an upgrade, unless it succeeds: then the new binary does.
+	// upgrade answers a request for an upgrade. If the upgrade succeeds, the new binary answers
+	// instead.
 	upgrade(ctx context.Context, c *net.UnixConn, req api.Request) error
-	// ended is told which flows the last worker had.
+	// ended receives the flows of the last worker.
 	ended(api.FlowsResult)
 }
 
-// world is what a worker is started with, and told of when it changes.
+// world is the state that a worker starts with and is told of when it changes.
 type world struct {
 	rules      channel.RulesMessage
-	generation uint64 // of rules: how often policy.set succeeded
+	generation uint64 // of rules: how many policy.set calls have succeeded
 	upstreams  dns.Upstreams
 	named      dns.Upstreams // upstreams before their zones were looked up
 	sysctls    map[string]string
 }
 
-// serving is how the monitor's workers are.
+// serving is the state of the monitor's workers.
 type serving struct {
 	link     *process.WorkerLink // nil while there is no worker
 	starting *process.Process    // a worker that is not ready yet, or nil
@@ -123,11 +123,11 @@ func (m *monitor) worker() *process.WorkerLink {
 // restarted.
 const workerWait = 2 * time.Second
 
-// changePatience is how long a new policy waits for another change.
+// changePatience is how long a new policy waits for an earlier change.
 const changePatience = 700 * time.Millisecond
 
-// lockChange takes change. Whoever holds it is waiting for a worker: one that keeps a new
-// policy waiting is killed, so that nobody can put the policy off by stopping it.
+// lockChange takes change. Its holder may be waiting for a worker; a worker that delays a new
+// policy too long is killed, so that stopping a worker cannot put off a policy.
 func (m *monitor) lockChange() {
 	t := time.AfterFunc(changePatience, func() {
 		m.mu.Lock()
@@ -143,8 +143,8 @@ func (m *monitor) lockChange() {
 	m.change.Lock()
 }
 
-// awaitWorker returns the link to a running worker other than not, which the
-// caller found dead; nil if there is none in time.
+// awaitWorker returns the link to a running worker other than not, which the caller found dead, or
+// nil if none comes in time.
 func (m *monitor) awaitWorker(ctx context.Context, not *process.WorkerLink) *process.WorkerLink {
 	t := time.NewTimer(workerWait)
 	defer t.Stop()
@@ -170,7 +170,7 @@ func (m *monitor) spawnWorker() (*process.Process, error) {
 	return m.spawner.Start(process.WorkerPlan(process.WorkerIDs()), m.workerLine)
 }
 
-// startWorker brings up a worker with all that the monitor holds.
+// startWorker starts a worker with everything that the monitor holds.
 func (m *monitor) startWorker(ctx context.Context) (process.Supervised, error) {
 	m.change.Lock()
 	defer m.change.Unlock()
@@ -188,7 +188,7 @@ func (m *monitor) startWorker(ctx context.Context) (process.Supervised, error) {
 	defer m.setStarting(nil)
 	if err := m.introduce(ctx, l); err != nil {
 		p.Kill()
-		// Its own words explain more than a broken channel does.
+		// Its last words explain more than a broken channel.
 		if errors.Is(err, process.ErrWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
 			err = errors.New(p.Why)
 		}
@@ -244,8 +244,7 @@ func (m *monitor) introduce(ctx context.Context, l *process.WorkerLink) error {
 	return nil
 }
 
-// workerConfig collects what a new worker gets, but for the flow log. Called with change
-// held.
+// workerConfig returns a new worker's configuration, without the flow log. Called with change held.
 func (m *monitor) workerConfig() (channel.WorkerConfig, []int) {
 	w, fds := m.kind.workerConfig()
 	w.Upstreams, w.Rules, w.Sysctls = m.upstreams, m.rules, maps.Clone(m.sysctls)
@@ -260,7 +259,7 @@ func (m *monitor) workerConfig() (channel.WorkerConfig, []int) {
 	return w, fds
 }
 
-// lost takes a worker's death down.
+// lost records a worker's death.
 func (m *monitor) lost(why string, wait time.Duration) {
 	m.mu.Lock()
 	l := m.link
@@ -287,8 +286,8 @@ func inWhen(d time.Duration) string {
 	return "in " + d.String()
 }
 
-// workerLine takes one line of the worker's standard error. Lines of its log
-// carry their level as sd-daemon(3) spells it; all others are its last words.
+// workerLine handles one line of the worker's standard error. Log lines carry their level in
+// sd-daemon(3) form; all others are its last words.
 func (m *monitor) workerLine(line string) {
 	level := "error"
 	if len(line) > 3 && line[0] == '<' && line[2] == '>' {
@@ -303,8 +302,8 @@ func (m *monitor) workerLine(line string) {
 	m.log.Add(level, "worker", line)
 }
 
-// tell passes a change on to the worker, if there is one; its successor gets
-// the change anyway. Called with change held.
+// tell passes a change on to the worker, if there is one; its successor gets it anyway. Called with
+// change held.
 func (m *monitor) tell(typ string, body any, fds ...int) error {
 	l := m.worker()
 	if l == nil {
@@ -341,9 +340,9 @@ func (m *monitor) passUpstreams(named dns.Upstreams) {
 	}
 }
 
-// setHost is called by the watcher of the host's addresses: the rules are compiled anew,
-// because what is the host's own has changed. Where that cannot be told, or no rules can be
-// made for it, the older list would leave addresses open: everything is denied.
+// setHost is called by the watcher of the host's addresses. It recompiles the rules, because the
+// set of host addresses has changed. If that set is unknown, or no rules can be compiled for it,
+// the older set would leave addresses open, so everything is denied.
 func (m *monitor) setHost(list []netip.Prefix, err error) {
 	m.change.Lock()
 	defer m.change.Unlock()
@@ -360,14 +359,14 @@ func (m *monitor) setHost(list []netip.Prefix, err error) {
 		r.Env.Host, r.Env.HostUnknown = nil, true
 	}
 	if m.applyRules(r) != nil {
-		return // the log has it
+		return // it has been logged
 	}
 	m.log.Infof("monitor", "the host has %d addresses", len(list))
 }
 
-// applyRules makes rules that compile the ones in force, for good: a worker that does not
-// take them is killed, and the next one starts with them. An error says that such a worker
-// has not ended yet. Called with change held.
+// applyRules compiles and applies the rules for good: a worker that does not accept them is killed,
+// and the next one starts with them. It returns an error if such a worker has not ended yet. Called
+// with change held.
 func (m *monitor) applyRules(r channel.RulesMessage) error {
 	m.mu.Lock()
 	m.rules = r
@@ -378,7 +377,7 @@ func (m *monitor) applyRules(r channel.RulesMessage) error {
 	}
 	err := l.RequestWithin(process.RulesTimeout, channel.MsgRules, r)
 	if err != nil && l.Survived(err) != nil {
-		// It says that it cannot: with other rules it must not go on.
+		// The worker reports that it cannot: it must not go on under other rules.
 		err = l.Hung("refused the policy: " + err.Error())
 	}
 	if err = l.Survived(err); err != nil {
@@ -403,7 +402,7 @@ func (m *monitor) info() api.Info {
 	return i
 }
 
-// release closes what the monitor holds of the host.
+// release closes what the monitor holds on the host.
 func (m *monitor) release() {
 	m.ports.CloseAll()
 	for _, fd := range m.raw {
@@ -428,7 +427,7 @@ func (m *monitor) watchHost(ctx context.Context) {
 	}
 }
 
-// stopWorker ends the last worker in order, or by force.
+// stopWorker stops the last worker, in order or by force.
 func (m *monitor) stopWorker(l *process.WorkerLink) {
 	defer l.P.Kill()
 	timer := time.AfterFunc(stopTimeout, func() { _ = l.P.Cmd.Kill() })

@@ -15,7 +15,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/process"
 )
 
-// publishing is the monitor as far as it publishes ports.
+// publishing is the part of the monitor that publishes ports.
 type publishing struct{ *monitor }
 
 // openPort opens a port for the guest's families. Called with change held, or
@@ -72,8 +72,8 @@ func (m publishing) publish(p api.Port) ([]ports.Published, error) {
 	return made, nil
 }
 
-// withdraw closes ports that have left the table, here and in the worker. Called
-// with change held.
+// withdraw closes ports that are no longer in the table, here and in the worker. Called with change
+// held.
 func (m publishing) withdraw(gone []ports.Published) {
 	for _, p := range gone {
 		for _, s := range p.Listeners {
@@ -110,24 +110,23 @@ func (m publishing) unpublish(p api.Port) ([]ports.Published, error) {
 	return gone, nil
 }
 
-// autoPublisher keeps what --publish-auto made in step with what the sandbox
-// listens on.
+// autoPublisher keeps the ports of --publish-auto in step with the sandbox's listening sockets.
 type autoPublisher struct {
 	made    map[ports.AutoPort]api.Port
-	refused map[ports.AutoPort]bool // said once, tried again when the set changes
+	refused map[ports.AutoPort]bool // reported once, retried when the set changes
 	publish func(api.Port) ([]ports.Published, error)
 	remove  func(api.Port) ([]ports.Published, error)
-	taken   func(api.Port) bool // published by hand already
+	taken   func(api.Port) bool // published manually
 	held    func() map[ports.HeldPort]bool
 	log     *logring.LogRing
 	warned  int
 }
 
-// maxAutoWarnings bounds what a sandbox that listens on ports which cannot be had, again and
-// again, makes its monitor say.
+// maxAutoWarnings bounds the warnings caused by a sandbox that keeps listening on ports that cannot
+// be published.
 const maxAutoWarnings = 32
 
-// refuse says why a port is not published, once while it is listened on.
+// refuse reports why a port is not published, once for as long as it is listened on.
 func (a *autoPublisher) refuse(key ports.AutoPort, err error) {
 	if a.refused[key] {
 		return
@@ -142,7 +141,7 @@ func (a *autoPublisher) refuse(key ports.AutoPort, err error) {
 	}
 }
 
-// update takes the whole set of ports that are listened on now.
+// update receives the whole set of ports that are listened on now.
 func (a *autoPublisher) update(now map[ports.AutoPort]bool) {
 	for key, p := range a.made {
 		if now[key] {
@@ -150,7 +149,7 @@ func (a *autoPublisher) update(now map[ports.AutoPort]bool) {
 		}
 		delete(a.made, key)
 		if _, err := a.remove(p); err != nil {
-			// By hand, with `port rm`: nothing is left to do.
+			// Removed by hand, with `port rm`: nothing is left to do.
 			a.log.Infof("monitor", "--publish-auto: %v", err)
 		}
 	}
@@ -184,9 +183,9 @@ func (a *autoPublisher) update(now map[ports.AutoPort]bool) {
 	}
 }
 
-// autoHosts says where on the host something inside is published: at an
-// address of a family that it takes. at is --publish-auto's address; loopback
-// and the unspecified address stand for that of either family.
+// autoHosts returns where on the host a listening socket of the sandbox is published: at an address
+// of a family that the socket accepts. at is --publish-auto's address; loopback and the unspecified
+// address stand for those of either family.
 func autoHosts(p guest.Port, at netip.Addr) []netip.AddrPort {
 	inside := []netip.Addr{p.Addr.Unmap()}
 	if p.DualStack {

@@ -29,14 +29,12 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// stopTimeout bounds a worker's orderly end: all flows closed, the flow log
-// written out.
+// stopTimeout bounds a worker's orderly stop: all flows closed, the flow log written.
 const stopTimeout = 3 * time.Second
 
-// Run is the monitor's whole life: it makes a sandbox, runs the command in it
-// and returns its exit status once nothing of the sandbox is left. With an
-// error the status is guest.StatusOurs, or 126 and 127 if the command could not
-// be started. The end of ctx ends the sandbox.
+// Run is the monitor's whole life: it makes a sandbox, runs the command in it and returns its exit
+// status once the sandbox is gone. With an error the status is guest.StatusOurs, or 126 and 127 if
+// the command could not be started. Cancelling ctx ends the sandbox.
 func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	cfg, err = cfg.withDefaults()
 	if err != nil {
@@ -57,21 +55,20 @@ func Run(ctx context.Context, cfg Config) (exit int, err error) {
 	return exit, err
 }
 
-// run is a sandbox with a command, or one that is attached to namespaces of others.
+// run is a sandbox with a command, or one attached to existing namespaces.
 type run struct {
 	*monitor
 	cfg     Config
 	guest   *guest.Guest
 	signals chan os.Signal
 	console atomic.Pointer[console.Console] // for echo; nil until the command starts, and without a terminal
-	// socketWants holds a token per socket being made for the worker.
+	// socketWants holds a token for each socket being made for the worker.
 	socketWants chan struct{}
 
 	callersHosts map[string][]netip.Addr // set before the first worker starts
 }
 
-// echo writes log lines to standard error: sluice is quiet unless something is
-// wrong or everything was asked for.
+// echo writes log lines to standard error: only warnings, unless Verbose is set.
 func (m *run) echo(l api.LogLine) {
 	if m.cfg.Verbose || l.Level == "warning" {
 		_, _ = fmt.Fprintf(m.cfg.Stderr, "sluice: %s%s", l.Text, m.console.Load().Newline())
@@ -79,7 +76,8 @@ func (m *run) echo(l api.LogLine) {
 }
 
 func (m *run) live(ctx context.Context) (_ int, err error) {
-	// From before there is anything to clear up: command takes what comes meanwhile.
+	// Registered before there is anything to clean up; command handles signals that arrive
+	// meanwhile.
 	m.signals = make(chan os.Signal, 16)
 	if len(m.cfg.Guest.Command) > 0 {
 		m.cfg.Guest.Signals = guest.InheritedSignals()
@@ -112,7 +110,7 @@ func (m *run) live(ctx context.Context) (_ int, err error) {
 	if err := m.dir.WriteState(registry.State{Name: m.cfg.Name, PID: os.Getpid(), Start: born, Command: m.cfg.Guest.Command, Started: started}); err != nil {
 		return 0, err
 	}
-	// What cannot be had is found out before anything is started.
+	// Missing prerequisites are found before anything is started.
 	watcher, err := m.prepare()
 	if watcher != nil {
 		defer watcher.Close()
@@ -122,8 +120,8 @@ func (m *run) live(ctx context.Context) (_ int, err error) {
 		return 0, err
 	}
 
-	// The first worker confines itself while the guest is made. If it cannot be had, the
-	// guest, which needs the same, says why first.
+	// The first worker confines itself while the guest is made. If it cannot start, the guest,
+	// which needs the same facilities, reports why first.
 	m.spawner = process.NewSpawner()
 	defer m.spawner.Close()
 	if p, err := m.spawnWorker(); err == nil {
@@ -165,7 +163,7 @@ func (m *run) live(ctx context.Context) (_ int, err error) {
 	return m.serve(ctx, server, first, watcher)
 }
 
-// prepare opens what the sandbox needs of the host.
+// prepare opens what the sandbox needs from the host.
 func (m *run) prepare() (*resolvconf.Watcher, error) {
 	m.rules = channel.RulesMessage{Policy: m.cfg.Policy, Env: m.cfg.environment()}
 	var err error
@@ -213,7 +211,7 @@ func (m *run) prepare() (*resolvconf.Watcher, error) {
 	return watcher, nil
 }
 
-// serve runs the command, and everything that goes on beside it, to the end.
+// serve runs the command, and everything beside it, to the end.
 func (m *run) serve(ctx context.Context, server *controlServer, first process.Supervised, watcher *resolvconf.Watcher) (int, error) {
 	// Everything started here is owned by serve and stopped by inner.
 	inner, cancel := context.WithCancel(ctx)
@@ -249,8 +247,8 @@ func (m *run) serve(ctx context.Context, server *controlServer, first process.Su
 	return status.Code, nil
 }
 
-// command starts the command and waits for its end, or for that of ctx. Without a
-// command, attached to somebody else's namespace, a signal to end ends the sandbox.
+// command starts the command and waits until it or ctx ends. Without a command, attached to
+// existing namespaces, a terminating signal ends the sandbox.
 func (m *run) command(ctx context.Context) (guest.Status, error) {
 	if m.cfg.Ready != nil {
 		if err := m.cfg.Ready(m.info()); err != nil {
@@ -259,7 +257,7 @@ func (m *run) command(ctx context.Context) (guest.Status, error) {
 	}
 	if len(m.cfg.Guest.Command) > 0 {
 		m.console.Store(m.guest.Console())
-		// From here on the terminal may be raw: it is the caller's again at every return.
+		// From here on the terminal may be raw; every return gives it back to the caller.
 		defer m.guest.Console().Close()
 		if err := m.guest.ReleaseJob(); err != nil {
 			return guest.Status{}, err
@@ -270,7 +268,7 @@ func (m *run) command(ctx context.Context) (guest.Status, error) {
 		err    error
 	}
 	over := make(chan outcome, 1)
-	// Owned by command; ends with the guest, which Run closes in any case.
+	// Owned by command; ends with the guest, which Run always closes.
 	go func() {
 		s, err := m.guest.Wait()
 		over <- outcome{s, err}
@@ -289,7 +287,7 @@ func (m *run) command(ctx context.Context) (guest.Status, error) {
 			sig, ok := s.(syscall.Signal)
 			if len(m.cfg.Guest.Command) == 0 {
 				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
-					continue // there is nobody they could be meant for
+					continue // there is no process to forward them to
 				}
 				return guest.Status{}, nil
 			}

@@ -1,6 +1,6 @@
 package sandbox
 
-// What is different about a sandbox with a command: kind.
+// The part of the monitor that is specific to a sandbox with a command: kind.
 
 import (
 	"context"
@@ -76,8 +76,7 @@ func (m *run) publishListening(ctx context.Context) {
 		made: make(map[ports.AutoPort]api.Port), refused: make(map[ports.AutoPort]bool),
 		publish: pub.publish, remove: pub.unpublish, taken: m.ports.Find, held: m.ports.HeldByOthers, log: m.log,
 	}
-	// Several sockets inside can lead to one port of the host: it goes with the
-	// last of them.
+	// Several sockets inside can share one host port, which closes with the last of them.
 	listening := make(map[guest.Port]bool)
 	for changes := range m.guest.Listening(ctx) {
 		for _, c := range changes {
