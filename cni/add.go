@@ -68,7 +68,7 @@ func (p *Plugin) add(ctx context.Context, c *Config, args *skel.CmdArgs) (types.
 	return ad.result, nil
 }
 
-// close lets go of what the process holds; the attachment does not need it.
+// close releases what the process holds; the attachment does not need it.
 func (ad *adding) close() {
 	for _, h := range []*netlink.Handle{ad.podH, ad.uplinkH} {
 		if h != nil {
@@ -82,8 +82,8 @@ func (ad *adding) close() {
 	}
 }
 
-// begin clears up after an ADD of the same attachment that did not end, refuses one
-// that did, and opens the pod's namespace.
+// begin cleans up after an unfinished ADD of the same attachment, refuses a finished one, and opens
+// the pod's namespace.
 func (ad *adding) begin(ctx context.Context) error {
 	boot, err := bootID()
 	if err != nil {
@@ -114,7 +114,7 @@ func (ad *adding) begin(ctx context.Context) error {
 		return err
 	}
 	if cleared {
-		// A monitor's devices end a little after it.
+		// A monitor's devices end shortly after it.
 		if err := uplink.RemoveDevice(ad.podH, ad.args.IfName); err != nil {
 			return err
 		}
@@ -236,7 +236,7 @@ func (ad *adding) delDelegates(netns string) error {
 	return ad.h.lend(func() error { return ad.delegates.run(ctx, "DEL", netns, nil) })
 }
 
-// spec is what the configuration says about the monitor.
+// spec returns what the configuration specifies for the monitor.
 func (ad *adding) spec() (*LaunchSpec, error) {
 	c, a := ad.c, ad.a
 	s := &LaunchSpec{
@@ -269,8 +269,8 @@ func (ad *adding) spec() (*LaunchSpec, error) {
 	return s, nil
 }
 
-// interfaceAsExpected: chained, the main plugin's interface is in the pod; alone, there
-// is none of that name.
+// interfaceAsExpected checks that, chained, the main plugin's interface is in the pod and, alone,
+// that no interface has that name.
 func (ad *adding) interfaceAsExpected() error {
 	link, err := uplink.FindLink(ad.podH, ad.args.IfName)
 	switch {
@@ -288,8 +288,7 @@ func (ad *adding) interfaceAsExpected() error {
 	return nil
 }
 
-// bringUplink gets the main interface into the uplink namespace, with everything that
-// belongs to it.
+// bringUplink moves the main interface, with its addresses and routes, into the uplink namespace.
 func (ad *adding) bringUplink(ctx context.Context) (*uplink.LinkState, error) {
 	if ad.a.Delegated {
 		return ad.runDelegates(ctx)
@@ -363,7 +362,7 @@ func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS
 	if err != nil {
 		return err
 	}
-	// The monitor has duplicates; ours end with this call.
+	// The monitor has duplicates; ours are closed when this call ends.
 	defer inbound.Close()
 	if err := uplink.Steer(uplinkNS, uplinkH, a.IfName, a.Launch.Addrs); err != nil {
 		return err
@@ -376,8 +375,8 @@ func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS
 		return err
 	}
 	defer device.Close()
-	// A device ends with its descriptors, but the interface's name must be free before
-	// the main plugin's goes back.
+	// A device ends with its descriptors, but the interface's name must be free before the main
+	// plugin's interface returns.
 	if err := u.Done(uplink.StepDevice, device.Close); err != nil {
 		return err
 	}
@@ -405,8 +404,8 @@ func (p *Plugin) serve(ctx context.Context, h *held, a *Attachment, pod ns.NetNS
 	}
 	a.MonitorPID, a.MonitorStart = pid, start
 	if err := u.Done(uplink.StepLaunched, func() error {
-		// In a rollback ours are still open or were closed before; either way the
-		// device ends when the monitor has.
+		// In a rollback our descriptors are still open or already closed; either way the device
+		// ends once the monitor has.
 		ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 		defer cancel()
 		return p.Launcher.Stop(ctx, spec)

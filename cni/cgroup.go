@@ -11,23 +11,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where a monitor belongs. The runtime starts us in its own cgroup, and a service
-// manager that restarts the runtime ends everything in there. With the pod's cgroup
-// known, the monitor and its worker move there and are charged to the pod; without,
-// they move to one of sluice's own in the hierarchies that a service manager goes by.
+// The monitor's cgroup. The runtime starts us in its own cgroup, and a service manager that
+// restarts the runtime kills everything in it. If the pod's cgroup is known, the monitor and its
+// worker move there and are charged to the pod; if not, they move to a cgroup of Sluice's own in
+// the hierarchies that service managers use.
 
-// ownCgroup is the cgroup of monitors whose pod's is not known, and the one made
-// inside a pod's where cgroup v2 allows processes in leaves only.
+// ownCgroup is the cgroup of monitors whose pod's is unknown, and the one made inside a pod's where
+// cgroup v2 allows processes only in leaves.
 const ownCgroup = "sluice"
 
-// hierarchy is one mounted cgroup hierarchy and where we are in it.
+// hierarchy is a mounted cgroup hierarchy and our place in it.
 type hierarchy struct {
 	mount       string
-	controllers string // as /proc/self/cgroup has them; "" is v2
+	controllers string // as listed in /proc/self/cgroup; "" is v2
 	self        string
 }
 
-// cgroupDirs says where to move a monitor, and makes what is missing. podPath is the
+// cgroupDirs returns where to move a monitor, and makes missing directories. podPath is the
 // capability cgroupPath.
 func cgroupDirs(podPath string) ([]string, error) {
 	list, err := hierarchies("/proc/self/mountinfo", "/proc/self/cgroup")
@@ -51,7 +51,7 @@ func cgroupDirs(podPath string) ([]string, error) {
 	return out, nil
 }
 
-// target is the directory to move to in one hierarchy; "" is to stay.
+// target returns the directory to move to in one hierarchy; "" means stay.
 func (h hierarchy) target(podPath string) (string, error) {
 	v2 := h.controllers == ""
 	if podPath != "" {
@@ -69,8 +69,8 @@ func (h hierarchy) target(podPath string) (string, error) {
 	return mkdir(filepath.Join(h.mount, ownCgroup))
 }
 
-// mkdir makes a cgroup. Where the hierarchy is not ours to change, as inside a container,
-// there is no service manager to escape from either.
+// mkdir makes a cgroup. Where the hierarchy is not ours to change, as inside a container, there is
+// no service manager to escape from either.
 func mkdir(dir string) (string, error) {
 	err := os.Mkdir(dir, 0o755)
 	switch {
@@ -82,8 +82,8 @@ func mkdir(dir string) (string, error) {
 	return "", err
 }
 
-// removeCgroups removes what cgroupDirs made, if nobody is in there: the monitor that is
-// just ending may be. One inside a pod's cgroup goes with that; the other is there once.
+// removeCgroups removes what cgroupDirs made, if it is empty: a monitor that is just ending may
+// still be in it. A cgroup inside a pod's is removed with the pod's; the other is there only once.
 func removeCgroups(dirs []string) {
 	for _, dir := range dirs {
 		if filepath.Base(dir) == ownCgroup {
@@ -92,7 +92,7 @@ func removeCgroups(dirs []string) {
 	}
 }
 
-// expandSlice turns a systemd slice's name into its path: a-b.slice is in a.slice.
+// expandSlice expands a systemd slice's name to its path: a-b.slice is in a.slice.
 func expandSlice(path string) (string, error) {
 	clean := filepath.Clean("/" + path)
 	name, isSlice := strings.CutSuffix(clean, ".slice")
@@ -154,7 +154,7 @@ func hierarchies(mountinfo, cgroup string) ([]hierarchy, error) {
 	return out, nil
 }
 
-// hasOptions says whether a mount's options name all the controllers.
+// hasOptions reports whether a mount's options name all the controllers.
 func hasOptions(options, controllers string) bool {
 	have := "," + options + ","
 	for _, c := range strings.Split(controllers, ",") {

@@ -87,7 +87,7 @@ func (p *Plugin) checkAttachment(ctx context.Context, c *Config, args *skel.CmdA
 }
 
 func (p *Plugin) checkReady(ctx context.Context, a *Attachment) error {
-	// First, as a monitor that died took the pod's device along.
+	// First, because a dead monitor took the pod's device with it.
 	if err := p.Launcher.Alive(ctx, *a.Launch); err != nil {
 		return fmt.Errorf("nothing serves the pod, so it has no network (GC and STATUS start its monitor anew): %w", err)
 	}
@@ -133,7 +133,7 @@ func checkNamespace(path string, f func(ns.NetNS, *netlink.Handle) error) error 
 	return f(n, h)
 }
 
-// checkLink compares an interface with what it should have. It may have more.
+// checkLink compares an interface with its expected state. Extra addresses and routes are allowed.
 func checkLink(h *netlink.Handle, want *uplink.LinkState, mtu int) error {
 	link, got, err := uplink.ReadLink(h, want.Name)
 	if err != nil {
@@ -172,12 +172,13 @@ func checkLink(h *netlink.Handle, want *uplink.LinkState, mtu int) error {
 // errPluginNotAvailable is the specification's error code of STATUS.
 const errPluginNotAvailable = 50
 
-// statusRepair bounds what STATUS spends on containers: runtimes call it every few seconds.
+// statusRepair bounds the time that STATUS spends on containers: runtimes call it every few
+// seconds.
 const statusRepair = 20 * time.Second
 
-// status says whether an ADD could work now, and puts monitors that died to work again. If
-// one of those cannot be replaced, that is no answer: a node without STATUS takes no pods
-// any more and loses those that it has, for the sake of one, which may have wanted just that.
+// status reports whether an ADD could work now, and replaces dead monitors. It does not fail if one
+// cannot be replaced: a node whose STATUS fails accepts no pods and loses those that it has, all
+// because of one pod, which may have caused it on purpose.
 func (p *Plugin) status(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	notAvailable := func(what string, err error) error {
 		return types.NewError(errPluginNotAvailable, "sluice: "+what, err.Error())

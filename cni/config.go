@@ -18,37 +18,36 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// DefaultStateDir is where attachments are recorded. It need not survive a reboot:
-// what it describes does not either.
+// DefaultStateDir is where attachments are recorded. It need not survive a reboot, since
+// attachments do not.
 const DefaultStateDir = "/run/sluice-cni"
 
-// Config is one plugin configuration as the runtime passes it on standard input.
-// Decoding is strict: a key that is not here is an error, because a misspelt policy
-// would otherwise be none.
+// Config is one plugin configuration as the runtime passes it on standard input. Decoding is
+// strict: an unknown key is an error, because a misspelt policy would otherwise be no policy.
 type Config struct {
 	CNIVersion   string          `json:"cniVersion"`
 	Name         string          `json:"name"`
 	Type         string          `json:"type"`
 	Capabilities map[string]bool `json:"capabilities,omitempty"`
-	Args         json.RawMessage `json:"args,omitempty"` // the runtime's own; not ours to judge
+	Args         json.RawMessage `json:"args,omitempty"` // the runtime's own; not for us to check
 
 	// Delegate is the main plugin's configuration, or a list of them run in order, when
 	// sluice is not chained after one. Without prevResult the default is ptp with host-local.
 	Delegate delegates `json:"delegate,omitempty"`
 	// Policy is a policy (docs/policy.md) or the absolute path of a file with one.
 	Policy policySource `json:"policy,omitzero"`
-	// PolicyDir holds NAMESPACE/NAME.yaml for pods that have a policy of their own, and
-	// NAMESPACE.yaml for the others of a namespace. It goes before Policy.
+	// PolicyDir holds NAMESPACE/NAME.yaml for pods with their own policy, and NAMESPACE.yaml for
+	// the other pods of a namespace. It takes precedence over Policy.
 	PolicyDir string `json:"policyDir,omitempty"`
-	// FailClosed makes a pod without a policy start with everything denied, until it
-	// is given one. Otherwise it is open, as in a cluster without policies.
+	// FailClosed starts a pod without a policy with everything denied, until it gets one. Otherwise
+	// the pod is open, as in a cluster without policies.
 	FailClosed bool `json:"failClosed,omitempty"`
 
 	// Resolvers are asked for the names that a pod's policy allows (resolvers.go).
 	Resolvers resolverList `json:"resolvers,omitempty"`
 
-	// MetadataAddresses are metadata services beside those that are known (docs/policy.md),
-	// NAT64Prefixes the prefixes of the network's translators. Both only close addresses.
+	// MetadataAddresses are metadata services in addition to the known ones (docs/policy.md),
+	// NAT64Prefixes the prefixes of the network's translators. Both can only close addresses.
 	MetadataAddresses []string `json:"metadataAddresses,omitempty"`
 	NAT64Prefixes     []string `json:"nat64Prefixes,omitempty"`
 
@@ -57,21 +56,21 @@ type Config struct {
 	Select Selector `json:"select,omitzero"`
 
 	Sysctl  map[string]string `json:"sysctl,omitempty"` // the flow table's, by nf_conntrack's names
-	Limits  json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
+	Limits  json.RawMessage   `json:"limits,omitempty"` // in the form of a policy's spec.limits
 	FlowLog string            `json:"flowLog,omitempty"`
-	// FlowLogMaxSize is bytes with an optional suffix, FlowLogMaxFiles counts the one that is
-	// written: `sluice run --help` has the meanings.
+	// FlowLogMaxSize is in bytes with an optional suffix; FlowLogMaxFiles includes the file being
+	// written. See `sluice run --help`.
 	FlowLogMaxSize  string `json:"flowLogMaxSize,omitempty"`
 	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
 	StateDir        string `json:"stateDir,omitempty"`
 
-	// SetDisableCheck notes that `install` switched the list's CHECK off, for `uninstall`.
+	// SetDisableCheck records that `install` switched the list's CHECK off, for `uninstall`.
 	SetDisableCheck bool `json:"setDisableCheck,omitempty"`
 
 	RuntimeConfig    runtimeConfig        `json:"runtimeConfig,omitzero"`
 	RawPrevResult    json.RawMessage      `json:"prevResult,omitempty"`
 	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments,omitempty"`
-	// The key of this list before the specification was final; some runtimes send both.
+	// The name of this list in drafts of the specification; some runtimes send both.
 	OldValidAttachments []types.GCAttachment `json:"cni.dev/attachments,omitempty"`
 
 	kind       tun.Kind
@@ -80,8 +79,8 @@ type Config struct {
 	prevResult *types100.Result // nil without one
 }
 
-// runtimeConfig is what the runtime fills in for declared capabilities. Those that
-// sluice itself does not use are for the delegates. DNS is for both.
+// runtimeConfig is what the runtime fills in for declared capabilities. Those that Sluice does not
+// use are for the delegates; both use DNS.
 type runtimeConfig struct {
 	PortMappings json.RawMessage   `json:"portMappings,omitempty"`
 	Bandwidth    *Bandwidth        `json:"bandwidth,omitempty"`
@@ -144,7 +143,7 @@ func (p *policySource) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// delegates are the configurations of the plugins that run before us, one or several.
+// delegates are the configurations of the plugins that run before us: one or several.
 type delegates []json.RawMessage
 
 func (d *delegates) UnmarshalJSON(b []byte) error {
@@ -173,8 +172,8 @@ func loadConfig(stdin []byte) (*Config, error) {
 	return c, nil
 }
 
-// policyKeysSaySomething refuses null and "" for what a pod's policy and its rules depend on: a template
-// that was not filled in must not look like a key that is not there.
+// policyKeysSaySomething refuses null and "" for the keys on which a pod's policy and rules depend:
+// an unfilled template must not look like an absent key.
 func policyKeysSaySomething(stdin []byte) error {
 	var keys map[string]json.RawMessage
 	if err := json.Unmarshal(stdin, &keys); err != nil {
@@ -239,6 +238,6 @@ func (c *Config) check() error {
 	return nil
 }
 
-// chained says whether a main plugin ran before us. DEL of early versions comes without
-// prevResult, so it is the delegate that tells.
+// chained reports whether a main plugin ran before us. DEL of early versions comes without
+// prevResult, so the delegate decides.
 func (c *Config) chained() bool { return c.prevResult != nil && len(c.Delegate) == 0 }

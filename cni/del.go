@@ -13,7 +13,7 @@ import (
 	"sluice.dev/sluice/cni/uplink"
 )
 
-// The steps of DEL that a test may fail at, beside the names of ADD.
+// The steps of DEL at which a test may fail, in addition to those of ADD.
 const (
 	stepStopped = "stopped" // the monitor is gone, and the devices with it
 	stepGiven   = "given"   // the pod has the main plugin's interface again
@@ -36,17 +36,16 @@ func (p *Plugin) del(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	}
 	if err := p.teardown(ctx, c, args, h, a, true); err != nil {
 		if _, statErr := os.Lstat(s.netns(h.name)); a == nil && errors.Is(statErr, fs.ErrNotExist) {
-			_ = h.remove() // the delegates', who are not at home: nothing of ours is left
+			_ = h.remove() // the delegates' container, not ours
 		}
 		return fmt.Errorf("sluice: DEL: %w", err)
 	}
 	return nil
 }
 
-// teardown takes an attachment away, whatever there is of it: a is its record, or nil
-// if there is none that can be read. Every step is tried; if one fails the record stays,
-// so that the call can be repeated. final is false when an ADD is about to begin anew in
-// the same directory.
+// teardown removes whatever exists of an attachment. a is its record, or nil if there is no
+// readable one. Every step is tried; if one fails the record stays, so that the call can be
+// repeated. final is false when an ADD is about to start over in the same directory.
 func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h *held, a *Attachment, final bool) error {
 	boot, err := bootID()
 	if err != nil {
@@ -59,14 +58,14 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 		delegated, podPath, podID = a.Delegated, a.NetNS, a.NetNSID
 	}
 	if a != nil && a.State == StateReady {
-		// Nobody is to repair what is half taken away.
+		// A half-removed attachment must not be repaired.
 		a.State = StateDeleting
 		if err := h.write(a); err != nil {
 			return err
 		}
 	}
 	var errs []error
-	// Of another boot, pids and namespaces mean nothing: only files are left.
+	// After a reboot, recorded pids and namespaces mean nothing: only files are left.
 	sameBoot := a == nil || a.BootID == boot
 	uplinkNS, err := uplink.OpenNetns(uplinkPath)
 	if err != nil {
@@ -82,8 +81,8 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 		}
 		defer back.close()
 	}
-	// The kernel waits out grace periods when it moves an interface and when it removes
-	// one: done together they take half the time.
+	// The kernel waits out grace periods when it moves an interface and when it removes one. Done
+	// together they take half the time.
 	taken := make(chan error, 1)
 	go func() { taken <- back.take() }()
 	spec := LaunchSpec{Name: h.name, RuntimeDir: h.store.runtimeDir()}
@@ -95,7 +94,7 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	}
 	errs = append(errs, <-taken)
 	if err != nil {
-		// With the monitor alive nothing else can be taken from under it.
+		// While the monitor lives, nothing it uses can be removed.
 		return errors.Join(append(errs, err)...)
 	}
 	if err := p.reached(stepStopped); err != nil {
@@ -103,8 +102,8 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	}
 	errs = append(errs, back.give(), p.reached(stepGiven))
 
-	// GC knows no container where there is no record: what delegates have of it is for
-	// their own GC.
+	// GC knows no container for which there is no record: the delegates' own GC finds their
+	// leftovers.
 	if delegated && args.ContainerID != "" {
 		errs = append(errs, h.lend(func() error { return p.delDelegated(ctx, c, args, a, uplinkNS != nil, uplinkPath) }))
 	}
@@ -116,16 +115,15 @@ func (p *Plugin) teardown(ctx context.Context, c *Config, args *skel.CmdArgs, h 
 	return h.remove()
 }
 
-// hostLocalDir is where host-local keeps the addresses that it has given, unless told
-// otherwise.
+// hostLocalDir is where host-local keeps allocated addresses by default.
 const hostLocalDir = "/var/lib/cni/networks"
 
-// delDelegated runs the delegates' DEL, on the namespace that they were added to if it
-// is still there.
+// delDelegated runs the delegates' DEL in the namespace that they were added to, if it still
+// exists.
 func (p *Plugin) delDelegated(ctx context.Context, c *Config, args *skel.CmdArgs, a *Attachment, haveUplink bool, uplinkPath string) error {
 	if a == nil && len(c.Delegate) == 0 {
-		// Nothing says that the default delegates were ever run for this container; but
-		// if they were, before a reboot, an address is still taken.
+		// Nothing shows that the default delegates ever ran for this container. But if they did,
+		// before a reboot, an address is still allocated.
 		if _, err := os.Stat(filepath.Join(hostLocalDir, c.Name)); err != nil {
 			return nil //nolint:nilerr // no address is taken
 		}

@@ -13,13 +13,12 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// Main plugins that we run ourselves when sluice is not chained after one. They are
-// run on the uplink namespace, where their interface belongs: nothing has to be moved,
-// and what they find there at CHECK and DEL is what they made. The pod's namespace
-// gets our device alone.
+// Main plugins that we run ourselves when sluice is not chained after one. They run in the uplink
+// namespace, where their interface belongs: nothing has to be moved, and at CHECK and DEL they find
+// what they made. The pod's namespace gets only our device.
 
-// defaultDelegates are run when neither a main plugin before us nor `delegate` says
-// otherwise. The ranges are sluice's own.
+// defaultDelegates run when there is neither a main plugin before us nor a `delegate`. The ranges
+// are Sluice's own.
 var defaultDelegates = delegates{
 	json.RawMessage(`{
 		"type": "ptp", "ipMasq": true,
@@ -107,8 +106,8 @@ func (c *chain) add(ctx context.Context, netns string) (types.Result, error) {
 	return result, nil
 }
 
-// run runs DEL, CHECK, GC or STATUS of all delegates; DEL in reverse. CHECK and STATUS
-// end with the first error, the others go on: each cleans up after itself.
+// run runs DEL, CHECK, GC or STATUS of all delegates; DEL in reverse. CHECK and STATUS stop at the
+// first error. The others go on, because each delegate cleans up after itself.
 func (c *chain) run(ctx context.Context, verb, netns string, prev types.Result) error {
 	list := slices.Clone(c.plugins)
 	if verb == "DEL" {
@@ -163,7 +162,7 @@ func (c *chain) env(verb, netns string) *invoke.Args {
 	}
 }
 
-// withAttachments gives the delegates what GC is about.
+// withAttachments adds GC's list of valid attachments.
 func (c *chain) withAttachments(valid []types.GCAttachment) {
 	b, _ := json.Marshal(valid)
 	for _, d := range c.plugins {

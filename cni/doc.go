@@ -1,5 +1,5 @@
-// Package cni puts containers behind sluice for a CNI runtime, and takes them out
-// again, without the container losing the identity that the main plugin gave it.
+// Package cni puts containers behind Sluice for a CNI runtime and removes them again. A container
+// keeps the identity that the main plugin gave it.
 //
 //	pod netns                uplink netns, one per attachment              host
 //	eth0 = tap, pod IP ════ worker ═ kernel sockets bound to the pod IP
@@ -19,9 +19,9 @@
 //	cgroup.go    out of the caller's cgroup
 //	conflist.go   conflists
 //
-// An attachment is one interface of one container in one network. Its record is
-// written before anything is made, so a process killed at any point leaves a record
-// by which DEL or GC find the rest. Nothing is kept in memory between verbs.
+// An attachment is one interface of one container in one network. Its record is written before
+// anything is made, so if the plugin is killed at any point, DEL or GC find the rest by the record.
+// Nothing is kept in memory between verbs.
 //
 // The package knows nothing of packets, policies or workers: it makes namespaces,
 // devices and rules, and starts the monitor through a Launcher.

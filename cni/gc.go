@@ -12,8 +12,8 @@ import (
 	"sluice.dev/sluice/cni/uplink"
 )
 
-// gc removes the attachments to this network that the runtime does not know any more,
-// and repairs those that it knows and whose monitor is dead. It goes on after errors.
+// gc removes this network's attachments that the runtime no longer knows, and repairs those that it
+// knows and whose monitor is dead. It continues after errors.
 func (p *Plugin) gc(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 	s, err := openStore(c.StateDir)
 	if err != nil {
@@ -39,7 +39,7 @@ func (p *Plugin) gc(ctx context.Context, c *Config, args *skel.CmdArgs) error {
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}
 	}
-	// Without one of ours left, only the configuration can say whether delegates have
+	// If no attachment of ours is left, only the configuration can say whether delegates have
 	// leases of their own to sweep.
 	if alone {
 		delegates, err := newChain(c, args, p.Exec)
@@ -69,12 +69,12 @@ func (p *Plugin) sweep(ctx context.Context, c *Config, args *skel.CmdArgs, s sto
 	delegated = a != nil && a.Delegated
 	if valid {
 		if a == nil {
-			// Its container lives, and DEL will clear up: nothing to go by until then.
+			// Its container lives, and DEL will clean up: there is nothing to go by until then.
 			return delegated, nil
 		}
 		return delegated, p.repair(ctx, h, a)
 	}
-	// The delegates are told whose remains these are.
+	// The delegates are told which container the leftovers belong to.
 	mine := *args
 	if a != nil {
 		mine.ContainerID, mine.IfName, mine.Netns = a.ContainerID, a.IfName, a.NetNS
@@ -82,8 +82,8 @@ func (p *Plugin) sweep(ctx context.Context, c *Config, args *skel.CmdArgs, s sto
 	return delegated, p.teardown(ctx, c, &mine, h, a, true)
 }
 
-// Repair starts the monitors of all attachments that should have one and do not, in the
-// state directory given. The node's agent calls it; STATUS and GC do too.
+// Repair starts the missing monitors of all attachments in the given state directory. The node's
+// agent calls it; STATUS and GC do too.
 func (p *Plugin) Repair(ctx context.Context, stateDir string) error {
 	s, err := openStore(stateDir)
 	if err != nil {
@@ -93,8 +93,7 @@ func (p *Plugin) Repair(ctx context.Context, stateDir string) error {
 	if err != nil {
 		return err
 	}
-	// One that takes its time, as in a container that is short of CPU, must not hold up
-	// the others.
+	// A slow one, as in a container that is short of CPU, must not delay the others.
 	errs := make([]error, len(names))
 	slots := make(chan struct{}, repairsAtOnce)
 	var wg sync.WaitGroup
@@ -112,30 +111,29 @@ func (p *Plugin) Repair(ctx context.Context, stateDir string) error {
 	return errors.Join(errs...)
 }
 
-// repairsAtOnce bounds the attachments that are looked at in parallel.
+// repairsAtOnce bounds the attachments that are checked in parallel.
 const repairsAtOnce = 8
 
 func (p *Plugin) repairNamed(ctx context.Context, s store, name string) error {
 	h, err := s.tryHold(name)
 	if err != nil {
-		return nil // a verb is at work on it, or it is gone
+		return nil // a verb is working on it, or it is gone
 	}
 	defer h.release()
 	a, err := h.read()
 	if errors.Is(err, errNoRecord) {
-		// tryHold made the directory, or a DEL left it: there is nothing in it. What
-		// else there may be of it is GC's, which knows what is valid.
+		// tryHold made the directory, or a DEL left it: it is empty. Anything else belongs to GC,
+		// which knows what is valid.
 		return h.remove()
 	}
 	if err != nil {
-		return nil // torn: DEL and GC know what to do
+		return nil // torn: DEL and GC handle it
 	}
 	return p.repair(ctx, h, a)
 }
 
-// repair replaces the monitor of an attachment, if it is dead and everything else is
-// there: the pod's interface comes back with the same addresses, and the policy is the
-// one that was set last.
+// repair replaces the monitor of an attachment if it is dead and everything else is in place. The
+// pod's interface comes back with the same addresses, and the policy is the one set last.
 func (p *Plugin) repair(ctx context.Context, h *held, a *Attachment) error {
 	boot, err := bootID()
 	if err != nil {

@@ -13,18 +13,17 @@ import (
 	"sluice.dev/sluice/cni/uplink"
 )
 
-// giving is the main interface on its way back from the uplink namespace to the pod.
-// It goes in two steps, because its name is our device's for as long as the monitor
-// lives: first it is moved, down and under a name of its own, then, with the monitor
-// gone, it gets its name, addresses and routes. A DEL that was killed in between is
-// repeated from there. A nil giving has nothing to do.
+// giving is the main interface on its way back from the uplink namespace to the pod. It takes two
+// steps, because our device has its name while the monitor lives: first it is moved, down and under
+// a temporary name; then, with the monitor gone, it gets its name, addresses and routes. A DEL that
+// was killed in between resumes there. A nil giving has nothing to do.
 type giving struct {
 	uplink, pod ns.NetNS
 	ifName      string
 	state       *uplink.LinkState // nil: what it has in the uplink namespace
 }
 
-// newGiving is nil if the pod's namespace is gone, or another's by now.
+// newGiving returns nil if the pod's namespace is gone or now belongs to another pod.
 func newGiving(uplinkNS ns.NetNS, podPath, podID, ifName string, a *Attachment) (*giving, error) {
 	pod, err := uplink.OpenNetns(podPath)
 	if err != nil || pod == nil {
@@ -41,14 +40,14 @@ func newGiving(uplinkNS ns.NetNS, podPath, podID, ifName string, a *Attachment) 
 	return g, nil
 }
 
-// close lets go of the pod's namespace.
+// close releases the pod's namespace.
 func (g *giving) close() {
 	if g != nil {
 		_ = g.pod.Close()
 	}
 }
 
-// onTheWay is what the interface is called between the steps.
+// onTheWay is the interface's temporary name between the steps.
 func (g *giving) onTheWay() string {
 	sum := sha256.Sum256([]byte(g.ifName))
 	return "sluice" + hex.EncodeToString(sum[:])[:8]
@@ -73,7 +72,7 @@ func (g *giving) take() error {
 			return err
 		}
 	}
-	// What has that name while ours is still here is not ours.
+	// An interface of that name beside ours is not ours.
 	if err = g.evict(g.onTheWay()); err == nil {
 		err = uplink.MoveLink(g.uplink, link, g.pod, g.onTheWay())
 	}
@@ -83,8 +82,8 @@ func (g *giving) take() error {
 	return nil
 }
 
-// evict takes a name from an interface of the pod's own: who is root in there can give
-// any name to any.
+// evict takes a name from one of the pod's own interfaces: root in the pod can give any interface
+// any name.
 func (g *giving) evict(name string) error {
 	h, err := uplink.Handle(g.pod)
 	if err != nil {
@@ -98,7 +97,7 @@ func (g *giving) evict(name string) error {
 	if link.Attrs().Name != name {
 		err = h.LinkDelAltName(link, name)
 	} else if h.LinkDel(link) != nil {
-		// The loopback interface cannot be deleted; and not all that are up can be renamed.
+		// The loopback interface cannot be deleted, and some interfaces cannot be renamed while up.
 		err = errors.Join(h.LinkSetDown(link), h.LinkSetName(link, fmt.Sprintf("evicted%08x", rand.Uint32())))
 	}
 	if err != nil {
@@ -107,7 +106,7 @@ func (g *giving) evict(name string) error {
 	return nil
 }
 
-// give makes the interface what it was before ADD. What is left of our device goes.
+// give restores the interface as it was before ADD, and removes the remains of our device.
 func (g *giving) give() error {
 	if g == nil {
 		return nil
@@ -132,7 +131,7 @@ func (g *giving) give() error {
 		return fmt.Errorf("find %s after giving it back: %w", g.ifName, err)
 	}
 	if g.state == nil {
-		return nil // killed in between, and without a record: nobody knows what it had
+		return nil // killed in between, without a record: its former state is unknown
 	}
 	if err := errors.Join(g.state.ApplySettings(g.pod, h, link), g.state.Apply(h, link, true)); err != nil {
 		return fmt.Errorf("give the pod its interface back: %w", err)
@@ -140,9 +139,9 @@ func (g *giving) give() error {
 	return nil
 }
 
-// clearName takes the name from our device. A device that is ending takes the kernel some
-// 20 ms, which only its name makes worth waiting for; kernels before 6.2 rename none that
-// is up, so there it is waited for.
+// clearName takes the name from our device. The kernel takes some 20 ms to end a device, and only
+// its name is worth waiting for. Kernels before 6.2 cannot rename a device that is up, so there we
+// wait.
 func (g *giving) clearName(h *netlink.Handle) error {
 	link, err := uplink.FindLink(h, g.ifName)
 	switch {
@@ -157,5 +156,5 @@ func (g *giving) clearName(h *netlink.Handle) error {
 	return uplink.RemoveDevice(h, g.ifName)
 }
 
-// ending is what our device is called while it ends.
+// ending is our device's name while it ends.
 func (g *giving) ending() string { return "end" + g.onTheWay()[len("end"):] }

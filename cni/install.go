@@ -9,9 +9,9 @@ import (
 	"sluice.dev/sluice/cni/conflist"
 )
 
-// Install adds sluice to the end of a conflist: plugins before it then find the main
-// plugin's interface where they expect it. keys are further keys of its configuration,
-// a JSON object; without any, a list that has sluice is left as it is.
+// Install adds Sluice to the end of a conflist, so that plugins before it find the main plugin's
+// interface where they expect it. keys are further keys of its configuration, a JSON object;
+// without any, a list that already has Sluice is left unchanged.
 func Install(path string, keys []byte) error {
 	return conflist.Add(path, keys, func(own json.RawMessage) error {
 		_, err := loadConfig(own)
@@ -19,11 +19,10 @@ func Install(path string, keys []byte) error {
 	})
 }
 
-// Uninstall removes sluice from a conflist; it is no error if it is not there.
+// Uninstall removes Sluice from a conflist; it is no error if it is not in it.
 func Uninstall(path string) error { return conflist.Remove(path) }
 
-// InstallBinary copies the binary at path into dir, in one step: attachments that run
-// keep theirs.
+// InstallBinary copies the binary at path into dir in one step: running attachments keep theirs.
 func InstallBinary(path, dir string) error {
 	src, err := os.Open(path)
 	if err != nil {

@@ -10,29 +10,28 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// Launcher starts, finds and ends the monitors of attachments. All methods know an
-// attachment by Name and RuntimeDir; the rest of the specification may be missing from
-// Stop when the record is.
+// Launcher starts, finds and ends the monitors of attachments. All methods identify an attachment
+// by Name and RuntimeDir. Stop may get no more than those, if the record is missing.
 type Launcher interface {
-	// Launch starts the monitor of a prepared attachment, outside the caller's session
-	// and cgroup, and returns when its worker serves. It is given duplicates of what it
-	// needs: the descriptors stay the caller's to close.
+	// Launch starts the monitor of a prepared attachment, outside the caller's session and cgroup,
+	// and returns when its worker serves. The monitor gets duplicates: the caller still closes its
+	// descriptors.
 	Launch(ctx context.Context, a LaunchSpec) (pid int, start uint64, err error)
-	// Stop ends the monitor and waits until neither it nor its worker serves; it is no
-	// error if that is so. Its devices may end a little later.
+	// Stop ends the monitor and waits until neither it nor its worker serves; it is no error if
+	// neither did. Its devices may end slightly later.
 	Stop(ctx context.Context, a LaunchSpec) error
-	// Alive says whether the monitor and its worker serve.
+	// Alive reports whether the monitor and its worker serve.
 	Alive(ctx context.Context, a LaunchSpec) error
-	// Gone says whether there is no monitor, without asking one: a monitor that is slow
-	// to answer, or that is just replacing its worker, is not gone.
+	// Gone reports whether there is no monitor, without asking one: a monitor that is slow to
+	// answer, or is replacing its worker, is not gone.
 	Gone(a LaunchSpec) (bool, error)
-	// Check says whether the specification's policy, limits and tunables are sound,
-	// before anything is made for it.
+	// Check reports whether the specification's policy, limits and tunables are valid, before
+	// anything is made for it.
 	Check(a LaunchSpec) error
 }
 
-// LaunchSpec is everything that a monitor is told. It is kept in the record, so that
-// a dead one can be replaced.
+// LaunchSpec is everything that a monitor is told. The record keeps it, so that a dead monitor can
+// be replaced.
 type LaunchSpec struct {
 	Name string `json:"name"`
 	// RuntimeDir is where the monitor keeps its control socket.
@@ -45,30 +44,30 @@ type LaunchSpec struct {
 	Inbound     tun.Config     `json:"inbound"` // in the uplink namespace
 	Addrs       []netip.Prefix `json:"addrs"`   // the pod's
 
-	// Resolvers are missing from records of builds that did not serve names.
+	// Resolvers are absent from records of builds that did not serve names.
 	Resolvers Resolvers `json:"resolvers,omitzero"`
 
-	// Metadata and NAT64 are the configuration's, as a policy.Environment has them.
+	// Metadata and NAT64 come from the configuration, in the form of policy.Environment.
 	Metadata []netip.Prefix `json:"metadata,omitempty"`
 	NAT64    []netip.Prefix `json:"nat64,omitempty"`
 
-	// Policy is missing from records of builds that kept it otherwise: such a monitor is not
-	// started anew, and its pod stays closed until it is made anew.
+	// Policy is absent from records of builds that kept it elsewhere. Such a monitor is not
+	// restarted: its pod stays closed until it is created anew.
 	Policy  policy.Source     `json:"policySource,omitzero"`
-	Limits  json.RawMessage   `json:"limits,omitempty"` // as a policy's spec.limits
+	Limits  json.RawMessage   `json:"limits,omitempty"` // in the form of a policy's spec.limits
 	Sysctls map[string]string `json:"sysctls,omitempty"`
 	FlowLog string            `json:"flowLog,omitempty"`
 	// FlowLogMaxSize and FlowLogMaxFiles are as in Config.
 	FlowLogMaxSize  string `json:"flowLogMaxSize,omitempty"`
 	FlowLogMaxFiles int    `json:"flowLogMaxFiles,omitempty"`
-	// Keep is a file for what is set while it runs, for the monitor that replaces it.
+	// Keep is a file for settings made at run time, for the monitor's successor.
 	Keep string `json:"keep,omitempty"`
 	// Cgroups are the directories that the monitor and its workers move to.
 	Cgroups []string `json:"cgroups,omitempty"`
 
 	DeviceFDs []*os.File `json:"-"` // one per queue
 	InboundFD *os.File   `json:"-"`
-	// Lock is the attachment's, which the monitor holds too until it can be found: the next
-	// verb after one that was killed in Launch must not take the pod to have none.
+	// Lock is the attachment's lock. The monitor also holds it until it can be found: if a plugin
+	// is killed in Launch, the next verb must not conclude that there is no monitor.
 	Lock *os.File `json:"-"`
 }

@@ -26,20 +26,21 @@ type Plugin struct {
 	Launcher Launcher
 	// Exec runs delegates; nil is CNI's own.
 	Exec invoke.Exec
-	// Stderr is for what no verb's result can say, and runtimes log; nil is os.Stderr.
+	// Stderr receives messages that no verb's result can carry, and that runtimes log; nil is
+	// os.Stderr.
 	Stderr io.Writer
-	// Reached, if set, is told each step of ADD and DEL once it is done, by its name in
-	// uplink/undo.go and del.go; with an error the verb fails there. It is for tests.
+	// Reached, if set, is called after each step of ADD and DEL with its name from uplink/undo.go
+	// and del.go. If it returns an error, the verb fails there. It is for tests.
 	Reached func(step string) error
 }
 
-// verbTimeout bounds a verb; runtimes give up after minutes at the latest.
+// verbTimeout bounds a verb; runtimes give up after a few minutes.
 const verbTimeout = 60 * time.Second
 
-// undoTimeout bounds what is done after a verb has failed, its own time being over.
+// undoTimeout bounds the rollback of a failed verb, whose own time is over.
 const undoTimeout = 20 * time.Second
 
-// Funcs are the verbs for skel.
+// Funcs returns the verbs for skel.
 func (p *Plugin) Funcs() skel.CNIFuncs {
 	verb := func(f func(context.Context, *Config, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
 		return func(args *skel.CmdArgs) error {
@@ -74,7 +75,7 @@ func (p *Plugin) reached(step string) error {
 	return p.Reached(step)
 }
 
-// resultOf reads a recorded result back, in the version that it was written in.
+// resultOf decodes a recorded result in the version in which it was written.
 func resultOf(raw json.RawMessage, cniVersion string) (types.Result, error) {
 	if len(raw) == 0 {
 		return nil, nil
@@ -92,7 +93,7 @@ func resultOf(raw json.RawMessage, cniVersion string) (types.Result, error) {
 	return r, nil
 }
 
-// asResult is a previous result in the version that delegates are told.
+// asResult returns a previous result in the version that delegates are given.
 func asResult(r *types100.Result, cniVersion string) (types.Result, error) {
 	if r == nil {
 		return nil, nil
@@ -102,7 +103,7 @@ func asResult(r *types100.Result, cniVersion string) (types.Result, error) {
 
 func splitPath(list string) []string { return filepath.SplitList(list) }
 
-// sameAsOurs says whether a namespace is the one that this process is in.
+// sameAsOurs reports whether a namespace is the one that this process is in.
 func sameAsOurs(netns string) (bool, error) {
 	id, err := uplink.NetnsID(netns)
 	if err != nil {

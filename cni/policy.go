@@ -13,20 +13,20 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// The policy that an attachment starts with. A file, a directory or an object that the
-// configuration names is a policy that was given: one that is missing, empty or cannot be
-// read whole makes ADD fail, whatever failClosed says. Only a configuration that names
-// none, or a policyDir that has nothing for the pod, leaves it without.
+// The policy that an attachment starts with. A file, directory or object named in the configuration
+// counts as a given policy: if it is missing, empty or incompletely readable, ADD fails, whatever
+// failClosed says. A pod is without a policy only if the configuration names none or policyDir has
+// nothing for the pod.
 
-// closedPolicy is that of a pod without one under failClosed.
+// closedPolicy is the policy of a pod without one under failClosed.
 const closedPolicy = `apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
 metadata: {name: closed}
 spec: {defaultAction: drop}
 `
 
-// policyFor finds a pod's policy: its own, its namespace's, the configuration's, and last
-// what holds where none was given.
+// policyFor finds a pod's policy: its own, its namespace's, the configuration's, or the default for
+// when none is given.
 func (c *Config) policyFor(pod Pod) (policy.Source, error) {
 	d, found, err := c.policyDocument(pod)
 	switch {
@@ -58,9 +58,9 @@ func (c *Config) policyDocument(pod Pod) (d policy.Document, found bool, err err
 	return d, err == nil, err
 }
 
-// policyInDir reads NAMESPACE/NAME.yaml or NAMESPACE.yaml. Not to be there is a matter of
-// the last name of a path alone: a directory that is missing or a link that leads nowhere
-// is an error, or taking it away would take the policies along.
+// policyInDir reads NAMESPACE/NAME.yaml or NAMESPACE.yaml. Only the last element of a path may be
+// absent: a missing directory or a dangling link is an error, or else removing it would remove the
+// policies with it.
 func policyInDir(dir string, pod Pod) (d policy.Document, found bool, err error) {
 	for _, part := range []string{pod.Namespace, pod.Name} {
 		if strings.ContainsRune(part, filepath.Separator) || strings.HasPrefix(part, ".") {
@@ -96,7 +96,7 @@ func policyInDir(dir string, pod Pod) (d policy.Document, found bool, err error)
 	return d, false, nil
 }
 
-// exists reports whether there is anything at path, be it a link that leads nowhere.
+// exists reports whether there is anything at path, even a dangling link.
 func exists(path string) (bool, error) {
 	_, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -113,8 +113,8 @@ func isDirectory(path string) error {
 	return err
 }
 
-// limits are the configuration's with the runtime's bandwidth, which goes first: it is
-// this pod's own.
+// limits returns the configuration's limits with the runtime's bandwidth, which takes precedence
+// because it is specific to this pod.
 func (c *Config) limits() (json.RawMessage, error) {
 	b := c.RuntimeConfig.Bandwidth
 	if b == nil || b.EgressRate == 0 && b.IngressRate == 0 {

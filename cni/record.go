@@ -26,13 +26,13 @@ import (
 //	STATE/attachments/NAME/set.json     what was set while it ran: the monitor's
 //	STATE/netns/NAME                    the uplink namespace, a bind mount
 //
-// NAME begins with the container's id, for people, and goes on with hashes of the
-// network's name and of the whole identity: it can be computed from what DEL is
-// given, and GC can tell whose remains something is without a readable record.
+// NAME begins with the container's id, for people, followed by hashes of the network's name and of
+// the whole identity. It can be computed from DEL's arguments, and GC can tell without a readable
+// record which network something belongs to.
 //
-// A record is replaced by renaming, so it is there whole or not at all. It is not
-// synced to disk: after a power cut nothing it describes exists, and one that cannot
-// be read is treated as remains.
+// A record is replaced by renaming, so it exists completely or not at all. It is not synced to
+// disk: after a power cut nothing that it describes exists, and an unreadable one is treated as
+// leftovers.
 
 const (
 	attachmentsDir = "attachments"
@@ -49,12 +49,12 @@ const (
 	allHash  = 10 // and of the identity's
 )
 
-// State says how far an attachment has come.
+// State is how far an attachment has come.
 type State string
 
-// An attachment is StateAdding until ADD has succeeded; what is there of it is then
-// unknown, and StateDeleting from where a DEL has begun. StatePassed is a container that
-// Select left to the main plugin.
+// An attachment is StateAdding until ADD succeeds; how much of it exists is then unknown. It is
+// StateDeleting once a DEL has begun. StatePassed is a container that Select left to the main
+// plugin.
 const (
 	StateAdding   State = "adding"
 	StateReady    State = "ready"
@@ -68,29 +68,30 @@ type Attachment struct {
 	Network     string `json:"network"`
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifname"`
-	// NetNS is the pod's namespace, and NetNSID tells it from another that has its path now.
+	// NetNS is the pod's namespace. NetNSID distinguishes it from another that has its path now.
 	NetNS   string `json:"netns"`
 	NetNSID string `json:"netnsID"`
-	// BootID is the kernel's boot_id: of another boot, only the record is left.
+	// BootID is the kernel's boot_id: after a reboot, only the record is left.
 	BootID string    `json:"bootID"`
 	State  State     `json:"state"`
 	Since  time.Time `json:"since"`
 	Pod    Pod       `json:"pod,omitzero"`
 
-	// Delegated says that our delegates made the interface, in the uplink namespace.
+	// Delegated means that our delegates made the interface, in the uplink namespace.
 	Delegated bool `json:"delegated,omitempty"`
-	// Result is the delegates', as they gave it, in the version of the configuration.
+	// Result is the delegates' result as they returned it, in the configuration's version.
 	Result json.RawMessage `json:"result,omitempty"`
 	// Link is the main interface as it was before it was moved.
 	Link *uplink.LinkState `json:"link,omitempty"`
-	// Launch is all that the monitor is started with, but for the descriptors.
+	// Launch is everything that the monitor starts with, except the descriptors.
 	Launch *LaunchSpec `json:"launch,omitempty"`
-	// Monitor is the process that serves, by its pid and start time in clock ticks since boot.
+	// Monitor is the serving process, identified by its pid and its start time in clock ticks since
+	// boot.
 	MonitorPID   int    `json:"monitorPID,omitempty"`
 	MonitorStart uint64 `json:"monitorStart,omitempty"`
 }
 
-// attachmentName is the name of an attachment's identity.
+// attachmentName returns the name of an attachment's identity.
 func attachmentName(network, containerID, ifName string) string {
 	all := sha256.Sum256([]byte(network + "\x00" + containerID + "\x00" + ifName))
 	id := strings.Map(func(r rune) rune {
@@ -107,13 +108,13 @@ func hashOfNetwork(network string) string {
 	return hex.EncodeToString(sum[:])[:netHash]
 }
 
-// ofNetwork says whether name is that of an attachment to network.
+// ofNetwork reports whether name is that of an attachment to network.
 func ofNetwork(name, network string) bool {
 	i := strings.LastIndexByte(name, '-')
 	return i >= 0 && strings.HasPrefix(name[i+1:], hashOfNetwork(network))
 }
 
-// bootID names this boot of the machine.
+// bootID identifies this boot of the machine.
 func bootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -140,8 +141,8 @@ var (
 // lockWait bounds the wait for another verb that works on the same attachment.
 const lockWait = 30 * time.Second
 
-// openStore makes the state directory if need be. It is root's alone, with the way to it and
-// what is in it: records say what DEL removes, and with which programs.
+// openStore makes the state directory if necessary. Only root may write to it, its contents and the
+// path to it: records say what DEL removes, and with which programs.
 func openStore(path string) (store, error) {
 	uid := os.Geteuid()
 	err := privdir.MakeAll(path, uid, 0o022)
@@ -160,9 +161,9 @@ func (s store) dir(name string) string { return filepath.Join(s.path, attachment
 
 func (s store) netns(name string) string { return filepath.Join(s.path, netnsDir, name) }
 
-// runtimeDir is where monitors keep their control sockets: where the other commands look
-// for those of root, or, for a state directory of its own, below that: with
-// XDG_RUNTIME_DIR set to it, they look there.
+// runtimeDir is where monitors keep their control sockets: the place where the other commands look
+// for root's or, for a custom state directory, a place below it, where the commands look with
+// XDG_RUNTIME_DIR set to it.
 func (s store) runtimeDir() string {
 	if s.path == DefaultStateDir {
 		return "/run/sluice"
@@ -170,7 +171,7 @@ func (s store) runtimeDir() string {
 	return filepath.Join(s.path, "sluice")
 }
 
-// names lists everything of which there are remains, records or namespaces.
+// names returns every attachment with leftovers, records or namespaces.
 func (s store) names() ([]string, error) {
 	seen := make(map[string]bool)
 	var out []string
@@ -189,8 +190,8 @@ func (s store) names() ([]string, error) {
 	return out, nil
 }
 
-// hold takes an attachment's lock, and makes its directory. A verb that was killed
-// has lost the lock with its life.
+// hold takes an attachment's lock, and makes its directory. A verb that was killed has lost its
+// lock.
 func (s store) hold(ctx context.Context, name string) (*held, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
@@ -223,7 +224,7 @@ func (s store) tryHold(name string) (*held, error) {
 		_ = f.Close()
 		return nil, err
 	}
-	// Whoever removed the directory held the lock of a file that is gone.
+	// The directory was removed by a holder of the lock of a deleted file.
 	mine, err := f.Stat()
 	if err == nil {
 		var there fs.FileInfo
@@ -238,9 +239,8 @@ func (s store) tryHold(name string) (*held, error) {
 	return &held{s, name, f}, nil
 }
 
-// lend has the processes that f starts hold the lock too. A delegate may outlive a
-// plugin that is killed, and what it makes then must be there before the next verb
-// looks for it.
+// lend makes the processes that f starts hold the lock too. A delegate may outlive a killed plugin,
+// and must finish before the next verb looks at what it made.
 func (h *held) lend(f func() error) error {
 	if _, err := unix.FcntlInt(h.lock.Fd(), unix.F_SETFD, 0); err != nil {
 		return fmt.Errorf("lend the lock: %w", err)
@@ -249,10 +249,10 @@ func (h *held) lend(f func() error) error {
 	return f()
 }
 
-// release gives the lock back; the record stays.
+// release releases the lock; the record stays.
 func (h *held) release() { _ = h.lock.Close() }
 
-// read returns the record: errNoRecord if there is none, errTorn if it makes no sense.
+// read returns the record, errNoRecord if there is none, or errTorn if it cannot be decoded.
 func (h *held) read() (*Attachment, error) {
 	b, err := os.ReadFile(filepath.Join(h.store.dir(h.name), recordFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -287,7 +287,7 @@ func (h *held) write(a *Attachment) error {
 	return nil
 }
 
-// remove ends the record, and the lock with it: the last step of DEL.
+// remove removes the record, and the lock with it: the last step of DEL.
 func (h *held) remove() error {
 	dir := h.store.dir(h.name)
 	entries, err := os.ReadDir(dir)
@@ -303,7 +303,8 @@ func (h *held) remove() error {
 		return fmt.Errorf("remove the record: %w", err)
 	}
 	_ = os.Remove(filepath.Join(dir, lockFile))
-	// One who waits for the lock may have made a lock file anew; then the directory is theirs.
+	// Another verb waiting for the lock may have made a new lock file; the directory is then its
+	// own.
 	_ = os.Remove(dir)
 	return nil
 }

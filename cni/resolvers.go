@@ -10,26 +10,25 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// Whom a pod's names are asked of, while its policy has rules by name. It must be
-// somebody whom the owner of the policy trusts, and never somebody whom what runs in the
-// pod has chosen: who answers says which addresses are granted. So the pod's own
-// resolv.conf counts for nothing. The first of these that names anybody is taken whole:
+// Selects the resolvers of a pod whose policy has rules by name. They decide which addresses are
+// granted, so the policy's owner must trust them and the pod must not choose them: its own
+// resolv.conf is ignored. The first of these that names a resolver is used, and only that one:
 //
 //	the configuration's own `resolvers`
 //	the runtime's `dns` capability: what it writes into the pod's resolv.conf
 //	the main plugin's result, which has the `dns` of its configuration
 
-// maxResolvers is how many are kept; more would never be asked.
+// maxResolvers is how many are kept; more are never asked.
 const maxResolvers = 8
 
-// Resolvers are the ones of a pod, as its record has them.
+// Resolvers are those of a pod, as recorded.
 type Resolvers struct {
 	Servers []netip.Addr `json:"servers,omitempty"`
-	// Note says where they are from and what was left out, for people.
+	// Note says, for people, where they come from and which were left out.
 	Note string `json:"note,omitempty"`
 }
 
-// resolverList is the configuration's own list: one that cannot be used is an error there.
+// resolverList is the configuration's own list: an unusable one in it is an error.
 type resolverList []netip.Addr
 
 func (l *resolverList) UnmarshalJSON(b []byte) error {
@@ -77,7 +76,7 @@ func (c *Config) resolversFor(result *types100.Result, own []netip.Prefix) (Reso
 	return Resolvers{Note: "neither the network configuration nor the runtime nor the main plugin names one"}, nil
 }
 
-// usable keeps the servers that can be asked, and notes the others.
+// usable keeps the servers that can be asked, and records the others.
 func usable(from string, servers []string, own []netip.Prefix) Resolvers {
 	var r Resolvers
 	var left []string
@@ -98,9 +97,9 @@ func usable(from string, servers []string, own []netip.Prefix) Resolvers {
 	return r
 }
 
-// resolver reads an address that can be asked from a pod's uplink namespace, or says why
-// it cannot. Link-local IPv4 is fine: the caches that nodes run have such addresses, and
-// so have the resolvers of some clouds.
+// resolver reads an address that can be asked from a pod's uplink namespace, or says why it cannot.
+// Link-local IPv4 is allowed: node-local caches and the resolvers of some clouds have such
+// addresses.
 func resolver(text string, own []netip.Prefix) (a netip.Addr, why string) {
 	if len(text) > maxAddrText {
 		return a, "not an IP address"

@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// Pod is whom an attachment is for, as far as the runtime says.
+// Pod is the pod that an attachment is for, as far as the runtime says.
 type Pod struct {
 	Namespace string `json:"namespace,omitempty"`
 	Name      string `json:"name,omitempty"`
@@ -15,8 +15,8 @@ type Pod struct {
 	annotations map[string]string
 }
 
-// podOf reads CNI_ARGS, which Kubernetes' runtimes fill. Keys of others are passed over:
-// they are meant for other plugins of the chain.
+// podOf reads CNI_ARGS, which Kubernetes' runtimes fill. Unknown keys are ignored: they are for
+// other plugins of the chain.
 func podOf(args string, annotations map[string]string) Pod {
 	p := Pod{annotations: annotations}
 	for _, pair := range strings.Split(args, ";") {
@@ -33,9 +33,9 @@ func podOf(args string, annotations map[string]string) Pod {
 	return p
 }
 
-// Selector says which containers are put behind sluice; the others keep what the main
-// plugin gave them. Every condition that is given must hold; the zero value selects all.
-// A container that is no pod has the namespace "".
+// Selector selects the containers that are put behind Sluice; the others keep what the main plugin
+// gave them. All given conditions must hold; the zero value selects every container. A container
+// that is not a pod has the namespace "".
 type Selector struct {
 	// Namespaces and NotNamespaces are patterns as path.Match has them.
 	Namespaces    []string `json:"namespaces,omitempty"`
@@ -85,7 +85,7 @@ func (s *Selector) matches(p Pod) bool {
 	return true
 }
 
-// anyMatch compares with patterns that check has accepted.
+// anyMatch matches against patterns that check has accepted.
 func anyMatch(patterns []string, value string) bool {
 	for _, p := range patterns {
 		if ok, _ := path.Match(p, value); ok {

@@ -15,23 +15,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A conflist is edited as what it is: keys and plugins that we do not know keep their
-// text and their order. The file is replaced in one step, for runtimes read it when it
-// changes.
+// A conflist is edited in place: unknown keys and plugins keep their text and order. The file is
+// replaced in one step, because runtimes read it as soon as it changes.
 
 // PluginType is the binary's name, by which runtimes find it.
 const PluginType = "sluice-cni"
 
-// What an installed plugin declares. dns is where the pod's resolvers are from. Bandwidth
-// is for the plugin of that name where the list has it.
+// The capabilities that an installed plugin declares. dns gives the pod's resolvers. Bandwidth is
+// for the plugin of that name where the list has it.
 const (
 	bandwidthPlugin = "bandwidth"
 	ourCapabilities = `{"cgroupPath": true, "dns": true, "io.kubernetes.cri.pod-annotations": true}`
 	andBandwidth    = `{"bandwidth": true, "cgroupPath": true, "dns": true, "io.kubernetes.cri.pod-annotations": true}`
 )
 
-// Add adds our plugin with further keys of its configuration to the end of a conflist.
-// check says what is wrong with the plugin's configuration as a runtime would pass it.
+// Add adds our plugin, with further keys of its configuration, to the end of a conflist. check
+// validates the plugin's configuration as a runtime would pass it.
 func Add(path string, keys []byte, check func(json.RawMessage) error) error {
 	return editConflist(path, func(l *list) error { return l.add(keys, check) })
 }
@@ -47,7 +46,7 @@ func Remove(path string) error {
 	})
 }
 
-// list is a conflist's object: names in their order, and plugins apart.
+// list is a conflist's object: names in their order, and plugins separately.
 type list struct {
 	object  object
 	plugins []json.RawMessage
@@ -104,7 +103,7 @@ func ownPlugin(keys []byte, capabilities string, check func(json.RawMessage) err
 			own.set(m.key, m.value)
 		}
 	}
-	// What the runtime would be told, it is told now.
+	// An error that the runtime would get later is reported now.
 	whole := append(slices.Clone(own), member{"name", json.RawMessage(`"check"`)}, member{"cniVersion", json.RawMessage(`"1.0.0"`)})
 	if err := check(whole.encode()); err != nil {
 		return nil, err
@@ -112,7 +111,7 @@ func ownPlugin(keys []byte, capabilities string, check func(json.RawMessage) err
 	return own, nil
 }
 
-// ourMarks are what install looks for in a plugin's entry.
+// ourMarks identify our plugin's entry for install.
 type ourMarks struct {
 	Type            string `json:"type"`
 	SetDisableCheck bool   `json:"setDisableCheck"`
@@ -148,7 +147,7 @@ func editConflist(path string, edit func(*list) error) (err error) {
 			err = fmt.Errorf("%s: %w", path, err)
 		}
 	}()
-	// A link stays one: what it leads to is replaced.
+	// A symbolic link stays: its target is replaced.
 	path, err = filepath.EvalSymlinks(path)
 	if err != nil {
 		return err
@@ -193,7 +192,7 @@ func editConflist(path string, edit func(*list) error) (err error) {
 	return ReplaceFile(path, &out, fi)
 }
 
-// ReplaceFile puts new content in the place of a file, with its mode and owner.
+// ReplaceFile replaces the content of a file, keeping its mode and owner.
 func ReplaceFile(path string, content io.Reader, like fs.FileInfo) (err error) {
 	// Not *.conflist, *.conf or *.json: the runtime must not read it.
 	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".sluice-*")

@@ -1,3 +1,3 @@
-// Package conflist edits CNI network configuration lists: it adds our plugin to one and removes
-// it, and leaves everything else as it was, order and unknown keys included.
+// Package conflist edits CNI network configuration lists. It adds our plugin to one or removes it,
+// and leaves everything else as it was, including order and unknown keys.
 package conflist

@@ -14,11 +14,11 @@ import (
 	"sluice.dev/sluice/internal/nldump"
 )
 
-// An interface that changes namespaces loses its addresses, routes and neighbours:
-// the kernel takes it down on the way. LinkState is what it had, as a value that can
-// be written to the record and given to any other interface.
+// An interface that changes namespaces loses its addresses, routes and neighbours, because the
+// kernel takes it down on the way. LinkState is what it had, as a value that can be written to the
+// record and applied to any other interface.
 
-// LinkState is an interface and what hangs on it.
+// LinkState is an interface with its addresses, routes and neighbours.
 type LinkState struct {
 	Name     string       `json:"name"`
 	MTU      int          `json:"mtu"`
@@ -30,7 +30,7 @@ type LinkState struct {
 	Neighs   []NeighState `json:"neighs,omitempty"`
 	Promisc  bool         `json:"promisc,omitempty"`
 	Allmulti bool         `json:"allmulti,omitempty"`
-	// Settings are those of net/ that somebody chose (settings.go).
+	// Settings are the settings below net/ that were changed from their defaults (settings.go).
 	Settings map[string]string `json:"settings,omitempty"`
 }
 
@@ -74,10 +74,10 @@ type NeighState struct {
 	Permanent bool       `json:"permanent,omitempty"`
 }
 
-// keptAddrFlags are those of an address that somebody chose; the others are its state.
+// keptAddrFlags are the flags that were chosen for an address; the others are its state.
 const keptAddrFlags = unix.IFA_F_NOPREFIXROUTE | unix.IFA_F_HOMEADDRESS | unix.IFA_F_MANAGETEMPADDR
 
-// ReadLink takes the state of the interface called name.
+// ReadLink reads the state of the interface called name.
 func ReadLink(h *netlink.Handle, name string) (netlink.Link, *LinkState, error) {
 	link, err := h.LinkByName(name)
 	if err != nil {
@@ -119,7 +119,7 @@ func ReadLink(h *netlink.Handle, name string) (netlink.Link, *LinkState, error) 
 		}
 		for _, n := range neighs {
 			ip, ok := netip.AddrFromSlice(n.IP)
-			// Without a hardware address, or without a use for one, there is nothing to know.
+			// Without a hardware address, or a use for one, there are no neighbours.
 			if !ok || len(n.HardwareAddr) == 0 || n.State&(netlink.NUD_FAILED|netlink.NUD_INCOMPLETE|netlink.NUD_NOARP) != 0 {
 				continue
 			}
@@ -129,7 +129,7 @@ func ReadLink(h *netlink.Handle, name string) (netlink.Link, *LinkState, error) 
 	return link, s, nil
 }
 
-// keepRoute passes over what the kernel makes of the addresses by itself.
+// keepRoute skips routes that the kernel derives from the addresses.
 func keepRoute(r netlink.Route) bool {
 	return r.Table != unix.RT_TABLE_LOCAL && r.Protocol != unix.RTPROT_KERNEL && r.Type == unix.RTN_UNICAST
 }
@@ -166,10 +166,10 @@ func routeOf(r netlink.Route, family int) RouteState {
 	return s
 }
 
-// behind says whether the route goes by a gateway.
+// behind reports whether the route uses a gateway.
 func (r RouteState) behind() bool { return r.Gateway.IsValid() || len(r.Hops) > 0 }
 
-// IsDefault says whether the route is its family's default in the main table.
+// IsDefault reports whether the route is its family's default in the main table.
 func (r RouteState) IsDefault() bool { return !r.Dst.IsValid() && r.Table == unix.RT_TABLE_MAIN }
 
 func (r RouteState) netlink(index int) *netlink.Route {
@@ -197,7 +197,7 @@ func (r RouteState) netlink(index int) *netlink.Route {
 	return out
 }
 
-// Prefixes are the addresses that packets from elsewhere may be sent to.
+// Prefixes returns the addresses that packets from elsewhere may be sent to.
 func (s *LinkState) Prefixes() []netip.Prefix {
 	var out []netip.Prefix
 	for _, a := range s.Addrs {
@@ -216,11 +216,11 @@ func (s *LinkState) hasDefault(family int) bool {
 	return slices.ContainsFunc(s.Routes, func(r RouteState) bool { return r.Family == family && r.IsDefault() })
 }
 
-// Apply gives an interface the addresses and routes of s and brings it up. withNeighs
-// is for the main plugin's own interface; behind ours the neighbours are not the same.
+// Apply gives an interface the addresses and routes of s and brings it up. withNeighs is for the
+// main plugin's own interface; the neighbours behind ours are different.
 func (s *LinkState) Apply(h *netlink.Handle, link netlink.Link, withNeighs bool) error {
 	name, index := link.Attrs().Name, link.Attrs().Index
-	// Up first: IPv6 routes need a link that is.
+	// Up first: IPv6 routes need a link that is up.
 	if err := h.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring %s up: %w", name, err)
 	}
@@ -233,8 +233,8 @@ func (s *LinkState) Apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 		}
 	}
 	s.dropReplacedPrefixRoutes(h, index)
-	// A gateway is accepted once the route to it is there. Of routes that are alike the
-	// newest goes first, so the first of ours is added last.
+	// A gateway is accepted only once there is a route to it. Of equal routes the newest takes
+	// precedence, so ours are added in reverse.
 	routes := slices.Clone(s.Routes)
 	slices.Reverse(routes)
 	slices.SortStableFunc(routes, func(a, b RouteState) int { return boolOrder(a.behind(), b.behind()) })
@@ -242,8 +242,8 @@ func (s *LinkState) Apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 		var failed []RouteState
 		var errs []error
 		for _, r := range routes {
-			// Added, not replaced: another interface of the pod may have one like it, such
-			// as the default route of a second network.
+			// Added, not replaced: another interface of the pod may have an equal route, such as
+			// the default route of a second network.
 			if err := h.RouteAddEcmp(r.netlink(index)); err != nil && !errors.Is(err, unix.EEXIST) {
 				failed = append(failed, r)
 				errs = append(errs, fmt.Errorf("add the route %s to %s: %w", r, name, err))
@@ -274,9 +274,9 @@ func (s *LinkState) Apply(h *netlink.Handle, link netlink.Link, withNeighs bool)
 	return nil
 }
 
-// dropReplacedPrefixRoutes removes the routes that the kernel makes with addresses where
-// the main plugin has one of its own to the same prefix (ptp has, for its pods are not on
-// one link): IPv6's would win by its metric, and IPv4's would be there beside the plugin's.
+// dropReplacedPrefixRoutes removes the routes that the kernel makes with addresses where the main
+// plugin has one of its own to the same prefix (as ptp has, since its pods do not share a link).
+// For IPv6 the kernel's would win by its metric; for IPv4 it would exist beside the plugin's.
 func (s *LinkState) dropReplacedPrefixRoutes(h *netlink.Handle, index int) {
 	for _, a := range s.Addrs {
 		p := a.Prefix.Masked()
@@ -287,7 +287,7 @@ func (s *LinkState) dropReplacedPrefixRoutes(h *netlink.Handle, index int) {
 		if p.Addr().Is6() {
 			made.Scope, made.Priority = netlink.SCOPE_UNIVERSE, 256
 		}
-		// There is none if the address is without one by its flags.
+		// There is none if the address's flags suppress it.
 		_ = h.RouteDel(made)
 	}
 }
@@ -298,11 +298,11 @@ func (a AddrState) netlink(name string) *netlink.Addr {
 		out.Peer = IPNet(a.Peer)
 	}
 	if a.Prefix.Addr().Is6() {
-		// The other end of either link is ours or was checked by the main plugin.
+		// The other end of either link is ours, or the main plugin checked it.
 		out.Flags |= unix.IFA_F_NODAD
 		return out
 	}
-	out.Broadcast = net.IPv4zero.To4() // none, where the library would make one up
+	out.Broadcast = net.IPv4zero.To4() // none, where the library would invent one
 	if a.Broadcast.IsValid() {
 		out.Broadcast = a.Broadcast.AsSlice()
 	}
@@ -352,7 +352,7 @@ func addrOfIP(ip net.IP) netip.Addr {
 	return a.Unmap()
 }
 
-// PrefixOf is a valid prefix, or the zero one.
+// PrefixOf returns a valid prefix, or the zero one.
 func PrefixOf(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.Prefix{}

@@ -16,19 +16,19 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// The gateway that a pod gets for a family in which the main plugin gave none. Nothing
-// but our worker is behind the pod's device, and it answers for any neighbour; these
-// are addresses that no pod network can have.
+// The gateway that a pod gets for a family in which the main plugin gave none. Only our worker is
+// behind the pod's device, and it answers for any neighbour; no pod network can use these
+// addresses.
 var (
 	linkGateway4 = netip.AddrFrom4([4]byte{169, 254, 1, 1})
 	linkGateway6 = netip.MustParseAddr("fe80::1")
 )
 
-// gatewayMetric is that of a default route that the main plugin did not ask for: any
-// other goes first.
+// gatewayMetric is the metric of a default route that the main plugin did not ask for: any other
+// takes precedence.
 const gatewayMetric = 4096
 
-// OpenDevice makes the pod's device, which is gone again when its descriptors are.
+// OpenDevice makes the pod's device, which exists as long as its descriptors.
 func OpenDevice(pod ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
 	err = pod.Do(func(ns.NetNS) error {
 		dev, err = tun.Create(cfg)
@@ -40,7 +40,7 @@ func OpenDevice(pod ns.NetNS, cfg tun.Config) (dev *tun.Device, err error) {
 	return dev, nil
 }
 
-// SetUpDevice gives the pod's device what the main plugin's interface had.
+// SetUpDevice gives the pod's device the state of the main plugin's interface.
 func SetUpDevice(pod ns.NetNS, h *netlink.Handle, cfg tun.Config, s *LinkState) error {
 	link, err := h.LinkByName(cfg.Name)
 	if err != nil {
@@ -72,7 +72,7 @@ func SetUpDevice(pod ns.NetNS, h *netlink.Handle, cfg tun.Config, s *LinkState) 
 	return inside.Apply(h, link, false)
 }
 
-// deviceSysctls makes the device one that we configure; no other is touched.
+// deviceSysctls lets only us configure the device; no other interface is touched.
 func deviceSysctls(name string, noIPv6 bool) error {
 	conf := "ipv6/conf/" + name + "/"
 	if noIPv6 {
@@ -87,8 +87,8 @@ func deviceSysctls(name string, noIPv6 bool) error {
 	)
 }
 
-// gatewayRoutes are the default routes that the pod lacks: a pod always has one in each
-// family that it has an address in, so what cannot be reached is for the worker to say.
+// gatewayRoutes returns the default routes that the pod lacks. A pod always has one for each family
+// of its addresses, so the worker decides what is unreachable.
 func gatewayRoutes(h *netlink.Handle, s *LinkState) ([]RouteState, error) {
 	var out []RouteState
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
@@ -121,7 +121,7 @@ func gatewayRoutes(h *netlink.Handle, s *LinkState) ([]RouteState, error) {
 	return out, nil
 }
 
-// ipv6Off reads whether IPv6 is switched off on an interface.
+// ipv6Off reports whether IPv6 is disabled on an interface.
 func ipv6Off(n ns.NetNS, name string) (off bool, err error) {
 	if !hasIPv6() {
 		return true, nil
@@ -137,12 +137,12 @@ func ipv6Off(n ns.NetNS, name string) (off bool, err error) {
 	return off, nil
 }
 
-// IsDevice says whether an interface is a TUN or TAP device, as ours are and no main
-// plugin's is that has a sluice after it.
+// IsDevice reports whether an interface is a TUN or TAP device. Ours are; the interface of a main
+// plugin before Sluice never is.
 func IsDevice(link netlink.Link) bool { return link.Type() == "tuntap" || link.Type() == "tun" }
 
-// RemoveDevice deletes an interface called name if it is a device: a worker's that has not
-// let go of it.
+// RemoveDevice deletes an interface called name if it is a device: one that a worker has not
+// released yet.
 func RemoveDevice(h *netlink.Handle, name string) error {
 	link, err := FindLink(h, name)
 	if err != nil || link == nil || !IsDevice(link) {
@@ -154,7 +154,7 @@ func RemoveDevice(h *netlink.Handle, name string) error {
 	return nil
 }
 
-// Duplicate makes files of a device's descriptors, for handing over.
+// Duplicate returns duplicates of a device's descriptors as files, for handing over.
 func Duplicate(dev *tun.Device) ([]*os.File, error) {
 	var out []*os.File
 	for _, fd := range dev.FDs() {

@@ -12,15 +12,15 @@ import (
 	"sluice.dev/sluice/internal/nldump"
 )
 
-// What chooses among routes: several gateways behind one route (multipath), and rules
-// that send traffic to tables of its own (`ip rule`, as the plugin sbr makes them).
+// Handles what chooses among routes: several gateways behind one route (multipath), and rules that
+// send traffic to tables of its own (`ip rule`, as the plugin sbr makes them).
 //
-// Both matter twice. In the pod they stay what they were: the device has the routes of
-// all tables, and rules belong to no interface. But it is from the uplink namespace that
-// the worker's sockets reach the world, so the rules that lead to the main interface's
-// routes are made there as well. A rule by what sockets of the worker do not have (a mark,
-// a user) cannot be followed, and a route by this and another interface cannot be
-// moved: then ADD fails, instead of traffic going astray.
+// Both matter twice. In the pod they stay as they were: the device has the routes of all tables,
+// and rules belong to no interface. But the worker's sockets reach the world from the uplink
+// namespace, so the rules that lead to the main interface's routes are made there too. A rule that
+// matches on a property which the worker's sockets lack (a mark, a user) cannot be followed, and a
+// route over this and another interface cannot be moved. ADD then fails, so that traffic cannot go
+// astray.
 
 // hopState is one of several gateways.
 type hopState struct {
@@ -43,12 +43,12 @@ type ruleState struct {
 	Sport    [2]uint16    `json:"sport,omitzero"`
 	Dport    [2]uint16    `json:"dport,omitzero"`
 	Invert   bool         `json:"invert,omitempty"`
-	// Prefixlen is suppress_prefixlength, -1 without.
+	// suppress_prefixlength, or -1 if unset
 	Prefixlen int `json:"prefixlen"`
 }
 
-// hopsOf is the gateways of a multipath route, if all are by the interface index; mine
-// says whether any is.
+// hopsOf returns the gateways of a multipath route, if all use the interface index; mine reports
+// whether any does.
 func hopsOf(r netlink.Route, index int) (hops []hopState, mine bool, err error) {
 	for _, n := range r.MultiPath {
 		mine = mine || n.LinkIndex == index
@@ -91,7 +91,7 @@ func readRules(h *netlink.Handle, s *LinkState) ([]ruleState, error) {
 		for _, r := range list {
 			leads := func(to RouteState) bool { return to.Family == family && to.Table == r.Table }
 			ordinary := r.Table == unix.RT_TABLE_MAIN || r.Table == unix.RT_TABLE_LOCAL || r.Table == unix.RT_TABLE_DEFAULT
-			// What is forwarded from another interface is no traffic of the worker's.
+			// Traffic forwarded from another interface is not the worker's.
 			forwarded := r.IifName != "" && r.IifName != "lo"
 			if ordinary || forwarded || !slices.ContainsFunc(s.Routes, leads) {
 				continue
@@ -155,7 +155,7 @@ func (s *LinkState) CheckRules(h *netlink.Handle) error {
 	return nil
 }
 
-// ReadMain takes the state of the main interface as the pod has it.
+// ReadMain reads the state of the main interface as it is in the pod.
 func ReadMain(pod ns.NetNS, h *netlink.Handle, name string) (netlink.Link, *LinkState, error) {
 	link, s, err := ReadLink(h, name)
 	if err != nil {

@@ -32,7 +32,7 @@ import (
 
 const TableName = "sluice"
 
-// neverPort is a port for a rule that nothing reaches.
+// neverPort is a port for a rule that never matches.
 const neverPort = 1
 
 // ruleset collects one transaction.
@@ -48,7 +48,7 @@ func steerRules(main string, addrs []netip.Prefix) error {
 		return err
 	}
 	r := &ruleset{conn: conn}
-	// A table that is there is replaced: the first line is for the second not to fail.
+	// An existing table is replaced. The first line keeps the second from failing.
 	r.table = conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: TableName})
 	conn.DelTable(r.table)
 	conn.AddTable(r.table)
@@ -58,7 +58,7 @@ func steerRules(main string, addrs []netip.Prefix) error {
 	return conn.Flush()
 }
 
-// HaveRules says whether the table is there, in the calling thread's namespace.
+// HaveRules reports whether the table exists in the calling thread's namespace.
 func HaveRules() (bool, error) {
 	conn, err := nftables.New()
 	if err != nil {
@@ -107,7 +107,7 @@ func (r *ruleset) load(main string, addrs []netip.Prefix) error {
 	r.rule(prerouting, l4proto(unix.IPPROTO_ICMP), jump(icmp4))
 	r.rule(prerouting, l4proto(unix.IPPROTO_ICMPV6), jump(icmp6))
 	r.rule(prerouting, setMark(steerMark))
-	// Forwarding to in0 must not be the end of a packet that may go no further than here.
+	// Forwarding to in0 must not drop a packet whose hop limit allows it no further than here.
 	r.rule(prerouting, family(unix.NFPROTO_IPV4), hopIs(ttlOffset, 1), immediate([]byte{2}), writeTTL())
 	r.rule(prerouting, family(unix.NFPROTO_IPV6), hopIs(hopLimitOffset, 1), immediate([]byte{2}), writeHopLimit())
 	r.icmp(icmp4, icmpKinds{reply: []byte{0}, errors: []byte{3, 11, 12}, request: 8, proto: unix.IPPROTO_ICMP, innerProto: 9, innerLen: 20})
@@ -121,12 +121,12 @@ type icmpKinds struct {
 	reply, errors        []byte // types
 	request              byte
 	proto                byte
-	innerProto, innerLen uint32 // offset of the protocol in, and length of, the packet's header inside an error
+	innerProto, innerLen uint32 // offset of the protocol in, and length of, the packet header inside an error
 }
 
-// icmp keeps what is for this namespace's kernel and the worker's ping sockets: `socket`
-// does not know those. The pod sends no echo requests itself, so every reply, and every
-// error about a request, is for a ping socket.
+// icmp accepts messages for this namespace's kernel and for the worker's ping sockets, which
+// `socket` does not match. The pod itself sends no echo requests, so every reply, and every error
+// about a request, is for a ping socket.
 func (r *ruleset) icmp(c *nftables.Chain, k icmpKinds) {
 	const header = 8 // of ICMP, before the packet that an error is about
 	for _, t := range k.reply {
@@ -137,9 +137,9 @@ func (r *ruleset) icmp(c *nftables.Chain, k icmpKinds) {
 	}
 }
 
-// defragment makes the kernel reassemble before our rules look for sockets: of a
-// fragment, only the first tells its ports. A tproxy rule that exists is what switches
-// that on; unlike connection tracking, which would too, it costs nothing per flow.
+// defragment makes the kernel reassemble before our rules look for sockets: only the first fragment
+// has the ports. The presence of a tproxy rule switches reassembly on; connection tracking would
+// too, but costs something per flow.
 func (r *ruleset) defragment() {
 	c := r.base("defragment", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle+1)
 	r.rule(c,
@@ -168,7 +168,7 @@ func (r *ruleset) rule(c *nftables.Chain, parts ...[]expr.Any) {
 	r.conn.AddRule(&nftables.Rule{Table: r.table, Chain: c, Exprs: all})
 }
 
-// The expressions. Each uses register 1 and leaves nothing in it for the next.
+// The expressions. Each uses register 1 and leaves no value in it for the next.
 
 const (
 	ttlOffset      = 8
@@ -204,8 +204,8 @@ func notIn(set *nftables.Set, offset, length uint32) []expr.Any {
 	}
 }
 
-// anySocket matches a packet for which there is a socket here, whatever its kind:
-// without one the expression ends the rule.
+// anySocket matches a packet for which there is a socket of any kind here: without one the
+// expression ends the rule.
 func anySocket() []expr.Any {
 	return []expr.Any{
 		&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},

@@ -1,9 +1,8 @@
 package uplink
 
-// What plugins such as tuning set on the pod's interface: its flags, and the kernel's
-// settings that have its name in their path. The device that comes in its place gets them,
-// and so does the interface when it goes back: the kernel forgets them when an interface
-// changes namespaces.
+// The settings that plugins such as tuning make on the pod's interface: its flags, and the kernel
+// settings with its name in their path. Our device gets them, and so does the interface when it
+// returns, because the kernel forgets them when an interface changes namespaces.
 
 import (
 	"errors"
@@ -18,19 +17,19 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// settingTrees are the directories below /proc/sys/net with one for each interface, and the one
-// in each that shows what an interface begins with: neigh has none called default but in the
-// machine's first namespace.
+// settingTrees are the directories below /proc/sys/net with one directory per interface, each with
+// the directory that shows the initial values of an interface: neigh has none called default but in
+// the machine's first namespace.
 var settingTrees = map[string]string{"ipv4/conf": "default", "ipv4/neigh": "lo", "ipv6/conf": "default", "ipv6/neigh": "lo"}
 
-// ownSettings are those that deviceSysctls, or the device itself, decides.
+// ownSettings are settings that deviceSysctls or the device itself decides.
 var ownSettings = []string{
 	"ipv6/conf/disable_ipv6", "ipv6/conf/accept_dad", "ipv6/conf/dad_transmits", "ipv6/conf/accept_ra",
 	"ipv6/conf/autoconf", "ipv6/conf/mtu",
 }
 
-// ReadSettings returns the settings of an interface that differ from what new interfaces begin
-// with, by their paths below /proc/sys/net without its name.
+// ReadSettings returns the settings of an interface that differ from those of a new interface,
+// keyed by their paths below /proc/sys/net without its name.
 func ReadSettings(n ns.NetNS, name string) (map[string]string, error) {
 	found := make(map[string]string)
 	err := n.Do(func(ns.NetNS) error {
@@ -64,13 +63,14 @@ func ReadSettings(n ns.NetNS, name string) (map[string]string, error) {
 	return found, nil
 }
 
-// readSetting reports false for one without a value, such as an IPv6 secret that was never set.
+// readSetting reports false for a setting without a value, such as an IPv6 secret that was never
+// set.
 func readSetting(path string) (value string, ok bool) {
 	b, err := os.ReadFile(path)
 	return strings.Join(strings.Fields(string(b)), " "), err == nil
 }
 
-// ApplySettings gives a link the flags and settings that the interface had.
+// ApplySettings gives a link the flags and settings of the interface.
 func (s *LinkState) ApplySettings(n ns.NetNS, h *netlink.Handle, link netlink.Link) error {
 	name := link.Attrs().Name
 	if s.Promisc {
@@ -87,7 +87,7 @@ func (s *LinkState) ApplySettings(n ns.NetNS, h *netlink.Handle, link netlink.Li
 		for _, key := range slices.Sorted(maps.Keys(s.Settings)) {
 			dir, setting := filepath.Split(key)
 			if settingTrees[filepath.Clean(dir)] == "" {
-				continue // no key of ours: the record is a newer one's
+				continue // not our key: the record is from a newer build
 			}
 			if err := WriteSysctl(dir+name+"/"+setting, s.Settings[key]); err != nil {
 				return err

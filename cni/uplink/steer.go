@@ -19,31 +19,30 @@ import (
 //	                                      └ no ──► mark ─► rule ─► table ─► in0 ─► worker ─► pod
 //	in0 ──► prerouting ─► main plugin's routes ─► eth0
 //
-// The rule for marked packets must go before the kernel's own for local addresses,
-// which therefore moves from preference 0 to a later one. When in0's monitor is gone,
-// packets for the pod end there; and were in0 gone too, the route behind its own would
-// discard them, so that they are never taken for the uplink namespace's own.
+// The rule for marked packets must go before the kernel's own for local addresses, which therefore
+// moves from preference 0 to a later one. When in0's monitor is gone, packets for the pod end at
+// in0. If in0 is gone too, a second route discards them, so they are never delivered to the uplink
+// namespace itself.
 //
-// Forwarding takes one from the hop limit, which the worker gives back.
+// Forwarding subtracts one from the hop limit; the worker adds it back.
 //
-// Until all that is there, what comes by the main interface is discarded, but for
-// neighbour discovery: the namespace's own kernel would else answer for the pod, and
-// refuse what is to be silent. These are routing rules too, since each transaction of
-// nf_tables takes some 12 ms.
+// Until all of this is in place, packets from the main interface are discarded, except neighbour
+// discovery: otherwise the namespace's kernel would answer for the pod, and reject where it must be
+// silent. These are routing rules too, since each transaction of nf_tables takes some 12 ms.
 
 const (
 	InboundName = "in0"
 
-	// The mark lives in the uplink namespace only: packets lose it on the way out.
+	// The mark exists only in the uplink namespace: packets lose it on the way out.
 	steerMark = 0x51c
 
 	steerTable    = 0x51c
 	steerPriority = 10
 	localPriority = 100
-	// Of CloseUplink: before all others, once the kernel's own has moved.
+	// For CloseUplink: precedes all others, once the kernel's own rule has moved.
 	neighbourPriority = 4
 	closedPriority    = 5
-	// discardMetric is that of the route behind in0's: the highest.
+	// discardMetric is the metric of the route after in0's: the highest.
 	discardMetric = 1<<31 - 1
 )
 
@@ -53,15 +52,15 @@ func OpenInbound(uplinkNS ns.NetNS, cfg tun.Config) (dev *tun.Device, err error)
 		if dev, err = tun.Create(cfg); err != nil {
 			return err
 		}
-		// It ends with the namespace, not with its descriptor: the kernel removes it then
-		// in its own time, where whoever stops a monitor would have to wait for it.
+		// The device is persistent and ends with the namespace, not with its descriptor. The kernel
+		// then removes it in its own time, and stopping a monitor need not wait for that.
 		err = unix.IoctlSetInt(dev.FDs()[0], unix.TUNSETPERSIST, 1)
 		err = errors.Join(err,
 			WriteSysctl("ipv4/conf/"+cfg.Name+"/accept_local", "1"),
 			WriteSysctl("ipv4/conf/"+cfg.Name+"/rp_filter", "0"),
 		)
 		if hasIPv6() {
-			// No address of its own: the kernel has nothing to say on this link.
+			// It has no address of its own: the kernel has nothing to send on this link.
 			err = errors.Join(err, WriteSysctl("ipv6/conf/"+cfg.Name+"/addr_gen_mode", "1"))
 		}
 		if err != nil {
@@ -75,7 +74,7 @@ func OpenInbound(uplinkNS ns.NetNS, cfg tun.Config) (dev *tun.Device, err error)
 	return dev, nil
 }
 
-// Steer puts the rules and routes in place, once in0 and the main interface are there.
+// Steer installs the rules and routes, once in0 and the main interface exist.
 func Steer(uplinkNS ns.NetNS, h *netlink.Handle, main string, addrs []netip.Prefix) error {
 	in0, err := h.LinkByName(InboundName)
 	if err != nil {
@@ -102,8 +101,8 @@ func ipFamilies() []int {
 	return []int{netlink.FAMILY_V4}
 }
 
-// CloseUplink has a new uplink namespace take nothing by the main interface, which
-// need not be there yet.
+// CloseUplink makes a new uplink namespace accept nothing from the main interface, which need not
+// exist yet.
 func CloseUplink(h *netlink.Handle, main string) error {
 	for _, r := range closedRules(main) {
 		if err := h.RuleAdd(r); err != nil {
@@ -118,7 +117,7 @@ func CloseUplink(h *netlink.Handle, main string) error {
 	return nil
 }
 
-// openUplink ends what CloseUplink began.
+// openUplink undoes CloseUplink.
 func openUplink(h *netlink.Handle, main string) error {
 	for _, r := range closedRules(main) {
 		if err := h.RuleDel(r); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -142,9 +141,8 @@ func closedRules(main string) (out []*netlink.Rule) {
 	return out
 }
 
-// moveLocal makes the kernel's own rule, for local addresses, one that others can go
-// before. It is added anew before it is taken from its place, so local addresses are
-// local all the time.
+// moveLocal moves the kernel's own rule for local addresses behind others. It adds the new one
+// before it removes the old one, so local addresses are local all the time.
 func moveLocal(h *netlink.Handle, family int) error {
 	local, first := netlink.NewRule(), netlink.NewRule()
 	local.Family, local.Priority, local.Table = family, localPriority, unix.RT_TABLE_LOCAL
@@ -166,7 +164,7 @@ func steerRoutes(h *netlink.Handle, in0 netlink.Link, family int) error {
 		if err != nil {
 			return err
 		}
-		if err := h.LinkSetUp(lo); err != nil { // IPv6 discards by way of it
+		if err := h.LinkSetUp(lo); err != nil { // IPv6 discards through it
 			return err
 		}
 	}

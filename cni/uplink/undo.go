@@ -4,16 +4,16 @@ import (
 	"errors"
 )
 
-// Undo is what an ADD has done so far, and how to take it back. The error that
-// decides is passed in, not read from a variable that an inner scope may shadow.
+// Undo records what an ADD has done so far and how to undo it. The deciding error is passed in, not
+// read from a variable that an inner scope may shadow.
 type Undo struct {
 	steps []func() error
-	// Reached, if set, is told the name of every step that has been done, and may say
-	// that it shall be the last.
+	// Reached, if set, is called with the name of every completed step, and may return an error to
+	// make it the last.
 	Reached func(step string) error
 }
 
-// The steps of ADD in their order, as tests name the points to fail at.
+// The steps of ADD in order, which tests use to name failure points.
 const (
 	StepRecorded  = "recorded"  // the record says that an ADD has begun
 	StepNamespace = "namespace" // the uplink namespace is bound
@@ -28,10 +28,10 @@ const (
 	StepCommitted = "committed" // the record says that the attachment is ready
 )
 
-// Push notes the reversal of what is about to be done and may fail half-way.
+// Push records the reversal of a step that is about to run and may fail half-way.
 func (u *Undo) Push(reverse func() error) { u.steps = append(u.steps, reverse) }
 
-// Done notes a step and its reversal, which may be nil.
+// Done records a completed step and its reversal, which may be nil.
 func (u *Undo) Done(step string, reverse func() error) error {
 	if reverse != nil {
 		u.steps = append(u.steps, reverse)
@@ -42,8 +42,8 @@ func (u *Undo) Done(step string, reverse func() error) error {
 	return nil
 }
 
-// Rollback takes everything back, last step first, going on after failures. With a
-// nil cause there is nothing to take back.
+// Rollback undoes everything, last step first, continuing after failures. With a nil cause there is
+// nothing to undo.
 func (u *Undo) Rollback(cause error) error {
 	if cause == nil {
 		return nil

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The uplink namespace is a bind mount of a network namespace that no process need
-// be in: it stays while the worker is restarted or a new binary takes over.
+// The uplink namespace is a bind mount of a network namespace, so it exists without any process in
+// it: it stays while the worker is restarted or a new binary takes over.
 
 // MakeNetns makes a network namespace, bound at path and configured for forwarding.
 // On error nothing is left.
@@ -33,8 +33,8 @@ func MakeNetns(path string) (_ ns.NetNS, err error) {
 	}
 	_ = f.Close()
 	made := make(chan error)
-	// Owned by MakeNetns, which waits for it. The thread is never given back: it ends
-	// with the goroutine, because it is in the new namespace.
+	// Owned by MakeNetns, which waits for it. The thread is in the new namespace, so it is never
+	// unlocked and ends with the goroutine.
 	go func() {
 		runtime.LockOSThread()
 		made <- func() error {
@@ -53,11 +53,11 @@ func MakeNetns(path string) (_ ns.NetNS, err error) {
 	return ns.GetNS(path)
 }
 
-// RemoveNetns takes a bound namespace away; it is no error if there is none. The
-// namespace itself ends with the last process in it.
+// RemoveNetns removes a bound namespace; it is no error if there is none. The namespace itself ends
+// with the last process in it.
 func RemoveNetns(path string) error {
 	err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	// EINVAL: not a mount, which is what an ADD killed early leaves, or a reboot.
+	// EINVAL: not a mount, as an ADD that was killed early, or a reboot, leaves it.
 	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount %s: %w", path, err)
 	}
@@ -67,23 +67,23 @@ func RemoveNetns(path string) error {
 	return nil
 }
 
-// uplinkSysctls makes the calling thread's namespace one that forwards between the
-// main interface and in0. Interfaces that come later inherit from default.
+// uplinkSysctls makes the calling thread's namespace forward between the main interface and in0.
+// Later interfaces inherit from default.
 func uplinkSysctls() error {
 	v4 := [][2]string{
 		{"ip_forward", "1"},
-		// Packets from in0 carry an address of ours as their source, and leave by
-		// whichever interface the main plugin's routes say.
+		// Packets from in0 have one of our addresses as their source, and leave by whichever
+		// interface the main plugin's routes choose.
 		{"conf/all/rp_filter", "0"},
 		{"conf/default/rp_filter", "0"},
 		{"conf/all/send_redirects", "0"},
 		{"conf/default/send_redirects", "0"},
-		// The worker takes ports for UDP from above the default range, which the
-		// kernel would cut off; the pod's own servers are below.
+		// The worker takes UDP ports from above the default range, which the kernel would exclude;
+		// the pod's own servers are below.
 		{"ip_local_port_range", "32768 65535"},
-		// The pod answers for itself.
+		// The pod itself answers.
 		{"icmp_echo_ignore_all", "1"},
-		// The worker pings as a user that is nobody.
+		// The worker pings as the unprivileged user nobody.
 		{"ping_group_range", "0 2147483647"},
 	}
 	for _, s := range v4 {
@@ -98,8 +98,8 @@ func uplinkSysctls() error {
 		{"icmp/echo_ignore_all", "1"},
 		{"conf/all/disable_ipv6", "0"},
 		{"conf/default/disable_ipv6", "0"},
-		// A tentative address would fail the container's first second, and a router's
-		// advertisements are the main plugin's affair (CVE-2020-10749).
+		// A tentative address would cost the container its first second, and router advertisements
+		// are the main plugin's business (CVE-2020-10749).
 		{"conf/default/accept_dad", "0"},
 		{"conf/default/dad_transmits", "0"},
 		{"conf/default/accept_ra", "0"},
@@ -114,14 +114,14 @@ func uplinkSysctls() error {
 	return nil
 }
 
-// hasIPv6 says whether the kernel has it at all.
+// hasIPv6 reports whether the kernel has IPv6.
 func hasIPv6() bool {
 	_, err := os.Stat("/proc/sys/net/ipv6/conf")
 	return err == nil
 }
 
-// WriteSysctl sets net/NAME in the calling thread's namespace. A value that is there
-// already is left: some systems refuse the write, not the value.
+// WriteSysctl sets net/NAME in the calling thread's namespace. It does not write a value that is
+// set already: some systems refuse any write.
 func WriteSysctl(name, value string) error {
 	path := filepath.Join("/proc/sys/net", name)
 	if b, err := os.ReadFile(path); err == nil && strings.Join(strings.Fields(string(b)), " ") == value {
@@ -142,7 +142,7 @@ func Handle(n ns.NetNS) (*netlink.Handle, error) {
 	return h, nil
 }
 
-// NetnsID tells one network namespace from all others of this boot.
+// NetnsID identifies a network namespace within this boot.
 func NetnsID(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -151,7 +151,7 @@ func NetnsID(path string) (string, error) {
 	return fmt.Sprintf("%d:%d", st.Dev, st.Ino), nil
 }
 
-// OpenNetns opens a namespace that may be gone: nil then.
+// OpenNetns opens a namespace, or returns nil if it is gone.
 func OpenNetns(path string) (ns.NetNS, error) {
 	if path == "" {
 		return nil, nil
@@ -168,10 +168,10 @@ func OpenNetns(path string) (ns.NetNS, error) {
 	return nil, fmt.Errorf("open the namespace %s: %w", path, err)
 }
 
-// MoveLink moves an interface to another namespace, where it is called name.
+// MoveLink moves an interface to another namespace and renames it to name.
 func MoveLink(from ns.NetNS, link netlink.Link, to ns.NetNS, name string) error {
 	err := from.Do(func(ns.NetNS) error {
-		// One request, for the name may be taken where it goes.
+		// One request, because its present name may be taken at the destination.
 		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
 		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 		msg.Index = int32(link.Attrs().Index)
@@ -187,7 +187,7 @@ func MoveLink(from ns.NetNS, link netlink.Link, to ns.NetNS, name string) error 
 	return nil
 }
 
-// FindLink is LinkByName, with nil for an interface that is not there.
+// FindLink is LinkByName, but returns nil if the interface does not exist.
 func FindLink(h *netlink.Handle, name string) (netlink.Link, error) {
 	link, err := h.LinkByName(name)
 	var gone netlink.LinkNotFoundError
