@@ -27,9 +27,9 @@
 //	                    │ new flow
 //	                    └──► admit.go
 //
-// The package knows nothing of devices, processes or configuration files: it
-// is given a link, a flow table and a snapshot of rules, and it is the only
-// place of the program that opens outbound host sockets (dialer.go).
+// The package knows nothing of devices, processes or configuration files. It is given a link, a
+// flow table and a snapshot of rules, and is the only package that opens outbound host sockets
+// (dialer.go).
 //
 // Goroutines: every one is started by Forwarder.Run or by a function that says
 // so, and ends before Run returns. There is none per flow, nor per

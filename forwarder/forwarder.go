@@ -34,21 +34,19 @@ import (
 
 // DNSHandler answers the sandbox's DNS queries at its DNS address.
 type DNSHandler interface {
-	// ServePacket answers one datagram by calling reply, at most once and from
-	// any goroutine, with what became of the question; there is no answer to one that is
-	// refused in silence. It must not block, and may keep neither query nor reply beyond its
-	// work on them.
+	// ServePacket answers one datagram by calling reply, at most once and from any goroutine, with
+	// the outcome of the question; it does not answer one that is refused in silence. It must not
+	// block, and must not keep query or reply beyond its work on them.
 	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte, policy.Outcome))
-	// AnswerPacket answers one datagram from memory, or returns nil: it is for
-	// ServePacket then. It keeps nothing of query.
+	// AnswerPacket answers one datagram from memory, or returns nil to leave it to ServePacket. It
+	// does not keep query.
 	AnswerPacket(query []byte, from netip.AddrPort) []byte
-	// ServeStream serves one connection and returns when it ends. It tells what becomes of
-	// each question, from any goroutine.
+	// ServeStream serves one connection and returns when it ends. It reports the outcome of each
+	// question, from any goroutine.
 	ServeStream(ctx context.Context, c net.Conn, became func(policy.Outcome))
 }
 
-// DHCPHandler answers guests that configure themselves. A nil or empty reply
-// means that there is nothing to say.
+// DHCPHandler answers guests that configure themselves. A nil or empty reply means no answer.
 type DHCPHandler interface {
 	HandleV4(payload []byte) (reply []byte, broadcast bool, to netip.AddrPort)
 	HandleV6(payload []byte, from netip.Addr) (reply []byte)
@@ -58,7 +56,7 @@ type DHCPHandler interface {
 // GuestSockets makes sockets inside the sandbox's network namespace, for
 // clients on the host's loopback that use a published port.
 type GuestSockets interface {
-	// Stream returns a TCP socket, or false when none can be had right now.
+	// Stream returns a TCP socket, or false when none is available now.
 	Stream(v6 bool) (fd int, ok bool)
 }
 
@@ -67,17 +65,17 @@ type Config struct {
 	Link stack.LinkEndpoint
 	MTU  uint32
 
-	Guest   []netip.Addr // the sandbox's own addresses; anything else is a forged source
-	Gateway []netip.Addr // ours on the link, at most one of a family
+	Guest   []netip.Addr // our addresses on the link, at most one per family
+	Gateway []netip.Addr // where DNSHandler listens, at most one per family
 	DNS     []netip.Addr // where DNSHandler listens, at most one of a family
 	Prefix4 netip.Prefix // the link's IPv4 prefix: tells the directed broadcast
-	// SelfConfigured is the prefix out of which a guest that configures itself may
-	// give itself addresses (RFC 4862); none when it is the zero value.
+	// SelfConfigured is the prefix from which a guest may give itself addresses (RFC 4862); the
+	// zero value means none.
 	SelfConfigured netip.Prefix
 
 	Table       *nat.Table
-	DNSHandler  DNSHandler    // nil: nobody answers at the DNS address, nor elsewhere in its place
-	Names       *policy.Names // what the sandbox was told of names; nil: no rule by domain matches
+	DNSHandler  DNSHandler    // nil: no answer at the DNS address, nor elsewhere in its place
+	Names       *policy.Names // the names that the sandbox was told; nil: no rule by domain matches
 	DHCPHandler DHCPHandler   // nil: guests are configured from outside
 	Guests      GuestSockets  // nil: loopback clients appear as the gateway
 
@@ -86,47 +84,48 @@ type Config struct {
 	// offloads as Link, and the Guest addresses must be this network namespace's own:
 	// host sockets are bound to them (hostsock/dialer_pod.go). Owned by the forwarder.
 	Inbound stack.LinkEndpoint
-	// Memory outlives this forwarder: in it the flows of Inbound are noted for the
-	// next one, MemorySize bytes of zeroes at first. It may be nil.
+	// Memory outlives this forwarder: it passes the flows of Inbound on to the next one. It has
+	// MemorySize bytes, zero at first. It may be nil.
 	Memory []byte
-	// Asks reports whether this process asks a server by sockets of its own, past
-	// the forwarder: nothing begins a flow of Inbound from there. It may be nil.
+	// Asks reports whether this process asks a server by its own sockets, past the forwarder: no
+	// flow of Inbound begins from there. It may be nil.
 	Asks func(netip.AddrPort) bool
-	// OnlyHost: the sandbox's neighbours are all behind us, so every ARP request and
-	// neighbour solicitation is answered, but for the Guest addresses.
+	// OnlyHost means that all of the sandbox's neighbours are behind us, so every ARP request and
+	// neighbour solicitation is answered, except for the Guest addresses.
 	OnlyHost bool
 
-	// Keepalive is how idle connections are probed; the zero value stands for the default.
+	// Keepalive is how idle connections are probed; the zero value means the default.
 	Keepalive Keepalive
-	// MemoryMarks are those of the budget for what the sandbox's bytes take (admit/memory.go); the
-	// zero value stands for the default. MemoryPressure is told when pressure begins and ends;
-	// it must not block, and may be nil.
+	// MemoryMarks are the marks of the memory budget for the sandbox's bytes (admit/memory.go); the
+	// zero value means the default. MemoryPressure is told when pressure begins and ends; it must
+	// not block, and may be nil.
 	MemoryMarks    MemoryMarks
 	MemoryPressure func(bool)
 
-	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit
-	// no ping sockets; each is -1 or zero when there is none. Owned by the forwarder.
+	// RawICMP are raw ICMP and ICMPv6 sockets, non-blocking, for hosts that permit no ping sockets;
+	// -1 or zero means none. Owned by the forwarder.
 	RawICMP4, RawICMP6 int
 
-	// Drop is told of each packet dropped here, with its counted reason. It must
-	// not block, and may not keep pkt. It may be nil.
+	// Drop is called for each packet dropped here, with its counted reason. It must not block or
+	// keep pkt. It may be nil.
 	Drop func(reason string, pkt []byte)
-	// Refused is told of each flow, and each request, that policy refused. It must not block. It may be nil.
+	// Refused is called for each flow, and each request, that policy refused. It must not block. It
+	// may be nil.
 	Refused func(Refusal)
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
-	// Log receives what an operator has to know; nothing is logged per packet.
+	// Log receives what an operator must know; nothing is logged per packet.
 	Log *slog.Logger
-	// Threads is how many goroutines move bytes when there is much to move; 0 means
-	// one for each processor, at most maxThreads.
+	// Threads is how many goroutines move bytes under load; 0 means one per processor, at most
+	// maxThreads.
 	Threads int
 
-	spread engine.SpreadTimes // tests have shorter ones
+	spread engine.SpreadTimes // shorter in tests
 }
 
 const (
 	maxThreads = 4
-	// tick is how often the timer looks while there is anything to look at.
+	// tick is how often the timer looks while there is anything to look after.
 	tick = time.Second
 )
 
@@ -150,8 +149,8 @@ type Forwarder struct {
 	cancel context.CancelFunc
 }
 
-// New sets up the stack and the forwarders. Packets are taken from the link from
-// then on, and every flow is refused until SetRules. Run ends the link.
+// New sets up the stack and the forwarders. From then on it takes packets from the link, and
+// refuses every flow until SetRules. Run ends the link.
 func New(cfg Config) (*Forwarder, error) {
 	if cfg.Link == nil || cfg.Table == nil {
 		return nil, errors.New("forwarder: Config needs a Link and a Table")
@@ -271,14 +270,14 @@ func (f *Forwarder) attachTo(s *stack.Stack, queue *tcpflow.Queue) error {
 	return nil
 }
 
-// flush does what waits for the end of a batch. Of several readers each may flush
-// what another has read.
+// flush does the work deferred to the end of a batch. Each of several readers may flush what
+// another has read.
 func (f *Forwarder) flush() {
 	f.dgram.Flush()
 	f.tcp.Inline.Flush()
 }
 
-// memoryTurned hears of the begin and the end of pressure.
+// memoryTurned is called when memory pressure begins and ends.
 func (f *Forwarder) memoryTurned(pressed bool) {
 	if pressed {
 		f.timer.Raise()
@@ -311,8 +310,8 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	f.publish.onTCP.Close()
 	f.tcp.Close()
 	f.dgram.Close()
-	// In this order: Destroy waits for the link's readers with the stack's lock
-	// held, and a reader that is delivering may want that lock.
+	// In this order: Destroy waits for the link's readers with the stack's lock held, and a
+	// delivering reader may want that lock.
 	if f.outside != nil {
 		f.outside.Detach()
 	}
@@ -333,9 +332,9 @@ func (f *Forwarder) Run(ctx context.Context) error {
 	}
 }
 
-// tend looks after what has no event of its own: handshakes that nobody completes,
-// dials that nobody waits for, listeners that ran out of descriptors, and flows under memory pressure. It sleeps
-// while there are none. The flow table has a timer of its own.
+// tend looks after everything without an event of its own: handshakes that the sandbox never
+// completes, abandoned dials, listeners that ran out of descriptors, and flows under memory
+// pressure. It sleeps while there are none. The flow table has a timer of its own.
 func (f *Forwarder) tend() {
 	t := time.NewTicker(tick)
 	defer t.Stop()
@@ -352,7 +351,7 @@ func (f *Forwarder) tend() {
 		now := f.cfg.Now()
 		handshakes, dials := f.tcp.ExpireHandshakes(now), f.tcp.ExpireDials(now)
 		checks, held := f.tcp.Checks.Expire(now), f.dgram.UDP.QUIC.List.Expire(now)
-		// What starves is asked again whether or not there is pressure any more.
+		// Starving flows are checked again even after the pressure has ended.
 		pressed := f.gate.Memory.Starving.Swap(false) || f.gate.Memory.Pressed.Load()
 		if pressed {
 			f.tcp.TallyAll()
@@ -365,9 +364,9 @@ func (f *Forwarder) tend() {
 	}
 }
 
-// SetRules puts a new snapshot in force. When it returns, nothing moves on a flow that the
-// snapshot refuses, whatever the sandbox does; and such a flow has ended, unless the sandbox
-// holds up its device. The others notice nothing.
+// SetRules puts a new snapshot in force. When it returns, no data moves on a flow that the snapshot
+// refuses, whatever the sandbox does; and such a flow has ended, unless the sandbox is blocking its
+// device. Other flows are unaffected.
 func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.gate.RuleMu.Lock()
 	defer f.gate.RuleMu.Unlock()
@@ -382,21 +381,21 @@ func (f *Forwarder) SetRules(r *policy.Rules) {
 	f.gate.Finish(f.ctx, f.gate.Revoke(r))
 }
 
-// SetKeepalive has connections that are set up from now on probed as k says.
+// SetKeepalive sets how connections established from now on are probed.
 func (f *Forwarder) SetKeepalive(k Keepalive) { f.dialer.SetKeepalive(k) }
 
-// Keepalive returns what SetKeepalive has set.
+// Keepalive returns the setting of SetKeepalive.
 func (f *Forwarder) Keepalive() Keepalive { return f.dialer.Keepalive() }
 
-// SetMemory changes the marks. Nothing is taken away from anybody: above the new ones, flows
-// shrink as they move.
+// SetMemory changes the marks. It takes nothing back: above the new marks, flows shrink as they
+// move.
 func (f *Forwarder) SetMemory(m MemoryMarks) error { return f.gate.Memory.SetMarks(m) }
 
 // Memory returns the marks in force.
 func (f *Forwarder) Memory() MemoryMarks { return f.gate.Memory.Marks() }
 
-// Responds returns a channel that is closed when the engine has run a task that is queued
-// now: never, if its goroutines hang.
+// Responds returns a channel that is closed when the engine has run a task queued now. It is never
+// closed if the engine's goroutines hang.
 func (f *Forwarder) Responds() <-chan struct{} { return f.engine.Responds() }
 
 // Stats returns the counters by name.
@@ -405,7 +404,8 @@ func (f *Forwarder) Stats() map[string]uint64 {
 	ip, icmp := f.stack.Stats().IP, f.stack.Stats().ICMP
 	m["stack_malformed_packets"] = ip.MalformedPacketsReceived.Value()
 	m["stack_malformed_fragments"] = ip.MalformedFragmentsReceived.Value()
-	// What the stack takes of ICMP ends there: errors about nothing, and what only a router answers.
+	// ICMP that the stack consumes ends there: errors that match no flow, and requests that only a
+	// router answers.
 	m["stack_icmp_consumed"] = sumOf(icmp.V4.PacketsReceived.DstUnreachable, icmp.V4.PacketsReceived.SrcQuench, icmp.V4.PacketsReceived.Redirect,
 		icmp.V4.PacketsReceived.TimeExceeded, icmp.V4.PacketsReceived.ParamProblem, icmp.V4.PacketsReceived.Timestamp, icmp.V4.PacketsReceived.TimestampReply,
 		icmp.V4.PacketsReceived.InfoRequest, icmp.V4.PacketsReceived.InfoReply, icmp.V6.PacketsReceived.DstUnreachable, icmp.V6.PacketsReceived.PacketTooBig,

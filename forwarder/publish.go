@@ -1,13 +1,8 @@
 package forwarder
 
-// Published ports: connections and datagrams that come from the host to the
-// sandbox. Listening sockets are made elsewhere, by whoever may bind their ports,
-// and outlive this process; here they are accepted from.
-//
-// The sandbox sees the client's own address, because the stack may use any
-// source. Only a client on the host's loopback cannot appear as itself on a
-// link: it is connected inside the sandbox, loopback to loopback (relay.go), or
-// where no socket inside can be had, appears as the gateway.
+// Published ports: connections and datagrams from the host to the sandbox. Listening sockets are
+// made elsewhere, by a process that may bind their ports, and outlive this process, which only
+// accepts from them.
 
 import (
 	"errors"
@@ -32,7 +27,7 @@ type publisher struct {
 	closed bool
 }
 
-// Publish starts to serve l.
+// Publish starts serving l.
 func (f *Forwarder) Publish(l Listener) error {
 	p := &f.publish
 	p.mu.Lock()
@@ -59,8 +54,8 @@ func (f *Forwarder) Publish(l Listener) error {
 	return nil
 }
 
-// Unpublish stops serving the listener bound to host and closes it. Flows that
-// came through it go on. It tells whether there was one.
+// Unpublish stops serving the listener bound to host and closes it. Flows that came through it
+// continue. It reports whether there was one.
 func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
 	p := &f.publish
 	p.mu.Lock()
@@ -83,7 +78,7 @@ func (f *Forwarder) Unpublish(proto uint8, host netip.AddrPort) bool {
 	return true
 }
 
-// Published lists what is served.
+// Published returns the listeners being served.
 func (f *Forwarder) Published() []Listener {
 	p := &f.publish
 	p.mu.Lock()
@@ -110,8 +105,8 @@ func (p *publisher) find(proto uint8, host netip.AddrPort) *Listener {
 	return nil
 }
 
-// retry lets listeners that ran into a lack of descriptors try again, and tells
-// whether there were any. Called by the forwarder's timer.
+// retry lets listeners that ran out of descriptors try again, and reports whether there were any.
+// The forwarder's timer calls it.
 func (p *publisher) retry() (starved bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

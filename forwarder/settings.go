@@ -1,7 +1,7 @@
 package forwarder
 
-// What callers name that stands in the packages below: the types of Config and of what is
-// reported, and the settings that a sandbox may change.
+// Names of the packages below that callers need: the types of Config and of reports, and the
+// settings that a sandbox may change.
 
 import (
 	"sluice.dev/sluice/forwarder/internal/admit"
@@ -18,19 +18,19 @@ type (
 	MemoryMarks = admit.MemoryMarks
 	// Refusal is a flow that policy refused, or a request on one.
 	Refusal = admit.Refusal
-	// About is what the forwarder knows of a flow beside its tuple: nat.Flow.About.
+	// About is what the forwarder knows about a flow besides its tuple: nat.Flow.About.
 	About = admit.About
 )
 
-// ErrPublished says that a listener for the same host port is there already.
+// ErrPublished means that a listener for the same host port exists already.
 var ErrPublished = hostsock.ErrPublished
 
 const (
-	// DefaultMemory is the high mark of the memory budget unless set otherwise.
+	// DefaultMemory is the default high mark of the memory budget.
 	DefaultMemory = admit.DefaultMemory
-	// LeastMemory is the least high mark.
+	// LeastMemory is the smallest high mark.
 	LeastMemory = admit.LeastMemory
-	// MemorySysctl is the name by which the marks are set.
+	// MemorySysctl is the name of the setting for the marks.
 	MemorySysctl = admit.MemorySysctl
 	// MemorySize is the size of Config.Memory.
 	MemorySize = inbound.MemorySize
@@ -39,13 +39,13 @@ const (
 // MarksBelow returns the marks for a high mark.
 func MarksBelow(high int64) MemoryMarks { return admit.MarksBelow(high) }
 
-// ParseMemory reads the marks as MemorySysctl has them: three numbers of pages.
+// ParseMemory parses the marks in MemorySysctl's form: three numbers of pages.
 func ParseMemory(text string) (MemoryMarks, error) { return admit.ParseMemory(text) }
 
-// DefaultKeepalive returns how connections are probed unless set otherwise.
+// DefaultKeepalive returns the default way connections are probed.
 func DefaultKeepalive() Keepalive { return hostsock.DefaultKeepalive() }
 
-// KeepaliveSysctls returns the names by which a Keepalive is set.
+// KeepaliveSysctls returns the names of the settings of a Keepalive.
 func KeepaliveSysctls() []string { return hostsock.KeepaliveSysctls() }
 
 // IsKeepaliveSysctl reports whether name is one of KeepaliveSysctls.

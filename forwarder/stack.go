@@ -42,13 +42,13 @@ func newStack(queue *tcpflow.Queue) (*stack.Stack, error) {
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcpmem.BufferMin, Default: tcpmem.ReceiveStart, Max: tcpmem.BufferMax}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcpmem.BufferMin, Default: tcpmem.BufferDefault, Max: tcpmem.BufferMax}
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
-	// The forwarder takes an endpoint out of the demultiplexer as soon as it
-	// reaches TIME_WAIT (tcpflow/handshake.go), so the state need not hold memory either.
+	// The forwarder takes an endpoint out of the demultiplexer as soon as it reaches TIME_WAIT
+	// (tcpflow/handshake.go), so the state need not hold memory.
 	timeWait := tcpip.TCPTimeWaitTimeoutOption(tcpflow.StackTimeWait)
-	// The link loses nothing, but turns packets around when another thread goes on with
-	// a flow: the sandbox's kernel queues them by processor. RACK, whose window for that is a
-	// quarter of a round trip of some µs, takes it for loss hundreds of times a second, and now
-	// and then a flow hangs in it for good (tun.TestKernelDevice on a busy machine).
+	// The link loses nothing, but reorders packets when a flow moves to another thread, because the
+	// sandbox's kernel queues them by processor. RACK, whose reordering window is a quarter of a
+	// round trip of some µs, takes that for loss hundreds of times a second, and now and then a
+	// flow hangs for good (tun.TestKernelDevice on a busy machine).
 	recovery := tcpip.TCPRecovery(0)
 	for _, o := range []tcpip.SettableTransportProtocolOption{&recovery, &sack, &cubic, &rcv, &snd, &moderate, &timeWait} {
 		if err := s.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {

@@ -6,13 +6,13 @@ package admit
 // published ports, relayed connections, packets from outside to a pod) begins by the same
 // two steps, which are nowhere else:
 //
-//	decide   the rules in force judge what is known of it
+//	decide   the rules in force judge what is known about it
 //	enter    the memory budget is asked for room (memory.go), then
 //	         the flow table charges its budgets and, with that, holds the flow; if the rules
 //	         were replaced meanwhile, the new ones are asked before enter returns
 //
-// Both leave their result in the pass that every flow embeds. Without one a flow has no
-// lease to account to and no verdict to dial with, and the zero pass has neither.
+// Both leave their result in the pass that every flow embeds. Without a pass a flow has no lease to
+// account to and no verdict to dial with; the zero pass has neither.
 
 import (
 	"errors"
@@ -34,7 +34,7 @@ var (
 	ErrStopped   = errors.New("the forwarder has stopped")
 )
 
-// Config are what admission is made of.
+// Config is what admission needs.
 type Config struct {
 	Table   *nat.Table
 	Granted *policy.Names // may be nil
@@ -51,22 +51,22 @@ type Gate struct {
 	Rules     atomic.Pointer[policy.Rules]
 	Bandwidth bandwidth
 	Limited   limited    // rules with limits of their own
-	limits    nat.Limits // the table's own, before any policy's
+	limits    nat.Limits // the table's own limits, before any policy's
 	Tombs     *Tombs     // nil without a second link
 
 	RuleMu sync.Mutex // serialises SetRules
 	halted reaping
 }
 
-// Judged is a flow's question, and the answer to it. Only admission makes one that allows.
+// Judged is a flow's question and its answer. Only admission makes one that allows.
 type Judged struct {
 	Query   policy.Query
 	Verdict policy.Verdict
-	Local   bool          // for our own resolver: policy has no say
-	Rules   *policy.Rules // which answered
+	Local   bool          // for our own resolver, which policy does not judge
+	Rules   *policy.Rules // the rules that answered
 }
 
-// Waits reports whether the verdict asks for the flow's first bytes, which may have it allowed.
+// Waits reports whether the verdict asks for the flow's first bytes, which may get it allowed.
 func (j *Judged) Waits() bool {
 	return j.Verdict.Verify() != policy.VerifyNone && j.Verdict.Contact().IsValid()
 }
@@ -74,19 +74,18 @@ func (j *Judged) Waits() bool {
 // MayBegin reports whether the flow may enter.
 func (j *Judged) MayBegin() bool { return j.Local || j.Verdict.Allowed() || j.Waits() }
 
-// admitted is a flow as admission sees it. The methods may be called from any goroutine,
-// and more than once.
+// admitted is admission's view of a flow. The methods may be called from any goroutine, and more
+// than once.
 type admitted interface {
-	// Halt stops the flow in both directions. It must not wait for the sandbox: it neither
-	// writes to the device nor takes a lock that is held by who does.
+	// Halt stops the flow in both directions. It must not wait for the sandbox: it neither writes
+	// to the device nor takes a lock that a writer holds.
 	Halt()
 	// Abort ends the flow, tells both sides, and releases the lease.
 	Abort(reason nat.Reason)
-	// Expire is the flow table's word that the flow is over: abort without the release.
+	// Expire is called by the flow table when the flow is over: it is Abort without the release.
 	Expire(reason nat.Reason)
-	// UnderWay is the questions that were asked about the flow beside its own, q, and that
-	// must be asked again: of the requests that are not answered yet, of the connections
-	// inside it.
+	// UnderWay returns the questions about the flow, other than its own question q, that must be
+	// asked again: those of unanswered requests and of the connections inside it.
 	UnderWay(q policy.Query) []policy.Query
 }
 
@@ -97,27 +96,28 @@ const (
 	passOver // ended before enter returned
 )
 
-// Pass is a flow's leave to move. Its fields but revoked and shape are set when enter returns.
+// Pass is a flow's permission to move data. Its fields except revoked and shape are set when Enter
+// returns.
 type Pass struct {
 	a     *Gate
 	flow  admitted
 	Lease *nat.Lease
 	life  atomic.Uint32
-	Shape atomic.Pointer[RuleLimits] // of the rule that let the flow in; may hold nil
-	// Revoked: new rules refuse the flow. Nothing moves from then on.
+	Shape atomic.Pointer[RuleLimits] // of the rule that admitted the flow; may hold nil
+	// Revoked means that new rules refuse the flow. From then on no data moves.
 	Revoked atomic.Bool
 
 	mu     sync.Mutex // serialises judging; no lock of the flow's is held when it is taken
 	Answer atomic.Pointer[Judged]
-	became policy.Outcome // of the questions of a flow to our own resolver; guarded by mu
+	became policy.Outcome // the outcome of the questions of a flow to our own resolver; guarded by mu
 
 	holdMu sync.Mutex // guards the rest; nothing but the grants' lock is taken under it
 	hold   policy.Hold
-	heldBy string // the name that hold is for; empty while the flow has not spoken
+	heldBy string // the name that hold is for; empty until the flow has spoken
 	over   bool
 }
 
-// Entry is how a flow stands in the table.
+// Entry describes a flow to the table.
 type Entry struct {
 	Orig      nat.Tuple
 	Short     bool        // nat.Spec.Short
@@ -142,13 +142,13 @@ func (a *Gate) Decide(q policy.Query) Judged {
 	return Judged{Query: q, Verdict: a.Judge(rules, q), Rules: rules}
 }
 
-// Together reports whether an answer allows what may share a flow with another answer: to
-// the same target, within the same limits.
+// Together reports whether two answers may share a flow: both allow, to the same target, within the
+// same limits.
 func (a *Gate) Together(j, other *Judged) bool {
 	return j.Verdict.Allowed() && j.Verdict.Target() == other.Verdict.Target() && a.Limited.of(j.Verdict) == a.Limited.of(other.Verdict)
 }
 
-// Judge asks rules, and tells them what the sandbox was told of names if they care.
+// Judge asks rules, with the names that the sandbox was told if the rules need them.
 func (a *Gate) Judge(rules *policy.Rules, q policy.Query) policy.Verdict {
 	if rules.GatesNames() {
 		q.Names, q.Now = a.Granted, a.Now()
@@ -156,10 +156,10 @@ func (a *Gate) Judge(rules *policy.Rules, q policy.Query) policy.Verdict {
 	return rules.Decide(q)
 }
 
-// Enter charges the flow table for fl, whose pass p is. When it returns nil the flow is in
-// the table, and the rules in force allow it; fl must be complete by then as far as its
-// methods need it, because it may be halted and aborted from the moment it is in. After an
-// error the flow is not in the table, and holds nothing of the memory budget.
+// Enter charges the flow table for fl, whose pass p is. When it returns nil the flow is in the
+// table, and the rules in force allow it; fl must be ready for its methods before the call, because
+// it can be halted and aborted as soon as it is in. After an error the flow is not in the table and
+// holds no part of the memory budget.
 func (a *Gate) Enter(p *Pass, fl admitted, j Judged, e Entry) error {
 	if !j.MayBegin() {
 		return ErrFlowEnded
@@ -174,7 +174,7 @@ func (a *Gate) Enter(p *Pass, fl admitted, j Judged, e Entry) error {
 	return err
 }
 
-// EnterAnew is enter for a flow whose tuple another one may have, which is over for their peer.
+// EnterAnew is Enter for a flow whose tuple may belong to another flow that is over for the peer.
 func (a *Gate) EnterAnew(p *Pass, fl admitted, j Judged, e Entry) error {
 	err := a.Enter(p, fl, j, e)
 	if errors.Is(err, nat.ErrExists) && a.supersede(e.Orig) {
@@ -183,9 +183,9 @@ func (a *Gate) EnterAnew(p *Pass, fl admitted, j Judged, e Entry) error {
 	return err
 }
 
-// supersede ends the flow whose client has begun another one by the same ports, as the
-// host's kernel allows only when the connection before is over: the client has reset it,
-// and the poller has not come to that yet. A flow that still delivers stays.
+// supersede ends a flow whose client has begun another one on the same ports, which the host's
+// kernel allows only once the earlier connection is over: the client has reset it, and the poller
+// has not seen that yet. A flow that still delivers stays.
 func (a *Gate) supersede(tuple nat.Tuple) bool {
 	l := a.Table.Lookup(tuple)
 	if l == nil {
@@ -199,7 +199,7 @@ func (a *Gate) supersede(tuple nat.Tuple) bool {
 	return l.Kill(nat.ReasonReplaced)
 }
 
-// delivering is a flow that may have bytes to deliver after both sides have closed it.
+// delivering is a flow that may still have bytes to deliver after both sides have closed it.
 type delivering interface {
 	Delivers() bool
 }
@@ -228,7 +228,7 @@ func (a *Gate) enterTable(p *Pass, fl admitted, j Judged, e Entry) error {
 	if !p.life.CompareAndSwap(passEntering, passAlive) {
 		return ErrFlowEnded
 	}
-	// Rules that came meanwhile may have been applied to the table before the flow was there.
+	// Rules that arrived meanwhile may have been applied to the table before it contained the flow.
 	if now := a.Rules.Load(); now != j.Rules && !p.reconsider(lease, now) || p.Revoked.Load() {
 		p.Revoked.Store(true)
 		p.letGo()
@@ -239,7 +239,7 @@ func (a *Gate) enterTable(p *Pass, fl admitted, j Judged, e Entry) error {
 	return nil
 }
 
-// expire is called by the flow table when it ended the flow.
+// expire is called by the flow table when it ends the flow.
 func (p *Pass) expire(reason nat.Reason) {
 	p.letGo()
 	if !p.life.CompareAndSwap(passEntering, passOver) {
@@ -247,7 +247,7 @@ func (p *Pass) expire(reason nat.Reason) {
 	}
 }
 
-// Release gives the lease back, if enter came that far.
+// Release releases the lease, if Enter got that far.
 func (p *Pass) Release(reason nat.Reason) {
 	if p.Lease != nil {
 		p.letGo()
@@ -255,14 +255,14 @@ func (p *Pass) Release(reason nat.Reason) {
 	}
 }
 
-// Verdict is the answer that the flow goes by.
+// Verdict returns the answer that governs the flow.
 func (p *Pass) Verdict() policy.Verdict { return p.Answer.Load().Verdict }
 
-// Question is what the flow was judged by last.
+// Question returns the question by which the flow was last judged.
 func (p *Pass) Question() policy.Query { return p.Answer.Load().Query }
 
-// reconsider asks r about the flow, which from then on is the rule's that allows it, with
-// its name, its budget and its bandwidth. It reports whether the flow may go on.
+// reconsider asks r about the flow. From then on the flow belongs to the rule that allows it, with
+// its name, budget and bandwidth. It reports whether the flow may continue.
 func (p *Pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -277,7 +277,7 @@ func (p *Pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 			return false
 		}
 		if j.Verdict.EachRequest() && !was.EachRequest() {
-			return false // there is no gate for the requests to come
+			return false // there is no gate for later requests
 		}
 		for _, q := range p.flow.UnderWay(j.Query) {
 			if !p.a.Judge(r, q).Allowed() {
@@ -286,7 +286,7 @@ func (p *Pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 		}
 		p.Answer.Store(&j)
 	} else if !j.Verdict.Allowed() && !j.Waits() || j.Verdict.Contact() != was.Contact() {
-		return false // else it is decided when it has spoken
+		return false // else it is decided once it has spoken
 	}
 	p.describe(lease, &j)
 	shape := p.a.Limited.of(j.Verdict)
@@ -295,9 +295,9 @@ func (p *Pass) reconsider(lease *nat.Lease, r *policy.Rules) bool {
 	return true
 }
 
-// Also has the flow go by another answer, which was given about a connection inside it: of
-// the same target and limits as its own, and among what UnderWay returns by now. It reports
-// whether the flow may go on.
+// Also makes the flow subject to another answer as well, about a connection inside it. The answer
+// has the same target and limits as the flow's own, and UnderWay must return its question by now.
+// It reports whether the flow may continue.
 func (p *Pass) Also(j Judged) bool {
 	p.mu.Lock()
 	p.Answer.Store(&j)
@@ -310,14 +310,14 @@ func (p *Pass) Also(j Judged) bool {
 	return !p.Revoked.Load()
 }
 
-// Hear judges a flow that waits by what it said first. The flow may go on if the answer
-// allows it; an error says that a limit, or a new policy, forbids it all the same.
+// Hear judges a waiting flow by its first bytes. If the answer allows it, the flow may continue; an
+// error means that a limit or a new policy forbids it all the same.
 func (p *Pass) Hear(seen policy.Seen) (Judged, error) {
 	j, err := p.listen(seen)
 	if err != nil || !j.Verdict.Allowed() {
 		return j, err
 	}
-	// Rules that came meanwhile may have been applied before what was said could be seen.
+	// Rules that arrived meanwhile may have been applied before these bytes were visible.
 	if now := p.a.Rules.Load(); now != j.Rules && !p.reconsider(p.Lease, now) {
 		p.Revoked.Store(true)
 	}
@@ -339,7 +339,7 @@ func (p *Pass) listen(seen policy.Seen) (Judged, error) {
 	case !j.Verdict.Allowed():
 		return j, nil
 	case !j.Verdict.Permits(was):
-		return j, ErrFlowEnded // it was set up to somewhere else
+		return j, ErrFlowEnded // it is connected to another target
 	}
 	shape := p.a.Limited.of(j.Verdict)
 	if err := p.Lease.Charge(shape.BudgetOf(), false); err != nil {
@@ -352,7 +352,7 @@ func (p *Pass) listen(seen policy.Seen) (Judged, error) {
 	return j, nil
 }
 
-// describe tells the table by which rule the flow goes on.
+// describe tells the table which rule the flow is under.
 func (p *Pass) describe(lease *nat.Lease, j *Judged) {
 	names := p.a.namesOf(j)
 	for _, q := range p.flow.UnderWay(j.Query) {
@@ -363,8 +363,8 @@ func (p *Pass) describe(lease *nat.Lease, j *Judged) {
 	lease.Describe(j.Verdict.Rule(), names, About{Verdict: j.Verdict, Seen: j.Query.Seen})
 }
 
-// namesOf are the far side's: the one that the verdict matched by, else all those under
-// which its address is granted now.
+// namesOf returns the names of the far side: the one that the verdict matched by, or else all names
+// under which its address is granted now.
 func (a *Gate) namesOf(j *Judged) []string {
 	switch {
 	case j.Local:
@@ -381,8 +381,8 @@ func (a *Gate) namesOf(j *Judged) []string {
 	return a.Granted.Of(far.Addr(), a.Now(), nil)
 }
 
-// Set puts rules and their limits in force. A flow that is judged by them finds their
-// limits, so the limits come first.
+// Set puts rules and their limits in force. The limits come first, so that a flow judged by the
+// rules finds them.
 func (a *Gate) Set(r *policy.Rules) {
 	l := r.Limits()
 	a.Bandwidth.set(l)
@@ -391,14 +391,14 @@ func (a *Gate) Set(r *policy.Rules) {
 	a.Rules.Store(r)
 }
 
-// Stop lets go of what waits for bandwidth. Flows are not limited from then on.
+// Stop releases the flows that wait for bandwidth. From then on flows are not limited.
 func (a *Gate) Stop() {
 	a.Bandwidth.stop()
 	a.Limited.set(a.Table, nil)
 }
 
-// tableLimits lays the policy's limits over those that the table was made with;
-// what the policy leaves open stays as it was made.
+// tableLimits merges the policy's limits with those that the table was made with, which apply where
+// the policy sets none.
 func tableLimits(base nat.Limits, l policy.Limits) nat.Limits {
 	if l.Flows > 0 {
 		base.Max = l.Flows

@@ -1,13 +1,12 @@
 package admit
 
-// Bandwidth. (Counts of flows and the volume in all are the flow table's to limit.)
+// Bandwidth. (The flow table limits the number of flows and the total volume.)
 //
-// Each direction has one token bucket for the whole sandbox. A TCP pump takes
-// what it may move now and, when that is nothing, waits in a queue that is woken
-// as tokens return, first come first served and a quantum each while it is
-// contended, so that one heavy flow does not starve the small ones: the bytes it
-// may not move yet stay where they are, and backpressure does the rest. Datagrams
-// have nobody to hold back: one that meets an empty bucket is dropped and counted.
+// Each direction has one token bucket for the whole sandbox. A TCP pump takes what it may move now
+// and, when that is nothing, waits in a queue that is woken as tokens return, first come first
+// served and a quantum each while it is contended, so that one heavy flow does not starve the small
+// ones: the bytes it may not move yet stay where they are, and backpressure does the rest.
+// Datagrams have no sender to hold back: one that meets an empty bucket is dropped and counted.
 
 import (
 	"sync"
@@ -19,7 +18,7 @@ import (
 )
 
 const (
-	// bucketSpan is how much traffic a bucket holds at most, as time at its rate.
+	// bucketSpan bounds how much traffic a bucket holds, as time at its rate.
 	bucketSpan = 50 * time.Millisecond
 	// BucketMin is the least that a bucket holds: one large segment.
 	BucketMin = 64 << 10
@@ -27,13 +26,13 @@ const (
 	Quantum = 16 << 10
 	// RefillEvery is how often waiting flows are woken.
 	RefillEvery = 5 * time.Millisecond
-	// leastGrant is the least that a flow gets which wants more, or what the rate allows
-	// in RefillEvery if that is more: one that took every byte as it comes would do
-	// nothing else, and let nobody else do anything.
+	// leastGrant is the smallest grant to a flow that wants more, or what the rate allows in
+	// RefillEvery if that is more. A flow that took every byte as it became available would keep
+	// itself and all others from anything else.
 	leastGrant = 1460
 )
 
-// bandwidth is the limits of one sandbox that count bytes per second.
+// bandwidth holds the byte rate limits of one sandbox.
 type bandwidth struct {
 	Up, Down Bucket // from and to the sandbox
 }
@@ -43,10 +42,10 @@ func (b *bandwidth) set(l policy.Limits) {
 	b.Down.SetRate(int64(l.IngressBandwidth) / 8)
 }
 
-// stop lets go of whoever waits and ends the timers.
+// stop releases all waiting tasks and ends the timers.
 func (b *bandwidth) stop() { b.set(policy.Limits{}) }
 
-// Bucket is one direction's token Bucket; the zero value limits nothing.
+// Bucket is one direction's token bucket; the zero value sets no limit.
 type Bucket struct {
 	Rate atomic.Int64 // bytes per second; 0: no limit
 
@@ -57,7 +56,7 @@ type Bucket struct {
 	timer   *time.Timer
 }
 
-// parked is a task to be queued when tokens are back.
+// parked is a task to queue when tokens are available again.
 type parked struct {
 	t *engine.Task
 	q *engine.RunQueue
@@ -68,11 +67,11 @@ func (b *Bucket) SetRate(rate int64) {
 	b.Wake()
 }
 
-// Limited tells whether take can return less than it was asked for.
+// Limited reports whether Take can return less than it was asked for.
 func (b *Bucket) Limited() bool { return b.Rate.Load() > 0 }
 
-// Take returns how many of want bytes may move now. When there are none, or too few to
-// be worth it, it returns 0, and t is queued on q as soon as that changes.
+// Take returns how many of want bytes may move now. If there are none, or too few to be worthwhile,
+// it returns 0 and queues t on q once that changes.
 func (b *Bucket) Take(want int, now time.Time, t *engine.Task, q *engine.RunQueue) int {
 	rate := b.Rate.Load()
 	if rate <= 0 {
@@ -96,7 +95,7 @@ func (b *Bucket) Take(want int, now time.Time, t *engine.Task, q *engine.RunQueu
 	return n
 }
 
-// untake gives back what was not used.
+// untake returns unused tokens.
 func (b *Bucket) untake(n int) {
 	if n <= 0 || !b.Limited() {
 		return
@@ -106,8 +105,8 @@ func (b *Bucket) untake(n int) {
 	b.mu.Unlock()
 }
 
-// Admit tells whether a datagram of n bytes may pass. It may run into debt, so
-// that a large one is not refused for ever.
+// Admit reports whether a datagram of n bytes may pass. The bucket may go into debt, so that a
+// large datagram is not refused for ever.
 func (b *Bucket) Admit(n int, now time.Time) bool {
 	rate := b.Rate.Load()
 	if rate <= 0 {
@@ -133,8 +132,8 @@ func (b *Bucket) refill(rate int64, now time.Time) {
 	b.last = now
 }
 
-// Wake queues everybody who waits; who finds nothing waits again, behind those
-// who came meanwhile.
+// Wake queues all waiting tasks. A task that finds nothing waits again, behind those that came
+// meanwhile.
 func (b *Bucket) Wake() {
 	b.mu.Lock()
 	w := b.waiters

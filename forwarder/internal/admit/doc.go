@@ -1,3 +1,3 @@
-// Package admit is the only way to a flow: it asks the rules, the budgets and the flow table, asks
-// again when rules change, and gives each flow the pass without which nothing moves.
+// Package admit is the only way to a flow. It asks the rules, the budgets and the flow table, asks
+// again when rules change, and gives each flow the pass without which it cannot move data.
 package admit

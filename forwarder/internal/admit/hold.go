@@ -1,9 +1,9 @@
 package admit
 
-// A flow that was let in by a name keeps the name's grant while it is open (policy.Hold): its
-// client goes on using the address that it knows.
+// A flow admitted by a name keeps the name's grant while it is open (policy.Hold), because its
+// client keeps using the address.
 
-// keep holds the grants that a flow goes by, or may go by once it has spoken.
+// keep holds the grants that a flow uses, or may use once it has spoken.
 func (p *Pass) keep(j *Judged) {
 	name := j.Verdict.Name()
 	if p.a.Granted == nil || j.Local || j.Query.Ingress || name == "" && !j.Waits() {
@@ -20,7 +20,7 @@ func (p *Pass) keep(j *Judged) {
 	p.hold, p.heldBy = next, name
 }
 
-// letGo ends what keep began, for good. It may be called again.
+// letGo ends keep for good. It may be called again.
 func (p *Pass) letGo() {
 	p.holdMu.Lock()
 	defer p.holdMu.Unlock()

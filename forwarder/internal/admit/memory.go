@@ -2,22 +2,22 @@ package admit
 
 // The memory budget: one for a sandbox, over everything that holds its bytes.
 //
-// What is counted is what the bytes take, not what they are: the chunks that they lie in,
-// as the pool rounds them, and the structures around them (a byte in a segment of its own
-// takes about a KiB). Charged are each TCP flow's two queues in the stack, out-of-order
-// segments included (memory_flow.go), the resolver's connections, the relays' pipes, and
-// datagrams and packets that wait. The three marks are those of Linux's tcp_mem:
+// It counts the memory that the bytes occupy: the chunks that hold them, as the pool rounds them,
+// and the structures around them (a byte in a segment of its own takes about a KiB). It covers both
+// queues of each TCP flow in the stack, including out-of-order segments (memory_flow.go), the
+// resolver's connections, the relays' pipes, and waiting datagrams and packets. The three marks are
+// those of Linux's tcp_mem:
 //
 //	                 low           pressure          high
 //	    no pressure   │               │                │
 //	──────────────────┼───────────────┼────────────────┼──────
 //	                  ├── pressure, once entered ──────┤ nobody enters
 //
-// Above pressure, and until use is below low again, receive windows shrink, and a flow may
-// hold its share of what is left; one that moves may hold more. At high no flow is let in. A flow that was let
-// in has paid for FlowMinimum each way and is never denied that, so that it goes on: use
-// therefore stays below high, but for what the goroutines that charge at the same moment
-// overlook of each other.
+// Above pressure, and until use is below low again, receive windows shrink, and a flow may hold its
+// share of what is left; one that moves may hold more. At high no flow is admitted. An admitted
+// flow has paid for FlowMinimum each way and is never denied it, so it makes progress. Usage
+// therefore stays below high, except for what goroutines that charge at the same moment miss of
+// each other.
 
 import (
 	"fmt"
@@ -43,26 +43,26 @@ const (
 	// mostMemory keeps sums of it far from overflow.
 	mostMemory = 1 << 50
 
-	// FlowMinimum is what each direction of a TCP flow may hold whatever the pressure:
-	// a small segment and the structures around it.
+	// FlowMinimum is what each direction of a TCP flow may always hold: a small segment and the
+	// structures around it.
 	FlowMinimum = 2 << 10
 	// FlowPressed bounds what a direction may hold under pressure.
 	FlowPressed = 256 << 10
-	// movingPart is the part of what is left that one flow may take which moves.
+	// movingPart is the part of the remaining budget that one moving flow may take.
 	movingPart = 16
-	// MostBuffered is netstack's own bound on the bytes of a direction, and FlowMost bounds what
-	// they take: it is reached first only if they come in small pieces.
+	// MostBuffered is netstack's own bound on the bytes of a direction, and FlowMost bounds the
+	// memory that they occupy. FlowMost is reached first only if they come in small pieces.
 	MostBuffered = 4 << 20
 	FlowMost     = 2 * MostBuffered
 )
 
-// MarksBelow returns the marks for a high mark. Pressure begins earlier than tcp_mem's two
-// thirds: half of the budget is for what many flows hold at their least.
+// MarksBelow returns the marks for a high mark. Pressure begins earlier than tcp_mem's two thirds:
+// half of the budget is for the minimum of many flows.
 func MarksBelow(high int64) MemoryMarks {
 	return MemoryMarks{Low: high / 8 * 3, Pressure: high / 2, High: high}
 }
 
-// valid reports why m can be no budget.
+// valid returns why m cannot be a budget.
 func (m MemoryMarks) valid() error {
 	switch {
 	case m.High < LeastMemory || m.High > mostMemory:
@@ -73,13 +73,13 @@ func (m MemoryMarks) valid() error {
 	return nil
 }
 
-// Memory is the budget. All its methods may be called at any time by anybody.
+// Memory is the budget. Its methods are safe for concurrent use.
 type Memory struct {
 	Used                atomic.Int64
 	Flows               atomic.Int64 // that share it
 	low, Pressure, High atomic.Int64
 	Pressed             atomic.Bool
-	Starving            atomic.Bool // a flow was starved since the timer looked (TallyAll)
+	Starving            atomic.Bool // a flow has starved since the timer last looked (TallyAll)
 	onPressure          func(bool)  // told of each change; must not block
 
 	Entered, Refused, Cut, Dropped, compacted *atomic.Uint64
@@ -90,8 +90,8 @@ func NewMemory(s *count.Set, marks MemoryMarks, onPressure func(bool)) (*Memory,
 		onPressure: onPressure,
 		Entered:    s.Counter("memory_pressure_entered"),
 		Refused:    s.Counter("memory_refused_flows"),
-		Cut:        s.Counter("memory_cut_segments"),     // a part was not taken in
-		Dropped:    s.Counter("memory_dropped_segments"), // nor any of them
+		Cut:        s.Counter("memory_cut_segments"),     // accepted only in part
+		Dropped:    s.Counter("memory_dropped_segments"), // not accepted at all
 		compacted:  s.Counter("memory_compacted_packets"),
 	}
 	if marks == (MemoryMarks{}) {
@@ -111,12 +111,12 @@ func (m *Memory) SetMarks(marks MemoryMarks) error {
 	return nil
 }
 
-// Marks are the ones in force.
+// Marks returns the marks in force.
 func (m *Memory) Marks() MemoryMarks {
 	return MemoryMarks{m.low.Load(), m.Pressure.Load(), m.High.Load()}
 }
 
-// Add takes n bytes, or gives back -n. What there is to take is the caller's to ask before.
+// Add takes n bytes, or returns -n. The caller checks first how much there is to take.
 func (m *Memory) Add(n int64) {
 	used := m.Used.Add(n)
 	switch pressed := m.Pressed.Load(); {
@@ -139,11 +139,11 @@ func (m *Memory) turn(pressed bool) {
 	}
 }
 
-// Left is how much there is below high; negative where there is less than nothing.
+// Left returns how much is left below high. It may be negative.
 func (m *Memory) Left() int64 { return m.High.Load() - m.Used.Load() }
 
-// Admit reports whether a flow may begin. One that holds bytes is charged its guaranteed
-// minimum, which its leave repays.
+// Admit reports whether a flow may begin. A flow that holds bytes is charged its guaranteed
+// minimum, which Leave repays.
 func (m *Memory) Admit(s *Shares) bool {
 	if s != nil && s.enter(m) || s == nil && m.Left() > 0 {
 		return true
@@ -152,7 +152,7 @@ func (m *Memory) Admit(s *Shares) bool {
 	return false
 }
 
-// Compact returns a copy of a wasteful packet, which is the caller's.
+// Compact returns a copy of a wasteful packet; the caller owns it.
 func (m *Memory) Compact(pkt *stack.PacketBuffer) *stack.PacketBuffer {
 	m.compacted.Add(1)
 	return netstack.Compact(pkt)
@@ -164,7 +164,7 @@ func (m *Memory) Compact(pkt *stack.PacketBuffer) *stack.PacketBuffer {
 //	the third quarter is for flows that have shown that they move, a large part for each
 //	the last quarter  is for the guaranteed minimum of flows that are still to come
 //
-// so that flows that stand still, however many, do not end the others.
+// so that idle flows, however many, do not stop the others.
 func (m *Memory) Limit(moving bool) int64 {
 	if !m.Pressed.Load() {
 		return FlowMost
@@ -178,13 +178,13 @@ func (m *Memory) Limit(moving bool) int64 {
 	return min(max(limit, FlowMinimum), FlowPressed)
 }
 
-// Charge is what one holder has taken of a budget. Once released it takes nothing any more.
+// Charge is the part of a budget that one holder has taken. Once released it takes no more.
 type Charge struct {
 	M    *Memory
 	Held atomic.Int64 // -1: released
 }
 
-// Set makes the charge n bytes. It may be called by several at once: the last one's counts.
+// Set makes the charge n bytes. With concurrent calls the last one counts.
 func (c *Charge) Set(n int64) {
 	for {
 		old := c.Held.Load()
@@ -198,7 +198,7 @@ func (c *Charge) Set(n int64) {
 	}
 }
 
-// Try makes the charge n bytes more if they are left below high.
+// Try increases the charge by n bytes if they are left below high.
 func (c *Charge) Try(n int64) bool {
 	if c.M.Left() < n {
 		return false
@@ -215,7 +215,7 @@ func (c *Charge) Try(n int64) bool {
 	}
 }
 
-// Give makes it n bytes less.
+// Give decreases it by n bytes.
 func (c *Charge) Give(n int64) {
 	for {
 		old := c.Held.Load()
@@ -239,14 +239,13 @@ func (c *Charge) Release() bool {
 	return old >= 0
 }
 
-// Shares is what a flow of bytes has of the budget, each way.
+// Shares is a flow's part of the budget, in each direction.
 type Shares struct {
 	M        *Memory
 	Up, Down Charge
 }
 
-// enter charges the guaranteed minimum, or reports that there is no room for it. It is repaid
-// by leave.
+// enter charges the guaranteed minimum, or reports that there is no room. Leave repays it.
 func (s *Shares) enter(m *Memory) bool {
 	s.M, s.Up.M, s.Down.M = m, m, m
 	m.Flows.Add(1)
@@ -271,8 +270,8 @@ const MemorySysctl = "net.ipv4.tcp_mem"
 // memoryPage is the page of net.ipv4.tcp_mem, whatever the machine's.
 const memoryPage = 4096
 
-// ParseMemory reads the marks as net.ipv4.tcp_mem has them: low, pressure and high in pages
-// of 4 KiB.
+// ParseMemory parses the marks in net.ipv4.tcp_mem's form: low, pressure and high in pages of 4
+// KiB.
 func ParseMemory(value string) (m MemoryMarks, err error) {
 	fields := strings.Fields(value)
 	if len(fields) != 3 {
@@ -291,7 +290,7 @@ func ParseMemory(value string) (m MemoryMarks, err error) {
 	return m, nil
 }
 
-// String is what ParseMemory reads.
+// String returns the form that ParseMemory reads.
 func (m MemoryMarks) String() string {
 	return fmt.Sprintf("%d %d %d", m.Low/memoryPage, m.Pressure/memoryPage, m.High/memoryPage)
 }

@@ -1,7 +1,7 @@
 package admit
 
-// What is told of flows beside the flow table: those that may not begin, requests that may not
-// pass, and questions.
+// Reports beside the flow table: flows that may not begin, requests that may not pass, and
+// questions.
 
 import (
 	"errors"
@@ -20,31 +20,31 @@ type Refusal struct {
 	Ingress  bool
 	Verdict  policy.Verdict
 	Seen     policy.Seen // zero where nothing was read
-	// Reason is of a flow that a bound refuses, or a table that has its tuple; else it is
+	// Reason is the bound that refused the flow, or that its tuple is in use; otherwise
 	// nat.ReasonPolicy.
 	Reason nat.Reason
-	// Because is why policy refused what the verdict does not: more than rules are asked about
-	// it. Empty: the verdict says.
+	// Because is why policy refused when the verdict does not say: more than the rules is asked. It
+	// is empty if the verdict says.
 	Because policy.Reason
-	Told    bool // whoever began it was told
+	Told    bool // the flow's initiator was told
 }
 
-// About is what the forwarder knows of a flow beside its tuple: nat.Flow.About.
+// About is what the forwarder knows about a flow besides its tuple: nat.Flow.About.
 type About struct {
 	Verdict policy.Verdict
 	Seen    policy.Seen
-	// Questions is what became of the DNS questions on a flow to our own resolver.
+	// Questions counts the outcomes of the DNS questions on a flow to our own resolver.
 	Questions policy.Outcome
 }
 
-// refusal is one of a flow that may not begin, for policy's sake.
+// refusal returns the Refusal of a flow that policy does not let begin.
 func (j *Judged) refusal(told bool) Refusal {
 	q := &j.Query
 	return Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Ingress: q.Ingress, Verdict: j.Verdict, Seen: q.Seen, Reason: nat.ReasonPolicy, Told: told}
 }
 
-// Refuse records that a flow may not begin, and whether who began it is told. The peer of a
-// refused datagram does not begin by the same ports what the sandbox may not.
+// Refuse records that a flow may not begin, and whether its initiator is told. The peer of a
+// refused datagram may not begin a flow on the same ports, since the sandbox may not.
 func (a *Gate) Refuse(j Judged, told bool) {
 	if j.Query.Proto == packet.ProtoUDP && !j.Query.Ingress {
 		a.Tombs.Bury(nat.NewTuple(packet.ProtoUDP, j.Query.Dst, j.Query.Src))
@@ -52,7 +52,7 @@ func (a *Gate) Refuse(j Judged, told bool) {
 	a.NoteRefused(j.refusal(told))
 }
 
-// NoteLimit records that enter has failed with err, and counts it if a limit was the cause.
+// NoteLimit records that Enter failed with err, and counts it if a limit was the cause.
 func (a *Gate) NoteLimit(limited *atomic.Uint64, j Judged, err error) {
 	why := LimitOf(err)
 	if why == "" {
@@ -66,7 +66,8 @@ func (a *Gate) NoteLimit(limited *atomic.Uint64, j Judged, err error) {
 	a.NoteRefused(r)
 }
 
-// LimitOf is the reason that enter or hear failed for; empty if the flow ended meanwhile.
+// LimitOf returns the reason that Enter or Hear failed for; it is empty if the flow ended
+// meanwhile.
 func LimitOf(err error) (why nat.Reason) {
 	errors.As(err, &why)
 	return why
@@ -79,7 +80,7 @@ func (a *Gate) NoteRefused(r Refusal) {
 	}
 }
 
-// Answered notes what became of a question on a flow to our own resolver.
+// Answered records the outcome of a question on a flow to our own resolver.
 func (p *Pass) Answered(o policy.Outcome) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -1,8 +1,7 @@
 package admit
 
-// A new policy is applied to what the flow table holds, so a flow cannot be overlooked. It
-// takes effect in two steps, because a sandbox that does not read its device can hold up
-// whoever writes to it:
+// A new policy is applied to what the flow table holds, so a flow cannot be overlooked. It takes
+// effect in two steps, because a sandbox that does not read its device can block its writers:
 //
 //	revoke   every flow is judged; one that is refused is marked and halted, by stores and by
 //	         system calls on host sockets, none of which waits for the sandbox
@@ -20,7 +19,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// reapPatience bounds how long SetRules waits for what it has cut to be taken down.
+// reapPatience bounds how long SetRules waits for halted flows to be taken down.
 const reapPatience = 300 * time.Millisecond
 
 // reaping is what was halted and not taken down yet: no more flows than the table held,
@@ -31,25 +30,25 @@ type reaping struct {
 	jobs []reapJob
 }
 
-// reapJob is what one SetRules has halted.
+// reapJob holds the flows that one SetRules halted.
 type reapJob struct {
 	flows []*Pass
 	done  chan struct{} // closed by the reaper
 }
 
-// Revoke halts every flow that r refuses and that was not halted before, and returns them.
+// Revoke halts and returns every flow that r refuses and that was not halted before.
 func (a *Gate) Revoke(r *policy.Rules) []*Pass {
 	var cut []*Pass
 	for _, lease := range a.Table.Leases() {
 		p, ok := lease.Owner().(*Pass)
 		if !ok {
-			lease.Kill(nat.ReasonPolicy) // nobody can be asked about it
+			lease.Kill(nat.ReasonPolicy) // no question can be asked about it
 			continue
 		}
 		if p.Revoked.Load() || p.reconsider(lease, r) || p.Revoked.Swap(true) {
 			continue
 		}
-		if p.life.Load() == passAlive { // else enter sees that it is revoked
+		if p.life.Load() == passAlive { // otherwise Enter sees that it is revoked
 			p.flow.Halt()
 			cut = append(cut, p)
 		}
@@ -57,7 +56,7 @@ func (a *Gate) Revoke(r *policy.Rules) []*Pass {
 	return cut
 }
 
-// Finish has the reaper take down what was halted, and waits for it for a while.
+// Finish makes the reaper take down the halted flows, and waits a while for it.
 func (a *Gate) Finish(ctx context.Context, cut []*Pass) {
 	if len(cut) == 0 {
 		return
@@ -76,8 +75,8 @@ func (a *Gate) Finish(ctx context.Context, cut []*Pass) {
 	}
 }
 
-// Reaper takes down what was halted until ctx ends. What is left then ends with the
-// forwarder. It is a goroutine of Run's.
+// Reaper takes down halted flows until ctx ends; the rest end with the forwarder. It is one of
+// Run's goroutines.
 func (a *Gate) Reaper(ctx context.Context) {
 	for {
 		select {

@@ -1,8 +1,8 @@
 package admit
 
-// Limits of single rules: what all flows that one rule let in may take together. Counts
-// and the volume are the flow table's to limit (nat.Budget), bandwidth is limited here,
-// by two buckets of the rule's own before those of the sandbox.
+// Limits of single rules, which bound all flows that one rule admitted, taken together. The flow
+// table limits counts and volume (nat.Budget). Bandwidth is limited here, by two buckets per rule
+// before those of the sandbox.
 
 import (
 	"sync"
@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// RuleLimits are one rule's. They last as long as rules of that name have any.
+// RuleLimits are the limits of one rule. They last as long as a rule of that name has any.
 type RuleLimits struct {
 	budget   nat.Budget
 	Up, Down Bucket
@@ -27,7 +27,7 @@ func (l *RuleLimits) set(t *nat.Table, r policy.RuleLimits) {
 	l.Down.SetRate(int64(r.IngressBandwidth) / 8)
 }
 
-// BudgetOf is the budget of limits that may be nil.
+// BudgetOf returns the budget of limits that may be nil.
 func (l *RuleLimits) BudgetOf() *nat.Budget {
 	if l == nil {
 		return nil
@@ -48,8 +48,8 @@ func (l *limited) of(v policy.Verdict) *RuleLimits {
 	return l.rules[v.Rule()]
 }
 
-// set puts the limits of new rules in force. Of a rule that had limits already it
-// changes them, so that what was used stays used.
+// set puts the limits of new rules in force. It changes the limits of a rule that had some already,
+// so its use so far still counts.
 func (l *limited) set(t *nat.Table, r *policy.Rules) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -81,8 +81,8 @@ func (l *limited) Has(of *RuleLimits) bool {
 	return false
 }
 
-// AdmitBoth reports whether a datagram of n bytes may pass by the rule, whose bucket may be
-// nil, and by the sandbox. What one refuses costs the other nothing.
+// AdmitBoth reports whether the rule, whose bucket may be nil, and the sandbox both let a datagram
+// of n bytes pass. A refusal by one costs the other nothing.
 func AdmitBoth(rule, sandbox *Bucket, n int, now time.Time) bool {
 	if rule != nil && !rule.Admit(n, now) {
 		return false
@@ -96,8 +96,8 @@ func AdmitBoth(rule, sandbox *Bucket, n int, now time.Time) bool {
 	return true
 }
 
-// Take returns how many of want bytes may move now, by the rule, which may be nil, and by
-// the sandbox. When there are none, t is queued on q as soon as that changes.
+// Take returns how many of want bytes the rule, which may be nil, and the sandbox let move now. If
+// there are none, it queues t on q once that changes.
 func Take(rule, sandbox *Bucket, want int, now time.Time, t *engine.Task, q *engine.RunQueue) int {
 	if rule == nil {
 		return sandbox.Take(want, now, t, q)
@@ -111,7 +111,7 @@ func Take(rule, sandbox *Bucket, want int, now time.Time, t *engine.Task, q *eng
 	return granted
 }
 
-// Untake gives back what was not used.
+// Untake returns unused tokens.
 func Untake(rule, sandbox *Bucket, n int) {
 	if rule != nil {
 		rule.untake(n)
@@ -119,7 +119,7 @@ func Untake(rule, sandbox *Bucket, n int) {
 	sandbox.untake(n)
 }
 
-// RuleUp and RuleDown are the buckets of the flow's rule, nil if it has no limits.
+// RuleUp and RuleDown return the buckets of the flow's rule, nil if it has no limits.
 func (p *Pass) RuleUp() *Bucket {
 	if s := p.Shape.Load(); s != nil {
 		return &s.Up

@@ -1,14 +1,13 @@
 package admit
 
-// What of the wire belongs, or has lately belonged, to the worker's own sockets.
+// Tuples that belong, or belonged until recently, to the worker's own sockets.
 //
-// A pod has one set of addresses and two users of it: the worker's sockets, by which
-// the pod's judged flows go out, and in0, by which others speak to the pod. A packet for
-// a socket that is gone finds in0: a late answer, the next datagram of a server that
-// streams, a segment that crossed a reset. Were it taken for the beginning of a flow, the
-// pod could go on by that flow's tuple to a peer that no egress rule allows any more, or
-// ever did. So the tuple of a socket rests for TombTime after its last use, and nothing
-// from outside begins a flow by it.
+// A pod has one set of addresses and two users of it: the worker's sockets, by which the pod's
+// judged flows go out, and in0, by which others speak to the pod. A packet for a socket that is
+// gone finds in0: a late answer, the next datagram of a server that streams, a segment that crossed
+// a reset. If it could begin a flow, the pod could use that flow's tuple to speak to a peer that no
+// egress rule allows any more, or ever did. So the tuple of a socket rests for TombTime after its
+// last use, and no packet from outside begins a flow with it.
 //
 //	UDP         by the socket's port, whatever the peer: one socket has many, and a peer
 //	            that was cut off may send on while the socket lives for others
@@ -18,10 +17,10 @@ package admit
 // A datagram that comes to rest here makes its port rest anew, so that a stream whose
 // flow was revoked never begins one, however long it lasts.
 //
-// Both kinds are kept in two generations, the young one and the old one, which change
-// every TombTime: what is noted rests for between one and two of them. A generation holds
-// MaxTombs whole tuples. When it is full only the pod's port is noted, which is then closed
-// to every new flow from outside: it errs on the closed side, in bounded memory.
+// Both kinds are kept in two generations, the young one and the old one, which change every
+// TombTime: what is noted rests for between one and two of them. A generation holds MaxTombs whole
+// tuples. When it is full only the pod's port is noted, which is then closed to every new flow from
+// outside: it fails closed, in bounded memory.
 //
 // UDP's ports are bits in the memory that outlives a worker (Config.Memory), those of
 // the sockets that are open apart from the two generations: when a worker dies, its

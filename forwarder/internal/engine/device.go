@@ -1,18 +1,18 @@
 package engine
 
-// The devices' queues are read by the engine: a batch of frames, then what the batch
-// gave rise to. Another of the engine's goroutines may read the next batch meanwhile.
+// The engine reads the device's queues: a batch of frames, then the work that the batch caused.
+// Another of the engine's goroutines may read the next batch meanwhile.
 
 import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// PolledLink is a link that leaves the waiting for frames to its user.
+// PolledLink is a link whose user waits for its frames.
 type PolledLink interface {
-	// PollQueues calls add for each of the link's queues, with the descriptor to
-	// wait for and what to do when it is readable: read delivers a batch of frames
-	// and tells whether there may be more. It must not be called twice at once.
+	// PollQueues calls add for each of the link's queues, with the descriptor to wait for and what
+	// to do when it is readable: read delivers a batch of frames and reports whether there may be
+	// more. It must not be called twice at once.
 	PollQueues(add func(fd int, read func() (more bool)) error) error
 }
 
@@ -22,7 +22,7 @@ type deviceQueue struct {
 	read func() (more bool)
 }
 
-// PollLink has the engine read link, if link wants that.
+// PollLink makes the engine read link, if link supports that.
 func (e *Engine) PollLink(link stack.LinkEndpoint, then func()) error {
 	l, ok := link.(PolledLink)
 	if !ok {

@@ -1,3 +1,3 @@
-// Package engine is what moves bytes: one thread that waits for all descriptors and runs tasks,
-// helpers when there is much to do, and the device's queues.
+// Package engine moves bytes: one thread waits for all descriptors and runs tasks, helpers join
+// under load, and the device's queues are read here.
 package engine

@@ -1,13 +1,12 @@
 package engine
 
-// The engine runs everything that moves bytes: what epoll reports of the device's
-// queues and of host sockets, and the tasks that this gives rise to.
+// The engine runs everything that moves bytes: the handlers of epoll's events on the device's
+// queues and host sockets, and the tasks that they queue.
 //
-// One goroutine, the leader, sleeps in epoll_wait(2) itself, not in the Go
-// runtime's poller, and runs what it finds to completion: a packet that comes in on
-// the device leaves through its socket, and the answer returns, with no other
-// thread involved. On a machine whose processors client and server want themselves,
-// a hand-over to a thread costs more than the work.
+// One goroutine, the leader, sleeps in epoll_wait(2) itself, not in the Go runtime's poller, and
+// runs what it finds to completion: a packet that comes in on the device leaves through its socket,
+// and the answer returns, with no other thread involved. On a machine whose processors are needed
+// by client and server, a hand-over to a thread costs more than the work.
 //
 // When the leader has been busy with several flows for a while without a pause it calls
 // helpers, which take events and tasks from the same two places until there are none:
@@ -16,16 +15,15 @@ package engine
 //	epoll, runq ─┤                                           ▼
 //	             └─ helpers: the same, until nothing is left
 //
-// Neither handlers nor tasks block, but for a device that is full, which its writer
-// waits for; none of either runs twice at once (poller.go, runq.go), and an idle engine
-// is one thread asleep.
+// Handlers and tasks do not block, except that a writer waits for a full device. No handler or task
+// runs twice at the same time (poller.go, runq.go), and an idle engine is one sleeping thread.
 //
-// The leader sleeps without telling the Go scheduler, and keeps its P, so that a wake-up
-// finds everything as it was, and the runtime's monitor has no reason to look every 20 µs
-// whether the P is to be taken away. Nothing of the runtime's is held up: who wants the
-// world stopped, or the leader's stack, sends it a signal, again and again, and the
-// monitor does when it has run for 10 ms. The signal ends the sleep, and the next one
-// is told, as is every one while helpers want the other Ps.
+// The leader sleeps without telling the Go scheduler, and keeps its P, so that a wake-up finds
+// everything as it was, and the runtime's monitor has no reason to look every 20 µs whether the P
+// is to be taken away. The runtime is not held up: a goroutine that wants to stop the world, or the
+// leader's stack, signals it repeatedly, and so does the monitor once it has run for 10 ms. The
+// signal ends the sleep. The next sleep is announced to the scheduler, as is every one while
+// helpers want the other Ps.
 
 import (
 	"fmt"
@@ -42,17 +40,16 @@ const (
 	pollBatch = 64
 	// taskBatch is how many tasks are run before epoll is asked again.
 	taskBatch = 64
-	// helpAfter is how long the leader works without a pause, helpBytes how much it
-	// moves meanwhile, and helpTurns how often that is another flow's, before it calls help
-	// and, if the sandbox sends, has the device use its other queues. All else is better off
-	// with one thread: requests and responses, new connections, and a single flow, whose
-	// endpoint has one lock.
+	// The leader calls help, and makes the device use its other queues if the sandbox sends, once
+	// it has worked for helpAfter without a pause, moved helpBytes meanwhile, and changed flows
+	// helpTurns times. Everything else is better off with one thread: requests and responses, new
+	// connections, and a single flow, whose endpoint has one lock.
 	helpAfter = 40 * time.Microsecond
 	helpBytes = 256 << 10
 	helpTurns = 2
-	// pause is the least rest after which the leader counts as idle until then.
+	// pause is the shortest rest after which the leader counts as idle.
 	pause = 20 * time.Microsecond
-	// helpRounds is how often a helper finds nothing to do before it goes.
+	// helpRounds is how often a helper finds nothing to do before it leaves.
 	helpRounds = 4
 )
 
@@ -61,17 +58,17 @@ type Engine struct {
 	Runq *RunQueue
 
 	helpers int
-	idle    atomic.Int32  // helpers that wait to be called
+	idle    atomic.Int32  // helpers waiting to be called
 	help    chan struct{} // capacity helpers; closed by the leader
 	Start   time.Time
 	Spread  atomic.Bool   // the device has more than its first queue attached
-	Crowded chan struct{} // capacity 1: it has not, and several flows of the sandbox's send in bulk
-	CrowdAt atomic.Int64  // when they did last; a Duration since start
+	Crowded chan struct{} // capacity 1; set while only the first queue is attached and several sandbox flows send bulk data
+	CrowdAt atomic.Int64  // when they last did; a Duration since start
 
 	bulk  atomic.Int64  // bytes moved
-	up    atomic.Int64  // those that the sandbox sent
-	turns atomic.Int64  // how often they were another flow's than the last ones
-	last  atomic.Uint64 // whose the last ones were
+	up    atomic.Int64  // bytes that the sandbox sent
+	turns atomic.Int64  // how often the bytes belonged to another flow than the last
+	last  atomic.Uint64 // the flow of the last bytes
 }
 
 // New returns an engine with at most threads goroutines at work.
@@ -86,13 +83,13 @@ func New(threads int) (*Engine, error) {
 	return e, nil
 }
 
-// MovedUp notes n bytes of fl's that the sandbox sent.
+// MovedUp records n bytes of fl's that the sandbox sent.
 func (e *Engine) MovedUp(flow uint64, n int64) {
 	e.Moved(flow, n)
 	e.up.Add(n)
 }
 
-// Moved notes n bytes of fl's.
+// Moved records n bytes of fl's.
 func (e *Engine) Moved(flow uint64, n int64) {
 	e.bulk.Add(n)
 	if e.last.Load() != flow {
@@ -101,13 +98,13 @@ func (e *Engine) Moved(flow uint64, n int64) {
 	}
 }
 
-// helped tells whether somebody beside the leader is at work.
+// helped reports whether a goroutine besides the leader is at work.
 func (e *Engine) helped() bool { return int(e.idle.Load()) < e.helpers }
 
 // Put queues t; see RunQueue.
 func (e *Engine) Put(t *Task) { e.Runq.Put(t) }
 
-// Run works until close, and returns after its helpers have.
+// Run works until Close, and returns after its helpers have.
 func (e *Engine) Run() error {
 	var wg sync.WaitGroup
 	for range e.helpers {
@@ -186,7 +183,7 @@ func (e *Engine) assist() {
 				break // the leader says so
 			}
 			if e.Poll.closed.Load() {
-				e.Poll.wake() // what woke us was meant for the leader
+				e.Poll.wake() // what woke this goroutine was meant for the leader
 				break
 			}
 			if e.work(events[:n]) {
@@ -199,7 +196,7 @@ func (e *Engine) assist() {
 	}
 }
 
-// work dispatches events and runs tasks. It tells whether there were any.
+// work dispatches events and runs tasks. It reports whether there were any.
 func (e *Engine) work(events []unix.EpollEvent) (did bool) {
 	for i := range events {
 		e.Poll.dispatch(&events[i])
@@ -215,10 +212,10 @@ func (e *Engine) work(events []unix.EpollEvent) (did bool) {
 	return true
 }
 
-// Close makes run return. Tasks that are queued are not run.
+// Close makes Run return. Queued tasks are not run.
 func (e *Engine) Close() { e.Poll.close() }
 
-// Responds returns a channel that is closed when a task has run that is queued now.
+// Responds returns a channel that is closed once a task queued now has run.
 func (e *Engine) Responds() <-chan struct{} {
 	done := make(chan struct{})
 	e.Put(&Task{Run: func() { close(done) }})

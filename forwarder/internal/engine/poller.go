@@ -2,10 +2,10 @@ package engine
 
 // Readiness of descriptors: the device's queues and host sockets.
 //
-// Registrations are edge-triggered: a handler works until EAGAIN or until its
-// budget is spent, and in the latter case puts itself on the run queue. Several
-// goroutines may take events from one poller; a handler is called by one of them
-// at a time, and what comes meanwhile is kept for it.
+// Registrations are edge-triggered: a handler works until EAGAIN or until its budget is spent, and
+// in the latter case puts itself on the run queue. Several goroutines may take events from one
+// poller; a handler is called by one of them at a time, and events that arrive meanwhile are kept
+// for it.
 //
 // A token names a slot and the slot's generation, so that an event that epoll
 // had already returned for a descriptor removed meanwhile finds a newer
@@ -36,13 +36,13 @@ type PollToken struct {
 type pollSlot struct {
 	gen     uint32
 	handler pollHandler
-	busy    bool   // a handler of this slot runs
-	pending uint32 // events for handler that came meanwhile
+	busy    bool   // a handler of this slot is running
+	pending uint32 // events that arrived meanwhile
 }
 
 type Poller struct {
 	Epfd, wakefd int
-	onWake       func() // called by who is woken by wake
+	onWake       func() // called by the goroutine that wake woke
 
 	closed atomic.Bool
 
@@ -97,13 +97,13 @@ func (p *Poller) Add(fd int, events uint32, h pollHandler) (PollToken, error) {
 	return t, nil
 }
 
-// Remove ends a registration. fd must still be open. No PollReady for t starts
-// afterwards; one that runs already may still be running.
+// Remove ends a registration. fd must still be open. No PollReady for t starts afterwards; one
+// already running may continue.
 func (p *Poller) Remove(t PollToken, fd int) {
 	if t == (PollToken{}) {
 		return
 	}
-	// The error is of no use: the descriptor leaves epoll when it is closed.
+	// The error is ignored: the descriptor leaves epoll when it is closed.
 	_ = unix.EpollCtl(p.Epfd, unix.EPOLL_CTL_DEL, fd, nil)
 	p.Release(t)
 }
@@ -119,8 +119,8 @@ func (p *Poller) Release(t PollToken) {
 	p.spare = append(p.spare, t.slot)
 }
 
-// dispatch has the handler that ev is for called, here or, if it is running, where
-// it runs.
+// dispatch calls the handler that ev is for, or leaves the event to the goroutine already running
+// it.
 func (p *Poller) dispatch(ev *unix.EpollEvent) {
 	t := *(*PollToken)(unsafe.Pointer(&ev.Fd))
 	if t.slot == 0 {
@@ -144,15 +144,15 @@ func (p *Poller) dispatch(ev *unix.EpollEvent) {
 		p.mu.Unlock()
 		h.PollReady(events)
 		p.mu.Lock()
-		s = &p.slots[t.slot] // which may have moved, and be another's by now
+		s = &p.slots[t.slot] // the slots may have moved, and this one may be another's by now
 		h, events, s.pending = s.handler, s.pending, 0
 	}
 	s.busy = false
 	p.mu.Unlock()
 }
 
-// wait asks epoll for events, for at most timeout milliseconds; -1 is for ever. If quiet,
-// the Go scheduler is not told of the sleep. A signal ends it: interrupted.
+// wait asks epoll for events, for at most timeout milliseconds; -1 means for ever. If quiet, the Go
+// scheduler is not told of the sleep. interrupted means that a signal ended it.
 func (p *Poller) wait(events []unix.EpollEvent, timeout int, quiet bool) (n int, interrupted bool, err error) {
 	call := unix.Syscall6
 	if quiet || timeout == 0 { // the latter cannot block
@@ -173,11 +173,11 @@ func (p *Poller) wait(events []unix.EpollEvent, timeout int, quiet bool) (n int,
 func (p *Poller) wake() {
 	var one [8]byte
 	binary.NativeEndian.PutUint64(one[:], 1)
-	// It can only fail when 2^64 wakes have come, and then it is readable.
+	// It can fail only after 2^64 wakes, and then the eventfd is readable.
 	_, _ = unix.Write(p.wakefd, one[:])
 }
 
-// close makes everybody stop who waits.
+// close stops all waiting goroutines.
 func (p *Poller) close() {
 	p.closed.Store(true)
 	p.wake()

@@ -9,8 +9,8 @@ import (
 	"sync"
 )
 
-// Task is one piece of work that can be queued; embed it. run is never called
-// twice at once for one Task; who asks for it meanwhile has it run once more.
+// Task is one piece of work that can be queued; embed it. run is never called concurrently for one
+// Task; if the Task is queued meanwhile, it runs once more.
 type Task struct {
 	next  *Task
 	state taskState // guarded by the queue's mu
@@ -24,7 +24,7 @@ const (
 	taskIdle taskState = iota
 	taskQueued
 	taskRunning
-	taskAgain // running, and asked for meanwhile
+	taskAgain // running, and queued meanwhile
 )
 
 type RunQueue struct {
@@ -33,7 +33,7 @@ type RunQueue struct {
 	mu         sync.Mutex
 	head, tail *Task
 	resting    bool // the leader waits for events
-	waking     bool // wake was called, and has woken nobody yet
+	waking     bool // wake was called, and has woken no goroutine yet
 }
 
 func NewRunQueue(wake func()) *RunQueue { return &RunQueue{wake: wake} }
@@ -70,7 +70,7 @@ func (q *RunQueue) append(t *Task) {
 	q.tail = t
 }
 
-// Next takes the first task, which the caller must run; nil when there is none.
+// Next takes the first task, which the caller must run, or nil if there is none.
 func (q *RunQueue) Next() *Task {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -87,7 +87,7 @@ func (q *RunQueue) Next() *Task {
 	return t
 }
 
-// Run runs what next returned.
+// Run runs the task that Next returned.
 func (q *RunQueue) Run(t *Task) {
 	t.Run()
 	q.mu.Lock()
@@ -102,15 +102,15 @@ func (q *RunQueue) Run(t *Task) {
 	}
 }
 
-// Woken is called by who was Woken by wake, which may be a helper: the leader then
-// rests on, and the next put wakes again.
+// Woken is called by the goroutine that wake woke. If it is a helper, the leader keeps resting, and
+// the next Put wakes again.
 func (q *RunQueue) Woken() {
 	q.mu.Lock()
 	q.waking = false
 	q.mu.Unlock()
 }
 
-// Rest tells whether the queue is empty; if so, the next put wakes the leader.
+// Rest reports whether the queue is empty; if so, the next Put wakes the leader.
 func (q *RunQueue) Rest() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -118,7 +118,7 @@ func (q *RunQueue) Rest() bool {
 	return q.resting
 }
 
-// Wakened ends what rest began.
+// Wakened ends Rest.
 func (q *RunQueue) Wakened() {
 	q.mu.Lock()
 	q.resting = false

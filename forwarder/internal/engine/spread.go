@@ -8,7 +8,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// spreadingLink is a link with queues that it can do without; see tun.Endpoint.
+// spreadingLink is a link with optional queues; see tun.Endpoint.
 type spreadingLink interface {
 	Queues() (attached, all int)
 	Received() (frames uint64)
@@ -17,22 +17,22 @@ type spreadingLink interface {
 	Gather() error
 }
 
-// SpreadTimes are those of the device's other queues. The zero value stands for what is used
-// but in tests: 2 s, 100 ms and 30 s.
+// SpreadTimes are the times of the device's other queues. The zero value means 2 s, 100 ms and 30
+// s; tests use others.
 type SpreadTimes struct {
-	// CalmAfter is how long they are kept without need, and then not written to until they
-	// are detached.
+	// CalmAfter is how long they are kept without need. After that they are not written to, and
+	// then detached.
 	CalmAfter time.Duration
-	// QuietFor is how long no frame must have come when they are: one in the wrong queue at
-	// that moment is lost, and a sandbox that was asleep begins with a SYN.
+	// QuietFor is how long no frame must have arrived when they are detached: a frame in the wrong
+	// queue at that moment is lost, and a sandbox that was asleep begins with a SYN.
 	QuietFor time.Duration
-	// QuietWithin is how long such a pause is waited for.
+	// QuietWithin is how long to wait for such a pause.
 	QuietWithin time.Duration
 }
 
-// SpreadLink has the device use all of its queues while several flows of the sandbox's send in
-// bulk, as the engine's leader tells. A timer of Go's runs only until they are detached
-// again. A link that refuses stays as it is.
+// SpreadLink makes the device use all of its queues while several sandbox flows send bulk data,
+// which the engine's leader reports. A Go timer runs only until they are detached again. A link
+// that refuses stays as it is.
 func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, times SpreadTimes, failed *atomic.Uint64) {
 	link, ok := l.(spreadingLink)
 	if !ok {
@@ -46,7 +46,7 @@ func (e *Engine) SpreadLink(ctx context.Context, l stack.LinkEndpoint, times Spr
 		times = SpreadTimes{CalmAfter: 2 * time.Second, QuietFor: 100 * time.Millisecond, QuietWithin: 30 * time.Second}
 	}
 	s := spreader{link: link, engine: e, times: times}
-	if attached > 1 { // the worker before us ended so
+	if attached > 1 { // as the previous worker left it
 		s.narrow()
 	}
 	look := time.NewTicker(times.QuietFor)
