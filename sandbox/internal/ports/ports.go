@@ -66,7 +66,8 @@ const openTries = 64
 
 // openOne opens the sockets of one port. For host port 0 the kernel chooses in one family,
 // where the other may have the port taken: the families choose in turn, so that the one
-// with fewer free ports is asked soon.
+// with fewer free ports is asked soon. What was chosen in vain stays open until one is found,
+// because the kernel prefers some ports and would choose them again.
 func (t *PortTable) openOne(p api.Port, v4, v6 bool) (out Published, err error) {
 	var at []netip.Addr
 	if p.HostIP.IsValid() {
@@ -79,18 +80,23 @@ func (t *PortTable) openOne(p api.Port, v4, v6 bool) (out Published, err error) 
 			at = append(at, netip.IPv6Unspecified())
 		}
 	}
+	var inVain []Published
+	defer func() { ClosePublished(inVain) }()
 	for range openTries {
-		out, err = t.openAt(p, at)
+		if out, err = t.openAt(p, at); err == nil {
+			return out, nil
+		}
+		inVain = append(inVain, out)
 		if p.HostPort != 0 || len(at) < 2 || !errors.Is(err, unix.EADDRINUSE) {
 			break
 		}
 		slices.Reverse(at)
 	}
-	return out, Explain(err)
+	return Published{}, Explain(err)
 }
 
 // openAt opens the sockets of one port at each of the addresses, the first of which chooses
-// it if need be.
+// it if need be. With an error it returns those that are open.
 func (t *PortTable) openAt(p api.Port, at []netip.Addr) (Published, error) {
 	out := Published{Port: p}
 	for _, a := range at {
@@ -100,8 +106,7 @@ func (t *PortTable) openAt(p api.Port, at []netip.Addr) (Published, error) {
 			if a.Is6() && len(at) > 1 && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
 				continue
 			}
-			ClosePublished([]Published{out})
-			return Published{}, err
+			return out, err
 		}
 		t.nextID++
 		out.Port.HostPort = bound.Port() // the kernel's choice where 0 was asked for
