@@ -1,3 +1,3 @@
-// Package inbound carries packets from outside to a pod, and their answers: judged and tracked
-// like all flows, but passed on as the packets that they are.
+// Package inbound carries packets from outside to a pod, and their answers. It judges and tracks
+// them like all flows, but forwards them as packets.
 package inbound

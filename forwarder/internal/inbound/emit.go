@@ -1,7 +1,7 @@
 package inbound
 
-// Sending on the inbound path: packets as they came, and the few that are made here
-// (resets and errors).
+// Sending on the inbound path: packets forwarded unchanged, and the resets and errors that are made
+// here.
 
 import (
 	"encoding/binary"
@@ -34,8 +34,8 @@ func NewOutlet(l stack.LinkEndpoint) outlet {
 	return out
 }
 
-// prepare makes of a packet that came by the other link one to be written on this
-// one. Its data begin with the IP header; they are shared, not copied.
+// prepare turns a packet that came by the other link into one to write on this link. Its data begin
+// with the IP header; they are shared, not copied.
 func (out *outlet) prepare(pkt *stack.PacketBuffer, p *datum) *stack.PacketBuffer {
 	data := pkt.Data()
 	data.CapLength(p.size)
@@ -44,7 +44,7 @@ func (out *outlet) prepare(pkt *stack.PacketBuffer, p *datum) *stack.PacketBuffe
 		Payload:            data.ToBuffer(),
 	})
 	if gso := pkt.GSOOptions; gso.NeedsCsum {
-		gso.Type = stack.GSOTCPv4 // any type but none: it says only that there is one
+		gso.Type = stack.GSOTCPv4 // any type but none: it only marks the packet as GSO
 		if p.v6 {
 			gso.Type = stack.GSOTCPv6
 		}
@@ -63,7 +63,7 @@ func (out *outlet) prepare(pkt *stack.PacketBuffer, p *datum) *stack.PacketBuffe
 	return next
 }
 
-// address puts the link's header before a packet.
+// address adds the link's header to a packet.
 func (out *outlet) address(pkt *stack.PacketBuffer, v6 bool) {
 	pkt.NetworkProtocolNumber = header.IPv4ProtocolNumber
 	if v6 {
@@ -82,8 +82,8 @@ func (out *outlet) write(pkt *stack.PacketBuffer) bool {
 	return err == nil && n == 1
 }
 
-// restoreHop puts back what forwarding by the uplink's kernel takes off the hop
-// limit. 255 cannot have been forwarded, or stays what it is.
+// restoreHop restores the hop limit that forwarding by the uplink's kernel decremented. 255 cannot
+// have been forwarded, and stays.
 func restoreHop(p *datum) {
 	if p.v6 {
 		if p.head[7] < 255 {
@@ -100,7 +100,7 @@ func restoreHop(p *datum) {
 	binary.BigEndian.PutUint16(p.head[10:], uint16(sum+sum>>16))
 }
 
-// refuse notes a refusal and answers as the verdict says.
+// refuse records a refusal and answers as the verdict says.
 func (o *Path) refuse(j admit.Judged, pkt *stack.PacketBuffer, p *datum) {
 	o.n.refused.DropArrived(pkt)
 	told := j.Verdict.Action() == policy.Reject
@@ -119,7 +119,7 @@ func (o *Path) refuse(j admit.Judged, pkt *stack.PacketBuffer, p *datum) {
 	o.sendError(kind, pkt, p)
 }
 
-// refuseTCP resets what asked for a connection, as RFC 9293 section 3.10.7.1 has it.
+// refuseTCP resets a connection request, as in RFC 9293 section 3.10.7.1.
 func (o *Path) refuseTCP(p *datum) {
 	flags := p.tcp.Flags()
 	if flags&header.TCPFlagRst != 0 || !o.mayReply() {
@@ -134,7 +134,7 @@ func (o *Path) refuseTCP(p *datum) {
 	o.sendTCP(&o.In0, pod, far, 0, end, header.TCPFlagRst|header.TCPFlagAck)
 }
 
-// mayReply bounds what strangers can make us send.
+// mayReply bounds the packets that strangers can make us send.
 func (o *Path) mayReply() bool {
 	if !o.replies.Take(o.Gate.Now()) {
 		o.n.limited.Add(1)
@@ -182,7 +182,7 @@ func (o *Path) sendTCP(to *outlet, from, dst netip.AddrPort, seq, ack uint32, fl
 	o.send(to, v, dst.Addr().Is6())
 }
 
-// send sends a packet that begin has made.
+// send sends a packet made by begin.
 func (o *Path) send(to *outlet, v *buffer.View, v6 bool) {
 	if !v6 {
 		h := header.IPv4(v.AsSlice())

@@ -2,10 +2,9 @@ package inbound
 
 // Flows of the inbound path: how they begin, and how they end.
 //
-// A flow lives exactly as long as its nat.Lease. It ends by its timeout, by early
-// drop, by a byte budget, by a policy that no longer allows it, or because its tuple
-// is used anew. Only where we end what both sides think alive are they told, by
-// resets.
+// A flow lives exactly as long as its nat.Lease. It ends by its timeout, by early drop, by a byte
+// budget, by a policy that no longer allows it, or because its tuple is used anew. Only if we end a
+// flow that both sides think alive are they told, by resets.
 
 import (
 	"net/netip"
@@ -38,7 +37,7 @@ func (o *Path) newFlow(tuple nat.Tuple) *inboundFlow {
 	return &inboundFlow{o: o, tuple: tuple, gone: true, slot: noSlot}
 }
 
-// queryOf is what policy is asked about a flow.
+// queryOf returns the policy query of a flow.
 func queryOf(tuple nat.Tuple) policy.Query {
 	q := policy.Query{Ingress: true, Proto: tuple.Proto(), Src: tuple.Src(), Dst: tuple.Dst()}
 	if q.Proto == packet.ProtoICMP || q.Proto == packet.ProtoICMPv6 {
@@ -48,7 +47,8 @@ func queryOf(tuple nat.Tuple) policy.Query {
 	return q
 }
 
-// admit charges the flow table for a flow and makes it findable. short: it asks a DNS server.
+// admit charges the flow table for a flow and makes it findable. short means that it asks a DNS
+// server.
 func (o *Path) admit(fl *inboundFlow, j admit.Judged, short bool) error {
 	err := o.Gate.Enter(&fl.Pass, fl, j, admit.Entry{Orig: fl.tuple, Forwarded: true, Short: short})
 	if err != nil {
@@ -61,17 +61,17 @@ func (o *Path) admit(fl *inboundFlow, j admit.Judged, short bool) error {
 	return nil
 }
 
-// begin judges the first packet of a flow and lets it in, or returns why not. A
-// reason without a counter means that the packet was dealt with. A flow is never
-// picked up in mid-stream: those of the worker before are in its memory, and any other
-// segment belongs to what is over, or to a connection of our own socket's.
+// begin judges the first packet of a flow and admits it, or returns why not. A reason without a
+// counter means that the packet is done with. A flow is never picked up in mid-stream: flows of the
+// previous worker are in its memory, and any other segment belongs to an ended flow, or to a
+// connection of our own sockets.
 func (o *Path) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*inboundFlow, packet.Reason) {
 	o.beginMu.Lock()
 	defer o.beginMu.Unlock()
 	if known := o.Lookup(tuple); known != nil {
 		return known, packet.Reason{} // another reader was faster
 	}
-	// Asked also where policy refuses: a stream that goes on rests on.
+	// Also asked if policy refuses: a continuing stream keeps resting.
 	rests := o.Gate.Tombs.Rests(tuple) || o.Asks != nil && o.Asks(tuple.Src())
 	j := o.Gate.Decide(queryOf(tuple))
 	if !j.MayBegin() {
@@ -81,19 +81,19 @@ func (o *Path) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*inbou
 	if p.proto == packet.ProtoTCP {
 		switch flags := p.tcp.Flags() & tcpFlagsMask; {
 		case flags&header.TCPFlagRst != 0:
-			// The end of a flow that is not known any more: the sandbox may want to know.
+			// The end of a flow that is no longer known: the sandbox may want to know.
 			o.forward(&o.Sandbox, pkt, p)
 			return nil, packet.Reason{}
 		case flags != header.TCPFlagSyn:
 			o.refuseTCP(p)
 			return nil, o.n.tcpStray
 		case o.Gate.Table.Lookup(tuple.Reverse()) != nil:
-			rests = true // the sandbox has a connection by these two ports, and it is not this one
+			rests = true // the sandbox has another connection on these two ports
 		}
 	}
 	if rests {
 		if p.proto == packet.ProtoUDP {
-			o.sendError(packet.ICMPPortUnreachable, pkt, p) // as the host of a closed socket does
+			o.sendError(packet.ICMPPortUnreachable, pkt, p) // as a host does for a closed socket
 		}
 		return nil, o.n.rests
 	}
@@ -109,7 +109,7 @@ func (o *Path) begin(tuple nat.Tuple, pkt *stack.PacketBuffer, p *datum) (*inbou
 	return fl, packet.Reason{}
 }
 
-// install makes a flow findable, unless it has ended or nothing may begin any more.
+// install makes a flow findable, unless it has ended or no flow may begin any more.
 func (o *Path) install(fl *inboundFlow) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -123,7 +123,7 @@ func (o *Path) install(fl *inboundFlow) bool {
 	return true
 }
 
-// remove makes a flow unfindable; it says whether it was findable.
+// remove makes a flow unfindable and reports whether it was findable.
 func (fl *inboundFlow) remove() bool {
 	o := fl.o
 	o.mu.Lock()
@@ -132,7 +132,7 @@ func (fl *inboundFlow) remove() bool {
 		return false
 	}
 	fl.gone = true
-	if !o.closed { // what ends with the worker only is for the next one to know
+	if !o.closed { // a flow that ends only with the worker is left to its successor
 		o.Memory.forget(fl.slot)
 	}
 	delete(o.flows, fl.tuple)
@@ -140,17 +140,16 @@ func (fl *inboundFlow) remove() bool {
 	return true
 }
 
-// end ends a flow in silence.
+// end ends a flow silently.
 func (fl *inboundFlow) end(why nat.Reason) {
 	fl.remove()
 	fl.Lease.Release(why)
 }
 
-// Halt implements admitted: packets of a flow that cannot be found are judged as a new
-// one's are.
+// Halt implements admitted. Packets of an unfindable flow are judged like a new one's.
 func (fl *inboundFlow) Halt() { fl.remove() }
 
-// Abort implements admitted. Both sides may think the flow alive, and are told.
+// Abort implements admitted. Both sides may think the flow alive, so they are told.
 func (fl *inboundFlow) Abort(why nat.Reason) {
 	if fl.remove() || fl.Revoked.Load() {
 		fl.reset()

@@ -30,8 +30,8 @@ type fragKey struct {
 	src, dst netip.Addr
 	id       uint32
 	proto    uint8
-	// dir keeps the sides apart: the sandbox must not be able to continue, in the
-	// client's name, what the client has begun.
+	// dir keeps the sides apart: the sandbox must not be able to continue, in the client's name, a
+	// packet that the client began.
 	dir nat.Dir
 }
 
@@ -54,7 +54,7 @@ func (p *datum) fragKey(d nat.Dir) fragKey {
 	return fragKey{src: p.src, dst: p.dst, id: p.fragID, proto: p.proto, dir: d}
 }
 
-// note opens the way for the fragments that follow p.
+// note lets the fragments that follow p pass.
 func (t *fragTable) note(d nat.Dir, p *datum, fl *inboundFlow, now time.Time) {
 	k := p.fragKey(d)
 	t.mu.Lock()
@@ -71,7 +71,7 @@ func (t *fragTable) note(d nat.Dir, p *datum, fl *inboundFlow, now time.Time) {
 	t.Entries[k] = fragEntry{fl: fl, since: now}
 }
 
-// forget closes the way again. The key stays in the ring, and goes in its turn.
+// forget stops that again. The key stays in the ring until its turn.
 func (t *fragTable) forget(d nat.Dir, p *datum) {
 	k := p.fragKey(d)
 	t.mu.Lock()

@@ -1,8 +1,8 @@
 package inbound
 
-// ICMP errors of the inbound path. An error belongs to a flow when it quotes a packet
-// of it, going the other way than the error does; nothing else of it is believed. It
-// begins no flow, moves none, and keeps none alive.
+// ICMP errors of the inbound path. An error belongs to a flow if it quotes a packet of the flow
+// that went the other way; nothing else in it is believed. It begins no flow, changes none, and
+// keeps none alive.
 
 import (
 	"encoding/binary"
@@ -16,13 +16,13 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// errorFromOutside passes on an error about what the sandbox has answered.
+// errorFromOutside passes on an error about an answer of the sandbox.
 func (o *Path) errorFromOutside(pkt *stack.PacketBuffer, p *datum) packet.Reason {
 	quoted, ok := p.quoted(pkt)
 	if !ok {
 		return o.n.icmpQuote
 	}
-	// Quoted is the sandbox's packet: whoever reports it got that from the sandbox.
+	// Quoted is the sandbox's packet: the sender of the error got it from the sandbox.
 	if quoted.Src().Addr() != p.dst || o.Lookup(quoted.Reverse()) == nil {
 		return o.n.icmpUnrelated
 	}
@@ -31,8 +31,8 @@ func (o *Path) errorFromOutside(pkt *stack.PacketBuffer, p *datum) packet.Reason
 	return packet.Reason{}
 }
 
-// errorFromSandbox passes on an error about what came from outside, to whoever sent
-// that and to nobody else.
+// errorFromSandbox passes on an error about a packet from outside, only to the sender of that
+// packet.
 func (o *Path) errorFromSandbox(pkt *stack.PacketBuffer, p *datum) bool {
 	quoted, ok := p.quoted(pkt)
 	if !ok || quoted.Src().Addr() != p.dst || quoted.Dst().Addr() != p.src {
@@ -51,8 +51,8 @@ func (o *Path) errorFromSandbox(pkt *stack.PacketBuffer, p *datum) bool {
 	return true
 }
 
-// quoted reads the tuple of the packet that an error quotes, as that packet went.
-// Fragments but the first have none.
+// quoted reads the tuple of the quoted packet, in that packet's direction. Later fragments have
+// none.
 func (p *datum) quoted(pkt *stack.PacketBuffer) (nat.Tuple, bool) {
 	const icmpHeader = 8
 	at := p.l4 + icmpHeader

@@ -2,11 +2,10 @@ package inbound
 
 // Traffic from outside, as packets.
 //
-// A pod behind a CNI plugin keeps its address, and whoever speaks to that address
-// speaks to the pod's own kernel: every port works, a closed one is refused by the
-// pod itself, the client's address is seen. So these flows are not terminated here.
-// Their packets come on a second link (Config.Inbound, the TUN device in0 of the
-// uplink namespace), are judged and tracked, and go on to the sandbox as they are:
+// A pod behind a CNI plugin keeps its address, and its clients speak to the pod's own kernel: every
+// port works, the pod itself refuses closed ones, and it sees the client's address. So these flows
+// are not terminated here. Their packets come on a second link (Config.Inbound, the TUN device in0
+// of the uplink namespace), are judged and tracked, and go on to the sandbox as they are:
 //
 //	            Config.Inbound                          Config.Link
 //	outside ──► in0 ──► parse ──► flow, or policy ────────► tap ──► pod
@@ -15,30 +14,27 @@ package inbound
 //	                                 ▼
 //	                     the filter and the stack, as ever
 //
-// What belongs to a flow is known by its tuple alone, in both directions; what the
-// sandbox sends and is no answer goes the way of all that it sends. The tracking
-// is nf_conntrack's: TCP by flags (tcp.go), UDP and others by time, ICMP
-// errors by what they quote (icmp.go), fragments by their identifier
+// A packet belongs to a flow by its tuple alone, in both directions; packets from the sandbox that
+// are not answers take the usual way. The tracking is nf_conntrack's: TCP by flags (tcp.go), UDP
+// and others by time, ICMP errors by what they quote (icmp.go), fragments by their identifier
 // (frag.go).
 //
-// An inbound flow lets the sandbox speak to its client past the egress rules, as every
-// API of the field has it, so only a client may begin one, by what begins one: a SYN, a
-// datagram or an echo request that ingress policy allows, and that is not the rest of
-// something that our own sockets said (tombs.go). What the sandbox sends is no answer
-// if it begins something itself (a SYN, an echo request), asks a resolver while
-// names are gated, or carries a route of its own.
+// An inbound flow lets the sandbox speak to its client past the egress rules, as every API of the
+// field has it, so only a client may begin one, with a SYN, a datagram or an echo request that
+// ingress policy allows and that is not left over from our own sockets (tombs.go). A packet from
+// the sandbox is not an answer if it begins a flow itself (a SYN, an echo request), asks a resolver
+// while names are gated, or carries a route of its own.
 //
-// Offloads survive: a segment of 64 KiB with an open checksum leaves as one, and
-// nothing is copied. The kernel of the uplink namespace forwards between in0 and the
-// pod's old interface and so takes one off each packet's hop limit; it is put back
-// here, because the pod must look directly attached.
+// Offloads survive: a segment of 64 KiB with an open checksum leaves as one, and nothing is copied.
+// The kernel of the uplink namespace forwards between in0 and the pod's old interface and so
+// decrements each packet's hop limit; it is restored here, because the pod must appear directly
+// attached.
 //
-// Checksums of the transport are not verified: both ends do that themselves, and a
-// corrupt packet can at worst move a flow's state, as it can the kernel's with
-// nf_conntrack_checksum off.
+// Transport checksums are not verified: both ends do that themselves. At worst a corrupt packet
+// changes a flow's state, as in the kernel with nf_conntrack_checksum off.
 //
-// The two links' readers call in here at the same time. No lock is held while the
-// flow table or a link is called.
+// The readers of both links call this package concurrently. No lock is held while the flow table or
+// a link is called.
 
 import (
 	"net/netip"
@@ -56,7 +52,7 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// Config are what the packet path shares with the rest of the forwarder.
+// Config is what the packet path shares with the rest of the forwarder.
 type Config struct {
 	Gate   *admit.Gate
 	Onlink *onlink.Addrs
@@ -70,21 +66,21 @@ type Path struct {
 	Config
 	In0     outlet // to the outside
 	Sandbox outlet
-	// in and out are the queues of flows' packets, while their bandwidth is limited.
+	// in and out are the queues of packets while bandwidth is limited.
 	in, Out shaper
 	Ruled   []*ruleQueues // before them, of rules with bandwidth of their own; guarded by mu
 	Frags   fragTable
 	replies packet.TokenBucket // bounds resets and errors that are made here
 	n       outsideCounters
 
-	// Count is len(flows): while it is 0 the sandbox's packets are not looked at.
+	// Count is len(flows): while it is 0 the sandbox's packets are not examined.
 	Count atomic.Int32
 	mu    sync.RWMutex
 	flows map[nat.Tuple]*inboundFlow // by original tuple: from outside to the sandbox
-	// closed: no flow may begin any more.
+	// closed means that no flow may begin any more.
 	closed bool
 	Memory FlowMemory
-	// Waiting: there are no rules yet to judge by what the worker before has left.
+	// Waiting means that there are no rules yet by which to judge the previous worker's flows.
 	Waiting atomic.Bool
 
 	beginMu sync.Mutex // serialises begin: one flow for one tuple
@@ -98,8 +94,8 @@ type outsideCounters struct {
 	began, restored, related, rejected, limited, writeFailed            *atomic.Uint64
 }
 
-// New readies the path between parts.link and the sandbox's link. memory is what the
-// worker before has noted of its flows, nil if nothing outlives this one.
+// New prepares the path between parts.link and the sandbox's link. memory holds the previous
+// worker's record of its flows; it is nil if nothing outlives this worker.
 func New(parts Config, sandbox stack.LinkEndpoint, memory []byte) *Path {
 	r, c := parts.Drops.Reason, parts.Drops.Stats.Counter
 	o := &Path{
@@ -114,26 +110,26 @@ func New(parts Config, sandbox stack.LinkEndpoint, memory []byte) *Path {
 			short:         r("inbound_short_packet"),
 			version:       r("inbound_ip_version"),
 			length:        r("inbound_length"),
-			headers:       r("inbound_headers"), // more extension headers than anybody needs
+			headers:       r("inbound_headers"), // more extension headers than any honest packet
 			family:        r("inbound_ethertype"),
 			foreign:       r("inbound_foreign_destination"),
 			martian:       r("inbound_martian_source"),
 			protocol:      r("inbound_protocol"),
 			tcpFlags:      r("inbound_tcp_flags"),
-			tcpStray:      r("inbound_tcp_stray"), // of no flow, and nothing that begins one: answered by a reset
+			tcpStray:      r("inbound_tcp_stray"), // of no flow, and unable to begin one: answered by a reset
 			sourceRoute:   r("inbound_source_route"),
-			rests:         r("inbound_rests"), // by a tuple of our own sockets, or of a flow that was refused
+			rests:         r("inbound_rests"), // on a tuple of our own sockets, or of a refused flow
 			icmpType:      r("inbound_icmp_type"),
 			icmpUnrelated: r("inbound_icmp_unrelated"),
 			icmpQuote:     r("inbound_icmp_quote"), // an error whose quotation cannot be read
-			fragment:      r("inbound_fragment"),   // of a packet whose beginning was not let through
+			fragment:      r("inbound_fragment"),   // of a packet whose first fragment was not let through
 			fragmentShort: r("inbound_fragment_short"),
 			refused:       r("inbound_refused"),
 			flow:          r("inbound_no_flow"), // the flow table has no room
 			bandwidth:     r("inbound_bandwidth"),
 			waiting:       r("inbound_not_ready"), // no rules yet
 			began:         c("inbound_flows"),
-			restored:      c("inbound_flows_restored"), // from the worker before
+			restored:      c("inbound_flows_restored"), // from the previous worker
 			related:       c("inbound_icmp_related"),
 			rejected:      c("inbound_rejected"), // resets and errors sent outside
 			limited:       c("inbound_rejected_limited"),
@@ -149,16 +145,16 @@ func New(parts Config, sandbox stack.LinkEndpoint, memory []byte) *Path {
 	return o
 }
 
-// Attach begins to take packets from the inbound link. Called once the stack works.
+// Attach starts taking packets from the inbound link. It is called once the stack works.
 func (o *Path) Attach() { o.Link.Attach(o) }
 
-// Detach ends the link's readers.
+// Detach stops the link's readers.
 func (o *Path) Detach() {
 	o.Link.Close()
 	o.Link.Wait()
 }
 
-// DeliverLinkPacket implements stack.NetworkDispatcher; nobody listens below IP.
+// DeliverLinkPacket implements stack.NetworkDispatcher; nothing listens below IP.
 func (o *Path) DeliverLinkPacket(tcpip.NetworkProtocolNumber, *stack.PacketBuffer) {}
 
 // KeepsRXChecksumValidated tells the device to leave open checksums open.
@@ -171,7 +167,7 @@ func (o *Path) DeliverNetworkPacket(_ tcpip.NetworkProtocolNumber, pkt *stack.Pa
 	}
 }
 
-// arrive carries one packet from outside to the sandbox, or says why not.
+// arrive carries one packet from outside to the sandbox, or returns why not.
 func (o *Path) arrive(pkt *stack.PacketBuffer) packet.Reason {
 	var p datum
 	if why := o.parse(pkt, &p); why.Uint64 != nil {
@@ -185,7 +181,7 @@ func (o *Path) arrive(pkt *stack.PacketBuffer) packet.Reason {
 	case p.routed:
 		return o.n.sourceRoute
 	case o.Waiting.Load():
-		return o.n.waiting // whose it is will be known when the flows of the worker before are
+		return o.n.waiting // its flow will be known once the previous worker's are restored
 	}
 	if p.frag == fragLater {
 		fl := o.Frags.find(nat.Original, &p, o.Gate.Now())
@@ -201,7 +197,7 @@ func (o *Path) arrive(pkt *stack.PacketBuffer) packet.Reason {
 		return o.errorFromOutside(pkt, &p)
 	}
 	if p.icmp == icmpIsReply {
-		return o.n.icmpType // the sandbox's questions are asked by sockets
+		return o.n.icmpType // the sandbox asks by sockets
 	}
 	tuple := p.tuple()
 	fl := o.Lookup(tuple)
@@ -226,9 +222,8 @@ func (o *Path) arrive(pkt *stack.PacketBuffer) packet.Reason {
 	return o.pass(fl, nat.Original, pkt, &p)
 }
 
-// Answer carries a packet of the sandbox outside if it belongs to a flow from
-// there; otherwise it is not for here, and Answer returns false. The packet has been
-// through no check but the device's.
+// Answer carries a packet from the sandbox outside and returns true if it belongs to a flow from
+// outside; otherwise it returns false. Only the device has checked the packet so far.
 func (o *Path) Answer(pkt *stack.PacketBuffer) bool {
 	if o.Count.Load() == 0 && !o.Waiting.Load() {
 		return false
@@ -264,8 +259,8 @@ func (o *Path) Answer(pkt *stack.PacketBuffer) bool {
 	}
 	if p.proto == packet.ProtoTCP && p.frag != fragLater {
 		if p.tcp.Flags()&tcpFlagsMask == header.TCPFlagSyn {
-			// The sandbox begins a flow of its own by the same two ports, be it that the
-			// client's is over or that both begin at once.
+			// The sandbox begins its own flow on the same two ports: the client's is over, or both
+			// begin at once.
 			if fl.over() {
 				fl.end(nat.ReasonReopened)
 			}
@@ -282,8 +277,8 @@ func (o *Path) Answer(pkt *stack.PacketBuffer) bool {
 	return true
 }
 
-// forGate reports whether the sandbox's packet asks a resolver while names are gated:
-// then it is the gate's, whatever flow there may be.
+// forGate reports whether the sandbox's packet asks a resolver while names are gated. It is then
+// the gate's, whatever flow exists.
 func (o *Path) forGate(p *datum) bool {
 	return p.dport == onlink.DNSPort && (p.proto == packet.ProtoUDP || p.proto == packet.ProtoTCP) && o.Gate.Rules.Load().GatesNames()
 }
@@ -308,7 +303,7 @@ func (o *Path) pass(fl *inboundFlow, d nat.Dir, pkt *stack.PacketBuffer, p *datu
 	return packet.Reason{}
 }
 
-// forward sends on a packet that belongs to no flow of its own.
+// forward sends on a packet that belongs to no flow.
 func (o *Path) forward(to *outlet, pkt *stack.PacketBuffer, p *datum) {
 	restoreHop(p)
 	next := to.prepare(pkt, p)
@@ -325,7 +320,7 @@ func (o *Path) Lookup(orig nat.Tuple) *inboundFlow {
 	return fl
 }
 
-// list is the flows of the moment.
+// list returns the current flows.
 func (o *Path) list() []*inboundFlow {
 	o.mu.RLock()
 	defer o.mu.RUnlock()
@@ -336,8 +331,8 @@ func (o *Path) list() []*inboundFlow {
 	return all
 }
 
-// Close forgets every flow. Nobody is told: the two ends of each are alive, and
-// the worker that carries the pod's packets next takes the flows from memory.
+// Close forgets every flow without telling its ends, which are alive: the pod's next worker takes
+// the flows from memory.
 func (o *Path) Close() {
 	o.mu.Lock()
 	o.closed = true
@@ -356,5 +351,5 @@ func (o *Path) Close() {
 	o.Out.close()
 }
 
-// isPod tells whether a is one of the sandbox's addresses.
+// isPod reports whether a is one of the sandbox's addresses.
 func (o *Path) isPod(a netip.Addr) bool { return slices.Contains(o.Onlink.Guest, a) }

@@ -2,16 +2,15 @@ package inbound
 
 // What a worker remembers for its successor.
 //
-// The flows of the inbound path have both their ends elsewhere, so they can outlive
-// a worker, be it killed or replaced by another binary. Their next packets do not tell
-// that they are of such a flow: a segment of the sandbox's looks like one of a connection
-// that the old worker terminated, and one from outside like one that is late for a
-// socket of the old worker's. So the tuples are noted in memory that whoever starts
-// workers keeps (Config.Memory), and taken from there when the first rules come. Until
-// then all packets are dropped: TCP sends them again.
+// Both ends of an inbound flow are elsewhere, so it can outlive a worker that is killed or replaced
+// by another binary. Its next packets do not identify it: a segment from the sandbox looks like one
+// of a connection that the old worker terminated, and one from outside looks late for one of the
+// old worker's sockets. So the tuples are recorded in memory that the workers' parent keeps
+// (Config.Memory), and read back when the first rules arrive. Until then all packets are dropped:
+// TCP sends them again.
 //
-// What is found there is believed no more than a packet: it was written by a worker
-// that may have been taken over. Each flow is judged anew.
+// The content is trusted no more than a packet, because a compromised worker may have written it.
+// Each flow is judged anew.
 //
 //	0   magic, high-water mark (slots that were ever used)
 //	64  slot 0: used, protocol, state, family, ports, addresses
@@ -36,14 +35,13 @@ const (
 	MemorySlot  = 64
 	memorySlots = nat.DefaultMax
 	memoryMagic = 0x31464c53 // "SLF1", little endian
-	// MemorySize is what Config.Memory should have, in bytes. Only what is used of it
-	// is ever touched. One of another size, which another binary made, holds
-	// another number of flows.
+	// MemorySize is the intended size of Config.Memory, in bytes. Only the part in use is ever
+	// touched. Memory of another size, from another binary, holds another number of flows.
 	MemorySize = MemorySlot*(1+memorySlots) + admit.TombMemory
 )
 
-// SplitMemory gives the parts of Config.Memory: that of the flows and that of our own
-// sockets' ports; both nil if it is too small to hold either.
+// SplitMemory returns the parts of Config.Memory: for the flows, and for our own sockets' ports.
+// Both are nil if it is too small.
 func SplitMemory(memory []byte) (flows, ports []byte) {
 	n := len(memory) - admit.TombMemory
 	if n < 2*MemorySlot {
@@ -52,17 +50,17 @@ func SplitMemory(memory []byte) (flows, ports []byte) {
 	return memory[:n:n], memory[n:]
 }
 
-// FlowMemory notes flows. Guarded by outside.mu.
+// FlowMemory records flows. Guarded by outside.mu.
 type FlowMemory struct {
 	Data []byte // nil: nothing is remembered
 	free []int
-	Next int // never used from here on, in this process
+	Next int // first slot never used by this process
 }
 
-// noSlot is the place of a flow that is not noted.
+// noSlot is the slot of an unrecorded flow.
 const noSlot = -1
 
-// remembered is a flow as the worker before left it.
+// remembered is a flow as the previous worker left it.
 type remembered struct {
 	tuple nat.Tuple
 	state nat.State
@@ -72,10 +70,10 @@ func (m *FlowMemory) slot(i int) []byte { return m.Data[MemorySlot*(1+i):][:Memo
 
 func (m *FlowMemory) capacity() int { return len(m.Data)/MemorySlot - 1 }
 
-// word is a word of b that others may look at after our death at any moment.
+// word is a word of b that others may read at any moment after our death.
 func word(b []byte) *uint32 { return (*uint32)(unsafe.Pointer(&b[0])) }
 
-// Recall returns what is noted, and empties the memory.
+// Recall returns the recorded flows and empties the memory.
 func (m *FlowMemory) Recall() []remembered {
 	if m.Data == nil {
 		return nil
@@ -143,7 +141,7 @@ func (m *FlowMemory) forget(i int) {
 	m.free = append(m.free, i)
 }
 
-// remember notes a flow's state.
+// remember records a flow's state.
 func (fl *inboundFlow) remember(s nat.State) {
 	o := fl.o
 	o.mu.RLock()
@@ -153,8 +151,7 @@ func (fl *inboundFlow) remember(s nat.State) {
 	o.mu.RUnlock()
 }
 
-// Restore takes over the flows of the worker before, as far as the rules allow them. It does
-// so once.
+// Restore takes over the previous worker's flows, as far as the rules allow them. It does so once.
 func (o *Path) Restore() {
 	if !o.Waiting.Load() {
 		return
@@ -181,7 +178,7 @@ func (o *Path) restoreFlow(was remembered) {
 	fl := o.newFlow(t)
 	fl.tcp.state = was.state
 	if was.state == nat.SynSent {
-		fl.tcp.state = nat.None // who sent it may send it again, or may be further by now
+		fl.tcp.state = nat.None // its sender may repeat it, or may be further on by now
 	}
 	if o.admit(fl, j, false) != nil {
 		return

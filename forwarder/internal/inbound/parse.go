@@ -25,14 +25,14 @@ const (
 
 	protoUDPLite = 136
 
-	// MaxExtHeaders bounds the IPv6 extension headers that are followed, and
-	// maxHeaders their bytes, IP header included. More is nobody's honest packet.
+	// MaxExtHeaders bounds the IPv6 extension headers that are followed, and maxHeaders their
+	// bytes, IP header included. No honest packet has more.
 	MaxExtHeaders = 8
 
 	maxHeaders = 512
 )
 
-// fragKind says which part of its packet a fragment is.
+// fragKind is which part of its packet a fragment is.
 type fragKind uint8
 
 const (
@@ -41,7 +41,7 @@ const (
 	fragLater
 )
 
-// icmpRole says what an ICMP message is to flow tracking.
+// icmpRole is the role of an ICMP message in flow tracking.
 type icmpRole uint8
 
 const (
@@ -51,7 +51,7 @@ const (
 	icmpIsError
 )
 
-// datum is what is read of one packet.
+// datum holds the fields read from one packet.
 type datum struct {
 	head     []byte // contiguous from the IP header on, at least as far as was read
 	src, dst netip.Addr
@@ -72,7 +72,7 @@ type datum struct {
 	tcp          header.TCP // whole header with options
 }
 
-// tuple names the packet's direction.
+// tuple returns the tuple of the packet's direction.
 func (p *datum) tuple() nat.Tuple {
 	return nat.NewTuple(p.proto, netip.AddrPortFrom(p.src, p.sport), netip.AddrPortFrom(p.dst, p.dport))
 }
@@ -135,7 +135,7 @@ func (o *Path) parse6(pkt *stack.PacketBuffer, p *datum) packet.Reason {
 	p.v6, p.size = true, total
 	p.src, p.dst = netip.AddrFrom16([16]byte(h[8:24])), netip.AddrFrom16([16]byte(h[24:40]))
 	if p.src.Is4In6() || p.dst.Is4In6() {
-		return o.n.martian // such addresses are of no wire (RFC 4291 section 2.5.5.2)
+		return o.n.martian // such addresses never appear on the wire (RFC 4291 section 2.5.5.2)
 	}
 	p.proto, p.l4 = h.NextHeader(), header.IPv6MinimumSize
 	for range MaxExtHeaders {
@@ -179,9 +179,9 @@ func (p *datum) setFragment(off int, more bool, id uint32) {
 	p.fragOff, p.fragID = off, id
 }
 
-// parseTransport reads what a flow is known by. The first fragment of a packet must
-// have the whole transport header, or what a rule said about a port could be
-// written over by the next one (RFC 1858).
+// parseTransport reads the fields that identify a flow. The first fragment of a packet must have
+// the whole transport header; otherwise the next fragment could overwrite the port that a rule
+// judged (RFC 1858).
 func (o *Path) parseTransport(pkt *stack.PacketBuffer, p *datum) packet.Reason {
 	least := headerLenOf(p.proto)
 	if !p.need(pkt, p.l4+least) {
@@ -218,8 +218,7 @@ func (o *Path) parseTransport(pkt *stack.PacketBuffer, p *datum) packet.Reason {
 	return packet.Reason{}
 }
 
-// headerLenOf is what a transport header has at least, and a first fragment of it
-// must show.
+// headerLenOf returns the minimum size of a transport header, which a first fragment must contain.
 func headerLenOf(proto uint8) int {
 	switch proto {
 	case packet.ProtoTCP:
@@ -232,9 +231,8 @@ func headerLenOf(proto uint8) int {
 	return 0
 }
 
-// icmpRoleOf sorts the types that are tracked, which are nf_conntrack's without
-// those that nobody uses any more (information, address mask, node information).
-// Neighbour and router discovery and redirects are the link's own business.
+// icmpRoleOf classifies the tracked types: nf_conntrack's, without the obsolete ones (information,
+// address mask, node information). Neighbour and router discovery and redirects belong to the link.
 func icmpRoleOf(v6 bool, typ uint8) icmpRole {
 	if v6 {
 		switch typ {

@@ -1,13 +1,12 @@
 package inbound
 
-// Bandwidth of the inbound path. A proxied connection is slowed down by not reading
-// from it; packets that pass have nobody to hold back, and a TCP whose packets are
-// dropped at the limit gets a fraction of it. So they wait here, in order, for as
-// long as a queue of queueSpan lasts, as a token bucket filter (tc-tbf(8)) has them
-// wait. What does not fit is dropped and counted.
+// Bandwidth of the inbound path. A proxied connection is slowed down by not reading from it;
+// forwarded packets have no socket to stop reading from, and a TCP whose packets are dropped at the
+// limit gets only a fraction of it. So packets wait here in order, in a queue of queueSpan, as in a
+// token bucket filter (tc-tbf(8)). Packets that do not fit are dropped and counted.
 //
-// A rule with bandwidth of its own has queues of its own before the sandbox's, so that
-// its packets hold up nobody else's:
+// A rule with bandwidth of its own has queues of its own before the sandbox's, so that its packets
+// delay no others:
 //
 //	flow of a limited rule ──► the rule's queue ──┐
 //	flow of any other rule ───────────────────────┴─► the sandbox's queue ──► link
@@ -24,9 +23,9 @@ import (
 )
 
 const (
-	// queueSpan is how much traffic waits at most, as time at the limit's rate.
+	// queueSpan bounds the waiting traffic, as time at the limit's rate.
 	queueSpan = 100 * time.Millisecond
-	// queueMin is the least that may wait: two large segments.
+	// queueMin is the smallest queue: two large segments.
 	queueMin = 128 << 10
 )
 
@@ -47,8 +46,7 @@ type shaper struct {
 	closed bool
 }
 
-// send writes a packet of size bytes now or later, and says whether it does. It owns
-// pkt.
+// send writes a packet of size bytes now or later, and reports whether it does. It owns pkt.
 func (s *shaper) send(pkt *stack.PacketBuffer, size int) bool {
 	if !s.bucket.Limited() && s.Waits.Load() == 0 {
 		return s.write(pkt, size)
@@ -74,7 +72,7 @@ func (s *shaper) send(pkt *stack.PacketBuffer, size int) bool {
 	return true
 }
 
-// drain writes what may be written by now, and comes back while something is left.
+// drain writes the packets that may be written now, and runs again while any are left.
 func (s *shaper) drain() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,7 +93,7 @@ func (s *shaper) drain() {
 		s.queue[s.first] = nil
 		s.first++
 		s.bytes -= size
-		if !s.write(pkt, size) { // under the lock: whoever comes now must come behind
+		if !s.write(pkt, size) { // under the lock: later packets must queue behind
 			s.o.n.bandwidth.Add(1)
 		}
 		s.Waits.Add(-1)
@@ -121,13 +119,13 @@ func (s *shaper) write(pkt *stack.PacketBuffer, size int) bool {
 	return true
 }
 
-// ruleQueues are those of one rule.
+// ruleQueues are the queues of one rule.
 type ruleQueues struct {
 	limits  *admit.RuleLimits
 	in, out shaper
 }
 
-// queues returns those of a rule's flows, made on first use.
+// queues returns the queues of a rule's flows, made on first use.
 func (o *Path) queues(l *admit.RuleLimits) *ruleQueues {
 	if q, ok := l.Queues.Load().(*ruleQueues); ok {
 		return q
@@ -145,8 +143,8 @@ func (o *Path) queues(l *admit.RuleLimits) *ruleQueues {
 	return q
 }
 
-// Retire forgets the queues of rules that have no limits any more, and passes on what
-// waits in them. Nothing waits in them afterwards, since their buckets limit nothing.
+// Retire removes the queues of rules that no longer have limits, and forwards the packets in them.
+// Afterwards they stay empty, since their buckets set no limit.
 func (o *Path) Retire() {
 	o.mu.Lock()
 	var gone []*ruleQueues
@@ -164,7 +162,7 @@ func (o *Path) Retire() {
 	}
 }
 
-// close drops what waits.
+// close drops the waiting packets.
 func (s *shaper) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

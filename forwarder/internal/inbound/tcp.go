@@ -2,14 +2,14 @@ package inbound
 
 // TCP flows of the inbound path, tracked by flags as nf_conntrack does
 // (net/netfilter/nf_conntrack_proto_tcp.c, the table tcp_conntracks), with
-// nf_conntrack_tcp_be_liberal on and nf_conntrack_tcp_loose off: what is out of window
-// passes, since the two ends check that themselves, but only a SYN begins a flow.
+// nf_conntrack_tcp_be_liberal on and nf_conntrack_tcp_loose off: out-of-window segments pass, since
+// the two ends check that themselves, but only a SYN begins a flow.
 //
-// A flow of the worker before whose handshake was under way goes on in mid-stream. It
-// is not ESTABLISHED before the sandbox has answered. LAST_ACK lasts until both ends of stream
-// are acknowledged, not until the next acknowledgement of anything: TIME_WAIT is short here, and
-// the last bytes may have to be sent again. SYNs from both sides are two
-// flows: the sandbox's own is judged as what it is (outside.answer).
+// A flow of the previous worker whose handshake was under way continues in mid-stream. It is not
+// ESTABLISHED before the sandbox has answered. LAST_ACK lasts until both ends of stream are
+// acknowledged, not until the next acknowledgement of anything: TIME_WAIT is short here, and the
+// last bytes may have to be sent again. SYNs from both sides are two flows: the sandbox's own is
+// judged as what it is (outside.answer).
 
 import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -17,16 +17,16 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// tcpTrack is what is known of one connection. Guarded by its flow's mu.
+// tcpTrack is the state of one connection. Guarded by its flow's mu.
 type tcpTrack struct {
 	state nat.State // None: in mid-stream and not answered yet
-	// ack is the highest acknowledgement each side has sent; acked whether it has.
+	// ack is the highest acknowledgement of each side; acked reports whether there is one.
 	ack   [2]uint32
 	acked [2]bool
-	// fin is where each side's stream ends, its FIN included; finned whether it does.
+	// fin is where each side's stream ends, its FIN included; finned reports whether it has ended.
 	fin    [2]uint32
 	finned [2]bool
-	// The last segment but for resets: whose, and where its data ended.
+	// The last segment other than a reset: its sender, and where its data ended.
 	lastDir nat.Dir
 	lastEnd uint32
 	last    bool
@@ -34,8 +34,8 @@ type tcpTrack struct {
 
 const tcpFlagsMask = header.TCPFlagFin | header.TCPFlagSyn | header.TCPFlagRst | header.TCPFlagAck
 
-// sane tells whether a segment's flags can be those of an honest sender: the
-// combinations that nf_conntrack takes as valid.
+// sane reports whether an honest sender can send a segment with these flags: the combinations that
+// nf_conntrack accepts.
 func sane(flags header.TCPFlags) bool {
 	switch flags & tcpFlagsMask {
 	case header.TCPFlagSyn, header.TCPFlagSyn | header.TCPFlagAck,
@@ -77,7 +77,7 @@ func (t *tcpTrack) see(d nat.Dir, flags header.TCPFlags, seq, ack, end uint32) (
 	return false
 }
 
-// syn is the client's.
+// syn handles the client's SYN.
 func (t *tcpTrack) syn() (reopened bool) {
 	if t.state == nat.None {
 		t.state = nat.SynSent
@@ -127,15 +127,15 @@ func (t *tcpTrack) acknowledge(d nat.Dir) {
 }
 
 // ended reports whether the other side has all of d's stream, as far as its end is known: the
-// worker before may have seen it.
+// previous worker may have seen it.
 func (t *tcpTrack) ended(d nat.Dir) bool {
 	return !t.finned[d] || t.acked[d^1] && int32(t.ack[d^1]-t.fin[d]) >= 0
 }
 
-// believes tells whether a reset ends the connection. One from the past does not; in
-// an established connection only one whose number is exactly what the other side
-// expects, or that follows its sender's last data: the other side answers any
-// other with a challenge (RFC 5961), and the connection goes on.
+// believes reports whether a reset ends the connection. One from the past does not. In an
+// established connection only a reset whose number is exactly the one that the other side expects,
+// or that follows its sender's last data, does: the other side answers any other with a challenge
+// (RFC 5961), and the connection continues.
 func (t *tcpTrack) believes(d nat.Dir, seq uint32) bool {
 	other := d ^ 1
 	if !t.acked[other] {
@@ -167,7 +167,7 @@ func (fl *inboundFlow) track(d nat.Dir, p *datum) (reopened bool) {
 	if flags&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
 		end++
 	}
-	fl.mu.Lock() // before the table's locks, so that its word and ours stay the same
+	fl.mu.Lock() // before the table's locks, so that its state and ours stay the same
 	defer fl.mu.Unlock()
 	before := fl.tcp.leaseState()
 	reopened = fl.tcp.see(d, flags, t.SequenceNumber(), t.AckNumber(), end)

@@ -38,7 +38,7 @@ type acceptor struct {
 	Plain, pressed listeners
 }
 
-// listeners accept for one family each.
+// listeners accepts connections for one family each.
 type listeners struct{ V4, v6 *tcp.Endpoint }
 
 func newAcceptor(t *Forwarder) (*acceptor, error) {
@@ -92,7 +92,7 @@ func (a *acceptor) listen(proto tcpip.NetworkProtocolNumber, buffer int64) (*tcp
 	return ep, nil
 }
 
-// offer has the stack answer syn, if it is well-formed.
+// offer makes the stack answer syn, if it is well-formed.
 func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) {
 	set := &a.Plain
 	if a.t.Gate.Memory.Pressed.Load() {
@@ -111,8 +111,8 @@ func (a *acceptor) offer(id stack.TransportEndpointID, syn *stack.PacketBuffer) 
 	netstack.HandleListen(l)
 }
 
-// NotifyEvent is the stack's word that a handshake is complete. It runs under the lock
-// of the endpoint concerned: it only queues.
+// NotifyEvent is called by the stack when a handshake is complete. It runs under the lock of the
+// endpoint concerned, so it only queues.
 func (a *acceptor) NotifyEvent(waiter.EventMask) { a.t.Engine.Put(&a.task) }
 
 // accept is a task.

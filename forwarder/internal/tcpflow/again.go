@@ -1,12 +1,12 @@
 package tcpflow
 
-// A SYN by the ports of a flow that there is.
+// Handles a SYN on the ports of an existing flow.
 //
 // A sandbox may use a port again as soon as its own kernel lets it: right behind the reset that
-// ended the connection before, or behind the last acknowledgement. The flow may not have come
-// that far, as the same batch brings both. The stack would answer the SYN for the endpoint
-// that ends, by a reset; so no SYN is queued at an endpoint, but for the handshake that it repeats.
-// The flow keeps it, and when the flow has ended it comes to HandleTCP like any other:
+// ended the connection before, or behind the last acknowledgement. The flow may not have ended yet,
+// since the same batch may bring both. The stack would answer the SYN with a reset for the ending
+// endpoint. So no SYN is queued at an endpoint, except one that repeats its handshake. The flow
+// keeps the SYN, which goes to HandleTCP like any other once the flow has ended:
 //
 //	dialing                     the attempt before is over: the dial goes on for the new one
 //	handshake not complete      what completes or resets it is on its way: the sandbox's kernel
@@ -33,7 +33,7 @@ import (
 // keptFor bounds how long a SYN is kept: its sender repeats it after a second (RFC 6298 section 2).
 const keptFor = time.Second
 
-// keptSYN is a SYN that waits for a flow of the same ports to end. Guarded by Forwarder.mu.
+// keptSYN is a SYN that waits for a flow on the same ports to end. Guarded by Forwarder.mu.
 type keptSYN struct {
 	pkt   *stack.PacketBuffer // nil: there is none
 	since time.Time
@@ -45,8 +45,8 @@ func isSYN(flags header.TCPFlags) bool {
 	return flags&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst) == header.TCPFlagSyn
 }
 
-// meetLocked takes the SYN of sequence number seq, which came while there is fl. It reports
-// whether fl is to look at it. t.mu is held.
+// meetLocked handles a SYN with sequence number seq that arrived while fl exists. It reports
+// whether fl must look at it. t.mu is held.
 func (t *Forwarder) meetLocked(fl *Flow, seq uint32, pkt *stack.PacketBuffer) bool {
 	now := t.Gate.Now()
 	fl.lastSYN = now
@@ -63,7 +63,7 @@ func (t *Forwarder) meetLocked(fl *Flow, seq uint32, pkt *stack.PacketBuffer) bo
 	return true
 }
 
-// takeKeptLocked takes what meetLocked kept, unless it is too old; nil if there is nothing.
+// takeKeptLocked returns the SYN that meetLocked kept, or nil if there is none or it is too old.
 func (t *Forwarder) takeKeptLocked(fl *Flow) *stack.PacketBuffer {
 	syn := fl.kept.pkt
 	fl.kept.pkt = nil
@@ -74,7 +74,7 @@ func (t *Forwarder) takeKeptLocked(fl *Flow) *stack.PacketBuffer {
 	return syn
 }
 
-// lookAgain has the flow make way for the connection whose SYN it keeps. It is a task.
+// lookAgain makes the flow give way to the connection whose SYN it keeps. It is a task.
 func (fl *Flow) lookAgain() {
 	t := fl.T
 	fl.Mu.Lock()
@@ -106,15 +106,15 @@ func (fl *Flow) lookAgain() {
 	}
 }
 
-// begin lets in a SYN whose tuple is free by now.
+// begin admits a SYN whose tuple is free by now.
 func (t *Forwarder) begin(id stack.TransportEndpointID, syn *stack.PacketBuffer) {
 	if !t.HandleTCP(id, syn) {
 		t.queue.HandleUnknownDestinationPacket(id, syn)
 	}
 }
 
-// asks reports whether a segment for ep is a SYN of another connection by the same ports, and
-// has dealt with it then.
+// asks reports whether a segment for ep is the SYN of another connection on the same ports; if so,
+// it has handled it.
 func (t *Forwarder) asks(fl *Flow, ep stack.TransportEndpoint, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	if !isSYN(h.Flags()) {

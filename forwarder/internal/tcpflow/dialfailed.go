@@ -10,15 +10,15 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// tellFailed tells the log of dials that keep failing, and of what came of the last one. It is
-// no warning: the sandbox is told of each, and can have them fail at will.
+// tellFailed logs dials that keep failing, with the result of the last one. It is not a warning:
+// the sandbox is told of each failure, and can cause them at will.
 func (t *Forwarder) tellFailed(to netip.AddrPort, err error) {
 	if n, tell := t.failures.Note(repeatedly, t.Gate.Now()); tell {
 		t.Log.Info(fmt.Sprintf("connections fail, %d within a minute, the last one to %v: %v (`sluice flows --ended` lists them)", n, to, err))
 	}
 }
 
-// dialReason counts a failed dial, and is why the flow ends.
+// dialReason counts a failed dial and returns why the flow ends.
 func (fl *Flow) dialReason(err error) nat.Reason {
 	t := fl.T
 	switch ErrnoOf(err) {
@@ -30,7 +30,7 @@ func (fl *Flow) dialReason(err error) nat.Reason {
 		return nat.ReasonTimeout
 	}
 	if reason := hostsock.Shortage(ErrnoOf(err)); reason != "" {
-		// It may pass: the sandbox's next SYN tries again.
+		// It may be temporary: the sandbox's next SYN tries again.
 		t.dialDescriptors.Add(1)
 		return reason
 	}

@@ -10,9 +10,9 @@ package tcpflow
 //	resetting      bytes not acked       reset                 likewise
 //	closed         gone                  gone                  nobody
 //
-// Locks: up.mu and down.mu are held by the pumps while they run, in that order
-// by whoever needs both; mu guards the fields below it, and under it only the
-// forwarder's mu may be taken. None is taken by a waiter callback, which runs under the endpoint's own lock.
+// Locks: the pumps hold up.mu and down.mu while they run; code that needs both takes them in that
+// order. mu guards the fields below it, and under it only the forwarder's mu may be taken. A waiter
+// callback takes none of them, because it runs under the endpoint's own lock.
 
 import (
 	"container/list"
@@ -54,13 +54,13 @@ const (
 
 type Flow struct {
 	admit.Pass
-	number  uint64 // of this flow and of no other
+	number  uint64 // unique to this flow
 	T       *Forwarder
 	id      stack.TransportEndpointID // Remote is the sandbox
-	check   *check                    // nil: the first bytes are nobody's business
+	check   *check                    // nil: the first bytes are not checked
 	hops    packet.Meta               // for the dial; ttl 0: the host's default
 	ingress bool                      // dialled by a client of a published port
-	caller  *Caller                   // who that is
+	caller  *Caller                   // that client
 	local   bool                      // served by ourselves: DNS over TCP
 	Irs     uint32                    // written before the handshake, under t.mu once indexed
 	kept    keptSYN                   // again.go
@@ -84,7 +84,7 @@ type Flow struct {
 	early      atomic.Bool   // the far side spoke before the flow was live
 	connecting atomic.Bool   // the stack's side is being connected (ingress)
 	Live       atomic.Bool   // both sides are connected: the pumps may run
-	broken     atomic.Uint32 // the error by which the host's kernel takes nothing more (brokenUp)
+	broken     atomic.Uint32 // the error after which the host's kernel accepts nothing more (brokenUp)
 	tail       atomic.Bool   // the sandbox has yet to take what is left (awaitTail)
 
 	halfOpen, Dialing *list.Element // guarded by t.mu
@@ -103,7 +103,7 @@ type Flow struct {
 	lost            nat.Reason // set with phaseResetting
 }
 
-// pump is one direction's state. Whoever moves bytes holds mu.
+// pump is one direction's state. The goroutine that moves bytes holds mu.
 type pump struct {
 	Mu    sync.Mutex
 	Again atomic.Bool // asked to run while running
@@ -112,10 +112,10 @@ type pump struct {
 	counted uint64 // segments charged to the flow so far; guarded by mu
 }
 
-// events are what the flow wants to hear of its endpoint.
+// events are the endpoint events that the flow wants.
 const events = waiter.ReadableEvents | waiter.WritableEvents | waiter.EventHUp | waiter.EventErr | waiter.EventRdHUp
 
-// prepare sets up what events queue.
+// prepare sets up the tasks that events queue.
 func (fl *Flow) prepare() {
 	fl.UpTask.Run = fl.pumpUp
 	fl.DownTask.Run = fl.pumpDown
@@ -148,21 +148,21 @@ func (fl *Flow) start(ep tcpip.Endpoint) {
 	if !registered {
 		fl.wq.EventRegister(&fl.entry)
 	}
-	// What happened before the registration was told to nobody.
+	// Events before the registration were lost.
 	fl.T.Engine.Put(&fl.UpTask)
 	if fl.early.Load() {
 		fl.T.Engine.Put(&fl.DownTask)
 	}
 }
 
-// openLocked lets the pumps run, which nothing tells to yet. mu is held.
+// openLocked lets the pumps run, before any event can start them. mu is held.
 func (fl *Flow) openLocked() error {
 	fl.Phase = PhaseOpen
 	fl.Live.Store(true)
 	return fl.watchLocked()
 }
 
-// watchLocked has the poller tell of the host socket. mu is held.
+// watchLocked makes the poller watch the host socket. mu is held.
 func (fl *Flow) watchLocked() (err error) {
 	if fl.tok == (engine.PollToken{}) {
 		fl.tok, err = fl.T.Engine.Poll.Add(fl.FD, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP, fl)
@@ -170,8 +170,7 @@ func (fl *Flow) watchLocked() (err error) {
 	return err
 }
 
-// NotifyEvent is the stack's word on the endpoint. It runs under the endpoint's
-// lock: it only queues.
+// NotifyEvent reports events of the endpoint. It runs under the endpoint's lock, so it only queues.
 func (fl *Flow) NotifyEvent(mask waiter.EventMask) {
 	if mask&(waiter.ReadableEvents|waiter.EventRdHUp) != 0 && !fl.want(wantUp) {
 		fl.T.Engine.Put(&fl.UpTask)
@@ -184,8 +183,8 @@ func (fl *Flow) NotifyEvent(mask waiter.EventMask) {
 	}
 }
 
-// PollReady is the kernel's word on the host socket. What it says of the socket's
-// end is kept whatever the phase, as an edge comes only once.
+// PollReady reports events of the host socket. Those about the socket's end are kept in any phase,
+// as an edge comes only once.
 func (fl *Flow) PollReady(events uint32) {
 	if ended := events & (unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR); ended != 0 {
 		fl.hostEvents.Or(ended)
@@ -247,8 +246,8 @@ func (fl *Flow) settle() {
 		ep.Close()
 		fl.settleTail(ep.(*tcp.Endpoint), PhaseClosing)
 	case ph == PhaseOpen && fl.Up.Done.Load() && over(ep):
-		// Nobody reads from it any more who would find out. The far side did not end its
-		// stream, so the sandbox has reset the connection, or is gone.
+		// No reader is left to find out. The far side did not end its stream, so the sandbox has
+		// reset the connection, or is gone.
 		fl.Abort(lostSandbox(ep))
 	case ph == PhaseOpen:
 		// The endpoint failed or was reset while data may still be moving: the
@@ -265,7 +264,7 @@ func (fl *Flow) settle() {
 	}
 }
 
-// connected looks at how the connection into the sandbox has ended, if it has.
+// connected checks how the connection into the sandbox has ended, if it has.
 func (fl *Flow) connected(ep tcpip.Endpoint) {
 	switch state := netstack.EndpointState(ep); {
 	case state == tcp.StateEstablished || state == tcp.StateCloseWait:
@@ -307,8 +306,8 @@ func (fl *Flow) Abort(reason nat.Reason) {
 	fl.abortLocked(reason)
 }
 
-// abortDial is abort for those who look at the dial only, which may succeed at
-// the same moment: it tells whether it came in time.
+// abortDial is abort for callers that only watch the dial, which may succeed at the same moment: it
+// reports whether it came in time.
 func (fl *Flow) abortDial(reason nat.Reason) bool {
 	fl.Mu.Lock()
 	if fl.Phase != phaseDialing {
@@ -328,7 +327,7 @@ func (fl *Flow) abortLocked(reason nat.Reason) {
 	}
 	fl.Phase = PhaseClosed
 	if fl.Revoked.Load() {
-		reason = nat.ReasonPolicy // whatever it was that halting has caused
+		reason = nat.ReasonPolicy // whatever error the halt has caused
 	}
 	reset := fl.resetOnComplete && reason != nat.ReasonPolicy
 	fl.Syn = nil
@@ -419,7 +418,7 @@ func (fl *Flow) closeHost(reset bool) {
 	}
 }
 
-// bury has the tuple of the host socket rest (admit/tombs.go), once it has one.
+// bury makes the host socket's tuple rest (admit/tombs.go), once it has one.
 func (fl *Flow) bury(fd int) {
 	if !fl.ingress {
 		fl.T.Gate.BurySocket(fd, fl.Verdict().Contact())
@@ -448,5 +447,5 @@ func ErrnoOf(err error) unix.Errno {
 	return errno
 }
 
-// Delivers reports whether the sandbox has not taken all yet of a flow that both have closed.
+// Delivers reports whether the sandbox has yet to take bytes of a flow that both sides have closed.
 func (fl *Flow) Delivers() bool { return fl.in(PhaseClosing) }

@@ -3,9 +3,9 @@ package tcpflow
 // Connections that clients of published ports make to the sandbox's own address, through the
 // stack.
 //
-// A flow is known by what its client knows: its own address and port, and those of the
-// host that it came to. Several of the latter may lead to one port inside, so the port
-// that the client has inside is another one when its own is taken there.
+// A flow is identified as its client sees it: by the client's address and port, and those of the
+// host that it connected to. Several of the latter may lead to one port inside, so if the client's
+// port is taken there, it gets another one inside.
 
 import (
 	"net/netip"
@@ -27,11 +27,11 @@ import (
 type Caller struct {
 	From netip.AddrPort
 	Host netip.AddrPort // what it connected to
-	// Next takes the connection, if the sandbox refuses it, by another way; nil if there is none.
+	// Next tries another way if the sandbox refuses the connection; nil if there is none.
 	Next func(fd int)
 }
 
-// Tuple is the connection as the client knows it.
+// Tuple returns the connection's tuple as the client knows it.
 func (c *Caller) Tuple() nat.Tuple { return nat.NewTuple(unix.IPPROTO_TCP, c.From, c.Host) }
 
 // FromHost makes the connection of c on the sandbox's link. It owns fd.
@@ -67,7 +67,7 @@ func (t *Forwarder) FromHost(fd int, c Caller, j admit.Judged) {
 	fl.Abort(nat.ErrNoPort)
 }
 
-// refusedInside tries the next way for a client that the sandbox has refused.
+// refusedInside tries the next way for a client that the sandbox refused.
 func (fl *Flow) refusedInside(ep tcpip.Endpoint) {
 	reason := nat.ReasonRefusedBySandbox
 	_, refused := ep.LastError().(*tcpip.ErrConnectionRefused)
@@ -113,8 +113,8 @@ func (t *Forwarder) indexCaller(fl *Flow, port uint16) (abort nat.Reason) {
 	return ""
 }
 
-// connectGuest starts the connection inside the stack, from the client's address and port;
-// settle learns how it ends. After nat.ErrNoPort another port may be tried.
+// connectGuest starts the connection inside the stack, from the client's address and port; settle
+// learns how it ends. After nat.ErrNoPort the caller may try another port.
 func (fl *Flow) connectGuest(port uint16) (abort nat.Reason) {
 	if abort := fl.T.indexCaller(fl, port); abort != "" {
 		return abort

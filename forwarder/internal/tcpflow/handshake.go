@@ -64,19 +64,19 @@ const (
 	HandshakeTimeout = 10 * time.Second
 	// synRead is by when the stack has taken in a SYN that was given to it.
 	synRead = time.Second
-	// SynSlack is how much later than after another doubling the next SYN may come
-	// before its sender is taken to have given up.
+	// SynSlack is how much later than a doubled interval the next SYN may arrive before its sender
+	// counts as having given up.
 	SynSlack = 4 * time.Second
 	// StackTimeWait is how long an endpoint object outlives its tuple.
 	StackTimeWait = 20 * time.Millisecond
-	// repeatedly is how many dials must fail within seldom.Every to be told of.
+	// repeatedly is how many dials must fail within seldom.Every to be logged.
 	repeatedly = 3
-	// tracerouteTTL is the largest hop limit that is taken to be meant: a SYN
-	// with at most this many hops left is dialled with one less.
+	// tracerouteTTL is the largest hop limit that is taken as deliberate: a SYN with at most this
+	// many hops left is dialled with one less.
 	tracerouteTTL = 30
 )
 
-// Config are what the TCP flows share with the rest of the forwarder.
+// Config is what the TCP flows share with the rest of the forwarder.
 type Config struct {
 	Gate     *admit.Gate
 	Engine   *engine.Engine
@@ -164,9 +164,8 @@ func New(parts Config, queue *Queue, batched bool) (*Forwarder, error) {
 	return t, err
 }
 
-// HandleTCP receives each segment that belongs to no endpoint. It runs on the
-// device's goroutine. The result tells the stack that the segment is dealt
-// with; false makes it answer with RST.
+// HandleTCP receives each segment that belongs to no endpoint. It runs on the device's goroutine.
+// It returns true if the segment is handled; false makes the stack answer with RST.
 func (t *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	h := header.TCP(pkt.TransportHeader().Slice())
 	switch flags := h.Flags(); {
@@ -247,8 +246,8 @@ func (t *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	return true
 }
 
-// index makes a flow that has entered findable by its segments. It fails when no flow may
-// begin any more, or this one has ended already.
+// index makes an admitted flow findable by its segments. It fails if no flow may begin any more, or
+// if this one has ended already.
 func (t *Forwarder) index(fl *Flow) bool {
 	t.Mu.Lock()
 	if t.closed {
@@ -260,7 +259,7 @@ func (t *Forwarder) index(fl *Flow) bool {
 	return t.indexed(fl)
 }
 
-// indexed reports whether fl, which was put into the index, is still to be there.
+// indexed reports whether fl, which was put into the index, still belongs there.
 func (t *Forwarder) indexed(fl *Flow) bool {
 	if fl.Lease.Ended() {
 		// Who ended it may have looked for it before it was here.
@@ -305,10 +304,10 @@ func (fl *Flow) dialReady() {
 	}
 }
 
-// errNotDialing says that nobody waits for the result of the dial any more.
+// errNotDialing means that the result of the dial is no longer wanted.
 var errNotDialing = errors.New("not dialling")
 
-// dialResult is what became of the dial that the flow is waiting for.
+// dialResult returns the result of the dial that the flow is waiting for.
 func (fl *Flow) dialResult() error {
 	// Under mu, as closeHost gives the descriptor back to the kernel after it.
 	fl.Mu.Lock()
@@ -326,7 +325,7 @@ func (fl *Flow) dialResult() error {
 	return err
 }
 
-// answer lets the sandbox's side be completed.
+// answer lets the sandbox's side complete its handshake.
 func (fl *Flow) answer() {
 	t := fl.T
 	fl.Mu.Lock()
@@ -349,7 +348,7 @@ func (fl *Flow) answer() {
 	}
 }
 
-// dialFailed tells the sandbox what the far side's network said.
+// dialFailed passes the far side's network error on to the sandbox.
 func (fl *Flow) dialFailed(err error) {
 	t := fl.T
 	reason := fl.dialReason(err)
@@ -431,14 +430,14 @@ func (t *Forwarder) serveLocal(fl *Flow, c *gonet.TCPConn) {
 	fl.Abort(nat.ReasonClosed)
 }
 
-// All returns the flows of the moment.
+// All returns the current flows.
 func (t *Forwarder) All() []*Flow {
 	t.Mu.Lock()
 	defer t.Mu.Unlock()
 	return slices.Collect(maps.Values(t.Flows))
 }
 
-// unindex removes fl from the index, if it is still the tuple's flow, and lets in who waits
+// unindex removes fl from the index, if it is still the tuple's flow, and admits a SYN that waits
 // for the tuple.
 func (t *Forwarder) unindex(fl *Flow) {
 	t.Mu.Lock()
@@ -454,8 +453,8 @@ func (t *Forwarder) unindex(fl *Flow) {
 	}
 }
 
-// forget gives back what fl has beside its sockets and its lease, which is released by then:
-// a flow may begin by the same ports.
+// forget releases what fl has besides its sockets and its lease, which is released by then: a flow
+// may begin on the same ports.
 func (t *Forwarder) forget(fl *Flow) {
 	t.Mu.Lock()
 	t.leaveDialLocked(fl)

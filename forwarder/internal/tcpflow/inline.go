@@ -2,20 +2,19 @@ package tcpflow
 
 // TCP's way past the stack's goroutines.
 //
-// In the stack a segment goes from the device's reader to a goroutine that
-// processes it, and from there to one that moves the bytes on: two hand-overs
-// between threads, each of them dearer than the work itself. Here the reader does
-// all of it. Segments of established flows are queued at their endpoints while the
-// batch is read; at its end each endpoint concerned is processed, and what its
-// waiter asks for is done, on the same goroutine:
+// In the stack a segment goes from the device's reader to a goroutine that processes it, and from
+// there to one that moves the bytes on: two hand-overs between threads, each more expensive than
+// the work itself. Here the reader does all of it. Segments of established flows are queued at
+// their endpoints while the batch is read; at its end each endpoint concerned is processed, and
+// what its waiter asks for is done, on the same goroutine:
 //
 //	read ─► queue at ep … read ─► queue at ep ─► end of batch ─► HandleConnected ─► pumps
 //
-// The stack leaves the processing of an endpoint that a user holds to that user.
-// The reader therefore takes the endpoint as a user does when it queues the first
-// segment (the mark stays when the lock is let go), and gives it back properly at the
-// end, which wakes the stack's own goroutine if anything is left. Whoever takes the
-// endpoint meanwhile takes the mark with it, and all of this ends as in the stack.
+// The stack leaves the processing of an endpoint that a user holds to that user. The reader
+// therefore takes the endpoint as a user does when it queues the first segment (the mark stays when
+// the lock is let go), and gives it back properly at the end, which wakes the stack's own goroutine
+// if anything is left. Another goroutine that takes the endpoint meanwhile takes over the mark, and
+// processing continues as in the stack.
 
 import (
 	"sync"
@@ -44,9 +43,8 @@ type batched struct {
 	ep *tcp.Endpoint
 }
 
-// PassTCP tells whether pkt, whose data begin with the IP header and which the
-// filter has let through, was a plain segment of an established flow, and is
-// dealt with.
+// PassTCP reports whether pkt, which starts with the IP header and has passed the filter, was a
+// plain segment of an established flow. If so, it has handled pkt.
 func (t *Forwarder) PassTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
 	in := &t.Inline
 	if !in.batched {
@@ -100,7 +98,7 @@ func (t *Forwarder) PassTCP(proto tcpip.NetworkProtocolNumber, pkt *stack.Packet
 	return true
 }
 
-// enter notes that fl has segments in this batch.
+// enter records that fl has segments in this batch.
 func (in *inlineTCP) enter(fl *Flow, ep *tcp.Endpoint) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -114,8 +112,7 @@ func (in *inlineTCP) enter(fl *Flow, ep *tcp.Endpoint) {
 	in.flows = append(in.flows, batched{fl, ep})
 }
 
-// Flush processes what the batch has queued. Of several readers each may Flush
-// what another has queued.
+// Flush processes the queued batch. Each of several readers may Flush what another has queued.
 func (in *inlineTCP) Flush() {
 	in.mu.Lock()
 	if len(in.flows) == 0 {
@@ -170,7 +167,7 @@ const (
 	wantDown
 )
 
-// want leaves work to the reader if that is in process, and tells whether it did.
+// want leaves work to the reader if it is in process, and reports whether it did.
 func (fl *Flow) want(what uint32) bool {
 	if !fl.inlined.Load() {
 		return false

@@ -59,7 +59,7 @@ func NewProtocol(q *Queue) stack.TransportProtocolFactory {
 	}
 }
 
-// settleMemory charges anew what ep holds after segments were processed.
+// settleMemory updates the charge for ep after segments were processed.
 func (fl *Flow) settleMemory(ep *tcp.Endpoint) {
 	if fl.local {
 		return // see HoldStream
@@ -75,8 +75,8 @@ func (fl *Flow) settleMemory(ep *tcp.Endpoint) {
 	}
 }
 
-// TallyAll charges all flows anew. What an endpoint's own goroutine in the stack processed is
-// seen by nobody else until the flow moves again.
+// TallyAll updates the charges of all flows. Segments that an endpoint's own goroutine in the stack
+// processes are otherwise not counted until the flow moves again.
 func (t *Forwarder) TallyAll() {
 	for _, fl := range t.All() {
 		fl.Mu.Lock()

@@ -66,9 +66,8 @@ func (d *discard) Write(p []byte) (int, error) {
 	return n, errFull
 }
 
-// pumpUp moves what the sandbox sent, and pumpDown what the far side sent. Several
-// goroutines may call them: whoever comes second leaves a note, and the first goes
-// round again.
+// pumpUp moves bytes from the sandbox, and pumpDown bytes from the far side. Several goroutines may
+// call them: the second leaves a note, and the first goes round again.
 func (fl *Flow) pumpUp() { fl.run(&fl.Up, (*Flow).runUp) }
 
 func (fl *Flow) pumpDown() { fl.run(&fl.Down, (*Flow).runDown) }
@@ -89,7 +88,7 @@ func (fl *Flow) run(p *pump, once func(*Flow) (abort nat.Reason)) {
 	}
 }
 
-// runUp returns a reason when the flow has to be aborted.
+// runUp returns a reason if the flow must be aborted.
 func (fl *Flow) runUp() (abort nat.Reason) {
 	if !fl.Live.Load() || fl.Up.Done.Load() || fl.FD < 0 {
 		return fl.check.beforeOpen()
@@ -198,7 +197,7 @@ func (fl *Flow) upEOF() (abort nat.Reason) {
 	return ""
 }
 
-// runDown returns a reason when the flow has to be aborted.
+// runDown returns a reason if the flow must be aborted.
 func (fl *Flow) runDown() (abort nat.Reason) {
 	if !fl.Live.Load() || fl.FD < 0 {
 		return ""
@@ -279,9 +278,9 @@ func (fl *Flow) runDown() (abort nat.Reason) {
 	}
 }
 
-// downSize is how much of what is queued one write hands to the stack. A write that is
-// no multiple of what the stack sends in one packet ends in a small packet, which costs
-// the sandbox as much as a large one.
+// downSize is how much of the queued data one write hands to the stack. If a write is not a
+// multiple of the stack's packet payload, it ends in a small packet, which costs the sandbox as
+// much as a large one.
 func (t *Forwarder) downSize(queued int) int {
 	n := min(queued, gate.Chunk)
 	if n > t.gsoPayload {
@@ -290,8 +289,7 @@ func (t *Forwarder) downSize(queued int) int {
 	return n
 }
 
-// probeHost finds out what a hang-up or error event meant, now that nothing is
-// queued.
+// probeHost finds out the meaning of a hang-up or error event, now that nothing is queued.
 func (fl *Flow) probeHost() (again bool, abort nat.Reason) {
 	var b [1]byte
 	n, errno := recvPeek(fl.FD, b[:])
@@ -318,7 +316,7 @@ func (fl *Flow) probeHost() (again bool, abort nat.Reason) {
 	return false, ""
 }
 
-// halfClosed notes that one more end of stream was passed on.
+// halfClosed records that one more end of stream was passed on.
 func (fl *Flow) halfClosed() {
 	fl.Lease.SetState(nat.CloseWait)
 	fl.T.Engine.Put(&fl.settling)
@@ -344,13 +342,13 @@ func (fl *Flow) UnlockDown() { fl.unlock(&fl.Down, &fl.DownTask) }
 func (fl *Flow) unlock(p *pump, t *engine.Task) {
 	p.Mu.Unlock()
 	if p.Again.Load() {
-		// The pump was called meanwhile, found its lock taken, and left it to the holder
-		// to go round again.
+		// The pump was called meanwhile, found its lock taken, and left it to the holder to go
+		// round again.
 		fl.T.Engine.Put(t)
 	}
 }
 
-// tallyDown is the same for segments to the sandbox. The caller holds down.mu.
+// tallyDown does the same for segments to the sandbox. The caller holds down.mu.
 func (fl *Flow) tallyDown(payload int) {
 	fl.tally(fl.dirUp()^1, fl.Down.tallied(&fl.Counts.SegmentsSent), payload)
 }
@@ -370,7 +368,7 @@ func (p *pump) tallied(c *tcpip.StatCounter) int {
 	return int(n)
 }
 
-// dirUp is the direction of what comes from the sandbox.
+// dirUp is the direction from the sandbox.
 func (fl *Flow) dirUp() nat.Dir {
 	if fl.ingress {
 		return nat.Reply
@@ -385,7 +383,7 @@ func Overhead(v4 bool) int {
 	return tcpOverhead6
 }
 
-// SegmentsOf is how many segments of at most 64 KiB carry n bytes.
+// SegmentsOf returns how many segments of at most 64 KiB carry n bytes.
 func SegmentsOf(n int) int { return (n + 65535) / 65536 }
 
 // hostReader is the payload of one write to the stack: exactly left bytes that
@@ -427,8 +425,7 @@ func (r *hostReader) Read(p []byte) (int, error) {
 	}
 }
 
-// The calls below are on non-blocking sockets and return at once, so they are
-// made without telling the scheduler.
+// The calls below are on non-blocking sockets and return at once, so they bypass the scheduler.
 
 func writev(fd int, iov []unix.Iovec) (int, unix.Errno) {
 	n, _, errno := syscall.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(&iov[0])), uintptr(len(iov)))

@@ -1,6 +1,6 @@
 package tcpflow
 
-// What is left of a connection when both of its ends were told, and what keeps a silent one.
+// The rest of a connection after both ends were told, and the liveness of a silent one.
 //
 // The host's kernel sends on what a closed socket of ours has not sent yet. Towards the
 // sandbox the stack does so, and the flow stays until it has:
@@ -40,8 +40,8 @@ func (fl *Flow) fail(reason nat.Reason) {
 	fl.T.Engine.Put(&fl.settling)
 }
 
-// brokenUp notes that the host's kernel takes nothing more. What it has received is there to
-// be read all the same, and the reset that it stands for is passed on behind it.
+// brokenUp records that the host's kernel accepts nothing more. Data that it received can still be
+// read, and the reset behind it is passed on.
 func (fl *Flow) brokenUp(errno unix.Errno) (abort nat.Reason) {
 	fl.broken.Store(uint32(errno))
 	fl.hostEvents.Or(unix.EPOLLERR)
@@ -112,9 +112,9 @@ func (fl *Flow) settleTail(ep *tcp.Endpoint, ph Phase) {
 	}
 }
 
-// awaitTail reports whether the sandbox has taken every byte that ep had for it. If it has
-// not, settle runs again at the next acknowledgement: netstack tells when less than half of the
-// send buffer is used that was more. Under the endpoint's lock none is being processed.
+// awaitTail reports whether the sandbox has taken every byte that ep had for it. If it has not,
+// settle runs again at an acknowledgement: netstack notifies when the use of the send buffer falls
+// below half. No acknowledgement is processed while the endpoint's lock is held.
 func (fl *Flow) awaitTail(ep *tcp.Endpoint) bool {
 	ep.LockUser()
 	queued := netstack.SendQueued(ep)
@@ -126,7 +126,7 @@ func (fl *Flow) awaitTail(ep *tcp.Endpoint) bool {
 	return queued == 0
 }
 
-// pending tells the flow table whether the flow is more than silent (nat.Spec.Pending).
+// pending reports to the flow table whether the flow is more than silent (nat.Spec.Pending).
 func (fl *Flow) pending() bool {
 	fl.Mu.Lock()
 	ep, _ := fl.Ep.(*tcp.Endpoint)
@@ -158,7 +158,7 @@ func StackHolds(ep *tcp.Endpoint) bool {
 	return false
 }
 
-// HostHolds is the same for a host socket; an end of stream counts as a byte.
+// HostHolds does the same for a host socket; an end of stream counts as a byte.
 func HostHolds(fd int) bool {
 	in, _ := Siocinq(fd)
 	if in > 0 {

@@ -1,8 +1,7 @@
 package tcpflow
 
-// TCP flows that wait for somebody: dials for the far side, handshakes for the
-// sandbox. Both are bounded in number and time; the forwarder's timer looks after
-// them while there are any.
+// TCP flows that wait: dials for the far side, handshakes for the sandbox. Both are bounded in
+// number and time; the forwarder's timer looks after them while there are any.
 
 import (
 	"errors"
@@ -15,11 +14,11 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// errNoAnswer is what became of a dial that the sandbox has stopped asking for.
+// errNoAnswer is the result of a dial that the sandbox has stopped asking for.
 var errNoAnswer = errors.New("no answer until the sandbox gave up")
 
-// enterDial has the timer look at fl until leaveDialLocked. It is called while
-// nobody else can end the dial or learn of its success.
+// enterDial puts fl under the timer until leaveDialLocked. It is called while nothing else can end
+// the dial or learn of its success.
 func (t *Forwarder) enterDial(fl *Flow) {
 	t.Mu.Lock()
 	fl.Dialing = t.Dials.PushBack(fl)
@@ -35,8 +34,8 @@ func (t *Forwarder) leaveDialLocked(fl *Flow) {
 	}
 }
 
-// ExpireDials ends the dials whose sandbox has stopped asking, and tells whether
-// there are others. Called by Forwarder's timer.
+// ExpireDials ends the dials whose sandbox has stopped asking, and reports whether there are
+// others. The Forwarder's timer calls it.
 //
 // Retransmissions of a SYN come at intervals that double at most (RFC 6298
 // section 5.5), so the next is due before as much time again has passed as since
@@ -98,8 +97,8 @@ func (t *Forwarder) leaveHandshake(fl *Flow) {
 	t.Mu.Unlock()
 }
 
-// endHandshake has the stack forget the handshake, by delivering the reset that the
-// sandbox did not send. The stack has no other way to end one from outside.
+// endHandshake makes the stack drop the handshake by delivering the reset that the sandbox did not
+// send. The stack offers no other way.
 func (t *Forwarder) endHandshake(fl *Flow) {
 	t.leaveHandshake(fl)
 	t.inject(fl.id, header.TCPFlagRst, fl.Irs+1)
