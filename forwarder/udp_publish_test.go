@@ -15,6 +15,12 @@ import (
 // publishUDP publishes a host port that leads to the sandbox's port 80.
 func publishUDP(w *wire, listen string, guest netip.Addr) hostsock.Listener {
 	w.t.Helper()
+	return publishUDPBoth(w, listen, guest, netip.Addr{})
+}
+
+// publishUDPBoth publishes a host port that leads to port 80 of guest, or of other.
+func publishUDPBoth(w *wire, listen string, guest, other netip.Addr) hostsock.Listener {
+	w.t.Helper()
 	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
 	if err != nil {
 		w.t.Fatal(err)
@@ -22,6 +28,9 @@ func publishUDP(w *wire, listen string, guest netip.Addr) hostsock.Listener {
 	defer c.Close()
 	fd := dupFD(w.t, c)
 	l := hostsock.Listener{Proto: unix.IPPROTO_UDP, FD: fd, Host: c.LocalAddr().(*net.UDPAddr).AddrPort(), Guest: at(guest, 80)}
+	if other.IsValid() {
+		l.Other = at(other, 80)
+	}
 	if err := w.f.Publish(l); err != nil {
 		w.t.Fatal(err)
 	}
@@ -85,6 +94,71 @@ func TestUDPPublishedPortShowsTheClientAndAnswersFromWhereItAsked(t *testing.T) 
 			fl := flows[0]
 			if !fl.Ingress || fl.Orig != nat.NewTuple(17, srvAddr(client), to) || fl.OrigPackets != 2 || fl.ReplyPackets != 2 {
 				t.Errorf("flow %+v", fl)
+			}
+		})
+	}
+}
+
+func TestUDPPublishedPortFindsAServerOfTheOtherFamily(t *testing.T) {
+	for _, c := range []struct {
+		what, listen string
+		guest, other netip.Addr
+		gateway      netip.Addr // of other
+	}{
+		{"from IPv4 to IPv6", "127.0.0.1:0", guest4, guest6, gateway6},
+		{"from IPv6 to IPv4", "[::1]:0", guest6, guest4, gateway4},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			w := newWire(t, allowAll, nil)
+			l := publishUDPBoth(w, c.listen, c.guest, c.other)
+			client := udpServer(t, at(l.Host.Addr(), 0).String())
+			refuse := func() {
+				_, _, _, p := w.recvUDP()
+				typ, code := uint8(3), uint8(3)
+				if p.dst.Is6() {
+					typ, code = 1, 4
+				}
+				w.send(icmpError(p.dst, p.src, typ, code, p, true))
+			}
+			ask := func(q string) {
+				t.Helper()
+				if _, err := client.WriteToUDPAddrPort([]byte(q), l.Host); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ask("question")
+			refuse()
+			src, dst, payload, _ := w.recvUDP()
+			if dst != at(c.other, 80) || src.Addr() != c.gateway || string(payload) != "question" {
+				t.Fatalf("after the refusal the sandbox got %q from %s to %s", payload, src, dst)
+			}
+			w.send(udpPacket(dst, src, []byte("answer")))
+			if got, from := read(t, client); string(got) != "answer" || from != l.Host {
+				t.Fatalf("the client got %q from %s", got, from)
+			}
+			ask("again")
+			if _, dst, _, _ := w.recvUDP(); dst != at(c.other, 80) {
+				t.Errorf("the flow's next datagram went to %s", dst)
+			}
+			if n := w.table.Len(); n != 1 {
+				t.Errorf("%d flows, expected one", n)
+			}
+			client.Close()
+			client = udpServer(t, at(l.Host.Addr(), 0).String())
+			ask("another")
+			if _, dst, _, _ := w.recvUDP(); dst != at(c.other, 80) {
+				t.Errorf("the next client's datagram went to %s first", dst)
+			}
+
+			// Refused at both, a datagram is tried once at each, and its flow is over.
+			client.Close()
+			client = udpServer(t, at(l.Host.Addr(), 0).String())
+			ask("to nobody")
+			refuse()
+			refuse()
+			w.silent("a datagram that both families refused")
+			if n := w.table.Len(); n != 2 {
+				t.Errorf("%d flows, expected those of the two clients before", n)
 			}
 		})
 	}

@@ -40,10 +40,11 @@ func newIngressCounters(s *count.Set) ingressCounters {
 
 // publishedUDP is one listener.
 type publishedUDP struct {
-	u     *udpForwarder
-	host  netip.AddrPort
-	guest netip.AddrPort
-	sock  *hostSocket
+	u      *udpForwarder
+	host   netip.AddrPort
+	guests [2]netip.AddrPort // where it leads; the second, of the other family, may be invalid
+	first  atomic.Uint32     // which of guests a new flow goes to
+	sock   *hostSocket
 }
 
 // Publish takes over the descriptor of l if it returns nil.
@@ -59,7 +60,7 @@ func (d *Forwarder) Publish(l hostsock.Listener) error {
 	}
 	// As in the dialer: without it, datagrams come one by one.
 	_ = unix.SetsockoptInt(l.FD, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
-	p := &publishedUDP{u: u, host: l.Host, guest: l.Guest}
+	p := &publishedUDP{u: u, host: l.Host, guests: [2]netip.AddrPort{l.Guest, l.Other}}
 	u.Mu.Lock()
 	defer u.Mu.Unlock()
 	if u.closed {
@@ -67,7 +68,7 @@ func (d *Forwarder) Publish(l hostsock.Listener) error {
 	}
 	p.sock = u.newHostSocket(l.FD, packet.ProtoUDP, func(fd int) { unix.Close(fd) })
 	p.sock.shared = true
-	p.sock.client = p.client
+	p.sock.port = p
 	if err := p.sock.start(); err != nil {
 		return err
 	}
@@ -99,23 +100,31 @@ func (d *Forwarder) Unpublish(l hostsock.Listener) {
 
 // client begins a flow for a datagram to local from an address that has none.
 func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *Flow {
+	p.u.openMu.Lock()
+	defer p.u.openMu.Unlock()
+	if known := p.sock.Peer(from, local); known != nil {
+		return known // it has just moved to the other family
+	}
+	return p.begin(from, local, p.guests[p.first.Load()], false)
+}
+
+// begin begins a flow to guest. openMu is held.
+func (p *publishedUDP) begin(from netip.AddrPort, local netip.Addr, guest netip.AddrPort, moved bool) *Flow {
 	u := p.u
-	j := u.Gate.Decide(policy.Query{Ingress: true, Proto: packet.ProtoUDP, Src: from, Dst: p.guest})
+	j := u.Gate.Decide(policy.Query{Ingress: true, Proto: packet.ProtoUDP, Src: from, Dst: guest})
 	if !j.MayBegin() {
 		u.ingress.refused.Add(1)
 		u.Gate.Refuse(j, false)
 		return nil
 	}
-	u.openMu.Lock()
-	defer u.openMu.Unlock()
-	source, ok := p.source(from)
+	source, ok := p.source(from, guest)
 	if !ok {
 		u.Gate.NoteLimit(u.ingress.noSource, j, nat.ErrNoPort)
 		return nil
 	}
 	fl := &Flow{
-		d: &u.dgramTable, Tuple: nat.NewTuple(packet.ProtoUDP, p.guest, source),
-		Guest: p.guest, Peer: source, Target: from, local: local, ingress: true,
+		d: &u.dgramTable, Tuple: nat.NewTuple(packet.ProtoUDP, guest, source),
+		Guest: guest, Peer: source, Target: from, local: local, ingress: true, moved: moved,
 	}
 	host := p.host
 	if local.IsValid() {
@@ -139,15 +148,15 @@ func (p *publishedUDP) client(from netip.AddrPort, local netip.Addr) *Flow {
 	return fl
 }
 
-// source is the address that the sandbox sees a client under. openMu is held.
-func (p *publishedUDP) source(from netip.AddrPort) (netip.AddrPort, bool) {
-	a := p.u.Onlink.ClientInside(from.Addr(), p.guest.Addr())
+// source is the address that the sandbox sees a client of guest under. openMu is held.
+func (p *publishedUDP) source(from, guest netip.AddrPort) (netip.AddrPort, bool) {
+	a := p.u.Onlink.ClientInside(from.Addr(), guest.Addr())
 	if !a.IsValid() {
 		return from, false
 	}
 	for port := range onlink.SourcePorts(from.Port()) {
 		s := netip.AddrPortFrom(a, port)
-		old := p.u.Lookup(nat.NewTuple(packet.ProtoUDP, p.guest, s))
+		old := p.u.Lookup(nat.NewTuple(packet.ProtoUDP, guest, s))
 		if s == from && old != nil && !old.ingress {
 			// The sandbox had addressed this client from the published port. From now on
 			// its datagrams must leave by the listener, or the client would not know them.

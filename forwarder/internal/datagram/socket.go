@@ -39,9 +39,9 @@ type hostSocket struct {
 	proto  uint8
 	shared bool // outlives its flows: a published port's listener, a raw socket
 	close1 func(fd int)
-	// client is asked about a datagram from an address that is no peer. It
-	// returns the flow to deliver on, or nil. Nil for sockets of sandbox endpoints.
-	client func(from netip.AddrPort, local netip.Addr) *Flow
+	// port is the published port that a datagram from an address that is no peer is for.
+	// Nil for sockets of sandbox endpoints.
+	port *publishedUDP
 
 	// raw is set on a raw socket and on the identifiers that share its descriptor;
 	// the latter have a rawID that requests carry instead of the sandbox's.
@@ -70,7 +70,7 @@ type hostSocket struct {
 	lastDiscover discover // as last set; guarded by txMu
 
 	localMTU atomic.Uint32 // path MTU that the kernel named when it refused to send
-	port     atomic.Uint32 // own port, once known
+	own      atomic.Uint32 // own port, once known
 }
 
 // newHostSocket takes over fd and has it polled. closer closes it.
@@ -106,7 +106,7 @@ func (s *hostSocket) close() {
 	s.close1(s.fd)
 	s.fd = -1
 	if s.tombs != nil {
-		s.tombs.Closed(uint16(s.port.Load()))
+		s.tombs.Closed(uint16(s.own.Load()))
 	}
 }
 
@@ -269,7 +269,7 @@ func (s *hostSocket) removePeer(fl *Flow) {
 // Peer finds the flow of a host-side address. Of a published port's flows it wants local,
 // the host's own address.
 func (s *hostSocket) Peer(a netip.AddrPort, local netip.Addr) *Flow {
-	if s.client == nil {
+	if s.port == nil {
 		local = netip.Addr{}
 	}
 	s.mu.Lock()
@@ -285,8 +285,8 @@ func (s *hostSocket) Deliver(from netip.AddrPort, data []byte, c *hostsock.Contr
 		return
 	}
 	fl := s.Peer(from, c.Local)
-	if fl == nil && s.client != nil {
-		if fl = s.client(from, c.Local); fl == nil {
+	if fl == nil && s.port != nil {
+		if fl = s.port.client(from, c.Local); fl == nil {
 			return // counted by client
 		}
 	}
@@ -367,7 +367,7 @@ func (s *hostSocket) noteReply(fl *Flow, local netip.Addr) {
 }
 
 func (s *hostSocket) ownPort() uint16 {
-	if p := s.port.Load(); p != 0 {
+	if p := s.own.Load(); p != 0 {
 		return uint16(p)
 	}
 	s.rxMu.Lock()
@@ -386,6 +386,6 @@ func (s *hostSocket) ownPort() uint16 {
 	case *unix.SockaddrInet6:
 		p = sa.Port
 	}
-	s.port.Store(uint32(p))
+	s.own.Store(uint32(p))
 	return uint16(p)
 }

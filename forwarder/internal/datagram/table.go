@@ -112,6 +112,7 @@ type Flow struct {
 	Peer    netip.AddrPort // the far side as the sandbox sees it
 	Target  netip.AddrPort // the far side as the host sees it
 	ingress bool           // begun by a client of a published port
+	moved   bool           // likewise, and refused at the sandbox's other family (otherfamily.go)
 	quic    *QUICTuple     // of a flow whose first bytes were read; nil else
 	echo    *echoFlow      // of a flow of echo requests; nil else
 	Sock    *hostSocket    // nil for the resolver's flows; guarded by d.mu

@@ -13,8 +13,8 @@ type Listener struct {
 	FD    int            // non-blocking; owned by the forwarder once Publish succeeded
 	Host  netip.AddrPort // where it is bound
 	Guest netip.AddrPort // where it leads
-	// Other is the same port of the guest's other family, where a TCP client is taken that
-	// finds nobody at Guest; the zero value if there is none.
+	// Other is the same port of the guest's other family, where a client is taken whom the
+	// sandbox refuses at Guest; the zero value if there is none.
 	Other netip.AddrPort
 }
 

@@ -155,7 +155,7 @@ func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuf
 	eps := t.l.network.Load()
 	switch {
 	case eps == nil:
-	case proto != header.ARPProtocolNumber && (t.l.Dgram.PassUDP(proto, pkt) || t.l.TCP.PassTCP(proto, pkt)):
+	case proto != header.ARPProtocolNumber && (t.l.Dgram.PassUDP(proto, pkt) || t.l.TCP.PassTCP(proto, pkt) || t.l.Dgram.PassRefusal(proto, pkt)):
 		return
 	case proto == header.IPv4ProtocolNumber, proto == header.IPv6ProtocolNumber:
 		// It may wait for other fragments.
