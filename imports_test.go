@@ -30,11 +30,12 @@ var allowed = map[string][]string{
 
 	"nat": {},
 
-	"policy":      {},
-	"policy/kube": {"policy"},
+	"policy":      {"internal/prefix"},
+	"policy/kube": {"internal/prefix", "policy"},
 
 	"internal/fswatch": {},
 	"internal/nldump":  {},
+	"internal/prefix":  {},
 	"internal/privdir": {},
 
 	"forwarder/dhcp":                {},

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // check verifies what Compile relies on. Parse reports the same mistakes with their place in the
@@ -104,7 +106,7 @@ func (p Peer) check() error {
 		if err := checkPrefix(e); err != nil {
 			return err
 		}
-		if !covers(p.CIDR, e) || e == p.CIDR {
+		if !prefix.Covers(p.CIDR, e) || e == p.CIDR {
 			return fmt.Errorf("except %v is not a part of cidr %v", e, p.CIDR)
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	"github.com/gaissmai/bart"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // A direction's rules become a tree of address ranges. Each range that some
@@ -265,7 +267,7 @@ func (b *builder) addCIDR(peer Peer, r ref, action Action) error {
 		// A piece may lie inside a special range even though the whole CIDR does not: cutting a
 		// hole into the internet names nothing special.
 		guard, ok := b.guards.LookupPrefix(p)
-		if ok && action == Allow && classes[b.special[guard]].closed(b.ingress) && !covers(guard, peer.CIDR) {
+		if ok && action == Allow && classes[b.special[guard]].closed(b.ingress) && !prefix.Covers(guard, peer.CIDR) {
 			return nil
 		}
 		if err := b.add(p, r); err != nil {
@@ -297,16 +299,12 @@ func classOf(p netip.Prefix) class {
 	best, bits := ordinary, -1
 	for c := range numClasses {
 		for _, q := range classes[c].ranges {
-			if covers(q, p) && q.Bits() > bits {
+			if prefix.Covers(q, p) && q.Bits() > bits {
 				best, bits = c, q.Bits()
 			}
 		}
 	}
 	return best
-}
-
-func covers(outer, inner netip.Prefix) bool {
-	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 }
 
 func (b *builder) add(p netip.Prefix, r ref) error {
@@ -326,28 +324,21 @@ func (b *builder) add(p netip.Prefix, r ref) error {
 func subtract(p netip.Prefix, except []netip.Prefix, yield func(netip.Prefix) error) error {
 	var inside []netip.Prefix
 	for _, e := range except {
-		if covers(e, p) {
+		if prefix.Covers(e, p) {
 			return nil
 		}
-		if covers(p, e) {
+		if prefix.Covers(p, e) {
 			inside = append(inside, e)
 		}
 	}
 	if len(inside) == 0 {
 		return yield(p)
 	}
-	lower := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+	lower, upper := prefix.Halves(p)
 	if err := subtract(lower, inside, yield); err != nil {
 		return err
 	}
-	return subtract(upperHalf(p), inside, yield)
-}
-
-func upperHalf(p netip.Prefix) netip.Prefix {
-	bytes := p.Addr().AsSlice()
-	bytes[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
-	a, _ := netip.AddrFromSlice(bytes)
-	return netip.PrefixFrom(a, p.Bits()+1)
+	return subtract(upper, inside, yield)
 }
 
 // enclosed returns the rules that count at p, a range whose clients must be named: the rules that
@@ -382,7 +373,7 @@ func (b *builder) link(t *table, spans [][]span) error {
 	t.nodes = make([]node, len(order))
 	var around []int32 // the nodes that contain the current one, innermost last
 	for i, p := range order {
-		for len(around) > 0 && !covers(order[around[len(around)-1]], p) {
+		for len(around) > 0 && !prefix.Covers(order[around[len(around)-1]], p) {
 			around = around[:len(around)-1]
 		}
 		n := &t.nodes[i]

@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // The difference between two policies, as decisions rather than as text. Together the policies cut
@@ -210,7 +212,7 @@ func (d *differ) addresses() []Change {
 			}
 		}
 	}
-	slices.SortFunc(ranges, comparePrefixes)
+	slices.SortFunc(ranges, netip.Prefix.Compare)
 
 	parents, hollow := nest(ranges)
 	var out []area
@@ -293,7 +295,7 @@ func nest(ranges []netip.Prefix) (parents []int, hollow []bool) {
 	inside := make([][]netip.Prefix, len(ranges))
 	var around []int
 	for i, p := range ranges {
-		for len(around) > 0 && !covers(ranges[around[len(around)-1]], p) {
+		for len(around) > 0 && !prefix.Covers(ranges[around[len(around)-1]], p) {
 			around = around[:len(around)-1]
 		}
 		parents[i] = -1
@@ -307,10 +309,6 @@ func nest(ranges []netip.Prefix) (parents []int, hollow []bool) {
 		hollow[i] = subtract(p, inside[i], func(netip.Prefix) error { return errSome }) == nil
 	}
 	return parents, hollow
-}
-
-func comparePrefixes(x, y netip.Prefix) int {
-	return cmp.Or(x.Addr().Compare(y.Addr()), cmp.Compare(x.Bits(), y.Bits()))
 }
 
 // domains compares every pattern, for a name that no closer pattern matches, at a public address

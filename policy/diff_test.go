@@ -24,8 +24,8 @@ func TestDiffTellsDecisionsNotText(t *testing.T) {
 	for _, p := range metadataServices {
 		services[p.Addr().BitLen()/128] = append(services[p.Addr().BitLen()/128], p.String())
 	}
-	slices.SortFunc(services[0], func(x, y string) int { return comparePrefixes(cidr(x), cidr(y)) })
-	slices.SortFunc(services[1], func(x, y string) int { return comparePrefixes(cidr(x), cidr(y)) })
+	slices.SortFunc(services[0], func(x, y string) int { return netip.Prefix.Compare(cidr(x), cidr(y)) })
+	slices.SortFunc(services[1], func(x, y string) int { return netip.Prefix.Compare(cidr(x), cidr(y)) })
 	metadata4, metadata6 := strings.Join(services[0], " "), strings.Join(services[1], " ")
 	set := func(p *Policy, change func(*Spec)) *Policy { change(&p.Spec); return p }
 	tests := []struct {

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // Environment describes the machine that the rules run on. Prefixes have no host bits set; IPv4
@@ -169,9 +171,9 @@ func surround(out, table map[netip.Prefix]class, c class, p netip.Prefix) {
 	var inside []netip.Prefix
 	for q, was := range table {
 		switch {
-		case !was.yields(c) && covers(q, p):
+		case !was.yields(c) && prefix.Covers(q, p):
 			return
-		case was.yields(c) && covers(p, q):
+		case was.yields(c) && prefix.Covers(p, q):
 			inside = append(inside, q)
 		}
 	}
@@ -192,5 +194,6 @@ func halves(p netip.Prefix) []netip.Prefix {
 	if p.Bits() > 0 {
 		return []netip.Prefix{p}
 	}
-	return []netip.Prefix{netip.PrefixFrom(p.Addr(), 1), upperHalf(p)}
+	lower, upper := prefix.Halves(p)
+	return []netip.Prefix{lower, upper}
 }

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 func (p *parser) action(n *yaml.Node, what string) Action {
@@ -155,7 +157,7 @@ func (p *parser) peer(n *yaml.Node, what string) (out Peer) {
 	}
 	p.mapping(n, "a peer in "+what, fields)
 	for i, e := range out.Except {
-		if e.IsValid() && out.CIDR.IsValid() && (!covers(out.CIDR, e) || e == out.CIDR) {
+		if e.IsValid() && out.CIDR.IsValid() && (!prefix.Covers(out.CIDR, e) || e == out.CIDR) {
 			p.errorf(except.Content[i], "except %v is not a part of cidr %v; expected a smaller range inside it", e, out.CIDR)
 		}
 	}

@@ -3,6 +3,8 @@ package policy
 import (
 	"net/netip"
 	"slices"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // What the twin knows of its environment beyond single addresses.
@@ -46,7 +48,7 @@ func (w twin) within(to class, list []netip.Prefix, a netip.Addr, ingress bool) 
 		}
 		for c, info := range classes {
 			yields := info.lock == open || to == metadata && (class(c) == linkLocal || class(c) == reserved || class(c) == metadata)
-			if !yields && slices.ContainsFunc(info.ranges, func(q netip.Prefix) bool { return covers(q, p) }) {
+			if !yields && slices.ContainsFunc(info.ranges, func(q netip.Prefix) bool { return prefix.Covers(q, p) }) {
 				return false
 			}
 		}
@@ -54,7 +56,9 @@ func (w twin) within(to class, list []netip.Prefix, a netip.Addr, ingress bool) 
 			return true
 		}
 		one, _ := w.class(a, ingress)
-		return !slices.ContainsFunc(w.env.Metadata, func(q netip.Prefix) bool { return covers(q, p) && w.within(metadata, []netip.Prefix{q}, a, ingress) }) &&
+		return !slices.ContainsFunc(w.env.Metadata, func(q netip.Prefix) bool {
+			return prefix.Covers(q, p) && w.within(metadata, []netip.Prefix{q}, a, ingress)
+		}) &&
 			(!p.IsSingleIP() || one == host)
 	})
 }

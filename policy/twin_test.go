@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // The stupid twin: it walks the rules one by one for one address and knows
@@ -268,7 +270,7 @@ func (w twin) peer(p Peer, a netip.Addr, c class, around netip.Prefix, precise, 
 	}
 	switch p.Entity {
 	case "":
-		if p.CIDR.Contains(a) && !contains(p.Except, a) && (!precise || classes[c].lock == open || covers(around, p.CIDR)) {
+		if p.CIDR.Contains(a) && !contains(p.Except, a) && (!precise || classes[c].lock == open || prefix.Covers(around, p.CIDR)) {
 			return true
 		}
 		if c != hostLoopback {
@@ -278,7 +280,7 @@ func (w twin) peer(p Peer, a netip.Addr, c class, around netip.Prefix, precise, 
 		if a == w.env.Gateway6 {
 			loop, within = netip.MustParseAddr("::1"), netip.MustParsePrefix("::1/128")
 		}
-		return p.CIDR.Contains(loop) && !contains(p.Except, loop) && (!precise || covers(within, p.CIDR))
+		return p.CIDR.Contains(loop) && !contains(p.Except, loop) && (!precise || prefix.Covers(within, p.CIDR))
 	case EntityWorld:
 		return classes[c].lock == open || ingress && c == host && w.env.HostClients
 	case EntityPrivate:
@@ -364,7 +366,7 @@ func (d dice) peer(ingress bool) Peer {
 	}
 	p := Peer{CIDR: d.prefix()}
 	for range d(3) {
-		if e := d.prefix(); covers(p.CIDR, e) && e != p.CIDR {
+		if e := d.prefix(); prefix.Covers(p.CIDR, e) && e != p.CIDR {
 			p.Except = append(p.Except, e)
 		}
 	}

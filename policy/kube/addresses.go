@@ -1,10 +1,10 @@
 package kube
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
 
+	"sluice.dev/sluice/internal/prefix"
 	"sluice.dev/sluice/policy"
 )
 
@@ -55,10 +55,10 @@ func (s *podSet) intersect(t *podSet) *podSet {
 	for i, j := 0, 0; i < len(s.nets) && j < len(t.nets); {
 		a, b := s.nets[i], t.nets[j]
 		switch {
-		case covers(a, b):
+		case prefix.Covers(a, b):
 			out = append(out, b)
 			j++
-		case covers(b, a):
+		case prefix.Covers(b, a):
 			out = append(out, a)
 			i++
 		case a.Addr().Less(b.Addr()):
@@ -78,26 +78,16 @@ func (s *podSet) within(blocks []block) *podSet {
 			out = append(out, b.cut(p)...)
 		}
 	}
-	slices.SortFunc(out, comparePrefix)
+	slices.SortFunc(out, netip.Prefix.Compare)
 	out = slices.Compact(out)
 	// Blocks may overlap: a network within the one before it says nothing more.
 	disjoint := out[:0]
 	for _, p := range out {
-		if n := len(disjoint); n == 0 || !covers(disjoint[n-1], p) {
+		if n := len(disjoint); n == 0 || !prefix.Covers(disjoint[n-1], p) {
 			disjoint = append(disjoint, p)
 		}
 	}
 	return newPodSet(disjoint)
-}
-
-// comparePrefix sorts by address, wider networks first.
-func comparePrefix(a, b netip.Prefix) int {
-	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-}
-
-// covers reports whether all of inner is in outer.
-func covers(outer, inner netip.Prefix) bool {
-	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 }
 
 // block is a network less its exceptions, which are all inside it.
@@ -126,10 +116,10 @@ func cidr(s string) (netip.Prefix, bool) {
 func blockOf(network netip.Prefix, except []netip.Prefix) (b block, ok bool) {
 	b.cidr = network
 	for _, e := range except {
-		if covers(e, network) {
+		if prefix.Covers(e, network) {
 			return block{}, false
 		}
-		if covers(network, e) {
+		if prefix.Covers(network, e) {
 			b.except = append(b.except, e)
 		}
 	}
@@ -144,59 +134,51 @@ func (b block) contains(a netip.Addr) bool {
 // cut gives the parts of a network that are in the block.
 func (b block) cut(p netip.Prefix) []netip.Prefix {
 	switch {
-	case covers(p, b.cidr):
+	case prefix.Covers(p, b.cidr):
 		p = b.cidr
-	case !covers(b.cidr, p):
+	case !prefix.Covers(b.cidr, p):
 		return nil
 	}
 	split := false
 	for _, e := range b.except {
-		if covers(e, p) {
+		if prefix.Covers(e, p) {
 			return nil
 		}
-		split = split || covers(p, e)
+		split = split || prefix.Covers(p, e)
 	}
 	if !split {
 		return []netip.Prefix{p}
 	}
-	lower, upper := halves(p)
+	lower, upper := prefix.Halves(p)
 	return append(b.cut(lower), b.cut(upper)...)
 }
 
 // part gives the block that is in both a network and b, as a part of b: an allow rule opens
 // by it only the special addresses that it opens by b.
 func (b block) part(p netip.Prefix) (out block, ok bool) {
-	if covers(p, b.cidr) {
+	if prefix.Covers(p, b.cidr) {
 		return b, true
 	}
-	if !covers(b.cidr, p) {
+	if !prefix.Covers(b.cidr, p) {
 		return block{}, false
 	}
 	out.cidr = b.cidr
 	for _, e := range b.except {
-		if covers(e, p) {
+		if prefix.Covers(e, p) {
 			return block{}, false
 		}
-		if covers(p, e) {
+		if prefix.Covers(p, e) {
 			out.except = append(out.except, e)
 		}
 	}
 	for around := b.cidr; around.Bits() < p.Bits(); {
-		lower, upper := halves(around)
-		if around = lower; covers(upper, p) {
+		lower, upper := prefix.Halves(around)
+		if around = lower; prefix.Covers(upper, p) {
 			around, upper = upper, lower
 		}
 		out.except = append(out.except, upper)
 	}
 	return out, true
-}
-
-// halves splits a network that is more than one address.
-func halves(p netip.Prefix) (lower, upper netip.Prefix) {
-	bytes := p.Addr().AsSlice()
-	bytes[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
-	a, _ := netip.AddrFromSlice(bytes)
-	return netip.PrefixFrom(p.Addr(), p.Bits()+1), netip.PrefixFrom(a, p.Bits()+1)
 }
 
 func (b block) peer() policy.Peer { return policy.Peer{CIDR: b.cidr, Except: b.except} }

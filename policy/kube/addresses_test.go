@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+
+	"sluice.dev/sluice/internal/prefix"
 )
 
 // The sets' twin lists addresses one by one, of a /27 in the middle of a byte.
@@ -81,7 +83,7 @@ func TestSetsAreWhatTheirAddressesAre(t *testing.T) {
 					t.Fatalf("a part of %v that opens is of %v", b.cidr, part.cidr)
 				}
 				for _, e := range part.except {
-					if !covers(part.cidr, e) || e == part.cidr {
+					if !prefix.Covers(part.cidr, e) || e == part.cidr {
 						t.Fatalf("%v is excepted of %v", e, part.cidr)
 					}
 				}

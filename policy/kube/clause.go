@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"sluice.dev/sluice/internal/prefix"
 	"sluice.dev/sluice/policy"
 )
 
@@ -40,7 +41,7 @@ func opening(blocks []block, host []netip.Prefix) []block {
 	for _, b := range blocks {
 		for _, list := range [][]netip.Prefix{specials, host} {
 			for _, s := range list {
-				if s == b.cidr || !covers(b.cidr, s) {
+				if s == b.cidr || !prefix.Covers(b.cidr, s) {
 					continue
 				}
 				if inner, ok := blockOf(s, b.except); ok {
@@ -93,10 +94,10 @@ func common(b, q block, opens bool) []block {
 	if !ok {
 		return nil
 	}
-	if !opens && covers(b.cidr, q.cidr) {
+	if !opens && prefix.Covers(b.cidr, q.cidr) {
 		part.cidr, part.except = q.cidr, nil
 		for _, e := range b.except {
-			if covers(q.cidr, e) {
+			if prefix.Covers(q.cidr, e) {
 				part.except = append(part.except, e)
 			}
 		}
@@ -104,9 +105,9 @@ func common(b, q block, opens bool) []block {
 	// The exceptions of q take away what they cover of the part.
 	for _, e := range q.except {
 		switch {
-		case covers(e, part.cidr):
+		case prefix.Covers(e, part.cidr):
 			return nil
-		case covers(part.cidr, e):
+		case prefix.Covers(part.cidr, e):
 			part.except = append(part.except, e)
 		}
 	}
