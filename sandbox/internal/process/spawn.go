@@ -20,22 +20,19 @@ import (
 
 // Starting the worker process.
 //
-// The worker is this same binary with the hidden command WorkerCommand, in
-// user, mount, PID, IPC and UTS namespaces of its own but in the caller's
-// network namespace, whose sockets are what it is for. An ordinary user is
-// mapped to itself; root gives way to a uid nobody else has, so that even with
-// a hole in the user namespace the worker would be nobody.
+// The worker is this same binary with the hidden command WorkerCommand. It has its own user, mount,
+// PID, IPC and UTS namespaces, but stays in the caller's network namespace, whose sockets it uses.
+// An ordinary user is mapped to itself. Root is mapped to a uid that no other process has, so a
+// worker that escapes its user namespace is still unprivileged.
 //
-// The worker is init of its PID namespace: whatever it might start dies with
-// it. It is in a session of its own: the terminal's signals are for the
-// command. It gets SIGKILL when the monitor dies; the kernel ties that to the
-// thread that forked, hence the thread that does nothing else.
+// The worker is init of its PID namespace, so any process that it starts dies with it. It has its
+// own session: the terminal's signals are for the command. It gets SIGKILL when the monitor dies;
+// the kernel ties that to the thread that forked, hence the thread that does nothing else.
 
 // WorkerCommand is the hidden command that becomes WorkerMain.
 const WorkerCommand = "worker"
 
-// lastWords bounds what is kept of a worker's standard error to explain its
-// end, in lines.
+// lastWords bounds the lines of a worker's standard error that are kept to explain its end.
 const lastWords = 20
 
 // Process is a started worker.
@@ -63,9 +60,9 @@ func NewSpawner() *Spawner {
 	return s
 }
 
-// OnOwnThread runs f on a goroutine with a thread that nobody else gets, neither now
-// nor later: it ends with f. It is never the process's first thread, whose namespaces
-// are those that /proc/self shows and that cannot end before the process.
+// OnOwnThread runs f on a goroutine whose thread no other goroutine gets, now or later: it ends
+// with f. It is never the process's first thread, whose namespaces /proc/self shows and which
+// cannot end before the process.
 func OnOwnThread(f func()) {
 	go func() {
 		runtime.LockOSThread()
@@ -86,8 +83,8 @@ func OnOwnThread(f func()) {
 
 func (s *Spawner) Close() { close(s.requests) }
 
-// Start runs this binary by plan, which need not say what is the same for all; log
-// gets each line of its standard error. It must not be called after close.
+// Start runs this binary by plan, which need not contain the settings common to all; log gets each
+// line of its standard error. It must not be called after Close.
 func (s *Spawner) Start(plan fork.Plan, log func(string)) (*Process, error) {
 	ends, err := channel.Socketpair(unix.SOCK_SEQPACKET)
 	if err != nil {
@@ -175,7 +172,7 @@ func eachLine(r io.Reader, f func(string)) {
 	}
 }
 
-// describeEnd says in one line why a worker ended.
+// describeEnd returns a line about why a worker ended.
 func describeEnd(state *os.ProcessState, err error, last []string) string {
 	if err != nil {
 		return err.Error()
@@ -210,12 +207,12 @@ func (p *Process) Kill() {
 // ids is a uid or gid mapping of one line.
 type ids struct{ uid, Gid int }
 
-// The worker's uid when the caller is root: above every range that is handed
-// out to users or containers, plus the monitor's pid, so that the workers of
-// two sandboxes cannot touch each other.
+// The worker's uid when the caller is root: above every range that is assigned to users or
+// containers, plus the monitor's pid, so that the workers of two sandboxes cannot affect each
+// other.
 const workerUIDBase = 2_000_000_000
 
-// WorkerIDs says whom the worker is on the host.
+// WorkerIDs returns the worker's ids on the host.
 func WorkerIDs() ids {
 	self := ids{os.Geteuid(), os.Getegid()}
 	if self.uid != 0 {
@@ -229,7 +226,7 @@ func WorkerIDs() ids {
 	return self // root of a namespace that maps nobody else
 }
 
-// idMapped says whether a map of the caller's namespace covers id.
+// idMapped reports whether a map of the caller's namespace covers id.
 func idMapped(file string, id int) bool {
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -260,8 +257,8 @@ func WorkerPlan(who ids) fork.Plan {
 	}
 }
 
-// writeMaps makes who the uid and gid 0 of the process's new user namespace. Whoever
-// may map only itself has to give up setgroups(2) there.
+// writeMaps makes who the uid and gid 0 of the process's new user namespace. A caller that may map
+// only itself has to give up setgroups(2) there.
 func (who ids) writeMaps(pid int, alone bool) error {
 	write := func(name, text string) error {
 		return os.WriteFile(fmt.Sprintf("/proc/%d/%s", pid, name), []byte(text), 0)

@@ -24,7 +24,7 @@ const (
 // Backoff yields the waits between restarts.
 type Backoff struct{ next time.Duration }
 
-// After takes how long the last worker lived and says how long to wait.
+// After returns how long to wait, given how long the last worker lived.
 func (b *Backoff) After(lived time.Duration) time.Duration {
 	if lived >= StableAfter {
 		b.next = 0
@@ -34,7 +34,7 @@ func (b *Backoff) After(lived time.Duration) time.Duration {
 	return wait
 }
 
-// Supervised is a started worker: what the supervisor needs of it.
+// Supervised is a started worker as the supervisor sees it.
 type Supervised interface {
 	Ended() <-chan struct{}
 	Reason() string
@@ -45,7 +45,7 @@ type Supervisor struct {
 	// Start brings a worker up and returns when it is ready. It cleans up after
 	// itself when it fails.
 	Start func(ctx context.Context) (Supervised, error)
-	// Lost is told of each death, failed of each start that did not succeed.
+	// Lost is called for each death, failed for each unsuccessful start.
 	Lost   func(why string, wait time.Duration)
 	Failed func(err error, wait time.Duration)
 

@@ -28,12 +28,11 @@ type WorkerLink struct {
 	gone bool
 
 	Ready chan struct{} // closed by readLoop on MsgReady
-	// wantSocket is told that the worker would like one more socket of the
-	// guest's namespace.
+	// wantSocket is called when the worker wants one more socket of the guest's namespace.
 	wantSocket func(l *WorkerLink, v6 bool)
-	// wantFlowLog is told that the worker's flow log is full.
+	// wantFlowLog is called when the worker's flow log is full.
 	wantFlowLog func(l *WorkerLink)
-	LogWants    atomic.Int64  // such wishes that are not answered yet
+	LogWants    atomic.Int64  // requests that are not answered yet
 	Grants      *policy.Names // what its workers granted
 
 	// blame is why the monitor has killed the worker; guarded by mu.
@@ -42,8 +41,8 @@ type WorkerLink struct {
 
 var ErrWorkerGone = errors.New("the worker is not running")
 
-// A worker that does not answer is killed: what it goes on doing nobody knows, and its
-// successor starts with all that it was to be told.
+// A worker that does not answer is killed: its further behaviour is unknown, and its successor
+// starts with the new state.
 const (
 	// ackTimeout bounds one request.
 	ackTimeout = 5 * time.Second
@@ -55,8 +54,8 @@ const (
 	// idle worker, hence no more often.
 	WatchEvery = 10 * time.Second
 	// WatchPatience bounds the wait for the answer. It costs a worker all of its flows, so it is
-	// longer than a machine with many times more to do than processors needs to come round. New
-	// rules do not wait for it: they have patience of their own.
+	// longer than a heavily overloaded machine needs to schedule the worker. New rules do not wait
+	// for it: they have patience of their own.
 	WatchPatience = 15 * time.Second
 )
 
@@ -120,7 +119,7 @@ func (l *WorkerLink) acked(m channel.Message) {
 	}
 }
 
-// close fails what waits for an ack.
+// close fails the requests that wait for an ack.
 func (l *WorkerLink) close() {
 	l.Mu.Lock()
 	defer l.Mu.Unlock()
@@ -163,7 +162,7 @@ func (l *WorkerLink) Hung(why string) error {
 	}
 }
 
-// Post sends a message that nobody acknowledges.
+// Post sends a message that needs no ack.
 func (l *WorkerLink) Post(typ string, body any, fds ...int) error {
 	err := l.P.Ch.Send(typ, 0, body, fds...)
 	if errors.Is(err, channel.ErrStuck) {
@@ -172,7 +171,7 @@ func (l *WorkerLink) Post(typ string, body any, fds ...int) error {
 	return err
 }
 
-// Request sends a message and waits until it took effect.
+// Request sends a message and waits until it has taken effect.
 func (l *WorkerLink) Request(typ string, body any, fds ...int) error {
 	return l.RequestWithin(ackTimeout, typ, body, fds...)
 }
@@ -223,8 +222,8 @@ func (l *WorkerLink) Reason() string {
 	return l.P.Why
 }
 
-// Survived is what went wrong with a request, but for the worker's end: its successor
-// starts with what it was told.
+// Survived returns the error of a request, ignoring the worker's end: the successor starts with the
+// new state.
 func (l *WorkerLink) Survived(err error) error {
 	if errors.Is(err, ErrWorkerGone) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
 		return nil

@@ -1,3 +1,3 @@
-// Package registry is where sandboxes are found: state directories, names, locks, and who may
-// use a control socket.
+// Package registry finds sandboxes: their state directories, names and locks, and who may use a
+// control socket.
 package registry

@@ -7,8 +7,8 @@ import (
 	"math/big"
 )
 
-// Generated names are two words a person can say and type; a number is added
-// once the pairs run into names that are taken.
+// Generated names are two words that a person can say and type. A number is added once the pairs
+// collide with names in use.
 var (
 	adjectives = []string{
 		"amber", "brave", "brisk", "calm", "clear", "cool", "crisp", "deep", "dry", "eager",
@@ -24,7 +24,7 @@ var (
 	}
 )
 
-// ClaimGenerated claims a name that nobody gave.
+// ClaimGenerated claims a generated name.
 func (r *Registry) ClaimGenerated() (*Dir, string, error) {
 	for i := range 50 {
 		name := adjectives[pick(len(adjectives))] + "-" + nouns[pick(len(nouns))]

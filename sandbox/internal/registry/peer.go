@@ -108,8 +108,8 @@ type PeerProcess struct{ Dir int }
 
 func (p PeerProcess) Close() { _ = unix.Close(p.Dir) }
 
-// openPeer finds the process that connected. pid is its number in our PID namespace, 0
-// if it has none there.
+// openPeer finds the process that connected. pid is its number in our PID namespace, or 0 if it has
+// none there.
 func openPeer(conn, pid int) (PeerProcess, error) {
 	pidfd, err := unix.GetsockoptInt(conn, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
 	certain := err == nil
@@ -168,7 +168,7 @@ func processAlive(pidfd int) bool {
 	return err == nil && n == 0
 }
 
-// HoldsOtherEnd makes sure that the process has the socket that conn is connected to.
+// HoldsOtherEnd verifies that the process has the socket that conn is connected to.
 func (p PeerProcess) HoldsOtherEnd(conn int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(conn, &st); err != nil {
@@ -209,8 +209,8 @@ func (r unixDiagRequest) Serialize() []byte {
 	return b
 }
 
-// otherEnd is the inode of the socket that the one with inode is connected to; 0 if that
-// is closed.
+// otherEnd returns the inode of the socket that the one with inode is connected to, or 0 if that is
+// closed.
 func otherEnd(inode uint32) (uint32, error) {
 	const header, attrPeer = 16, 2 // struct unix_diag_msg; UNIX_DIAG_PEER
 	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, 0)

@@ -59,10 +59,10 @@ type State struct {
 	PID     int       `json:"pid"`
 	Command []string  `json:"command"`
 	Started time.Time `json:"started"`
-	// Start is when the process started, in clock ticks since boot: with it PID is
-	// no other process's. 0 where nobody is to be signalled.
+	// Start is when the process started, in clock ticks since boot: together with it PID is unique.
+	// It is 0 if the process must not be signalled.
 	Start uint64 `json:"start,omitempty"`
-	// Keep is AttachmentConfig.Keep: where a policy is set that the monitor cannot take.
+	// Keep is AttachmentConfig.Keep: where to set a policy that the monitor cannot accept.
 	Keep string `json:"keep,omitempty"`
 }
 
@@ -70,27 +70,26 @@ type State struct {
 type Registry struct {
 	Path string
 	uid  int
-	// System is looked into as well: root's sandboxes that no session has started,
-	// as those of pods, where a session has a directory of its own. nil if there is none.
+	// System is searched as well: it has the sandboxes that root started outside a session, such as
+	// those of pods, if a session has its own directory. nil if there is none.
 	System *Registry
 }
 
 const (
 	// systemDir is root's own runtime directory.
 	systemDir = "/run/sluice"
-	// tmpDir and a uid are the one of a user who has no session.
+	// tmpDir and a uid form the directory of a user without a session.
 	tmpDir = "/tmp/sluice-"
 )
 
-// Open finds the caller's runtime directory, makes it if need be, and
-// checks that it is safe to use.
+// Open finds the caller's runtime directory, makes it if necessary, and checks that it is safe to
+// use.
 func Open() (*Registry, error) {
 	uid := os.Geteuid()
 	return OpenBoth(RuntimeDir(uid, os.Getenv("XDG_RUNTIME_DIR")), systemDir, uid)
 }
 
-// OpenBoth opens the registry at path and, for root, sees to it that what is at
-// system is found too.
+// OpenBoth opens the registry at path and, for root, makes sandboxes at system visible too.
 func OpenBoth(path, system string, uid int) (*Registry, error) {
 	r, err := OpenIn(path, uid)
 	if err != nil || uid != 0 || path == system {
@@ -103,8 +102,8 @@ func OpenBoth(path, system string, uid int) (*Registry, error) {
 	return r, err
 }
 
-// RuntimeDir says where sandboxes of uid keep their state. An XDG_RUNTIME_DIR
-// that is not uid's own, as sudo and su leave it, is passed over.
+// RuntimeDir returns where sandboxes of uid keep their state. It ignores an XDG_RUNTIME_DIR that is
+// not uid's own, as sudo and su leave it.
 func RuntimeDir(uid int, xdg string) string {
 	if filepath.IsAbs(xdg) {
 		if fi, err := os.Stat(xdg); err == nil && fi.IsDir() && OwnerOf(fi) == uid {
@@ -121,8 +120,8 @@ func RuntimeDir(uid int, xdg string) string {
 // they are: RuntimeDir's three places, and the CNI plugin's state.
 var registryPatterns = []string{systemDir, "/run/sluice-cni", "/run/user/[0-9]*/sluice", tmpDir + "[0-9]*"}
 
-// RegistriesToHide lists the registry directories there are that the caller could enter,
-// with r's own.
+// RegistriesToHide returns the existing registry directories that the caller could enter, with r's
+// own.
 func (r *Registry) RegistriesToHide() []string {
 	dirs := []string{r.Path}
 	for _, pattern := range registryPatterns {
@@ -158,8 +157,8 @@ func OpenIn(path string, uid int) (*Registry, error) {
 	return &Registry{Path: path, uid: uid}, nil
 }
 
-// privateDir makes path, or checks that what is there is a directory of uid's
-// that nobody else can enter or replace.
+// privateDir makes path, or checks that it is a directory of uid's that no other user can enter or
+// replace.
 func privateDir(path string, uid int) error {
 	err := privdir.Make(path, uid, 0o077)
 	var owner *privdir.OwnerError
@@ -180,7 +179,7 @@ func OwnerOf(fi fs.FileInfo) int {
 	return -1
 }
 
-// CheckName says whether a sandbox may be called name.
+// CheckName returns an error if a sandbox may not be called name.
 func CheckName(name string) error {
 	if name == "" || len(name) > MaxNameLen {
 		return fmt.Errorf("the name %q: want 1 to %d characters", name, MaxNameLen)
@@ -276,12 +275,12 @@ func takeLock(path string, flags int) (*os.File, error) {
 // Socket is the path of the control socket.
 func (d *Dir) Socket() string { return filepath.Join(d.Root, SocketFile) }
 
-// Inherited is the directory of a sandbox whose lock another process of ours has held.
+// Inherited is the directory of a sandbox whose lock another of our processes held.
 func (r *Registry) Inherited(name string, lock *os.File) *Dir {
 	return &Dir{Root: filepath.Join(r.Path, name), Lock: lock}
 }
 
-// Path is the directory's own.
+// Path returns the directory's path.
 func (d *Dir) Path() string { return d.Root }
 
 // WriteState replaces state.json in one step.
@@ -300,7 +299,7 @@ func (d *Dir) WriteState(s State) error {
 	return nil
 }
 
-// Remove gives the name back.
+// Remove releases the name.
 func (d *Dir) Remove() error {
 	err := removeLocked(d.Root)
 	_ = d.Lock.Close()
@@ -388,8 +387,7 @@ func (r *Registry) State(name string) State {
 	return s
 }
 
-// Reap says whether the sandbox called name is alive, and removes what a dead
-// one left.
+// Reap reports whether the sandbox called name is alive, and removes what a dead one left.
 func (r *Registry) Reap(name string) (alive bool, err error) {
 	path := filepath.Join(r.Path, name)
 	fi, err := os.Lstat(path)
