@@ -147,16 +147,17 @@ func FuzzResponses(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), "POST")
 	f.Add([]byte("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n0002 ;x=\"y\"\nok\n0\nA: b\n\n"), "GET")
 	f.Add([]byte("HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\n\r\n"), "GET")
+	f.Add([]byte("HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"), "GET")
 	f.Fuzz(func(t *testing.T, p []byte, method string) {
 		var whole, slow Responses
-		whole.Expect(&Request{Method: method, Upgrade: ",websocket,"})
-		slow.Expect(&Request{Method: method, Upgrade: ",websocket,"})
-		whole.Feed(p)
-		for i := range p {
-			slow.Feed(p[i : i+1])
+		whole.Expect(&Request{Method: method, Upgrade: ",websocket,,h2c,"})
+		slow.Expect(&Request{Method: method, Upgrade: ",websocket,,h2c,"})
+		rest, left := whole.Feed(p), len(p)
+		for ; left > 0 && !slow.HTTP2(); left-- {
+			slow.Feed(p[len(p)-left:][:1])
 		}
-		if whole.Idle() != slow.Idle() || whole.Tunnel() != slow.Tunnel() {
-			t.Fatalf("at once idle %v, tunnel %v; byte by byte %v, %v", whole.Idle(), whole.Tunnel(), slow.Idle(), slow.Tunnel())
+		if whole.Idle() != slow.Idle() || whole.Tunnel() != slow.Tunnel() || whole.HTTP2() != slow.HTTP2() || whole.Begun() != slow.Begun() || whole.HTTP2() && len(rest) != left {
+			t.Fatalf("at once idle %v, tunnel %v, HTTP/2 %v before %d bytes; byte by byte %v, %v, %v, %d", whole.Idle(), whole.Tunnel(), whole.HTTP2(), len(rest), slow.Idle(), slow.Tunnel(), slow.HTTP2(), left)
 		}
 	})
 }

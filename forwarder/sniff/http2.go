@@ -2,6 +2,7 @@ package sniff
 
 import (
 	"encoding/binary"
+	"strings"
 
 	"golang.org/x/net/http2/hpack"
 )
@@ -40,6 +41,9 @@ const FrameLook = frameHeader + 1
 // Preface is how many bytes come before the first frame.
 const Preface = len(preface)
 
+// IsPreface reports whether p, of at most Preface bytes, is the preface's start.
+func IsPreface(p []byte) bool { return strings.HasPrefix(preface, string(p)) }
+
 // Frame is one frame of a client.
 type Frame struct {
 	Size   int    // all of it
@@ -60,6 +64,9 @@ type Frames struct {
 	decoder *hpack.Decoder
 	fields  fieldList
 }
+
+// Begin has the stream begun, by a request that came as HTTP/1.
+func (f *Frames) Begin(stream uint32) { f.last = stream }
 
 // Next looks at the frame whose start is at the front of p. If that is not enough of it,
 // need says how many bytes, at most FrameLook, must be there. Of a frame that was looked

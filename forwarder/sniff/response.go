@@ -46,19 +46,29 @@ func (r *Responses) Idle() bool { return !r.waiting }
 
 // Lost reports whether the answer under way cannot be understood: an answer to a further request
 // could not be told from it.
-func (r *Responses) Lost() bool { return r.lost && !r.Tunnel() }
+func (r *Responses) Lost() bool { return r.lost && !r.Tunnel() && !r.HTTP2() }
+
+// Begun reports whether the answer to the last request has begun, or is over. One that says that
+// another follows (RFC 9110, section 15.2) is none.
+func (r *Responses) Begun() bool { return !r.waiting || r.started || r.inBody || r.n > 0 }
 
 // Tunnel reports whether the connection is no longer HTTP: CONNECT was accepted, or a protocol
 // that the request offered. A server that goes on with any other is not understood, nor one that
 // goes on with a protocol in which other hosts than the judged one can be named.
 func (r *Responses) Tunnel() bool {
-	switch {
-	case !r.waiting || !r.inBody || r.broken:
-		return false
-	case r.status == 101:
-		return r.method != "CONNECT" && strings.Contains(r.offers, ","+r.taken+",") && !namesHosts(r.taken)
+	if r.switched() {
+		return !namesHosts(r.taken)
 	}
-	return r.method == "CONNECT" && r.status/100 == 2
+	return r.waiting && r.inBody && !r.broken && r.method == "CONNECT" && r.status/100 == 2
+}
+
+// HTTP2 reports whether the server goes on with HTTP/2 in clear text, which the request offered
+// (RFC 7540, section 3.2). Its answer comes on stream 1.
+func (r *Responses) HTTP2() bool { return r.switched() && r.taken == "h2c" }
+
+// switched reports whether the server goes on with a protocol that the request offered.
+func (r *Responses) switched() bool {
+	return r.waiting && r.inBody && !r.broken && r.status == 101 && r.method != "CONNECT" && strings.Contains(r.offers, ","+r.taken+",")
 }
 
 // namesHosts reports whether a protocol has names of its own, by which a server may take what
@@ -72,15 +82,16 @@ func namesHosts(protocol string) bool {
 	return strings.Contains(protocol, ",")
 }
 
-// Feed takes in what the server sent.
-func (r *Responses) Feed(p []byte) {
+// Feed takes in what the server sent. It returns what comes behind a switch to HTTP/2, which is
+// not HTTP/1 any more.
+func (r *Responses) Feed(p []byte) (rest []byte) {
 	for len(p) > 0 && r.waiting {
 		if r.inBody {
 			n, err := r.body.Scan(p)
 			p = p[n:]
 			if err != nil {
 				r.giveUp(true)
-				return
+				return nil
 			}
 			if r.body.Done() {
 				r.waiting = false
@@ -98,14 +109,17 @@ func (r *Responses) Feed(p []byte) {
 		r.n += len(part)
 		if r.size += len(part) + 1; r.size > maxAnswerHead {
 			r.giveUp(true)
-			return
+			return nil
 		}
 		if i < 0 {
-			return
+			return nil
 		}
 		p = p[i+1:]
-		r.endLine()
+		if r.endLine(); r.HTTP2() {
+			return p
+		}
 	}
+	return nil
 }
 
 // giveUp takes all that follows for the answer's content.

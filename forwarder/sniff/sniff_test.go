@@ -379,18 +379,21 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 func TestOnlyAProtocolThatWasOfferedIsATunnel(t *testing.T) {
 	for _, row := range []struct {
 		what, fields, taken string
-		tunnel              bool
+		tunnel, http2       bool
 	}{
-		{"the one that was offered", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: WebSocket\r\n", true},
-		{"one of those that were", "Connection: keep-alive, upgrade\r\nUpgrade: chat/2, websocket\r\n", "Upgrade: websocket\r\n", true},
-		{"another", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: chat\r\n", false},
-		{"two", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket\r\nUpgrade: chat\r\n", false},
-		{"a list", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket, chat\r\n", false},
-		{"none", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "", false},
-		{"one that nobody offered", "", "Upgrade: websocket\r\n", false},
-		{"one that is no offer without its option", "Upgrade: websocket\r\n", "Upgrade: websocket\r\n", false},
-		{"HTTP/2, in which other hosts can be named", "Connection: Upgrade\r\nUpgrade: h2c\r\n", "Upgrade: h2c\r\n", false},
-		{"TLS, in which they can too", "Connection: Upgrade\r\nUpgrade: TLS/1.2\r\n", "Upgrade: TLS/1.2\r\n", false},
+		{"the one that was offered", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: WebSocket\r\n", true, false},
+		{"one of those that were", "Connection: keep-alive, upgrade\r\nUpgrade: chat/2, websocket\r\n", "Upgrade: websocket\r\n", true, false},
+		{"another", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: chat\r\n", false, false},
+		{"two", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket\r\nUpgrade: chat\r\n", false, false},
+		{"a list", "Connection: Upgrade\r\nUpgrade: websocket, chat\r\n", "Upgrade: websocket, chat\r\n", false, false},
+		{"none", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "", false, false},
+		{"one that nobody offered", "", "Upgrade: websocket\r\n", false, false},
+		{"one that is no offer without its option", "Upgrade: websocket\r\n", "Upgrade: websocket\r\n", false, false},
+		{"HTTP/2, in which other hosts can be named", "Connection: Upgrade\r\nUpgrade: h2c\r\n", "Upgrade: h2c\r\n", false, true},
+		{"HTTP/2 by another name", "Connection: Upgrade\r\nUpgrade: h2\r\n", "Upgrade: h2\r\n", false, false},
+		{"HTTP/2 that nobody offered", "Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: h2c\r\n", false, false},
+		{"HTTP/2 and another", "Connection: Upgrade\r\nUpgrade: h2c, websocket\r\n", "Upgrade: h2c\r\nUpgrade: websocket\r\n", false, false},
+		{"TLS, in which they can too", "Connection: Upgrade\r\nUpgrade: TLS/1.2\r\n", "Upgrade: TLS/1.2\r\n", false, false},
 	} {
 		req, _, err := ParseHead([]byte("GET / HTTP/1.1\r\nHost: a.example\r\n" + row.fields + "\r\n"))
 		if err != nil {
@@ -398,8 +401,8 @@ func TestOnlyAProtocolThatWasOfferedIsATunnel(t *testing.T) {
 		}
 		var r Responses
 		r.Expect(&req)
-		if r.Feed([]byte("HTTP/1.1 101 Switching Protocols\r\n" + row.taken + "\r\n")); r.Tunnel() != row.tunnel || r.Lost() == row.tunnel {
-			t.Errorf("%s: tunnel %v, lost %v", row.what, r.Tunnel(), r.Lost())
+		if r.Feed([]byte("HTTP/1.1 101 Switching Protocols\r\n" + row.taken + "\r\n")); r.Tunnel() != row.tunnel || r.HTTP2() != row.http2 || r.Lost() == (row.tunnel || row.http2) {
+			t.Errorf("%s: tunnel %v, HTTP/2 %v, lost %v", row.what, r.Tunnel(), r.HTTP2(), r.Lost())
 		}
 		r.Expect(&req)
 		if r.Feed([]byte("HTTP/1.1 200 OK\r\n" + row.taken + "Content-Length: 0\r\n\r\n")); r.Tunnel() || !r.Idle() {

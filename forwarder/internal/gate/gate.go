@@ -70,6 +70,7 @@ type Step struct {
 // Ending is how a connection ends for its client's eyes.
 type Ending struct {
 	Answer string     // empty: the end of the stream alone
+	Reset  bool       // in place of both
 	Why    nat.Reason // empty: by the client's will
 }
 

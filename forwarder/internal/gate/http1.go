@@ -7,9 +7,19 @@ package gate
 // side has answered. So at most one request is under way, which the client cannot tell
 // from a server that takes one at a time, and a refusal comes at a place where an
 // answer is expected.
+//
+// A server that takes up an offer of h2c goes on with HTTP/2 (RFC 7540, section 3.2), and so does
+// the gate: behind the request's end the client may say the preface and nothing else, and from
+// there on the gate of HTTP/2 judges, with the request under way as its stream 1:
+//
+//	client                 server                        who judges
+//	request with h2c                                     this gate, as any
+//	                       101, then its frames          answered in HTTP/2 from here on
+//	preface, frames                                      http2.go
 
 import (
 	"sync"
+	"sync/atomic"
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
 	"sluice.dev/sluice/forwarder/sniff"
@@ -27,6 +37,11 @@ type requestGate struct {
 	shut   bool // a refusal is on its way
 	tunnel bool // CONNECT was allowed and accepted, or a protocol that was offered
 	waits  bool // the client waits for a 100 before it sends the body, of which nothing has passed
+	framed bool // the client goes on with HTTP/2
+
+	broken atomic.Bool                // the body cannot be read
+	h2     atomic.Pointer[streamGate] // what comes behind the switch to HTTP/2
+	told   bool                       // of a broken body; guarded by the flow's down.mu
 
 	mu      sync.Mutex
 	answers sniff.Responses
@@ -37,6 +52,8 @@ func (r *requestGate) Admit(g *Gather) Step {
 	switch {
 	case r.shut:
 		return Step{}
+	case r.broken.Load():
+		return Step{Refusing: nat.ReasonMalformedRequest}
 	case r.tunnel:
 		return Step{Pass: g.Bytes}
 	case r.head > 0:
@@ -50,9 +67,13 @@ func (r *requestGate) Admit(g *Gather) Step {
 		n, err := scan(&body, g, g.Bytes)
 		if err != nil {
 			r.shared.malformed.Add(1)
-			return Step{Abort: nat.ReasonMalformedRequest}
+			r.broken.Store(true)
+			return Step{Refusing: nat.ReasonMalformedRequest}
 		}
 		return Step{Pass: n}
+	}
+	if h2 := r.h2.Load(); h2 != nil {
+		return r.goOn(h2, g)
 	}
 	r.mu.Lock()
 	idle, tunnel, lost := r.answers.Idle(), r.answers.Tunnel(), r.answers.Lost()
@@ -67,6 +88,23 @@ func (r *requestGate) Admit(g *Gather) Step {
 		return Step{}
 	}
 	return r.judge(g)
+}
+
+// goOn has what follows the switch to HTTP/2 judged.
+func (r *requestGate) goOn(h2 *streamGate, g *Gather) Step {
+	if !r.framed {
+		var preface [sniff.Preface]byte
+		at := place{g: g}
+		n := at.look(preface[:])
+		switch {
+		case !sniff.IsPreface(preface[:n]):
+			return h2.malformed(sniff.ErrMalformed)
+		case n < len(preface):
+			return h2.unfinished()
+		}
+		r.framed = true
+	}
+	return h2.Admit(g)
 }
 
 // judge looks at the next request.
@@ -114,6 +152,8 @@ func (r *requestGate) Passed(g *Gather, n int) {
 	case r.tunnel:
 	case r.head > 0:
 		r.head -= n
+	case r.framed:
+		r.h2.Load().Passed(g, n)
 	default:
 		r.waits = r.waits && n == 0
 		_, _ = scan(&r.body, g, n) // Admit has looked at them
@@ -140,11 +180,33 @@ func scan(body *sniff.Body, g *Gather, n int) (took int, err error) {
 	return took, nil
 }
 
-func (r *requestGate) Room() (int, *Ending) { return Chunk, nil }
+// Room has a client whose body cannot be read told so, if nothing else was answered yet.
+func (r *requestGate) Room() (int, *Ending) {
+	h2 := r.h2.Load()
+	switch {
+	case r.broken.Load() && !r.told:
+		r.told = true
+		r.mu.Lock()
+		begun := r.answers.Begun()
+		r.mu.Unlock()
+		if begun {
+			return 0, &Ending{Reset: true, Why: nat.ReasonMalformedRequest}
+		}
+		return 0, &Ending{Answer: firstbytes.BadRequest(sniff.ErrMalformed), Why: nat.ReasonMalformedRequest}
+	case r.told:
+		return 0, nil
+	case h2 != nil:
+		return h2.Room()
+	}
+	return Chunk, nil
+}
 
 func (r *requestGate) UnderWay() []policy.Seen {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if h2 := r.h2.Load(); h2 != nil {
+		return h2.UnderWay()
+	}
 	if r.answers.Idle() {
 		return nil
 	}
@@ -153,10 +215,20 @@ func (r *requestGate) UnderWay() []policy.Seen {
 
 // Answered has the next request looked at when an answer has ended.
 func (r *requestGate) Answered(p []byte) {
+	if h2 := r.h2.Load(); h2 != nil {
+		h2.Answered(p)
+		return
+	}
 	r.mu.Lock()
 	waited := !r.answers.Idle()
-	r.answers.Feed(p)
-	ended := waited && (r.answers.Idle() || r.answers.Tunnel() || r.answers.Lost())
+	rest := r.answers.Feed(p)
+	http2 := r.answers.HTTP2()
+	if http2 {
+		h2 := newUpgradedGate(r.of, r.seen)
+		h2.Answered(rest)
+		r.h2.Store(h2)
+	}
+	ended := waited && (r.answers.Idle() || r.answers.Tunnel() || r.answers.Lost() || http2)
 	r.mu.Unlock()
 	if ended {
 		r.flow.LookAgain()

@@ -68,6 +68,7 @@ type streamGate struct {
 type openStream struct {
 	seen policy.Seen
 	left int64 // of the content that was announced; -1: none was
+	asH1 bool  // the request came as HTTP/1: nothing of it may follow
 
 	sent, answered bool // each side's end
 }
@@ -85,6 +86,16 @@ func newStreamGate(of of, greeting *sniff.Greeting, judging bool) *streamGate {
 		heard: greeting.Heard(), owed: greeted, swallow: greeting.Settings(), greeted: greeted,
 	}
 	s.ends.Ended = s.ended
+	return s
+}
+
+// newUpgradedGate is for a connection that goes on with HTTP/2 behind a request of HTTP/1, which
+// said what was seen and is answered on stream 1.
+func newUpgradedGate(of of, seen policy.Seen) *streamGate {
+	s := newStreamGate(of, new(sniff.Greeting), true)
+	o := &openStream{seen: seen, asH1: true, sent: true}
+	s.frames.Begin(1)
+	s.open[1], s.bytes = o, o.cost()
 	return s
 }
 
@@ -173,6 +184,8 @@ func (s *streamGate) goesOn(fr sniff.Frame) bool {
 	switch {
 	case o == nil: // it has ended: nobody takes this
 		return true
+	case o.asH1 && !fr.Reset:
+		return false
 	case o.left < 0 || fr.Reset:
 	case int64(fr.Data) > o.left || fr.End && int64(fr.Data) < o.left:
 		// As HTTP/1, which the server may make of it, what is too much would be a

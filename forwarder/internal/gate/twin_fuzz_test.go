@@ -159,12 +159,16 @@ func FuzzTwinHTTP(f *testing.F) {
 	}
 	const get, secret = "GET /open/1 HTTP/1.1\r\nHost: a.example\r\n\r\n", "GET /secret HTTP/1.1\r\nHost: b.example\r\n\r\n"
 	const post = "POST /open/2 HTTP/1.1\r\nHost: a.example\r\n"
+	offer := get[:len(get)-2] + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
 	for _, client := range []string{
 		get, get + secret, strings.ReplaceAll(get, "\r", "") + get, strings.ReplaceAll(get+secret, "\r", ""), "\r\n" + get + secret, "\r\n" + secret, get + "\r\n" + secret, post + "Content-Length: 5\r\n\r\nhello" + secret, post + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nX: y\r\n\r\n" + get,
 		post + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + secret, "GET http://a.example/open/x HTTP/1.1\r\nHost: a.example:8080\r\n\r\n", "GET /open/../secret HTTP/1.1\r\nHost: a.example\r\n\r\n",
 		"HEAD /open/%2e%2e/secret HTTP/1.0\r\nHost: a.example\r\nConnection: keep-alive\r\n\r\n", post + "X-HTTP-Method-Override: DELETE\r\n\r\n", post + "Transfer-Encoding: chunked\r\n\r\n0\r\nX_Original_URL: /secret\r\n\r\n",
 		post + "Expect: 100-continue\r\nContent-Length: 44\r\n\r\n" + secret, "OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n", "CONNECT a.example:1 HTTP/1.1\r\nHost: a.example:1\r\n\r\n" + secret,
 		get[:len(get)-2] + "Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + secret,
+		offer + gatetest.NewSpoken().Request(3, "GET", "/open/3", "a.example").String(), offer + gatetest.NewSpoken().Request(3, "GET", "/secret", "b.example").String(),
+		offer + gatetest.NewSpoken().Request(3, "GET", "/open/3", "a.example").Request(5, "GET", "/open/3", "b.example").String(), offer + secret,
+		offer + gatetest.NewSpoken().Data(1, true, secret).String(),
 		get[:len(get)-2] + "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + secret,
 		get[:len(get)-2] + "Upgrade: websocket\r\n\r\n" + secret,
 	} {
@@ -205,8 +209,21 @@ func FuzzTwinHTTP(f *testing.F) {
 				}
 				if strings.Contains(answer, " 101 ") {
 					// It believes in the switch, and whoever is behind it reads on.
-					offered := strings.Contains(strings.ToLower(strings.Join(req.Header["Upgrade"], ",")), "websocket") && strings.Contains(strings.ToLower(strings.Join(req.Header["Connection"], ",")), "upgrade")
-					if answer != answers[6] || !offered {
+					offered := func(what string) bool {
+						return strings.Contains(strings.ToLower(strings.Join(req.Header["Upgrade"], ",")), what) && strings.Contains(strings.ToLower(strings.Join(req.Header["Connection"], ",")), "upgrade")
+					}
+					switch {
+					case answer == answers[6] && offered("websocket"):
+					case answer == answers[7] && offered("h2c"):
+						preface := make([]byte, len(http2.ClientPreface))
+						if n, err := io.ReadFull(r, preface); err != nil || string(preface) != http2.ClientPreface {
+							if !strings.HasPrefix(http2.ClientPreface, string(preface[:n])) {
+								wrong = "no preface: " + string(preface[:n])
+							}
+							return
+						}
+						wrong = readStreams(r, c, 1)
+					default:
 						wrong = readOn(r)
 					}
 					return
@@ -225,6 +242,55 @@ func readOn(r io.Reader) string {
 		return "bytes behind the switch: " + string(b)
 	}
 	return ""
+}
+
+// readStreams reads HTTP/2 behind the preface, as a server whose last stream was last, until
+// nothing more comes or a request is wrong, and says what is wrong with it.
+func readStreams(r io.Reader, w io.Writer, last uint32) (wrong string) {
+	frames := http2.NewFramer(w, r)
+	frames.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	_ = frames.WriteSettings()
+	for wrong == "" {
+		fr, err := frames.ReadFrame()
+		if stream := (http2.StreamError{}); errors.As(err, &stream) {
+			_ = frames.WriteRSTStream(stream.StreamID, stream.Code)
+			continue
+		}
+		if err != nil {
+			return ""
+		}
+		switch fr := fr.(type) {
+		case *http2.SettingsFrame:
+			if !fr.IsAck() {
+				_ = frames.WriteSettingsAck()
+			}
+		case *http2.PingFrame:
+			if !fr.IsAck() {
+				_ = frames.WritePing(true, fr.Data)
+			}
+		}
+		block, ok := fr.(*http2.MetaHeadersFrame)
+		if !ok {
+			continue
+		}
+		fields := http.Header{}
+		for _, field := range block.RegularFields() {
+			fields.Add(field.Name, field.Value)
+		}
+		if id := block.StreamID; id <= last { // a stream below it has begun, or never will (RFC 9113, section 5.1.1)
+			wrong = wrongRequest("GET", "a.example", "/open/", fields) // its trailer
+		} else {
+			last = id
+			host, target := block.PseudoValue("authority"), block.PseudoValue("path")
+			if host == "" {
+				host = fields.Get("Host")
+			}
+			target, _, _ = strings.Cut(target, "?")
+			wrong = wrongRequest(block.PseudoValue("method"), host, unescaped(target), fields)
+		}
+		_, _ = w.Write(firstbytes.Frame2(1, 5, block.StreamID, []byte{0x88}))
+	}
+	return wrong
 }
 
 // FuzzTwinHTTP2 has golang.org/x/net/http2 read what passes of a client's bytes.
@@ -257,50 +323,7 @@ func FuzzTwinHTTP2(f *testing.F) {
 			if _, err := io.ReadFull(c, make([]byte, len(http2.ClientPreface))); err != nil {
 				return
 			}
-			frames := http2.NewFramer(c, c)
-			frames.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
-			_ = frames.WriteSettings()
-			last := uint32(0) // a stream below it has begun, or never will (RFC 9113, section 5.1.1)
-			for wrong == "" {
-				fr, err := frames.ReadFrame()
-				if stream := (http2.StreamError{}); errors.As(err, &stream) {
-					_ = frames.WriteRSTStream(stream.StreamID, stream.Code)
-					continue
-				}
-				if err != nil {
-					return
-				}
-				switch fr := fr.(type) {
-				case *http2.SettingsFrame:
-					if !fr.IsAck() {
-						_ = frames.WriteSettingsAck()
-					}
-				case *http2.PingFrame:
-					if !fr.IsAck() {
-						_ = frames.WritePing(true, fr.Data)
-					}
-				}
-				block, ok := fr.(*http2.MetaHeadersFrame)
-				if !ok {
-					continue
-				}
-				fields := http.Header{}
-				for _, field := range block.RegularFields() {
-					fields.Add(field.Name, field.Value)
-				}
-				if id := block.StreamID; id <= last {
-					wrong = wrongRequest("GET", "a.example", "/open/", fields) // its trailer
-				} else {
-					last = id
-					host, target := block.PseudoValue("authority"), block.PseudoValue("path")
-					if host == "" {
-						host = fields.Get("Host")
-					}
-					target, _, _ = strings.Cut(target, "?")
-					wrong = wrongRequest(block.PseudoValue("method"), host, unescaped(target), fields)
-				}
-				_, _ = c.Write(firstbytes.Frame2(1, 5, block.StreamID, []byte{0x88}))
-			}
+			wrong = readStreams(c, c, 0)
 		})
 		if wrong != "" {
 			t.Fatalf("a server is told of %s by %q", wrong, client)

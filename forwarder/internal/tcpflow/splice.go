@@ -215,7 +215,11 @@ func (fl *Flow) runDown() (abort nat.Reason) {
 		room := gate.Chunk
 		if fl.gate != nil {
 			var end *gate.Ending
-			if room, end = fl.gate.Room(); end != nil {
+			room, end = fl.gate.Room()
+			switch {
+			case end != nil && end.Reset:
+				return end.Why
+			case end != nil:
 				fl.check.end(end)
 			}
 			if room == 0 {
