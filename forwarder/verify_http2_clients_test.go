@@ -1,24 +1,31 @@
 package forwarder
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/h2c" //nolint:staticcheck // SA1019: net/http takes up no offer of h2c
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
+
+	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
 // TestGRPCWithoutTLS has a client that waits for the server's SETTINGS before it calls.
@@ -129,5 +136,58 @@ func TestManyStreamsAreServed(t *testing.T) {
 	all.Wait()
 	if n := g.table.Len(); n != 1 {
 		t.Errorf("%d flows, want 1; counters %v", n, g.f.Stats())
+	}
+}
+
+// TestAnUpgradeToHTTP2IsServed has golang.org/x/net's server take up an offer of h2c. The client
+// is served on the same connection, and a request that no rule allows is refused there.
+func TestAnUpgradeToHTTP2IsServed(t *testing.T) {
+	if !namespaced(t) {
+		return
+	}
+	g := newNamed(t, byRequest, nil)
+	var mu sync.Mutex
+	var seen []string
+	l, err := net.Listen("tcp", addrA.String()+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: h2c.NewHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen = append(seen, fmt.Sprintf("HTTP/%d %s", r.ProtoMajor, r.URL.Path))
+	}), new(http2.Server))}
+	go func() { _ = srv.Serve(l) }() // until the test closes it
+	defer srv.Close()
+	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = io.WriteString(c, "GET /open/1 HTTP/1.1\r\nHost: a.example:8080\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n")
+	r := bufio.NewReader(c)
+	for line := ""; line != "\r\n"; {
+		if line, err = r.ReadString('\n'); err != nil || strings.HasPrefix(line, "HTTP/") && !strings.Contains(line, " 101 ") {
+			t.Fatalf("the offer is answered %q, %v; counters %v", line, err, g.f.Stats())
+		}
+	}
+	client := new(frameList)
+	done := make(chan bool)
+	go func() { client.follow(r, nil); close(done) }() // until the connection ends
+	say := gatetest.NewSpoken()
+	_ = say.WriteSettingsAck()
+	_, _ = c.Write(say.Request(3, "GET", "/open/3", "a.example:8080").Bytes())
+	eventually(t, "both are answered", func() bool {
+		heard := client.String() + ","
+		return strings.Contains(heard, "headers 1,") && strings.Contains(heard, "headers 3,")
+	})
+	say.Reset()
+	_, _ = c.Write(say.Request(5, "GET", "/secret", "a.example:8080").Bytes())
+	<-done
+	if heard := client.String(); !strings.HasSuffix(heard, "headers 5, data, goaway 5 NO_ERROR") || !errors.Is(client.end(), io.EOF) {
+		t.Errorf("the client hears %q, %v, want a refusal on stream 5 and the end", heard, client.end())
+	}
+	c.Close()
+	mu.Lock()
+	defer mu.Unlock()
+	if got := strings.Join(seen, ", "); got != "HTTP/1 /open/1, HTTP/2 /open/3" {
+		t.Errorf("the server saw %q", got)
 	}
 }
