@@ -49,7 +49,6 @@ var mayHaveFields = map[string]string{
 	"forwarder/internal/datagram.hostSocket":     "what a batch's path reads of a socket, and the two locks around it",
 	"forwarder/internal/inbound.Path":            "the two directions of the packet path, and what both share",
 	"forwarder/internal/inbound.outsideCounters": counted,
-	"forwarder/internal/tcpflow.Flow":            "the state of one connection in all of its phases",
 	"forwarder/internal/tcpflow.Forwarder":       counted,
 	"nat.Flow":                                   record,
 	"nat.Lease":                                  "what the accounting path reads of a flow",
@@ -71,7 +70,7 @@ var mayHaveFields = map[string]string{
 var mayHaveMethods = map[string]string{
 	"forwarder/dns.Resolver":               "one question's way through the cache, the gate and the upstreams",
 	"forwarder/internal/inbound.Path":      "stack.NetworkDispatcher, and a packet's way in each direction",
-	"forwarder/internal/tcpflow.Flow":      "the phases of one connection, its two pumps, and what admission asks of a flow",
+	"forwarder/internal/tcpflow.Flow":      "the phases of one connection, its two pumps, and what admission asks of a flow; what is judged in it is check's",
 	"forwarder/internal/tcpflow.Forwarder": "a segment's way to its flow",
 	"nat.Table":                            "the table's whole public interface",
 	"policy.parser":                        "one for each construct of the language",

@@ -52,55 +52,85 @@ const (
 	phaseResetting
 )
 
+// Flow is one connection. Its parts have one job each.
 type Flow struct {
 	admit.Pass
-	number  uint64 // unique to this flow
 	T       *Forwarder
+	number  uint64                    // unique to this flow
 	id      stack.TransportEndpointID // Remote is the sandbox
-	check   *check                    // nil: the first bytes are not checked
-	hops    packet.Meta               // for the dial; ttl 0: the host's default
 	ingress bool                      // dialled by a client of a published port
-	caller  *Caller                   // that client
 	local   bool                      // served by ourselves: DNS over TCP
-	Irs     uint32                    // written before the handshake, under t.mu once indexed
-	kept    keptSYN                   // again.go
 
-	wq       *waiter.Queue // ep's
-	entry    waiter.Entry
-	UpTask   engine.Task
-	DownTask engine.Task
-	settling engine.Task
-	Up       pump       // stack → host
-	Down     pump       // host → stack
-	gate     gate.Gate  // nil: requests are not judged; set before live, under mu
-	reader   hostReader // of the down pump, kept here so that a write allocates nothing
-	mem      tcpmem.Flow
+	beginning
+	pumps
+	batching
+	inside
+	outside
+	judging
+	mem tcpmem.Flow
 
-	inBatch bool          // among inlineTCP.flows; guarded by its mu
-	inlined atomic.Bool   // the device's reader processes the endpoint
-	wanted  atomic.Uint32 // and has this to do then
+	Mu    sync.Mutex
+	Phase Phase
+}
 
-	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
-	early      atomic.Bool   // the far side spoke before the flow was live
-	connecting atomic.Bool   // the stack's side is being connected (ingress)
-	Live       atomic.Bool   // both sides are connected: the pumps may run
-	broken     atomic.Uint32 // the error after which the host's kernel accepts nothing more (brokenUp)
-	tail       atomic.Bool   // the sandbox has yet to take what is left (awaitTail)
+// beginning is the dial and the handshake.
+type beginning struct {
+	hops   packet.Meta // for the dial; ttl 0: the host's default
+	caller *Caller     // the client of a published port
+	Irs    uint32      // written before the handshake, under t.mu once indexed
+	kept   keptSYN     // again.go
 
 	halfOpen, Dialing *list.Element // guarded by t.mu
 	firstSYN, lastSYN time.Time     // likewise
 	deadline          time.Time     // of the handshake; set before halfOpen
 
-	Mu              sync.Mutex
-	Phase           Phase
-	FD              int // written under mu and both pumps' locks
-	tok             engine.PollToken
-	Ep              tcpip.Endpoint
-	Counts          *tcp.Stats          // ep's
-	Syn             *stack.PacketBuffer // while dialing
-	cancel          context.CancelFunc
-	resetOnComplete bool
-	lost            nat.Reason // set with phaseResetting
+	Syn             *stack.PacketBuffer // while dialing; guarded by the flow's mu
+	resetOnComplete bool                // likewise
+}
+
+// pumps are the two directions.
+type pumps struct {
+	UpTask   engine.Task
+	DownTask engine.Task
+	Up       pump        // stack → host
+	Down     pump        // host → stack
+	reader   hostReader  // of the down pump, kept here so that a write allocates nothing
+	Live     atomic.Bool // both sides are connected: the pumps may run
+}
+
+// batching is the device's reader, while it processes the endpoint (inline.go).
+type batching struct {
+	inBatch bool          // among inlineTCP.flows; guarded by its mu
+	inlined atomic.Bool   // the reader processes the endpoint
+	wanted  atomic.Uint32 // and has this to do then
+}
+
+// inside is the stack's side.
+type inside struct {
+	Ep         tcpip.Endpoint // guarded by the flow's mu, as are counts and cancel
+	Counts     *tcp.Stats     // ep's
+	wq         *waiter.Queue  // likewise
+	entry      waiter.Entry
+	settling   engine.Task
+	connecting atomic.Bool        // it is being connected (ingress)
+	tail       atomic.Bool        // the sandbox has yet to take what is left (awaitTail)
+	cancel     context.CancelFunc // of a flow that is served by ourselves
+}
+
+// outside is the host's side.
+type outside struct {
+	FD         int // written under the flow's mu and both pumps' locks
+	tok        engine.PollToken
+	hostEvents atomic.Uint32 // EPOLLRDHUP, EPOLLHUP, EPOLLERR seen
+	early      atomic.Bool   // the far side spoke before the flow was live
+	broken     atomic.Uint32 // the error after which the host's kernel accepts nothing more (brokenUp)
+	lost       nat.Reason    // set with phaseResetting; guarded by the flow's mu
+}
+
+// judging is what the flow's bytes are judged by.
+type judging struct {
+	check *check    // nil: the first bytes are not checked
+	gate  gate.Gate // nil: requests are not judged; set before live, under the flow's mu
 }
 
 // pump is one direction's state. The goroutine that moves bytes holds mu.

@@ -44,9 +44,10 @@ func (t *Forwarder) FromHost(fd int, c Caller, j admit.Judged) {
 		return
 	}
 	fl := &Flow{
-		T: t, number: t.numbers.Add(1), FD: fd, ingress: true, caller: &c, Phase: phaseHandshake, wq: new(waiter.Queue),
+		T: t, number: t.numbers.Add(1), ingress: true, Phase: phaseHandshake,
 		id: stack.TransportEndpointID{LocalAddress: packet.StackAddr(client), RemoteAddress: packet.StackAddr(guest.Addr()), RemotePort: guest.Port()},
 	}
+	fl.FD, fl.caller, fl.wq = fd, &c, new(waiter.Queue)
 	fl.prepare()
 	if err := t.Gate.EnterAnew(&fl.Pass, fl, j, admit.Entry{Orig: c.Tuple(), Memory: &fl.mem.Shares, Pending: fl.pending}); err != nil {
 		t.Gate.NoteLimit(t.inwardLimited, j, err)

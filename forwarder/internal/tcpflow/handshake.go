@@ -215,7 +215,8 @@ func (t *Forwarder) HandleTCP(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		t.Gate.Refuse(j, j.Verdict.Action() == policy.Reject)
 		return j.Verdict.Action() != policy.Reject
 	}
-	fl := &Flow{T: t, number: t.numbers.Add(1), id: id, FD: -1, local: j.Local, Irs: h.SequenceNumber()}
+	fl := &Flow{T: t, number: t.numbers.Add(1), id: id, local: j.Local}
+	fl.FD, fl.Irs = -1, h.SequenceNumber()
 	if j.Waits() {
 		fl.check = newCheck(fl)
 	}
