@@ -38,6 +38,8 @@ var allowed = map[string][]string{
 	"internal/prefix":  {},
 	"internal/privdir": {},
 
+	"internal/testutil": {},
+
 	"forwarder/dhcp":                {},
 	"forwarder/internal/count":      {},
 	"forwarder/internal/engine":     {},
@@ -102,6 +104,13 @@ var allowed = map[string][]string{
 // containerd, a client of gRPC, or QUIC's ends, which is no business of the module's own programs.
 var forTests = []string{"k8s.io/cri-api/", "google.golang.org/grpc", "golang.org/x/net/websocket", "golang.org/x/net/quic", "github.com/quic-go/"}
 
+// helpers are our packages that import "testing": any test may import them, and no other code.
+var helpers = []string{"cmd/internal/helptest", "forwarder/internal/gatetest", "internal/testutil"}
+
+func isHelper(path string) bool {
+	return slices.Contains(helpers, strings.TrimPrefix(path, module+"/"))
+}
+
 func isForTests(path string) bool {
 	return slices.ContainsFunc(forTests, func(p string) bool { return strings.HasPrefix(path, p) })
 }
@@ -150,6 +159,15 @@ func TestImportsFollowTheTable(t *testing.T) {
 		if from == "e2e/peer" {
 			p.Imports = slices.DeleteFunc(p.Imports, isForTests)
 		}
+		for _, path := range p.Imports {
+			if isHelper(path) {
+				t.Errorf("%s imports %s outside of its tests", from, path)
+			}
+			if path == "testing" && !slices.Contains(helpers, from) {
+				t.Errorf("%s imports testing and is not among the helpers of tests", from)
+			}
+		}
+		p.TestImports, p.XTestImports = slices.DeleteFunc(p.TestImports, isHelper), slices.DeleteFunc(p.XTestImports, isHelper)
 		for _, path := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
 			if isForTests(path) {
 				t.Errorf("%s imports %s, which only tests of the forwarder, end-to-end tests and their peer may", from, path)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // While an ADD is at work, the uplink namespace has the pod's addresses and no way to the
@@ -29,10 +30,10 @@ func TestTheUplinkIsSilentUntilItIsSteered(t *testing.T) {
 		}
 		return nil
 	}
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	if asked != 2 {
 		t.Errorf("asked %d times", asked)
 	}
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	n.clean()
 }

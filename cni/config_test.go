@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/tun"
 )
 
@@ -58,7 +59,7 @@ func TestConfigurationIsDecoded(t *testing.T) {
 		"capabilities": {"bandwidth": true}, "args": {"cni": {"labels": []}},
 		"runtimeConfig": {"cgroupPath": "/pod", "io.kubernetes.cri.pod-annotations": {"a": "b"}, "portMappings": [{"hostPort": 1}]},
 		"cni.dev/attachments": [{"containerID": "x", "ifname": "eth0"}]`))
-	must(t, err)
+	testutil.Must(t, err)
 	if c.kind != tun.TUN || c.MTU != 9000 || string(c.Policy.Text) != `{"kind": "SandboxPolicy"}` || len(c.Delegate) != 2 {
 		t.Errorf("decoded as %+v", c)
 	}
@@ -69,7 +70,7 @@ func TestConfigurationIsDecoded(t *testing.T) {
 		t.Errorf("the valid attachments: %v", c.ValidAttachments)
 	}
 	c, err = loadConfig(conf(`"delegate": {"type": "a"}, "mtu": "auto", "policy": "/p.yaml"`))
-	must(t, err)
+	testutil.Must(t, err)
 	if len(c.Delegate) != 1 || c.MTU != 0 || c.Policy.Path != "/p.yaml" || c.StateDir != DefaultStateDir || c.kind != tun.TAP {
 		t.Errorf("decoded as %+v", c)
 	}
@@ -116,9 +117,9 @@ func policyNamed(name string) string {
 
 func TestThePolicyOfAPod(t *testing.T) {
 	dir := t.TempDir()
-	must(t, os.MkdirAll(filepath.Join(dir, "a"), 0o700))
+	testutil.Must(t, os.MkdirAll(filepath.Join(dir, "a"), 0o700))
 	for _, name := range []string{"a/web", "a", "net"} {
-		must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(policyNamed(strings.ReplaceAll(name, "/", "-"))), 0o600))
+		testutil.Must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(policyNamed(strings.ReplaceAll(name, "/", "-"))), 0o600))
 	}
 	const inline = `{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": {"name": "inline"}, "spec": {}}`
 	for _, row := range []struct {
@@ -163,19 +164,19 @@ func TestAPolicyThatCannotBeReadIsAnError(t *testing.T) {
 		"cut": whole[:len(whole)-12], "cut-in-a-line": strings.TrimSuffix(whole, "spec: {}\n") + "spec:\n  defaultAction: drop",
 		"not-utf8": whole + "# \xff\n", "zero": whole + "# \x00\n", "bom": "\ufeff" + whole, "two": whole + "---\n" + whole,
 	} {
-		must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(text), 0o600))
+		testutil.Must(t, os.WriteFile(filepath.Join(dir, name+".yaml"), []byte(text), 0o600))
 	}
 	big, err := os.Create(filepath.Join(dir, "100MiB.yaml"))
-	must(t, err)
-	must(t, big.Truncate(100<<20))
-	must(t, big.Close())
-	must(t, os.Mkdir(filepath.Join(dir, "directory.yaml"), 0o700))
-	must(t, unix.Mkfifo(filepath.Join(dir, "fifo.yaml"), 0o600))
-	must(t, os.Symlink("nowhere", filepath.Join(dir, "dangling.yaml")))
+	testutil.Must(t, err)
+	testutil.Must(t, big.Truncate(100<<20))
+	testutil.Must(t, big.Close())
+	testutil.Must(t, os.Mkdir(filepath.Join(dir, "directory.yaml"), 0o700))
+	testutil.Must(t, unix.Mkfifo(filepath.Join(dir, "fifo.yaml"), 0o600))
+	testutil.Must(t, os.Symlink("nowhere", filepath.Join(dir, "dangling.yaml")))
 	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
-	must(t, err)
+	testutil.Must(t, err)
 	other := filepath.Join(t.TempDir(), "other.yaml")
-	must(t, os.WriteFile(other, []byte(whole), 0o600))
+	testutil.Must(t, os.WriteFile(other, []byte(whole), 0o600))
 	check := func(what string, c Config, pod Pod) {
 		t.Helper()
 		for _, closed := range []bool{false, true} {
@@ -197,8 +198,8 @@ func TestAPolicyThatCannotBeReadIsAnError(t *testing.T) {
 	for what, text := range map[string]string{"an empty object": "{}", "an object without a spec": `{"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": {"name": "a"}}`} {
 		check(what, Config{Policy: policySource{Text: []byte(text)}}, Pod{})
 	}
-	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
-	must(t, os.Symlink("nowhere", filepath.Join(dir, "gone")))
+	testutil.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+	testutil.Must(t, os.Symlink("nowhere", filepath.Join(dir, "gone")))
 	for what, policyDir := range map[string]string{"a policyDir that is missing": dir + "/none", "a policyDir that is a file": other, "a policyDir that leads nowhere": dir + "/gone"} {
 		check(what, Config{PolicyDir: policyDir, Policy: policySource{Path: other}}, Pod{Namespace: "a", Name: "x"})
 		check(what, Config{PolicyDir: policyDir}, Pod{})
@@ -217,9 +218,9 @@ func TestLimitsTakeTheRuntimesBandwidth(t *testing.T) {
 			`{"flows":5,"ingressBandwidth":"8000"}`},
 	} {
 		c, err := loadConfig(conf(row.members))
-		must(t, err)
+		testutil.Must(t, err)
 		limits, err := c.limits()
-		must(t, err)
+		testutil.Must(t, err)
 		var got, want any
 		_ = json.Unmarshal(limits, &got)
 		_ = json.Unmarshal([]byte(row.want), &want)
@@ -264,7 +265,7 @@ func TestExpandSlice(t *testing.T) {
 func TestWhereAMonitorMoves(t *testing.T) {
 	root := t.TempDir()
 	for _, dir := range []string{"unified/pod", "systemd", "memory/pod"} {
-		must(t, os.MkdirAll(filepath.Join(root, dir), 0o700))
+		testutil.Must(t, os.MkdirAll(filepath.Join(root, dir), 0o700))
 	}
 	all := []hierarchy{
 		{filepath.Join(root, "unified"), "", "/system.slice/containerd.service"},
@@ -274,7 +275,7 @@ func TestWhereAMonitorMoves(t *testing.T) {
 	at := func(podPath string) (out []string) {
 		for _, h := range all {
 			dir, err := h.target(podPath)
-			must(t, err)
+			testutil.Must(t, err)
 			out = append(out, strings.TrimPrefix(dir, root))
 		}
 		return out
@@ -299,15 +300,15 @@ func TestWhereAMonitorMoves(t *testing.T) {
 
 func TestHierarchies(t *testing.T) {
 	dir := t.TempDir()
-	must(t, os.WriteFile(dir+"/mountinfo", []byte(`30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw shared:1 - cgroup cgroup rw,cpu,cpuacct
+	testutil.Must(t, os.WriteFile(dir+"/mountinfo", []byte(`30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw shared:1 - cgroup cgroup rw,cpu,cpuacct
 31 25 0:27 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
 32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 33 25 0:28 /docker /mnt/part rw - cgroup2 cgroup2 rw
 34 25 0:29 / /tmp rw - tmpfs tmpfs rw
 `), 0o600))
-	must(t, os.WriteFile(dir+"/cgroup", []byte("4:cpu,cpuacct:/a\n1:name=systemd:/b\n0::/c\n"), 0o600))
+	testutil.Must(t, os.WriteFile(dir+"/cgroup", []byte("4:cpu,cpuacct:/a\n1:name=systemd:/b\n0::/c\n"), 0o600))
 	got, err := hierarchies(dir+"/mountinfo", dir+"/cgroup")
-	must(t, err)
+	testutil.Must(t, err)
 	want := []hierarchy{{"/sys/fs/cgroup/cpu,cpuacct", "cpu,cpuacct", "/a"}, {"/sys/fs/cgroup/systemd", "name=systemd", "/b"}, {"/sys/fs/cgroup/unified", "", "/c"}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v", got)

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // fakeExec plays delegates. "main" makes a dummy interface in the namespace that it is
@@ -101,8 +102,8 @@ func (f *fakeExec) verbs() (out []string) {
 func alone(t *testing.T) (*node, *fakeExec, func(verb string, more ...string) error) {
 	n := newNode(t)
 	link, err := n.podH.LinkByName("eth0")
-	must(t, err)
-	must(t, n.podH.LinkDel(link))
+	testutil.Must(t, err)
+	testutil.Must(t, n.podH.LinkDel(link))
 	exec := &fakeExec{t: t}
 	n.plugin.Exec = exec
 	run := func(verb string, more ...string) error {
@@ -115,7 +116,7 @@ func alone(t *testing.T) (*node, *fakeExec, func(verb string, more ...string) er
 		args := n.args()
 		args.StdinData = []byte(text + "}")
 		c, err := loadConfig(args.StdinData)
-		must(t, err)
+		testutil.Must(t, err)
 		switch verb {
 		case "ADD":
 			_, err = n.plugin.add(t.Context(), c, args)
@@ -143,7 +144,7 @@ func same(t *testing.T, what string, got []string, want ...string) {
 
 func TestDelegates(t *testing.T) {
 	n, exec, run := alone(t)
-	must(t, run("ADD"))
+	testutil.Must(t, run("ADD"))
 	uplinkNS := n.state + "/netns/" + n.name()
 	for _, c := range exec.calls {
 		if c.netns != uplinkNS {
@@ -160,22 +161,22 @@ func TestDelegates(t *testing.T) {
 	if link, err := n.podH.LinkByName("eth0"); err != nil || !uplink.IsDevice(link) {
 		t.Errorf("the pod's eth0: %v, %v", link, err)
 	}
-	must(t, run("CHECK"))
+	testutil.Must(t, run("CHECK"))
 	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, uplinkNS) || exec.calls[0].netns != uplinkNS {
 		t.Errorf("CHECK called %+v", exec.calls)
 	}
 	same(t, "CHECK", exec.verbs(), "main CHECK", "meta CHECK")
-	must(t, run("STATUS"))
+	testutil.Must(t, run("STATUS"))
 	same(t, "STATUS", exec.verbs(), "main STATUS", "meta STATUS")
-	must(t, run("GC", fmt.Sprintf(`"cni.dev/valid-attachments": [{"containerID": %q, "ifname": "eth0"}]`, testID)))
+	testutil.Must(t, run("GC", fmt.Sprintf(`"cni.dev/valid-attachments": [{"containerID": %q, "ifname": "eth0"}]`, testID)))
 	if len(exec.calls) != 2 || !strings.Contains(exec.calls[0].stdin, testID) {
 		t.Errorf("GC called %+v", exec.calls)
 	}
 	same(t, "GC", exec.verbs(), "main GC", "meta GC")
-	must(t, run("DEL"))
+	testutil.Must(t, run("DEL"))
 	same(t, "DEL", exec.verbs(), "meta DEL", "main DEL")
 	n.clean()
-	must(t, run("DEL"))
+	testutil.Must(t, run("DEL"))
 	same(t, "DEL again", exec.verbs(), "meta DEL", "main DEL") // their leases may be left
 	n.clean()
 }
@@ -192,32 +193,32 @@ func TestADelegateThatFailsIsTakenBack(t *testing.T) {
 		n.clean()
 	}
 	exec.fail = "meta DEL"
-	must(t, run("ADD"))
+	testutil.Must(t, run("ADD"))
 	if err := run("DEL"); err == nil {
 		t.Error("a delegate's failing DEL is no error")
 	}
 	exec.fail = ""
-	must(t, run("DEL"))
+	testutil.Must(t, run("DEL"))
 	n.clean()
 }
 
 func TestAContainerThatIsNotSelectedHasItsDelegatesInThePod(t *testing.T) {
 	n, exec, run := alone(t)
 	selector := `"select": {"namespaces": ["other"]}`
-	must(t, run("ADD", selector))
+	testutil.Must(t, run("ADD", selector))
 	for _, c := range exec.calls {
 		if c.netns != n.podNS {
 			t.Errorf("%s was run on %s", c.plugin, c.netns)
 		}
 	}
 	exec.calls = nil
-	must(t, run("DEL", selector))
+	testutil.Must(t, run("DEL", selector))
 	if len(exec.calls) != 2 || exec.calls[0].netns != n.podNS {
 		t.Errorf("DEL called %+v", exec.calls)
 	}
 	link, err := n.podH.LinkByName("eth0")
-	must(t, err) // the fake leaves it
-	must(t, n.podH.LinkDel(link))
+	testutil.Must(t, err) // the fake leaves it
+	testutil.Must(t, n.podH.LinkDel(link))
 	n.clean()
 }
 
@@ -226,8 +227,8 @@ func TestDelOfNothingRunsNoDefaultDelegates(t *testing.T) {
 	args := n.args()
 	args.StdinData = fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": %q, "type": "sluice-cni", "stateDir": %q}`, testNet, n.state)
 	c, err := loadConfig(args.StdinData)
-	must(t, err)
-	must(t, n.plugin.del(t.Context(), c, args))
+	testutil.Must(t, err)
+	testutil.Must(t, n.plugin.del(t.Context(), c, args))
 	same(t, "DEL", exec.verbs())
 	n.clean()
 }
@@ -236,9 +237,9 @@ func TestTheDefaultDelegates(t *testing.T) {
 	args := (&node{podNS: "/x"}).args()
 	args.StdinData = conf(`"runtimeConfig": {"portMappings": [], "ips": ["10.212.0.9"]}`)
 	c, err := loadConfig(args.StdinData)
-	must(t, err)
+	testutil.Must(t, err)
 	list, err := newChain(c, args, nil)
-	must(t, err)
+	testutil.Must(t, err)
 	var types []string
 	for _, d := range list.plugins {
 		types = append(types, d.Type)
@@ -251,18 +252,18 @@ func TestTheDefaultDelegates(t *testing.T) {
 
 func TestADelegateThatOutlivesThePluginIsWaitedFor(t *testing.T) {
 	s, err := openStore(t.TempDir())
-	must(t, err)
+	testutil.Must(t, err)
 	h, err := s.hold(t.Context(), "pod-1")
-	must(t, err)
+	testutil.Must(t, err)
 	start := func() (end func()) {
 		cmd := exec.Command("cat")
 		in, err := cmd.StdinPipe()
-		must(t, err)
-		must(t, cmd.Start())
+		testutil.Must(t, err)
+		testutil.Must(t, cmd.Start())
 		return func() { _ = in.Close(); _ = cmd.Wait() }
 	}
 	var endDelegate func()
-	must(t, h.lend(func() error { endDelegate = start(); return nil }))
+	testutil.Must(t, h.lend(func() error { endDelegate = start(); return nil }))
 	endMonitor := start()
 	defer endMonitor()
 	h.release() // as by the plugin's death
@@ -271,7 +272,7 @@ func TestADelegateThatOutlivesThePluginIsWaitedFor(t *testing.T) {
 	}
 	endDelegate()
 	h, err = s.tryHold("pod-1")
-	must(t, err)
+	testutil.Must(t, err)
 	h.release()
 }
 
@@ -280,11 +281,11 @@ func TestADelegateThatOutlivesThePluginIsWaitedFor(t *testing.T) {
 func TestGCOfRemainsWithoutARecordRunsNoDelegateForThem(t *testing.T) {
 	n, exec, run := alone(t)
 	s, err := openStore(n.state)
-	must(t, err)
+	testutil.Must(t, err)
 	h, err := s.hold(t.Context(), n.name())
-	must(t, err)
+	testutil.Must(t, err)
 	h.release()
-	must(t, run("GC"))
+	testutil.Must(t, run("GC"))
 	same(t, "GC", exec.verbs(), "main GC", "meta GC")
 	n.clean()
 }

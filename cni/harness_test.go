@@ -17,7 +17,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/plugins/pkg/ns"
@@ -25,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func init() {
@@ -65,19 +65,18 @@ func newNode(t *testing.T) *node {
 		t.Skip("SKIP: needs root to make network namespaces")
 	}
 	runtime.LockOSThread() // and never unlocked: the thread ends with the test's goroutine
-	must(t, unix.Unshare(unix.CLONE_NEWNET))
-	must(t, uplink.WriteSysctl("ipv6/conf/default/accept_dad", "0"))
-	dir := t.TempDir()
-	must(t, os.Chmod(dir, 0o755))
+	testutil.Must(t, unix.Unshare(unix.CLONE_NEWNET))
+	testutil.Must(t, uplink.WriteSysctl("ipv6/conf/default/accept_dad", "0"))
+	dir := testutil.PublicDir(t)
 	n := &node{t: t, dir: dir, state: filepath.Join(dir, "state"), podNS: filepath.Join(dir, "pod")}
 	n.procs = &procLauncher{dir: filepath.Join(dir, "run")}
-	must(t, os.Mkdir(n.procs.dir, 0o700))
+	testutil.Must(t, os.Mkdir(n.procs.dir, 0o700))
 	n.plugin = &Plugin{Launcher: n.procs}
 	host, err := ns.GetCurrentNS()
-	must(t, err)
+	testutil.Must(t, err)
 	n.host = host
 	n.hostH, err = uplink.Handle(host)
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(func() {
 		n.procs.stopAll(t)
 		if n.podH != nil {
@@ -100,25 +99,25 @@ func (n *node) makePod() {
 	bindNetns(n.t, n.podNS)
 	var err error
 	n.pod, err = ns.GetNS(n.podNS)
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	n.podH, err = uplink.Handle(n.pod)
-	must(n.t, err)
-	must(n.t, n.hostH.LinkAdd(&netlink.Veth{
+	testutil.Must(n.t, err)
+	testutil.Must(n.t, n.hostH.LinkAdd(&netlink.Veth{
 		LinkAttrs: netlink.LinkAttrs{Name: "veth-test", MTU: 1450}, PeerName: "eth0",
 		PeerNamespace: netlink.NsFd(n.pod.Fd()), PeerHardwareAddr: mac(podMAC), PeerMTU: 1450,
 	}))
 	veth, err := n.hostH.LinkByName("veth-test")
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	for _, a := range []string{host4 + "/24", host6 + "/64"} {
-		must(n.t, n.hostH.AddrAdd(veth, address(a)))
+		testutil.Must(n.t, n.hostH.AddrAdd(veth, address(a)))
 	}
-	must(n.t, n.hostH.LinkSetUp(veth))
+	testutil.Must(n.t, n.hostH.LinkSetUp(veth))
 	eth0, err := n.podH.LinkByName("eth0")
-	must(n.t, err)
-	must(n.t, n.pod.Do(func(ns.NetNS) error { return uplink.WriteSysctl("ipv6/conf/eth0/accept_dad", "0") }))
-	must(n.t, n.podH.LinkSetUp(eth0))
+	testutil.Must(n.t, err)
+	testutil.Must(n.t, n.pod.Do(func(ns.NetNS) error { return uplink.WriteSysctl("ipv6/conf/eth0/accept_dad", "0") }))
+	testutil.Must(n.t, n.podH.LinkSetUp(eth0))
 	for _, a := range []string{pod4 + "/24", pod6 + "/64"} {
-		must(n.t, n.podH.AddrAdd(eth0, address(a)))
+		testutil.Must(n.t, n.podH.AddrAdd(eth0, address(a)))
 	}
 	for _, r := range []*netlink.Route{
 		{Gw: net.ParseIP(host4)},
@@ -128,9 +127,9 @@ func (n *node) makePod() {
 		{Dst: network("2001:db8::/32"), Gw: net.ParseIP(host6), Priority: 33},
 	} {
 		r.LinkIndex = eth0.Attrs().Index
-		must(n.t, n.podH.RouteAdd(r))
+		testutil.Must(n.t, n.podH.RouteAdd(r))
 	}
-	must(n.t, n.podH.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: net.ParseIP("169.254.7.7"), HardwareAddr: mac("02:00:00:00:07:07"), State: netlink.NUD_PERMANENT}))
+	testutil.Must(n.t, n.podH.NeighSet(&netlink.Neigh{LinkIndex: eth0.Attrs().Index, IP: net.ParseIP("169.254.7.7"), HardwareAddr: mac("02:00:00:00:07:07"), State: netlink.NUD_PERMANENT}))
 }
 
 // closePod ends the pod's namespace, as a runtime does that is in a hurry.
@@ -164,7 +163,7 @@ func (n *node) config(more ...string) (*Config, *skel.CmdArgs) {
 	args := n.args()
 	args.StdinData = []byte(text + "}")
 	c, err := loadConfig(args.StdinData)
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	return c, args
 }
 
@@ -205,7 +204,7 @@ func (n *node) status() error {
 func (n *node) inside() *uplink.LinkState {
 	n.t.Helper()
 	_, s, err := uplink.ReadLink(n.podH, "eth0")
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	s.Addrs = withoutLinkLocal(s.Addrs)
 	s.Neighs = permanent(s.Neighs)
 	return s
@@ -215,9 +214,9 @@ func (n *node) inside() *uplink.LinkState {
 func (n *node) uplink() (ns.NetNS, *netlink.Handle) {
 	n.t.Helper()
 	up, err := ns.GetNS(filepath.Join(n.state, netnsDir, n.name()))
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	h, err := uplink.Handle(up)
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	n.t.Cleanup(func() { h.Close(); _ = up.Close() })
 	return up, h
 }
@@ -241,7 +240,7 @@ func (n *node) clean() {
 		return
 	}
 	links, err := n.podH.LinkList()
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	for _, l := range links {
 		if name := l.Attrs().Name; name != "lo" && name != "eth0" || l.Type() == "tuntap" {
 			n.t.Errorf("left: the interface %s (%s) in the pod", name, l.Type())
@@ -257,7 +256,7 @@ func (n *node) unchanged(before *uplink.LinkState) {
 		n.t.Errorf("the pod's interface is not what it was:\nbefore %s\nafter  %s", asJSON(before), asJSON(after))
 	}
 	link, err := n.podH.LinkByName("eth0")
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	if link.Type() != "veth" {
 		n.t.Errorf("the pod's interface is a %s", link.Type())
 	}
@@ -368,7 +367,7 @@ func endProcess(pid int) {
 // bindNetns makes a network namespace bound at path.
 func bindNetns(t *testing.T, path string) {
 	t.Helper()
-	must(t, os.WriteFile(path, nil, 0o600))
+	testutil.Must(t, os.WriteFile(path, nil, 0o600))
 	done := make(chan error)
 	go func() { // ends with its thread, which is in the new namespace
 		runtime.LockOSThread()
@@ -378,36 +377,19 @@ func bindNetns(t *testing.T, path string) {
 		}
 		done <- err
 	}()
-	must(t, <-done)
+	testutil.Must(t, <-done)
 }
 
 func mountsBelow(t *testing.T, dir string) (out []string) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/mountinfo")
-	must(t, err)
+	testutil.Must(t, err)
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], dir+"/") {
 			out = append(out, f[4])
 		}
 	}
 	return out
-}
-
-// eventually waits for what the kernel does in its own time.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within 10 s: %s", what)
-		}
-	}
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 func mac(s string) net.HardwareAddr {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"sluice.dev/sluice/cni/conflist"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const someList = `{
@@ -35,52 +36,52 @@ const someList = `{
 func conflistFile(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "10-main.conflist")
-	must(t, os.WriteFile(path, []byte(text), 0o640))
+	testutil.Must(t, os.WriteFile(path, []byte(text), 0o640))
 	return path
 }
 
 func contents(t *testing.T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	must(t, err)
+	testutil.Must(t, err)
 	return string(b)
 }
 
 func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
 	path := conflistFile(t, someList)
-	must(t, Install(path, []byte(`{"mode": "tun"}`)))
+	testutil.Must(t, Install(path, []byte(`{"mode": "tun"}`)))
 	installed := contents(t, path)
 	var l struct {
 		DisableCheck bool
 		Plugins      []map[string]any
 	}
-	must(t, json.Unmarshal([]byte(installed), &l))
+	testutil.Must(t, json.Unmarshal([]byte(installed), &l))
 	if len(l.Plugins) != 3 || l.Plugins[2]["type"] != conflist.PluginType || l.Plugins[2]["mode"] != "tun" || !l.DisableCheck {
 		t.Fatalf("installed as %s", installed)
 	}
 	if !strings.Contains(installed, `"unknown": 1.50`) {
 		t.Error("the text of another plugin has changed")
 	}
-	must(t, Install(path, nil)) // again, with nothing new to say
+	testutil.Must(t, Install(path, nil)) // again, with nothing new to say
 	if contents(t, path) != installed {
 		t.Errorf("a second install changed the list to %s", contents(t, path))
 	}
-	must(t, Install(path, []byte(`{"mode": "tap"}`)))
+	testutil.Must(t, Install(path, []byte(`{"mode": "tap"}`)))
 	if s := contents(t, path); strings.Contains(s, "tun") || strings.Count(s, conflist.PluginType) != 1 {
 		t.Errorf("an install with other keys made %s", s)
 	}
-	must(t, Uninstall(path))
+	testutil.Must(t, Uninstall(path))
 	if contents(t, path) != someList {
 		t.Errorf("after uninstall the list is %s", contents(t, path))
 	}
-	must(t, Uninstall(path))
+	testutil.Must(t, Uninstall(path))
 	fi, err := os.Stat(path)
-	must(t, err)
+	testutil.Must(t, err)
 	if fi.Mode().Perm() != 0o640 {
 		t.Errorf("the list's mode is %#o", fi.Mode().Perm())
 	}
 	entries, err := os.ReadDir(filepath.Dir(path))
-	must(t, err)
+	testutil.Must(t, err)
 	if len(entries) != 1 {
 		t.Errorf("left beside the list: %v", entries)
 	}
@@ -88,8 +89,8 @@ func TestInstallAndUninstallLeaveTheListAsItWas(t *testing.T) {
 
 func TestInstallKeepsWhatOthersSwitchedOff(t *testing.T) {
 	path := conflistFile(t, `{"name": "x", "cniVersion": "1.0.0", "disableCheck": true, "plugins": [{"type": "ptp"}]}`)
-	must(t, Install(path, nil))
-	must(t, Uninstall(path))
+	testutil.Must(t, Install(path, nil))
+	testutil.Must(t, Uninstall(path))
 	if !strings.Contains(contents(t, path), `"disableCheck": true`) {
 		t.Errorf("uninstall has taken away what it did not set: %s", contents(t, path))
 	}
@@ -101,7 +102,7 @@ func TestBandwidthIsDeclaredByOne(t *testing.T) {
 		`{"name": "x", "plugins": [{"type": "ptp"}, {"type": "bandwidth"}]}`: false,
 	} {
 		path := conflistFile(t, list)
-		must(t, Install(path, nil))
+		testutil.Must(t, Install(path, nil))
 		if got := strings.Contains(contents(t, path), `"bandwidth": true`); got != want {
 			t.Errorf("installed into %s, sluice declares it: %v", list, got)
 		}
@@ -111,8 +112,8 @@ func TestBandwidthIsDeclaredByOne(t *testing.T) {
 func TestInstallFollowsALink(t *testing.T) {
 	path := conflistFile(t, someList)
 	link := path + ".link"
-	must(t, os.Symlink(path, link))
-	must(t, Install(link, nil))
+	testutil.Must(t, os.Symlink(path, link))
+	testutil.Must(t, Install(link, nil))
 	if fi, err := os.Lstat(link); err != nil || fi.Mode()&os.ModeSymlink == 0 {
 		t.Error("the link is none any more")
 	}
@@ -148,16 +149,16 @@ func TestInstallRefuses(t *testing.T) {
 func TestTheBinaryIsReplacedInOneStep(t *testing.T) {
 	dir := t.TempDir()
 	old, err := os.Create(filepath.Join(dir, conflist.PluginType))
-	must(t, err)
+	testutil.Must(t, err)
 	defer old.Close()
-	must(t, InstallBinary("/proc/self/exe", dir))
+	testutil.Must(t, InstallBinary("/proc/self/exe", dir))
 	fi, err := os.Stat(filepath.Join(dir, conflist.PluginType))
-	must(t, err)
+	testutil.Must(t, err)
 	if before, _ := old.Stat(); os.SameFile(before, fi) {
 		t.Error("the old binary was written over")
 	}
 	if fi.Mode().Perm()&0o111 == 0 || fi.Size() == 0 {
 		t.Errorf("the new binary has the mode %s and %d bytes", fi.Mode(), fi.Size())
 	}
-	must(t, InstallBinary(filepath.Join(dir, conflist.PluginType), dir)) // itself
+	testutil.Must(t, InstallBinary(filepath.Join(dir, conflist.PluginType), dir)) // itself
 }

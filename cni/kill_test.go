@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // The plugin is killed at each step, in a process of its own that this test binary
@@ -111,10 +112,10 @@ func TestKilledAtAnyStep(t *testing.T) {
 					if c.name == "ADD and DEL" {
 						t.Skip("SKIP: a runtime does not add a container that it was deleting")
 					}
-					must(t, n.add())
+					testutil.Must(t, n.add())
 				}
 				n.killed(at[0], at[1])
-				must(t, c.cure(n))
+				testutil.Must(t, c.cure(n))
 				n.unchanged(before)
 				n.clean()
 			})

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestResolversAreOfWhoIsTrustedMost(t *testing.T) {
@@ -34,9 +36,9 @@ func TestResolversAreOfWhoIsTrustedMost(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c, err := loadConfig(conf(row.members))
-			must(t, err)
+			testutil.Must(t, err)
 			r, err := c.resolversFor(c.prevResult, own)
-			must(t, err)
+			testutil.Must(t, err)
 			var got []string
 			for _, a := range r.Servers {
 				got = append(got, a.String())
@@ -52,13 +54,13 @@ func TestResolversAreOfWhoIsTrustedMost(t *testing.T) {
 		})
 	}
 	c, err := loadConfig(conf(`"runtimeConfig": {"dns": {"servers": "10.0.0.1"}}`))
-	must(t, err)
+	testutil.Must(t, err)
 	if r, err := c.resolversFor(nil, own); err == nil {
 		t.Errorf("a runtime that names no list: %+v", r)
 	}
 	many := strings.TrimSuffix(strings.Repeat(`"127.0.0.1", "not `+strings.Repeat("x", 1000)+`",`, 100), ",")
 	c, err = loadConfig(conf(`"runtimeConfig": {"dns": {"servers": [` + many + `]}}`))
-	must(t, err)
+	testutil.Must(t, err)
 	if r, err := c.resolversFor(nil, own); err != nil || len(r.Servers) > 0 || len(r.Note) > 4000 {
 		t.Errorf("a note of %d bytes, %v", len(r.Note), err)
 	}
@@ -80,14 +82,14 @@ func TestResolversOfTheConfigurationMustBeServers(t *testing.T) {
 // were resolvers is one without.
 func TestResolversAreInTheRecord(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add(`"resolvers": ["10.96.0.10"]`))
+	testutil.Must(t, n.add(`"resolvers": ["10.96.0.10"]`))
 	path := filepath.Join(n.state, attachmentsDir, n.name(), recordFile)
 	recorded := func() Resolvers {
 		t.Helper()
 		b, err := os.ReadFile(path)
-		must(t, err)
+		testutil.Must(t, err)
 		var a Attachment
-		must(t, json.Unmarshal(b, &a))
+		testutil.Must(t, json.Unmarshal(b, &a))
 		return a.Launch.Resolvers
 	}
 	if r := recorded(); !slices.Equal(r.Servers, []netip.Addr{netip.MustParseAddr("10.96.0.10")}) {
@@ -95,7 +97,7 @@ func TestResolversAreInTheRecord(t *testing.T) {
 	}
 	n.procs.told.Clear()
 	endProcess(n.procs.pid(n.name()))
-	must(t, n.status())
+	testutil.Must(t, n.status())
 	told := func() Resolvers {
 		t.Helper()
 		spec, _ := n.procs.told.Load(n.name())
@@ -106,22 +108,22 @@ func TestResolversAreInTheRecord(t *testing.T) {
 	}
 
 	b, err := os.ReadFile(path)
-	must(t, err)
+	testutil.Must(t, err)
 	var old map[string]any
-	must(t, json.Unmarshal(b, &old))
+	testutil.Must(t, json.Unmarshal(b, &old))
 	launch := old["launch"].(map[string]any)
 	if launch["resolvers"] == nil {
 		t.Fatal("the record has no resolvers to take away")
 	}
 	delete(launch, "resolvers")
 	b, err = json.Marshal(old)
-	must(t, err)
-	must(t, os.WriteFile(path, b, 0o600))
+	testutil.Must(t, err)
+	testutil.Must(t, os.WriteFile(path, b, 0o600))
 	endProcess(n.procs.pid(n.name()))
-	must(t, errors.Join(n.status(), n.check()))
+	testutil.Must(t, errors.Join(n.status(), n.check()))
 	if r := told(); len(r.Servers) != 0 {
 		t.Errorf("of an old record: %+v", r)
 	}
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	n.clean()
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // TestWhatTuningSetStays sets what the plugin tuning may before ours is called.
@@ -18,7 +19,7 @@ func TestWhatTuningSetStays(t *testing.T) {
 	n := newNode(t)
 	n.ip("link", "set", "eth0", "promisc", "on")
 	n.ip("link", "set", "eth0", "allmulticast", "on")
-	must(t, n.pod.Do(func(ns.NetNS) error {
+	testutil.Must(t, n.pod.Do(func(ns.NetNS) error {
 		for key, value := range chosen {
 			tree, setting := path.Split(key)
 			if err := uplink.WriteSysctl(tree+"eth0/"+setting, value); err != nil {
@@ -37,7 +38,7 @@ func TestWhatTuningSetStays(t *testing.T) {
 			t.Errorf("%s: promiscuous %v, all multicast %v", when, now.Promisc, now.Allmulti)
 		}
 		got, err := uplink.ReadSettings(n.pod, "eth0")
-		must(t, err)
+		testutil.Must(t, err)
 		for key, want := range chosen {
 			if got[key] != want {
 				t.Errorf("%s: %s is %q, not %s", when, key, got[key], want)
@@ -45,12 +46,12 @@ func TestWhatTuningSetStays(t *testing.T) {
 		}
 	}
 	kept("before ADD")
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	kept("after ADD")
 	endProcess(n.procs.pid(n.name()))
-	must(t, n.status())
+	testutil.Must(t, n.status())
 	kept("after a repair")
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	kept("after DEL")
 	n.unchanged(before)
 	n.clean()

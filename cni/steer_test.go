@@ -16,6 +16,8 @@ import (
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // What comes from outside: to the worker's sockets what is theirs, all else to in0. The
@@ -67,7 +69,7 @@ func (l *captiveLauncher) poll(t *testing.T, ms int) (p inbound, ok bool) {
 	}
 	b := make([]byte, 1<<16)
 	n, err := unix.Read(l.in0, b)
-	must(t, err)
+	testutil.Must(t, err)
 	b = b[vnetHeader:n]
 	if b[0]>>4 == 4 {
 		head := int(b[0]&15) * 4
@@ -84,14 +86,14 @@ func (l *captiveLauncher) poll(t *testing.T, ms int) (p inbound, ok bool) {
 // in runs f on a thread in a namespace, whose sockets stay there.
 func in(t *testing.T, n ns.NetNS, f func() error) {
 	t.Helper()
-	must(t, n.Do(func(ns.NetNS) error { return f() }))
+	testutil.Must(t, n.Do(func(ns.NetNS) error { return f() }))
 }
 
 func newSteered(t *testing.T) (*node, *captiveLauncher, ns.NetNS) {
 	n := newNode(t)
 	l := &captiveLauncher{procLauncher: n.procs}
 	n.plugin.Launcher = l
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	t.Cleanup(func() {
 		_ = unix.Close(l.in0)
 		if err := n.del(); err != nil {
@@ -112,16 +114,16 @@ func newSteered(t *testing.T) (*node, *captiveLauncher, ns.NetNS) {
 func udpTo(t *testing.T, addr string, port uint16) *net.UDPConn {
 	t.Helper()
 	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), port)))
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(func() { c.Close() })
-	must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
+	testutil.Must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
 	return c
 }
 
 func send(t *testing.T, c net.Conn, text string) {
 	t.Helper()
 	_, err := c.Write([]byte(text))
-	must(t, err)
+	testutil.Must(t, err)
 }
 
 func listen(t *testing.T, n ns.NetNS, addr string) (c *net.UDPConn) {
@@ -131,7 +133,7 @@ func listen(t *testing.T, n ns.NetNS, addr string) (c *net.UDPConn) {
 		return err
 	})
 	t.Cleanup(func() { c.Close() })
-	must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
+	testutil.Must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
 	return c
 }
 
@@ -181,14 +183,14 @@ func TestSocketsGetTheirsAndIn0TheRest(t *testing.T) {
 func (n *node) hostThread(t *testing.T) {
 	t.Helper()
 	runtime.LockOSThread()
-	must(t, unix.Setns(int(n.host.Fd()), unix.CLONE_NEWNET))
+	testutil.Must(t, unix.Setns(int(n.host.Fd()), unix.CLONE_NEWNET))
 }
 
 // workerDials connects from the uplink namespace to a listener of the host, both ways.
 func workerDials(t *testing.T, up ns.NetNS, host string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
-	must(t, err)
+	testutil.Must(t, err)
 	defer ln.Close()
 	var c net.Conn
 	in(t, up, func() (err error) {
@@ -197,7 +199,7 @@ func workerDials(t *testing.T, up ns.NetNS, host string) {
 	})
 	defer c.Close()
 	s, err := ln.Accept()
-	must(t, err)
+	testutil.Must(t, err)
 	defer s.Close()
 	send(t, s, "back")
 	b := make([]byte, 4)
@@ -228,25 +230,25 @@ func TestEchoIsThePodsAndItsRepliesAreTheWorkers(t *testing.T) {
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			n.hostThread(t)
-			must(t, os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 0"), 0))
+			testutil.Must(t, os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 0"), 0))
 			echo := func(c *icmp.PacketConn, to string) {
 				m := icmp.Message{Type: f.request, Body: &icmp.Echo{Seq: 1, Data: []byte("echo")}}
 				b, err := m.Marshal(nil)
-				must(t, err)
+				testutil.Must(t, err)
 				_, err = c.WriteTo(b, &net.UDPAddr{IP: net.ParseIP(to)})
-				must(t, err)
+				testutil.Must(t, err)
 			}
 			var worker *icmp.PacketConn
 			in(t, up, func() (err error) { worker, err = icmp.ListenPacket(f.net, f.pod); return err })
 			defer worker.Close()
-			must(t, worker.SetDeadline(time.Now().Add(5*time.Second)))
+			testutil.Must(t, worker.SetDeadline(time.Now().Add(5*time.Second)))
 			echo(worker, f.host)
 			b := make([]byte, 100)
 			if n, _, err := worker.ReadFrom(b); err != nil || n != 12 {
 				t.Errorf("the worker's ping socket got %d bytes: %v", n, err)
 			}
 			host, err := icmp.ListenPacket(f.net, f.host)
-			must(t, err)
+			testutil.Must(t, err)
 			defer host.Close()
 			echo(host, f.pod)
 			if p := l.next(t); p.proto != f.proto || string(p.payload[8:]) != "echo" {
@@ -261,14 +263,14 @@ func TestAPacketWithOneHopLeftArrives(t *testing.T) {
 	for _, addr := range []string{pod4, pod6} {
 		c := udpTo(t, addr, 4242)
 		raw, err := c.SyscallConn()
-		must(t, err)
-		must(t, raw.Control(func(fd uintptr) {
+		testutil.Must(t, err)
+		testutil.Must(t, raw.Control(func(fd uintptr) {
 			err = errors.Join(unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, 1))
 			if addr == pod6 {
 				err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, 1)
 			}
 		}))
-		must(t, err)
+		testutil.Must(t, err)
 		send(t, c, "one hop")
 		if p := l.next(t); p.hops != 1 || string(p.payload[8:]) != "one hop" {
 			t.Errorf("in0 got %+v", p)
@@ -279,11 +281,11 @@ func TestAPacketWithOneHopLeftArrives(t *testing.T) {
 func TestWithoutItsMonitorAPodAnswersNothing(t *testing.T) {
 	n, l, _ := newSteered(t)
 	endProcess(n.procs.pid(n.name()))
-	must(t, unix.Close(l.in0))
+	testutil.Must(t, unix.Close(l.in0))
 	l.in0 = -1
 	for _, addr := range []string{pod4, pod6} {
 		c := udpTo(t, addr, 4242)
-		must(t, c.SetDeadline(time.Now().Add(200*time.Millisecond)))
+		testutil.Must(t, c.SetDeadline(time.Now().Add(200*time.Millisecond)))
 		send(t, c, "anybody?")
 		if _, err := c.Read(make([]byte, 10)); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%s answered: %v", addr, err)

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/cni/uplink"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
@@ -27,10 +28,10 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			n := newNode(t)
 			before := n.inside()
-			must(t, n.add(`"mode": "`+mode+`"`))
+			testutil.Must(t, n.add(`"mode": "`+mode+`"`))
 
 			link, err := n.podH.LinkByName("eth0")
-			must(t, err)
+			testutil.Must(t, err)
 			if tap, ok := link.(*netlink.Tuntap); !ok || (tap.Mode == netlink.TUNTAP_MODE_TAP) != (mode == "tap") {
 				t.Fatalf("the pod's eth0 is %v", link)
 			}
@@ -45,7 +46,7 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 
 			up, upH := n.uplink()
 			_, main, err := uplink.ReadLink(upH, "eth0")
-			must(t, err)
+			testutil.Must(t, err)
 			main.Addrs, main.Neighs = withoutLinkLocal(main.Addrs), permanent(main.Neighs)
 			if !reflect.DeepEqual(before, main) {
 				t.Errorf("in the uplink namespace the interface has not what it had:\nbefore %s\nafter  %s", asJSON(before), asJSON(main))
@@ -55,19 +56,19 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 				"ipv4/conf/in0/accept_local": "1", "ipv6/conf/all/forwarding": "1", "ipv6/conf/eth0/accept_ra": "0",
 			} {
 				var got []byte
-				must(t, up.Do(func(ns.NetNS) (err error) { got, err = os.ReadFile("/proc/sys/net/" + name); return err }))
+				testutil.Must(t, up.Do(func(ns.NetNS) (err error) { got, err = os.ReadFile("/proc/sys/net/" + name); return err }))
 				if strings.Join(strings.Fields(string(got)), " ") != want {
 					t.Errorf("%s is %q in the uplink namespace, not %s", name, got, want)
 				}
 			}
-			must(t, n.check())
+			testutil.Must(t, n.check())
 			if err := n.add(); err == nil || !strings.Contains(err.Error(), "already") {
 				t.Errorf("a second ADD: %v", err)
 			}
-			must(t, n.del())
+			testutil.Must(t, n.del())
 			n.unchanged(before)
 			n.clean()
-			must(t, n.del()) // again
+			testutil.Must(t, n.del()) // again
 			n.unchanged(before)
 			n.clean()
 		})
@@ -77,17 +78,17 @@ func TestAddPutsADeviceInThePlaceOfTheInterface(t *testing.T) {
 func TestADefaultRouteIsAlwaysThere(t *testing.T) {
 	n := newNode(t)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		must(t, n.podH.RouteDel(&netlink.Route{Family: family, Dst: uplink.IPNet(netip.PrefixFrom(uplink.Unspecified(family), 0))}))
+		testutil.Must(t, n.podH.RouteDel(&netlink.Route{Family: family, Dst: uplink.IPNet(netip.PrefixFrom(uplink.Unspecified(family), 0))}))
 	}
 	before := n.inside()
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	for family, gateway := range map[int]string{netlink.FAMILY_V4: "169.254.1.1", netlink.FAMILY_V6: "fe80::1"} {
 		i := slices.IndexFunc(n.inside().Routes, func(r uplink.RouteState) bool { return r.Family == family && r.IsDefault() })
 		if i < 0 || n.inside().Routes[i].Gateway.String() != gateway {
 			t.Errorf("the pod's routes %s lack a default by %s", asJSON(n.inside().Routes), gateway)
 		}
 	}
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	n.unchanged(before)
 }
 
@@ -95,7 +96,7 @@ func TestADefaultRouteIsAlwaysThere(t *testing.T) {
 // makes them: both main plugins give a default route, the last one's goes first.
 func TestASecondNetworkLeavesTheRoutesOfTheFirst(t *testing.T) {
 	n := newNode(t)
-	must(t, n.podH.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "first"}, PeerName: "far"}))
+	testutil.Must(t, n.podH.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "first"}, PeerName: "far"}))
 	for _, command := range []string{
 		"link set far up", "link set first up", "addr add 10.99.0.5/24 dev first",
 		"route append default via 10.99.0.1 dev first", // bridge of the second network came before it
@@ -104,16 +105,16 @@ func TestASecondNetworkLeavesTheRoutesOfTheFirst(t *testing.T) {
 	}
 	defaults := func() (via []string) {
 		all, err := n.podH.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
-		must(t, err)
+		testutil.Must(t, err)
 		for _, r := range all {
 			via = append(via, r.Gw.String())
 		}
 		return via
 	}
 	same(t, "the default routes of a pod in two networks", defaults(), host4, "10.99.0.1")
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	same(t, "the default routes after ADD", defaults(), host4, "10.99.0.1")
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	same(t, "the default routes after DEL", defaults(), host4, "10.99.0.1")
 }
 
@@ -127,16 +128,16 @@ func TestAPrefixIsReachedAsTheMainPluginSays(t *testing.T) {
 		n.ip("route", "add", p[0], "via", p[1], "dev", "eth0")
 	}
 	before := n.inside()
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	for _, p := range [][2]string{{"10.88.0.0/24", host4}, {"fd88::/64", host6}} {
 		dst := network(p[0])
 		list, err := n.podH.RouteListFiltered(uplink.FamilyOf(uplink.PrefixOf(dst).Addr()), &netlink.Route{Dst: dst}, netlink.RT_FILTER_DST)
-		must(t, err)
+		testutil.Must(t, err)
 		if len(list) != 1 || list[0].Gw.String() != p[1] {
 			t.Errorf("the routes to %s are %v, not one by %s", p[0], list, p[1])
 		}
 	}
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	n.unchanged(before)
 }
 
@@ -192,31 +193,31 @@ func TestDelOfWhateverIsLeft(t *testing.T) {
 		{name: "the monitor was killed", spoil: func(n *node) { endProcess(n.procs.pid(n.name())) }},
 		{name: "the pod is gone", spoil: (*node).closePod, podGone: true},
 		{name: "the record is half-written", spoil: func(n *node) {
-			must(n.t, os.Truncate(filepath.Join(n.state, attachmentsDir, n.name(), recordFile), 100))
+			testutil.Must(n.t, os.Truncate(filepath.Join(n.state, attachmentsDir, n.name(), recordFile), 100))
 		}},
 		{name: "the record is gone", spoil: func(n *node) {
-			must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
+			testutil.Must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
 		}},
 		{name: "the attachment's directory is gone", spoil: func(n *node) {
-			must(n.t, os.RemoveAll(filepath.Join(n.state, attachmentsDir, n.name())))
+			testutil.Must(n.t, os.RemoveAll(filepath.Join(n.state, attachmentsDir, n.name())))
 		}},
 		{name: "the device is gone from the pod", spoil: func(n *node) {
 			link, err := n.podH.LinkByName("eth0")
-			must(n.t, err)
-			must(n.t, n.podH.LinkDel(link))
+			testutil.Must(n.t, err)
+			testutil.Must(n.t, n.podH.LinkDel(link))
 		}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			n := newNode(t)
 			before := n.inside()
-			must(t, n.add())
+			testutil.Must(t, n.add())
 			row.spoil(n)
-			must(t, n.del())
+			testutil.Must(t, n.del())
 			if !row.podGone {
 				n.unchanged(before)
 			}
 			n.clean()
-			must(t, n.del())
+			testutil.Must(t, n.del())
 			n.clean()
 		})
 	}
@@ -224,42 +225,42 @@ func TestDelOfWhateverIsLeft(t *testing.T) {
 
 func TestDelWithoutTheUplinkNamespace(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add())
-	must(t, unix.Unmount(filepath.Join(n.state, netnsDir, n.name()), unix.MNT_DETACH))
-	must(t, n.del())
+	testutil.Must(t, n.add())
+	testutil.Must(t, unix.Unmount(filepath.Join(n.state, netnsDir, n.name()), unix.MNT_DETACH))
+	testutil.Must(t, n.del())
 	n.clean()
 }
 
 func TestAnotherPodsNamespaceIsLeftAlone(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	n.closePod()
 	bindNetns(t, n.podNS) // by the same path
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	other, err := ns.GetNS(n.podNS)
-	must(t, err)
+	testutil.Must(t, err)
 	h, err := uplink.Handle(other)
-	must(t, err)
+	testutil.Must(t, err)
 	links, err := h.LinkList()
-	must(t, err)
+	testutil.Must(t, err)
 	if len(links) != 1 {
 		t.Errorf("the other pod has got interfaces: %v", links)
 	}
 	h.Close()
-	must(t, other.Close())
-	must(t, unix.Unmount(n.podNS, unix.MNT_DETACH))
+	testutil.Must(t, other.Close())
+	testutil.Must(t, unix.Unmount(n.podNS, unix.MNT_DETACH))
 	n.clean()
 }
 
 func TestAnAttachmentOfAnotherBoot(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	n.edit(func(a *Attachment) { a.BootID = "00000000-0000-0000-0000-000000000000" })
 	if err := n.check(); err == nil || !strings.Contains(err.Error(), "reboot") {
 		t.Errorf("CHECK: %v", err)
 	}
 	n.procs.stopAll(t)
-	must(t, n.gc(false))
+	testutil.Must(t, n.gc(false))
 	n.clean()
 }
 
@@ -268,13 +269,13 @@ func (n *node) edit(f func(*Attachment)) {
 	n.t.Helper()
 	path := filepath.Join(n.state, attachmentsDir, n.name(), recordFile)
 	b, err := os.ReadFile(path)
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	var a Attachment
-	must(n.t, json.Unmarshal(b, &a))
+	testutil.Must(n.t, json.Unmarshal(b, &a))
 	f(&a)
 	b, err = json.Marshal(a)
-	must(n.t, err)
-	must(n.t, os.WriteFile(path, b, 0o600))
+	testutil.Must(n.t, err)
+	testutil.Must(n.t, os.WriteFile(path, b, 0o600))
 }
 
 func TestCheckMissesWhateverIsMissing(t *testing.T) {
@@ -284,7 +285,7 @@ func TestCheckMissesWhateverIsMissing(t *testing.T) {
 		says  string
 	}{
 		{"the monitor", func(n *node) { _ = n.procs.Stop(n.t.Context(), LaunchSpec{Name: n.name()}) }, "nothing serves the pod"},
-		{"the monitor behind a device that stays", func(n *node) { must(n.t, os.Remove(n.procs.file(n.name()))) }, "dead"},
+		{"the monitor behind a device that stays", func(n *node) { testutil.Must(n.t, os.Remove(n.procs.file(n.name()))) }, "dead"},
 		{"an address", func(n *node) { n.ip("addr", "del", pod4+"/24", "dev", "eth0") }, pod4},
 		{"a route", func(n *node) { n.ip("route", "del", "192.0.2.0/24") }, "192.0.2.0/24"},
 		{"the IPv6 address", func(n *node) { n.ip("addr", "del", pod6+"/64", "dev", "eth0") }, pod6},
@@ -293,28 +294,28 @@ func TestCheckMissesWhateverIsMissing(t *testing.T) {
 		{"the main interface", func(n *node) {
 			_, h := n.uplink()
 			link, err := h.LinkByName("eth0")
-			must(n.t, err)
-			must(n.t, h.LinkDel(link))
+			testutil.Must(n.t, err)
+			testutil.Must(n.t, h.LinkDel(link))
 		}, "uplink"},
 		{"the rules", func(n *node) {
 			up, _ := n.uplink()
-			must(n.t, up.Do(func(ns.NetNS) error { return dropRules() }))
+			testutil.Must(n.t, up.Do(func(ns.NetNS) error { return dropRules() }))
 		}, "rules"},
 		{"the record", func(n *node) {
-			must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
+			testutil.Must(n.t, os.Remove(filepath.Join(n.state, attachmentsDir, n.name(), recordFile)))
 		}, "no attachment"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			n := newNode(t)
-			must(t, n.add())
-			must(t, n.check())
+			testutil.Must(t, n.add())
+			testutil.Must(t, n.check())
 			pid := n.procs.pid(n.name())
 			row.spoil(n)
 			if err := n.check(); err == nil || !strings.Contains(err.Error(), row.says) {
 				t.Errorf("CHECK without it: %v", err)
 			}
 			endProcess(pid)
-			must(t, n.del())
+			testutil.Must(t, n.del())
 		})
 	}
 }
@@ -322,18 +323,18 @@ func TestCheckMissesWhateverIsMissing(t *testing.T) {
 func TestGCRemovesWhatIsNotValid(t *testing.T) {
 	n := newNode(t)
 	before := n.inside()
-	must(t, n.add())
-	must(t, n.gc(true))
-	must(t, n.check())
+	testutil.Must(t, n.add())
+	testutil.Must(t, n.gc(true))
+	testutil.Must(t, n.check())
 	// Another network's GC leaves it alone.
 	c, args := n.config()
 	c.Name, c.prevResult = "othernet", nil
-	must(t, n.plugin.gc(t.Context(), c, args))
-	must(t, n.check())
-	must(t, n.gc(false))
+	testutil.Must(t, n.plugin.gc(t.Context(), c, args))
+	testutil.Must(t, n.check())
+	testutil.Must(t, n.gc(false))
 	n.unchanged(before)
 	n.clean()
-	must(t, n.gc(false))
+	testutil.Must(t, n.gc(false))
 }
 
 func TestADeadMonitorIsReplaced(t *testing.T) {
@@ -345,24 +346,24 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			before := n.inside()
-			must(t, n.add())
+			testutil.Must(t, n.add())
 			first := n.procs.pid(n.name())
 			endProcess(first)
-			eventually(t, "the device ends with its monitor", func() bool {
+			testutil.Eventually(t, "the device ends with its monitor", func() bool {
 				_, err := n.podH.LinkByName("eth0")
 				return err != nil
 			})
-			must(t, repair(n))
-			must(t, n.check())
+			testutil.Must(t, repair(n))
+			testutil.Must(t, n.check())
 			second := n.procs.pid(n.name())
 			if second == first {
 				t.Fatal("there is no other monitor")
 			}
-			must(t, repair(n))
+			testutil.Must(t, repair(n))
 			if n.procs.pid(n.name()) != second {
 				t.Error("a monitor that lives was replaced")
 			}
-			must(t, n.del())
+			testutil.Must(t, n.del())
 			n.unchanged(before)
 			n.clean()
 		})
@@ -371,31 +372,31 @@ func TestADeadMonitorIsReplaced(t *testing.T) {
 
 func TestAMonitorThatDoesNotAnswerIsNotReplaced(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	first := n.procs.pid(n.name())
 	n.procs.mute = true
 	if err := n.check(); err == nil {
 		t.Error("CHECK does not mind")
 	}
-	must(t, n.gc(true))
-	must(t, n.status())
+	testutil.Must(t, n.gc(true))
+	testutil.Must(t, n.status())
 	if now := n.procs.pid(n.name()); now != first {
 		t.Errorf("the monitor %d has taken the place of %d, which lives", now, first)
 	}
 	n.procs.mute = false
-	must(t, n.del())
+	testutil.Must(t, n.del())
 	n.clean()
 }
 
 // A runtime that is told of an error by STATUS takes the node to be without network.
 func TestStatusDoesNotFailForOneContainer(t *testing.T) {
 	n := newNode(t)
-	must(t, n.add())
+	testutil.Must(t, n.add())
 	endProcess(n.procs.pid(n.name()))
 	var told strings.Builder
 	n.plugin.Stderr = &told
 	n.procs.fail = errors.New("no room for a monitor")
-	must(t, n.status())
+	testutil.Must(t, n.status())
 	if !strings.Contains(told.String(), n.name()) || !strings.Contains(told.String(), "no room for a monitor") {
 		t.Errorf("it says %q", told.String())
 	}
@@ -403,9 +404,9 @@ func TestStatusDoesNotFailForOneContainer(t *testing.T) {
 		t.Error("CHECK does not mind")
 	}
 	n.procs.fail = nil
-	must(t, n.status())
-	must(t, n.check())
-	must(t, n.del())
+	testutil.Must(t, n.status())
+	testutil.Must(t, n.check())
+	testutil.Must(t, n.del())
 	n.clean()
 }
 
@@ -425,11 +426,11 @@ func TestDelIsNotHinderedByNames(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			n := newNode(t)
 			before := n.inside()
-			must(t, n.add())
+			testutil.Must(t, n.add())
 			for _, step := range row.steps {
 				n.ip(step...)
 			}
-			must(t, n.del())
+			testutil.Must(t, n.del())
 			n.unchanged(before)
 			if _, err := os.Lstat(filepath.Join(n.state, attachmentsDir, n.name())); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("left: the record: %v", err)
@@ -442,10 +443,10 @@ func TestAContainerThatIsNotSelectedPasses(t *testing.T) {
 	n := newNode(t)
 	before := n.inside()
 	selector := `"select": {"namespaces": ["other"]}`
-	must(t, n.add(selector))
+	testutil.Must(t, n.add(selector))
 	n.unchanged(before)
-	must(t, n.check())
-	must(t, n.del(selector))
+	testutil.Must(t, n.check())
+	testutil.Must(t, n.del(selector))
 	n.unchanged(before)
 	n.clean()
 }
@@ -471,7 +472,7 @@ func TestAddRefuses(t *testing.T) {
 // ip runs ip(8) in the pod.
 func (n *node) ip(args ...string) {
 	n.t.Helper()
-	must(n.t, n.pod.Do(func(ns.NetNS) error {
+	testutil.Must(n.t, n.pod.Do(func(ns.NetNS) error {
 		out, err := exec.Command("ip", args...).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("ip %v: %w: %s", args, err, out)

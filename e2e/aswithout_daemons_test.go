@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // script runs a shell's script in far, in a new directory. $dir in it is the matrix's.
@@ -103,7 +105,7 @@ func vsftpd(t *testing.T, m *matrix) {
 
 func tftpd(t *testing.T, m *matrix) {
 	m.w.far.start(t, "in.tftpd", "-L", "-u", "root", "-s", filepath.Join(m.dir, "www"))
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		return strings.Contains(run(t, m.w.far, 5*time.Second, "cat", "/proc/net/udp6").out, ":0045 00"), "in.tftpd does not listen"
 	})
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // matrixZone is what far's name server says.
@@ -160,7 +162,7 @@ func (m *matrix) daemon(t *testing.T, port int, argv ...string) {
 	t.Helper()
 	p := m.w.far.start(t, argv...)
 	listens := fmt.Sprintf(":%04X 00", port) // local port and the remote end of a listener
-	eventually(t, 20*time.Second, func() (bool, string) {
+	testutil.Within(t, 20*time.Second, func() (bool, string) {
 		r := run(t, m.w.far, 5*time.Second, "cat", "/proc/net/tcp", "/proc/net/tcp6")
 		return strings.Contains(r.out, listens), fmt.Sprintf("%s does not listen on port %d\n%s", argv[0], port, p.result(""))
 	})

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // container is what a container tool makes before it calls a network helper: a process
@@ -98,7 +100,7 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 		w := newPair(t)
 		c := container(t, w.host)
 		p := w.host.sluice(t, "attach", fmt.Sprint(c.pid))
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			r := inContainer(t, w.host, c.pid, "ip", "-o", "link")
 			return strings.Contains(r.out, "65520"), "no device appears\n" + r.String() + "\n" + p.result("").String()
 		})
@@ -126,12 +128,12 @@ func TestAGuestMayConfigureItself(t *testing.T) {
 	serve(t, w.far)
 	c := container(t, w.host)
 	p := w.host.sluice(t, "attach", "--no-configure", fmt.Sprint(c.pid))
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		r := inContainer(t, w.host, c.pid, "ip", "link", "set", "tap0", "up")
 		return r.status == 0, "no device appears\n" + r.String() + "\n" + p.result("").String()
 	})
 	// The kernel asks for routers by itself, and takes prefix and route from the answer.
-	eventually(t, 15*time.Second, func() (bool, string) {
+	testutil.Within(t, 15*time.Second, func() (bool, string) {
 		r := inContainer(t, w.host, c.pid, peerBin(), "dial", "-timeout", "2s", at(far6, portWhoami))
 		return strings.Contains(r.out, host6), "the self-given IPv6 address does not reach the far side\n" + r.String()
 	})
@@ -149,7 +151,7 @@ func TestAttachToABoundNetns(t *testing.T) {
 	ok(t, w.host, 5*time.Second, "unshare", "--net="+path, "true")
 	defer w.host.do(func() { unix.Unmount(path, unix.MNT_DETACH) })
 	p := w.host.sluice(t, "attach", "--netns", path)
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		r := run(t, w.host, 10*time.Second, "nsenter", "--net="+path, peerBin(), "dial", "-timeout", "2s", at(far4, portWhoami))
 		return strings.Contains(r.out, host4), "the namespace does not reach the far side\n" + r.String() + "\n" + p.result("").String()
 	})

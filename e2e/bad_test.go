@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestBadCircumstancesAreTold(t *testing.T) {
@@ -135,7 +137,7 @@ func TestDescriptorsExhaustedKeepsFlows(t *testing.T) {
 	if sb.worker() != worker {
 		t.Error("the worker died of the lack of descriptors")
 	}
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		r := w.host.sluiceRun(t, "logs", sb.name)
 		return strings.Contains(r.out, "descriptors") || strings.Contains(r.out, "open files"), "the logs do not tell of the lack of descriptors\n" + r.String()
 	})

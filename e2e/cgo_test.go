@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // TestAPlainBuildWorks runs what `go build` makes where there is a C compiler: a binary that
@@ -74,7 +76,7 @@ ingress:
 
 	c := container(t, w.host)
 	p := w.host.sluice(t, "attach", fmt.Sprint(c.pid))
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		r := inContainer(t, w.host, c.pid, peerBin(), "dial", at(far4, portWhoami))
 		return strings.Contains(r.out, `"got":"`+host4), "an attachment reaches nothing\n" + r.String()
 	})

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 type shorts struct {
@@ -109,7 +111,7 @@ func TestTenThousandFlowsHeldAndEchoing(t *testing.T) {
 		}
 	}
 	p.wait(t, 20*time.Second)
-	eventually(t, 60*time.Second, func() (bool, string) {
+	testutil.Within(t, 60*time.Second, func() (bool, string) {
 		now := sb.usage(t)
 		good := now.flows == 0 && now.workerFDs <= before.workerFDs && now.goroutines <= before.goroutines+2 &&
 			now.workerRSS <= before.workerRSS+32<<10

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // The bounds: what would be a pass.
@@ -53,7 +55,7 @@ func TestCNICosts(t *testing.T) {
 		t.Error("ADD or DEL takes too long")
 	}
 	var private int
-	eventually(t, 10*time.Second, func() (bool, string) { // what starting took is given back
+	testutil.Within(t, 10*time.Second, func() (bool, string) { // what starting took is given back
 		monitor := a.attachment(t).PID
 		private = 0
 		for _, pid := range append(descendants(monitor), monitor) {

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // attachment is the part of `sluice ps -o json` that the tests read.
@@ -43,7 +45,7 @@ func kill(t *testing.T, pid int) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 2*time.Second, func() (bool, string) {
+	testutil.Within(t, 2*time.Second, func() (bool, string) {
 		f := stat(pid)
 		// Its first thread may be dead while others, ending, still hold its descriptors.
 		const threads = 20 - 3
@@ -220,7 +222,7 @@ func TestCNIRepair(t *testing.T) {
 	}
 	serves := func(t *testing.T) {
 		t.Helper()
-		eventually(t, 5*time.Second, func() (bool, string) { return reaches(t, portWhoami), "the pod has no network" })
+		testutil.Within(t, 5*time.Second, func() (bool, string) { return reaches(t, portWhoami), "the pod has no network" })
 		if reaches(t, portHTTP) {
 			t.Error("the pod reaches a port that the policy denies")
 		}
@@ -274,7 +276,7 @@ func TestCNIRepair(t *testing.T) {
 		denied("set")
 		worker := p.attachment(t).Worker
 		kill(t, worker)
-		eventually(t, 5*time.Second, func() (bool, string) {
+		testutil.Within(t, 5*time.Second, func() (bool, string) {
 			now := p.attachment(t).Worker
 			return now != 0 && now != worker, "there is no new worker"
 		})

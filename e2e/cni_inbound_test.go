@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const (
@@ -141,7 +143,7 @@ func (w *outsider) fence(t *testing.T) {
 	w.fences++
 	size, from := secretSize+w.fences, w.watch.count()
 	w.says(t, w.out(w.far).udp(portWhoami, clientPort, strings.Repeat("f", size)))
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		return w.came(from, func(p packet) bool { return p.proto == protoUDP && p.payload == size }) == 1, "the pod's answer to a client does not arrive"
 	})
 }
@@ -180,7 +182,7 @@ func (w *outsider) counts(t *testing.T, counter string, n float64, try func()) {
 	}
 	before := read()
 	try()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		now := read()
 		return now >= before+n, fmt.Sprintf("%s was %v and is %v: it is to rise by %v", counter, before, now, n)
 	})
@@ -197,7 +199,7 @@ func (w *outsider) set(t *testing.T, file string) {
 // comes from: one of the worker's.
 func (w *outsider) source(t *testing.T, from, proto, port int) (mapped int) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		return w.came(from, func(p packet) bool {
 			if p.proto == proto && p.dport == port {
 				mapped = p.sport
@@ -253,7 +255,7 @@ func (w *outsider) isRevoked(t *testing.T, _ bool) {
 	tries("after a reload")
 	worker := w.p.attachment(t).Worker
 	kill(t, worker)
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		now := w.p.attachment(t).Worker
 		return now != 0 && now != worker, "there is no new worker"
 	})
@@ -308,7 +310,7 @@ func (w *outsider) isServed(t *testing.T, _ bool) {
 	held := w.n.far.start(t, peerBin(), "hold", "-count", "1", at(w.pod, portEcho))
 	held.waitText(t, `"held","open":1`, 10*time.Second)
 	var client int
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		w.came(from, func(p packet) bool {
 			if p.proto == protoTCP && p.sport == portEcho {
 				client = p.dport

@@ -31,6 +31,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const (
@@ -120,7 +122,7 @@ func (n *node) state(t *testing.T) string {
 // DEL that told it to.
 func (n *node) clean(t *testing.T) {
 	t.Helper()
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		now := n.state(t)
 		return now == n.before, fmt.Sprintf("the node is not as it was before its pods: it had\n%s\nand has\n%s", n.before, now)
 	})

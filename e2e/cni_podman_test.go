@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // podman is one with files, storage and networks of its own, in a node.
@@ -187,7 +189,7 @@ func TestCNIPodman(t *testing.T) {
 			}
 			t.Run("a container that ends", func(t *testing.T) {
 				p.ok(t, "kill", "stranger")
-				eventually(t, 5*time.Second, func() (bool, string) {
+				testutil.Within(t, 5*time.Second, func() (bool, string) {
 					left := n.attachments(t, stranger.id)
 					return len(left) == 0, fmt.Sprintf("still attached: %+v", left)
 				})

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // newRuntimeNode is a node for a container runtime: /var/lib is its own, where runtimes
@@ -164,7 +166,7 @@ func (n *node) theAttachment(t *testing.T, container string) attachment {
 // whose line says all of the words.
 func (n *node) wantFlow(t *testing.T, attachment string, words ...string) {
 	t.Helper()
-	eventually(t, 2*time.Second, func() (bool, string) {
+	testutil.Within(t, 2*time.Second, func() (bool, string) {
 		var all string
 		for _, args := range [][]string{{"flows", attachment}, {"flows", "--ended", attachment}} {
 			all += n.sluice(t, args...).out

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // sluiceCtl runs a control command, which finds attachments by the runtime directory.
@@ -135,7 +137,7 @@ func TestCNIUpgrade(t *testing.T) {
 			if after.Worker == before.Worker || (row.fails == "") != (after.PID == before.PID) {
 				t.Errorf("before %+v, now %+v", before, after)
 			}
-			eventually(t, 2*time.Second, func() (bool, string) {
+			testutil.Within(t, 2*time.Second, func() (bool, string) {
 				below := descendants(after.PID)
 				return len(below) == 1 && below[0] == after.Worker, fmt.Sprintf("below the monitor there is %q", describe(below))
 			})

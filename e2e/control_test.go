@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func containsWord(text, word string) bool {
@@ -154,7 +156,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 	}
 	p.signal(syscall.SIGKILL)
 	p.wait(t, 5*time.Second)
-	eventually(t, 2*time.Second, func() (bool, string) {
+	testutil.Within(t, 2*time.Second, func() (bool, string) {
 		d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 9205))
 		return d.Error == "ECONNREFUSED", "a port whose listener ended is still forwarded\n" + r.String()
 	})
@@ -168,7 +170,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 			p.waitText(t, `"listening"`, 5*time.Second)
 			inside = append(inside, p)
 		}
-		eventually(t, 5*time.Second, func() (bool, string) {
+		testutil.Within(t, 5*time.Second, func() (bool, string) {
 			d, r := dial(t, w.host, "-timeout", "1s", at("127.0.0.1", 5435))
 			return d.Error == "", "an ordinary port is not forwarded\n" + r.String()
 		})
@@ -217,7 +219,7 @@ func TestCaptureIsReadByTsharkAndTcpdump(t *testing.T) {
 			sb := w.host.sandbox(t, "--link", link, "--policy", policyFile(t, fmt.Sprintf("defaultAction: drop\negress:\n- action: allow\n  to: [{cidr: %s/32}, {cidr: \"%s/128\"}]", far4, far6)))
 			file := filepath.Join(t.TempDir(), "capture.pcapng")
 			p := w.host.sluice(t, "capture", "-w", file, sb.name)
-			eventually(t, 5*time.Second, func() (bool, string) {
+			testutil.Within(t, 5*time.Second, func() (bool, string) {
 				_, err := os.Stat(file)
 				return err == nil, "the capture does not begin\n" + p.result("").String()
 			})
@@ -311,7 +313,7 @@ func TestLogsAndStats(t *testing.T) {
 	old := sb.worker()
 	syscall.Kill(old, syscall.SIGKILL)
 	sb.waitWorker(t, old, 2*time.Second)
-	eventually(t, 2*time.Second, func() (bool, string) {
+	testutil.Within(t, 2*time.Second, func() (bool, string) {
 		r := w.host.sluiceOK(t, "logs", sb.name)
 		return strings.Contains(r.out, "worker"), "the logs do not tell of the worker's death\n" + r.String()
 	})

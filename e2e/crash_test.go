@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestWorkerKilledDuringTransfer(t *testing.T) {
@@ -28,7 +30,7 @@ ingress:
 	for i := range 3 {
 		t.Run(fmt.Sprintf("kill %d", i+1), func(t *testing.T) {
 			bulk := sb.start(t, "bash", "-c", fmt.Sprintf("exec cat /dev/zero >/dev/tcp/%s/%d", far4, portWatch))
-			eventually(t, 10*time.Second, func() (bool, string) {
+			testutil.Within(t, 10*time.Second, func() (bool, string) {
 				for _, f := range sb.flows(t) {
 					if f.orig.dport == portWatch && f.orig.bytes > 1<<20 {
 						return true, ""
@@ -75,7 +77,7 @@ func TestMonitorKilledLeavesNothing(t *testing.T) {
 	}
 	syscall.Kill(sb.run.pid, syscall.SIGKILL)
 	<-sb.run.done
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		var left []int
 		for _, pid := range below {
 			if stat(pid) != nil {

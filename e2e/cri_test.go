@@ -24,6 +24,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const criImage = "sluice.test/peer:1"
@@ -99,7 +101,7 @@ func newContainerd(t *testing.T, n *node, lists string) *containerd {
 	c := &containerd{RuntimeServiceClient: cri.NewRuntimeServiceClient(conn), n: n, dir: dir}
 	c.up(t)
 	ok(t, n, 30*time.Second, "ctr", "--address", dir+"/sock", "--namespace", "k8s.io", "images", "import", "--no-unpack", ociArchive(t, criImage, peerBin(), "pause"))
-	eventually(t, 5*time.Second, func() (bool, string) { // the CRI hears of it by an event
+	testutil.Within(t, 5*time.Second, func() (bool, string) { // the CRI hears of it by an event
 		r, err := cri.NewImageServiceClient(conn).ImageStatus(c.ctx(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: criImage}})
 		return err == nil && r.Image != nil, fmt.Sprintf("the image is not known: %v", err)
 	})
@@ -110,7 +112,7 @@ func newContainerd(t *testing.T, n *node, lists string) *containerd {
 func (c *containerd) up(t *testing.T) {
 	t.Helper()
 	c.daemon = c.n.start(t, "containerd", "--config", c.dir+"/config.toml")
-	eventually(t, 15*time.Second, func() (bool, string) {
+	testutil.Within(t, 15*time.Second, func() (bool, string) {
 		ctx, stop := context.WithTimeout(t.Context(), time.Second)
 		defer stop()
 		r, err := c.Status(ctx, &cri.StatusRequest{})
@@ -212,7 +214,7 @@ func (c *containerd) runPod(t *testing.T, name string, annotations map[string]st
 			p.addr6 = ip
 		}
 	}
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		log, err := os.ReadFile(filepath.Join(logs, "server.log"))
 		return bytes.Contains(log, []byte("listening")), fmt.Sprintf("the pod's server does not start: %s %v", log, err)
 	})

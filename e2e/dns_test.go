@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestDigIsAnswered(t *testing.T) {
@@ -103,7 +105,7 @@ func TestResolverFollowsTheHost(t *testing.T) {
 	sb := w.host.sandbox(t)
 	answers := func(tag string) {
 		t.Helper()
-		eventually(t, 5*time.Second, func() (bool, string) {
+		testutil.Within(t, 5*time.Second, func() (bool, string) {
 			r := run(t, sb, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
 			return strings.Contains(r.out, tag), "the resolver does not ask the server with " + tag + "\n" + r.String()
 		})
@@ -152,7 +154,7 @@ func TestLinkLocalResolver(t *testing.T) {
 	conf(router + "%h0")
 	answers := func(t *testing.T, in place, tag string) {
 		t.Helper()
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			r := run(t, in, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
 			return strings.Contains(r.out, tag), "the server with the tag " + tag + " is not asked\n" + r.String()
 		})
@@ -189,7 +191,7 @@ func TestLinkLocalResolver(t *testing.T) {
 		if now := index(); now == before {
 			t.Fatalf("the interface has the index %s again", now)
 		}
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			r := run(t, sb, 10*time.Second, "dig", "+short", "+time=1", "+tries=1", "tag.test", "TXT")
 			return strings.Contains(r.out, "anew"), "the server is not asked\n" + r.String()
 		})

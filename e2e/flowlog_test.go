@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // logged reads all files of a flow log: how many records tell of a port, how many lines
@@ -78,7 +80,7 @@ func TestFlowLogRotates(t *testing.T) {
 	name := filepath.Join(w.host.dir, "flows")
 	sb := w.host.sandbox(t, "--flow-log", name, "--flow-log-max-size", "32Ki", "--flow-log-max-files", "1000")
 	sb.shorts(t, n)
-	eventually(t, 20*time.Second, func() (bool, string) {
+	testutil.Within(t, 20*time.Second, func() (bool, string) {
 		c := sb.logCounters(t).Log
 		return c.Written+c.Lost+c.Unwritten >= n, fmt.Sprintf("%+v, want %d records", c, n)
 	})
@@ -115,7 +117,7 @@ func TestFlowLogSurvivesKills(t *testing.T) {
 	busy := func() { // they cannot be read meanwhile: they are renamed
 		t.Helper()
 		than := files() + 5
-		eventually(t, 20*time.Second, func() (bool, string) {
+		testutil.Within(t, 20*time.Second, func() (bool, string) {
 			return files() > than, fmt.Sprintf("%d files, want more than %d\n%s", files(), than, load.result(""))
 		})
 	}
@@ -150,7 +152,7 @@ func TestFlowLogIsRotatedByOthers(t *testing.T) {
 	sb := w.host.sandbox(t, "--flow-log", name, "--flow-log-max-size", "0")
 	has := func(file string, want int) {
 		t.Helper()
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			b, _ := os.ReadFile(file)
 			n := strings.Count(string(b), "\n")
 			return n == want && !strings.HasPrefix(string(b), "\x00"), fmt.Sprintf("%s has %d records, want %d", file, n, want)

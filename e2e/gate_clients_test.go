@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // An index as pip reads it, and files on another host; a repository over its protocols.
@@ -132,7 +134,7 @@ func TestGatePip(t *testing.T) {
 			if r.status == 0 {
 				t.Errorf("it is installed from there\n%s", r)
 			}
-			eventually(t, 10*time.Second, func() (bool, string) {
+			testutil.Within(t, 10*time.Second, func() (bool, string) {
 				after := sb.refusals(t)
 				return row.rule == "" || after[row.rule] > before[row.rule], fmt.Sprintf("no refusal by %q: %v, before %v\n%s", row.rule, after, before, r)
 			})

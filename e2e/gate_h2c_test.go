@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const h2cSpec = `
@@ -34,7 +36,7 @@ func TestGateJudgesEachStream(t *testing.T) {
 	}
 	counted := func(t *testing.T, rule string, before map[string]int) {
 		t.Helper()
-		eventually(t, 2*time.Second, func() (bool, string) {
+		testutil.Within(t, 2*time.Second, func() (bool, string) {
 			after := sb.refusals(t)
 			return after[rule] > before[rule], fmt.Sprintf("no refusal by %q: %v, before %v", rule, after, before)
 		})

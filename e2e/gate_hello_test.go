@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const (
@@ -97,7 +99,7 @@ func TestGateJudgesASecondHello(t *testing.T) {
 				if seen, r := hellos(t, sb, "pypi.test", "evil.test", to); !seen.Asked || seen.Received > longCertificate/4 {
 					t.Errorf("the other certificate comes, or nothing\n%s", r)
 				}
-				eventually(t, 2*time.Second, func() (bool, string) {
+				testutil.Within(t, 2*time.Second, func() (bool, string) {
 					after := sb.refusals(t)
 					return after["egress[0] index"] > before["egress[0] index"], fmt.Sprintf("no refusal: %v, before %v", after, before)
 				})

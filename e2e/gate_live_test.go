@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const liveSpec = `
@@ -43,11 +45,11 @@ func TestReloadUnderAThousandFlows(t *testing.T) {
 		p.waitText(t, `"held","open":250`, 20*time.Second)
 	}
 	bulk := sb.start(t, peerBin(), "xfer", "-streams", "4", "-size", fmt.Sprint(64<<20), at(far4, portXfer))
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		return len(sb.flows(t)) >= 1004, fmt.Sprintf("%d flows", len(sb.flows(t)))
 	})
 	w.host.sluiceOK(t, "policy", "set", sb.name, one)
-	eventually(t, time.Second, func() (bool, string) {
+	testutil.Within(t, time.Second, func() (bool, string) {
 		left := 0
 		for _, f := range sb.flows(t) {
 			if a := f.orig.dst.String(); (a == other4 || a == other6) && f.state == "ESTABLISHED" {

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const gateSpec = `
@@ -139,7 +141,7 @@ func TestGateOpensForANameOnly(t *testing.T) {
 				if strings.Contains(r.out, "hello from") {
 					t.Errorf("it is let through\n%s", r)
 				}
-				eventually(t, 2*time.Second, func() (bool, string) {
+				testutil.Within(t, 2*time.Second, func() (bool, string) {
 					after := sb.refusals(t)
 					return after[row.rule] > before[row.rule], fmt.Sprintf("no refusal by %q: %v, before %v\n%s", row.rule, after, before, r)
 				})

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // tunnelSpec allows all that a policy can.
@@ -31,7 +33,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 	iodined := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
 	says := func(p *proc, text string, within time.Duration) { // it speaks on standard error
 		t.Helper()
-		eventually(t, within, func() (bool, string) {
+		testutil.Within(t, within, func() (bool, string) {
 			r := p.result("").String()
 			return strings.Contains(r, text), "it does not say " + text + "\n" + r
 		})
@@ -63,7 +65,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 		t.Run(options, func(t *testing.T) {
 			sb := w.host.sandbox(t, rootInside, "--policy", policyFile(t, tunnelSpec))
 			p := client(sb, strings.Fields(options)...)
-			eventually(t, 90*time.Second, func() (bool, string) {
+			testutil.Within(t, 90*time.Second, func() (bool, string) {
 				s := sb.tally(t)
 				return s["dns refusedTunnel"] > 0, fmt.Sprintf("no question is refused\n%s", p.result(""))
 			})

@@ -8,12 +8,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // works asks that an allowed connection does.
 func (sb *sandbox) works(t *testing.T, v6 bool) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		d, r := dial(t, sb, "-timeout", "5s", at(scene(v6), portWhoami))
 		return d.Got != "", "what is allowed does not work\n" + r.String()
 	})
@@ -94,7 +96,7 @@ func fullResolver(t *testing.T, h *hostile, v6 bool) string {
 	zone := h.w.zoneAt(t, scene(v6), append(recordFlags(gateZone), "-hold", "held.test.")...)
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, nameSpec), "--dns", scene(v6))
 	return sb.refused(t, "overLimit", func() {
-		eventually(t, 20*time.Second, func() (bool, string) {
+		testutil.Within(t, 20*time.Second, func() (bool, string) {
 			m := sb.many(t, v6, "held.test", "-count", "1500", "-timeout", "200ms")
 			return sb.tally(t)["dns overLimit"] > 0, fmt.Sprintf("no question is refused: %+v", m)
 		})
@@ -111,7 +113,7 @@ func fullStreams(t *testing.T, h *hostile, v6 bool) string {
 		ok(t, h.sb, 10*time.Second, "dig", "+short", "+tries=1", "@"+pick(v6, dns4, dns6), "pypi.test").wantOut(t, far4)
 		p.closeInput()
 		p.wait(t, 10*time.Second)
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			r := run(t, h.sb, 10*time.Second, "dig", "+tcp", "+short", "+tries=1", "@"+pick(v6, dns4, dns6), "pypi.test")
 			return strings.Contains(r.out, far4), "no question over TCP is answered\n" + r.String()
 		})
@@ -139,7 +141,7 @@ func fastQuestions(t *testing.T, h *hostile, v6 bool) string {
 			t.Errorf("500 questions at once, at a limit of 50 a second: %+v", m)
 		}
 		h.sb.asks(t, v6)
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			m := sb.many(t, v6, "pypi.test")
 			return m.Addrs == 1, fmt.Sprintf("a question right after: %+v", m)
 		})

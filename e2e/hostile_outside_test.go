@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // forger starts somebody outside who sends datagrams to the machine under an address
@@ -104,7 +106,7 @@ func beforePolicy(t *testing.T, h *hostile, v6 bool) string {
 	knock.waitText(t, `"knocking"`, 10*time.Second)
 	sb := &sandbox{host: h.w.host, name: "early" + pick(v6, "4", "6")}
 	sb.run = h.w.host.sluice(t, "attach", "--name", sb.name, "--policy", policyFile(t, gateSpec), fmt.Sprint(c.pid))
-	eventually(t, 20*time.Second, func() (bool, string) {
+	testutil.Within(t, 20*time.Second, func() (bool, string) {
 		r := inContainer(t, h.w.host, c.pid, "dig", "+short", "+time=1", "+tries=1", "@"+pick(v6, dns4, dns6), "pypi.test", pick(v6, "A", "AAAA"))
 		return strings.Contains(r.out, pick(v6, far4, far6)), "no service\n" + r.String() + sb.run.result("").String()
 	})
@@ -133,7 +135,7 @@ func killedWorker(t *testing.T, h *hostile, v6 bool) string {
 		syscall.Kill(old, syscall.SIGKILL)
 		sb.waitWorker(t, old, 10*time.Second)
 		// The worker's counters begin anew.
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			return sb.refusals(t)["default"] > 0, "nothing is refused by the new worker"
 		})
 		why = sb.refused(t, "default", func() {})

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/quic"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const portQUIC = 8444 // of hostileSpec
@@ -66,7 +68,7 @@ func quicHello(t *testing.T, name string, padding int) [][]byte {
 		}
 	})
 	var sent [][]byte
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		sent = f.sent

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 var hostileScenes = []attempt{
@@ -107,7 +109,7 @@ func flip(t *testing.T, h *hostile, v6 bool) string {
 	to := pick(v6, far4, far6)
 	turned := func(want string) { // as soon as the answer is cached no more
 		t.Helper()
-		eventually(t, 15*time.Second, func() (bool, string) {
+		testutil.Within(t, 15*time.Second, func() (bool, string) {
 			out := ask()
 			return out == want, fmt.Sprintf("%s resolves to %q, want %q", name, out, want)
 		})
@@ -132,7 +134,7 @@ func reuseTCP(t *testing.T, h *hostile, v6 bool) string {
 	before := h.arrived(v6, portWhoami)
 	why := sb.refused(t, "default", func() {
 		// For a second the connection's end is still answered for.
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			sb.raw(t, ipPacket{dst: scene(v6)}.tcp(sport, portWhoami, tcpPSH|tcpACK, "LEAK"), ipPacket{dst: scene(v6)}.tcp(sport, portWhoami, tcpSYN, "LEAK"))
 			return sb.refusals(t)["default"] > 0, "a SYN with the ports of a connection that was is not refused"
 		})
@@ -188,7 +190,7 @@ func outlive(t *testing.T, h *hostile, v6 bool, proto string) string {
 	p.write([]byte("echo\n"))
 	p.waitText(t, `"echoed","open":20`, 10*time.Second)
 	sb.set(t, shutSpec)
-	eventually(t, time.Second, func() (bool, string) {
+	testutil.Within(t, time.Second, func() (bool, string) {
 		n := sb.standing(t, proto, scene(v6))
 		return n == 0, fmt.Sprintf("%d flows stand that the policy refuses by now", n)
 	})
@@ -214,7 +216,7 @@ func refresh(t *testing.T, h *hostile, v6 bool) string {
 	return sb.refused(t, "timedOut", func() {
 		p := sb.start(t, peerBin(), "mapping", at(scene(v6), portDrip))
 		p.waitText(t, `"got"`, 10*time.Second)
-		eventually(t, 20*time.Second, func() (bool, string) {
+		testutil.Within(t, 20*time.Second, func() (bool, string) {
 			n := sb.standing(t, "udp", scene(v6))
 			return n == 0, "the server's datagrams keep the flow"
 		})

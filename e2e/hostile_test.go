@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // attempt is one way out that must be shut.
@@ -230,7 +232,7 @@ func (sb *sandbox) refused(t *testing.T, reason string, try func()) (why string)
 	t.Helper()
 	before := sb.tally(t)
 	try()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		after := sb.tally(t)
 		var rose []string
 		for _, k := range slices.Sorted(maps.Keys(after)) {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // iperfReport is the part of `iperf3 -J` that the tests read.
@@ -122,12 +124,12 @@ func TestQueuesComeWithBulkAndGo(t *testing.T) {
 			return strings.Contains(link, "numqueues "+want+" "), link
 		}
 	}
-	eventually(t, time.Second, attached("1"))
+	testutil.Within(t, time.Second, attached("1"))
 	for range 2 {
 		bulk := sb.start(t, "iperf3", "-c", far4, "-P", "8", "-t", "2")
-		eventually(t, 5*time.Second, attached("2"))
+		testutil.Within(t, 5*time.Second, attached("2"))
 		<-bulk.done
-		eventually(t, 15*time.Second, attached("1"))
+		testutil.Within(t, 15*time.Second, attached("1"))
 	}
 }
 
@@ -138,7 +140,7 @@ func TestConntrackCountsWhatIperfMoved(t *testing.T) {
 	sb := w.host.sandbox(t)
 	events := w.host.sluice(t, "flows", "-w", "-o", "conntrack", sb.name)
 	t.Cleanup(func() { events.signal(15) })
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		udp(t, sb, "-timeout", "200ms", at(far4, 9))
 		r := events.result("")
 		return strings.Contains(r.out, "[NEW]"), "flows -w tells nothing\n" + r.String()
@@ -201,7 +203,7 @@ func TestConntrackCountsWhatIperfMoved(t *testing.T) {
 	}
 	t.Run("a live flow stands in the table as conntrack -L has it", func(t *testing.T) {
 		p := sb.start(t, "iperf3", "-J", "-t", "3", "-c", far4)
-		eventually(t, 3*time.Second, func() (bool, string) {
+		testutil.Within(t, 3*time.Second, func() (bool, string) {
 			flows := sb.flows(t)
 			for _, f := range flows {
 				if f.proto == "tcp" && f.orig.dport == 5201 && f.state == "ESTABLISHED" && f.assured && f.orig.bytes > 1<<20 &&

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // usage is what a sandbox holds at one moment.
@@ -40,7 +42,7 @@ func (sb *sandbox) usage(t *testing.T) usage {
 // ports is given a stock of sockets after its command has started.
 func (sb *sandbox) settled(t *testing.T) (u usage) {
 	t.Helper()
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		before := u
 		u = sb.usage(t)
 		return u.workerFDs == before.workerFDs && u.monitorFDs == before.monitorFDs, fmt.Sprintf("the sandbox's descriptors do not come to rest: %+v, then %+v", before, u)
@@ -72,7 +74,7 @@ func (sb *sandbox) checkGivenBack(t *testing.T) {
 	}
 	sb.host.sluiceOK(t, w...)
 	var now usage
-	eventually(t, 15*time.Second, func() (bool, string) {
+	testutil.Within(t, 15*time.Second, func() (bool, string) {
 		now = sb.usage(t)
 		if t.Failed() {
 			return true, ""
@@ -89,7 +91,7 @@ func leavesNothing(t *testing.T) {
 	t.Helper()
 	mounts := mountLines()
 	t.Cleanup(func() {
-		eventually(t, 5*time.Second, func() (bool, string) {
+		testutil.Within(t, 5*time.Second, func() (bool, string) {
 			var left []int
 			for _, pid := range processes() {
 				if pid != 1 && pid != os.Getpid() {

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // stillFlows is how many flows stand still at once.
@@ -61,7 +63,7 @@ func TestReadersThatStandStill(t *testing.T) {
 			p.closeInput()
 			p.wait(t, 60*time.Second)
 			// Resets that the device's queue had no room for are sent again when the stack probes.
-			eventually(t, 150*time.Second, func() (bool, string) {
+			testutil.Within(t, 150*time.Second, func() (bool, string) {
 				used, _ := number(sb.stats(t), "memory_used")
 				u := sb.usage(t)
 				good := used == 0 && u.workerRSS < 128<<10

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // policyFile writes a policy whose spec is given.
@@ -182,7 +184,7 @@ egress:
 		p.waitText(t, `"held","open":50`, 10*time.Second)
 	}
 	w.host.sluiceOK(t, "policy", "set", sb.name, narrow)
-	eventually(t, time.Second, func() (bool, string) {
+	testutil.Within(t, time.Second, func() (bool, string) {
 		left := 0
 		for _, f := range sb.flows(t) {
 			if f.orig.dst.String() == other4 && f.state == "ESTABLISHED" {

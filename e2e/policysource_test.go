@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const wholePolicy = "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: whole\nspec:\n  defaultAction: reject\n"
@@ -19,10 +21,7 @@ func TestAPolicyThatIsNotWholeStartsNothing(t *testing.T) {
 	area(t, "policy.source", "bash")
 	w := newWorld(t)
 	serve(t, w.far)
-	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	dir := testutil.PublicDir(t)
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {

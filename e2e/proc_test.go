@@ -248,21 +248,3 @@ func (r result) into(t *testing.T, v any) {
 		t.Fatalf("stdout is not the JSON expected: %v\n%s", err, r)
 	}
 }
-
-// eventually polls until ok holds: for states that no event tells of, such as a count
-// of descriptors going down.
-func eventually(t *testing.T, timeout time.Duration, ok func() (bool, string)) {
-	t.Helper()
-	deadline := time.Now().Add(timeout)
-	for {
-		good, state := ok()
-		if good {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("not within %v: %s", timeout, state)
-			return
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-}

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // revocation is a policy under which TCP, UDP and echo requests of both families reach far's
@@ -53,7 +55,7 @@ func (r *revocation) busy(t *testing.T, in place) (busy []*proc) {
 			in.start(t, "sh", "-c", fmt.Sprintf("while :; do %s udp -count 20 -expect 21 -timeout 100ms %s; done >/dev/null 2>&1", peerBin(), at(f.other, portEcho))),
 			in.start(t, "ping", "-q", "-i", "0.2", f.other))
 	}
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		m := r.moves(from)
 		return m[unix.IPPROTO_TCP] && m[unix.IPPROTO_UDP] && m[unix.IPPROTO_ICMP] && m[unix.IPPROTO_ICMPV6], fmt.Sprintf("of the protocols only %v move", m)
 	})
@@ -77,7 +79,7 @@ func (r *revocation) inTime(t *testing.T, set func()) (mark int) {
 // holds asks that the narrow policy is in force in a place, and was since mark.
 func (r *revocation) holds(t *testing.T, in place, mark int) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		d, r := dial(t, in, "-timeout", "1s", at(far4, portWhoami))
 		return d.Error == "", "what the new policy allows does not work\n" + r.String()
 	})
@@ -117,7 +119,7 @@ var obstacles = []struct {
 func stopProcess(t *testing.T, pid int) {
 	t.Helper()
 	syscall.Kill(pid, syscall.SIGSTOP)
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		return bytes.Contains(status, []byte("\nState:\tT")), fmt.Sprintf("process %d does not stop (%v)\n%s", pid, err, status)
 	})

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 type sandbox struct {
@@ -255,7 +257,7 @@ func (sb *sandbox) worker() int {
 // waitWorker waits for a worker other than old.
 func (sb *sandbox) waitWorker(t *testing.T, old int, timeout time.Duration) (pid int) {
 	t.Helper()
-	eventually(t, timeout, func() (bool, string) {
+	testutil.Within(t, timeout, func() (bool, string) {
 		pid = sb.worker()
 		return pid != 0 && pid != old, fmt.Sprintf("no new worker; processes below the monitor: %v", describe(descendants(sb.run.pid)))
 	})

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // withAndWithout runs f for a client on the host itself and for one in a sandbox on it.
@@ -60,7 +62,7 @@ func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
 	for _, p := range clients {
 		p.write([]byte("meanwhile\n"))
 	}
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		told := make(map[int]int)
 		for _, p := range errors.since(from) {
 			told[p.proto]++

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // events of `peer serve`
@@ -151,7 +153,7 @@ func TestDSCPIsCarried(t *testing.T) {
 		t.Run(f.name, func(t *testing.T) {
 			from := watch.count()
 			dial(t, sb, "-send", "marked", "-tos", "184", at(f.far, portWatch))
-			eventually(t, 3*time.Second, func() (bool, string) {
+			testutil.Within(t, 3*time.Second, func() (bool, string) {
 				for _, p := range watch.since(from) {
 					if p.proto == 6 && p.dport == portWatch && p.payload > 0 && p.tos == 184 {
 						return true, ""

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // elsewhere makes the runtime directory visible at a second path, which no sandbox
@@ -71,7 +73,7 @@ func TestSandboxesDoNotCommandEachOther(t *testing.T) {
 		c := container(t, w.host)
 		name := fmt.Sprintf("at%d", c.pid)
 		p := w.host.sluice(t, "attach", "--name", name, fmt.Sprint(c.pid))
-		eventually(t, 10*time.Second, func() (bool, string) {
+		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			r := w.host.sluiceRun(t, "flows", name)
 			return r.status == 0, "it is not attached\n" + r.String()
 		})

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // nginxConf serves files of its directory in plain on port 8080 and over TLS with
@@ -70,7 +72,7 @@ func nginxIn(t *testing.T, in place, dir string, port int, secure string) {
 		t.Fatal(err)
 	}
 	p := in.start(t, "nginx", "-p", dir, "-c", conf)
-	eventually(t, 5*time.Second, func() (bool, string) {
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
 		_, err := os.Stat(filepath.Join(dir, "nginx.pid"))
 		return err == nil, "nginx does not start\n" + p.result("").String()
 	})
@@ -168,7 +170,7 @@ func TestPublishedNginxLogsTheRealClient(t *testing.T) {
 			path := row.url[strings.LastIndexByte(row.url, '/'):]
 			os.WriteFile(filepath.Join(dir, "www", path), []byte("hello from inside\n"), 0o644)
 			ok(t, row.from, 10*time.Second, "curl", "-gsS", "-m", "5", row.url).wantOut(t, "hello from inside")
-			eventually(t, 2*time.Second, func() (bool, string) {
+			testutil.Within(t, 2*time.Second, func() (bool, string) {
 				log, _ := os.ReadFile(filepath.Join(dir, "access.log"))
 				return strings.Contains(string(log), row.client), fmt.Sprintf("no line %q in nginx's access log:\n%s", row.client, log)
 			})

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const wordsSpec = `
@@ -85,7 +87,7 @@ func TestEveryFlowIsToldOfTruly(t *testing.T) {
 	}
 	t.Run("an address whose grant ran out", func(t *testing.T) {
 		ok(t, sb, 10*time.Second, "getent", "ahosts", "short.far.test")
-		eventually(t, 15*time.Second, func() (bool, string) {
+		testutil.Within(t, 15*time.Second, func() (bool, string) {
 			r := run(t, sb, 10*time.Second, "nc", "-z", "-w2", other4, "8090")
 			words := sb.told(t)
 			return words["REJECTED tcp 8090 grant-expired"] > 0, fmt.Sprintf("it is told as %v\n%s", words, r)
@@ -137,7 +139,7 @@ func (sb *sandbox) told(t *testing.T) map[string]int {
 
 func (sb *sandbox) wantTold(t *testing.T, want string) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() (bool, string) {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
 		words := sb.told(t)
 		return words[want] > 0, fmt.Sprintf("nothing is told of as %q:\n%s", want, strings.Join(sorted(words), "\n"))
 	})

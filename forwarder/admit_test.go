@@ -15,6 +15,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -270,7 +271,7 @@ func TestEveryKindOfFlowIsAskedAgainByRulesThatCameWhileItEntered(t *testing.T) 
 			if l.expectNothing().begin() {
 				t.Error("a flow that was judged by the old rules began under the new ones")
 			}
-			eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
+			testutil.Eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
 		})
 	}
 }
@@ -287,7 +288,7 @@ func TestEveryKindOfFlowIsCutByRulesThatRefuseIt(t *testing.T) {
 				t.Error("the flow goes on under rules that refuse it")
 			}
 			// It moves nothing from SetRules' return on, but may be taken down a moment later.
-			eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
+			testutil.Eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
 		})
 	}
 }

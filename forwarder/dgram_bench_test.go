@@ -3,7 +3,6 @@ package forwarder
 import (
 	"net/netip"
 	"testing"
-	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -12,6 +11,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // bottomless is a link that swallows what is sent to the sandbox.
@@ -41,18 +41,14 @@ func steady(t testing.TB, size int) (out func(n int), in func()) {
 	w.f.dgram.UDP.Mu.RLock()
 	s := w.f.dgram.UDP.Socks[me]
 	w.f.dgram.UDP.Mu.RUnlock()
-	for deadline := time.Now().Add(5 * time.Second); !s.Peer(srvAddr(srv), netip.Addr{}).Replied.Load(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("no answer arrived")
-		}
-	}
+	testutil.Eventually(t, "an answer arrived", s.Peer(srvAddr(srv), netip.Addr{}).Replied.Load)
 	c := hostsock.Control{TTL: 64, HasTTL: true, Local: netip.IPv6LinkLocalAllNodes()}
 	data := pattern(size)
 	return send, func() { s.Deliver(srvAddr(srv), data, &c) }
 }
 
 func TestUDPAllocatesNothingPerDatagram(t *testing.T) {
-	if raceEnabled {
+	if testutil.Race {
 		t.Skip("SKIP: pools forget on purpose under the race detector")
 	}
 	out, in := steady(t, 64)

@@ -10,6 +10,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 )
 
@@ -92,18 +93,18 @@ func TestNobodyIsAnsweredForOnceNamesAreNotGated(t *testing.T) {
 			w.send(segment(at(guest4, 4001), row.dst, header.TCPFlagSyn, 1, 0))
 			sa := w.recvTCP(4001, header.TCPFlagSyn)
 			w.send(segment(at(guest4, 4001), row.dst, header.TCPFlagAck, 2, sa.SequenceNumber()+1))
-			eventually(t, "a question and a connection", func() bool { return w.table.Len() == 2 })
+			testutil.Eventually(t, "a question and a connection", func() bool { return w.table.Len() == 2 })
 			w.f.SetRules(compile(t, strings.Replace(gatesNames, "pypi.test", "other.test", 1)))
 			if n := w.table.Len(); n != row.gated {
 				t.Errorf("%d flows under another policy by name, want %d", n, row.gated)
 			}
 			w.f.SetRules(compile(t, ungated))
-			eventually(t, fmt.Sprintf("%d flows under one that does not", row.open), func() bool { return w.table.Len() == row.open })
+			testutil.Eventually(t, fmt.Sprintf("%d flows under one that does not", row.open), func() bool { return w.table.Len() == row.open })
 			if row.open > 0 {
 				return
 			}
 			w.send(udpPacket(at(guest4, 4000), row.dst, []byte("abc")))
-			eventually(t, "the policy decides again", func() bool { return w.f.Stats()["udp_refused"] == 1 })
+			testutil.Eventually(t, "the policy decides again", func() bool { return w.f.Stats()["udp_refused"] == 1 })
 		})
 	}
 }

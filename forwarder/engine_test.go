@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestRunQueueRunsEachTaskOncePerRequest(t *testing.T) {
@@ -144,7 +145,7 @@ func TestEngineServesEveryRequest(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	eventually(t, "every task has seen every request", func() bool {
+	testutil.Eventually(t, "every task has seen every request", func() bool {
 		for i := range tasks {
 			if tasks[i].seen.Load() != tasks[i].asked.Load() {
 				return false

@@ -23,6 +23,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -194,11 +195,7 @@ func (g *guest) listen(network string, handle func(*net.TCPConn)) netip.AddrPort
 // eventually waits for a condition that other goroutines bring about.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("after 5 s still not: %s", what)
-		}
-	}
+	testutil.Eventually(t, what, ok)
 }
 
 func echo(c *net.TCPConn) { _, _ = io.Copy(c, c) }

@@ -15,6 +15,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/datagram"
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -38,7 +39,7 @@ func newEchoFar(t *testing.T, v4 bool) *echoFar {
 		ip(t, "addr", "replace", f.addr.String()+"/128", "dev", "lo", "nodad")
 	}
 	// The kernel readies an IPv6 address in a work queue.
-	eventually(t, "a datagram reaches the far side", func() bool {
+	testutil.Eventually(t, "a datagram reaches the far side", func() bool {
 		c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(f.addr, 0)))
 		if err != nil {
 			return false
@@ -166,7 +167,7 @@ func TestAnEchoCarriesNoPayload(t *testing.T) {
 // counts waits until a counter has a value.
 func (w *wire) counts(t *testing.T, name string, want uint64) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%s is %d", name, want), func() bool { return w.f.Stats()[name] == want })
+	testutil.Eventually(t, fmt.Sprintf("%s is %d", name, want), func() bool { return w.f.Stats()[name] == want })
 }
 
 // withClock gives the forwarder a clock of the test's.

@@ -12,6 +12,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/inbound"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -102,7 +103,7 @@ func ownWorld(t *testing.T, f func(t *testing.T, pod, far netip.Addr)) {
 	}
 	// The kernel makes an IPv6 address's route in its own time.
 	server := udpServer(t, at(far6, 0).String())
-	eventually(t, "the server is reached", func() bool {
+	testutil.Eventually(t, "the server is reached", func() bool {
 		c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(at(guest6, 0)), net.UDPAddrFromAddrPort(at(far6, portOf(server))))
 		if err != nil {
 			return false
@@ -145,7 +146,7 @@ func TestADatagramForASocketThatIsGoneBeginsNothing(t *testing.T) {
 		_, mapped := read(t, server)
 		w.rests("a datagram while the socket is open", udpPacket(at(far, 9), mapped, nil))
 		w.f.SetRules(compile(t, allowIn))
-		eventually(t, "the flow is cut", func() bool { return w.table.Len() == 0 })
+		testutil.Eventually(t, "the flow is cut", func() bool { return w.table.Len() == 0 })
 
 		w.rests("the server's next datagram", udpPacket(peer, mapped, []byte("more")))
 		w.rests("one from another port of its", udpPacket(at(far, 9), mapped, nil))
@@ -181,9 +182,9 @@ func TestAConnectionOfOurOwnBeginsNothingWhenItIsOver(t *testing.T) {
 		defer c.Close()
 		mapped := netip.MustParseAddrPort(c.RemoteAddr().String())
 		w.rests("a SYN by the ports of a connection of the pod's", segment(peer, own, header.TCPFlagSyn, 1, 0))
-		eventually(t, "the flow is established", func() bool { return w.flow().State == nat.Established })
+		testutil.Eventually(t, "the flow is established", func() bool { return w.flow().State == nat.Established })
 		w.send(segment(own, peer, header.TCPFlagRst, 2, 0))
-		eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 })
+		testutil.Eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 })
 		for {
 			if _, ok := w.tryRecv(5 * time.Millisecond); !ok {
 				break
@@ -292,7 +293,7 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 		w.f.gate.Rules.Store(compile(t, gated)) // in force, and the flows not asked yet
 		w.saysNothing("a question by a flow that is left", udpPacket(own, resolver53, []byte("abc")))
 		w.f.SetRules(compile(t, gated))
-		eventually(t, "both are cut", func() bool { return w.f.outside.Count.Load() == 0 })
+		testutil.Eventually(t, "both are cut", func() bool { return w.f.outside.Count.Load() == 0 })
 		for {
 			if _, ok := w.tryRecv(5 * time.Millisecond); !ok {
 				break // resets

@@ -11,6 +11,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"sluice.dev/sluice/forwarder/internal/inbound"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // sink is a link that swallows what is written, as directly as the device does.
@@ -50,7 +51,7 @@ func steadyInbound(t testing.TB, size int) (in, out func(), inside, outside *sin
 }
 
 func TestInboundAllocatesNothingPerPacket(t *testing.T) {
-	if raceEnabled {
+	if testutil.Race {
 		t.Skip("SKIP: pools forget on purpose under the race detector")
 	}
 	for _, size := range []int{0, 1400, 60000} {

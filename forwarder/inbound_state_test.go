@@ -13,6 +13,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/inbound"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -178,7 +179,7 @@ func TestAByteBudgetEndsInboundFlows(t *testing.T) {
 			t.Errorf("a side was not told: %v", ok)
 		}
 	}
-	eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 && w.f.outside.Count.Load() == 0 })
+	testutil.Eventually(t, "the flow is over", func() bool { return w.table.Len() == 0 && w.f.outside.Count.Load() == 0 })
 }
 
 func TestInboundFlowsTimeOut(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/inbound"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -375,7 +376,7 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 	}
 	clock.advance(time.Second)
 	n := 66
-	eventually(t, "what waited for its time has passed", func() bool {
+	testutil.Eventually(t, "what waited for its time has passed", func() bool {
 		if p, ok := w.tryRecv(time.Millisecond); ok {
 			if p.l4[8] != byte(n) {
 				t.Fatalf("packet %d comes in the place of %d", p.l4[8], n)
@@ -388,7 +389,7 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 		return n == 197
 	})
 	w.f.SetRules(compile(t, allowAll))
-	eventually(t, "without a limit nothing waits", func() bool {
+	testutil.Eventually(t, "without a limit nothing waits", func() bool {
 		_, _ = w.out.tryRecv(time.Millisecond)
 		return w.f.outside.Out.Waits.Load() == 0
 	})

@@ -14,6 +14,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // probed is what keepalive a host socket has.
@@ -54,7 +55,7 @@ func TestBothHalvesOfAConnectionAreProbed(t *testing.T) {
 		roundTrip(t, c)
 		check("out of the sandbox")
 		c.Close()
-		eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+		testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 		g.serveInside(80, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) })
 		host := hostDial(t, g.publishTCP("127.0.0.1:0", 80))
 		if _, err := host.Write([]byte("x")); err != nil {
@@ -136,7 +137,7 @@ func TestTCPAResetBehindTheSandboxsEndOfStreamReachesTheServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.w.send(segment(a.src, a.dst, header.TCPFlagRst, a.seq, 0))
-	eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
+	testutil.Eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
 	select {
 	case <-ended:
 	case <-time.After(5 * time.Second):
@@ -164,7 +165,7 @@ func TestTCPAClientThatIsGoneIsFoundByAProbe(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
+			testutil.Eventually(t, "the flow has ended", func() bool { return w.table.Len() == 0 && w.f.dialer.Sockets.Load() == 0 })
 		})
 	}
 }

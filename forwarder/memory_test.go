@@ -20,6 +20,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/forwarder/internal/packet"
 	"sluice.dev/sluice/forwarder/internal/tcpmem"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // checkRepaid asks that a forwarder that has ended has given everything back.
@@ -367,7 +368,7 @@ func (r *rawFlow) data(offset int, payload []byte) {
 func (r *rawFlow) endpoint(t *testing.T) *tcp.Endpoint {
 	t.Helper()
 	var ep *tcp.Endpoint
-	eventually(t, "the flow is open", func() bool {
+	testutil.Eventually(t, "the flow is open", func() bool {
 		r.w.f.tcp.Mu.Lock()
 		defer r.w.f.tcp.Mu.Unlock()
 		for id, fl := range r.w.f.tcp.Flows {
@@ -389,17 +390,17 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 		t.Errorf("the next sequence number is %d, not %d", next, r.seq)
 	}
 	r.data(100, make([]byte, 50)) // out of order, so that nobody takes it
-	eventually(t, "the segment is counted", func() bool { return netstack.ReceiveMemUsed(ep) > 50 })
+	testutil.Eventually(t, "the segment is counted", func() bool { return netstack.ReceiveMemUsed(ep) > 50 })
 	if n := netstack.ReceiveQueued(ep); n != 0 {
 		t.Errorf("%d bytes can be read before the gap is filled", n)
 	}
 	if _, err := r.conn.Write(make([]byte, 700)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "what is sent is counted until it is acknowledged", func() bool { return netstack.SendQueued(ep) == 700 })
+	testutil.Eventually(t, "what is sent is counted until it is acknowledged", func() bool { return netstack.SendQueued(ep) == 700 })
 	r.ack += 700
 	r.data(0, make([]byte, 100))
-	eventually(t, "nothing is held", func() bool { return netstack.SendQueued(ep) == 0 && netstack.ReceiveMemUsed(ep) == 0 })
+	testutil.Eventually(t, "nothing is held", func() bool { return netstack.SendQueued(ep) == 0 && netstack.ReceiveMemUsed(ep) == 0 })
 	if next, _ := netstack.ReceiveNext(ep); next != r.seq+150 {
 		t.Errorf("the next sequence number is %d, not %d", next, r.seq+150)
 	}
@@ -440,7 +441,7 @@ func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 		next := uint32(0)
 		for next < uint32(len(want)) {
 			r.data(int(next), want[next:min(next+100, uint32(len(want)))])
-			eventually(t, "the stream goes on", func() bool {
+			testutil.Eventually(t, "the stream goes on", func() bool {
 				n, _ := netstack.ReceiveNext(ep)
 				if n-r.seq == next {
 					r.data(int(next), want[next:min(next+100, uint32(len(want)))])
@@ -470,7 +471,7 @@ func TestSingleBytesToASandboxThatDoesNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "bytes are sent", func() bool { return netstack.SendQueued(ep) > 0 })
+	testutil.Eventually(t, "bytes are sent", func() bool { return netstack.SendQueued(ep) > 0 })
 	seen := uint32(0)
 	for seen < many {
 		if used := w.f.gate.Memory.Used.Load(); used > tcpmem.SmallReads+64<<10 {
@@ -502,7 +503,7 @@ func TestAReassembledSegmentTakesItsSize(t *testing.T) {
 	h.SetChecksum(0)
 	h.SetChecksum(^checksum.Checksum(p.l4, packet.PseudoSum(p.src, p.dst, packet.ProtoTCP, len(p.l4))))
 	w.sendFragments(p, 8)
-	eventually(t, "the segment is held", func() bool { return netstack.ReceiveMemUsed(ep) > 4000 })
+	testutil.Eventually(t, "the segment is held", func() bool { return netstack.ReceiveMemUsed(ep) > 4000 })
 	if w.f.Stats()["memory_compacted_packets"] == 0 {
 		t.Error("the segment was queued as it came")
 	}

@@ -18,6 +18,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/onlink"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -104,7 +105,7 @@ func TestPublishedPortsCarryConnectionsIn(t *testing.T) {
 			t.Errorf("inside, the client was %s, want %s", got, want)
 		}
 	}
-	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
 }
 
 func TestPublishedFlowsStandInTheTableFromTheClientsSide(t *testing.T) {
@@ -131,7 +132,7 @@ func TestPublishedFlowsStandInTheTableFromTheClientsSide(t *testing.T) {
 func TestPublishedPortNobodyServesInsideIsReset(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	wantReset(t, g.publishTCP("127.0.0.1:0", 81))
-	eventually(t, "the flow has left the table", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has left the table", func() bool { return g.table.Len() == 0 })
 }
 
 func TestPublishedPortsObeyIngressRules(t *testing.T) {
@@ -207,7 +208,7 @@ func TestLoopbackClientsAreRelayedAsThemselves(t *testing.T) {
 		}
 	}()
 	at := g.publishTCP("127.0.0.1:0", uint16(inside.Addr().(*net.TCPAddr).Port))
-	before := openFDs(t)
+	before := testutil.Descriptors(t, os.Getpid())
 	data := make([]byte, 8<<20)
 	for i := range data {
 		data[i] = byte(i * 7)
@@ -225,7 +226,7 @@ func TestLoopbackClientsAreRelayedAsThemselves(t *testing.T) {
 		t.Errorf("inside, the client was %s", p)
 	}
 	c.Close()
-	eventually(t, "the relay has given everything back", func() bool { return g.table.Len() == 0 && openFDs(t) <= before })
+	testutil.Eventually(t, "the relay has given everything back", func() bool { return g.table.Len() == 0 && testutil.Descriptors(t, os.Getpid()) <= before })
 	if g.f.Stats()["tcp_relayed_loopback"] != 1 {
 		t.Error("the flow did not take the short cut")
 	}
@@ -239,15 +240,6 @@ func TestLoopbackClientsOfAServerOnTheLinkGoThroughTheStack(t *testing.T) {
 	if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func openFDs(t *testing.T) int {
-	t.Helper()
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(d)
 }
 
 // dialFrom connects from a given port, which other connections may have too.
@@ -430,7 +422,7 @@ func TestClientFindsTheServerOfTheOtherFamily(t *testing.T) {
 				t.Fatalf("the client read %q, %v", got, err)
 			}
 			conn.Close()
-			eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
+			testutil.Eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
 		})
 	}
 }
@@ -439,6 +431,6 @@ func TestPublishedPortIsResetAtOnceWhereNeitherFamilyIsServed(t *testing.T) {
 	for _, sockets := range []GuestSockets{nil, &hostsOwn{}} {
 		g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = sockets })
 		wantReset(t, g.publishListener("127.0.0.1:0", hostsock.Listener{Guest: at(guest4, 1), Other: at(guest6, 1)}))
-		eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
+		testutil.Eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 })
 	}
 }

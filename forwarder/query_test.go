@@ -6,6 +6,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func packed(t *testing.T, m dnsmessage.Message) []byte {
@@ -57,7 +58,7 @@ func TestPort53IsJudgedByWhatItIs(t *testing.T) {
 			t.Errorf("%s: a question: %v, an answer: %v", row.name, q, a)
 		}
 	}
-	if n := testing.AllocsPerRun(100, func() { packet.IsQuery(query) }); n != 0 && !raceEnabled {
+	if n := testing.AllocsPerRun(100, func() { packet.IsQuery(query) }); n != 0 && !testutil.Race {
 		t.Errorf("%v allocations for each datagram", n)
 	}
 }

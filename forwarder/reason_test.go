@@ -17,6 +17,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/gatetest"
 	"sluice.dev/sluice/forwarder/internal/hostsock"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -66,7 +67,7 @@ func (o *told) wantEnd(t *testing.T, want nat.Reason) nat.Flow {
 // wantRefused waits for the only refusal, by policy's reason or else by the flow's.
 func (o *told) wantRefused(t *testing.T, want policy.Reason, reason nat.Reason, sandboxTold bool) {
 	t.Helper()
-	eventually(t, "a refusal", func() bool { o.mu.Lock(); defer o.mu.Unlock(); return len(o.refused) > 0 })
+	testutil.Eventually(t, "a refusal", func() bool { o.mu.Lock(); defer o.mu.Unlock(); return len(o.refused) > 0 })
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := o.refused[0]

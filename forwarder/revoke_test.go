@@ -15,6 +15,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // stallingLink is a link whose writers wait while the sandbox reads nothing: the worst that
@@ -73,7 +75,7 @@ func TestASandboxThatReadsNothingCannotHoldUpAPolicy(t *testing.T) {
 	link.mu.Lock()
 	unstall := sync.OnceFunc(link.mu.Unlock)
 	defer unstall()
-	eventually(t, "somebody waits for the device", func() bool { return link.wait.Load() > 0 })
+	testutil.Eventually(t, "somebody waits for the device", func() bool { return link.wait.Load() > 0 })
 	if !heard(5 * time.Second) {
 		t.Fatal("no datagram comes out while the sandbox reads nothing")
 	}
@@ -106,5 +108,5 @@ func TestASandboxThatReadsNothingCannotHoldUpAPolicy(t *testing.T) {
 		}
 	}
 	unstall()
-	eventually(t, "nothing is left once the sandbox reads", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "nothing is left once the sandbox reads", func() bool { return g.table.Len() == 0 })
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sluice.dev/sluice/forwarder/internal/admit"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // limitedPort has a rule with limits for one port of the host's loopback, and one without
@@ -40,10 +41,10 @@ func TestARulesFlowsAreBounded(t *testing.T) {
 			c.Close()
 		}
 	}()
-	eventually(t, "a third is refused", func() bool { return dropped() > 0 })
+	testutil.Eventually(t, "a third is refused", func() bool { return dropped() > 0 })
 	g.mustDial(rest)
 	first.Close()
-	eventually(t, "there is room again", func() bool {
+	testutil.Eventually(t, "there is room again", func() bool {
 		c, err := g.dial(one)
 		if err == nil {
 			c.Close()
@@ -61,7 +62,7 @@ func TestARulesFlowsAreBounded(t *testing.T) {
 			c.Close()
 		}
 	}()
-	eventually(t, "one more is refused", func() bool { return dropped() > before })
+	testutil.Eventually(t, "one more is refused", func() bool { return dropped() > before })
 }
 
 func TestARulesBytesAreBounded(t *testing.T) {
@@ -120,8 +121,8 @@ func TestARulesBandwidthIsItsOwn(t *testing.T) {
 			}
 			slow, fast := moved(one), moved(rest)
 			start := time.Now()
-			eventually(t, "the free flow has moved 8 MB", func() bool { return fast() > 8<<20 })
-			eventually(t, "the limited one has moved 300 kB", func() bool { return slow() > 300<<10 })
+			testutil.Eventually(t, "the free flow has moved 8 MB", func() bool { return fast() > 8<<20 })
+			testutil.Eventually(t, "the limited one has moved 300 kB", func() bool { return slow() > 300<<10 })
 			// The bucket's fill, and then the rate, with its acknowledgements.
 			if most := int64(float64(time.Since(start).Seconds())*1.2e6) + 2*admit.BucketMin; slow() > most {
 				t.Errorf("the limited flow moved %d bytes in %v, want at most %d", slow(), time.Since(start), most)

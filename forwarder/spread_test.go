@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 
 	"sluice.dev/sluice/forwarder/internal/engine"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // queuedLink has two queues, and notes what it is told of them.
@@ -88,9 +89,9 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"a crowd, and calm", 1, false, time.Hour, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
 		{"no pause, then one", 1, true, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
-			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
+			testutil.Eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
 			enough := l.looked() + 3*int(calmAfter/quietFor)
-			eventually(t, "it was looked at for long", func() bool { return l.looked() > enough })
+			testutil.Eventually(t, "it was looked at for long", func() bool { return l.looked() > enough })
 			if got := l.heard(); !slices.Equal(got, all[:2]) {
 				t.Errorf("while frames came it was told %v", got)
 			}
@@ -99,7 +100,7 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 		{"no pause at all", 1, true, 3 * calmAfter, nil, func(t *testing.T, w *wire, _ *queuedLink) { crowd(w) }, all},
 		{"a crowd that comes back", 1, false, time.Hour, nil, func(t *testing.T, w *wire, l *queuedLink) {
 			crowd(w)
-			eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
+			testutil.Eventually(t, "it is narrow", func() bool { return slices.Equal(l.heard(), all[:2]) })
 			crowd(w)
 		}, []string{"spread", "narrow", "spread", "narrow", "gather"}},
 		{"left spread by the worker before", 2, false, time.Hour, nil, func(*testing.T, *wire, *queuedLink) {}, all[1:]},
@@ -113,8 +114,8 @@ func TestQueuesComeWithTheCrowdAndGoWithTheCalm(t *testing.T) {
 				c.spread = engine.SpreadTimes{CalmAfter: calmAfter, QuietFor: quietFor, QuietWithin: row.patience}
 			})
 			row.do(t, w, l)
-			eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })
-			eventually(t, "the engine knows", func() bool { return !w.f.engine.Spread.Load() })
+			testutil.Eventually(t, "it is told all", func() bool { return len(l.heard()) == len(row.want) })
+			testutil.Eventually(t, "the engine knows", func() bool { return !w.f.engine.Spread.Load() })
 			if got := l.heard(); !slices.Equal(got, row.want) {
 				t.Errorf("it was told %v, want %v", got, row.want)
 			}

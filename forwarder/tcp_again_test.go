@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // again is a client that uses one port for one connection after the other, with nothing in
@@ -105,7 +107,7 @@ func TestTCPAPortIsUsedAgainAtOnce(t *testing.T) {
 				if d := time.Since(began); d > rounds*time.Second/10 {
 					t.Errorf("%d connections took %v: they were asked for again", rounds, d)
 				}
-				eventually(t, "every flow has ended", func() bool { return w.table.Len() == 0 })
+				testutil.Eventually(t, "every flow has ended", func() bool { return w.table.Len() == 0 })
 			})
 		}
 	}
@@ -121,7 +123,7 @@ func TestTCPADialGoesOnForTheLatestSYN(t *testing.T) {
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 		fl := w.f.tcp.All()[0]
 		w.send(segment(src, dst, header.TCPFlagSyn, 5000, 0))
-		eventually(t, "the flow has the later SYN", func() bool {
+		testutil.Eventually(t, "the flow has the later SYN", func() bool {
 			fl.Mu.Lock()
 			defer fl.Mu.Unlock()
 			return fl.Irs == 5000 && header.TCP(fl.Syn.TransportHeader().Slice()).SequenceNumber() == 5000
@@ -140,7 +142,7 @@ func TestTCPASYNOfAnotherConnectionIsChallenged(t *testing.T) {
 	a := &again{w: w, src: netip.AddrPortFrom(guest4, 40000), dst: netip.AddrPortFrom(gateway4, listenHost(t))}
 	a.syn()
 	a.established(0)
-	eventually(t, "the connection is established", func() bool {
+	testutil.Eventually(t, "the connection is established", func() bool {
 		l := w.table.List()
 		return len(l) == 1 && l[0].State.String() == "ESTABLISHED"
 	})

@@ -14,6 +14,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/engine"
 	"sluice.dev/sluice/forwarder/internal/packet"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // segment is a TCP segment without data.
@@ -76,7 +77,7 @@ func TestTCPHandshakesThatAreResetHoldNothing(t *testing.T) {
 	if h := w.recvTCP(50000, header.TCPFlagSyn); !h.Flags().Contains(header.TCPFlagAck) {
 		t.Fatalf("the next SYN was answered with %v", h.Flags())
 	}
-	eventually(t, "only the last flow is left", func() bool { return w.f.gate.Table.Len() == 1 })
+	testutil.Eventually(t, "only the last flow is left", func() bool { return w.f.gate.Table.Len() == 1 })
 }
 
 func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
@@ -88,7 +89,7 @@ func TestTCPHandshakesNobodyCompletesAreBounded(t *testing.T) {
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 		w.recvTCP(src.Port(), header.TCPFlagSyn)
 	}
-	eventually(t, "the oldest are evicted", func() bool {
+	testutil.Eventually(t, "the oldest are evicted", func() bool {
 		return w.f.Stats()["tcp_handshake_evicted"] == extra && w.f.gate.Table.Len() == tcpflow.MaxHandshakes
 	})
 }
@@ -100,7 +101,7 @@ func TestTCPHandshakeTimesOut(t *testing.T) {
 	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
 	clock.advance(tcpflow.HandshakeTimeout + time.Second)
-	eventually(t, "the half-open flow is gone", func() bool {
+	testutil.Eventually(t, "the half-open flow is gone", func() bool {
 		return w.f.Stats()["tcp_handshake_timeout"] == 1 && w.f.gate.Table.Len() == 0
 	})
 }
@@ -113,9 +114,9 @@ func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
 		// Nobody answers for this address: the dial hangs until somebody gives up.
 		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
-		eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
+		testutil.Eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
 		w.send(segment(src, dst, header.TCPFlagRst, 1001, 0))
-		eventually(t, "the dial is cancelled", func() bool {
+		testutil.Eventually(t, "the dial is cancelled", func() bool {
 			return w.f.Stats()["tcp_dial_cancelled"] == 1 && w.f.dialer.Sockets.Load() == 0 && w.f.gate.Table.Len() == 0
 		})
 	})
@@ -129,7 +130,7 @@ func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
 		w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
 		syn := segment(netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80), header.TCPFlagSyn, 1000, 0)
 		w.send(syn)
-		eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
+		testutil.Eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
 		for _, gap := range []int{1, 2, 4, 8} { // as a patient sender repeats it
 			clock.advance(time.Duration(gap) * time.Second)
 			w.send(syn)
@@ -138,7 +139,7 @@ func TestTCPADialEndsWhenTheSandboxStopsAsking(t *testing.T) {
 			}
 		}
 		clock.advance(15*time.Second + tcpflow.SynSlack + time.Second)
-		eventually(t, "the dial has ended", func() bool {
+		testutil.Eventually(t, "the dial has ended", func() bool {
 			return w.f.dialer.Sockets.Load() == 0 && w.f.gate.Table.Len() == 0 && w.f.Stats()["tcp_dial_cancelled"] == 1
 		})
 	})
@@ -171,12 +172,12 @@ func TestTCPOverATablesLimitIsDroppedAndCounted(t *testing.T) {
 	w.send(segment(first, dst, header.TCPFlagSyn, 1000, 0))
 	sa := w.recvTCP(first.Port(), header.TCPFlagSyn)
 	w.send(segment(first, dst, header.TCPFlagAck, 1001, sa.SequenceNumber()+1))
-	eventually(t, "the first flow is established", func() bool {
+	testutil.Eventually(t, "the first flow is established", func() bool {
 		l := w.f.gate.Table.List()
 		return len(l) == 1 && l[0].State.String() == "ESTABLISHED"
 	})
 	w.send(segment(netip.AddrPortFrom(guest4, 10001), dst, header.TCPFlagSyn, 1000, 0))
-	eventually(t, "the second is counted", func() bool { return w.f.Stats()["tcp_refused_by_limit"] == 1 })
+	testutil.Eventually(t, "the second is counted", func() bool { return w.f.Stats()["tcp_refused_by_limit"] == 1 })
 }
 
 func TestTheFilterLetsOnlyTheSandboxsOwnTrafficIn(t *testing.T) {
@@ -290,7 +291,7 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 	w.recvTCP(src.Port(), header.TCPFlagSyn)
 	clock.advance(tcpflow.HandshakeTimeout + time.Second)
-	eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.Table.Len() == 0 })
+	testutil.Eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.Table.Len() == 0 })
 }
 
 // What accepts handshakes listens at no address of the stack's own: a segment for its

@@ -13,6 +13,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/netstack"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -32,7 +33,7 @@ func (g *guest) narrow() {
 // onlyFlow waits for the one TCP flow there is to come as far as ok says.
 func (g *guest) onlyFlow(what string, ok func(*tcpflow.Flow) bool) (fl *tcpflow.Flow) {
 	g.t.Helper()
-	eventually(g.t, what, func() bool {
+	testutil.Eventually(g.t, what, func() bool {
 		all := g.f.tcp.All()
 		if len(all) != 1 {
 			return false
@@ -89,7 +90,7 @@ func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 			}))
 			row.client(c.CloseWrite)
 			fl := g.onlyFlow(row.what, row.ready)
-			eventually(t, "the reader is full", func() bool { return netstack.SendWindow(fl.Ep.(*tcp.Endpoint)) == 0 })
+			testutil.Eventually(t, "the reader is full", func() bool { return netstack.SendWindow(fl.Ep.(*tcp.Endpoint)) == 0 })
 			for n := range 3 {
 				g.table.Expire(time.Now().Add(silentForEver * time.Duration(n+1)))
 			}
@@ -177,7 +178,7 @@ func TestTCPLastAckBeginsWhenTheSandboxHasTakenEveryByte(t *testing.T) {
 	if err := mustRead(t, c); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 	var states []nat.State
 	for range len(events) {
 		states = append(states, (<-events).Flow.State)
@@ -202,7 +203,7 @@ func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 		return fl.Live.Load() && g.table.List()[0].ReplyBytes > int64(len(response))
 	})
 	close(reset)
-	eventually(t, "the reset has come", func() bool {
+	testutil.Eventually(t, "the reset has come", func() bool {
 		fl.Mu.Lock()
 		defer fl.Mu.Unlock()
 		return fl.FD < 0
@@ -210,7 +211,7 @@ func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 	if err := mustRead(t, c); !isReset(err) {
 		t.Errorf("behind the response there is %v, want a reset", err)
 	}
-	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }
 
 // A reset behind an end of stream has nothing to wait for: iperf3's server ends its side of an
@@ -230,8 +231,8 @@ func TestTCPAResetBehindTheEndOfStreamEndsTheFlow(t *testing.T) {
 		return netstack.EndpointState(fl.Ep) == tcp.StateFinWait2
 	})
 	close(told)
-	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
-	eventually(t, "the sandbox is told of the reset", func() bool {
+	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the sandbox is told of the reset", func() bool {
 		_, err := c.Write([]byte("x"))
 		return err != nil
 	})
@@ -255,7 +256,7 @@ func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	if _, err := c.Write([]byte("more of the request")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "writing has failed", func() bool { return fl.Up.Done.Load() || phaseOf(fl) == tcpflow.PhaseClosed })
+	testutil.Eventually(t, "writing has failed", func() bool { return fl.Up.Done.Load() || phaseOf(fl) == tcpflow.PhaseClosed })
 	fl.UnlockDown()
 	got := make([]byte, 4096)
 	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))

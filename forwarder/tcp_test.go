@@ -16,6 +16,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/packet"
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 func TestTCPEchoesOverBothFamilies(t *testing.T) {
@@ -83,7 +84,7 @@ func TestTCPHalfCloseIsHalfClose(t *testing.T) {
 	if err != nil || string(got) != "HALF" {
 		t.Fatalf("after the guest's end of stream: %q, %v", got, err)
 	}
-	eventually(t, "the flow has left the table", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has left the table", func() bool { return g.table.Len() == 0 })
 }
 
 func TestTCPHostsHalfCloseLeavesTheOtherWayOpen(t *testing.T) {
@@ -175,7 +176,7 @@ func TestTCPRejectedByPolicyIsRefusedAndDroppedIsSilent(t *testing.T) {
 				}
 				return
 			}
-			eventually(t, "the SYN is counted as refused", func() bool { return g.f.Stats()["tcp_refused_by_policy"] > 0 })
+			testutil.Eventually(t, "the SYN is counted as refused", func() bool { return g.f.Stats()["tcp_refused_by_policy"] > 0 })
 			select {
 			case err := <-done:
 				t.Fatalf("answered: %v, want silence", err)
@@ -192,7 +193,7 @@ func TestTCPNothingIsAllowedBeforeRules(t *testing.T) {
 	addr := g.listen("tcp4", echo)
 	done := make(chan error, 1)
 	go func() { _, err := g.dial(addr); done <- err }()
-	eventually(t, "the SYN is refused", func() bool { return g.f.Stats()["tcp_refused_by_policy"] > 0 })
+	testutil.Eventually(t, "the SYN is refused", func() bool { return g.f.Stats()["tcp_refused_by_policy"] > 0 })
 	if n := g.f.dialer.Sockets.Load(); n != 0 {
 		t.Errorf("%d host sockets were opened without rules", n)
 	}
@@ -265,7 +266,7 @@ func TestTCPTuplesAreReusableAtOnce(t *testing.T) {
 			t.Fatalf("connection %d: %q, %v", i, b, err)
 		}
 		c.Close()
-		eventually(t, "the guest has let go of the tuple", func() bool {
+		testutil.Eventually(t, "the guest has let go of the tuple", func() bool {
 			return len(g.stack.RegisteredEndpoints()) == 0 && g.table.Len() == 0
 		})
 	}
@@ -290,7 +291,7 @@ func TestTCPManyShortConnectionsLeaveNothing(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.Sockets.Load() == 0 })
+	testutil.Eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.Sockets.Load() == 0 })
 }
 
 // The timer that ends hopeless dials may have chosen one that succeeds before its
@@ -359,7 +360,7 @@ func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
 	c := g.mustDial(g.listen("tcp4", func(c *net.TCPConn) { conns <- c; <-done }))
 	host := <-conns
 	var fl *tcpflow.Flow
-	eventually(t, "the flow is live", func() bool {
+	testutil.Eventually(t, "the flow is live", func() bool {
 		all := g.f.tcp.All()
 		if len(all) == 1 {
 			fl = all[0]
@@ -370,7 +371,7 @@ func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
 	if _, err := host.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the down pump was called", fl.Down.Again.Load)
+	testutil.Eventually(t, "the down pump was called", fl.Down.Again.Load)
 	fl.Down.Mu.Unlock()
 	fl.Up.Mu.Lock()
 	fl.TallyUp(0)

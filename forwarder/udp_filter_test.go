@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -55,7 +56,7 @@ func TestUDPAnotherPortOfAnAddressedPeerMayAnswerIfPolicyLetsItBeAnswered(t *tes
 		_, mapped := read(t, srv)
 		_, _ = other.WriteToUDPAddrPort([]byte("from another port"), mapped)
 		if !allowed {
-			eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
+			testutil.Eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
 			continue
 		}
 		src, dst, payload, _ := w.recvUDP()
@@ -86,7 +87,7 @@ func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	}
 	end(at(gateway4, portOf(srv)))
 	_, _ = third.WriteToUDPAddrPort([]byte("from a third port"), mapped)
-	eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
+	testutil.Eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
 	// Once the sandbox has sent there the address is known again.
 	w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(second)), []byte("and back")))
 	read(t, second)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder/internal/hostsock"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -169,7 +170,7 @@ func TestUDPPublishedPortIsJudgedByIngressRules(t *testing.T) {
 	l := publishUDP(w, "127.0.0.1:0", guest4)
 	client := udpServer(t, "127.0.0.1:0")
 	_, _ = client.WriteToUDPAddrPort([]byte("hello"), l.Host)
-	eventually(t, "the datagram is refused", func() bool { return w.f.Stats()["udp_ingress_refused_by_policy"] == 1 })
+	testutil.Eventually(t, "the datagram is refused", func() bool { return w.f.Stats()["udp_ingress_refused_by_policy"] == 1 })
 	w.silent("a refused client")
 }
 

@@ -21,6 +21,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 )
 
@@ -370,14 +371,7 @@ func (n netns) run(t *testing.T, name string, f func(*testing.T)) {
 
 func ip(t testing.TB, args ...string) {
 	t.Helper()
-	run(t, "ip", args...)
-}
-
-func run(t testing.TB, name string, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-	}
+	testutil.Run(t, "ip", args...)
 }
 
 func sysctl(t testing.TB, path, value string) {
@@ -405,7 +399,7 @@ func routerNetns(t testing.TB) {
 	pid := itoa(cmd.Process.Pid)
 	inRouter := func(args ...string) {
 		t.Helper()
-		run(t, "nsenter", append([]string{"-t", pid, "-n"}, args...)...)
+		testutil.Run(t, "nsenter", append([]string{"-t", pid, "-n"}, args...)...)
 	}
 	ip(t, "link", "add", "up0", "mtu", "1400", "type", "veth", "peer", "name", "down0", "mtu", "1400", "netns", pid)
 	ip(t, "addr", "add", "192.0.2.1/24", "dev", "up0")

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // The shapes of 10 000 CIDRs that a decision must not feel: each with a query
@@ -144,7 +146,7 @@ func TestDecideIsFastAndAllocatesNothing(t *testing.T) {
 			if n := testing.AllocsPerRun(100, func() { rules.Decide(q) }); n != 0 {
 				t.Errorf("%v allocations per decision", n)
 			}
-			if raceEnabled {
+			if testutil.Race {
 				t.Skip("the race detector slows every decision")
 			}
 			// The best of several runs, because other work shares the cores.

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/registry"
@@ -35,14 +36,10 @@ func call(t *testing.T, c api.Client, method string, params, result any) {
 // isGone waits until a process is collected.
 func isGone(t *testing.T, pid int) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
-	for _, err := processStart(pid); err == nil; _, err = processStart(pid) {
-		if time.Now().After(deadline) {
-			t.Errorf("process %d is still there", pid)
-			return
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
+		_, err := processStart(pid)
+		return err != nil, fmt.Sprintf("process %d is still there", pid)
+	})
 }
 
 // talk is a connection whose server echoes.
@@ -59,14 +56,14 @@ func newTalk(t *testing.T, from, to namespace, at string) *talk {
 	l := to.listen(net.JoinHostPort(at, "0"))
 	t.Cleanup(func() { l.Close() })
 	c, err := from.dial("tcp", l.Addr().String())
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(func() { c.Close() })
 	s, err := l.Accept()
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(func() { s.Close() })
 	go func() { _, _ = io.Copy(s, s) }()
 	k := &talk{Conn: c, server: s}
-	must(t, k.say())
+	testutil.Must(t, k.say())
 	return k
 }
 
@@ -139,7 +136,7 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 	serving := newTalk(t, p.outside, p.inside, podAddr6.Addr().String())
 	var before, after api.Info
 	call(t, client, api.MethodInfo, nil, &before)
-	must(t, syscall.Kill(before.WorkerPID, syscall.SIGKILL))
+	testutil.Must(t, syscall.Kill(before.WorkerPID, syscall.SIGKILL))
 	// The pod speaks first: its segment may be the first that the new worker sees.
 	go func() { _, _ = serving.server.Write([]byte("first")) }()
 	_ = serving.SetReadDeadline(time.Now().Add(10 * time.Second))
@@ -147,12 +144,13 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 	if _, err := io.ReadFull(serving, b); err != nil || string(b) != "first" {
 		t.Errorf("what the pod said while there was no worker: %q, %v", b, err)
 	}
-	must(t, in.say())
-	must(t, serving.say())
+	testutil.Must(t, in.say())
+	testutil.Must(t, serving.say())
 	// A new worker serves before the monitor has noted it.
-	for end := time.Now().Add(10 * time.Second); after.State != api.StateRunning && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	testutil.Eventually(t, "a new worker serves", func() bool {
 		call(t, client, api.MethodInfo, nil, &after)
-	}
+		return after.State == api.StateRunning
+	})
 	if after.PID != pid || after.WorkerPID == before.WorkerPID || after.Restarts != 1 || after.State != api.StateRunning {
 		t.Errorf("the monitor was %d; now it is %+v", pid, after)
 	}
@@ -162,12 +160,12 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 // installed copies the test's own binary to where a plugin could be.
 func installed(t *testing.T, mode os.FileMode) string {
 	t.Helper()
-	dir := shortDir(t)
-	must(t, os.Chmod(dir, 0o755))
+	dir := testutil.ShortDir(t)
+	testutil.Must(t, os.Chmod(dir, 0o755))
 	own, err := os.ReadFile("/proc/self/exe")
-	must(t, err)
+	testutil.Must(t, err)
 	path := filepath.Join(dir, "sluice-cni")
-	must(t, os.WriteFile(path, own, mode))
+	testutil.Must(t, os.WriteFile(path, own, mode))
 	return path
 }
 
@@ -199,8 +197,8 @@ func TestAttachmentIsUpgraded(t *testing.T) {
 	if _, err := io.ReadFull(serving, b); err != nil {
 		t.Errorf("what the pod says first after the upgrade: %v", err)
 	}
-	must(t, in.say())
-	must(t, serving.say())
+	testutil.Must(t, in.say())
+	testutil.Must(t, serving.say())
 	p.exchange(t, "tcp", p.inside, p.outside, outside4, podAddr4.Addr().String())
 	var now api.PolicyResult
 	call(t, client, api.MethodPolicyShow, nil, &now)
@@ -218,12 +216,12 @@ func TestAttachmentIsUpgraded(t *testing.T) {
 		t.Errorf("the log is %s", text)
 	}
 	// By default it is what is at its own path now.
-	must(t, os.Rename(installed(t, 0o755), path))
+	testutil.Must(t, os.Rename(installed(t, 0o755), path))
 	call(t, client, api.MethodUpgrade, nil, &info)
 	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err != nil || exe != path || info.PID != pid {
 		t.Errorf("%s (%v) says %+v", exe, err, info)
 	}
-	must(t, in.say())
+	testutil.Must(t, in.say())
 }
 
 func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
@@ -232,15 +230,15 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 	pid, client := attach(t, cfg)
 	in := newTalk(t, p.outside, p.inside, podAddr4.Addr().String())
 	out := newTalk(t, p.inside, p.outside, outside4)
-	dir := shortDir(t)
+	dir := testutil.ShortDir(t)
 	script := func(name, text string) string {
 		path := filepath.Join(dir, name)
-		must(t, os.WriteFile(path, []byte(text), 0o755))
+		testutil.Must(t, os.WriteFile(path, []byte(text), 0o755))
 		return path
 	}
 	broken := installed(t, 0o700) // whose workers, being nobody, cannot execute it
 	own, err := os.Readlink("/proc/self/exe")
-	must(t, err)
+	testutil.Must(t, err)
 	for _, test := range []struct{ name, binary, want string }{
 		{"there is none", filepath.Join(dir, "none"), "there is no binary"},
 		{"a relative path", "sluice", "want an absolute path"},
@@ -258,8 +256,8 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Fatalf("it says %v, want %q", err, test.want)
 			}
-			must(t, AttachmentAlive(ctx, cfg.RuntimeDir, cfg.Name))
-			must(t, in.say())
+			testutil.Must(t, AttachmentAlive(ctx, cfg.RuntimeDir, cfg.Name))
+			testutil.Must(t, in.say())
 			var info api.Info
 			call(t, client, api.MethodInfo, nil, &info)
 			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", info.PID)); err != nil || exe != own {
@@ -270,7 +268,7 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 			}
 			pid = info.PID
 			if test.want != "execute" && !strings.Contains(test.want, "serves again") {
-				must(t, out.say())
+				testutil.Must(t, out.say())
 			}
 		})
 	}
@@ -300,7 +298,7 @@ func TestALaunchThatFailsSaysWhyAndLeavesNothing(t *testing.T) {
 			if entries, _ := os.ReadDir(cfg.RuntimeDir); len(entries) > 0 {
 				t.Errorf("it left %v", entries)
 			}
-			must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
+			testutil.Must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
 			if err := AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name); !errors.Is(err, registry.ErrNoSandbox) {
 				t.Errorf("alive: %v", err)
 			}
@@ -315,11 +313,11 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
 	// One that cannot answer is not gone.
-	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	testutil.Must(t, syscall.Kill(pid, syscall.SIGSTOP))
 	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); gone || err != nil {
 		t.Errorf("a stopped monitor: gone %v, %v", gone, err)
 	}
-	must(t, syscall.Kill(pid, syscall.SIGKILL))
+	testutil.Must(t, syscall.Kill(pid, syscall.SIGKILL))
 	isGone(t, pid)
 	isGone(t, info.WorkerPID)
 	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); !gone || err != nil {
@@ -339,17 +337,17 @@ func TestAMonitorHoldsItsLaunchersLockUntilItCanBeFound(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
 	hold := func() (*os.File, error) {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-		must(t, err)
+		testutil.Must(t, err)
 		t.Cleanup(func() { _ = f.Close() })
 		return f, unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
 
 	slow := filepath.Join(t.TempDir(), "slow")
-	must(t, os.WriteFile(slow, []byte("#!/bin/sh\nexec sleep 60\n"), 0o700))
+	testutil.Must(t, os.WriteFile(slow, []byte("#!/bin/sh\nexec sleep 60\n"), 0o700))
 	cfg := p.config(t)
 	var err error
 	cfg.Lock, err = hold()
-	must(t, err)
+	testutil.Must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	launched := make(chan error)
 	go func() { // ends with cancel, and is waited for
@@ -357,7 +355,7 @@ func TestAMonitorHoldsItsLaunchersLockUntilItCanBeFound(t *testing.T) {
 		launched <- err
 	}()
 	time.Sleep(100 * time.Millisecond)
-	must(t, cfg.Lock.Close())
+	testutil.Must(t, cfg.Lock.Close())
 	if _, err := hold(); err != unix.EWOULDBLOCK {
 		t.Errorf("beside a monitor that has only begun: %v, want %v", err, unix.EWOULDBLOCK)
 	}
@@ -368,9 +366,9 @@ func TestAMonitorHoldsItsLaunchersLockUntilItCanBeFound(t *testing.T) {
 
 	cfg = p.config(t)
 	cfg.Lock, err = hold()
-	must(t, err)
+	testutil.Must(t, err)
 	attach(t, cfg)
-	must(t, cfg.Lock.Close())
+	testutil.Must(t, cfg.Lock.Close())
 	if _, err := hold(); err != nil {
 		t.Errorf("beside a monitor that serves: %v", err)
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/tun"
 )
@@ -152,7 +152,7 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 	before := len(rogue.questions())
 	// One that is open when the policy comes: its next question is ours to answer.
 	c, err := p.inside.dial("udp", net.JoinHostPort(rogue4, "53"))
-	must(t, err)
+	testutil.Must(t, err)
 	defer c.Close()
 	open := &dns.Conn{Conn: c}
 	askOpen := func() string {
@@ -160,9 +160,9 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
 		q := new(dns.Msg)
 		q.SetQuestion("evil.test.", dns.TypeA)
-		must(t, open.WriteMsg(q))
+		testutil.Must(t, open.WriteMsg(q))
 		m, err := open.ReadMsg()
-		must(t, err)
+		testutil.Must(t, err)
 		return dns.RcodeToString[m.Rcode]
 	}
 	if got := askOpen(); got != "NOERROR" {
@@ -192,7 +192,7 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 	if len(info.Upstreams) != 1 || info.Upstreams[0] != outside4+":53" {
 		t.Errorf("it says that it asks %v", info.Upstreams)
 	}
-	must(t, syscall.Kill(info.WorkerPID, syscall.SIGKILL))
+	testutil.Must(t, syscall.Kill(info.WorkerPID, syscall.SIGKILL))
 	isGone(t, info.WorkerPID)
 	each("a new worker", always("192.0.2.1"), "pypi.test")
 	call(t, client, api.MethodUpgrade, api.UpgradeParams{Binary: installed(t, 0o755)}, nil)
@@ -244,13 +244,10 @@ func TestAPodWithoutResolversHasNoNames(t *testing.T) {
 	if n := len(trusted.questions()) + len(rogue.questions()); n != asked {
 		t.Errorf("%d questions went out", n-asked)
 	}
-	eventuallyLogs := time.Now().Add(5 * time.Second)
-	for !strings.Contains(logs(), "no resolver is known that could be asked for the pod (nobody names one)") {
-		if time.Now().After(eventuallyLogs) {
-			t.Fatalf("it says %s", logs())
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+	testutil.Within(t, 5*time.Second, func() (bool, string) {
+		said := logs()
+		return strings.Contains(said, "no resolver is known that could be asked for the pod (nobody names one)"), "it says " + said
+	})
 }
 
 // What a hostile pod can make the worker hold: a socket for each different question on its
@@ -261,12 +258,7 @@ func TestAPodsQuestionsHoldFewSockets(t *testing.T) {
 	_, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
-	descriptors := func() int {
-		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", info.WorkerPID))
-		must(t, err)
-		return len(list)
-	}
-	idle := descriptors()
+	idle := testutil.Descriptors(t, info.WorkerPID)
 	var conns []net.Conn
 	defer func() {
 		for _, c := range conns {
@@ -296,22 +288,15 @@ func TestAPodsQuestionsHoldFewSockets(t *testing.T) {
 		}
 	})
 	var stats struct{ Queries, RefusedTunnel, OverRate, StreamsRefused uint64 }
-	end := time.Now().Add(10 * time.Second)
-	for {
-		if n := descriptors() - idle; n > names+8 {
+	testutil.Within(t, 10*time.Second, func() (bool, string) {
+		if n := testutil.Descriptors(t, info.WorkerPID) - idle; n > names+8 {
 			t.Fatalf("%d descriptors more than when idle, for at most %d questions", n, names)
 		}
 		var all api.StatsResult
 		call(t, client, api.MethodStats, nil, &all)
-		must(t, json.Unmarshal(all.Stats["dns"], &stats))
-		if stats.RefusedTunnel+stats.OverRate > 0 && stats.StreamsRefused >= 3*streams {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("counted %+v", stats)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		testutil.Must(t, json.Unmarshal(all.Stats["dns"], &stats))
+		return stats.RefusedTunnel+stats.OverRate > 0 && stats.StreamsRefused >= 3*streams, fmt.Sprintf("counted %+v", stats)
+	})
 	different := make(map[string]bool)
 	for _, q := range trusted.questions() {
 		different[q] = true

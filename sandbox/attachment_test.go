@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/guest"
@@ -56,13 +57,13 @@ func newNamespace(t *testing.T) namespace {
 	}
 	cmd := exec.Command("unshare", "-n", "sh", "-c", "echo; exec cat")
 	stdin, err := cmd.StdinPipe()
-	must(t, err)
+	testutil.Must(t, err)
 	stdout, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
+	testutil.Must(t, err)
+	testutil.Must(t, cmd.Start())
 	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
 	_, err = stdout.Read(make([]byte, 1))
-	must(t, err)
+	testutil.Must(t, err)
 	n := namespace{t, cmd.Process.Pid}
 	n.ip("link set lo up")
 	return n
@@ -93,7 +94,7 @@ func (n namespace) ip(line string) {
 func (n namespace) do(f func()) {
 	n.t.Helper()
 	fd, err := unix.Open(n.path(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	defer unix.Close(fd)
 	done := make(chan error)
 	process.OnOwnThread(func() {
@@ -103,7 +104,7 @@ func (n namespace) do(f func()) {
 		}
 		done <- err
 	})
-	must(n.t, <-done)
+	testutil.Must(n.t, <-done)
 }
 
 // pod is a pod whose network is set up as the plugin does.
@@ -158,7 +159,7 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 	p.uplink.do(func() {
 		var err error
 		p.in0, err = tun.Create(tun.Config{Name: "in0", Kind: tun.TUN, MTU: tun.MaxMTU})
-		must(t, err)
+		testutil.Must(t, err)
 	})
 	t.Cleanup(func() { _ = p.in0.Close() })
 	p.uplink.ip("link set in0 up")
@@ -178,7 +179,7 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 	in.do(func() {
 		var err error
 		p.tap, err = tun.Create(tun.Config{Name: "eth0", Kind: kind, MTU: 1500})
-		must(t, err)
+		testutil.Must(t, err)
 	})
 	t.Cleanup(func() { _ = p.tap.Close() })
 	in.ip("addr add " + podAddr4.String() + " dev eth0")
@@ -192,7 +193,7 @@ func newPod(t *testing.T, kind tun.Kind) *pod {
 
 func (p *pod) config(t *testing.T) AttachmentConfig {
 	cfg := AttachmentConfig{
-		Name: "pod", RuntimeDir: shortDir(t), Describe: []string{"pod", "default/web"},
+		Name: "pod", RuntimeDir: testutil.ShortDir(t), Describe: []string{"pod", "default/web"},
 		UplinkNetNS: p.uplink.path(), Addrs: []netip.Prefix{podAddr4, podAlso4, podAddr6},
 		Link:    tun.Config{Kind: p.tap.Kind(), MTU: p.tap.MTU()},
 		Inbound: tun.Config{MTU: tun.MaxMTU},
@@ -200,11 +201,11 @@ func (p *pod) config(t *testing.T) AttachmentConfig {
 	}
 	for _, fd := range p.tap.FDs() {
 		dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
-		must(t, err)
+		testutil.Must(t, err)
 		cfg.Device = append(cfg.Device, guest.PlainFile(dup))
 	}
 	dup, err := unix.FcntlInt(uintptr(p.in0.FDs()[0]), unix.F_DUPFD_CLOEXEC, 3)
-	must(t, err)
+	testutil.Must(t, err)
 	cfg.In0 = guest.PlainFile(dup)
 	t.Cleanup(func() {
 		for _, f := range append(cfg.Device, cfg.In0) {
@@ -220,7 +221,7 @@ func attach(t *testing.T, cfg AttachmentConfig) (pid int, client api.Client) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	pid, start, err := LaunchAttachment(ctx, "", cfg)
-	must(t, err)
+	testutil.Must(t, err)
 	if now, err := processStart(pid); err != nil || now != start {
 		t.Errorf("the monitor started at %d, was told %d, %v", now, start, err)
 	}
@@ -242,7 +243,7 @@ func TestAttachmentCarriesBothWays(t *testing.T) {
 			p := newPod(t, kind)
 			cfg := p.config(t)
 			_, client := attach(t, cfg)
-			must(t, AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name))
+			testutil.Must(t, AttachmentAlive(context.Background(), cfg.RuntimeDir, cfg.Name))
 			for _, family := range []struct{ name, pod, far string }{
 				{"IPv4", podAddr4.Addr().String(), outside4}, {"IPv6", podAddr6.Addr().String(), outside6},
 			} {
@@ -272,7 +273,7 @@ func TestAttachmentCarriesBothWays(t *testing.T) {
 			call(t, client, api.MethodStats, nil, &stats)
 			for _, part := range []string{"link", "inbound"} {
 				var s tun.Stats
-				must(t, json.Unmarshal(stats.Stats[part], &s))
+				testutil.Must(t, json.Unmarshal(stats.Stats[part], &s))
 				if s.RxGSO == 0 || s.TxGSO == 0 {
 					t.Errorf("no segments larger than the MTU passed the %s: %+v", part, s)
 				}
@@ -315,7 +316,7 @@ func (p *pod) speakAs(t *testing.T, network, own, server string) {
 		}
 		c, err = d.Dial(network, at)
 	})
-	must(t, err)
+	testutil.Must(t, err)
 	defer c.Close()
 	_, _ = c.Write([]byte("hello"))
 	select {
@@ -392,7 +393,7 @@ func (n namespace) listen(at string) (l net.Listener) {
 	n.t.Helper()
 	var err error
 	n.do(func() { l, err = net.Listen("tcp", at) })
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	return l
 }
 
@@ -400,7 +401,7 @@ func (n namespace) packet(at string) (c net.PacketConn) {
 	n.t.Helper()
 	var err error
 	n.do(func() { c, err = net.ListenPacket("udp", at) })
-	must(n.t, err)
+	testutil.Must(n.t, err)
 	return c
 }
 

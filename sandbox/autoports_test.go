@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/logring"
 	"sluice.dev/sluice/sandbox/internal/ports"
@@ -24,15 +25,15 @@ func TestWellKnownPortsAreInOrder(t *testing.T) {
 func TestPortsThatOthersHoldAreSeenInBothFamilies(t *testing.T) {
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		l, err := net.Listen("tcp", at)
-		must(t, err)
+		testutil.Must(t, err)
 		defer l.Close()
 		c, err := net.ListenPacket("udp", at)
-		must(t, err)
+		testutil.Must(t, err)
 		defer c.Close()
 		table := ports.PortTable{Open: ports.ListenOn}
 		defer table.CloseAll()
 		made, err := table.Add(api.Port{Proto: "tcp", HostIP: netip.MustParseAddrPort(at).Addr(), GuestPort: 80}, true, true)
-		must(t, err)
+		testutil.Must(t, err)
 		held := table.HeldByOthers()
 		for _, want := range []ports.HeldPort{
 			{Proto: "tcp", Port: uint16(l.Addr().(*net.TCPAddr).Port)}, {Proto: "udp", Port: uint16(c.LocalAddr().(*net.UDPAddr).Port)},

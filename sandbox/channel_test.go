@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/channel"
 )
 
@@ -24,15 +25,6 @@ func pair(t *testing.T) (monitor, worker *channel.Conn) {
 	monitor, worker = channel.New(ends[0], false), channel.New(ends[1], true)
 	t.Cleanup(func() { monitor.Close(); worker.Close() })
 	return monitor, worker
-}
-
-func openFDs(t *testing.T) int {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(entries)
 }
 
 func TestChannelCarriesMessagesAndDescriptorsInOrder(t *testing.T) {
@@ -75,7 +67,7 @@ func TestChannelCarriesMessagesAndDescriptorsInOrder(t *testing.T) {
 
 func TestChannelCarriesLargeMessages(t *testing.T) {
 	monitor, worker := pair(t)
-	before := openFDs(t)
+	before := testutil.Descriptors(t, os.Getpid())
 	source := strings.Repeat("0123456789abcdef", 200<<10/16)
 	if err := monitor.Send(channel.MsgRules, 1, channel.RulesMessage{Policy: unparsed(t, source)}); err != nil {
 		t.Fatal(err)
@@ -89,7 +81,7 @@ func TestChannelCarriesLargeMessages(t *testing.T) {
 	if d, given := r.Policy.Document(); err != nil || !given || d.Text() != source {
 		t.Errorf("a policy of %d bytes came as %d, %v", len(source), len(d.Text()), err)
 	}
-	if after := openFDs(t); after > before { // an earlier test's may still be on their way out
+	if after := testutil.Descriptors(t, os.Getpid()); after > before { // an earlier test's may still be on their way out
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 	if err := monitor.Send(channel.MsgRules, 1, strings.Repeat("x", channel.MaxMessage)); err == nil {
@@ -151,13 +143,13 @@ func TestChannelRefusesWhatAWorkerMustNotSend(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			monitor, worker := pair(t)
 			row.send(t, channel.FDOf(worker.F))
-			before := openFDs(t)
+			before := testutil.Descriptors(t, os.Getpid())
 			_, fds, err := monitor.Receive()
 			if !errors.Is(err, channel.ErrProtocol) {
 				t.Errorf("got %v, want a protocol violation", err)
 			}
-			if len(fds) != 0 || openFDs(t) > before { // fewer: an earlier test's were collected
-				t.Errorf("%d descriptors kept; %d open before, %d after", len(fds), before, openFDs(t))
+			if len(fds) != 0 || testutil.Descriptors(t, os.Getpid()) > before { // fewer: an earlier test's were collected
+				t.Errorf("%d descriptors kept; %d open before, %d after", len(fds), before, testutil.Descriptors(t, os.Getpid()))
 			}
 		})
 	}

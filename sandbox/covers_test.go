@@ -8,31 +8,32 @@ import (
 	"strings"
 	"testing"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/host"
 )
 
 func TestTheHostsSocketsAreFound(t *testing.T) {
-	dir := shortDir(t)
+	dir := testutil.ShortDir(t)
 	sockets := map[string]string{}
 	for _, name := range []string{"plain", "with blank", "a/deep", "a/b/deeper"} {
 		path := filepath.Join(dir, name)
-		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		testutil.Must(t, os.MkdirAll(filepath.Dir(path), 0o700))
 		l, err := net.Listen("unix", path)
-		must(t, err)
+		testutil.Must(t, err)
 		t.Cleanup(func() { l.Close() })
 		sockets[name] = path
 	}
-	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+	testutil.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
 
 	list := filepath.Join(dir, "list")
 	const head = "Num       RefCount Protocol Flags    Type St Inode Path\n"
 	const entry = "0000000000000000: 00000002 00000000 00010000 0001 01 12345"
-	must(t, os.WriteFile(list, []byte(head+
+	testutil.Must(t, os.WriteFile(list, []byte(head+
 		entry+" "+sockets["plain"]+"\n"+entry+" "+sockets["with blank"]+"\n"+
 		entry+"\n"+entry+" @"+sockets["plain"]+"\n"+entry+" relative/path\n"+
 		entry+" "+filepath.Join(dir, "file")+"\n"+entry+" "+filepath.Join(dir, "gone")+"\n"), 0o600))
 	got, err := host.ListedSockets(list)
-	must(t, err)
+	testutil.Must(t, err)
 	if want := []string{sockets["plain"], sockets["with blank"]}; !reflect.DeepEqual(got, want) {
 		t.Errorf("the list has %q, want %q", got, want)
 	}

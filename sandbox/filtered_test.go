@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder/dns"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/internal/channel"
 	"sluice.dev/sluice/sandbox/internal/confine"
@@ -43,7 +44,7 @@ func TestTheWorkersLibrariesPassItsFilter(t *testing.T) {
 		defer mu.Unlock()
 		said = append(said, line)
 	})
-	must(t, err)
+	testutil.Must(t, err)
 	select {
 	case <-p.Done:
 	case <-time.After(30 * time.Second):

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/flowlog"
 	"sluice.dev/sluice/sandbox/internal/logring"
 )
@@ -25,7 +26,7 @@ func openTestLog(t *testing.T, name string, size int64, files int) (l *flowlog.F
 	t.Helper()
 	said = logring.NewLogRing(time.Now, nil)
 	l, err := flowlog.OpenFlowFile(name, size, files, said)
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(l.Close)
 	return l, said
 }
@@ -44,7 +45,7 @@ func warnings(r *logring.LogRing) (out []string) {
 func fill(t *testing.T, l *flowlog.FlowFile, text string) {
 	t.Helper()
 	_, err := l.F.WriteString(text + strings.Repeat(" ", int(l.MaxSize)-len(text)-1) + "\n")
-	must(t, err)
+	testutil.Must(t, err)
 }
 
 // contents is what begins each file of a log, from the newest on.
@@ -72,12 +73,12 @@ func contents(t *testing.T, name string) string {
 func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	l, said := openTestLog(t, name, flowlog.MinFlowLogSize, 3)
-	must(t, os.Chmod(name, 0o640))
+	testutil.Must(t, os.Chmod(name, 0o640))
 	for _, row := range []struct{ text, want string }{
 		{"a", "|a"}, {"b", "|b|a"}, {"c", "|c|b"}, {"d", "|d|c"},
 	} {
 		fill(t, l, row.text)
-		must(t, l.Rotate())
+		testutil.Must(t, l.Rotate())
 		if got := contents(t, name); got != row.want {
 			t.Errorf("after %s there is %s, want %s", row.text, got, row.want)
 		}
@@ -86,16 +87,16 @@ func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 		t.Errorf("the new file: %v, %v; want the mode that its forerunner had", fi.Mode(), err)
 	}
 	// A hole is filled before anything is dropped.
-	must(t, os.Remove(name+".1"))
+	testutil.Must(t, os.Remove(name+".1"))
 	fill(t, l, "e")
-	must(t, l.Rotate())
+	testutil.Must(t, l.Rotate())
 	if got := contents(t, name); got != "|e|c" {
 		t.Errorf("with a hole: %s", got)
 	}
 	// One that is not about full stays: what a worker says is not enough.
 	_, err := l.F.WriteString("f")
-	must(t, err)
-	must(t, l.Rotate())
+	testutil.Must(t, err)
+	testutil.Must(t, l.Rotate())
 	if got := contents(t, name); got != "f|e|c" || len(warnings(said)) != 0 {
 		t.Errorf("one that is not full: %s; %q", got, warnings(said))
 	}
@@ -104,11 +105,11 @@ func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 func TestOnlyAFileOfItsOwnNameIsRotated(t *testing.T) {
 	dir := t.TempDir()
 	file, link, fifo := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "fifo")
-	must(t, os.WriteFile(file, nil, 0o600))
-	must(t, os.Symlink(file, link))
-	must(t, unix.Mkfifo(fifo, 0o600))
+	testutil.Must(t, os.WriteFile(file, nil, 0o600))
+	testutil.Must(t, os.Symlink(file, link))
+	testutil.Must(t, unix.Mkfifo(fifo, 0o600))
 	r, err := os.OpenFile(fifo, os.O_RDWR, 0)
-	must(t, err)
+	testutil.Must(t, err)
 	defer r.Close()
 	for _, row := range []struct {
 		name  string
@@ -139,51 +140,51 @@ func TestWhatIsInTheWayOfARotation(t *testing.T) {
 		left string
 	}{
 		{"a symbolic link at FILE.1 is renamed, and not followed", func(t *testing.T, name string, _ *flowlog.FlowFile) {
-			must(t, os.WriteFile(name+".target", []byte("mine"), 0o600))
-			must(t, os.Symlink(name+".target", name+".1"))
+			testutil.Must(t, os.WriteFile(name+".target", []byte("mine"), 0o600))
+			testutil.Must(t, os.Symlink(name+".target", name+".1"))
 		}, "", "|a|mine"},
-		{"a directory at FILE.1", func(t *testing.T, name string, _ *flowlog.FlowFile) { must(t, os.Mkdir(name+".1", 0o700)) },
+		{"a directory at FILE.1", func(t *testing.T, name string, _ *flowlog.FlowFile) { testutil.Must(t, os.Mkdir(name+".1", 0o700)) },
 			"flows.1 is a directory: remove it", "a|?"},
 		{"a directory at the last name, before anything is renamed", func(t *testing.T, name string, _ *flowlog.FlowFile) {
-			must(t, os.WriteFile(name+".1", []byte("x"), 0o600))
-			must(t, os.Mkdir(name+".2", 0o700))
+			testutil.Must(t, os.WriteFile(name+".1", []byte("x"), 0o600))
+			testutil.Must(t, os.Mkdir(name+".2", 0o700))
 		}, "flows.2 is a directory: remove it", "a|x|?"},
 		{"a directory that is gone", func(t *testing.T, name string, _ *flowlog.FlowFile) {
-			must(t, os.RemoveAll(filepath.Dir(name)))
+			testutil.Must(t, os.RemoveAll(filepath.Dir(name)))
 		}, "no such file or directory", ""},
 		{"a directory that may not be written", func(t *testing.T, name string, _ *flowlog.FlowFile) {
 			if os.Geteuid() == 0 {
 				t.Skip("root may write everywhere")
 			}
-			must(t, os.Chmod(filepath.Dir(name), 0o500))
+			testutil.Must(t, os.Chmod(filepath.Dir(name), 0o500))
 			t.Cleanup(func() { _ = os.Chmod(filepath.Dir(name), 0o700) })
 		}, "permission denied", "a"},
 		{"a link put in the place of FILE while it is renamed", func(t *testing.T, name string, l *flowlog.FlowFile) {
 			l.Rename = func(from, to string) error {
 				err := os.Rename(from, to)
-				must(t, os.WriteFile(name+".target", nil, 0o600))
-				must(t, os.Symlink(name+".target", name))
+				testutil.Must(t, os.WriteFile(name+".target", nil, 0o600))
+				testutil.Must(t, os.Symlink(name+".target", name))
 				return err
 			}
 		}, "too many levels of symbolic links", "|a"},
 		{"another name of a file that is somebody's", func(t *testing.T, name string, l *flowlog.FlowFile) {
 			l.Rename = func(from, to string) error {
 				err := os.Rename(from, to)
-				must(t, os.WriteFile(name+".other", []byte("theirs"), 0o600))
-				must(t, os.Link(name+".other", name))
+				testutil.Must(t, os.WriteFile(name+".other", []byte("theirs"), 0o600))
+				testutil.Must(t, os.Link(name+".other", name))
 				return err
 			}
 		}, "no file of ours", "theirs|a"},
 		{"a lock that nobody gives back", func(t *testing.T, name string, _ *flowlog.FlowFile) {
 			f, err := os.Open(name)
-			must(t, err)
+			testutil.Must(t, err)
 			t.Cleanup(func() { f.Close() })
-			must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+			testutil.Must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
 		}, "locked by another process", "a"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "log")
-			must(t, os.Mkdir(dir, 0o700))
+			testutil.Must(t, os.Mkdir(dir, 0o700))
 			name := filepath.Join(dir, "flows")
 			l, said := openTestLog(t, name, flowlog.MinFlowLogSize, 3)
 			fill(t, l, "a")
@@ -212,18 +213,18 @@ func TestAFailedRotationIsUndone(t *testing.T) {
 	l, said := openTestLog(t, name, flowlog.MinFlowLogSize, 3)
 	fill(t, l, "a")
 	var limit unix.Rlimit
-	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	testutil.Must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	l.Rename = func(from, to string) error {
-		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: limit.Max})) // no descriptor can be had
+		testutil.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: limit.Max})) // no descriptor can be had
 		return os.Rename(from, to)
 	}
 	err := l.Rotate()
-	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	testutil.Must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
 	if !errors.Is(err, unix.EMFILE) || len(warnings(said)) != 1 || contents(t, name) != "a" {
 		t.Fatalf("%v; said %q; there is %s", err, warnings(said), contents(t, name))
 	}
 	l.Rename = os.Rename
-	must(t, l.Rotate())
+	testutil.Must(t, l.Rotate())
 	if lines, _ := said.Last(0); contents(t, name) != "|a" || !strings.Contains(lines[len(lines)-1].Text, "again") {
 		t.Errorf("there is %s; said %v", contents(t, name), lines)
 	}
@@ -241,7 +242,7 @@ func TestSandboxesThatShareAFlowLogRotateItOnce(t *testing.T) {
 		fill(t, logs[round%len(logs)], fmt.Sprint("round ", round))
 		var wg sync.WaitGroup
 		for _, l := range logs {
-			wg.Go(func() { must(t, l.Rotate()) })
+			wg.Go(func() { testutil.Must(t, l.Rotate()) })
 		}
 		wg.Wait()
 		for i, l := range logs {
@@ -270,7 +271,7 @@ func TestRotationSurvivesAKill(t *testing.T) {
 				if i > 0 {
 					file += "." + strconv.Itoa(i)
 				}
-				must(t, os.WriteFile(file, []byte(text+strings.Repeat(" ", flowlog.MinFlowLogSize)+"\n"), 0o600))
+				testutil.Must(t, os.WriteFile(file, []byte(text+strings.Repeat(" ", flowlog.MinFlowLogSize)+"\n"), 0o600))
 			}
 			cmd := exec.Command("/proc/self/exe", "test-rotate", name, strconv.Itoa(kill))
 			err := cmd.Run()
@@ -288,7 +289,7 @@ func TestRotationSurvivesAKill(t *testing.T) {
 			if st, err := l.F.Stat(); err == nil && st.Size() == 0 {
 				fill(t, l, "next")
 			}
-			must(t, l.Rotate())
+			testutil.Must(t, l.Rotate())
 			if got := contents(t, name); !strings.HasPrefix(got, "|") || !strings.Contains(got, "|new|") || len(warnings(said)) != 0 {
 				t.Errorf("then there is %s; %q", got, warnings(said))
 			}
@@ -318,15 +319,15 @@ func killedRotation(name, after string) int {
 func TestFlowLogIsReopened(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	l, _ := openTestLog(t, name, flowlog.FlowLogUnbounded, 0)
-	must(t, os.Rename(name, name+".old"))
-	must(t, l.Reopen())
+	testutil.Must(t, os.Rename(name, name+".old"))
+	testutil.Must(t, l.Reopen())
 	_, err := l.F.WriteString("new\n")
-	must(t, err)
+	testutil.Must(t, err)
 	if b, err := os.ReadFile(name); string(b) != "new\n" || err != nil {
 		t.Errorf("%q, %v", b, err)
 	}
-	must(t, os.Remove(name))
-	must(t, os.Mkdir(name, 0o700))
+	testutil.Must(t, os.Remove(name))
+	testutil.Must(t, os.Mkdir(name, 0o700))
 	if err := l.Reopen(); err == nil {
 		t.Error("a directory is opened as the flow log")
 	}
@@ -337,7 +338,7 @@ func TestFlowLogIsReopened(t *testing.T) {
 
 func TestATornRecordIsEndedForTheNextWorker(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
-	must(t, os.WriteFile(name, []byte("{}\n{\"ti"), 0o600))
+	testutil.Must(t, os.WriteFile(name, []byte("{}\n{\"ti"), 0o600))
 	l, _ := openTestLog(t, name, 0, 0)
 	for range 2 {
 		l.Mend()

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/flowlog"
@@ -43,7 +44,7 @@ func drain(t *testing.T, l *flowlog.FlowLog, out *bytes.Buffer) []api.FlowRecord
 	var got []api.FlowRecord
 	for line := range strings.Lines(out.String()) {
 		var r api.FlowRecord
-		must(t, json.Unmarshal([]byte(line), &r))
+		testutil.Must(t, json.Unmarshal([]byte(line), &r))
 		got = append(got, r)
 	}
 	return got

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/flowlog"
 )
 
@@ -20,7 +21,7 @@ import (
 func sinkOn(t *testing.T, l *flowlog.FlowFile, ask func(func())) *flowlog.FlowSink {
 	t.Helper()
 	f, err := l.Dup()
-	must(t, err)
+	testutil.Must(t, err)
 	s := flowlog.NewFlowSink(f, time.Now, slog.New(slog.DiscardHandler))
 	s.Max = l.MaxSize
 	answer := func() {
@@ -43,10 +44,10 @@ func records(t *testing.T, name string) (seen map[string]int, largest int64) {
 	t.Helper()
 	seen = make(map[string]int)
 	files, err := filepath.Glob(name + "*")
-	must(t, err)
+	testutil.Must(t, err)
 	for _, f := range files {
 		b, err := os.ReadFile(f)
-		must(t, err)
+		testutil.Must(t, err)
 		largest = max(largest, int64(len(b)))
 		for line := range strings.Lines(string(b)) {
 			var n, size int
@@ -126,9 +127,9 @@ func TestWithoutANextFileTheOldOneIsWrittenOn(t *testing.T) {
 			}
 			now = now.Add(flowlog.SinkRetry + 1)
 			s.Want = func() {
-				must(t, l.Rotate())
+				testutil.Must(t, l.Rotate())
 				f, err := l.Dup()
-				must(t, err)
+				testutil.Must(t, err)
 				s.Hand(f)
 			}
 			s.Add(testRecord(100, 500))
@@ -188,16 +189,16 @@ func TestFlowLogTakesNoMoreThanItsBounds(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	file, _ := openTestLog(t, name, 64<<10, 1000)
 	f, err := file.Dup()
-	must(t, err)
+	testutil.Must(t, err)
 	l := flowlog.NewFlowLog(f, time.Now, slog.New(slog.DiscardHandler))
 	asked := make(chan func(), 100)
 	s := l.Sink
 	s.Max, s.Want = file.MaxSize, func() {
 		select {
 		case asked <- func() {
-			must(t, file.Rotate())
+			testutil.Must(t, file.Rotate())
 			f, err := file.Dup()
-			must(t, err)
+			testutil.Must(t, err)
 			s.Hand(f)
 		}:
 		default:
@@ -232,7 +233,7 @@ func TestFlowLogTakesNoMoreThanItsBounds(t *testing.T) {
 
 func TestAPipeThatNobodyReadsDoesNotKeepTheWorker(t *testing.T) {
 	fds := make([]int, 2)
-	must(t, unix.Pipe2(fds, unix.O_CLOEXEC|unix.O_NONBLOCK))
+	testutil.Must(t, unix.Pipe2(fds, unix.O_CLOEXEC|unix.O_NONBLOCK))
 	defer unix.Close(fds[0])
 	out := os.NewFile(uintptr(fds[1]), "pipe")
 	defer out.Close()

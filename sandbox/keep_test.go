@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/tun"
@@ -37,9 +38,9 @@ func TestWhatWasSetOutlivesTheMonitor(t *testing.T) {
 	}
 	again := func(pid int) (int, api.Client) {
 		t.Helper()
-		must(t, syscall.Kill(pid, syscall.SIGKILL))
+		testutil.Must(t, syscall.Kill(pid, syscall.SIGKILL))
 		isGone(t, pid)
-		must(t, StopAttachment(ctx, cfg.RuntimeDir, cfg.Name))
+		testutil.Must(t, StopAttachment(ctx, cfg.RuntimeDir, cfg.Name))
 		return attach(t, cfg)
 	}
 	for range 2 { // the second has set nothing itself
@@ -62,8 +63,8 @@ func TestWhatWasSetOutlivesTheMonitor(t *testing.T) {
 		t.Errorf("beside what is kept there is %v", entries)
 	}
 	// Nobody guesses what was set: a pod is not opened by a file that was damaged.
-	must(t, os.Truncate(cfg.Keep, 10))
-	must(t, syscall.Kill(pid, syscall.SIGKILL))
+	testutil.Must(t, os.Truncate(cfg.Keep, 10))
+	testutil.Must(t, syscall.Kill(pid, syscall.SIGKILL))
 	isGone(t, pid)
 	_, _, err := LaunchAttachment(ctx, "", cfg)
 	if err == nil || !strings.Contains(err.Error(), "remove "+cfg.Keep) {
@@ -78,8 +79,8 @@ func TestAChangeThatCannotBeKeptIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	cfg.Keep = filepath.Join(dir, "set.json")
 	_, client := attach(t, cfg)
-	must(t, unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, ""))
-	t.Cleanup(func() { must(t, unix.Unmount(dir, 0)) })
+	testutil.Must(t, unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, ""))
+	t.Cleanup(func() { testutil.Must(t, unix.Unmount(dir, 0)) })
 	err := client.Call(context.Background(), api.MethodPolicySet, api.PolicySetParams{Name: "closed", Source: closedPolicy}, nil)
 	if err == nil || !strings.Contains(err.Error(), "keep the settings") {
 		t.Errorf("it says %v", err)

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/logring"
 	"sluice.dev/sluice/sandbox/internal/registry"
@@ -45,17 +46,17 @@ func startPeer(t *testing.T, socket string, attr *syscall.SysProcAttr, wrap ...s
 	args := append(wrap, "/proc/self/exe", "test-peer", socket)
 	if len(wrap) > 0 { // /proc/self would be the wrapper's
 		exe, err := os.Executable()
-		must(t, err)
+		testutil.Must(t, err)
 		args[len(wrap)] = exe
 	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.SysProcAttr = attr
 	in, err := cmd.StdinPipe()
-	must(t, err)
+	testutil.Must(t, err)
 	out, err := cmd.StdoutPipe()
-	must(t, err)
+	testutil.Must(t, err)
 	cmd.Stderr = os.Stderr
-	must(t, cmd.Start())
+	testutil.Must(t, cmd.Start())
 	t.Cleanup(func() { in.Close(); _ = cmd.Wait() })
 	buf := make([]byte, 1024)
 	n, err := out.Read(buf)
@@ -104,9 +105,9 @@ func fakeMonitor(socket string) int {
 // serveInfo runs a control server that answers with its name.
 func serveInfo(t *testing.T, peers registry.PeerPolicy) (socket string, log *logring.LogRing) {
 	t.Helper()
-	socket = filepath.Join(shortDir(t), "s")
+	socket = filepath.Join(testutil.ShortDir(t), "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-	must(t, err)
+	testutil.Must(t, err)
 	s := infoServer(l, peers)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -181,23 +182,23 @@ func TestOnlyPeersOfTheMonitorsNamespacesAreServed(t *testing.T) {
 // that user's monitor has the same uid, does not. The monitor may look at neither.
 func TestAnOrdinaryUsersMonitorTellsRootFromRootInASandbox(t *testing.T) {
 	var st unix.Stat_t
-	must(t, unix.Stat("/proc/self/ns/user", &st))
+	testutil.Must(t, unix.Stat("/proc/self/ns/user", &st))
 	if os.Geteuid() != 0 || st.Ino != registry.InitialUserNS {
 		t.Skip("only the host's root can be both")
 	}
-	dir := shortDir(t)
+	dir := testutil.ShortDir(t)
 	socket := filepath.Join(dir, "s")
-	must(t, os.Chown(dir, 12345, 12345))
+	testutil.Must(t, os.Chown(dir, 12345, 12345))
 	for up := filepath.Dir(socket); strings.HasPrefix(up, os.TempDir()+"/"); up = filepath.Dir(up) {
-		must(t, os.Chmod(up, 0o755))
+		testutil.Must(t, os.Chmod(up, 0o755))
 	}
 	monitor := exec.Command(installed(t, 0o755), "test-monitor", socket)
 	monitor.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}, Pdeathsig: syscall.SIGKILL}
 	in, err := monitor.StdinPipe()
-	must(t, err)
+	testutil.Must(t, err)
 	out, err := monitor.StdoutPipe()
-	must(t, err)
-	must(t, monitor.Start())
+	testutil.Must(t, err)
+	testutil.Must(t, monitor.Start())
 	t.Cleanup(func() { in.Close(); _ = monitor.Wait() })
 	buf := make([]byte, 64)
 	if n, err := out.Read(buf); err != nil || strings.TrimSpace(string(buf[:n])) != "ready" {
@@ -225,7 +226,7 @@ func TestAnOrdinaryUsersMonitorTellsRootFromRootInASandbox(t *testing.T) {
 // other end.
 func TestAProcessNumberThatPassedOnIsNoPeer(t *testing.T) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	must(t, err)
+	testutil.Must(t, err)
 	defer unix.Close(fds[0])
 	other, line := startPeer(t, "-", nil)
 	if line != "ready" {
@@ -246,7 +247,7 @@ func TestAProcessNumberThatPassedOnIsNoPeer(t *testing.T) {
 				unix.Close(fds[1])
 			}
 			dir, err := unix.Open(fmt.Sprintf("/proc/%d", row.pid), unix.O_PATH|unix.O_CLOEXEC, 0)
-			must(t, err)
+			testutil.Must(t, err)
 			p := registry.PeerProcess{Dir: dir}
 			defer p.Close()
 			err = p.HoldsOtherEnd(fds[0])
@@ -263,9 +264,9 @@ func TestPeersOfOtherUsersAreRefused(t *testing.T) {
 	}
 	other := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}}
 	socket, _ := serveInfo(t, registry.PeerPolicy{Uid: os.Geteuid()})
-	must(t, os.Chmod(socket, 0o777))
+	testutil.Must(t, os.Chmod(socket, 0o777))
 	for dir := filepath.Dir(socket); strings.HasPrefix(dir, os.TempDir()+"/"); dir = filepath.Dir(dir) {
-		must(t, os.Chmod(dir, 0o755))
+		testutil.Must(t, os.Chmod(dir, 0o755))
 	}
 	if _, line := startPeer(t, socket, other); line != "error: refused: uid 12345 does not own this sandbox" {
 		t.Errorf("another user was told %q", line)
@@ -281,7 +282,7 @@ func TestControlServerIsBounded(t *testing.T) {
 	ask := func(raw string) string {
 		t.Helper()
 		c, err := net.Dial("unix", socket)
-		must(t, err)
+		testutil.Must(t, err)
 		defer c.Close()
 		_, _ = io.WriteString(c, raw)
 		b, err := io.ReadAll(c)

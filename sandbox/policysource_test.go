@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/channel"
@@ -21,7 +22,7 @@ import (
 func given(t *testing.T, text string) policy.Source {
 	t.Helper()
 	d, err := policy.NewDocument("test", []byte(text))
-	must(t, err)
+	testutil.Must(t, err)
 	return policy.Given(d)
 }
 
@@ -32,9 +33,9 @@ var noPolicy = channel.RulesMessage{Policy: policy.NotGiven(policy.Builtin{})}
 func unparsed(t *testing.T, text string) policy.Source {
 	t.Helper()
 	b, err := json.Marshal(map[string]any{"given": map[string]string{"name": "p.yaml", "text": text}})
-	must(t, err)
+	testutil.Must(t, err)
 	var s policy.Source
-	must(t, json.Unmarshal(b, &s))
+	testutil.Must(t, json.Unmarshal(b, &s))
 	return s
 }
 
@@ -177,9 +178,9 @@ func TestAPodIsNotOpenedByWhatItsKeptFileLost(t *testing.T) {
 			cfg.Keep = filepath.Join(t.TempDir(), "set.json")
 			pid, client := attach(t, cfg)
 			call(t, client, api.MethodPolicySet, api.PolicySetParams{Name: "closed", Source: closedPolicy}, nil)
-			must(t, syscall.Kill(pid, unix.SIGKILL))
+			testutil.Must(t, syscall.Kill(pid, unix.SIGKILL))
 			isGone(t, pid)
-			must(t, os.WriteFile(cfg.Keep, []byte(text), 0o600))
+			testutil.Must(t, os.WriteFile(cfg.Keep, []byte(text), 0o600))
 			if _, _, err := LaunchAttachment(context.Background(), "", cfg); err == nil || !strings.Contains(err.Error(), "remove "+cfg.Keep) {
 				t.Errorf("it says %v", err)
 			}

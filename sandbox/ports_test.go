@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/guest"
 	"sluice.dev/sluice/sandbox/internal/host"
@@ -25,7 +26,7 @@ import (
 func port(t *testing.T, spec string) api.Port {
 	t.Helper()
 	p, err := ports.ParsePort(spec)
-	must(t, err)
+	testutil.Must(t, err)
 	return p
 }
 
@@ -44,7 +45,7 @@ func nullOpen(refuse ...uint16) func(string, netip.AddrPort) (int, netip.AddrPor
 }
 
 func TestPortTable(t *testing.T) {
-	before := openFDs(t)
+	before := testutil.Descriptors(t, os.Getpid())
 	table := ports.PortTable{Open: nullOpen(8005)}
 	t.Run("without an address, one socket for each family of the guest", func(t *testing.T) {
 		for _, row := range []struct {
@@ -52,7 +53,7 @@ func TestPortTable(t *testing.T) {
 			want   string
 		}{{true, true, "[0.0.0.0:1 [::]:1]"}, {true, false, "[0.0.0.0:1]"}, {false, true, "[[::]:1]"}} {
 			made, err := table.Add(port(t, "1:1"), row.v4, row.v6)
-			must(t, err)
+			testutil.Must(t, err)
 			var at []netip.AddrPort
 			for _, l := range made[0].Listeners {
 				at = append(at, l.Host)
@@ -61,34 +62,34 @@ func TestPortTable(t *testing.T) {
 				t.Errorf("v4=%v v6=%v: %v, want %s", row.v4, row.v6, at, row.want)
 			}
 			gone, err := table.Remove(port(t, "1:1"))
-			must(t, err)
+			testutil.Must(t, err)
 			ports.ClosePublished(gone)
 		}
 	})
 	t.Run("the kernel's choice is the same for both families", func(t *testing.T) {
 		made, err := table.Add(port(t, "0:80"), true, true)
-		must(t, err)
+		testutil.Must(t, err)
 		if made[0].Port.HostPort != 50000 || made[0].Listeners[1].Host.Port() != 50000 {
 			t.Errorf("got %+v", made)
 		}
 		gone, err := table.Remove(port(t, "50000:80"))
-		must(t, err)
+		testutil.Must(t, err)
 		ports.ClosePublished(gone)
 	})
 	t.Run("a range of which one port is taken leaves none open", func(t *testing.T) {
-		n := openFDs(t)
+		n := testutil.Descriptors(t, os.Getpid())
 		if _, err := table.Add(port(t, "8000-8009:80-89"), true, true); !errors.Is(err, errTaken) {
 			t.Errorf("got %v", err)
 		}
-		if len(table.List()) != 0 || openFDs(t) != n {
-			t.Errorf("%d ports, %d descriptors instead of %d", len(table.List()), openFDs(t), n)
+		if len(table.List()) != 0 || testutil.Descriptors(t, os.Getpid()) != n {
+			t.Errorf("%d ports, %d descriptors instead of %d", len(table.List()), testutil.Descriptors(t, os.Getpid()), n)
 		}
 	})
 	t.Run("a part of a range can be removed, what is not there cannot", func(t *testing.T) {
 		_, err := table.Add(port(t, "127.0.0.1:9000-9003:1-4"), true, true)
-		must(t, err)
+		testutil.Must(t, err)
 		gone, err := table.Remove(port(t, "127.0.0.1:9001-9002:2-3"))
-		must(t, err)
+		testutil.Must(t, err)
 		ports.ClosePublished(gone)
 		var e *api.Error
 		if _, err := table.Remove(port(t, "127.0.0.1:9000-9001:1-2")); !errors.As(err, &e) || e.Code != api.CodeNotFound {
@@ -110,14 +111,14 @@ func TestPortTable(t *testing.T) {
 		}
 	})
 	table.CloseAll()
-	if after := openFDs(t); after != before {
+	if after := testutil.Descriptors(t, os.Getpid()); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 }
 
 func TestListenErrorsNameCauseAndCure(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	testutil.Must(t, err)
 	defer taken.Close()
 	at := netip.MustParseAddrPort(taken.Addr().String())
 	_, _, err = ports.ListenOn("tcp", at)
@@ -137,7 +138,7 @@ func TestListenErrorsNameCauseAndCure(t *testing.T) {
 
 func TestListenOnKeepsFamiliesApart(t *testing.T) {
 	fd4, at4, err := ports.ListenOn("tcp", netip.MustParseAddrPort("0.0.0.0:0"))
-	must(t, err)
+	testutil.Must(t, err)
 	defer unix.Close(fd4)
 	fd6, at6, err := ports.ListenOn("tcp", netip.AddrPortFrom(netip.IPv6Unspecified(), at4.Port()))
 	if err != nil {
@@ -169,28 +170,28 @@ func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 			t.Run(row.what+", "+proto, func(t *testing.T) {
 				// The thread is in a namespace of its own and dies with the goroutine.
 				runtime.LockOSThread()
-				must(t, unix.Unshare(unix.CLONE_NEWNET))
-				must(t, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0))
+				testutil.Must(t, unix.Unshare(unix.CLONE_NEWNET))
+				testutil.Must(t, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0))
 				hold := func(a netip.Addr, taken []uint16) {
 					for _, p := range taken {
 						fd, _, err := ports.ListenOn(proto, netip.AddrPortFrom(a, p))
-						must(t, err)
+						testutil.Must(t, err)
 						t.Cleanup(func() { unix.Close(fd) })
 					}
 				}
 				hold(netip.IPv4Unspecified(), row.v4)
 				hold(netip.IPv6Unspecified(), row.v6)
-				before := openFDs(t)
+				before := testutil.Descriptors(t, os.Getpid())
 				table := ports.PortTable{Open: ports.ListenOn}
 				for range 16 { // the kernel's choice is random
 					made, err := table.Add(port(t, "0:80/"+proto), true, true)
-					must(t, err)
+					testutil.Must(t, err)
 					if l := made[0].Listeners; len(l) != 2 || l[0].Host.Port() != free || l[1].Host.Port() != free || made[0].Port.HostPort != free {
 						t.Fatalf("got %+v", made)
 					}
 					table.CloseAll()
 				}
-				if after := openFDs(t); after != before {
+				if after := testutil.Descriptors(t, os.Getpid()); after != before {
 					t.Errorf("%d descriptors before, %d after", before, after)
 				}
 			})
@@ -249,7 +250,7 @@ func TestPublishAutoFollowsTheSandbox(t *testing.T) {
 	}
 	hand := port(t, "127.0.0.1:9090:9090")
 	_, err := table.Add(hand, true, true)
-	must(t, err)
+	testutil.Must(t, err)
 	log = nil
 	a.update(map[ports.AutoPort]bool{by("127.0.0.1:9090"): true})
 	a.update(nil)
@@ -285,8 +286,8 @@ func TestCgroupMemory(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {
 		path := filepath.Join(dir, name)
-		must(t, os.MkdirAll(filepath.Dir(path), 0o755))
-		must(t, os.WriteFile(path, []byte(text), 0o644))
+		testutil.Must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		testutil.Must(t, os.WriteFile(path, []byte(text), 0o644))
 		return path
 	}
 	v2 := write("mounts-v2", "30 23 0:26 / "+dir+"/v2 rw - cgroup2 cgroup rw\n")
@@ -313,7 +314,7 @@ func TestCgroupMemory(t *testing.T) {
 
 func TestDescribesAddresses(t *testing.T) {
 	c, err := Config{}.withDefaults()
-	must(t, err)
+	testutil.Must(t, err)
 	if c.Guest.Gateway4.String() != "10.0.2.2" || c.DNS4.String() != "10.0.2.3" || c.Guest.Addr4.String() != "10.0.2.100/24" {
 		t.Errorf("IPv4: %+v", c.Guest)
 	}

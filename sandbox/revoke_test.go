@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/internal/channel"
 	"sluice.dev/sluice/sandbox/internal/process"
@@ -28,11 +30,9 @@ var closedParams = api.PolicySetParams{Name: "closed", Source: closedPolicy}
 func sent(t *testing.T, sig syscall.Signal, pids ...int) (stop func()) {
 	t.Helper()
 	for _, pid := range pids {
-		must(t, syscall.Kill(pid, sig))
-		for end := time.Now().Add(5 * time.Second); sig == syscall.SIGSTOP && !isStopped(pid); {
-			if time.Now().After(end) {
-				t.Fatalf("process %d does not stop", pid)
-			}
+		testutil.Must(t, syscall.Kill(pid, sig))
+		if sig == syscall.SIGSTOP {
+			testutil.Eventually(t, fmt.Sprintf("process %d stops", pid), func() bool { return isStopped(pid) })
 		}
 	}
 	return func() {}
@@ -51,7 +51,7 @@ func TestAPolicyIsInForceWhateverBecomesOfTheProcesses(t *testing.T) {
 		{"the monitor is stopped", func(t *testing.T, monitor, _ int) func() { return sent(t, syscall.SIGSTOP, monitor) }, false},
 		{"both are stopped", func(t *testing.T, monitor, worker int) func() { return sent(t, syscall.SIGSTOP, worker, monitor) }, false},
 		{"the monitor is stopped again and again", func(t *testing.T, monitor, _ int) func() {
-			must(t, syscall.Kill(monitor, syscall.SIGSTOP))
+			testutil.Must(t, syscall.Kill(monitor, syscall.SIGSTOP))
 			var wg sync.WaitGroup
 			over := make(chan struct{})
 			wg.Go(func() { // ends with the row
@@ -101,17 +101,15 @@ func TestAPolicyIsInForceWhateverBecomesOfTheProcesses(t *testing.T) {
 			if err != nil {
 				isGone(t, info.WorkerPID)
 				// The next monitor, with which the pod is repaired, starts with the new policy.
-				must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
+				testutil.Must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
 				_, client = attach(t, cfg)
 				call(t, client, api.MethodInfo, nil, &info)
 			}
 			// Nor does anything older come back with the next worker.
-			for end := time.Now().Add(10 * time.Second); info.State != api.StateRunning || info.Flows < 0; {
-				if time.Now().After(end) {
-					t.Fatalf("no worker serves: %+v", info)
-				}
+			testutil.Eventually(t, "a worker serves", func() bool {
 				call(t, client, api.MethodInfo, nil, &info)
-			}
+				return info.State == api.StateRunning && info.Flows >= 0
+			})
 			for _, to := range []string{outside4, outside6} {
 				if _, err := p.inside.dial("tcp", net.JoinHostPort(to, "9")); err == nil {
 					t.Errorf("the pod reaches %s", to)
@@ -133,21 +131,17 @@ func TestAPolicyIsKeptBeforeTheWorkerHearsOfIt(t *testing.T) {
 	monitor, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
-	must(t, syscall.Kill(info.WorkerPID, syscall.SIGSTOP))
+	testutil.Must(t, syscall.Kill(info.WorkerPID, syscall.SIGSTOP))
 	set := make(chan error, 1)
 	go func() { set <- client.Call(t.Context(), api.MethodPolicySet, closedParams, nil) }()
-	for end := time.Now().Add(3 * time.Second); ; {
-		if b, err := os.ReadFile(cfg.Keep); err == nil && strings.Contains(string(b), "closed") {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal("the policy is not kept while the worker is asked")
-		}
-	}
-	must(t, syscall.Kill(monitor, syscall.SIGKILL))
+	testutil.Within(t, 3*time.Second, func() (bool, string) {
+		b, err := os.ReadFile(cfg.Keep)
+		return err == nil && strings.Contains(string(b), "closed"), "the policy is not kept while the worker is asked"
+	})
+	testutil.Must(t, syscall.Kill(monitor, syscall.SIGKILL))
 	<-set
 	isGone(t, monitor)
-	must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
+	testutil.Must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
 	_, client = attach(t, cfg)
 	var now api.PolicyResult
 	if call(t, client, api.MethodPolicyShow, nil, &now); now.Name != "closed" {
@@ -161,7 +155,7 @@ func TestAWorkerThatHangsIsFoundAndKilled(t *testing.T) {
 		<-l.Ready
 		over := make(chan struct{})
 		go func() { defer close(over); l.Watch(10*time.Millisecond, 200*time.Millisecond) }()
-		must(t, syscall.Kill(l.P.Cmd.Pid, syscall.SIGSTOP))
+		testutil.Must(t, syscall.Kill(l.P.Cmd.Pid, syscall.SIGSTOP))
 		<-l.Ended()
 		<-over
 		if why := l.Reason(); !strings.Contains(why, "did not confirm ping") {
@@ -179,7 +173,7 @@ func TestAWorkerThatHangsIsFoundAndKilled(t *testing.T) {
 	t.Run("by messages that it does not take", func(t *testing.T) {
 		l, _ := startFake(t, "serves")
 		<-l.Ready
-		must(t, syscall.Kill(l.P.Cmd.Pid, syscall.SIGSTOP))
+		testutil.Must(t, syscall.Kill(l.P.Cmd.Pid, syscall.SIGSTOP))
 		start := time.Now()
 		for {
 			if err := l.Post(channel.MsgUpstreams, strings.Repeat("x", 10<<10)); err != nil {
@@ -199,7 +193,7 @@ func TestAWorkerThatHangsIsFoundAndKilled(t *testing.T) {
 // TestASendToWhoDoesNotReadFails has the other end of a channel stand still, and go on.
 func TestASendToWhoDoesNotReadFails(t *testing.T) {
 	ends, err := channel.Socketpair(syscall.SOCK_SEQPACKET)
-	must(t, err)
+	testutil.Must(t, err)
 	a, b := channel.New(ends[0], false), channel.New(ends[1], false)
 	defer a.Close()
 	defer b.Close()
@@ -223,9 +217,9 @@ func TestASendToWhoDoesNotReadFails(t *testing.T) {
 	}
 	for range sent {
 		_, _, err := b.Receive()
-		must(t, err)
+		testutil.Must(t, err)
 	}
-	must(t, a.Send(channel.MsgGrant, 0, "again"))
+	testutil.Must(t, a.Send(channel.MsgGrant, 0, "again"))
 	if m, _, err := b.Receive(); err != nil || string(m.Body) != `"again"` {
 		t.Errorf("after that came %s, %v", m.Body, err)
 	}

@@ -10,13 +10,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 	"sluice.dev/sluice/sandbox/api"
 	"sluice.dev/sluice/sandbox/guest"
@@ -60,11 +60,9 @@ func start(t *testing.T, cfg Config) *running {
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		t.Skipf("no device to be had: %v", err)
 	}
-	dir := shortDir(t)
-	must(t, os.Chmod(dir, 0o700))
-	t.Setenv("XDG_RUNTIME_DIR", dir)
+	dir := testutil.RuntimeDir(t)
 	r, w, err := os.Pipe()
-	must(t, err)
+	testutil.Must(t, err)
 	defer r.Close()
 	if cfg.Guest.Command == nil {
 		cfg.Guest.Command = inside
@@ -127,7 +125,7 @@ func TestRunLeavesNothingBehind(t *testing.T) {
 	if exit, err := first.end(); exit != 7 || err != nil {
 		t.Fatalf("exit %d, %v; want 7", exit, err)
 	}
-	fds, goroutines := openFDs(t), runtime.NumGoroutine()
+	before := testutil.Holds(t)
 
 	r := start(t, Config{Ports: []api.Port{{Proto: "tcp", GuestPort: 80}}, PublishAuto: true})
 	if exit, err := r.end(); exit != 7 || err != nil {
@@ -145,17 +143,7 @@ func TestRunLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	// The netlink library's goroutines end a moment after they are told.
-	deadline := time.Now().Add(5 * time.Second)
-	for (openFDs(t) > fds || runtime.NumGoroutine() > goroutines) && time.Now().Before(deadline) {
-		time.Sleep(10 * time.Millisecond)
-	}
-	if n := openFDs(t); n > fds {
-		t.Errorf("%d descriptors before, %d after", fds, n)
-	}
-	if n := runtime.NumGoroutine(); n > goroutines {
-		buf := make([]byte, 64<<10)
-		t.Errorf("%d goroutines before, %d after:\n%s", goroutines, n, buf[:runtime.Stack(buf, true)])
-	}
+	before.CheckReleased(t)
 }
 
 func TestWorkerIsReplacedWithAllItHad(t *testing.T) {
@@ -166,15 +154,12 @@ func TestWorkerIsReplacedWithAllItHad(t *testing.T) {
 	var ports api.PortsResult
 	r.call(t, api.MethodPortsAdd, api.PortsParams{Spec: "127.0.0.1:0:81"}, &ports)
 
-	must(t, syscall.Kill(r.info.WorkerPID, syscall.SIGKILL))
+	testutil.Must(t, syscall.Kill(r.info.WorkerPID, syscall.SIGKILL))
 	var info api.Info
-	deadline := time.Now().Add(5 * time.Second)
-	for info.Restarts == 0 || info.WorkerPID == 0 || info.Flows < 0 {
-		if time.Now().After(deadline) {
-			t.Fatalf("no new worker: %+v", info)
-		}
+	testutil.Eventually(t, "a new worker", func() bool {
 		r.call(t, api.MethodInfo, nil, &info)
-	}
+		return info.Restarts > 0 && info.WorkerPID != 0 && info.Flows >= 0
+	})
 	if info.WorkerPID == r.info.WorkerPID || info.Restarts != 1 || !strings.Contains(info.LastFailure, "SIGKILL") || info.Policy != "closed.yaml" {
 		t.Errorf("info %+v", info)
 	}
@@ -195,9 +180,10 @@ func TestWorkerIsReplacedWithAllItHad(t *testing.T) {
 		t.Errorf("a client that the policy denies got %v", err)
 	}
 	var flows api.FlowsResult
-	for len(flows.Ended) == 0 && time.Now().Before(deadline) {
+	testutil.Eventually(t, "a flow has ended", func() bool {
 		r.call(t, api.MethodFlows, api.FlowsParams{Ended: true}, &flows)
-	}
+		return len(flows.Ended) > 0
+	})
 	if len(flows.Ended) != 1 || flows.Ended[0].TrafficDirection != api.Ingress || flows.Ended[0].Verdict == api.VerdictForwarded {
 		t.Errorf("records %+v, want one refusal", flows.Ended)
 	}
@@ -255,27 +241,25 @@ func TestControlMethodsOfTheWorker(t *testing.T) {
 		}
 	}
 	s, err := r.client.Open(t.Context(), api.MethodCapture, api.CaptureParams{}, nil)
-	must(t, err)
-	must(t, s.CloseWrite())
+	testutil.Must(t, err)
+	testutil.Must(t, s.CloseWrite())
 	b, err := io.ReadAll(s)
 	if err != nil || len(b) < 28 || !bytes.Equal(b[:4], []byte{0x0a, 0x0d, 0x0d, 0x0a}) {
 		t.Errorf("a capture of %d bytes, %v; want a pcapng file", len(b), err)
 	}
-	must(t, s.Close())
+	testutil.Must(t, s.Close())
 	watch, err := r.client.Open(t.Context(), api.MethodFlowsWatch, nil, nil)
-	must(t, err)
-	must(t, watch.Close())
+	testutil.Must(t, err)
+	testutil.Must(t, watch.Close())
 }
 
 func TestRunFailsWithCauseAndStatus(t *testing.T) {
-	dir := shortDir(t)
-	must(t, os.Chmod(dir, 0o700))
-	t.Setenv("XDG_RUNTIME_DIR", dir)
+	dir := testutil.RuntimeDir(t)
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	testutil.Must(t, err)
 	defer taken.Close()
 	at := taken.Addr().(*net.TCPAddr).Port
-	fds := openFDs(t)
+	fds := testutil.Descriptors(t, os.Getpid())
 	for _, row := range []struct {
 		name string
 		cfg  Config
@@ -297,7 +281,7 @@ func TestRunFailsWithCauseAndStatus(t *testing.T) {
 			t.Errorf("%s: exit %d, %v; want %d and %q", row.name, exit, err, guest.StatusOurs, row.want)
 		}
 	}
-	if left, _ := filepath.Glob(dir + "/sluice/*"); len(left) != 0 || openFDs(t) != fds {
-		t.Errorf("left behind: %v; %d descriptors before, %d after", left, fds, openFDs(t))
+	if left, _ := filepath.Glob(dir + "/sluice/*"); len(left) != 0 || testutil.Descriptors(t, os.Getpid()) != fds {
+		t.Errorf("left behind: %v; %d descriptors before, %d after", left, fds, testutil.Descriptors(t, os.Getpid()))
 	}
 }

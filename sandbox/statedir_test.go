@@ -10,24 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// shortDir is a temporary directory whose path leaves room for a socket's name:
-// T.TempDir has the test's in it, and a unix socket's path ends at 107 bytes.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "sl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 func testRegistry(t *testing.T) *registry.Registry {
 	t.Helper()
-	dir := shortDir(t)
+	dir := testutil.ShortDir(t)
 	r, err := registry.OpenIn(filepath.Join(dir, "sluice"), os.Geteuid())
 	if err != nil {
 		t.Fatal(err)
@@ -158,20 +147,20 @@ func TestUnsafeRuntimeDirectoriesAreRefused(t *testing.T) {
 		want string
 	}{
 		{"a symbolic link", func(t *testing.T, path string) int {
-			must(t, os.Mkdir(path+".real", 0o700))
-			must(t, os.Symlink(path+".real", path))
+			testutil.Must(t, os.Mkdir(path+".real", 0o700))
+			testutil.Must(t, os.Symlink(path+".real", path))
 			return uid
 		}, "symbolic link"},
 		{"a file", func(t *testing.T, path string) int {
-			must(t, os.WriteFile(path, nil, 0o600))
+			testutil.Must(t, os.WriteFile(path, nil, 0o600))
 			return uid
 		}, "not a directory"},
 		{"someone else's directory", func(t *testing.T, path string) int {
 			if uid != 0 {
 				t.Skip("SKIP: only root gives a directory away")
 			}
-			must(t, os.Mkdir(path, 0o700))
-			must(t, os.Chown(path, 4242, 4242))
+			testutil.Must(t, os.Mkdir(path, 0o700))
+			testutil.Must(t, os.Chown(path, 4242, 4242))
 			return uid
 		}, "belongs to uid 4242, not to 0: set XDG_RUNTIME_DIR to a directory of your own"},
 		{"a link of someone else's on the way", func(t *testing.T, path string) int {
@@ -179,19 +168,19 @@ func TestUnsafeRuntimeDirectoriesAreRefused(t *testing.T) {
 				t.Skip("SKIP: only root gives a link away")
 			}
 			up := filepath.Dir(path)
-			must(t, os.Rename(up, up+".real"))
+			testutil.Must(t, os.Rename(up, up+".real"))
 			t.Cleanup(func() { _ = os.RemoveAll(up + ".real") })
-			must(t, os.Symlink(up+".real", up))
-			must(t, os.Lchown(up, 4242, 4242))
+			testutil.Must(t, os.Symlink(up+".real", up))
+			testutil.Must(t, os.Lchown(up, 4242, 4242))
 			return uid
 		}, "can be led elsewhere by uid 4242"},
 		{"a directory open to others", func(t *testing.T, path string) int {
-			must(t, os.Mkdir(path, 0o700))
-			must(t, os.Chmod(path, 0o750))
+			testutil.Must(t, os.Mkdir(path, 0o700))
+			testutil.Must(t, os.Chmod(path, 0o750))
 			return uid
 		}, "chmod 700"},
 		{"a parent that others can write to", func(t *testing.T, path string) int {
-			must(t, os.Chmod(filepath.Dir(path), 0o777))
+			testutil.Must(t, os.Chmod(filepath.Dir(path), 0o777))
 			return uid
 		}, "can be replaced by others"},
 	} {
@@ -208,8 +197,8 @@ func TestUnsafeRuntimeDirectoriesAreRefused(t *testing.T) {
 func TestSymlinkForASandboxIsRefused(t *testing.T) {
 	r := testRegistry(t)
 	victim := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(victim, registry.LockFile), []byte("precious"), 0o600))
-	must(t, os.Symlink(victim, filepath.Join(r.Path, "trap")))
+	testutil.Must(t, os.WriteFile(filepath.Join(victim, registry.LockFile), []byte("precious"), 0o600))
+	testutil.Must(t, os.Symlink(victim, filepath.Join(r.Path, "trap")))
 	if _, err := r.Claim("trap"); err == nil || !strings.Contains(err.Error(), "symbolic link") {
 		t.Errorf("Claim: %v", err)
 	}
@@ -220,11 +209,11 @@ func TestSymlinkForASandboxIsRefused(t *testing.T) {
 		t.Errorf("List: %v, %v", all, err)
 	}
 	d, err := r.Claim("real")
-	must(t, err)
+	testutil.Must(t, err)
 	defer d.Remove()
-	must(t, d.Lock.Close())
-	must(t, os.Remove(filepath.Join(d.Root, registry.LockFile)))
-	must(t, os.Symlink(filepath.Join(victim, registry.LockFile), filepath.Join(d.Root, registry.LockFile)))
+	testutil.Must(t, d.Lock.Close())
+	testutil.Must(t, os.Remove(filepath.Join(d.Root, registry.LockFile)))
+	testutil.Must(t, os.Symlink(filepath.Join(victim, registry.LockFile), filepath.Join(d.Root, registry.LockFile)))
 	if _, err := r.Claim("real"); err == nil {
 		t.Error("a lock file that is a symbolic link was followed")
 	}
@@ -245,7 +234,7 @@ func TestNames(t *testing.T) {
 	}
 	r := testRegistry(t)
 	d, name, err := r.ClaimGenerated()
-	must(t, err)
+	testutil.Must(t, err)
 	defer d.Remove()
 	if registry.CheckName(name) != nil || !strings.Contains(name, "-") {
 		t.Errorf("generated %q", name)
@@ -255,7 +244,7 @@ func TestNames(t *testing.T) {
 func TestSocketPathThatIsTooLongIsExplained(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), strings.Repeat("d", 90))
 	r, err := registry.OpenIn(dir, os.Geteuid())
-	must(t, err)
+	testutil.Must(t, err)
 	if _, err := r.Claim("x"); err == nil || !strings.Contains(err.Error(), "shorter") {
 		t.Errorf("got %v, want the cure", err)
 	}
@@ -279,13 +268,6 @@ func TestRuntimeDirPassesOverOneThatIsNotOurs(t *testing.T) {
 	}
 }
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestRootFindsWhatNoSessionHasStarted(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root has a directory beside its session's")
@@ -293,17 +275,17 @@ func TestRootFindsWhatNoSessionHasStarted(t *testing.T) {
 	system, session := testRegistry(t), testRegistry(t)
 	claim := func(r *registry.Registry, name string, age time.Duration) {
 		d, err := r.Claim(name)
-		must(t, err)
-		must(t, d.WriteState(registry.State{Name: name, PID: os.Getpid(), Started: time.Now().Add(-age)}))
-		t.Cleanup(func() { must(t, d.Remove()) })
+		testutil.Must(t, err)
+		testutil.Must(t, d.WriteState(registry.State{Name: name, PID: os.Getpid(), Started: time.Now().Add(-age)}))
+		t.Cleanup(func() { testutil.Must(t, d.Remove()) })
 	}
 	claim(session, "mine", time.Hour)
 	claim(system, "pod", 2*time.Hour)
 	claim(system, "younger-pod", time.Minute)
 	r, err := registry.OpenBoth(session.Path, system.Path, 0)
-	must(t, err)
+	testutil.Must(t, err)
 	all, err := r.List()
-	must(t, err)
+	testutil.Must(t, err)
 	var names []string
 	for _, s := range all {
 		names = append(names, s.Name)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/channel"
 	"sluice.dev/sluice/sandbox/internal/fork"
 	"sluice.dev/sluice/sandbox/internal/process"
@@ -153,15 +154,15 @@ func startFake(t *testing.T, fate string) (*process.WorkerLink, *[]string) {
 	t.Cleanup(s.Close)
 	lines := new([]string)
 	p, err := s.Start(fork.Plan{Args: []string{"test", "test-worker", fate}}, func(l string) { *lines = append(*lines, l) })
-	must(t, err)
+	testutil.Must(t, err)
 	t.Cleanup(p.Kill)
 	l := process.NewWorkerLink(p, func(*process.WorkerLink, bool) {}, nil, channel.NewKeptGrants())
-	must(t, l.Post(channel.MsgConfig, channel.WorkerConfig{Rules: noPolicy}))
+	testutil.Must(t, l.Post(channel.MsgConfig, channel.WorkerConfig{Rules: noPolicy}))
 	return l, lines
 }
 
 func TestWorkerLink(t *testing.T) {
-	before := openFDs(t)
+	before := testutil.Descriptors(t, os.Getpid())
 	t.Run("requests are acknowledged, with the worker's reason made printable", func(t *testing.T) {
 		l, _ := startFake(t, "serves")
 		<-l.Ready
@@ -186,7 +187,7 @@ func TestWorkerLink(t *testing.T) {
 			}
 			time.Sleep(time.Millisecond)
 		}
-		must(t, l.P.Cmd.Kill())
+		testutil.Must(t, l.P.Cmd.Kill())
 		if err := <-got; !errors.Is(err, process.ErrWorkerGone) {
 			t.Errorf("got %v", err)
 		}
@@ -214,13 +215,13 @@ func TestWorkerLink(t *testing.T) {
 	t.Run("a worker ends with its channel", func(t *testing.T) {
 		l, _ := startFake(t, "serves")
 		<-l.Ready
-		must(t, l.P.Ch.Close())
+		testutil.Must(t, l.P.Ch.Close())
 		<-l.Ended()
 		if why := l.Reason(); why != "exit status 0" {
 			t.Errorf("reason %q", why)
 		}
 	})
-	if after := openFDs(t); after > before {
+	if after := testutil.Descriptors(t, os.Getpid()); after > before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 }

@@ -10,12 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sluice.dev/sluice/forwarder/dns"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/worker"
 )
 
 func TestOnlyUpstreamServersAreDialled(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	testutil.Must(t, err)
 	defer l.Close()
 	at := netip.MustParseAddrPort(l.Addr().String())
 	d := worker.NewUpstreamDialer(dns.Upstreams{})
@@ -35,12 +36,12 @@ func TestOnlyUpstreamServersAreDialled(t *testing.T) {
 }
 
 func TestSocketStock(t *testing.T) {
-	before := openFDs(t)
+	before := testutil.Descriptors(t, os.Getpid())
 	asked := 0
 	s := worker.NewSocketStock(func(bool) error { asked++; return nil })
 	socket := func() int {
 		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		must(t, err)
+		testutil.Must(t, err)
 		return fd
 	}
 	if _, ok := s.Stream(false); ok || asked != 0 {
@@ -70,7 +71,7 @@ func TestSocketStock(t *testing.T) {
 	if _, ok := s.Stream(false); ok {
 		t.Error("a socket without a port")
 	}
-	if after := openFDs(t); after != before {
+	if after := testutil.Descriptors(t, os.Getpid()); after != before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 

@@ -7,6 +7,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"sluice.dev/sluice/internal/testutil"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -20,7 +22,7 @@ func (discard) DeliverLinkPacket(tcpip.NetworkProtocolNumber, *stack.PacketBuffe
 // The packet path allocates nothing in steady state; the pools of gvisor's buffers
 // are warm after the first run, which AllocsPerRun does not count.
 func TestPacketPathDoesNotAllocate(t *testing.T) {
-	if raceEnabled {
+	if testutil.Race {
 		t.Skip("sync.Pool drops objects at random under the race detector")
 	}
 	large := vnetHeader{flags: vnetNeedsChecksum, gsoType: gsoTCPv4, gsoSize: 1400, csumStart: 34, csumOffset: 16}

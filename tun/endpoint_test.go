@@ -16,6 +16,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/waiter"
 
+	"sluice.dev/sluice/internal/testutil"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -46,16 +48,6 @@ func write(t testing.TB, e *Endpoint, pkt *stack.PacketBuffer) {
 	list.PushBack(pkt)
 	if n, err := e.WritePackets(list); n != 1 || err != nil {
 		t.Fatalf("WritePackets: %d, %v", n, err)
-	}
-}
-
-// eventually polls for a state that nothing announces.
-func eventually(t testing.TB, what string, holds func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within ten seconds: %s", what)
-		}
 	}
 }
 
@@ -340,7 +332,7 @@ func TestCloseUnblocksAWriter(t *testing.T) {
 			}
 		}
 	}()
-	eventually(t, "a writer waits", func() bool { return e.Stats().TxWaits > 0 })
+	testutil.Eventually(t, "a writer waits", func() bool { return e.Stats().TxWaits > 0 })
 	e.Close()
 	select {
 	case err := <-result:

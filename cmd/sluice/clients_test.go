@@ -13,6 +13,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/api"
 )
 
@@ -48,18 +49,8 @@ func runApp(t *testing.T, line ...string) (stdout string, err error) {
 	return out.String(), err
 }
 
-func emptyRuntimeDir(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	t.Setenv("XDG_RUNTIME_DIR", dir)
-	return dir
-}
-
 func TestWithoutSandboxesTheCommandsSaySo(t *testing.T) {
-	emptyRuntimeDir(t)
+	testutil.RuntimeDir(t)
 	if out, err := runApp(t, "ps"); err != nil || out != "NAME  PID  COMMAND  UPTIME  FLOWS  STATE\n" {
 		t.Errorf("ps: %q, %v", out, err)
 	}

@@ -11,6 +11,7 @@ package dhcp
 import (
 	"bufio"
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -23,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // link is the server's end of the guest's wire.
@@ -60,18 +63,9 @@ func enterNamespace(t *testing.T, s *Server) {
 	served := make(chan struct{})
 	go func() { defer close(served); l.serve() }()
 	t.Cleanup(func() { l.tap.Close(); <-served })
-	run(t, "ip", "link", "set", "lo", "up")
-	run(t, "ip", "link", "set", "tap0", "address", guestMAC.String(), "mtu", "9000")
-	run(t, "ip", "link", "set", "tap0", "up")
-}
-
-func run(t *testing.T, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
-	}
-	return string(out)
+	testutil.Run(t, "ip", "link", "set", "lo", "up")
+	testutil.Run(t, "ip", "link", "set", "tap0", "address", guestMAC.String(), "mtu", "9000")
+	testutil.Run(t, "ip", "link", "set", "tap0", "up")
 }
 
 // serve answers frames until the device is closed.
@@ -247,7 +241,7 @@ func TestRealClientsV4(t *testing.T) {
 
 func TestRealClientV6(t *testing.T) {
 	enterNamespace(t, newServer(t))
-	run(t, "ip", "addr", "add", "fe80::100/64", "dev", "tap0", "nodad")
+	testutil.Run(t, "ip", "addr", "add", "fe80::100/64", "dev", "tap0", "nodad")
 	conf := filepath.Join(t.TempDir(), "dhclient.conf")
 	os.WriteFile(conf, []byte("also request dhcp6.name-servers, dhcp6.domain-search;\n"), 0o644)
 	expect(t, client(t, []string{"BOUND6"}, "dhclient", "-6", "-d", "-1", "-cf", conf, "-sf", "SCRIPT", "-lf", "DIR/lease", "-pf", "DIR/pid", "tap0"),
@@ -258,18 +252,12 @@ func TestRealClientV6(t *testing.T) {
 func TestRealKernelTakesAdvertisement(t *testing.T) {
 	enterNamespace(t, newServer(t, func(c *Config) { c.MTU = 8000 }))
 	want := []string{"default via fe80::2 dev tap0 proto ra", "fd00:a::/64 dev tap0 proto kernel", "fd00:a::ff:fe00:164/64 scope global", "mtu 8000"}
-	for end := time.Now().Add(20 * time.Second); ; {
-		have := run(t, "ip", "-6", "route") + run(t, "ip", "-6", "addr", "show", "dev", "tap0") +
+	testutil.Within(t, 20*time.Second, func() (bool, string) { // the kernel's own delays: DAD, RS
+		have := testutil.Run(t, "ip", "-6", "route") + testutil.Run(t, "ip", "-6", "addr", "show", "dev", "tap0") +
 			"mtu " + readFile(t, "/proc/sys/net/ipv6/conf/tap0/mtu")
 		missing := slices.DeleteFunc(slices.Clone(want), func(w string) bool { return strings.Contains(have, w) })
-		if len(missing) == 0 {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("missing %q in\n%s", missing, have)
-		}
-		time.Sleep(20 * time.Millisecond) // the kernel's own delays: DAD, RS
-	}
+		return len(missing) == 0, fmt.Sprintf("missing %q in\n%s", missing, have)
+	})
 }
 
 func readFile(t *testing.T, path string) string {
@@ -297,7 +285,7 @@ func TestTsharkReadsAdvertisement(t *testing.T) {
 	if err := os.WriteFile(path, append(file, f...), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	out := run(t, tshark, "-r", path, "-V")
+	out := testutil.Run(t, tshark, "-r", path, "-V")
 	for _, w := range []string{
 		"[Checksum Status: Good]", "Router lifetime (s): 65535", "Cur hop limit: 64", "Managed address configuration: Set",
 		"Prefix: fd00:a::", "Autonomous address-configuration flag(A): Set", "Valid Lifetime: Infinity (4294967295)",

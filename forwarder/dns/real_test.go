@@ -6,14 +6,12 @@ package dns
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 )
 
@@ -241,8 +240,8 @@ func TestRealClientAndUpstream(t *testing.T) {
 // 2000 queries from plain sockets: none lost, and nothing left behind.
 func TestNothingIsLeftBehind(t *testing.T) {
 	up := dnsmasq(t, "address=/test/10.7.0.1")
-	before := runtime.NumGoroutine()
-	fds := openFiles(t)
+	before := testutil.Holds(t)
+	before.Descriptors++ // the runtime's epoll may be new
 	r, err := New(Config{Dialer: hostDialer{}, Upstreams: Upstreams{Servers: []netip.AddrPort{up}}})
 	if err != nil {
 		t.Fatal(err)
@@ -267,21 +266,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		t.Errorf("answers by code: %v, %+v", codes, r.Stats())
 	}
 	r.Close()
-	if n := runtime.NumGoroutine(); n > before {
-		t.Errorf("%d goroutines, %d before", n, before)
-	}
-	if n := openFiles(t); n > fds+1 { // the runtime's epoll may be new
-		t.Errorf("%d descriptors, %d before", n, fds)
-	}
-}
-
-func openFiles(t *testing.T) int {
-	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
-	if errors.Is(err, os.ErrNotExist) {
-		t.Skip("no /proc")
-	}
-	return len(e)
+	before.CheckReleased(t)
 }
 
 // Real servers' answers are told through the gate as they are told directly: dig cannot

@@ -8,14 +8,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
-)
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+	"sluice.dev/sluice/internal/testutil"
+)
 
 // stranger owns what another user has made first.
 const stranger = 4242
@@ -30,53 +25,53 @@ func TestWhatCouldBeAnothersIsRefused(t *testing.T) {
 		want string
 	}{
 		{"nothing is there", false, func(*testing.T, string) {}, "dir", ""},
-		{"ours is there", false, func(t *testing.T, b string) { must(t, os.Mkdir(b+"/dir", 0o700)) }, "dir", ""},
+		{"ours is there", false, func(t *testing.T, b string) { testutil.Must(t, os.Mkdir(b+"/dir", 0o700)) }, "dir", ""},
 		{"another made it first", true, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/dir", 0o700))
-			must(t, os.Chown(b+"/dir", stranger, stranger))
+			testutil.Must(t, os.Mkdir(b+"/dir", 0o700))
+			testutil.Must(t, os.Chown(b+"/dir", stranger, stranger))
 		}, "dir", "belongs to uid 4242"},
 		{"a link to ours", false, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/real", 0o700))
-			must(t, os.Symlink(b+"/real", b+"/dir"))
+			testutil.Must(t, os.Mkdir(b+"/real", 0o700))
+			testutil.Must(t, os.Symlink(b+"/real", b+"/dir"))
 		}, "dir", "symbolic link"},
-		{"a link to nowhere", false, func(t *testing.T, b string) { must(t, os.Symlink(b+"/real", b+"/dir")) }, "dir", "symbolic link"},
-		{"a file", false, func(t *testing.T, b string) { must(t, os.WriteFile(b+"/dir", nil, 0o600)) }, "dir", "not a directory"},
+		{"a link to nowhere", false, func(t *testing.T, b string) { testutil.Must(t, os.Symlink(b+"/real", b+"/dir")) }, "dir", "symbolic link"},
+		{"a file", false, func(t *testing.T, b string) { testutil.Must(t, os.WriteFile(b+"/dir", nil, 0o600)) }, "dir", "not a directory"},
 		{"ours is open to the group", false, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/dir", 0o700))
-			must(t, os.Chmod(b+"/dir", 0o750))
+			testutil.Must(t, os.Mkdir(b+"/dir", 0o700))
+			testutil.Must(t, os.Chmod(b+"/dir", 0o750))
 		}, "dir", "chmod 700"},
-		{"the parent is anybody's to write", false, func(t *testing.T, b string) { must(t, os.Chmod(b, 0o777)) }, "dir", "can be replaced by others"},
-		{"the parent is the group's to write", false, func(t *testing.T, b string) { must(t, os.Chmod(b, 0o775)) }, "dir", "can be replaced by others"},
-		{"the parent is anybody's, and sticky", false, func(t *testing.T, b string) { must(t, os.Chmod(b, 0o777|os.ModeSticky)) }, "dir", ""},
+		{"the parent is anybody's to write", false, func(t *testing.T, b string) { testutil.Must(t, os.Chmod(b, 0o777)) }, "dir", "can be replaced by others"},
+		{"the parent is the group's to write", false, func(t *testing.T, b string) { testutil.Must(t, os.Chmod(b, 0o775)) }, "dir", "can be replaced by others"},
+		{"the parent is anybody's, and sticky", false, func(t *testing.T, b string) { testutil.Must(t, os.Chmod(b, 0o777|os.ModeSticky)) }, "dir", ""},
 		{"the parent is another's, and sticky", true, func(t *testing.T, b string) {
-			must(t, os.Chmod(b, 0o777|os.ModeSticky))
-			must(t, os.Chown(b, stranger, stranger))
+			testutil.Must(t, os.Chmod(b, 0o777|os.ModeSticky))
+			testutil.Must(t, os.Chown(b, stranger, stranger))
 		}, "dir", "can be replaced by uid 4242"},
 		{"an ancestor is another's", true, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/up", 0o755))
-			must(t, os.Mkdir(b+"/up/mid", 0o755))
-			must(t, os.Chown(b+"/up", stranger, stranger))
+			testutil.Must(t, os.Mkdir(b+"/up", 0o755))
+			testutil.Must(t, os.Mkdir(b+"/up/mid", 0o755))
+			testutil.Must(t, os.Chown(b+"/up", stranger, stranger))
 		}, "up/mid/dir", "can be replaced by uid 4242"},
 		{"an ancestor is anybody's to write", false, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/up", 0o755))
-			must(t, os.Mkdir(b+"/up/mid", 0o755))
-			must(t, os.Chmod(b+"/up", 0o777))
+			testutil.Must(t, os.Mkdir(b+"/up", 0o755))
+			testutil.Must(t, os.Mkdir(b+"/up/mid", 0o755))
+			testutil.Must(t, os.Chmod(b+"/up", 0o777))
 		}, "up/mid/dir", "can be replaced by others"},
 		{"another's link on the way, to what is ours", true, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/real", 0o755))
-			must(t, os.Symlink(b+"/real", b+"/up"))
-			must(t, os.Lchown(b+"/up", stranger, stranger))
+			testutil.Must(t, os.Mkdir(b+"/real", 0o755))
+			testutil.Must(t, os.Symlink(b+"/real", b+"/up"))
+			testutil.Must(t, os.Lchown(b+"/up", stranger, stranger))
 		}, "up/dir", "can be led elsewhere by uid 4242"},
 		{"our own link on the way", false, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/real", 0o755))
-			must(t, os.Symlink("real", b+"/up"))
+			testutil.Must(t, os.Mkdir(b+"/real", 0o755))
+			testutil.Must(t, os.Symlink("real", b+"/up"))
 		}, "up/dir", ""},
 		{"our own link to the root's way", false, func(t *testing.T, b string) {
-			must(t, os.Mkdir(b+"/real", 0o755))
-			must(t, os.Symlink(b+"/./real/../real", b+"/up"))
+			testutil.Must(t, os.Mkdir(b+"/real", 0o755))
+			testutil.Must(t, os.Symlink(b+"/./real/../real", b+"/up"))
 		}, "up/dir", ""},
-		{"a link to itself on the way", false, func(t *testing.T, b string) { must(t, os.Symlink("up", b+"/up")) }, "up/dir", "too many levels"},
-		{"a file on the way", false, func(t *testing.T, b string) { must(t, os.WriteFile(b+"/up", nil, 0o600)) }, "up/dir", "not a directory"},
+		{"a link to itself on the way", false, func(t *testing.T, b string) { testutil.Must(t, os.Symlink("up", b+"/up")) }, "up/dir", "too many levels"},
+		{"a file on the way", false, func(t *testing.T, b string) { testutil.Must(t, os.WriteFile(b+"/up", nil, 0o600)) }, "up/dir", "not a directory"},
 		{"no parent", false, func(*testing.T, string) {}, "up/dir", "no such file"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -84,23 +79,23 @@ func TestWhatCouldBeAnothersIsRefused(t *testing.T) {
 				t.Skip("SKIP: only root gives files away")
 			}
 			base := filepath.Join(t.TempDir(), "base")
-			must(t, os.Mkdir(base, 0o755))
-			must(t, os.Chmod(base, 0o755))
+			testutil.Must(t, os.Mkdir(base, 0o755))
+			testutil.Must(t, os.Chmod(base, 0o755))
 			row.make(t, base)
-			before := descriptors(t)
+			before := testutil.Descriptors(t, os.Getpid())
 			err := Make(filepath.Join(base, row.path), me, 0o077)
 			switch {
 			case row.want == "" && err != nil, row.want != "" && (err == nil || !strings.Contains(err.Error(), row.want)):
 				t.Errorf("got %v, want %q", err, row.want)
 			}
-			if after := descriptors(t); after != before {
+			if after := testutil.Descriptors(t, os.Getpid()); after != before {
 				t.Errorf("%d descriptors before, %d after", before, after)
 			}
 			if row.want != "" {
 				return
 			}
 			var st unix.Stat_t
-			must(t, unix.Stat(filepath.Join(base, row.path), &st))
+			testutil.Must(t, unix.Stat(filepath.Join(base, row.path), &st))
 			if st.Mode&0o777 != 0o700 || int(st.Uid) != me {
 				t.Errorf("mode %o of uid %d", st.Mode, st.Uid)
 			}
@@ -108,19 +103,12 @@ func TestWhatCouldBeAnothersIsRefused(t *testing.T) {
 	}
 }
 
-func descriptors(t *testing.T) int {
-	t.Helper()
-	list, err := os.ReadDir("/proc/self/fd")
-	must(t, err)
-	return len(list)
-}
-
 func TestMakeAllMakesTheWay(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a/b/c")
-	must(t, MakeAll(path, os.Geteuid(), 0o022))
-	must(t, os.Chmod(path, 0o755))
-	must(t, MakeAll(path, os.Geteuid(), 0o022))
-	must(t, os.Chmod(path, 0o775))
+	testutil.Must(t, MakeAll(path, os.Geteuid(), 0o022))
+	testutil.Must(t, os.Chmod(path, 0o755))
+	testutil.Must(t, MakeAll(path, os.Geteuid(), 0o022))
+	testutil.Must(t, os.Chmod(path, 0o775))
 	var mode *ModeError
 	if err := MakeAll(path, os.Geteuid(), 0o022); !errors.As(err, &mode) || mode.Mode != 0o775 {
 		t.Errorf("got %v", err)

@@ -321,18 +321,6 @@ func driveOnce(s scene) int {
 	return st.Code
 }
 
-// within asks until it is so; the limit is for a broken machine, not a measure.
-func within(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	end := time.Now().Add(15 * time.Second)
-	for !ok() {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-}
-
 // holders lists the processes in the network namespace.
 func holders(ns string) []string {
 	var out []string

@@ -13,15 +13,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/sandbox/internal/idmap"
 )
 
 func (s scene) ctx() context.Context { return context.Background() }
 
 func TestExitStatusIsTheShells(t *testing.T) {
-	dir := t.TempDir()
-	os.Chmod(dir, 0o755)
-	os.Chmod(filepath.Dir(dir), 0o755)
+	dir := testutil.PublicDir(t)
 	write := func(name, content string, mode os.FileMode) string {
 		p := filepath.Join(dir, name)
 		if err := os.WriteFile(p, []byte(content), mode); err != nil {
@@ -298,12 +297,12 @@ func TestNothingOutlivesAKilledMonitor(t *testing.T) {
 					t.Fatal(err)
 				}
 				ns = strings.TrimSpace(ns)
-				within(t, "all four are in", func() bool { return len(holders(ns)) == 4 })
+				testutil.Eventually(t, "all four are in", func() bool { return len(holders(ns)) == 4 })
 				if err := cmd.Process.Signal(unix.SIGKILL); err != nil {
 					t.Fatal(err)
 				}
 				<-done
-				within(t, "all of them are gone", func() bool { return len(holders(ns)) == 0 })
+				testutil.Eventually(t, "all of them are gone", func() bool { return len(holders(ns)) == 0 })
 			})
 		}
 	})
@@ -380,9 +379,8 @@ func TestPIDNamespaceHasAnInitThatReaps(t *testing.T) {
 
 func TestHiddenDirectoriesAreEmpty(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
-		dir := t.TempDir()
-		os.Chmod(dir, 0o777)
-		os.Chmod(filepath.Dir(dir), 0o755)
+		dir := testutil.PublicDir(t)
+		testutil.Must(t, os.Chmod(dir, 0o777))
 		if err := os.WriteFile(filepath.Join(dir, "secret"), nil, 0o666); err != nil {
 			t.Fatal(err)
 		}

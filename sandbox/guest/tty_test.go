@@ -12,29 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// openPTY returns a master and its slave.
-func openPTY(t *testing.T) (master, slave *os.File) {
-	t.Helper()
-	m, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Skipf("no pseudo-terminals on this machine: %v", err)
-	}
-	if err := unix.IoctlSetPointerInt(int(m.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(m.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { m.Close(); s.Close() })
-	return m, s
-}
+	"sluice.dev/sluice/internal/testutil"
+)
 
 // jobShell is the part of an interactive shell that matters here: it leads the
 // session, runs the driver as a foreground job, says when that has stopped, and
@@ -68,7 +48,7 @@ func TestTerminalWorksAsWithoutUs(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
 		for _, pidns := range []bool{false, true} {
 			t.Run(fmt.Sprintf("PID namespace %v", pidns), func(t *testing.T) {
-				master, slave := openPTY(t)
+				master, slave := testutil.OpenPTY(t)
 				script := `trap 'echo interrupted' INT; trap 'echo size $(stty size)' WINCH; trap 'echo continued' CONT; trap 'echo quit; exit 5' QUIT
 tty -s && echo terminal; echo ready; while :; do read x; done`
 				// A shell that is starting a program (vfork(2)) when Ctrl-Z stops that does not

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sluice.dev/sluice/forwarder/dns"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // watching runs a Watcher on path and returns a way to await its next word.
@@ -71,13 +72,6 @@ func put(t *testing.T, path, content string) {
 	}
 }
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 const (
 	conf1 = "nameserver 192.0.2.1\n"
 	conf2 = "nameserver 192.0.2.2\n"
@@ -98,12 +92,12 @@ func TestWatcherFollowsAPlainFile(t *testing.T) {
 	next("192.0.2.2")
 
 	put(t, path+".new", conf3) // replaced
-	must(t, os.Rename(path+".new", path))
+	testutil.Must(t, os.Rename(path+".new", path))
 	next("192.0.2.3")
 	put(t, path, conf1) // the new file is watched, too
 	next("192.0.2.1")
 
-	must(t, os.Remove(path)) // gone
+	testutil.Must(t, os.Remove(path)) // gone
 	if err := next(""); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the error is %v", err)
 	}
@@ -117,8 +111,8 @@ func TestWatcherFollowsAPlainFile(t *testing.T) {
 	}
 	put(t, path, conf1)
 	next("192.0.2.1")
-	must(t, os.Remove(path)) // a FIFO must not hang us
-	must(t, syscall.Mkfifo(path, 0o644))
+	testutil.Must(t, os.Remove(path)) // a FIFO must not hang us
+	testutil.Must(t, syscall.Mkfifo(path, 0o644))
 	if err := next(""); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("the error is %v", err)
 	}
@@ -129,38 +123,38 @@ func TestWatcherFollowsSymlinksAndTheirDirectories(t *testing.T) {
 	dir := t.TempDir()
 	at := func(p string) string { return filepath.Join(dir, p) }
 	for _, d := range []string{"etc", "run/resolve"} {
-		must(t, os.MkdirAll(at(d), 0o755))
+		testutil.Must(t, os.MkdirAll(at(d), 0o755))
 	}
 	put(t, at("run/resolve/stub.conf"), conf1)
-	must(t, os.Symlink("resolve/stub.conf", at("run/link")))
-	must(t, os.Symlink("../run/link", at("etc/resolv.conf")))
+	testutil.Must(t, os.Symlink("resolve/stub.conf", at("run/link")))
+	testutil.Must(t, os.Symlink("../run/link", at("etc/resolv.conf")))
 	first, next, _ := watching(t, at("etc/resolv.conf"))
 	if !slices.Equal(first.Servers, []netip.AddrPort{serverOf1}) {
 		t.Fatalf("at first %v", first)
 	}
 
 	put(t, at("run/resolve/tmp"), conf2) // the file replaced at the end of the chain
-	must(t, os.Rename(at("run/resolve/tmp"), at("run/resolve/stub.conf")))
+	testutil.Must(t, os.Rename(at("run/resolve/tmp"), at("run/resolve/stub.conf")))
 	next("192.0.2.2")
 
 	put(t, at("run/resolve/full.conf"), conf3) // the link in the middle switched
-	must(t, os.Symlink("resolve/full.conf", at("run/tmp")))
-	must(t, os.Rename(at("run/tmp"), at("run/link")))
+	testutil.Must(t, os.Symlink("resolve/full.conf", at("run/tmp")))
+	testutil.Must(t, os.Rename(at("run/tmp"), at("run/link")))
 	next("192.0.2.3")
 
-	must(t, os.RemoveAll(at("run/resolve"))) // the directory gone with its daemon
+	testutil.Must(t, os.RemoveAll(at("run/resolve"))) // the directory gone with its daemon
 	next("")
-	must(t, os.MkdirAll(at("run/resolve"), 0o755)) // and made anew
+	testutil.Must(t, os.MkdirAll(at("run/resolve"), 0o755)) // and made anew
 	put(t, at("run/resolve/full.conf"), conf1)
 	next("192.0.2.1")
 
-	must(t, os.Rename(at("run"), at("elsewhere"))) // a directory moved away from above
+	testutil.Must(t, os.Rename(at("run"), at("elsewhere"))) // a directory moved away from above
 	next("")
-	must(t, os.Rename(at("elsewhere"), at("run")))
+	testutil.Must(t, os.Rename(at("elsewhere"), at("run")))
 	next("192.0.2.1")
 
 	put(t, at("etc/tmp"), conf2) // the first link replaced by a file
-	must(t, os.Rename(at("etc/tmp"), at("etc/resolv.conf")))
+	testutil.Must(t, os.Rename(at("etc/tmp"), at("etc/resolv.conf")))
 	next("192.0.2.2")
 }
 
@@ -170,7 +164,7 @@ func TestWatcherSaysNothingOfChangesWithoutMeaning(t *testing.T) {
 	_, next, _ := watching(t, path)
 	put(t, path, "# a comment\n"+conf1)
 	put(t, filepath.Join(filepath.Dir(path), "other"), conf3)
-	must(t, os.Remove(path)) // a moment without a file is not a loss
+	testutil.Must(t, os.Remove(path)) // a moment without a file is not a loss
 	put(t, path, conf1)
 	put(t, path, conf2)
 	next("192.0.2.2") // and the cleanup finds nothing else
@@ -178,8 +172,8 @@ func TestWatcherSaysNothingOfChangesWithoutMeaning(t *testing.T) {
 
 func TestResolveChain(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	must(t, err)
-	must(t, os.Symlink("loop", filepath.Join(dir, "loop")))
+	testutil.Must(t, err)
+	testutil.Must(t, os.Symlink("loop", filepath.Join(dir, "loop")))
 	if _, err := resolveChain(filepath.Join(dir, "loop")); !errors.Is(err, errLinkLoop) {
 		t.Errorf("a loop: %v", err)
 	}
@@ -187,7 +181,7 @@ func TestResolveChain(t *testing.T) {
 	if err != nil || ch.file != filepath.Join(dir, "missing/below") || !ch.entries[dir]["missing"] || ch.entries[filepath.Join(dir, "missing")] != nil {
 		t.Errorf("a missing directory: %v, %v", ch, err)
 	}
-	must(t, os.Symlink(dir+"/../"+filepath.Base(dir)+"/./real", filepath.Join(dir, "abs")))
+	testutil.Must(t, os.Symlink(dir+"/../"+filepath.Base(dir)+"/./real", filepath.Join(dir, "abs")))
 	put(t, filepath.Join(dir, "real"), "")
 	if ch, err := resolveChain(filepath.Join(dir, "abs")); err != nil || ch.file != filepath.Join(dir, "real") {
 		t.Errorf("an absolute link with dots: %v, %v", ch.file, err)
