@@ -5,10 +5,13 @@ package e2e
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // probing are the settings by which a sandbox's idle connections are probed each second.
@@ -103,14 +106,14 @@ func TestAClientThatIsGoneIsToldToASilentServer(t *testing.T) {
 	}
 }
 
-// idleClient connects, asks its kernel to probe each second, says a line for each that it is
-// given, and how its connection ended.
+// idleClient connects, asks its kernel to probe each second unless it has a third argument, says
+// a line for each that it is given, and how its connection ended.
 const idleClient = `
 import errno, select, socket, sys
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
 for option, value in (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3):
     s.setsockopt(socket.IPPROTO_TCP, option, value)
-s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, len(sys.argv) < 4)
 try:
     while True:
         for ready in select.select([s, sys.stdin], [], [])[0]:
@@ -154,5 +157,61 @@ func TestAFarSideThatIsGoneIsNoticed(t *testing.T) {
 			want = "ended by ECONNRESET"
 		}
 		p.waitText(t, want, 30*time.Second)
+	}
+}
+
+// TestProbesKeepIdleConnectionsKnownToAForgetfulRouter has the router forget a connection that
+// is idle for 3 s, and drop what it does not know. Where an application's own kernel would
+// probe, Sluice does: to the far side of a connection of the sandbox, and to the client of a
+// published port.
+func TestProbesKeepIdleConnectionsKnownToAForgetfulRouter(t *testing.T) {
+	area(t, "idle.router", "python3", "socat", "nft", "conntrack")
+	w := newWorld(t)
+	rules := w.router.start(t, "nft", "table inet forgetful { chain c { type filter hook forward priority 0; ct state invalid drop; }; }")
+	if r := rules.wait(t, 10*time.Second); r.status != 0 {
+		t.Skipf("SKIP: no connection tracking here\n%s", r)
+	}
+	w.router.sysctl(t, "net.netfilter.nf_conntrack_tcp_timeout_established", "3")
+	w.router.sysctl(t, "net.netfilter.nf_conntrack_tcp_loose", "0") // the middle of a connection does not begin one
+	serve(t, w.far)
+	sb := w.host.sandbox(t, append([]string{"-p", "9001:9001"}, probing...)...)
+	// The servers' own kernels probe each second.
+	for in, port := range map[place]string{w.host: "9000", sb: "9001"} {
+		p := in.start(t, "socat", "-d", "-d", "TCP6-LISTEN:"+port+",ipv6only=0,reuseaddr,fork,keepalive,keepidle=1,keepintvl=1", "EXEC:cat")
+		p.waitStream(t, &p.err, 10*time.Second, "listening socat", func(s string) bool { return strings.Contains(s, "listening on") })
+	}
+	clients := make(map[string]*proc)
+	start := func(who string, from place, to ...string) *proc {
+		p := from.start(t, append([]string{"python3", "-c", idleClient}, to...)...)
+		p.write([]byte("before\n"))
+		p.waitText(t, "got before", 30*time.Second)
+		clients[who] = p
+		return p
+	}
+	for _, f := range families {
+		start("direct "+f.name, w.host, f.far, fmt.Sprint(portEcho))
+		start("sluice "+f.name, sb, f.far, fmt.Sprint(portEcho))
+		start("to a direct server "+f.name, w.far, f.host, "9000", "unprobed")
+		start("to a published server "+f.name, w.far, f.host, "9001", "unprobed")
+	}
+	probed := maps.Clone(clients)
+	forgotten := start("unprobed", w.host, other4, fmt.Sprint(portEcho), "unprobed")
+	testutil.Within(t, 20*time.Second, func() (bool, string) {
+		known := ok(t, w.router, 5*time.Second, "conntrack", "-L", "-p", "tcp", "-d", other4).out
+		return known == "", "the router still knows " + known
+	})
+	for _, p := range clients {
+		p.write([]byte("after\n"))
+	}
+	for who, p := range probed {
+		t.Log(who)
+		p.waitText(t, "got after", 10*time.Second)
+	}
+	for _, p := range probed {
+		p.closeInput() // while the router knows the connections: it drops the end of others
+		p.wait(t, 10*time.Second)
+	}
+	if r := forgotten.result("still running"); strings.Contains(r.out, "got after") {
+		t.Errorf("the router remembers a connection that nothing probes\n%s", r)
 	}
 }

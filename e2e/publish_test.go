@@ -46,3 +46,39 @@ print("serving", flush=True); s.serve_forever()`, s.bind, s.port)
 		}
 	}
 }
+
+// TestDatagramsFindAPublishedServerOfEitherFamily is the same over UDP. Nothing can refuse a
+// client there, which asks once.
+func TestDatagramsFindAPublishedServerOfEitherFamily(t *testing.T) {
+	area(t, "publish.family", "dig", "nc")
+	w := newWorld(t)
+	sb := w.host.sandbox(t, "-p", "9158:9158/udp", "-p", "9160:9160/udp")
+	for _, s := range []struct {
+		port int
+		bind string
+	}{{9158, "0.0.0.0"}, {9160, "::"}} {
+		program := fmt.Sprintf(`import socket
+s = socket.socket(socket.AF_INET6 if ":" in %[1]q else socket.AF_INET, socket.SOCK_DGRAM)
+if s.family == socket.AF_INET6: s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+s.bind((%[1]q, %[2]d))
+print("serving", flush=True)
+while True:
+    q, client = s.recvfrom(4096)
+    s.sendto(b"served\n" if q == b"hello\n" else q[:2] + bytes([q[2] | 0x80]) + q[3:], client)`, s.bind, s.port)
+		sb.start(t, "python3", "-c", program).waitText(t, "serving", 10*time.Second)
+		for _, row := range []struct {
+			from place
+			host string
+		}{{w.host, "127.0.0.1"}, {w.host, "::1"}, {w.far, host4}, {w.far, host6}} {
+			t.Run(fmt.Sprintf("server on %s, client asks %s", s.bind, row.host), func(t *testing.T) {
+				r := run(t, row.from, 15*time.Second, "dig", "@"+row.host, "-p", fmt.Sprint(s.port), "+tries=1", "+time=5", "web.test")
+				if r.status != 0 || !strings.Contains(r.out, "NOERROR") {
+					t.Errorf("dig got no answer\n%s", r)
+				}
+				p := row.from.start(t, "nc", "-u", row.host, fmt.Sprint(s.port))
+				p.write([]byte("hello\n"))
+				p.waitText(t, "served", 5*time.Second)
+			})
+		}
+	}
+}
