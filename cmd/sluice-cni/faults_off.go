@@ -2,5 +2,5 @@
 
 package main
 
-// reached is told each step of a verb; only a test build does anything there.
+// reached is called at each step of a verb; only a test build sets it.
 var reached func(step string) error

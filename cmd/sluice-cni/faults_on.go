@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reached kills the process at the step that SLUICE_CNI_FAULT names, as a machine out of
-// memory or an impatient runtime would; "fail:STEP" makes the verb fail there.
+// reached kills the process at the step that SLUICE_CNI_FAULT names, as a machine out of memory or
+// an impatient runtime would; "fail:STEP" makes the verb fail at that step.
 var reached = func(step string) error {
 	fault := os.Getenv("SLUICE_CNI_FAULT")
 	if fault == "fail:"+step {

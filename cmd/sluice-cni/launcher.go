@@ -68,7 +68,7 @@ func (launcher) Check(a cni.LaunchSpec) error {
 	return errors.Join(errs...)
 }
 
-// flowLogSizeOf reads the largest size of the flow log; none leaves it to the default.
+// flowLogSizeOf returns the maximum size of the flow log; without one the default applies.
 func flowLogSizeOf(a cni.LaunchSpec) (int64, error) {
 	if a.FlowLogMaxSize == "" {
 		return 0, nil
@@ -80,7 +80,7 @@ func flowLogSizeOf(a cni.LaunchSpec) (int64, error) {
 	return size, nil
 }
 
-// limitsOf reads limits as a policy would have them.
+// limitsOf returns the limits in a policy's form.
 func limitsOf(a cni.LaunchSpec) (policy.Limits, error) {
 	if len(a.Limits) == 0 {
 		return policy.Limits{}, nil

@@ -1,6 +1,6 @@
-// Command sluice-cni is the CNI plugin: a runtime calls it with the verb in the
-// environment and the configuration on standard input. Called by a person it installs
-// itself into a network configuration list, or says what it is.
+// Command sluice-cni is the CNI plugin: a runtime calls it with the verb in the environment and the
+// configuration on standard input. When a person calls it, it installs itself into a network
+// configuration list or says what it is.
 //
 // The binary is also the monitor and the worker of each attachment, so that one file
 // is all a node needs.
@@ -21,8 +21,8 @@ import (
 )
 
 func init() {
-	// As in every plugin: the threads that change their namespace are others than the
-	// main one, so that /proc/PID/ns/net stays the host's.
+	// As in every plugin, only threads other than the main one change their namespace, so that
+	// /proc/PID/ns/net stays the host's.
 	if len(os.Args) == 1 {
 		runtime.LockOSThread()
 	}
@@ -108,7 +108,7 @@ func noArguments(c *cli.Context) error {
 	return nil
 }
 
-// install adds the plugin to a list; the binary goes first, for a runtime follows its
+// install adds the plugin to a list. It copies the binary first, because a runtime follows its
 // configuration at once.
 func install(conflist, config, binDir string) error {
 	var keys []byte

@@ -83,7 +83,7 @@ addresses, and the host's own.`,
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithCancel(ctx)
 				defer cancel()
-				// Owned by this command: it ends with the process, at the latest.
+				// The command owns this goroutine, which ends with the process at the latest.
 				go func() {
 					waitHangup(exit)
 					cancel()
@@ -107,8 +107,7 @@ func descriptor(c *cli.Context, flag string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), flag), nil
 }
 
-// waitHangup returns when the other end of f is closed. What is written to it in
-// the meantime means nothing.
+// waitHangup returns when the other end of f is closed. It ignores what is written to f until then.
 func waitHangup(f *os.File) {
 	b := make([]byte, 64)
 	for {

@@ -12,7 +12,7 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// clientCommands are the commands that speak to running sandboxes.
+// clientCommands returns the commands that talk to running sandboxes.
 func clientCommands() []*cli.Command {
 	return []*cli.Command{
 		psCommand(), flowsCommand(), flowLogCommand(), policyCommand(), portCommand(), captureCommand(), upgradeCommand(),
@@ -20,9 +20,9 @@ func clientCommands() []*cli.Command {
 	}
 }
 
-// target finds the sandbox that a command is about: the one named by the first
-// argument, or the only one there is. It returns the arguments that follow.
-// looksLikeName tells a name from the command's own first argument.
+// target finds the sandbox that a command is about: the one that the first argument names, or the
+// only one running. It returns the arguments that follow. looksLikeName distinguishes a name from
+// the command's own first argument.
 func target(c *cli.Context, looksLikeName func(string) bool) (api.Client, []string, error) {
 	registry, err := sandbox.OpenRegistry()
 	if err != nil {
@@ -92,10 +92,9 @@ func completeNames(c *cli.Context) {
 	}
 }
 
-// flagsFirst moves the flags of the client commands in front of their
-// arguments, so that `sluice flows NAME -o json` means what it says: the flag
-// package stops at the first argument. The commands that run another command
-// are left alone, and nothing is moved past "--".
+// flagsFirst moves the flags of the client commands in front of their arguments, so that `sluice
+// flows NAME -o json` works: the flag package stops at the first argument. The commands that run
+// another command are left alone, and nothing is moved past "--".
 func flagsFirst(args []string) []string {
 	if len(args) < 2 {
 		return args
@@ -144,7 +143,7 @@ func find(cmds []*cli.Command, name string) *cli.Command {
 	return nil
 }
 
-// takesValue says whether the flag's value is the next argument.
+// takesValue reports whether the flag's value is the next argument.
 func takesValue(cmd *cli.Command, name string) bool {
 	for _, f := range cmd.Flags {
 		for _, n := range f.Names() {

@@ -38,7 +38,7 @@ func TestFlagsMayFollowArguments(t *testing.T) {
 	}
 }
 
-// runApp runs one command line with the runtime directory of its own.
+// runApp runs one command line with a runtime directory of its own.
 func runApp(t *testing.T, line ...string) (stdout string, err error) {
 	t.Helper()
 	a := app()

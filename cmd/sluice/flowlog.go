@@ -52,7 +52,7 @@ func reopenFlowLogs(c *cli.Context) error {
 		case err == nil:
 			_, _ = fmt.Fprintf(c.App.Writer, "%s: %s\n", name, r.File)
 		case c.NArg() == 0 && (errors.As(err, &said) && said.Code == api.CodeInvalid || errors.Is(err, api.ErrNotRunning) || errors.Is(err, sandbox.ErrNoSandbox)):
-			// It has no flow log, or has just ended.
+			// The sandbox has no flow log, or has just ended.
 		default:
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}

@@ -93,7 +93,7 @@ func flowRow(r *api.FlowRecord) []string {
 	}
 }
 
-// printEnded prints flows that are over: `flows --ended`, and `run --show-flows`.
+// printEnded prints ended flows, for `flows --ended` and `run --show-flows`.
 func printEnded(w io.Writer, r api.FlowsResult) error {
 	t := newTable(w, "VERDICT", "PROTO", "SOURCE", "DESTINATION", "SENT", "RECEIVED", "DURATION", "RULE", "REASON", "NAMES")
 	for _, e := range r.Ended {
@@ -117,7 +117,7 @@ func printEnded(w io.Writer, r api.FlowsResult) error {
 	return nil
 }
 
-// namesText is the name that was asked for, of a DNS question, else those of the destination.
+// namesText returns the name that a DNS question asked for, or else the names of the destination.
 func namesText(r *api.FlowRecord) string {
 	if r.L7 != nil && r.L7.DNS != nil {
 		return strings.TrimSuffix(r.L7.DNS.Query, ".")

@@ -32,7 +32,7 @@ func TestFlagsOfRunAndAttachAreGrouped(t *testing.T) {
 	}
 }
 
-// COMMAND is whatever comes first, be its name that of a command of the library's.
+// The first argument is COMMAND, even if the library has a command of that name.
 func TestACommandNamedHelpIsRun(t *testing.T) {
 	for _, word := range []string{"help", "h"} {
 		a := app()

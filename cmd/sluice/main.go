@@ -45,7 +45,7 @@ func run(ctx context.Context, args []string) int {
 	return guest.StatusOurs
 }
 
-// ownFailure is an error of run or attach with the status that goes with it.
+// ownFailure is an error of run or attach, with its exit status.
 type ownFailure struct {
 	error
 	status int
@@ -76,7 +76,7 @@ func app() *cli.App {
 	}
 }
 
-// usageError names the help that has the right words, instead of printing it all.
+// usageError names the help to read instead of printing all of it.
 func usageError(c *cli.Context, err error, _ bool) error {
 	return fmt.Errorf("%w: see `%s --help`", err, c.Command.HelpName)
 }

@@ -57,7 +57,7 @@ func (t *table) row(cells ...string) {
 
 func (t *table) flush() error { return t.tw.Flush() }
 
-// printable replaces what a terminal would act on.
+// printable replaces the characters that a terminal would act on.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -67,7 +67,7 @@ func printable(s string) string {
 	}, s)
 }
 
-// age prints a duration with two units at most: 3d4h, 5m12s, 8s.
+// age formats a duration with at most two units: 3d4h, 5m12s, 8s.
 func age(d time.Duration) string {
 	d = max(d, 0).Truncate(time.Second)
 	switch {
@@ -81,7 +81,7 @@ func age(d time.Duration) string {
 	return d.String()
 }
 
-// size prints bytes with a binary unit.
+// size formats a number of bytes with a binary unit.
 func size(n int64) string {
 	const units = "KMGTPE"
 	if n < 1024 {

@@ -45,7 +45,7 @@ func policyCommand() *cli.Command {
 	}
 }
 
-// readPolicy reads a policy file and calls it name; the path - is standard input.
+// readPolicy reads a policy file and gives it the name name; the path - is standard input.
 func readPolicy(path, name string) (policy.Document, error) {
 	if path == "-" {
 		return policy.ReadDocumentFrom(os.Stdin, "standard input")

@@ -32,7 +32,7 @@ func file(t *testing.T, name, text string) string {
 	return path
 }
 
-// status is what the process would end with.
+// status returns the status that the process would exit with.
 func status(err error) int {
 	var s exitStatus
 	switch {

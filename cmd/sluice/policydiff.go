@@ -16,7 +16,8 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// policyCompareCommands compare policy files, and make one from a flow log.
+// policyCompareCommands returns the commands that compare policy files, and the one that makes a
+// policy from a flow log.
 func policyCompareCommands() []*cli.Command {
 	return []*cli.Command{
 		{
@@ -68,7 +69,7 @@ func policyDiff(c *cli.Context) error {
 	return err
 }
 
-// mostExcepted bounds how many exceptions a line of text lists.
+// mostExcepted bounds the exceptions that a line of text lists.
 const mostExcepted = 8
 
 func printChanges(w io.Writer, changes []policy.Change) error {
@@ -94,13 +95,14 @@ func printChanges(w io.Writer, changes []policy.Change) error {
 	return t.flush()
 }
 
-// maxFlowLog bounds a flow log that suggest reads, and maxFlowLines its records.
+// maxFlowLog bounds the size of a flow log that suggest reads, and maxFlowLines its records.
 const (
 	maxFlowLog   = 1 << 30
 	maxFlowLines = 1 << 20
 )
 
-// observed gives the flow of a record; none for what did not pass or is no flow.
+// observed returns the flow of a record, and false if the flow did not pass or the record is not of
+// a flow.
 func observed(r *api.FlowRecord) (policy.Observed, bool) {
 	o := policy.Observed{Ingress: r.TrafficDirection == api.Ingress, Peer: r.IP.Destination, Said: r.SNI, ECH: r.ECH, Names: r.DestinationNames}
 	if o.Ingress {
@@ -129,7 +131,7 @@ func observed(r *api.FlowRecord) (policy.Observed, bool) {
 	if o.Ingress && o.Port != 0 && r.ReplySource.IsValid() {
 		o.Port = r.ReplySource.Port() // policy judges where a published port leads
 	}
-	question := r.L7 != nil && r.L7.DNS != nil // to the resolver, which the gate answers
+	question := r.L7 != nil && r.L7.DNS != nil // a question to the resolver, which the gate answers
 	return o, (r.Verdict == api.VerdictForwarded || r.Verdict == api.VerdictAudit) && o.Proto != 0 && !question
 }
 

@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// policyTrialCommands ask a policy file about a flow that nobody has started.
+// policyTrialCommands returns the commands that judge a flow by a policy file without starting one.
 func policyTrialCommands() []*cli.Command {
 	flags := []cli.Flag{
 		&cli.StringFlag{Name: "to", Usage: "destination, `HOST:PORT`; for icmp HOST; with --from the sandbox's PORT"},
@@ -44,7 +44,7 @@ func policyTrialCommands() []*cli.Command {
 	}
 }
 
-// podFlag has a policy file judged as a pod's.
+// podFlag makes a command judge a policy file as a pod's.
 func podFlag() cli.Flag {
 	return &cli.BoolFlag{Name: "pod", Usage: "judge as in a pod, where a policy with egress rules and without ingress rules leaves ingress open"}
 }
@@ -56,15 +56,15 @@ func environment(c *cli.Context) policy.Environment {
 // trialJSON is what test and explain print with -o json.
 type trialJSON struct {
 	Allowed bool          `json:"allowed"`
-	Action  string        `json:"action"`           // allow, reject or drop; for a name that may not be asked nxdomain, refused or drop
-	Rule    string        `json:"rule"`             // what decides
-	Tried   string        `json:"tried,omitempty"`  // the rule that fits but for the reason
+	Action  string        `json:"action"`           // allow, reject or drop; nxdomain, refused or drop for a name that may not be asked for
+	Rule    string        `json:"rule"`             // the rule or default that decides
+	Tried   string        `json:"tried,omitempty"`  // the rule that would match if not for Reason
 	Reason  policy.Reason `json:"reason,omitempty"` // as in the flow log
 	Audited bool          `json:"audited,omitempty"`
-	Asked   *bool         `json:"mayBeAsked,omitempty"` // the name, of the resolver
+	Asked   *bool         `json:"mayBeAsked,omitempty"` // whether the resolver may be asked for the name
 	Target  string        `json:"target,omitempty"`
 	Assumed []string      `json:"assumed,omitempty"`
-	Steps   []policy.Step `json:"steps,omitempty"` // of explain
+	Steps   []policy.Step `json:"steps,omitempty"` // of explain only
 }
 
 func policyTrial(c *cli.Context, explain bool) error {
@@ -98,8 +98,8 @@ func policyTrial(c *cli.Context, explain bool) error {
 	return err
 }
 
-// parsePolicy reads and parses a policy file, which it calls as the caller wrote it, so that
-// editors find the place of an error; - is standard input.
+// parsePolicy reads and parses a policy file; - is standard input. It names the file as the caller
+// wrote it, so that editors find the place of an error.
 func parsePolicy(path string) (policy.Document, *policy.Policy, error) {
 	d, err := readPolicy(path, path)
 	if err != nil {

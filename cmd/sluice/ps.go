@@ -76,8 +76,7 @@ func ps(c *cli.Context) error {
 	return t.flush()
 }
 
-// describe asks a sandbox; one that does not answer is described by its state
-// file.
+// describe asks a sandbox for its description; the state file describes one that does not answer.
 func describe(ctx context.Context, registry *sandbox.Registry, s sandbox.State) api.Info {
 	ctx, cancel := context.WithTimeout(ctx, psTimeout)
 	defer cancel()

@@ -22,7 +22,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// The categories that the flags of run and attach are listed under.
+// The categories under which the help lists the flags of run and attach.
 const (
 	ofNetwork = "network"
 	ofPolicy  = "policy"
@@ -31,7 +31,8 @@ const (
 	ofProcess = "identity and process"
 )
 
-// sandboxFlags are common to run and attach; withoutPolicy says what holds without --policy.
+// sandboxFlags returns the flags common to run and attach; withoutPolicy says what applies without
+// --policy.
 func sandboxFlags(withoutPolicy string) []cli.Flag {
 	return slices.Concat(
 		cmdline.InCategory(ofNetwork,
@@ -162,7 +163,7 @@ standard error.`,
 	}
 }
 
-// finish turns the end of a sandbox into what main exits with.
+// finish turns the end of a sandbox into the error that main exits with.
 func finish(status int, err error) error {
 	switch {
 	case err != nil:
@@ -173,8 +174,8 @@ func finish(status int, err error) error {
 	return nil
 }
 
-// noStrayOptions refuses what would silently become part of COMMAND: the library
-// stops at the first word that is no flag, and so does a user's typing error.
+// noStrayOptions refuses an option that would silently become part of COMMAND: the library stops at
+// the first word that is not a flag, and a typing error can be such a word.
 func noStrayOptions(c *cli.Context) error {
 	if a := c.Args().First(); strings.HasPrefix(a, "-") {
 		return fmt.Errorf("%s: flag %q stands where COMMAND is expected", c.Command.Name, a)
@@ -182,7 +183,7 @@ func noStrayOptions(c *cli.Context) error {
 	return nil
 }
 
-// sandboxConfig reads the common flags; none holds without --policy.
+// sandboxConfig reads the common flags; none applies without --policy.
 func sandboxConfig(c *cli.Context, none policy.Builtin) (sandbox.Config, error) {
 	cfg := sandbox.Config{
 		Name: c.String("name"), Version: cmdline.Version(),
@@ -195,7 +196,7 @@ func sandboxConfig(c *cli.Context, none policy.Builtin) (sandbox.Config, error) 
 		Name: c.String("interface"), MTU: c.Int("mtu"), Queues: c.Int("queues"), NoOffload: c.Bool("no-offload"),
 	}
 	var errs []error
-	// A flag that was given is one, whatever its value: an empty one is an error of its own.
+	// A flag that was given counts even with an empty value, which is an error of its own.
 	try := func(name string, f func(string) error) {
 		if v := c.String(name); v != "" || c.IsSet(name) {
 			if err := f(v); err != nil {
@@ -318,7 +319,7 @@ func addrOf(a *netip.Addr, family int) func(string) error {
 	}
 }
 
-// serverOf reads a name server, whose port is 53 unless given.
+// serverOf parses a name server; the port defaults to 53.
 func serverOf(v string) (netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(strings.Trim(v, "[]")); err == nil {
 		return netip.AddrPortFrom(a, 53), nil
@@ -330,7 +331,7 @@ func serverOf(v string) (netip.AddrPort, error) {
 	return a, nil
 }
 
-// preserved are the caller's descriptors from 3 on.
+// preserved returns n of the caller's descriptors, from 3 on.
 func preserved(n int) ([]*os.File, error) {
 	if n < 0 {
 		return nil, fmt.Errorf("--preserve-fds: %d: want 0 or more", n)
@@ -345,7 +346,7 @@ func preserved(n int) ([]*os.File, error) {
 	return files, nil
 }
 
-// attachTo is a sandbox.StartGuest for an existing namespace.
+// attachTo returns a sandbox.StartGuest for an existing namespace.
 func attachTo(t guest.Target) sandbox.StartGuest {
 	return func(ctx context.Context, cfg guest.Config) (*guest.Guest, error) { return guest.Attach(ctx, t, cfg) }
 }

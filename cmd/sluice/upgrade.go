@@ -14,8 +14,8 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// upgradeTimeout bounds one attachment's upgrade: the old worker's end and the new
-// one's start.
+// upgradeTimeout bounds the upgrade of one attachment: the end of the old worker and the start of
+// the new one.
 const upgradeTimeout = 30 * time.Second
 
 func upgradeCommand() *cli.Command {
@@ -74,7 +74,7 @@ func upgrade(c *cli.Context) error {
 	return nil
 }
 
-// attachments lists the attachments that run, oldest first.
+// attachments lists the running attachments, oldest first.
 func attachments(ctx context.Context, registry *sandbox.Registry) ([]string, error) {
 	states, err := registry.List()
 	if err != nil {

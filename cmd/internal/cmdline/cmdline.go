@@ -1,6 +1,5 @@
-// Package cmdline is what the command lines of both binaries share: their version, their
-// help, their shell completions and the source of their manual pages. It knows
-// urfave/cli and nothing of sluice.
+// Package cmdline holds what the command lines of both binaries share: version, help, shell
+// completions and the source of the manual pages. It knows urfave/cli and nothing about sluice.
 //
 // A command is described once, in its cli.Command:
 //
@@ -62,7 +61,7 @@ type entry struct{ term, text string }
 
 // category is the options under one heading.
 type category struct {
-	name    string // empty for options of no category
+	name    string // empty for options without a category
 	options []option
 }
 
@@ -80,7 +79,7 @@ func appPage(a *cli.App) *page {
 	})
 }
 
-// newPage describes the command that is called by name.
+// newPage describes the command invoked as name.
 func newPage(name string, c *cli.Command) *page {
 	p := &page{name: name, summary: c.Usage, usage: c.ArgsUsage, description: paragraphs(c.Description)}
 	if c.UsageText != "" {
@@ -105,8 +104,8 @@ func newPage(name string, c *cli.Command) *page {
 	return p
 }
 
-// shown lists the commands that the help names: the library adds one called help to
-// each of them.
+// shown returns the commands that the help lists: neither the hidden ones nor the one called help
+// that the library adds to each command.
 func shown(c *cli.Command) []*cli.Command {
 	return slices.DeleteFunc(slices.Clone(c.Subcommands), func(s *cli.Command) bool { return s.Hidden || s.Name == "help" })
 }
@@ -115,7 +114,8 @@ func hasFlags(c *cli.Command) bool {
 	return slices.ContainsFunc(c.Flags, func(f cli.Flag) bool { return f != cli.HelpFlag })
 }
 
-// add keeps categories in the order of their first option, and options of no category last.
+// add files an option under its category. Categories stay in the order of their first option;
+// options without a category come last.
 func (p *page) add(name string, o option) {
 	for i := range p.categories {
 		if p.categories[i].name == name {
@@ -126,7 +126,7 @@ func (p *page) add(name string, o option) {
 	p.categories = append(p.categories, category{name, []option{o}})
 }
 
-// newOption reads a flag, whose usage text has the placeholder in backquotes.
+// newOption reads a flag. Its usage text holds the placeholder in backquotes.
 func newOption(f cli.Flag) (o option, category string) {
 	for _, n := range f.Names() {
 		o.names = append(o.names, strings.Repeat("-", min(len(n), 2))+n)
@@ -154,8 +154,8 @@ func newOption(f cli.Flag) (o option, category string) {
 	return o, category
 }
 
-// defaultOf gives the default to print. A flag whose default is no value, or depends on
-// the machine, says so in its DefaultText.
+// defaultOf returns the default to print. A flag whose default is not a value, or depends on the
+// machine, states it in its DefaultText.
 func defaultOf(doc cli.DocGenerationFlag) string {
 	text := doc.GetValue()
 	if s, ok := doc.(*cli.StringFlag); ok && s.DefaultText != "" {

@@ -8,10 +8,10 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// The scripts ask the binary itself: with --generate-bash-completion as its last argument
-// urfave/cli answers with the words that can stand there. It does not where "--" stands among
-// the arguments, and runs the command instead; so what follows "--" is completed as the
-// other command that it is, and "--" itself as "-".
+// The scripts ask the binary itself: with --generate-bash-completion as its last argument,
+// urfave/cli prints the words that can stand there. If "--" is among the arguments, it runs the
+// command instead. The scripts therefore complete what follows "--" as the other command that it
+// is, and pass "--" itself as "-".
 const bashCompletion = `# bash completion for NAME: source <(NAME completion bash)
 _FUNCTION() {
 	local cur="${COMP_WORDS[COMP_CWORD]}" i words

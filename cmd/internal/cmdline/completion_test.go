@@ -11,7 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// script prints a shell's completion for the program prog-x.
+// script returns a shell's completion script for the program prog-x.
 func script(t *testing.T, shell string) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -22,14 +22,13 @@ func script(t *testing.T, shell string) string {
 	return out.String()
 }
 
-// prog stands in for the binary: it notes how it was called, and answers.
+// prog stands in for the binary: it records how it was called, and answers.
 const prog = `#!/bin/sh
 echo "$*" >>"$CALLS"
 printf '%s\n' --policy --publish -p run ps
 `
 
-// complete asks a shell for what can stand at the end of a line, and returns that and how the
-// program was called.
+// complete returns what a shell offers at the end of a line, and how it called the program.
 func complete(t *testing.T, shell, script string, line []string) (found, calls string) {
 	t.Helper()
 	path, err := exec.LookPath(shell)
@@ -54,8 +53,8 @@ func complete(t *testing.T, shell, script string, line []string) (found, calls s
 	return strings.Join(strings.Fields(string(out)), " "), strings.TrimSpace(string(b))
 }
 
-// shells says how each runs the function as its completion would, without a terminal. zsh's
-// own functions run only while it completes: these play them.
+// shells holds, for each shell, how to run the function as a completion would, without a terminal.
+// zsh's own functions run only during a completion, so stand-ins play them.
 var shells = map[string]struct{ before, after, other string }{
 	"bash": {
 		after: `

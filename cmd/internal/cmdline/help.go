@@ -20,7 +20,7 @@ const (
 	indent     = 3
 )
 
-// The library calls a variable to print help, and has no other hook that sees the command.
+// The library prints help through a variable, and has no other hook that sees the command.
 func init() {
 	cli.HelpPrinter = func(w io.Writer, _ string, data any) {
 		switch d := data.(type) {
@@ -32,7 +32,8 @@ func init() {
 	}
 }
 
-// width is how long a line of help may be: COLUMNS, or the width of the terminal that w is.
+// width returns the longest line that the help may have: COLUMNS, or the width of the terminal that
+// w is.
 func width(w io.Writer) int {
 	n, err := strconv.Atoi(os.Getenv("COLUMNS"))
 	if err != nil || n <= 0 {
@@ -91,7 +92,7 @@ func (p *page) print(w io.Writer, width int) {
 	_, _ = io.WriteString(w, t.b.String())
 }
 
-// text is help in the making.
+// text builds the help.
 type text struct {
 	b     strings.Builder
 	width int
@@ -104,8 +105,7 @@ func (t *text) heading(name string) {
 	t.b.WriteString(name + ":\n")
 }
 
-// entries writes terms with their texts in a column beside them, or below a term that is
-// too long for that.
+// entries writes each term with its text in a column beside it, or below a term too long for that.
 func (t *text) entries(entries []entry) {
 	column := 0
 	for _, e := range entries {
@@ -127,13 +127,13 @@ func (t *text) entries(entries []entry) {
 	}
 }
 
-// wrap writes text with the first line and the others indented.
+// wrap writes words, indenting the first line by first and the rest by others.
 func (t *text) wrap(first, others int, words string) {
 	t.lines(strings.Repeat(" ", first), others, words)
 }
 
-// lines fills lines with words; the first begins with what is given. A word longer than a
-// line has one of its own.
+// lines fills lines with words; the first begins with line. A word longer than a line gets a line
+// of its own.
 func (t *text) lines(line string, indent int, words string) {
 	used, begun := utf8.RuneCountInString(line), false
 	for _, word := range strings.Fields(words) {

@@ -10,8 +10,8 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// ReferenceCommand writes the help of every command as Markdown, from which hack/man makes
-// manual pages. It is for the build, and so is not listed.
+// ReferenceCommand prints the help of every command as Markdown, which hack/man turns into manual
+// pages. It is for the build, so the help does not list it.
 func ReferenceCommand() *cli.Command {
 	return &cli.Command{
 		Name: "reference", Usage: "write the help of every command as Markdown", ArgsUsage: "DIR", Hidden: true,
@@ -30,7 +30,7 @@ func ReferenceCommand() *cli.Command {
 	}
 }
 
-// everyPage lists the program and all its commands.
+// everyPage returns the pages of the program and of all its commands.
 func everyPage(a *cli.App) []*page {
 	pages := []*page{appPage(a)}
 	var walk func(string, []*cli.Command)
@@ -45,11 +45,11 @@ func everyPage(a *cli.App) []*page {
 	return pages
 }
 
-// manual is the name of the command's manual page.
+// manual returns the name of the command's manual page.
 func (p *page) manual() string { return strings.ReplaceAll(p.name, " ", "-") }
 
-// markdown is the source of the command's manual page, in the order of sections that
-// man-pages(7) has. hack/man adds the title.
+// markdown returns the source of the command's manual page, with its sections in the order of
+// man-pages(7). hack/man adds the title.
 func (p *page) markdown() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# NAME\n\n%s - %s\n\n", p.manual(), escape(p.summary))
@@ -92,7 +92,7 @@ func (p *page) markdown() string {
 	return b.String()
 }
 
-// seeAlso names the pages of the programs, of the command above and of policy files.
+// seeAlso names the pages of the programs, of the parent command and of policy files.
 func (p *page) seeAlso() (out []string) {
 	words := strings.Fields(p.name)
 	above := []string{"sluice", "sluice-cni"}

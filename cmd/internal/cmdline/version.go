@@ -2,10 +2,10 @@ package cmdline
 
 import "runtime/debug"
 
-// version is the release's. The linker sets it, for both binaries alike (`make build`).
+// version is the release. The linker sets it in both binaries (`make build`).
 var version string
 
-// Version is the release, or what the Go tool recorded of the commit that was built.
+// Version returns the release, or what the Go tool recorded about the commit that was built.
 func Version() string {
 	info, ok := debug.ReadBuildInfo()
 	if version != "" || !ok {

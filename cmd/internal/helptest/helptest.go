@@ -1,4 +1,4 @@
-// Package helptest holds what both binaries' tests ask of their help.
+// Package helptest holds the checks that both binaries' tests make of their help.
 package helptest
 
 import (
@@ -11,9 +11,9 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// Check asks every command of a program for its help, which must be of lines that fit 80
-// columns, have an example, and mention no flag in the examples that the command lacks.
-// The program is built anew for each call, because the library changes it.
+// Check asks every command of a program for its help. The help must fit 80 columns and have an
+// example, and its examples may use only flags that the command has. The program is built anew for
+// each call, because the library changes it.
 func Check(t *testing.T, program func() *cli.App) {
 	t.Helper()
 	t.Setenv("COLUMNS", "")
@@ -45,7 +45,7 @@ func Check(t *testing.T, program func() *cli.App) {
 	}
 }
 
-// Run runs a program and returns what it prints.
+// Run runs a program and returns its output.
 func Run(t *testing.T, app *cli.App, args ...string) string {
 	t.Helper()
 	var out bytes.Buffer
@@ -56,7 +56,7 @@ func Run(t *testing.T, app *cli.App, args ...string) string {
 	return out.String()
 }
 
-// walk lists the commands that are not hidden, by the words that call them.
+// walk lists the commands that are not hidden, each by the words that call it.
 func walk(parent []string, commands []*cli.Command) (out [][]string) {
 	for _, c := range commands {
 		if !c.Hidden {
@@ -67,8 +67,8 @@ func walk(parent []string, commands []*cli.Command) (out [][]string) {
 	return out
 }
 
-// checkExample holds an example to the flags that there are. It begins with the program, or
-// is a comment.
+// checkExample checks that the commands and flags of an example exist. The line must run the
+// program or be a comment.
 func checkExample(t *testing.T, app *cli.App, line string) {
 	t.Helper()
 	for part := range strings.SplitSeq(line, "|") {
