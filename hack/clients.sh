@@ -1,6 +1,6 @@
 #!/bin/bash
-# Rows of the matrix "as without" (e2e/aswithout_test.go) by name, all by default, with the programs
-# that only they need. As root.
+# Runs rows of the matrix "as without" (e2e/aswithout_test.go), by name or all of them, and
+# installs the programs that only they need. As root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 go=${GO:-go}

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Builds into the directory DIR what the CNI tests call beside this module: cnitool, and
-# the main plugins of the newest specification, in the versions that go.mod names. The
-# distribution's plugins do not speak that specification yet.
+# Builds into the directory DIR the programs from other modules that the CNI tests call:
+# cnitool and the main plugins of the newest specification, in the versions that go.mod
+# names. The distribution's plugins do not speak that specification yet.
 set -euo pipefail
 if [ $# != 1 ]; then
 	echo "usage: $0 DIR" >&2

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Shows sluice-cni with podman: two containers, of which one may reach the other, and
-# the flow table of each. It runs in namespaces of its own, and so does podman: nothing
-# of the machine is used but its programs, and nothing outlives this script.
+# Shows sluice-cni with podman: two containers, one of which may reach the other, and the
+# flow table of each. The script and podman run in namespaces of their own: they use nothing
+# of the machine but its programs, and nothing outlives the script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sluice=$PWD/build/sluice plugin=$PWD/build/sluice-cni peer=$PWD/build/peer examples=$PWD/examples/podman
@@ -26,7 +26,7 @@ fi
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
-# A podman that a Ctrl-C ends in the middle forgets what it has made: it is let finish.
+# A podman that Ctrl-C interrupts forgets what it has made, so it is allowed to finish.
 podman() {
 	setsid --wait podman "$@"
 }
@@ -38,7 +38,7 @@ done
 
 mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs -o mode=755 lib /var/lib
-# crun refuses cgroup v1 with v2 beside it; these containers have none of either.
+# crun refuses cgroup v1 with v2 beside it; these containers use neither.
 umount /sys/fs/cgroup/unified 2>/dev/null || true
 ip link set lo up
 mkdir /run/demo /run/demo/net.d /run/demo/bin /run/demo/root

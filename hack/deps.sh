@@ -1,7 +1,7 @@
 #!/bin/bash
-# Programs that the tests use, and the Debian packages that have them. As root
-# installs what is missing; otherwise says what to install and goes on: the tests that
-# need it are then skipped by name. Arguments are more of them.
+# Lists the programs that the tests use and the Debian packages that have them. As root it
+# installs the missing ones. Otherwise it says what to install and goes on: the tests that
+# need them are then skipped by name. Arguments add to the list.
 set -euo pipefail
 
 # program=package; a program may be any file with its path
@@ -71,7 +71,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 echo "deps: installing ${packages[*]}"
 export DEBIAN_FRONTEND=noninteractive
-# No service may start by itself on the machine that only tests.
+# No service may start by itself on a machine that only runs tests.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
 	trap 'rm -f "$policy"' EXIT

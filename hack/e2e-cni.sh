@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs single end-to-end tests as root, longer than `make test` does, with what that builds
-# for them.
+# Runs single end-to-end tests as root, for longer than `make test` does, with the binaries
+# that it builds for them.
 set -euo pipefail
 if [ $# -lt 2 ]; then
 	echo "usage: $0 TIMEOUT TESTS [NAME=VALUE...]" >&2

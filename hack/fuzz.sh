@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs every fuzz target of the module for the time given.
+# Runs every fuzz target of the module for the given time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 go=${GO:-go}

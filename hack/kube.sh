@@ -1,9 +1,9 @@
 #!/bin/bash
-# A real Kubernetes of two nodes with every pod behind Sluice: sluice-cni is installed
-# behind the cluster's main plugin, all pods are made anew, the cluster's own checks are
-# run, containerd and the kubelets are restarted under the pods, the checks are run again,
-# and after the last pod nothing may be left. Prints a line for each check; fails if one did.
-# shellcheck disable=SC2016 # what is in single quotes is for a shell in a node or a pod
+# Puts every pod of a real two-node Kubernetes cluster behind Sluice. It installs sluice-cni
+# behind the cluster's main plugin, makes all pods anew, runs the cluster's own checks,
+# restarts containerd and the kubelets under the pods, and runs the checks again. After the
+# last pod nothing may be left. Prints a line for each check, and fails if a check fails.
+# shellcheck disable=SC2016 # text in single quotes is for a shell in a node or a pod
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -66,7 +66,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 passed=0 failed=0
-# check NAME COMMAND…: what a command that fails said is shown whole.
+# check NAME COMMAND…: runs the command and prints all the output of one that fails.
 check() {
 	local name=$1 out
 	shift
@@ -78,7 +78,7 @@ check() {
 		printf 'FAIL  %s: %s\n' "$name" "$out"
 	fi
 }
-# eventually COMMAND…: it must succeed within 30 s; its last output counts.
+# eventually COMMAND…: repeats the command until it succeeds, for up to 30 s; prints its last output.
 eventually() {
 	local out end=$((SECONDS + 30))
 	until out=$("$@" 2>&1); do
@@ -107,7 +107,7 @@ pods() {
 		| select(.spec.nodeName == $n and .status.phase == "Running" and .metadata.deletionTimestamp == null and (.spec.hostNetwork | not))
 		| "\(.metadata.namespace)/\(.metadata.name) \([.status.podIPs[].ip] | sort | join(" "))"' | sort
 }
-# attached NODE: the same of the attachments that serve.
+# attached NODE: the same for the running attachments.
 attached() {
 	in_node "$1" "$sluice" ps -o json | jq -r '.[] | select(.attachment and .state == "running")
 		| "\(.command[1]) \([.guest[] | split("/")[0]] | sort | join(" "))"' | sort
@@ -159,10 +159,10 @@ every_pod_on_tap() {
 		done
 	done
 }
-# serving NODE: the pods with the processes of each.
+# serving NODE: the pods, each with its processes.
 serving() { in_node "$1" "$sluice" ps -o json | jq -r '.[] | "\(.command[1]) \(.pid) \(.worker_pid)"'; }
-# Runtimes that pass cgroupPath have monitor and worker charged to the pod: its own share
-# is then what is charged to the pod's cgroup itself, beside those of its containers.
+# With a runtime that passes cgroupPath, monitor and worker are charged to the pod: to its
+# own cgroup, beside those of its containers.
 every_pod_charged() {
 	local n pod monitor worker dir pid
 	for n in "${nodes[@]}"; do
@@ -190,7 +190,7 @@ memory() {
 	done | sort -n | awk '{v[NR] = $1} END {printf "%d pods, from %d to %d KiB private\n", NR, v[1], v[NR]; exit !NR}'
 }
 
-# smoke runs the cluster's own checks. Its pods come and go: they are watched meanwhile.
+# smoke runs the cluster's own checks, and watches their pods come and go meanwhile.
 smoke() {
 	local result=0
 	: >"$work/seen-pods"
@@ -219,7 +219,7 @@ smoke_result() {
 }
 smoke_pods() {
 	local line missing=0
-	# A pod whose network is just ending is still Running to the API for a moment.
+	# To the API, a pod whose network is just ending is still Running for a moment.
 	while read -r line; do
 		grep -qxF -- "$line" "$work/seen-attached" || { echo "never attached: $line"; missing=1; }
 	done < <(sort -u "$work/seen-pods")
@@ -230,7 +230,7 @@ smoke_pods() {
 # address POD 4|6
 address() { kubectl get pod "$1" -o json | jq -r --arg six "$2" '.status.podIPs[].ip | select(contains(":") == ($six == "6"))'; }
 bracket() { case $1 in *:*) echo "[$1]" ;; *) echo "$1" ;; esac; }
-# seen_from_pod 4|6: the server is asked by a pod, and sees the pod's address.
+# seen_from_pod 4|6: a pod asks the server, which sees the pod's address.
 seen_from_pod() {
 	local to from got
 	to=$(address web "$1") from=$(address asker "$1")
@@ -238,7 +238,7 @@ seen_from_pod() {
 	[ "${got%:*}" = "$(bracket "$from")" ] || { echo "the server saw $got, not $from"; return 1; }
 	echo "$got"
 }
-# seen_from_node 4|6: it is asked by the other node, and sees an address of that.
+# seen_from_node 4|6: the other node asks the server, which sees an address of that node.
 seen_from_node() {
 	local to got
 	to=$(address web "$1")
@@ -247,7 +247,7 @@ seen_from_node() {
 	grep -qF " $(echo "${got%:*}" | tr -d '[]')/" "$work/own" || { echo "the server saw $got, which is not of ${nodes[1]}"; return 1; }
 	echo "$got"
 }
-# policy_holds: a policy on one pod closes it to what it asked before, and no other pod.
+# policy_holds: a policy on one pod keeps it from the server that it asked before, and affects no other pod.
 policy_holds() {
 	local to name
 	to=$(address web 4)
@@ -261,8 +261,8 @@ policy_holds() {
 	in_node "${nodes[1]}" curl -sS -m 5 "http://$to:8080/hostname"
 }
 
-# names_hold: under a policy by name a pod reaches the services that it names, by the
-# cluster's DNS, whatever its resolv.conf says, and nothing else.
+# names_hold: under a policy by name a pod reaches the services that the policy names, and
+# nothing else. It finds them by the cluster's DNS, whatever its resolv.conf says.
 names_hold() {
 	local name what
 	name=$(in_node "${nodes[1]}" "$sluice" ps -o json | jq -r '.[] | select(.command[1] == "default/namer") | .name')
@@ -272,14 +272,14 @@ names_hold() {
 	for what in 'DNS over UDP:+notcp' 'DNS over TCP:+tcp'; do
 		in_namer 'dig "$1" +short "$2"' "${what#*:}" web.default.svc.cluster.local | grep -qxF "$(service web)" || { echo "${what%:*}: not the service's address"; return 1; }
 		in_namer 'dig "$1" "$2"' "${what#*:}" kubernetes.default.svc.cluster.local | grep -q NXDOMAIN || { echo "${what%:*}: a name that the policy does not have"; return 1; }
-		# Nobody is there: it is ours that answers.
+		# No server has this address: ours answers.
 		in_namer 'dig "$1" +short @192.0.2.53 "$2"' "${what#*:}" web.default.svc.cluster.local | grep -qxF "$(service web)" || { echo "${what%:*}: another server than ours"; return 1; }
 	done
 	in_namer 'cp /etc/resolv.conf /tmp/ && sed s/^nameserver.*/nameserver\ 192.0.2.53/ /tmp/resolv.conf >/etc/resolv.conf' || return 1
 	namer_asks 'by a resolv.conf of its own' || return 1
 	in_namer 'cat /tmp/resolv.conf >/etc/resolv.conf'
 }
-# namer_asks WHEN: the services by name; none by address or by another name.
+# namer_asks WHEN: reaches the services by name, and none by address or by another name.
 namer_asks() {
 	local host
 	for host in web headless; do
@@ -296,8 +296,8 @@ namer_asks() {
 in_namer() { kubectl exec namer -- sh -c "$1" - "${@:2}"; }
 service() { kubectl get service "$1" -o jsonpath='{.spec.clusterIP}'; }
 
-# held 4|6 LINES: the connection that was opened first goes on after so many lines, each
-# line once and in its order.
+# held 4|6 LINES: the connection opened at the start goes on after LINES lines, and each line
+# arrives once and in order.
 held() {
 	local n
 	n=$(kubectl exec held-server -c "v$1" -- awk '$1 != NR - 1 {exit 1} END {print NR}' /tmp/lines) || { echo 'lines are missing'; return 1; }
@@ -313,8 +313,8 @@ kubelets_answer() {
 	kubectl exec held-server -c v4 -- true && kubectl exec held-client -c v4 -- true
 }
 
-# replaced: the runtime's STATUS finds a monitor that was killed. The pod has no network
-# until then, and the same address afterwards.
+# replaced: the runtime's STATUS replaces a monitor that was killed. Until then the pod has no
+# network; afterwards it has the same address.
 replaced() {
 	local before after to start=$SECONDS
 	to=$(address web 4)
@@ -332,7 +332,7 @@ no_pod() {
 	echo "$left"
 	[ -z "$left" ]
 }
-# clean NODE: nothing of any pod is left.
+# clean NODE: no pod has left anything.
 clean() {
 	in_node "$1" bash -s -- "$(sort -u "$work/addresses" | tr '\n' ' ')" <<'IN'
 		shopt -s nullglob
@@ -349,7 +349,7 @@ clean() {
 		[ -z "$left" ]
 IN
 }
-# remains: clean sees all that there is to see, while there are pods.
+# remains NODE: while there are pods, clean finds remains of every kind.
 remains() {
 	local kind
 	if clean "$1" >"$work/remains"; then
@@ -388,8 +388,8 @@ gone() {
 NODES=2 "$tools/up" >"$work/up" 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 KUBECONFIG=$(tail -1 "$work/up")
 export KUBECONFIG PATH=$PATH:${KUBECONFIG%/*}/bin
-# kubectl loses what a command says at once if its websocket is not ready for it ("Unknown
-# stream id"); its older way to a command does not.
+# kubectl loses the output that a command prints before the websocket is ready ("Unknown
+# stream id"). Its older transport does not.
 export KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false
 mapfile -t nodes < <(kubectl get nodes -o name | sed 's,^node/,,' | sort)
 kubectl get nodes -o json | jq -r '.items[].status.nodeInfo | "      \(.kubeletVersion), \(.containerRuntimeVersion), kernel \(.kernelVersion)"' | sort -u
@@ -406,7 +406,7 @@ for n in "${nodes[@]}"; do
 done
 check 'pods from before are left alone' no_attachment
 
-# Every pod that there is belongs to a deployment.
+# Every existing pod belongs to a deployment.
 for d in $(kubectl get deployments -A -o json | jq -r '.items[] | "\(.metadata.namespace)/\(.metadata.name)"'); do
 	kubectl -n "${d%/*}" rollout restart "deployment/${d#*/}" >/dev/null
 	check "$d anew" kubectl -n "${d%/*}" rollout status "deployment/${d#*/}" --timeout=60s

@@ -16,7 +16,7 @@ func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(name, args...)
 	cmd.Dir = ".."
-	// What an outer make, if there is one, was told is not for this one.
+	// The variables of an outer make are not meant for this one.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
 		return strings.HasPrefix(v, "MAKE") || strings.HasPrefix(v, "MFLAGS=") || strings.HasPrefix(v, "DESTDIR=") || strings.HasPrefix(v, "PREFIX=")
 	})
@@ -74,7 +74,7 @@ func TestMakeInstall(t *testing.T) {
 	if got := run(t, filepath.Join(root, "bin/sluice"), "version"); !strings.HasPrefix(got, "sluice "+stamp+" (") {
 		t.Errorf("sluice has the version %q, sluice-cni %q", got, stamp)
 	}
-	// The stamp is of git, or make's VERSION: the binaries alone do not know a release.
+	// The stamp comes from git or from make's VERSION: the binaries alone know no release.
 	if stamp == "" || strings.HasPrefix(stamp, "devel") {
 		t.Errorf("the binaries were not stamped: %q", stamp)
 	}

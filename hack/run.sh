@@ -1,6 +1,6 @@
 #!/bin/bash
-# Shows sluice at work, with nothing but this machine: a server on the host, and in a
-# sandbox one request to it and one to an address that the policy denies.
+# Shows sluice at work on this machine alone. A server runs on the host; in a sandbox, one
+# request goes to it and one to an address that the policy denies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 sluice=$PWD/build/sluice peer=$PWD/build/peer
@@ -26,7 +26,7 @@ finish() {
 }
 trap finish EXIT
 
-# A server on the host's loopback; 10.0.2.2 is where the sandbox sees that.
+# The server is on the host's loopback, which the sandbox sees as 10.0.2.2.
 port=$((20000 + $$ % 20000))
 "$peer" serve -base "$port" 127.0.0.1 >"$work/server" &
 server=$!

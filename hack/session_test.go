@@ -9,10 +9,10 @@ import (
 	"testing"
 )
 
-// TestSessionIsTheSameForEveryCaller starts a command as `make test` starts the tests, in the
-// states that a caller may be in.
+// TestSessionIsTheSameForEveryCaller starts a command as `make test` starts the tests, from each
+// state that a caller may be in.
 func TestSessionIsTheSameForEveryCaller(t *testing.T) {
-	// Signals 32 and 33 are the C library's own: no program can set them back.
+	// The C library keeps signals 32 and 33 for itself: no program can reset them.
 	const state = `for of in SigBlk SigIgn; do set -- $(grep "^$of:" /proc/self/status); echo "$1 $((0x$2 & ~0x180000000))"; done; readlink /proc/$$/fd/0; set -- $(cat /proc/$$/stat); echo "terminal $7"; exit 3`
 	const want = "SigBlk: 0\nSigIgn: 0\n/dev/null\nterminal 0\n"
 	for _, row := range []struct{ name, shell string }{
@@ -54,7 +54,8 @@ func TestSessionPassesSignalsOn(t *testing.T) {
 		if err := cmd.Process.Signal(signal); err != nil {
 			t.Error(err)
 		}
-		// Not passed on, it would let the command come to its end, with status 0.
+		// If the signal were not passed on, the command would run to its end and exit with status
+		// 0.
 		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != 128+int(signal) {
 			t.Errorf("after %v: %v", signal, err)
 		}

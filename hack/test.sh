@@ -1,8 +1,8 @@
 #!/bin/bash
-# All tests. As root the end-to-end tests run twice, as root and as an ordinary user, with
-# those of the CNI plugin, which mostly wait, beside them; an ordinary user runs them once.
-# What was skipped, and why, is listed at the end, and an area of e2e/areas.txt that could
-# run and did not is a failure.
+# Runs all tests. As root the end-to-end tests run twice, as root and as an ordinary user;
+# the tests of the CNI plugin, which mostly wait, run beside them. An ordinary user runs them
+# once. The end lists every skipped test with its reason. An area of e2e/areas.txt that could
+# have run and did not is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" != --in-session ]; then
@@ -21,7 +21,7 @@ hack/deps.sh
 "$go" build -o build/test2json cmd/test2json
 report=build/report-tests
 
-# Each step goes on after a failure, so that one run tells all; the closing report fails.
+# A failed step does not stop the run, so that one run reports everything; the closing report fails.
 step() {
 	echo "== $*"
 }
@@ -34,7 +34,7 @@ packages=$("$go" list ./... | grep -v '/e2e$')
 # shellcheck disable=SC2086
 "$go" test -json -timeout 5m $packages | "$report" -name unit -dir "$reports" || true
 
-# The ordinary user may not be able to enter this directory: the binaries go elsewhere.
+# The ordinary user may be unable to enter this directory, so the binaries go elsewhere.
 work=$(mktemp -d /tmp/sluice-test.XXXXXX)
 tun=/dev/net/tun
 mode=
@@ -65,7 +65,7 @@ hack/cni-plugins.sh "$work/cni"
 
 cni=^TestCNI
 
-# e2e NAME FLAG COMMAND...: the tests that FLAG of the test binary selects.
+# e2e NAME FLAG COMMAND...: runs the tests that the test binary's FLAG selects.
 e2e() {
 	local name=$1 flag=$2
 	shift 2
@@ -85,7 +85,7 @@ if [ "$(id -u)" = 0 ]; then
 		mkdir -p /dev/net
 		mknod "$tun" c 10 200
 	fi
-	# What udev gives the device everywhere; back to what it was when we end.
+	# The mode that udev gives the device everywhere; the old one is restored at the end.
 	old=$(stat -c %a "$tun")
 	if [ "$old" != 666 ]; then
 		mode=$old

@@ -3,10 +3,10 @@
 //	man [-date D] [-source S] DIR NAME.SECTION.md...
 //	man [-date D] [-source S] -page NAME.SECTION -summary TEXT DIR FILE
 //
-// The first is for pages that the binaries wrote (`sluice reference`), the second for a
-// document of docs/. Markdown becomes roff by go-md2man. A document is written for a browser,
-// and is changed first: it gets a NAME section, its tables, which are wider than a terminal,
-// become lists of definitions, and its links become text.
+// The first form renders pages that the binaries wrote (`sluice reference`), the second a document
+// of docs/. go-md2man turns the Markdown into roff. A document is written for a browser, so it is
+// adapted first: it gets a NAME section, its tables, which are wider than a terminal, become lists
+// of definitions, and its links become text.
 package main
 
 import (
@@ -21,7 +21,7 @@ import (
 	"github.com/cpuguy83/go-md2man/v2/md2man"
 )
 
-// title is what the first and last lines of a page have besides its name.
+// title holds what the first and last lines of a page show beside its name.
 type title struct{ date, source string }
 
 func main() {
@@ -109,7 +109,7 @@ func document(name, summary, text string) (string, error) {
 
 var link = regexp.MustCompile(`\[([^\]]+)\]\(([^)]+)\)`)
 
-// plainLinks leaves of a link its text, and the address too if it is one of the web's.
+// plainLinks replaces a link by its text, followed by the address if that is on the web.
 func plainLinks(text string) string {
 	return link.ReplaceAllStringFunc(text, func(l string) string {
 		m := link.FindStringSubmatch(l)
@@ -120,7 +120,7 @@ func plainLinks(text string) string {
 	})
 }
 
-// cells splits a row of a table. A backslash keeps a bar in its cell.
+// cells splits a row of a table. A bar after a backslash stays in its cell.
 func cells(row string) (out []string) {
 	row = strings.ReplaceAll(strings.Trim(strings.TrimSpace(row), "|"), `\|`, "\x00")
 	for c := range strings.SplitSeq(row, "|") {
@@ -129,9 +129,8 @@ func cells(row string) (out []string) {
 	return out
 }
 
-// definitions writes a table as a list: the first column is what is defined, the second says
-// what it is, and the others follow with their headings. A row without a first cell continues
-// the one before.
+// definitions writes a table as a list. The first column is the term, the second its definition,
+// and the others follow with their headings. A row without a first cell continues the one before.
 func definitions(b *strings.Builder, head []string, rows [][]string) {
 	for i, row := range rows {
 		switch {

@@ -1,17 +1,17 @@
-// Command report makes test runs readable: it turns the JSON of `go test -json` into one
-// line a test (all output for a failed one), keeps what it saw, and at the close lists
-// every skip with its reason and holds the runs to the areas that the end-to-end suite
-// promises to prove.
+// Command report makes test runs readable. It turns the JSON of `go test -json` into one line a
+// test (all output for a failed one) and keeps what it saw. At the close it lists every skip with
+// its reason, and checks that the runs covered the areas that the end-to-end suite promises to
+// prove.
 //
 //	go test -json ./... | report -name unit -dir DIR     one run
 //	report -close -areas FILE -modes root,user -dir DIR  the closing, fails if anything did
 //
-// gotestsum prints tests and skips as well, but looks at one run of one user at a time. Here
-// three runs, of different users, together must have proved each area. A runner that keeps
-// that list would replace this program.
+// gotestsum also prints tests and skips, but it looks at one run of one user at a time. Here three
+// runs by different users must together have proved each area. A runner that keeps that list would
+// replace this program.
 //
-// An area is declared by a test's line "area NAME by TEST"; the file names each area and
-// the runs it belongs to.
+// A test declares an area by the line "area NAME by TEST"; the file names each area and the runs it
+// belongs to.
 package main
 
 import (
@@ -33,14 +33,14 @@ type event struct {
 	Elapsed                       float64
 }
 
-// outcome is what a run keeps for the closing.
+// outcome is what a run records for the closing.
 type outcome struct {
 	Name           string
 	Passed, Failed int
 	Skips          []skip
 	Failures       []string
 	Areas          map[string]string // area → pass, fail, or skip: reason
-	Complete       bool              // every package came to its end
+	Complete       bool              // every package ran to its end
 }
 
 type skip struct{ Test, Reason string }
@@ -66,7 +66,7 @@ func main() {
 	}
 }
 
-// test is a test under way, a subtest or its parent.
+// test is a running test or subtest.
 type test struct {
 	output []string
 }
@@ -152,7 +152,7 @@ func (o *outcome) count(e event, output []string) {
 	}
 }
 
-// area keeps the worst that became of an area's tests.
+// area keeps the worst result of an area's tests.
 func (o *outcome) area(name, action, why string) {
 	if action == "skip" {
 		action = "skip: " + why
@@ -162,7 +162,7 @@ func (o *outcome) area(name, action, why string) {
 	}
 }
 
-// reason is what a skipped test said: the text after its file and line.
+// reason returns why a test was skipped: the text after its file and line.
 func reason(output []string) string {
 	for _, line := range output {
 		line = strings.TrimSpace(line)
@@ -225,8 +225,8 @@ func judge(out io.Writer, dir, areasFile string, modes []string, strict bool) er
 	return nil
 }
 
-// missing names the areas of a run that could have run and did not, and those that no
-// list promises.
+// missing names the areas that could have run in this mode and did not, and those that the list of
+// areas lacks.
 func missing(promised map[string][]string, o outcome, mode string, strict bool) (faults []string) {
 	for area, runs := range promised {
 		became, seen := o.Areas[area]
@@ -247,7 +247,7 @@ func missing(promised map[string][]string, o outcome, mode string, strict bool) 
 	return faults
 }
 
-// readAreas reads "NAME RUN[,RUN] what it proves"; # begins a comment.
+// readAreas reads lines of the form "NAME RUN[,RUN] what it proves"; # begins a comment.
 func readAreas(path string) (map[string][]string, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
