@@ -1,5 +1,5 @@
-// Command embed runs a command under a policy and says what became of its flows: all that a
-// program needs to put what it runs behind the gate.
+// Command embed runs a command under a policy and prints what became of its flows. A program needs
+// no more than this to put the commands it runs behind the gate.
 package main
 
 import (
@@ -21,7 +21,7 @@ spec:
 `
 
 func main() {
-	sandbox.Init("1.0") // before all else: a sandbox's other processes are this binary too
+	sandbox.Init("1.0") // before anything else: a sandbox's other processes are this binary too
 	doc, err := policy.NewDocument("gate", []byte(gate))
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
