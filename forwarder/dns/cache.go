@@ -1,20 +1,19 @@
 package dns
 
-// The cache of the gate: what upstream said, sifted, kept for as long as it said.
+// The cache of the gate: upstream's answers, sifted, kept for as long as their TTLs say.
 //
 //	question ─► lookup ─┬─ fresh, under the rules in force ─► written for this client
 //	                    └─ else: asked upstream, once for all who wait (gate.go)
 //
-// An answer is kept for the least TTL of its records, a negative one for what its SOA
-// record says (RFC 2308 section 5), at least cacheFloor and at most ttlCap; a server's
-// failure for cacheFailure (RFC 9520 section 3.2). So a name that is asked again and
-// again is asked upstream only every few seconds, whatever TTL its server likes, and
-// says nothing to it in between.
+// An answer is kept for the least TTL of its records, a negative one for the TTL of its SOA record
+// (RFC 2308 section 5), at least cacheFloor and at most ttlCap. A server's failure is kept for
+// cacheFailure (RFC 9520 section 3.2). So a name that is asked repeatedly goes upstream only every
+// few seconds, whatever TTL its server sets, and tells that server nothing in between.
 //
-// An entry counts only under the rules that it was judged by. Where other rules would
-// have made the same of the answer it is theirs too (stands); else they ask anew.
-// Another set of upstream servers empties the cache. An entry that has ended is kept,
-// as long as there is room, to tell whether the next answer says anything new (tunnel.go).
+// An entry is valid only under the rules that it was judged by. If other rules would have made the
+// same of the answer, it is valid under them too (stands); otherwise the name is asked again. A new
+// set of upstream servers empties the cache. An expired entry is kept while there is room, to tell
+// whether the next answer says anything new (tunnel.go).
 
 import (
 	"bytes"
@@ -27,19 +26,19 @@ import (
 )
 
 const (
-	// cacheFloor is for how long an answer holds at least. It is the shortest TTL that
-	// load balancers are given in earnest.
+	// cacheFloor is the least time that an answer is kept. It is the shortest TTL that load
+	// balancers use in practice.
 	cacheFloor = 5 * time.Second
-	// cacheFailure is for how long a server's refusal or failure holds.
+	// cacheFailure is how long a server's refusal or failure is kept.
 	cacheFailure = time.Second
 
-	// maxCached bounds the answers, and maxCachedBytes their memory, cachedOverhead
+	// maxCached bounds the number of answers, and maxCachedBytes their memory, with cachedOverhead
 	// added for each.
 	maxCached      = 4096
 	maxCachedBytes = 4 << 20
 	cachedOverhead = 512
 
-	// regrant is how often the grants of an answer that is told again and again are renewed.
+	// regrant is how often the grants of an answer served from the cache are renewed.
 	regrant = time.Second
 )
 
@@ -49,34 +48,34 @@ type cacheKey struct {
 	qtype uint16
 }
 
-// cache holds answers, the least recently used one at the back of order. Its zero value
-// is ready.
+// cache holds answers. The least recently used one is at the back of order. The zero value is
+// ready.
 type cache struct {
 	mu      sync.Mutex
 	entries map[cacheKey]*list.Element // of *cached
 	order   list.List
 	bytes   int
-	age     uint64 // of the upstream servers: counts how often they changed
+	age     uint64 // how often the upstream servers have changed
 }
 
 // cached is one answer. Only renewing changes, under the cache's lock.
 type cached struct {
 	key      cacheKey
-	rules    *policy.Rules // it was judged by
+	rules    *policy.Rules // that it was judged by
 	name     string        // in policy's normal form
 	verdict  policy.NameVerdict
 	from     time.Time // when it came
 	until    time.Time
 	wire     []byte   // the answer, without an ID, the client's bits and an OPT record
 	ttls     []uint16 // where the records' TTLs are
-	ttl      uint32   // of all records, when it came
+	ttl      uint32   // of every record, on arrival
 	answer   *sifted
-	size     int       // of the data that it told
+	size     int       // of the data that it carried
 	renewing time.Time // when its addresses were last granted
 }
 
-// lookup finds an answer that holds under rules. Due says that its addresses must be
-// granted again before anybody sees it.
+// lookup finds an answer that is valid under rules. due reports that its addresses must be granted
+// again before a client sees it.
 func (c *cache) lookup(k cacheKey, rules *policy.Rules, now time.Time) (e *cached, due bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -95,7 +94,7 @@ func (c *cache) lookup(k cacheKey, rules *policy.Rules, now time.Time) (e *cache
 	return e, due
 }
 
-// peek finds an answer that has not ended, whatever rules it was judged by.
+// peek finds an answer that has not expired, whatever rules it was judged by.
 func (c *cache) peek(k cacheKey, now time.Time) *cached {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -113,7 +112,7 @@ func (c *cache) says(k cacheKey, e *cached) bool {
 	return at != nil && sameData(at.Value.(*cached), e)
 }
 
-// sameData reports whether two answers differ in TTLs at most.
+// sameData reports whether two answers differ at most in their TTLs.
 func sameData(a, b *cached) bool {
 	if len(a.wire) != len(b.wire) || len(a.ttls) != len(b.ttls) {
 		return false
@@ -128,15 +127,15 @@ func sameData(a, b *cached) bool {
 	return bytes.Equal(a.wire[at:], b.wire[at:])
 }
 
-// generation is to be handed to put: what was asked of servers that are no longer
-// the host's is not kept.
+// generation returns the value to pass to put, which drops the answer if the upstream servers have
+// changed since.
 func (c *cache) generation() uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.age
 }
 
-// put keeps an answer in place of the one before, and gives up the least used ones.
+// put stores an answer in place of the one before, and evicts the least recently used ones.
 func (c *cache) put(e *cached, generation uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -162,7 +161,7 @@ func (c *cache) remove(at *list.Element) {
 	c.bytes -= e.weight()
 }
 
-// flush forgets everything, and what is on its way.
+// flush forgets every answer, and those still on their way.
 func (c *cache) flush() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -171,12 +170,12 @@ func (c *cache) flush() {
 	c.age++
 }
 
-// weight is what an entry takes of maxCachedBytes: the message, the records that it was
+// weight is the share of maxCachedBytes that an entry takes: the message, the records that it was
 // made of, and the rest.
 func (e *cached) weight() int { return 3*len(e.wire) + len(e.key.name) + cachedOverhead }
 
-// stands gives the answer as it is under other rules, by which v lets its name be asked,
-// or nil where they could have made another one of it.
+// stands returns the answer as an entry under other rules, given that v lets its name be asked, or
+// nil if they could have made a different one of it.
 func (e *cached) stands(rules *policy.Rules, v policy.NameVerdict, now time.Time) *cached {
 	if e.answer.rebound > 0 || v.ECH != e.verdict.ECH || !now.Before(e.from.Add(max(time.Duration(rules.DNS().TTLCap), cacheFloor))) {
 		return nil
@@ -192,7 +191,7 @@ func (e *cached) stands(rules *policy.Rules, v policy.NameVerdict, now time.Time
 	}
 }
 
-// newCached makes an entry of an answer to qy.
+// newCached makes an entry of the answer to qy.
 func newCached(qy *query, rules *policy.Rules, v policy.NameVerdict, s *sifted, now time.Time) (*cached, error) {
 	wire, err := s.message(qy.q)
 	if err != nil {
@@ -212,7 +211,7 @@ func newCached(qy *query, rules *policy.Rules, v policy.NameVerdict, s *sifted, 
 	return e, nil
 }
 
-// write makes the answer to qy, whose question is e's.
+// write returns the answer to qy, whose question is e's.
 func (e *cached) write(qy *query, now time.Time) []byte {
 	out := make([]byte, len(e.wire), len(e.wire)+optRecordLen)
 	copy(out, e.wire)
@@ -233,12 +232,12 @@ func (e *cached) write(qy *query, now time.Time) []byte {
 	return out
 }
 
-// left is for how long the addresses are still to be granted.
+// left is how much longer the addresses are to be granted.
 func (e *cached) left(now time.Time) time.Duration {
 	return max(time.Duration(e.ttl)*time.Second-now.Sub(e.from), 0)
 }
 
-// addrs are what the answer's name leads to, if the policy grants by it.
+// addrs returns the addresses that the answer's name leads to, if the policy grants by it.
 func (e *cached) addrs() []netip.Addr {
 	if !e.verdict.Grants {
 		return nil

@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// counted makes an upstream count the questions that reach it.
+// counted wraps an upstream to count the questions that reach it.
 func counted(n *int, up func([]byte) [][]byte) func([]byte) [][]byte {
 	return func(q []byte) [][]byte { *n++; return up(q) }
 }
@@ -28,7 +28,7 @@ func TestAnAnswerIsKeptForItsTTL(t *testing.T) {
 		records []string
 		code    int
 		holds   time.Duration
-		told    uint32 // at first, by the first record of any section
+		told    uint32 // TTL on arrival, of the first record of any section
 	}{
 		{"an address", []string{"an pypi.test. 60 A 198.51.100.1"}, 0, 60 * time.Second, 60},
 		{"the least TTL of a chain", []string{"an pypi.test. 600 CNAME a.test.", "an a.test. 20 A 198.51.100.1"}, 0, 20 * time.Second, 20},
@@ -80,7 +80,7 @@ func TestAnAnswerIsKeptForItsTTL(t *testing.T) {
 	}
 }
 
-// The client's header is its own, whoever asked first.
+// The client gets its own header back, whichever client asked first.
 func TestACachedAnswerIsForTheClient(t *testing.T) {
 	g := newGate(t, gatedPolicy, says("an pypi.test. 60 A 198.51.100.1"))
 	packet(g.Resolver, ask(t, "pypi.test", dns.TypeA))
@@ -107,7 +107,8 @@ func TestACachedAnswerIsForTheClient(t *testing.T) {
 	}
 }
 
-// What the cache tells is granted for as long as it is told, and again if it was given up.
+// Addresses in a cached answer are granted for as long as it is served, and again if the grant was
+// given up.
 func TestACachedAnswerIsGranted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
@@ -136,7 +137,7 @@ func TestACachedAnswerIsGranted(t *testing.T) {
 	})
 }
 
-// Only what the rules in force allow is told, and nothing of other servers.
+// Only answers that the rules in force allow are served, and none from former servers.
 func TestTheCacheEndsWithRulesAndServers(t *testing.T) {
 	var rules atomic.Pointer[policy.Rules]
 	rules.Store(compile(t, gatedPolicy))
@@ -172,7 +173,8 @@ func TestTheCacheEndsWithRulesAndServers(t *testing.T) {
 	}
 }
 
-// An answer of servers that are the host's no longer is told to those who wait, and not kept.
+// An answer from servers that are no longer the host's goes to the clients that wait for it, and is
+// not kept.
 func TestAnAnswerOfOldServersIsNotKept(t *testing.T) {
 	var c cache
 	k := cacheKey{name: "\x01a\x00", qtype: typeA}
@@ -204,7 +206,7 @@ func TestTheCacheIsBounded(t *testing.T) {
 				if c.order.Len() > maxCached || c.bytes > maxCachedBytes || len(c.entries) != c.order.Len() {
 					t.Fatalf("%d entries of %d bytes", c.order.Len(), c.bytes)
 				}
-				c.lookup(keyOf(0), nil, time.Now()) // it is used, and stays
+				c.lookup(keyOf(0), nil, time.Now()) // used, so it stays
 			}
 			if c.order.Len() != row.entries {
 				t.Errorf("%d entries, want %d", c.order.Len(), row.entries)
@@ -223,7 +225,7 @@ func keyOf(i int) cacheKey {
 // stupidCache is the cache's twin: a map, and a list in order of use.
 type stupidCache struct {
 	at  map[cacheKey]*cached
-	use []cacheKey // the last one used last
+	use []cacheKey // most recently used last
 }
 
 func (s *stupidCache) touch(k cacheKey) {
@@ -274,7 +276,7 @@ func FuzzCache(f *testing.F) {
 			case 1, 2, 3:
 				now = now.Add(time.Duration(rng.IntN(5)) * time.Second)
 			case 4, 5, 6, 7:
-				// Large ones, so that few fill it.
+				// Large entries, so that few fill it.
 				e := &cached{key: k, rules: r, until: now.Add(time.Duration(rng.IntN(20)) * time.Second), wire: make([]byte, rng.IntN(maxCachedBytes/20))}
 				c.put(e, c.generation())
 				twin.put(e)

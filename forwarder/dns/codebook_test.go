@@ -1,7 +1,7 @@
 package dns
 
-// Senders that know the bounds: what gets out of a sandbox and in is under what
-// tunnel.go says, over ten minutes, whatever the sender does.
+// Senders that know the bounds: over ten minutes, a sandbox gets no more out and in than tunnel.go
+// says, whatever the sender does.
 
 import (
 	"crypto/rand"
@@ -20,14 +20,14 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// tunnelEnd is the far end of a tunnel: the zone's server, which sees the questions, and
-// answers what nobody has heard before, not to be kept.
+// tunnelEnd is the far end of a tunnel: the zone's server. It sees the questions, and gives answers
+// that are new each time and must not be cached.
 type tunnelEnd struct {
 	questions int
 	fresh     int             // bytes of names not seen before
-	bits      float64         // what the choice among those seen before can tell
+	bits      float64         // information in the choice among names seen before
 	seen      map[string]bool // names
-	size      int             // of a TXT record or the number of addresses
+	size      int             // of a TXT record, or the number of addresses
 }
 
 const tunnelTypes = 17
@@ -99,7 +99,7 @@ func TestWhatATunnelCarriesIsBounded(t *testing.T) {
 					for range 20 {
 						m := packet(g.Resolver, ask(t, row.name(), types[rng.IntN(len(types))], edns(4096, false)))
 						for _, r := range unpack(t, m).Answer {
-							// What was told before, but for its TTL, says nothing.
+							// An answer seen before tells nothing, its TTL apart.
 							r.Header().Ttl = 0
 							if s := r.String(); !told[s] {
 								told[s] = true
@@ -121,7 +121,7 @@ func TestWhatATunnelCarriesIsBounded(t *testing.T) {
 	}
 }
 
-// The bounds that tunnel.go and the threat model state are those of the constants.
+// The bounds stated in tunnel.go and the threat model are those of the constants.
 func TestTheBoundsAreAsStated(t *testing.T) {
 	if out := defaults.MaxNamesPerMinute * defaults.MaxWildcardLength / 60; out != 200 {
 		t.Errorf("%d bytes a second out under a wildcard", out)
@@ -140,7 +140,7 @@ func TestTheBoundsAreAsStated(t *testing.T) {
 	}
 }
 
-// A sandbox that has many zones to ask is bounded all the same.
+// A sandbox is bounded even if it has many zones to ask.
 func TestTheSandboxIsBoundedAcrossPatterns(t *testing.T) {
 	var b tunnels
 	now := time.Unix(100, 0)
@@ -158,7 +158,7 @@ func TestTheSandboxIsBoundedAcrossPatterns(t *testing.T) {
 	}
 }
 
-// What people do passes.
+// Ordinary use passes.
 func TestOrdinaryUsePasses(t *testing.T) {
 	for _, row := range []struct {
 		about string
@@ -213,8 +213,8 @@ func named(n int, format string) (all []string) {
 	return all
 }
 
-// Answers under a wildcard and of an exact name stop when they have said enough, and go
-// on a minute later.
+// Answers under a wildcard or an exact name stop once they have carried enough, and resume a minute
+// later.
 func TestAnswersAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		end := &tunnelEnd{seen: make(map[string]bool), size: 60}

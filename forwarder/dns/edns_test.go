@@ -8,9 +8,9 @@ import (
 	"github.com/miekg/dns"
 )
 
-// What ISC's ednscomp asks of servers (RFC 6891), and a few things more, with the answer
-// that a server must give: to the gate, which answers EDNS itself, and to a resolver of
-// names of its own.
+// The questions that ISC's ednscomp asks servers (RFC 6891), and a few more, each with the answer
+// that a server must give. They go to the gate, which answers EDNS itself, and to a resolver that
+// gates no names.
 func TestEDNSCompliance(t *testing.T) {
 	option := func(code uint16, data string) func(*dns.Msg) {
 		b, err := hex.DecodeString(data)
@@ -22,7 +22,7 @@ func TestEDNSCompliance(t *testing.T) {
 		}
 	}
 	version := func(v uint8) func(*dns.Msg) { return func(m *dns.Msg) { m.IsEdns0().SetVersion(v) } }
-	flags := func(m *dns.Msg) { m.IsEdns0().Hdr.Ttl |= 0x7f80 } // all that are not assigned
+	flags := func(m *dns.Msg) { m.IsEdns0().Hdr.Ttl |= 0x7f80 } // all the unassigned ones
 	cookie := func(n int) func(*dns.Msg) { return option(dns.EDNS0COOKIE, strings.Repeat("5a", n)) }
 	const unknown = 100
 	for _, row := range []struct {
@@ -93,7 +93,7 @@ func TestEDNSCompliance(t *testing.T) {
 	}
 }
 
-// Options whose list is broken, which no packer writes.
+// Options that do not parse as a list, which no packer writes.
 func TestABrokenListOfOptionsIsMalformed(t *testing.T) {
 	for _, data := range []string{"00", "0003", "000300", "00030001", "000a0008010203", "00640000000a0009010203040506070809"} {
 		b, err := hex.DecodeString(data)

@@ -4,13 +4,13 @@ import (
 	"strings"
 )
 
-// Names of services that resolve names behind encryption, and those that software
-// asks for to learn whether it may use one. Where names are gated they do not
-// exist, unless a rule spells the name out: a wildcard does not mean them.
+// Names of encrypted resolvers, and names that software asks for to learn whether it may use one.
+// Where names are gated they do not exist, unless a rule spells the name out: a wildcard does not
+// match them.
 //
-// The addresses of the services are policy's (resolvers.go there).
+// Their addresses are in the policy package (resolvers.go there).
 var encryptedResolvers = []string{
-	// Asked for as a signal; no such name turns the service off (Firefox, Apple).
+	// Asked for as a signal; the absence of the name turns the service off (Firefox, Apple).
 	"use-application-dns.net", "mask.icloud.com", "mask-h2.icloud.com", "mask.apple-dns.net",
 
 	"dns.google", "dns.google.com",
@@ -23,7 +23,7 @@ var encryptedResolvers = []string{
 	"blahdns.com", "ahadns.net", "decloudus.com", "dnsforge.de", "dnslify.com", "dns.njal.la",
 }
 
-// encryptedResolver tells whether name is one of them or below one.
+// encryptedResolver reports whether name is one of them or below one.
 func encryptedResolver(name string) bool {
 	for _, e := range encryptedResolvers {
 		if name == e || strings.HasSuffix(name, e) && name[len(name)-len(e)-1] == '.' {

@@ -2,29 +2,28 @@ package dns
 
 // Asking upstream.
 //
-// One query makes up to Attempts rounds over the servers, in the order of the
-// host's configuration (or rotated), servers that failed lately last. A server
-// that cannot answer (SERVFAIL, REFUSED, ...) is not asked again; its word is
-// kept and passed on if no other server knows better.
+// One query makes up to Attempts rounds over the servers, in the order of the host's configuration
+// (or rotated), with servers that failed lately last. A server that cannot answer (SERVFAIL,
+// REFUSED, ...) is not asked again; its error is kept, and passed on if no other server gives an
+// answer.
 //
-// Over UDP each try has a connected socket of its own, so the kernel draws a
-// fresh source port and discards what other addresses send, and an ID of its
-// own from the system's random source. A datagram that carries another ID or
-// question is ignored, and the wait goes on (RFC 5452 section 9). After maxIgnored
-// of them somebody is guessing: the question is asked again over TCP, where guesses
-// do not arrive, so that a forger who floods us keeps no true answer out either.
+// Over UDP each try has a connected socket of its own, so the kernel draws a fresh source port and
+// discards datagrams from other addresses. It also has an ID of its own from the system's random
+// source. A datagram with another ID or question is ignored, and the wait goes on (RFC 5452 section
+// 9). After maxIgnored of them, somebody is guessing: the question is asked again over TCP, where
+// guesses do not arrive. So a forger who floods us cannot keep the true answer out either.
 //
-// Of servers without EDNS, which say FORMERR or NOTIMP to it or nothing at all, the gate asks
-// again without; what a client asked by itself is passed on as it is.
+// A server without EDNS answers it with FORMERR, NOTIMP or silence. The gate asks such a server
+// again without EDNS; a client's own query is passed on unchanged.
 //
-// Over TCP it is asked again, too, when the question comes back in other letters than the gate mixed (gate.go).
-// A server that folds letters and cannot be reached over TCP is asked once more, in small
-// letters, and if it answers that is how it is asked for foldedFor: a home router must not
-// cost the sandbox all names. It then has the port and the ID only against forgers, as
-// every other resolver of the host has.
+// The gate also asks again over TCP when the question comes back with its letters in another case
+// than the gate mixed (gate.go). A server that folds case and cannot be reached over TCP is asked
+// once more, in lower case. If it answers, it is asked in lower case for foldedFor: a home router
+// must not cost the sandbox all names. Only the port and the ID then protect against forgers, as
+// they do for every other resolver on the host.
 //
-// An answer that upstream truncated, or that did not fit udpBuffer, is fetched
-// again over TCP when the client can take more than what UDP brought.
+// An answer that upstream truncated, or that did not fit udpBuffer, is fetched again over TCP when
+// the client can take more than UDP brought.
 
 import (
 	"context"
@@ -47,18 +46,18 @@ const (
 	// fragmented on most paths; TCP carries them.
 	udpBuffer = 4096
 
-	// maxIgnored is how many stray datagrams one try over UDP puts up with.
+	// maxIgnored is how many stray datagrams one try over UDP tolerates.
 	maxIgnored = 64
 
-	// repeatedly is how many tries must fail within seldom.Every to be told of: those for one
-	// question to one server that is silent.
+	// repeatedly is how many tries must fail within seldom.Every before they are logged: those for
+	// one question to one silent server.
 	repeatedly = 2
 
 	// failedFor is how long a server that failed is asked last.
 	failedFor = 10 * time.Second
 
-	// foldedFor is how long a server that folds letters, and has no TCP, is asked in small
-	// letters before mixed ones are tried again.
+	// foldedFor is how long a server that folds case, and has no TCP, is asked in lower case before
+	// mixed case is tried again.
 	foldedFor = time.Hour
 )
 
@@ -69,21 +68,21 @@ var (
 	errFolded    = errors.New("the question came back in other letters")
 )
 
-// serverSet is one state of the configuration. up is never written.
+// serverSet is one state of the configuration. up is read-only.
 type serverSet struct {
 	up Upstreams
 
 	mu     sync.Mutex // guards the rest
 	next   int        // of the rotation
 	failed map[netip.AddrPort]time.Time
-	folds  map[netip.AddrPort]time.Time // when a server was found to fold letters
+	folds  map[netip.AddrPort]time.Time // when a server was found to fold case
 }
 
 func newServerSet(u Upstreams) *serverSet {
 	return &serverSet{up: u, failed: make(map[netip.AddrPort]time.Time), folds: make(map[netip.AddrPort]time.Time)}
 }
 
-// order is the servers in the order to ask them in.
+// order returns the servers in the order to ask them.
 func (s *serverSet) order(now time.Time) []netip.AddrPort {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -108,13 +107,13 @@ func (s *serverSet) note(server netip.AddrPort, failed bool, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if failed {
-		s.failed[server] = now // only servers of up get here: bounded by it
+		s.failed[server] = now // only servers of up get here, which bounds the map
 	} else {
 		delete(s.failed, server)
 	}
 }
 
-// inSmall reports whether server is asked in small letters.
+// inSmall reports whether server is asked in lower case.
 func (s *serverSet) inSmall(server netip.AddrPort, now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,22 +121,21 @@ func (s *serverSet) inSmall(server netip.AddrPort, now time.Time) bool {
 	return ok && now.Sub(t) < foldedFor
 }
 
-// noteFolds has a server asked in small letters from now on.
+// noteFolds makes inSmall true for server from now on.
 func (s *serverSet) noteFolds(server netip.AddrPort, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.folds[server] = now // only servers of up get here: bounded by it
+	s.folds[server] = now // only servers of up get here, which bounds the map
 }
 
-// answer is what goes back to the client; release is called when it has been
-// delivered.
+// answer is a message for the client; release is called once it has been delivered.
 type answer struct {
 	msg     []byte
 	became  policy.Outcome
 	release func()
 }
 
-// forward asks upstream and returns what to tell the client: always something.
+// forward asks upstream and returns the answer for the client; there always is one.
 func (r *Resolver) forward(ctx context.Context, qy *query) answer {
 	if qy.gated != nil {
 		return r.forwardGated(qy)
@@ -152,8 +150,8 @@ func (r *Resolver) forward(ctx context.Context, qy *query) answer {
 	}
 	r.stats.Forwarded.Add(1)
 	put16(a.msg, 0, qy.id)
-	// The client's own spelling, in case upstream folded its letters: a client
-	// that mixes them as a nonce looks for it.
+	// The client's own spelling, in case upstream folded its letters: a client that mixes case as a
+	// nonce checks it.
 	copy(a.msg[headerLen:qy.q.end], qy.asked[headerLen:])
 	a.msg, a.became = r.fit(a.msg, qy), policy.OutcomeAnswered
 	return a
@@ -188,8 +186,8 @@ rounds:
 			}
 			switch code := rcode(be16(a.msg, 2) & maskRcode); code {
 			case rcodeFormErr, rcodeServFail, rcodeNotImp, rcodeRefused:
-				// Its token goes at once: to wait for another one with
-				// one in hand could be to wait for oneself.
+				// Release its token at once: waiting for another token while holding one could
+				// deadlock.
 				a.release()
 				refused[server] = true
 				if unwilling == nil && len(a.msg) <= udpBuffer {
@@ -202,7 +200,7 @@ rounds:
 			}
 		}
 		if set = r.set.Load(); qy.strict {
-			qy = qy.withoutEDNS() // some drop what they do not know
+			qy = qy.withoutEDNS() // some servers drop queries that they do not understand
 		}
 	}
 	if unwilling != nil {
@@ -211,15 +209,15 @@ rounds:
 	return answer{}, cause
 }
 
-// tellFailed tells the log of a server that keeps giving no answer. It is no warning: the
-// sandbox is told, and its command's standard error is not for that.
+// tellFailed logs a server that keeps giving no answer. It is no warning: the sandbox gets the
+// failure, and its command's standard error is not the place for it.
 func (r *Resolver) tellFailed(server netip.AddrPort, err error) {
 	if n, tell := r.failures.Note(repeatedly, time.Now()); tell {
 		r.log.Info(fmt.Sprintf("DNS servers give no answer, %d tries within a minute, the last one at %v: %v", n, server, err))
 	}
 }
 
-// try asks one server once. The answer is well formed and to the question.
+// try asks one server once. The answer is well formed and matches the question.
 func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPort, qy *query) (answer, error) {
 	if r.dialer == nil {
 		return answer{}, errNoServer
@@ -245,8 +243,8 @@ func (r *Resolver) try(ctx context.Context, set *serverSet, server netip.AddrPor
 		if err != nil {
 			return answer{}, err
 		}
-		// A client that takes no more than what fits a datagram everywhere
-		// would get a truncated answer from TCP as well, only later.
+		// A client that takes no more than fits a datagram everywhere would get a truncated answer
+		// from TCP as well, only later.
 		if whole || qy.limit <= ednsUDPSize {
 			return answer{msg: msg, release: done}, nil
 		}
@@ -280,7 +278,7 @@ func (qy *query) newID() {
 	rand.Read(qy.msg[:2]) // never fails: crypto/rand
 }
 
-// tryUDP returns an answer, and whether it is all of it.
+// tryUDP returns an answer, and whether it is whole.
 func (r *Resolver) tryUDP(ctx context.Context, timeout time.Duration, server netip.AddrPort, qy *query) (msg []byte, whole bool, err error) {
 	c, done, err := r.dial(ctx, "udp", timeout, server)
 	if err != nil {
@@ -291,7 +289,7 @@ func (r *Resolver) tryUDP(ctx context.Context, timeout time.Duration, server net
 	if _, err := c.Write(qy.msg); err != nil {
 		return nil, false, fmt.Errorf("asking %v: %w", server, err)
 	}
-	// One byte more than wanted tells a datagram that was cut short.
+	// One byte more than wanted reveals a datagram that was cut short.
 	buf := make([]byte, min(max(qy.limit, ednsUDPSize), udpBuffer)+1)
 	for range maxIgnored {
 		n, err := c.Read(buf)
@@ -316,8 +314,8 @@ func (r *Resolver) tryUDP(ctx context.Context, timeout time.Duration, server net
 	return nil, false, fmt.Errorf("%v: %w", server, errForeign)
 }
 
-// tryTCP holds a token of r.large from before the answer is read until it is
-// delivered, so the memory in large answers is bounded whatever clients do.
+// tryTCP holds a token of r.large from before the answer is read until it is delivered, which
+// bounds the memory in large answers whatever clients do.
 func (r *Resolver) tryTCP(ctx context.Context, timeout time.Duration, server netip.AddrPort, qy *query) (answer, error) {
 	select {
 	case r.large <- struct{}{}:
@@ -362,7 +360,8 @@ func (r *Resolver) overTCP(ctx context.Context, timeout time.Duration, server ne
 	return msg, nil
 }
 
-// prefixed is msg as it goes over a stream, in one piece (RFC 7766 section 8).
+// prefixed returns msg with its length in front, as a stream carries it, in one piece (RFC 7766
+// section 8).
 func prefixed(msg []byte) []byte {
 	out := binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(msg)), uint16(len(msg)))
 	return append(out, msg...)
@@ -387,27 +386,26 @@ func answers(msg []byte, qy *query) bool {
 	return false
 }
 
-// repeats reports whether the answer's question has qy's letters exactly. A server
+// repeats reports whether the answer's question has qy's letters in exactly the same case. A server
 // that folds them may be honest, but only TCP can tell it from a forger.
 func repeats(msg []byte, qy *query) bool {
 	return be16(msg, 4) == 0 || string(msg[headerLen:qy.q.end]) == string(qy.msg[headerLen:qy.q.end])
 }
 
-// noEDNS reports whether an answer is that of a server which knows no EDNS (RFC 6891
-// section 7).
+// noEDNS reports whether an answer comes from a server without EDNS (RFC 6891 section 7).
 func noEDNS(msg []byte) bool {
 	code := rcode(be16(msg, 2) & maskRcode)
 	return code == rcodeFormErr || code == rcodeNotImp
 }
 
-// withoutEDNS is a question of our own without its OPT record.
+// withoutEDNS returns a question of our own without its OPT record.
 func (qy *query) withoutEDNS() *query {
 	plain := *qy
 	plain.msg = slices.Clone(qy.asked)
 	return &plain
 }
 
-// inSmall is qy asked in small letters, with an answer in any.
+// inSmall returns qy in lower case, which takes an answer in any case.
 func (qy *query) inSmall() *query {
 	small := *qy
 	small.msg, small.strict = slices.Clone(qy.msg), false
@@ -415,9 +413,9 @@ func (qy *query) inSmall() *query {
 	return &small
 }
 
-// tidy returns an answer that is well formed to its last byte: what follows the
-// last record is dropped, and of one that was cut within a record (some servers
-// do that) only the question is kept, with TC set.
+// tidy returns an answer that is well formed to its last byte: bytes after the last record are
+// dropped. If the answer was cut within a record (some servers do that), only the question is kept,
+// with TC set.
 func tidy(msg []byte, qy *query, cut bool) ([]byte, bool) {
 	if be16(msg, 4) == 0 {
 		return qy.fail(qy.msg, rcode(be16(msg, 2)&maskRcode)), true

@@ -12,8 +12,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// A hundred thousand forged answers race true ones: none is believed, and no
-// true one is lost over them. The forgers know everything but one thing.
+// A hundred thousand forged answers race true ones: none is believed, and none keeps a true one
+// out. The forgers know everything but one thing.
 
 const (
 	forgedAddr = "203.0.113.66"
@@ -24,7 +24,7 @@ func answerWith(addr string) func([]byte) [][]byte {
 	return respond(func(q, a *dns.Msg) { a.Answer = []dns.RR{rr(q.Question[0].Name + " 60 A " + addr)} })
 }
 
-// wantTrue asks for pypi.test and expects the truth, and nothing else granted.
+// wantTrue asks for pypi.test and expects the true answer, and no other address granted.
 func (g *gate) wantTrue(t *testing.T) {
 	t.Helper()
 	g.forget()
@@ -37,8 +37,8 @@ func (g *gate) wantTrue(t *testing.T) {
 	}
 }
 
-// From the upstream's own address and port, to the right port: a forger on the
-// way who does not see the question, or sees only another.
+// From the upstream's own address and port, to the right port: a forger on the path who does not
+// see the question, or sees only another.
 func TestForgedAnswersFromTheUpstreamsAddress(t *testing.T) {
 	const each, rounds = 60, 1000
 	forgeries := []func(b []byte, i int){
@@ -46,7 +46,7 @@ func TestForgedAnswersFromTheUpstreamsAddress(t *testing.T) {
 		func(b []byte, i int) { b[headerLen+1+i%4] = 'a' + (lower(b[headerLen+1+i%4])-'a'+1)%26 }, // another name
 		func(b []byte, i int) { b[headerLen+len("\x04pypi\x04test\x00")+1] = typeAAAA },           // another type
 		func(b []byte, i int) { b[headerLen+len("\x04pypi\x04test\x00")+3] = 3 },                  // another class
-		func(b []byte, i int) { b[2] &^= 0x80 },                                                   // no response
+		func(b []byte, i int) { b[2] &^= 0x80 },                                                   // not a response
 		func(b []byte, i int) { b[2] |= 0x08 },                                                    // another kind of message
 		func(b []byte, i int) { put16(b, 4, 2) },                                                  // two questions
 	}
@@ -68,7 +68,7 @@ func TestForgedAnswersFromTheUpstreamsAddress(t *testing.T) {
 	}
 }
 
-// With everything right but the letters of the name: it is asked again where
+// Everything is right except the case of the name's letters: the question is asked again where
 // nobody can forge.
 func TestForgedAnswersInOtherLetters(t *testing.T) {
 	g := newGate(t, gatedPolicy+"  limits: {dnsQueriesPerSecond: 1000000}\n", nil, func(c *Config) {
@@ -89,7 +89,7 @@ func TestForgedAnswersInOtherLetters(t *testing.T) {
 	}
 }
 
-// From elsewhere, with the very question, ID and port: the kernel keeps them out.
+// From elsewhere, with the right question, ID and port: the kernel keeps them out.
 func TestForgedAnswersFromElsewhere(t *testing.T) {
 	listen := func(addr string) *net.UDPConn {
 		c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
@@ -131,9 +131,8 @@ func TestForgedAnswersFromElsewhere(t *testing.T) {
 	<-done
 }
 
-// Whatever an upstream sends, in answer to a question that it was asked: what the
-// sandbox gets holds nothing but the chain from the question and its records,
-// none of an address that is closed, and what it gets is what is granted.
+// Whatever an upstream answers, the sandbox gets only the chain from the question and its records,
+// no closed address, and no address that is not granted.
 func FuzzSift(f *testing.F) {
 	for _, records := range [][]string{
 		{"an pypi.test. 60 A 198.51.100.1"}, {"an pypi.test. 60 CNAME a.test.", "an a.test. 60 AAAA ::ffff:127.0.0.1"},
@@ -161,7 +160,7 @@ func FuzzSift(f *testing.F) {
 		}
 		out, err := s.message(qy.q)
 		if err != nil {
-			return // what cannot be written is not passed on
+			return // an answer that cannot be written is not passed on
 		}
 		m := new(dns.Msg)
 		if err := m.Unpack(out); err != nil {

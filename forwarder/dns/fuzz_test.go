@@ -30,14 +30,14 @@ func seeds(f *testing.F) [][]byte {
 	}
 }
 
-// Whatever comes from the sandbox: no panic, at most one answer, which is well
-// formed, within the client's size, and bears its ID; and what miekg/dns cannot
-// read is never forwarded as a good query with another question than its own.
+// Whatever comes from the sandbox, nothing panics, and there is at most one answer, which is well
+// formed, within the client's size, and bears its ID. A query that miekg/dns cannot read is never
+// forwarded as a good one with another question.
 func FuzzServePacket(f *testing.F) {
 	for _, s := range seeds(f) {
 		f.Add(s)
 	}
-	echo := func(q []byte) [][]byte { // an upstream that turns the query around
+	echo := func(q []byte) [][]byte { // an upstream that echoes the query as a response
 		a := bytes.Clone(q)
 		a[2] |= 0x80
 		return [][]byte{a}
@@ -65,8 +65,8 @@ func FuzzServePacket(f *testing.F) {
 	})
 }
 
-// Whatever bytes a stream carries, however cut: it ends, and what comes back is
-// a sequence of whole answers.
+// Whatever bytes a stream carries, however cut: it ends, and the bytes that come back are a
+// sequence of whole answers.
 func FuzzServeStream(f *testing.F) {
 	var all []byte
 	for _, s := range seeds(f) {
@@ -106,7 +106,7 @@ func FuzzServeStream(f *testing.F) {
 	})
 }
 
-// halfOpen lets a pipe say end of file in one direction, by a write of eofMark.
+// halfOpen lets a pipe signal end of file in one direction, by a write of eofMark.
 type halfOpen struct{ net.Conn }
 
 var eofMark = []byte("\xff\xffthat was all\xff\xff")
@@ -119,9 +119,8 @@ func (h halfOpen) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Whatever an upstream sends: what is taken is well formed and to the question,
-// and truncation leaves a message that miekg/dns, which follows every pointer,
-// can read whenever it could read the original.
+// Whatever an upstream sends, an accepted answer is well formed and matches the question. If
+// miekg/dns, which follows every pointer, can read it, it can also read it truncated.
 func FuzzUpstreamAnswer(f *testing.F) {
 	for _, s := range seeds(f) {
 		f.Add(s, uint16(512))

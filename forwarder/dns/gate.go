@@ -1,16 +1,16 @@
 package dns
 
-// The gate: what becomes of a question while the policy gates names.
+// The gate handles questions while the policy gates names.
 //
 //	question ─ cache.go ─ normal form ─ rules ─ type ─ tunnel.go ─► a question of our own ─► upstream
 //	              │                                                                            │
 //	client ◄── written anew ◄── granted ◄── cache.go ◄── tunnel.go ◄── sift.go ◄───────────────┘
 //
-// Nothing is asked upstream that the policy refuses, and nothing but the name and
-// the type goes there: the client's header, options and spelling stay here. The
-// same question is asked once, however many clients wait for it, so that forgers
-// cannot multiply their chance (RFC 5452 section 5); its letters are mixed at
-// random, and only an answer that repeats them is taken (exchange.go).
+// A question that the policy refuses never goes upstream. Of one that it allows, only the name and
+// the type do: the client's header, options and spelling stay here. A question is asked once,
+// however many clients wait for it, so that forgers cannot multiply their chances (RFC 5452 section
+// 5). The case of its letters is mixed at random, and only an answer that repeats it is taken
+// (exchange.go).
 //
 // Addresses are granted before any client can see them.
 
@@ -28,23 +28,23 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// refuseNoData is how a type is refused: the name has no such record. NXDOMAIN would deny
-// the name and REFUSED the resolver, for which musl gives up the types that were answered.
+// refuseNoData is how a type is refused: the name has no such record. NXDOMAIN would deny the name
+// and REFUSED the resolver; on either, musl discards the answers for other types too.
 const refuseNoData policy.Refusal = "nodata"
 
-// refuseBusy is how a question is refused for which there is no slot: it may be asked again.
+// refuseBusy is how a question is refused when no slot is free: the client may ask again.
 const refuseBusy policy.Refusal = "servfail"
 
-// Rule names of what no rule of the policy decided. docs/flow-log.md lists them, with those of
-// tunnel.go; a test compares the two.
+// Rule names for outcomes that no rule of the policy decided. docs/flow-log.md lists them, with
+// those of tunnel.go; a test compares the two.
 const (
-	ruleBadName   = "dns:name"      // not a name that rules could hold
+	ruleBadName   = "dns:name"      // not a name that rules could match
 	ruleType      = "dns:type"      // the policy does not list the type
-	ruleRate      = "dns:rate"      // they come too fast
-	ruleEncrypted = "dns:encrypted" // it would resolve names past the gate
+	ruleRate      = "dns:rate"      // too many questions a second
+	ruleEncrypted = "dns:encrypted" // a resolver that would bypass the gate
 	ruleRebind    = "dns:rebinding"
-	ruleBounds    = "dns:grants" // the names granted are too many
-	ruleBusy      = "dns:busy"   // too many are under way
+	ruleBounds    = "dns:grants" // too many names or addresses to grant
+	ruleBusy      = "dns:busy"   // too many questions in flight
 	ruleUpstream  = "dns:upstream"
 )
 
@@ -53,7 +53,7 @@ var (
 	errGrant   = errors.New("granting the addresses")
 )
 
-// changedError says that the policy changed while a name was asked for.
+// changedError says that the policy changed while a name was being asked for.
 type changedError struct{ rule string }
 
 func (e changedError) Error() string {
@@ -75,7 +75,7 @@ func (r *Resolver) inForce() (rules *policy.Rules, gates bool) {
 	return rules, rules.GatesNames()
 }
 
-// judgeName decides about a question that was well formed and is not ours to answer.
+// judgeName decides about a well-formed question that we have no answer to ourselves.
 func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
 	name, err := policy.NormalizeWire([]byte(qy.q.name))
 	if err != nil {
@@ -99,7 +99,7 @@ func (r *Resolver) judgeName(rules *policy.Rules, qy *query) verdict {
 	return verdict{forward: qy}
 }
 
-// beyondRules finds what speaks against a question for a name that may be asked.
+// beyondRules checks a question for a name that may be asked against everything but the name rules.
 func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v policy.NameVerdict) (rule string, how policy.Refusal, counter *atomic.Uint64) {
 	if v.Pattern != name && encryptedResolver(name) {
 		return ruleEncrypted, policy.RefuseNXDOMAIN, &r.stats.RefusedName
@@ -111,8 +111,8 @@ func (r *Resolver) beyondRules(rules *policy.Rules, qy *query, name string, v po
 	return "", "", nil
 }
 
-// fromCacheAgain answers qy from what was kept under other rules, if those in force,
-// which let it be asked, would have made the same of it.
+// fromCacheAgain answers qy from an entry judged by other rules, if the rules in force let it be
+// asked and would have made the same answer.
 func (r *Resolver) fromCacheAgain(rules *policy.Rules, qy *query) []byte {
 	now := time.Now()
 	generation := r.cache.generation()
@@ -127,8 +127,8 @@ func (r *Resolver) fromCacheAgain(rules *policy.Rules, qy *query) []byte {
 	return r.tellCached(e, qy, now)
 }
 
-// fromCache answers qy from the cache, if it can: the rules in force are those that
-// let it be asked.
+// fromCache answers qy from the cache, if it can. The rules in force must be the ones that let it
+// be asked.
 func (r *Resolver) fromCache(rules *policy.Rules, qy *query) []byte {
 	now := time.Now()
 	e, due := r.cache.lookup(cacheKey{qy.q.name, qy.q.qtype}, rules, now)
@@ -136,7 +136,7 @@ func (r *Resolver) fromCache(rules *policy.Rules, qy *query) []byte {
 	case e == nil, due && r.grant(e, now) != nil:
 		return nil
 	case !r.rate.take(rules.Limits().DNSQueriesPerSecond, now):
-		return nil // to be refused as any
+		return nil // to be refused like any other
 	}
 	return r.tellCached(e, qy, now)
 }
@@ -147,7 +147,7 @@ func (r *Resolver) tellCached(e *cached, qy *query, now time.Time) []byte {
 	return r.fit(e.write(qy, now), qy)
 }
 
-// grant grants an answer's addresses, for as long as they are told.
+// grant grants an answer's addresses for as long as the answer is served.
 func (r *Resolver) grant(e *cached, now time.Time) error {
 	addrs := e.addrs()
 	if len(addrs) == 0 {
@@ -160,7 +160,7 @@ func (r *Resolver) grant(e *cached, now time.Time) error {
 	return nil
 }
 
-// event is what is told of an answer that was passed on.
+// event is the Event of an answer that was passed on.
 func (e *cached) event(qy *query) Event {
 	return Event{
 		From: qy.from, Stream: qy.stream, Name: e.name, Type: typeName(qy.q.qtype), Rule: e.verdict.Rule, Audited: e.verdict.Audited,
@@ -168,8 +168,8 @@ func (e *cached) event(qy *query) Event {
 	}
 }
 
-// queryRate is how many questions a second are taken that the cache has no answer to;
-// zero has no bound.
+// queryRate is how many questions a second are accepted that the cache cannot answer; zero means no
+// bound.
 func queryRate(rules *policy.Rules, gates bool) int {
 	if n := rules.Limits().DNSQueriesPerSecond; n > 0 || !gates {
 		return n
@@ -177,8 +177,8 @@ func queryRate(rules *policy.Rules, gates bool) int {
 	return gatedRate
 }
 
-// refuse makes the answer to a question that goes nowhere. It names the rule, to
-// a client that can be told (RFC 8914).
+// refuse returns the answer to a question that is not forwarded. It names the rule, if the client
+// can be told (RFC 8914).
 func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule string, counter *atomic.Uint64) verdict {
 	counter.Add(1)
 	code := rcodeRefused
@@ -197,7 +197,7 @@ func (r *Resolver) refuse(qy *query, name string, how policy.Refusal, rule strin
 	return verdict{answer: qy.failBecause(qy.asked, code, rule), became: policy.OutcomeRefused}
 }
 
-// forwardGated asks upstream and returns what to tell the client: always something.
+// forwardGated asks upstream and returns the answer for the client; there always is one.
 func (r *Resolver) forwardGated(qy *query) answer {
 	key := strconv.Itoa(int(qy.q.qtype)) + " " + qy.gated.name
 	v, err, _ := r.flights.Do(key, func() (any, error) { return r.askGated(qy) })
@@ -213,7 +213,7 @@ func (r *Resolver) forwardGated(qy *query) answer {
 	case errors.As(err, &tunnel):
 		rule, code, counter = string(tunnel), rcodeRefused, &r.stats.RefusedTunnel
 	case errors.Is(err, errEmptied):
-		// Of this type there is nothing for the sandbox; of another there may be.
+		// There is nothing of this type for the sandbox; there may be of another.
 		rule, code, counter = ruleRebind, rcodeSuccess, nil
 	case errors.Is(err, errGrant):
 		rule = ruleBounds
@@ -232,7 +232,7 @@ func (r *Resolver) forwardGated(qy *query) answer {
 	return answer{msg: r.fit(qy.failBecause(qy.asked, code, rule), qy), became: became, release: func() {}}
 }
 
-// askGated asks for qy's name and type, for every client that wants to know.
+// askGated asks for qy's name and type on behalf of every client that waits for them.
 func (r *Resolver) askGated(qy *query) (*cached, error) {
 	name := qy.gated.name
 	rules, verdict, err := r.decideAgain(qy)
@@ -240,7 +240,7 @@ func (r *Resolver) askGated(qy *query) (*cached, error) {
 		return nil, err
 	}
 	if e, _ := r.cache.lookup(cacheKey{qy.q.name, qy.q.qtype}, rules, time.Now()); e != nil {
-		return e, nil // it came between this question and its turn
+		return e, nil // it arrived between this question and its turn
 	}
 	beyond := r.tunnels.admit(rules.DNS(), verdict.Pattern, name, time.Now())
 	if beyond != tunnelOpen {
@@ -294,8 +294,8 @@ func (r *Resolver) askGated(qy *query) (*cached, error) {
 	return e, nil
 }
 
-// decideAgain judges qy's name by the rules of now, which may not be those of when it
-// came.
+// decideAgain judges qy's name by the current rules, which may differ from those in force when it
+// arrived.
 func (r *Resolver) decideAgain(qy *query) (*policy.Rules, policy.NameVerdict, error) {
 	rules, _ := r.inForce()
 	v := rules.DecideName(qy.gated.name)
@@ -308,8 +308,8 @@ func (r *Resolver) decideAgain(qy *query) (*policy.Rules, policy.NameVerdict, er
 	return rules, v, nil
 }
 
-// newQuery makes a question of our own: recursion, our buffer size, and letters
-// mixed at random.
+// newQuery makes a question of our own: recursion desired, our buffer size, and letters in random
+// case.
 func newQuery(q question) *query {
 	up := &query{q: q, limit: maxMessage, edns: true, strict: true}
 	msg := make([]byte, headerLen, q.end+optRecordLen)
@@ -344,5 +344,5 @@ func typeName(t uint16) string {
 	return "TYPE" + strconv.Itoa(int(t))
 }
 
-// quoted shows a name that may hold any byte.
+// quoted returns the name, which may hold any byte, as a quoted string.
 func (n name) quoted() string { return strconv.QuoteToASCII(n.dotted()) }

@@ -15,8 +15,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// In a pod's place: silence as soon as the policy leaves names to the pod's own resolver,
-// on connections that are open too, and no question of the pod's goes upstream then.
+// In a pod's place: the resolver falls silent as soon as the policy leaves names to the pod's own
+// resolver, on open connections too, and no question from the pod goes upstream then.
 func TestOnlyGatedAnswersWhileNamesAreGated(t *testing.T) {
 	gated, open := compile(t, gatedPolicy), compile(t, `
 apiVersion: sluice.dev/v1alpha1

@@ -16,7 +16,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// gatedPolicy lets a few names be asked, and a private one.
+// gatedPolicy lets a few names be asked, one of them private.
 const gatedPolicy = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -69,7 +69,7 @@ func newGate(t testing.TB, text string, up func([]byte) [][]byte, edit ...func(*
 	return g
 }
 
-// forget makes the next question as good as the first.
+// forget makes the gate treat the next question like the first.
 func (g *gate) forget() {
 	g.cache.flush()
 	g.tunnels.mu.Lock()
@@ -81,7 +81,7 @@ func (g *gate) granted(name, addr string) bool {
 	return g.names.Holds(name, netip.MustParseAddr(addr), time.Now())
 }
 
-// says makes an upstream that answers with the records given, whatever is asked.
+// says makes an upstream that answers every question with the given records.
 func says(records ...string) func([]byte) [][]byte {
 	return respond(func(q, a *dns.Msg) {
 		for _, r := range records {
@@ -203,8 +203,8 @@ func TestTheRefusalIsThePolicys(t *testing.T) {
 	}
 }
 
-// Nothing but the name and the type goes upstream: what else a client can put
-// into a question would be a way out.
+// Only the name and the type go upstream: anything else that a client can put into a question would
+// be a way out.
 func TestAQuestionIsAskedInOurOwnWords(t *testing.T) {
 	var seen *dns.Msg
 	g := newGate(t, gatedPolicy, func(q []byte) [][]byte { seen = unpack(t, q); return says()(q) })
@@ -230,7 +230,7 @@ func TestAQuestionIsAskedInOurOwnWords(t *testing.T) {
 	}
 }
 
-// What an upstream says, and what is left of it.
+// An upstream's records, and those that remain.
 func TestAnswersAreSifted(t *testing.T) {
 	rows := []struct {
 		about, name string
@@ -323,7 +323,7 @@ func TestTheSOAOfANegativeAnswerIsKept(t *testing.T) {
 	}
 }
 
-// The contact john.doe@example.com, a service's own name, and services of many hosts.
+// The contact john.doe@example.com, the name of a service instance, and services with many hosts.
 func TestAnswersWithDotsInLabelsAndOfManyRecordsAreTold(t *testing.T) {
 	const soa = `test. 60 SOA ns.test. john\.doe.test. 1 2 3 4 5`
 	up := respond(func(q, a *dns.Msg) {
@@ -350,7 +350,7 @@ func TestAnswersWithDotsInLabelsAndOfManyRecordsAreTold(t *testing.T) {
 		qtype uint16
 		code  int
 		n     int
-		first string // record's data
+		first string // the first record's data
 	}{
 		{"a name has no such record", dns.TypeAAAA, dns.RcodeSuccess, 1, `ns.test. john\.doe.test. 1 2 3 4 5`},
 		{"there is no such name", dns.TypeTXT, dns.RcodeNameError, 1, `ns.test. john\.doe.test. 1 2 3 4 5`},

@@ -21,11 +21,11 @@ type fakeNet struct {
 	dials   []string
 }
 
-// fakeServer answers a query with any number of datagrams (or, over TCP,
-// messages). A nil function is a server that never answers.
+// fakeServer answers a query with any number of datagrams (or, over TCP, messages). A nil function
+// is a server that never answers.
 type fakeServer struct {
 	udp, tcp func(query []byte) [][]byte
-	down     bool // refuses at once
+	down     bool // refuses connections at once
 }
 
 var errRefused = errors.New("connection refused")
@@ -82,8 +82,8 @@ func (f *fakeNet) dialled() []string {
 	return append([]string(nil), f.dials...)
 }
 
-// datagrams makes a pipe keep message boundaries as UDP does: what a Read has
-// no room for is lost.
+// datagrams makes a pipe keep message boundaries as UDP does: bytes that do not fit a Read are
+// lost.
 type datagrams struct{ net.Conn }
 
 func (d datagrams) Read(b []byte) (int, error) {
@@ -102,7 +102,7 @@ func readPrefixed(r io.Reader) ([]byte, error) {
 	return msg, err
 }
 
-// respond is a server function from a miekg/dns one.
+// respond makes a server function of a miekg/dns one.
 func respond(f func(q, a *dns.Msg)) func([]byte) [][]byte {
 	return func(query []byte) [][]byte {
 		q, a := new(dns.Msg), new(dns.Msg)
@@ -156,7 +156,7 @@ func newResolver(t testing.TB, cfg Config) *Resolver {
 
 var client = netip.MustParseAddrPort("10.0.2.100:4000")
 
-// packet asks r over UDP and waits for the answer; nil is silence.
+// packet asks r over UDP and waits for the answer; nil means silence.
 func packet(r *Resolver, query []byte) []byte {
 	got := make(chan []byte, 1)
 	r.ServePacket(context.Background(), query, client, func(b []byte, _ policy.Outcome) { got <- append([]byte(nil), b...) })

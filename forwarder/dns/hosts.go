@@ -1,12 +1,10 @@
 package dns
 
-// Names answered without asking anybody: --add-host entries and their reverse,
-// and the special-use names that RFC 6761, RFC 6303 and RFC 9462 tell a
-// resolver to keep to itself.
+// Names answered without asking upstream: --add-host entries and their reverse, and the special-use
+// names that RFC 6761, RFC 6303 and RFC 9462 tell a resolver to keep to itself.
 //
-// A name given by --add-host is owned by it altogether: a type it has no record
-// of is answered "no such data", never forwarded, so that upstream can neither
-// see nor contradict it.
+// A name given by --add-host belongs to it entirely: a type without a record is answered "no such
+// data" and never forwarded, so upstream can neither see nor contradict the name.
 
 import (
 	"encoding/binary"
@@ -17,8 +15,8 @@ import (
 	"strings"
 )
 
-// localTTL is short: a sandbox restarted with other --add-host entries should
-// not meet its old ones in a cache.
+// localTTL is short: a sandbox restarted with other --add-host entries should not meet its old ones
+// in a cache.
 const localTTL = 60
 
 // localNames is immutable after newLocalNames.
@@ -27,7 +25,7 @@ type localNames struct {
 	ptrs  map[name][]name
 }
 
-// Zones kept from upstream.
+// Zones whose names never go upstream.
 var (
 	zoneLocalhost    = mustName("localhost")
 	zoneInvalid      = mustName("invalid")
@@ -76,7 +74,7 @@ func newLocalNames(hosts map[string][]netip.Addr) (*localNames, error) {
 	return l, nil
 }
 
-// reverseName is a's name below in-addr.arpa or ip6.arpa.
+// reverseName returns a's name below in-addr.arpa or ip6.arpa.
 func reverseName(a netip.Addr) name {
 	var b strings.Builder
 	if a.Is4() {
@@ -95,8 +93,8 @@ func reverseName(a netip.Addr) name {
 	return mustName(b.String())
 }
 
-// find looks q up. When known, the name is ours to answer: with records, or
-// with none and the given code.
+// find looks q up. If known, the name is ours to answer: with records, or with none and the given
+// code.
 func (l *localNames) find(q question) (records [][]byte, code rcode, known bool) {
 	n := q.name
 	addrs, isHost := l.addrs[n]
@@ -125,7 +123,7 @@ func (l *localNames) find(q question) (records [][]byte, code rcode, known bool)
 	return records, rcodeSuccess, true
 }
 
-// addrRecord is an address as type and data.
+// addrRecord returns an address as record type and data.
 func addrRecord(a netip.Addr) []byte {
 	t := uint16(typeAAAA)
 	if a.Is4() {

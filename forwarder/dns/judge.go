@@ -1,8 +1,7 @@
 package dns
 
-// Judging: the one place where a message from the sandbox is looked at and it
-// is decided what becomes of it. The outcome is one of: silence, an answer made
-// here, or a query to forward. It never blocks.
+// Judging: the one place that looks at a message from the sandbox and decides its outcome: silence,
+// an answer made here, or a query to forward. It never blocks.
 
 import (
 	"net/netip"
@@ -26,9 +25,9 @@ type query struct {
 	stream bool           // it came over TCP
 	edns   bool           // it has an OPT record
 	do     bool           // ... with the DNSSEC OK bit
-	fault  rcode          // ... that is answered so, unless upstream is to say
+	fault  rcode          // ... that gets this answer, unless upstream is to decide
 	from   netip.AddrPort // the client
-	strict bool           // the question must come back letter for letter
+	strict bool           // the answer must repeat the question's letters in the same case
 	gated  *gated         // nil where the policy gates no names
 }
 
@@ -44,12 +43,12 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	r.stats.Queries.Add(1)
 	rules, gates := r.inForce()
 	if r.only && !gates {
-		// It came while the policy was replaced by one that leaves names to others.
+		// It arrived while the policy was being replaced by one that leaves names to others.
 		r.stats.Ungated.Add(1)
 		return verdict{}
 	}
 	if len(msg) < headerLen || be16(msg, 2)&bitQR != 0 {
-		// Not a query: an answer to it would be an invitation to a loop.
+		// Not a query: answering it would invite a loop.
 		r.stats.Malformed.Add(1)
 		return verdict{}
 	}
@@ -97,7 +96,7 @@ func (r *Resolver) judge(msg []byte, from netip.AddrPort, stream bool) verdict {
 	return verdict{forward: &qy}
 }
 
-// fault answers a message that is no question for us.
+// fault answers a message that is not a question for us.
 func (r *Resolver) fault(qy *query, msg []byte, code rcode) verdict {
 	counter := &r.stats.Refused
 	switch code {
@@ -112,8 +111,8 @@ func (r *Resolver) fault(qy *query, msg []byte, code rcode) verdict {
 	return verdict{answer: qy.fail(msg, code), became: policy.OutcomeAnswered}
 }
 
-// parseQuery reads msg, which has a header and is not a response. On any code
-// but success, what could be read until then is filled in.
+// parseQuery reads msg, which has a header and is not a response. On any code but success, the
+// fields read until then are filled in.
 func parseQuery(msg []byte) (query, rcode) {
 	qy := query{id: be16(msg, 0), limit: minUDPSize}
 	bits := be16(msg, 2)
@@ -163,13 +162,13 @@ func parseQuery(msg []byte) (query, rcode) {
 	if be16(msg, 6) != 0 || be16(msg, 8) != 0 {
 		return qy, rcodeFormErr
 	}
-	if q.class != classIN { // CHAOS and HESIOD would tell of the host's servers
+	if q.class != classIN { // CHAOS and HESIOD would reveal details of the host's servers
 		return qy, rcodeRefused
 	}
 	return qy, rcodeSuccess
 }
 
-// fail is an answer to msg that says code and no more.
+// fail returns an answer to msg that carries code and nothing else.
 func (qy *query) fail(msg []byte, code rcode) []byte {
 	out := reply(msg, qy.q.end, code)
 	if qy.edns {
@@ -178,7 +177,7 @@ func (qy *query) fail(msg []byte, code rcode) []byte {
 	return out
 }
 
-// failBecause is fail with the rule that decided, for people to read.
+// failBecause is fail with the deciding rule named, for people to read.
 func (qy *query) failBecause(msg []byte, code rcode, rule string) []byte {
 	out := reply(msg, qy.q.end, code)
 	if qy.edns {
@@ -187,7 +186,7 @@ func (qy *query) failBecause(msg []byte, code rcode, rule string) []byte {
 	return out
 }
 
-// fit cuts an answer to what the client can take.
+// fit cuts an answer to the size that the client can take.
 func (r *Resolver) fit(msg []byte, qy *query) []byte {
 	if len(msg) <= qy.limit {
 		return msg

@@ -11,11 +11,11 @@ import (
 	"github.com/miekg/dns"
 )
 
-// Servers as unbound compress names in the data of records to pointers to the question,
-// which has our letters.
+// Servers such as unbound compress names in record data to pointers to the question, which is in
+// our mixed case.
 func TestOurLettersDoNotComeBack(t *testing.T) {
 	up := respond(func(q, a *dns.Msg) {
-		asked := q.Question[0].Name // in the letters that we mixed
+		asked := q.Question[0].Name // in the case that we mixed
 		parent := asked[strings.IndexByte(asked, '.')+1:]
 		add := func(s string) { a.Answer = append(a.Answer, rr(asked+" 60 "+s)) }
 		switch q.Question[0].Qtype {
@@ -37,7 +37,7 @@ func TestOurLettersDoNotComeBack(t *testing.T) {
 			a.Ns = append(a.Ns, rr(parent+" 60 SOA ns."+parent+" admin."+asked+" 1 2 3 4 5"))
 		}
 	})
-	// A name so long that letters are mixed with certainty.
+	// A name so long that mixing certainly changes it.
 	const zone = "a-zone-of-many-letters.test."
 	asked := "db." + zone
 	g := newGate(t, strings.Replace(gatedPolicy, "*.files.test", "**.test", 1)+"  dns: {types: [A, MX, SRV, NS, PTR, HTTPS, SOA]}\n", up)
@@ -66,7 +66,7 @@ func TestOurLettersDoNotComeBack(t *testing.T) {
 	}
 }
 
-// A home router that folds letters, and has no TCP.
+// A home router that folds case and has no TCP.
 func TestAServerThatFoldsLettersAndHasNoTCPIsAsked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var seen []string
@@ -91,7 +91,7 @@ func TestAServerThatFoldsLettersAndHasNoTCPIsAsked(t *testing.T) {
 			}
 		}
 		mixed := func(s string) bool { return s != strings.ToLower(s) }
-		for !folds || len(seen) < 2 { // until letters were mixed that could be folded
+		for !folds || len(seen) < 2 { // until the mixed letters included some to fold
 			seen = nil
 			g.set.Store(newServerSet(upstreams(1)))
 			tell()
@@ -121,7 +121,7 @@ func TestAServerThatFoldsLettersAndHasNoTCPIsAsked(t *testing.T) {
 	})
 }
 
-// What such a server answers to another question, or with TCP that works, is not taken.
+// An answer from such a server to another question, or while its TCP works, is not taken.
 func TestSmallLettersAreNoWayRoundTCP(t *testing.T) {
 	forged := func(q []byte) [][]byte {
 		b := answerWith(forgedAddr)(q)[0]
@@ -140,7 +140,7 @@ func TestSmallLettersAreNoWayRoundTCP(t *testing.T) {
 	}
 }
 
-// Old servers know no EDNS: they say so, or drop what they do not know.
+// Old servers without EDNS: they say so, or drop queries that they do not understand.
 func TestAServerWithoutEDNSIsAskedWithout(t *testing.T) {
 	for _, how := range []string{"FORMERR", "NOTIMP", "dropped"} {
 		t.Run(how, func(t *testing.T) {
@@ -164,8 +164,8 @@ func TestAServerWithoutEDNSIsAskedWithout(t *testing.T) {
 	}
 }
 
-// A name of two families of which one is closed: C libraries (musl) and drivers give up the
-// name altogether if either answer is an error.
+// A name with two families, one of them closed: C libraries (musl) and drivers give up the name
+// altogether if either answer is an error.
 func TestATypeThatIsLeftOutLeavesTheName(t *testing.T) {
 	up := respond(func(q, a *dns.Msg) {
 		switch q.Question[0].Qtype {

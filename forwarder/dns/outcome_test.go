@@ -16,7 +16,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// became asks over UDP, and gives what is told of the question: to who carried it, and as an event.
+// became asks over UDP and returns what is reported of the question: to the caller that carried it,
+// and as an event.
 func (g *gate) became(query []byte) (o policy.Outcome, answered bool, e Event) {
 	g.ServePacket(context.Background(), query, client, func(b []byte, became policy.Outcome) { o, answered = became, b != nil })
 	g.work.Wait()
@@ -66,7 +67,7 @@ func TestWhatBecameOfAQuestionIsTold(t *testing.T) {
 	}
 }
 
-// The answer comes under other rules than the question did: nobody upstream has failed.
+// The answer arrives under other rules than the question did: no upstream has failed.
 func TestANameThatNewRulesRefuseMeanwhileIsRefused(t *testing.T) {
 	var g *gate
 	g = newGate(t, gatedPolicy, func(q []byte) [][]byte {
@@ -99,7 +100,7 @@ func TestAQuestionBeyondTheLimitIsTold(t *testing.T) {
 	})
 }
 
-// TestSilentUpstreamsAreInTheLog: a line a minute, whatever the policy gates.
+// TestSilentUpstreamsAreInTheLog wants one line a minute, whatever the policy gates.
 func TestSilentUpstreamsAreInTheLog(t *testing.T) {
 	for _, text := range []string{gatedPolicy, strings.Replace(gatedPolicy, "  egress:\n", "  dns: {names: any}\n  egress:\n", 1)} {
 		synctest.Test(t, func(t *testing.T) {

@@ -30,8 +30,8 @@ func (hostDialer) Dial(ctx context.Context, network string, server netip.AddrPor
 	return new(net.Dialer).DialContext(ctx, network, server.String())
 }
 
-// front puts r behind loopback sockets and returns their port, and a count of
-// the datagrams that have come in and gone out.
+// front puts r behind loopback sockets. It returns their port, and counts of the datagrams received
+// and sent.
 func front(t *testing.T, r *Resolver) (port int, in, out *atomic.Int64) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -73,7 +73,7 @@ func front(t *testing.T, r *Resolver) (port int, in, out *atomic.Int64) {
 	return port, in, out
 }
 
-// freePort is a port of 127.0.0.1 that nobody listens on.
+// freePort returns a port of 127.0.0.1 with no listener.
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
 	probe, err := net.Listen("tcp", "127.0.0.1:0")
@@ -84,7 +84,7 @@ func freePort(t *testing.T) netip.AddrPort {
 	return netip.MustParseAddrPort(probe.Addr().String())
 }
 
-// dnsmasq starts one on a free port of 127.0.0.1.
+// dnsmasq starts a dnsmasq on a free port of 127.0.0.1.
 func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
 	t.Helper()
 	addr := freePort(t)
@@ -95,7 +95,7 @@ func dnsmasq(t *testing.T, conf ...string) netip.AddrPort {
 	})
 }
 
-// unbound starts one on a free port of 127.0.0.1, which has the zone test and nothing else.
+// unbound starts an unbound on a free port of 127.0.0.1 that serves the zone test and nothing else.
 func unbound(t *testing.T, records ...string) netip.AddrPort {
 	t.Helper()
 	addr := freePort(t)
@@ -109,7 +109,7 @@ func unbound(t *testing.T, records ...string) netip.AddrPort {
 	return nameServer(t, addr, "unbound", append(conf, "remote-control:", "  control-enable: no"), func(file string) []string { return []string{"-d", "-c", file} })
 }
 
-// nameServer starts a program with a configuration file, and waits until it listens.
+// nameServer starts a program with a configuration file and waits until it listens.
 func nameServer(t *testing.T, addr netip.AddrPort, program string, conf []string, args func(file string) []string) netip.AddrPort {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -138,7 +138,7 @@ func nameServer(t *testing.T, addr netip.AddrPort, program string, conf []string
 		if time.Now().After(end) {
 			t.Fatalf("%s does not listen: %v\n%s", program, err, &out)
 		}
-		time.Sleep(10 * time.Millisecond) // it cannot say that it listens
+		time.Sleep(10 * time.Millisecond) // it has no way to say that it listens
 	}
 }
 
@@ -208,12 +208,12 @@ func TestRealClientAndUpstream(t *testing.T) {
 	has("+ignore big.test TXT", "flags: qr aa tc") // truthful
 	has("+ignore +bufsize=4096 big.test TXT", " tc")
 	records("+tcp big.test TXT", 30)
-	records("big.test TXT", 30) // dig itself comes again over TCP
+	records("big.test TXT", 30) // dig itself retries over TCP
 	records("+ignore +bufsize=16384 big.test TXT", 30)
 	records("+ignore +bufsize=4096 big.test TXT", 19)
 
-	// dig binds its sockets with SO_REUSEPORT, so two of them may share a port
-	// and one get the other's answer: it may ask again, but we may lose nothing.
+	// dig binds its sockets with SO_REUSEPORT, so two digs may share a port and one may get the
+	// other's answer. It may ask again, but we may lose nothing.
 	t.Run("100 at once", func(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 100 {
@@ -269,8 +269,8 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	before.CheckReleased(t)
 }
 
-// Real servers' answers are told through the gate as they are told directly: dig cannot
-// tell one from the other.
+// Real servers' answers look the same through the gate as directly: dig cannot tell one from the
+// other.
 func TestRealAnswersThroughTheGate(t *testing.T) {
 	for _, program := range []string{"dig", "drill"} {
 		if _, err := exec.LookPath(program); err != nil {

@@ -1,24 +1,23 @@
 package dns
 
-// What is told of each question, once it is decided.
+// Reports on each question, once it is decided.
 
 import (
 	"net/netip"
 	"time"
 )
 
-// Event is one question and what became of it. It is told only while the policy
-// gates names.
+// Event is one question and its outcome. It is reported only while the policy gates names.
 type Event struct {
 	From      netip.AddrPort
 	Stream    bool          // over TCP
 	Name      string        // in policy's normal form; quoted if it has none
 	Type      string        // A, AAAA, …
 	Code      int           // the response code that the client was told (RFC 1035)
-	Forwarded bool          // upstream's word was passed on; else Rule refused, unless it Failed
+	Forwarded bool          // upstream's answer was passed on; else Rule refused, unless it Failed
 	Failed    bool          // no upstream gave an answer
-	Told      bool          // of a question that was refused: the client had an answer
-	Rule      string        // what decided
+	Told      bool          // if it was refused: the client got an answer
+	Rule      string        // the rule that decided
 	Audited   bool          // Rule would have refused, but the policy is in audit mode
 	Reason    string        // why an answer was refused
 	Addrs     []netip.Addr  // in the answer
@@ -26,8 +25,8 @@ type Event struct {
 	TTL       time.Duration // of Addrs
 }
 
-// Bound reports whether it was refused for a bound that has nothing to do with the name, and
-// Rate whether because the questions came too fast.
+// Bound reports whether it was refused for a bound that has nothing to do with the name, and Rate
+// whether because the questions came too fast.
 func (e *Event) Bound() bool { return e.Rule == ruleBusy || e.Rule == ruleBounds || e.Rate() }
 
 func (e *Event) Rate() bool { return e.Rule == ruleRate }

@@ -1,9 +1,9 @@
 package dns
 
-// Life of a query: judged at once on the caller's goroutine; answered there if
-// it can be, else a slot of Limits.InFlight is taken and one goroutine carries
-// it upstream and back. A datagram that finds no slot is answered SERVFAIL; a
-// stream that finds none stops reading, which its peer feels as backpressure.
+// Life of a query: it is judged at once on the caller's goroutine, and answered there if possible.
+// Otherwise it takes a slot of Limits.InFlight, and one goroutine carries it upstream and back. A
+// datagram that finds no slot is answered SERVFAIL; a stream that finds none stops reading, which
+// its peer feels as backpressure.
 
 import (
 	"context"
@@ -21,11 +21,10 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// Dialer opens the sockets to upstream servers, each connected to exactly the
-// given address. Upstreams are the host's own choice, so whoever provides this
-// mints their verdicts; this package never sees one. The socket must not be
-// bound to a port beforehand: that the kernel picks one at random for each is
-// half of what keeps forged answers out.
+// Dialer opens the sockets to upstream servers, each connected to exactly the given address.
+// Upstreams are the host's own choice, so the implementation mints their verdicts; this package
+// never sees one. The socket must not be bound to a port beforehand: the random port that the
+// kernel picks for each is half the protection against forged answers.
 type Dialer interface {
 	Dial(ctx context.Context, network string, server netip.AddrPort) (net.Conn, error)
 }
@@ -67,19 +66,19 @@ type Config struct {
 	Limits    Limits
 	Log       *slog.Logger // nil discards
 
-	// Rules returns the rules in force, nil while there are none and every name is
-	// refused. Without it no policy gates names (gate.go).
-	// Addresses of allowed names are granted in Names, which must not be nil then.
+	// Rules returns the rules in force; nil means that there are none yet and every name is
+	// refused. If Rules itself is nil, no policy gates names (gate.go). Addresses of allowed names
+	// are granted in Names, which must be set if Rules is.
 	Rules func() *policy.Rules
 	Names Names
-	// OnlyGated: the sandbox has a resolver of its own, in whose place this one answers
+	// OnlyGated says that the sandbox has a resolver of its own. This one answers in its place
 	// while the policy gates names, and is silent otherwise.
 	OnlyGated bool
-	// Tell is told of each question that the gate decided. It must not block. It may be nil.
+	// Tell is called with each question that the gate decided. It must not block. It may be nil.
 	Tell func(Event)
 }
 
-// Names is where addresses are granted: a policy.Names, or what stands before one.
+// Names is where addresses are granted: a policy.Names, or a wrapper of one.
 type Names interface {
 	Grant(name string, addrs []netip.Addr, ttl time.Duration, now time.Time) error
 }
@@ -101,7 +100,7 @@ type Resolver struct {
 	tell    func(Event)
 	tunnels tunnels
 	rate    bucket
-	flights singleflight.Group // questions of the gate on their way upstream
+	flights singleflight.Group // the gate's questions on their way upstream
 	cache   cache
 
 	set      atomic.Pointer[serverSet]
@@ -117,7 +116,7 @@ type Resolver struct {
 	work   sync.WaitGroup // added to under mu while not closed
 }
 
-// New makes a Resolver. It fails only on a host name that cannot be one.
+// New makes a Resolver. It fails only if a host name is not a valid name.
 func New(cfg Config) (*Resolver, error) {
 	local, err := newLocalNames(cfg.Hosts)
 	if err != nil {
@@ -145,8 +144,8 @@ func New(cfg Config) (*Resolver, error) {
 	return r, nil
 }
 
-// SetUpstreams replaces the upstream servers. Queries on their way use the new
-// ones from their next round on.
+// SetUpstreams replaces the upstream servers. Queries in flight use the new ones from their next
+// round on.
 func (r *Resolver) SetUpstreams(u Upstreams) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -157,9 +156,9 @@ func (r *Resolver) SetUpstreams(u Upstreams) {
 	r.set.Store(newServerSet(u))
 	r.cache.flush()
 	if r.only {
-		return // whether it needs any depends on the policy: who sets that says so
+		return // whether servers are needed depends on the policy: the caller that sets it says so
 	}
-	// Said once per change of state, not once per query.
+	// Logged once per change of state, not once per query.
 	switch had := old == nil || len(old.up.Servers) > 0; {
 	case had && len(u.Servers) == 0:
 		r.log.Warn("no upstream DNS server: names cannot be resolved in the sandbox until the host's resolv.conf has a nameserver line, or the sandbox is started with --dns")
@@ -168,7 +167,7 @@ func (r *Resolver) SetUpstreams(u Upstreams) {
 	}
 }
 
-// begin registers one unit of work with Close; its end is work.Done.
+// begin registers one unit of work, which Close waits for; work.Done ends it.
 func (r *Resolver) begin() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -179,9 +178,9 @@ func (r *Resolver) begin() bool {
 	return true
 }
 
-// ServePacket answers one datagram. It does not block, and keeps no reference
-// to msg. send is called at most once, on this or another goroutine, and never
-// after Close has returned: with nil if what is refused is not answered.
+// ServePacket answers one datagram. It does not block, and keeps no reference to msg. send is
+// called at most once, on this or another goroutine, and never after Close has returned. It is
+// called with nil if a refused question gets no answer.
 func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrPort, send func([]byte, policy.Outcome)) {
 	if !r.begin() {
 		return
@@ -211,7 +210,7 @@ func (r *Resolver) ServePacket(ctx context.Context, msg []byte, from netip.AddrP
 	}()
 }
 
-// busy answers a question for which there is no slot.
+// busy answers a question that found no free slot.
 func (r *Resolver) busy(qy *query) ([]byte, policy.Outcome) {
 	if qy.gated == nil {
 		r.stats.OverLimit.Add(1)
@@ -220,8 +219,8 @@ func (r *Resolver) busy(qy *query) ([]byte, policy.Outcome) {
 	return r.refuse(qy, qy.gated.name, refuseBusy, ruleBusy, &r.stats.OverLimit).answer, policy.OutcomeRefused
 }
 
-// AnswerPacket answers one datagram from the cache, at once, or returns nil: it is for
-// ServePacket then. It keeps no reference to msg.
+// AnswerPacket answers one datagram from the cache, at once, or returns nil; the datagram then goes
+// to ServePacket. It keeps no reference to msg.
 func (r *Resolver) AnswerPacket(msg []byte, from netip.AddrPort) []byte {
 	rules, gates := r.inForce()
 	if !gates || len(msg) < headerLen || be16(msg, 2)&bitQR != 0 {

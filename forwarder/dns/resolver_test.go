@@ -171,8 +171,7 @@ func TestQueriesNotForwarded(t *testing.T) {
 	}
 }
 
-// Forwarding is whole: whatever the query and the answer carry arrives, byte
-// for byte but for the ID.
+// Forwarding is complete: the query and the answer arrive byte for byte, except for the ID.
 func TestForwardedMessagesAreUntouched(t *testing.T) {
 	for _, row := range []struct {
 		about string
@@ -219,8 +218,8 @@ func TestForwardedMessagesAreUntouched(t *testing.T) {
 	}
 }
 
-// What upstreams do, and what the client gets for it. Each runs on a fake
-// clock; took is what the whole query may take.
+// Upstreams' behaviour, and the client's answer to each. Each runs on a fake clock; took is the
+// time allowed for the whole query.
 func TestUpstreamBehaviour(t *testing.T) {
 	good := func(text string) func([]byte) [][]byte {
 		return respond(func(q, a *dns.Msg) { a.Answer = []dns.RR{rr(q.Question[0].Name + " TXT " + text)} })
@@ -243,11 +242,11 @@ func TestUpstreamBehaviour(t *testing.T) {
 	rows := []struct {
 		about   string
 		servers []*fakeServer
-		up      Upstreams // but for the servers
+		up      Upstreams // without the servers
 		limit   uint16
 		rcode   int
-		answer  string // the first one's text
-		n       int    // or their number
+		answer  string // the first record's text
+		n       int    // or the number of records
 		tc      bool
 		dials   string
 		took    time.Duration
@@ -346,7 +345,7 @@ func TestEachTryHasItsOwnID(t *testing.T) {
 	for range 100 {
 		packet(r, q)
 	}
-	if len(ids) < 95 { // 100 draws of 65536 collide five times about never
+	if len(ids) < 95 { // 100 draws of 65536 practically never collide five times
 		t.Errorf("%d different IDs in 100 queries", len(ids))
 	}
 }
@@ -468,7 +467,7 @@ func TestCloseEndsQueriesAtOnce(t *testing.T) {
 		}
 		r.ServePacket(context.Background(), ask(t, "localhost", dns.TypeA), client, func([]byte, policy.Outcome) { t.Error("answered after Close") })
 		r.Close()
-		// That no goroutine is left is what synctest.Test checks on return.
+		// synctest.Test checks on return that no goroutine is left.
 	})
 }
 

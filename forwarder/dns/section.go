@@ -2,11 +2,11 @@ package dns
 
 // Reading the sections of an answer, record by record.
 //
-// dnsmessage has names as text, in which it has no way to say a dot inside a label, and gives
-// up a whole message for one. Such names are ordinary in data: a zone's contact of the form
+// dnsmessage holds names as text, which cannot express a dot inside a label, and it rejects a whole
+// message for one. Such names are ordinary in record data: a zone's contact of the form
 // john.doe@example.com (RFC 1035 section 8) comes with every negative answer of the zone, and
-// services are named "Printer (2.0)" (RFC 6763 section 4.1.1). The data of such a record is kept
-// in wire form, its names written out.
+// services are named "Printer (2.0)" (RFC 6763 section 4.1.1). The data of such a record is kept in
+// wire form, with its names written out.
 
 import (
 	"bytes"
@@ -16,12 +16,12 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// maxPointers bounds the pointers of one name, as dnsmessage does.
+// maxPointers bounds the compression pointers in one name, as dnsmessage does.
 const maxPointers = 10
 
-// readSections reads the answer and the authority section of msg, which p has started to read
-// and whose question ends at qend. Owners come in small letters, names in data without the
-// letters that we mixed.
+// readSections reads the answer and the authority section of msg, which p has started to read and
+// whose question ends at qend. Owners are returned in lower case, and names in data without the
+// case that we mixed.
 func readSections(p *dnsmessage.Parser, msg []byte, qend int) (answers, authorities []dnsmessage.Resource, err error) {
 	if err := p.SkipAllQuestions(); err != nil {
 		return nil, nil, fmt.Errorf("reading the question: %w", err)
@@ -45,7 +45,7 @@ func readSections(p *dnsmessage.Parser, msg []byte, qend int) (answers, authorit
 	return answers, authorities, nil
 }
 
-// readSection reads one section to its end by the parser's methods for it.
+// readSection reads one section to its end with the parser's methods for it.
 func readSection(msg []byte, asked string, places []record, header func() (dnsmessage.ResourceHeader, error), whole func() (dnsmessage.Resource, error), skip func() error) ([]dnsmessage.Resource, error) {
 	var section []dnsmessage.Resource
 	for i := 0; ; i++ {
@@ -74,14 +74,14 @@ func readSection(msg []byte, asked string, places []record, header func() (dnsme
 	}
 }
 
-// nameLayout is where data has names: behind so many bytes, so many, and nothing but bytes
-// behind them.
+// nameLayout says where record data holds names: after so many bytes, so many names, and only plain
+// bytes after them.
 var nameLayout = map[uint16]struct{ before, names int }{
 	2: {0, 1}, 6: {0, 2}, typePTR: {0, 1}, 15: {2, 1}, 33: {6, 1}, // NS, SOA, PTR, MX, SRV
 }
 
-// dottedData is the data of a record with its names written out, if one of them has a dot inside
-// a label; nil otherwise.
+// dottedData returns the data of a record with its names written out, if one of them has a dot
+// inside a label; nil otherwise.
 func dottedData(msg []byte, rec record, asked string) []byte {
 	layout, ok := nameLayout[rec.rtype]
 	off, _ := skipName(msg, rec.start)
@@ -115,7 +115,7 @@ func dottedData(msg []byte, rec record, asked string) []byte {
 	return append(data, msg[off:rec.end]...)
 }
 
-// expandName reads the name at off, pointers followed, in wire form.
+// expandName returns the name at off in wire form, with pointers followed.
 func expandName(msg []byte, off int) (n []byte, ok bool) {
 	pointers := 0
 	for off < len(msg) {

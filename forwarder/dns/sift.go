@@ -1,24 +1,22 @@
 package dns
 
-// Sifting: what is left of an upstream's answer before the sandbox sees it,
-// where the policy gates names. Nothing of the answer is passed on as it came:
-// the records that answer the question are read, judged and written anew.
+// Sifting reduces an upstream's answer before the sandbox sees it, where the policy gates names.
+// Nothing is passed on as it came: the records that answer the question are read, judged and
+// written anew.
 //
 //	question ──CNAME──► alias ──CNAME──► alias … the chain, from the question on
 //	                                       └─ records of the type asked for
 //
-// Whatever else the answer holds is left out: records of other names or types,
-// the authority section but for the SOA that tells a negative answer's TTL (RFC
-// 2308 section 3) and that is a parent of the name, the additional section.
-// Addresses that no rule can open are left out too: a name that anybody may own
-// must not lead to the machine's own services (DNS rebinding). An answer that
-// cannot be read to its end is no answer at all.
+// Everything else in the answer is left out: records of other names or types, the additional
+// section, and the authority section. The exception is the SOA record, owned by a parent of the
+// name, that gives a negative answer's TTL (RFC 2308 section 3). Addresses that no rule can open
+// are left out too: a name that anybody may own must not lead to the machine's own services (DNS
+// rebinding). An answer that cannot be read to its end is refused.
 //
-// Names in the data of records may be pointers to the question, and then have the letters
-// that we mixed; they are written in small ones, and the client's spelling is put in by
-// pointers of our own (cached.write).
+// Names in record data may be pointers to the question, and then have the case that we mixed. They
+// are written in lower case, and pointers of our own restore the client's spelling (cached.write).
 //
-// Pointers are followed by dnsmessage, at most ten for a name.
+// dnsmessage follows pointers, at most ten in a name.
 
 import (
 	"encoding/binary"
@@ -35,12 +33,12 @@ import (
 const (
 	// maxChain bounds the aliases of one answer. BIND follows as many.
 	maxChain = 16
-	// maxAnswerRecords bounds the records of the type asked for in one answer; the
-	// rest is left out, and TC says so. Services have had hundreds of SRV records, and names
-	// as many addresses.
+	// maxAnswerRecords bounds the records of the type asked for in one answer; the rest is left
+	// out, and TC is set. Some services have had hundreds of SRV records, and some names as many
+	// addresses.
 	maxAnswerRecords = 1024
-	// maxAnswerData bounds their data in bytes, for the same end. It is less than what every
-	// name may say in a minute (tunnel.go): a longer answer is cut, not refused.
+	// maxAnswerData bounds their data in bytes, with the same effect. It is less than every name
+	// may receive in a minute (tunnel.go): a longer answer is cut, not refused.
 	maxAnswerData = 15 << 10
 )
 
@@ -49,14 +47,14 @@ var (
 	errChainLong = fmt.Errorf("more than %d aliases", maxChain)
 )
 
-// siftRules is what the policy says about the records of one answer.
+// siftRules is the part of the policy that concerns the records of one answer.
 type siftRules struct {
 	admit  func(netip.Addr) bool
-	ech    bool          // pass the keys of encrypted ClientHello on
-	maxTTL time.Duration // what clients are told at most
+	ech    bool          // pass on the keys of encrypted ClientHello
+	maxTTL time.Duration // the longest TTL that clients may see
 }
 
-// sifted is what is left of an answer.
+// sifted is the part of an answer that remains.
 type sifted struct {
 	asked   string // the name
 	code    dnsmessage.RCode
@@ -67,13 +65,13 @@ type sifted struct {
 	soa     *dnsmessage.Resource
 
 	addrs   []netip.Addr  // in records
-	ttl     time.Duration // of addrs, the aliases' included
+	ttl     time.Duration // of addrs, including the aliases'
 	names   []string      // the aliases' targets, in order
 	foreign int           // answer records left out because nobody asked for them
 	rebound int           // addresses left out because no rule may open them
 }
 
-// emptied tells whether there were addresses and none may be passed on.
+// emptied reports whether there were addresses and none may be passed on.
 func (s *sifted) emptied() bool { return s.rebound > 0 && len(s.records) == 0 }
 
 // sift reads msg, which answers q (see answers), under rules.
@@ -176,17 +174,17 @@ func (s *sifted) take(a dnsmessage.Resource, rules siftRules) {
 	s.records = append(s.records, a)
 }
 
-// leadsHere reports whether a service binding is for the name that was asked for, or one of
-// its aliases. Another host is granted under its own name only, and the client says this
-// one there: that would be refused, where without the binding it asks for the addresses of
-// the name itself (RFC 9460 section 3).
+// leadsHere reports whether a service binding is for the name that was asked for, or one of its
+// aliases. Another host is granted only under its own name, but the client would present this name
+// there and be refused. Without the binding it asks for the addresses of the name itself (RFC 9460
+// section 3).
 func (s *sifted) leadsHere(target dnsmessage.Name) bool {
 	fold(&target)
 	t := target.String()
 	return t == "." || t == s.asked || slices.Contains(s.names, strings.TrimSuffix(t, "."))
 }
 
-// takeSOA keeps the record that tells how long a negative answer holds.
+// takeSOA keeps the record that says how long a negative answer is valid.
 func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules siftRules) {
 	for _, a := range authorities {
 		if a.Header.Type != dnsmessage.TypeSOA || a.Header.Class != dnsmessage.ClassINET || !within(last, a.Header.Name.String()) {
@@ -196,7 +194,7 @@ func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules s
 		switch b := a.Body.(type) {
 		case *dnsmessage.SOAResource:
 			a.Header.TTL = min(a.Header.TTL, clampTTL(b.MinTTL, rules.maxTTL))
-		case *dnsmessage.UnknownResource: // its names are odd ones (section.go)
+		case *dnsmessage.UnknownResource: // its names have dots in labels (section.go)
 			if len(b.Data) < 4 {
 				continue
 			}
@@ -207,13 +205,13 @@ func (s *sifted) takeSOA(authorities []dnsmessage.Resource, last string, rules s
 	}
 }
 
-// age bounds a record's TTL, and that of the whole by it.
+// age bounds a record's TTL, and lowers the whole answer's to it.
 func (s *sifted) age(h *dnsmessage.ResourceHeader, rules siftRules) {
 	h.TTL = clampTTL(h.TTL, rules.maxTTL)
 	s.ttl = min(s.ttl, time.Duration(h.TTL)*time.Second)
 }
 
-// clampTTL reads a TTL as RFC 2181 section 8 has it: with the top bit set, zero.
+// clampTTL reads a TTL as RFC 2181 section 8 defines it: zero if the top bit is set.
 func clampTTL(ttl uint32, most time.Duration) uint32 {
 	if ttl >= 1<<31 {
 		return 0
@@ -221,11 +219,10 @@ func clampTTL(ttl uint32, most time.Duration) uint32 {
 	return uint32(min(int64(ttl), int64(most/time.Second)))
 }
 
-// bare strips a service binding of all but what a client needs to choose port
-// and protocol, and tells whether it still makes sense. Address hints go: they
-// would be addresses that nobody granted, and the client asks for the target's
-// own anyhow (RFC 9460 section 7.3). So do DoH paths, and the keys of encrypted
-// ClientHello unless they are allowed.
+// bare strips a service binding of everything but what a client needs to choose port and protocol,
+// and reports whether it still makes sense. Address hints are dropped: they would be addresses that
+// were not granted, and the client asks for the target's own anyway (RFC 9460 section 7.3). So are
+// DoH paths, and the keys of encrypted ClientHello unless they are allowed.
 func bare(b *dnsmessage.SVCBResource, ech bool) bool {
 	has := make(map[dnsmessage.SVCParamKey]bool)
 	var kept []dnsmessage.SVCParam
@@ -249,14 +246,14 @@ func bare(b *dnsmessage.SVCBResource, ech bool) bool {
 	}
 	for i := 0; i < len(mandatory); i += 2 {
 		if !has[dnsmessage.SVCParamKey(binary.BigEndian.Uint16(mandatory[i:]))] {
-			return false // RFC 9460 section 8: a client must not use it without
+			return false // RFC 9460 section 8: a client must not use it without them
 		}
 	}
 	return true
 }
 
-// told is the TTL that all records are told with: the least of theirs, so that TTLs say
-// as little as they can.
+// told is the TTL that all records are sent with: the least of theirs, so that TTLs carry as little
+// information as possible.
 func (s *sifted) told() uint32 {
 	ttl := uint32(s.ttl / time.Second)
 	if s.soa != nil {
@@ -265,7 +262,7 @@ func (s *sifted) told() uint32 {
 	return ttl
 }
 
-// holds is for how long the answer may be told again.
+// holds is how long the answer may be served again.
 func (s *sifted) holds() time.Duration {
 	switch {
 	case s.code != dnsmessage.RCodeSuccess && s.code != dnsmessage.RCodeNameError:
@@ -276,7 +273,7 @@ func (s *sifted) holds() time.Duration {
 	return max(time.Duration(s.told())*time.Second, cacheFloor)
 }
 
-// message writes the answer to q, without an ID, the client's bits and an OPT record.
+// message returns the answer to q, without an ID, the client's bits and an OPT record.
 func (s *sifted) message(q question) ([]byte, error) {
 	h := dnsmessage.Header{Response: true, RecursionAvailable: true, RCode: s.code, Truncated: s.cut}
 	name, err := dnsmessage.NewName(q.name.dotted())
@@ -316,15 +313,15 @@ func within(name, zone string) bool {
 	return name == zone || zone == "." || strings.HasSuffix(name, "."+zone)
 }
 
-// fold lowers a name's ASCII letters (RFC 4343). dnsmessage takes no name with a
-// dot inside a label, so that names are equal when their texts are.
+// fold lowers a name's ASCII letters (RFC 4343). dnsmessage takes no name with a dot inside a
+// label, so names are equal when their texts are.
 func fold(n *dnsmessage.Name) {
 	for i := range n.Data[:n.Length] {
 		n.Data[i] = lower(n.Data[i])
 	}
 }
 
-// namesIn are the names in a record's data.
+// namesIn returns the names in a record's data.
 func namesIn(body dnsmessage.ResourceBody) []*dnsmessage.Name {
 	switch b := body.(type) {
 	case *dnsmessage.NSResource:
@@ -345,8 +342,8 @@ func namesIn(body dnsmessage.ResourceBody) []*dnsmessage.Name {
 	return nil
 }
 
-// unmix puts the labels at the end of a name's text that have the very letters of asked, which
-// is how the question came back, into small letters.
+// unmix puts the labels at the end of a name's text into lower case if they match asked, which is
+// how the question came back, letter for letter.
 func unmix(text []byte, asked string) {
 	from := len(text)
 	for i, j := len(text)-1, len(asked)-1; i >= 0 && j >= 0 && text[i] == asked[j]; i, j = i-1, j-1 {
@@ -359,8 +356,8 @@ func unmix(text []byte, asked string) {
 	}
 }
 
-// dotted is the name's text, with the final dot. It is the name's only if no
-// label holds a dot, which is asked before a question gets this far.
+// dotted returns the name as text, with the final dot. The text is unambiguous only if no label
+// holds a dot, which is checked before a question gets this far.
 func (n name) dotted() string {
 	if len(n) <= 1 {
 		return "."

@@ -4,7 +4,7 @@ import (
 	"sync/atomic"
 )
 
-// counters are what a Resolver counts; Stats is their snapshot.
+// counters holds a Resolver's counters; Stats is their snapshot.
 type counters struct {
 	Queries, Local, Malformed, FormErr, NotImp, BadVers, Refused  atomic.Uint64
 	Forwarded, ServFail, OverLimit, Truncated                     atomic.Uint64
@@ -25,7 +25,7 @@ type Stats struct {
 	Malformed uint64 `json:"malformed"` // not a query at all, not answered
 	FormErr   uint64 `json:"formerr"`
 	NotImp    uint64 `json:"notimp"`
-	BadVers   uint64 `json:"badvers"` // of a version of EDNS that there is not
+	BadVers   uint64 `json:"badvers"` // of an EDNS version that does not exist
 	Refused   uint64 `json:"refused"`
 	Truncated uint64 `json:"truncated"` // answers cut to the client's size
 
@@ -38,7 +38,7 @@ type Stats struct {
 	StreamsRefused uint64 `json:"streamsRefused"` // over the limit
 	StreamsIdle    uint64 `json:"streamsIdle"`    // closed for idleness
 
-	OverRate uint64 `json:"overRate"` // REFUSED because they came too fast
+	OverRate uint64 `json:"overRate"` // REFUSED because questions came too fast
 	Ungated  uint64 `json:"ungated"`  // not answered: the policy had just left names to others
 
 	// While the policy gates names.
@@ -46,14 +46,14 @@ type Stats struct {
 	RefusedName    uint64 `json:"refusedName"`    // no rule lets it be asked
 	RefusedType    uint64 `json:"refusedType"`    // the policy does not list it
 	RefusedTunnel  uint64 `json:"refusedTunnel"`  // the bounds against tunnels
-	UpstreamFolded uint64 `json:"upstreamFolded"` // asked again: the question came back in other letters
+	UpstreamFolded uint64 `json:"upstreamFolded"` // asked again: the question came back in another case
 	AnswersRefused uint64 `json:"answersRefused"` // could not be read to their end
 	RecordsForeign uint64 `json:"recordsForeign"` // left out of answers: nobody asked for them
 	RecordsRebound uint64 `json:"recordsRebound"` // left out of answers: addresses that no rule may open
 	GrantsRefused  uint64 `json:"grantsRefused"`  // too many names or addresses
 }
 
-// Stats returns the counters as they stand.
+// Stats returns the current counters.
 func (r *Resolver) Stats() Stats {
 	c := &r.stats
 	return Stats{

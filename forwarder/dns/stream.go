@@ -3,10 +3,10 @@ package dns
 // DNS over TCP, the sandbox's side (RFC 7766): length-prefixed messages, many
 // in flight on a connection, answers in the order they become ready.
 //
-// One goroutine reads; each forwarded query has one that asks and then writes.
-// A reader that finds Limits.Pipeline queries in flight stops reading. A peer
-// that takes no answers is closed after StreamIdle, as is one that sends no
-// whole query for as long while none is in flight.
+// One goroutine reads; each forwarded query has one that asks and then writes. The reader stops
+// reading while Limits.Pipeline queries are in flight. A connection whose peer takes no answers is
+// closed after StreamIdle, as is one whose peer sends no whole query for as long while none is in
+// flight.
 
 import (
 	"bufio"
@@ -29,16 +29,17 @@ type stream struct {
 	from  netip.AddrPort
 	slots chan struct{} // a token per query in flight
 
-	became func(policy.Outcome) // told of each query
+	became func(policy.Outcome) // called with each query's outcome
 
 	writing  sync.Mutex // held for one answer at a time; guards answered
-	answered time.Time  // when the last one had been written
+	answered time.Time  // when the last answer had been written
 
 	work sync.WaitGroup
 }
 
-// ServeStream serves c until its peer or its idleness ends it, ctx does, or
-// Close; it closes c and returns after its last goroutine. became is told of each question.
+// ServeStream serves c until its peer closes it, it is idle for too long, ctx ends, or Close is
+// called. It closes c and returns after its last goroutine. became is called with the outcome of
+// each question.
 func (r *Resolver) ServeStream(ctx context.Context, c net.Conn, became func(policy.Outcome)) {
 	defer c.Close()
 	if !r.begin() {
@@ -64,7 +65,7 @@ func (r *Resolver) ServeStream(ctx context.Context, c net.Conn, became func(poli
 		s.from = netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 	}
 	if s.read(ctx) {
-		// The peer may have closed its half only: it still gets its answers.
+		// The peer may have closed only its sending half: it still gets its answers.
 		s.work.Wait()
 		return
 	}
@@ -72,8 +73,8 @@ func (r *Resolver) ServeStream(ctx context.Context, c net.Conn, became func(poli
 	s.work.Wait()
 }
 
-// read handles queries until the peer's end of file, which is true, or until
-// the connection is of no more use.
+// read handles queries until the peer's end of file, when it returns true, or until the connection
+// is of no more use.
 func (s *stream) read(ctx context.Context) bool {
 	br := bufio.NewReaderSize(s.c, 2+maxQuery)
 	for {
@@ -91,7 +92,7 @@ func (s *stream) read(ctx context.Context) bool {
 		}
 		if v.forward == nil {
 			s.became(v.became)
-			// Silence is no answer on a stream: what is not a query ends it.
+			// A stream cannot leave a message unanswered: one that is not a query ends it.
 			if v.answer == nil || s.write(v.answer) != nil {
 				return false
 			}
@@ -136,8 +137,8 @@ func (s *stream) next(br *bufio.Reader) ([]byte, error) {
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil, err
 		}
-		// While an answer is on its way the peer waits for us, not we for it;
-		// its own time begins with the last one.
+		// While an answer is due the peer waits for us, not we for it; its own time starts at the
+		// last answer.
 		if len(s.slots) > 0 {
 			since = time.Now()
 		} else if last := s.lastAnswer(); last.After(since) {
@@ -146,8 +147,8 @@ func (s *stream) next(br *bufio.Reader) ([]byte, error) {
 			return nil, err
 		}
 	}
-	// The deadline is not moved for the rest: a message dripping in does not
-	// keep a connection.
+	// The deadline is not extended for the rest: a message that drips in does not keep a connection
+	// open.
 	prefix, err := br.Peek(2)
 	if err != nil {
 		return nil, err

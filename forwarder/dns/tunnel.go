@@ -1,12 +1,12 @@
 package dns
 
-// Bounds against tunnels: names under a wildcard are chosen by the sandbox, so
-// each question for a new one carries bytes out to whoever serves the zone, and
-// each answer carries some in. So does the choice among known names and types, if
-// the zone's server sees it. None of that can be stopped, only made narrow.
+// Bounds against tunnels: the sandbox chooses the names under a wildcard, so each question for a
+// new one carries bytes out to the zone's server, and each answer carries some in. So does the
+// choice among known names and types, if the zone's server sees it. None of that can be stopped,
+// only made narrow.
 //
-// What is counted is questions that go upstream: the cache (cache.go) answers the
-// others. Of the part of a name that a wildcard stands for,
+// Only questions that go upstream are counted: the cache (cache.go) answers the others. For the
+// part of a name that a wildcard stands for,
 //
 //   - a label may have maxLabelLength bytes and the whole part maxWildcardLength;
 //   - a long part may not look like encoded bytes (maxWildcardEntropy), nor may
@@ -22,13 +22,13 @@ package dns
 //     maxWildcardLength bytes;
 //   - the data in answers may come to answerPerName bytes for each of maxNamesPerMinute.
 //
-// A name that a rule spells out in full is asked exactQuestions times in a minute at
-// most, and told exactAnswers bytes. Data that did not change since the last answer
-// costs nothing. The sandbox as a whole may ask sandboxPatterns patterns' worth of names.
+// A name that a rule spells out in full may be asked at most exactQuestions times a minute, and its
+// answers may carry exactAnswers bytes. Data that has not changed since the last answer costs
+// nothing. The sandbox as a whole may ask sandboxPatterns patterns' worth of names.
 //
-// That makes, with the defaults, 200 bytes a second out and 512 in for a wildcard, 3
-// out and 273 in for an exact name, and 20 questions a second in all. The max* are
-// settings of the policy (policy.DNS).
+// With the defaults, that comes to 200 bytes a second out and 512 in for a wildcard, 3 out and 273
+// in for an exact name, and 20 questions a second in all. The max* bounds are settings of the
+// policy (policy.DNS).
 
 import (
 	"hash/maphash"
@@ -43,30 +43,30 @@ import (
 const (
 	tunnelMinute = time.Minute
 
-	// tunnelLong is from how many bytes on a part's entropy tells something. Random
-	// base32 has about 4.5 bits in a byte at that length and 4.7 at 90 bytes, the
-	// longest names that load balancers are given 4.4, hexadecimal digits at most 4.
+	// tunnelLong is the length, in bytes, from which a part's entropy means something. At that
+	// length random base32 has about 4.5 bits a byte, and 4.7 at 90 bytes; the longest names that
+	// load balancers are given have 4.4, and hexadecimal digits at most 4.
 	tunnelLong = 56
-	// tunnelSample is from how many bytes on that of a minute's new names does: forty
-	// of an ordinary length. Random base32 has 4.95 there, words and numbers 4.3.
+	// tunnelSample is the same length for the new names of a minute together: forty of ordinary
+	// length. There random base32 has 4.95 bits a byte, and words and numbers 4.3.
 	tunnelSample = 512
 
 	// tunnelPatterns bounds the patterns that are remembered.
 	tunnelPatterns = 4096
 
-	// questionCost is what a question tells by its name and type if neither is new, in
-	// bytes: a choice of 2 × 10000 names and 17 types is 19 bits.
+	// questionCost is the information, in bytes, in a question's name and type if neither is new: a
+	// choice of 2 × 10000 names and 17 types is 19 bits.
 	questionCost = 3
-	// answerCost is what an answer tells by its code and TTL.
+	// answerCost is the information, in bytes, in an answer's code and TTL.
 	answerCost = 4
-	// answerPerName is the data in answers for each new name: four addresses of each
+	// answerPerName is the data allowed in answers for each new name: four addresses of each
 	// family, and two aliases.
 	answerPerName = 256
 	// exactQuestions bounds the questions for one exact name in a minute, and
 	// exactAnswers the data in their answers: A, AAAA and HTTPS every five seconds.
 	exactQuestions = 60
 	exactAnswers   = 16 << 10
-	// sandboxPatterns is how many patterns a sandbox can make full use of.
+	// sandboxPatterns is how many patterns a sandbox can use in full.
 	sandboxPatterns = 10
 )
 
@@ -83,7 +83,7 @@ const (
 	tunnelNoMemory  tunnelReason = "tunnel:patterns"
 )
 
-// Error makes a refusal the outcome of a question.
+// Error makes a refusal usable as a question's outcome.
 func (t tunnelReason) Error() string { return "a bound against tunnels: " + string(t) }
 
 // tunnels counts the questions of each pattern. Its zero value is ready.
@@ -92,24 +92,24 @@ type tunnels struct {
 	seed     maphash.Seed
 	patterns map[string]*patternUse
 
-	since time.Time // when this minute of the sandbox's began
-	asked int       // in it
+	since time.Time // when the sandbox's current minute began
+	asked int       // in that minute
 }
 
-// patternUse is what was asked under one pattern in this minute: the names, by hash,
-// of it and of the one before.
+// patternUse is the use of one pattern in this minute: the names, by hash, of this minute and the
+// one before.
 type patternUse struct {
 	since    time.Time // when this minute began
 	now, old map[uint64]struct{}
 
-	fresh     int // of now, those that are not in old; at most maxNamesPerMinute
+	fresh     int // names of now that are not in old; at most maxNamesPerMinute
 	asked     int // questions
 	out, in   int // bytes
 	letters   letters
-	spelledBy int // the bytes that letters counted
+	spelledBy int // bytes counted in letters
 }
 
-// letters counts how often each byte of names occurs.
+// letters counts how often each byte occurs in names.
 type letters [256]uint32
 
 func (l *letters) add(part string) {
@@ -134,9 +134,9 @@ func (l *letters) entropy() float64 {
 	return bits
 }
 
-// countedFor tells which pattern a question counts for, and what of its name the sandbox
-// chose: nothing of an exact name. Without a pattern, where the policy lets every name
-// be asked, it is the name's last two labels that count as one.
+// countedFor returns the pattern that a question counts for, and the part of its name that the
+// sandbox chose: none of an exact name. Without a pattern, where the policy lets every name be
+// asked, the name's last two labels serve as one.
 func countedFor(pattern, name string) (counted, chosen string) {
 	if pattern == "" {
 		pattern = "**." + name
@@ -150,8 +150,8 @@ func countedFor(pattern, name string) (counted, chosen string) {
 	return pattern, strings.TrimSuffix(strings.TrimSuffix(name, strings.TrimLeft(pattern, "*.")), ".")
 }
 
-// admit says whether a question for name, which matched pattern, may go upstream, and
-// counts it if so. The bounds are a policy's, defaults filled in.
+// admit decides whether a question for name, which matched pattern, may go upstream, and counts it
+// if so. The bounds are a policy's, with defaults filled in.
 func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) tunnelReason {
 	pattern, part := countedFor(pattern, name)
 	var own letters
@@ -186,7 +186,7 @@ func (t *tunnels) admit(bounds policy.DNS, pattern, name string, now time.Time) 
 	return tunnelOpen
 }
 
-// shape judges what one name spells by itself, and counts its letters.
+// shape judges the spelling of one name by itself, and counts its letters.
 func shape(bounds policy.DNS, part string, own *letters) tunnelReason {
 	if len(part) > bounds.MaxWildcardLength {
 		return tunnelTooLong
@@ -203,7 +203,7 @@ func shape(bounds policy.DNS, part string, own *letters) tunnelReason {
 	return tunnelOpen
 }
 
-// spell charges a question for what its name tells.
+// spell charges a question for the information in its name.
 func (p *patternUse) spell(bounds policy.DNS, part string, hash uint64, own *letters) tunnelReason {
 	cost := questionCost
 	_, known := p.now[hash]
@@ -234,8 +234,8 @@ func (p *patternUse) spell(bounds policy.DNS, part string, hash uint64, own *let
 	return tunnelOpen
 }
 
-// told charges an answer's data for a name that was admitted: all of it unless it is
-// what the last answer said.
+// told charges an answer's data for a name that was admitted: all of it unless it repeats the last
+// answer.
 func (t *tunnels) told(bounds policy.DNS, pattern, name string, size int, same bool, now time.Time) tunnelReason {
 	pattern, _ = countedFor(pattern, name)
 	if same {
@@ -258,7 +258,7 @@ func (t *tunnels) told(bounds policy.DNS, pattern, name string, size int, same b
 	return tunnelOpen
 }
 
-// pattern returns the use of a pattern, of the minutes that are due.
+// pattern returns the use of a pattern, moved on to the current minute.
 func (t *tunnels) pattern(pattern string, now time.Time) (*patternUse, tunnelReason) {
 	if t.patterns == nil {
 		t.seed, t.patterns = maphash.MakeSeed(), make(map[string]*patternUse)
@@ -283,7 +283,7 @@ func (t *tunnels) pattern(pattern string, now time.Time) (*patternUse, tunnelRea
 	return p, tunnelOpen
 }
 
-// forget drops the patterns that nobody has asked for lately.
+// forget drops the patterns that have not been used lately.
 func (t *tunnels) forget(now time.Time) {
 	for pattern, p := range t.patterns {
 		if now.Sub(p.since) >= 2*tunnelMinute {

@@ -71,7 +71,7 @@ func TestTunnelNames(t *testing.T) {
 		t.Errorf("another pattern: %q", r)
 	}
 	now = now.Add(tunnelMinute)
-	for i := range policy.DefaultMaxNamesPerMinute { // those of the last minute cost nothing, as many new ones pass
+	for i := range policy.DefaultMaxNamesPerMinute { // names of the last minute cost nothing, so as many new ones pass
 		if r := ask("*.a.test", policy.DefaultMaxNamesPerMinute+i); r != tunnelOpen {
 			t.Fatalf("name %d in the next minute: %s", i, r)
 		}
@@ -104,7 +104,7 @@ func TestTunnelNames(t *testing.T) {
 	}
 }
 
-// What a policy sets is what holds.
+// The policy's settings apply.
 func TestTunnelBoundsAreThePolicys(t *testing.T) {
 	g := newGate(t, gatedPolicy+"  dns: {maxLabelLength: 10, maxWildcardLength: 15, maxWildcardEntropy: 1, maxNamesPerMinute: 3}\n", says())
 	for i, row := range []struct {
@@ -126,8 +126,8 @@ func TestTunnelBoundsAreThePolicys(t *testing.T) {
 	}
 }
 
-// A tunnel under an allowed wildcard, as iodine and dnscat2 make them: what gets
-// out in a minute is bounded.
+// A tunnel under an allowed wildcard, as iodine and dnscat2 make them: its bytes out in a minute
+// are bounded.
 func TestATunnelIsNarrow(t *testing.T) {
 	out := 0
 	g := newGate(t, gatedPolicy+"  limits: {dnsQueriesPerSecond: 1000000}\n", func(q []byte) [][]byte {

@@ -2,10 +2,9 @@ package dns
 
 // resolv.conf(5), read the way glibc reads it.
 //
-// Part of the file is for us (servers, timeout, attempts, rotate, use-vc) and
-// part is for the resolver library inside the sandbox (search, ndots, edns0,
-// trust-ad, ...), which sees our address as its only server. The second part is
-// passed on by ResolvConf.
+// Part of the file is for us (servers, timeout, attempts, rotate, use-vc), and part is for the
+// resolver library inside the sandbox (search, ndots, edns0, trust-ad, ...), which sees our address
+// as its only server. ResolvConf passes the second part on.
 
 import (
 	"bytes"
@@ -16,22 +15,22 @@ import (
 	"time"
 )
 
-// Bounds on what a resolv.conf may ask for. Timeout and attempts are capped as
-// glibc caps them (RES_MAXRETRANS, RES_MAXRETRY).
+// Bounds on the values in a resolv.conf. Timeout and attempts are capped as glibc caps them
+// (RES_MAXRETRANS, RES_MAXRETRY).
 const (
 	MaxServers  = 8
 	MaxSearch   = 32
 	MaxTimeout  = 30 * time.Second
 	MaxAttempts = 5
 
-	// defaultTimeout is shorter than glibc's five seconds: the client in front
-	// of us runs such a timer of its own, and one dead upstream must not use it up.
+	// defaultTimeout is shorter than glibc's five seconds: the client in front of us runs such a
+	// timer too, and one dead upstream must not use it up.
 	defaultTimeout  = 2 * time.Second
 	defaultAttempts = 2
 )
 
-// Upstreams is what the host's resolver configuration says. The zero value has
-// no server: every forwarded question is answered with SERVFAIL.
+// Upstreams is the host's resolver configuration. The zero value has no server: every forwarded
+// question is answered with SERVFAIL.
 type Upstreams struct {
 	Servers  []netip.AddrPort `json:"servers"`
 	Search   []string         `json:"search,omitempty"`
@@ -45,9 +44,9 @@ type Upstreams struct {
 	StubOptions []string `json:"stubOptions,omitempty"`
 }
 
-// ParseResolvConf reads a resolv.conf. It never fails: as in glibc, what is not
-// understood is skipped. A file without a server gives no server; glibc's
-// fallback to a server on this machine is not taken.
+// ParseResolvConf reads a resolv.conf. It never fails: like glibc, it skips what it does not
+// understand. A file without a server yields none; there is no fallback to a server on this
+// machine, unlike glibc's.
 func ParseResolvConf(data []byte) Upstreams {
 	var u Upstreams
 	for line := range bytes.Lines(data) {
@@ -131,8 +130,8 @@ func (u *Upstreams) addStubOption(o string) {
 	u.StubOptions = append(u.StubOptions, o)
 }
 
-// ResolvConf is the resolv.conf to show inside the sandbox: the given servers
-// (ours), with the search list and the library's options passed on.
+// ResolvConf returns the resolv.conf to show inside the sandbox: the given servers (ours), with the
+// search list and the library's options passed on.
 func (u Upstreams) ResolvConf(servers ...netip.Addr) []byte {
 	var b bytes.Buffer
 	if len(u.Search) > 0 {
@@ -147,7 +146,7 @@ func (u Upstreams) ResolvConf(servers ...netip.Addr) []byte {
 	return b.Bytes()
 }
 
-// Equal reports whether both say the same.
+// Equal reports whether u and v are the same configuration.
 func (u Upstreams) Equal(v Upstreams) bool {
 	return slices.Equal(u.Servers, v.Servers) && slices.Equal(u.Search, v.Search) &&
 		slices.Equal(u.StubOptions, v.StubOptions) && u.Timeout == v.Timeout &&

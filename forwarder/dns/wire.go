@@ -2,11 +2,10 @@ package dns
 
 // The wire form of a message, RFC 1035 section 4 and RFC 6891 section 6.
 //
-// The code here walks a message record by record without ever following a
-// compression pointer: to step over a name, the two bytes of a pointer are its
-// end. That makes every walk linear in the message and free of loops. It also
-// makes truncation simple: cutting between two records leaves every remaining
-// pointer intact, because pointers point backwards.
+// The code here walks a message record by record without ever following a compression pointer: when
+// stepping over a name, the two bytes of a pointer end it. That makes every walk linear in the
+// message and free of loops. It also makes truncation simple: cutting between two records leaves
+// every remaining pointer intact, because pointers point backwards.
 
 import (
 	"encoding/binary"
@@ -71,12 +70,12 @@ func be16(b []byte, off int) uint16 { return binary.BigEndian.Uint16(b[off:]) }
 
 func put16(b []byte, off int, v uint16) { binary.BigEndian.PutUint16(b[off:], v) }
 
-// name is a domain name in uncompressed wire form, ASCII letters lowered: two
-// names are the same name exactly when they are equal, with no escapes.
+// name is a domain name in uncompressed wire form, with ASCII letters in lower case: two names are
+// the same exactly when they are equal, with no escapes.
 type name string
 
-// parseName encodes s ("example.com", final dot optional); false when s cannot
-// be a name.
+// parseName encodes s ("example.com", final dot optional). It returns false if s is not a valid
+// name.
 func parseName(s string) (name, bool) {
 	s = strings.TrimSuffix(s, ".")
 	if s == "" {
@@ -121,7 +120,7 @@ func lower(c byte) byte {
 	return c
 }
 
-// skipName returns the offset behind the name at off.
+// skipName returns the offset after the name at off.
 func skipName(msg []byte, off int) (int, bool) {
 	for off < len(msg) {
 		c := int(msg[off])
@@ -144,11 +143,11 @@ type question struct {
 	name  name
 	qtype uint16
 	class uint16
-	end   int // offset behind it in its message
+	end   int // offset after it in its message
 }
 
-// readQuestion reads the question at the start of the question section. Its
-// name may not be compressed: there is nothing before it to point to.
+// readQuestion reads the question at the start of the question section. Its name may not be
+// compressed: there is nothing before it to point to.
 func readQuestion(msg []byte) (question, bool) {
 	off := headerLen
 	for {
@@ -176,7 +175,7 @@ func readQuestion(msg []byte) (question, bool) {
 	return question{name: name(b[:n]), qtype: be16(msg, off), class: be16(msg, off+2), end: off + 4}, true
 }
 
-// record is one resource record's place in a message.
+// record is the place of one resource record in a message.
 type record struct {
 	start, end int
 	rtype      uint16
@@ -184,9 +183,8 @@ type record struct {
 	section    int // 0 answer, 1 authority, 2 additional
 }
 
-// walk calls visit for each record behind the question, which ends at off, and
-// returns the offset behind the last one; false when the message is malformed
-// or visit returned false.
+// walk calls visit for each record after the question, which ends at off, and returns the offset
+// after the last one. It returns false if the message is malformed or visit returned false.
 func walk(msg []byte, off int, visit func(record) bool) (int, bool) {
 	for section := range 3 {
 		for range be16(msg, 6+2*section) {
@@ -209,10 +207,10 @@ func walk(msg []byte, off int, visit func(record) bool) (int, bool) {
 	return off, true
 }
 
-// truncate cuts msg, a well-formed message longer than limit whose question
-// ends at qend, to limit bytes: as many whole records as fit in front of the
-// OPT record, which is kept, and TC set (RFC 2181 section 9, RFC 6891 section 7).
-// Signatures over the whole message cannot survive this and go too.
+// truncate cuts msg, a well-formed message longer than limit whose question ends at qend, to at
+// most limit bytes: as many whole records as fit in front of the OPT record, which is kept, and TC
+// set (RFC 2181 section 9, RFC 6891 section 7). Signatures over the whole message cannot survive
+// this and are dropped too.
 func truncate(msg []byte, qend, limit int) []byte {
 	limit = max(limit, minUDPSize)
 	var opt record
@@ -253,8 +251,8 @@ func truncate(msg []byte, qend, limit int) []byte {
 	return out
 }
 
-// reply starts an answer to query: its header, question (when it could be
-// read, qend > 0) and nothing else.
+// reply starts an answer to query: its header, its question (if it could be read, qend > 0) and
+// nothing else.
 func reply(query []byte, qend int, code rcode) []byte {
 	n := max(qend, headerLen)
 	out := make([]byte, headerLen, n+optRecordLen+64)
@@ -268,7 +266,7 @@ func reply(query []byte, qend int, code rcode) []byte {
 	return out
 }
 
-// appendRecord adds an answer record that is owned by the question's name.
+// appendRecord appends an answer record owned by the question's name.
 func appendRecord(msg []byte, rtype uint16, ttl uint32, rdata []byte) []byte {
 	msg = append(msg, 0xc0, headerLen)
 	msg = binary.BigEndian.AppendUint16(msg, rtype)
@@ -280,8 +278,8 @@ func appendRecord(msg []byte, rtype uint16, ttl uint32, rdata []byte) []byte {
 	return msg
 }
 
-// appendOPT adds our own OPT record, of version 0 and with the options given: the upper
-// bits of code, and the query's DO bit, which every answer repeats (RFC 3225 section 3).
+// appendOPT appends our own OPT record, of version 0, with the given options, the upper bits of
+// code, and the query's DO bit, which every answer repeats (RFC 3225 section 3).
 func appendOPT(msg []byte, code rcode, do bool, options ...byte) []byte {
 	flags := uint32(code>>4) << 24
 	if do {
@@ -297,7 +295,7 @@ func appendOPT(msg []byte, code rcode, do bool, options ...byte) []byte {
 	return msg
 }
 
-// extendedError is an option that says why, in words of up to 100 bytes.
+// extendedError returns an option that gives the reason, in text of up to 100 bytes.
 func extendedError(info uint16, text string) []byte {
 	text = text[:min(len(text), 100)]
 	b := binary.BigEndian.AppendUint16(nil, optionEDE)
@@ -306,10 +304,10 @@ func extendedError(info uint16, text string) []byte {
 	return append(b, text...)
 }
 
-// goodOptions reports whether b is a list of options, and a cookie in it one that can be:
-// a client's of 8 bytes, alone or with a server's of 8 to 32 (RFC 7873 section 5.2.2 has
-// others answered FORMERR). What else the options say does not matter to a server that
-// has none of them (RFC 6891 section 6.1.2).
+// goodOptions reports whether b is a well-formed list of options, and any cookie in it has a valid
+// length: a client cookie of 8 bytes, alone or with a server cookie of 8 to 32 (RFC 7873 section
+// 5.2.2 wants FORMERR for others). The content of other options does not matter to a server that
+// implements none of them (RFC 6891 section 6.1.2).
 func goodOptions(b []byte) bool {
 	for len(b) > 0 {
 		if len(b) < 4 {
@@ -324,8 +322,8 @@ func goodOptions(b []byte) bool {
 	return true
 }
 
-// sameQuestion compares two messages' question bytes, names by RFC 4343. Type
-// and class are compared exactly: folding would confuse 0x41 with 0x61.
+// sameQuestion compares two messages' question bytes, names as RFC 4343 says. Type and class are
+// compared exactly: folding would confuse 0x41 with 0x61.
 func sameQuestion(a, b []byte, qend int) bool {
 	if len(a) < qend || len(b) < qend {
 		return false

@@ -8,8 +8,8 @@ import (
 	"github.com/miekg/dns"
 )
 
-// The twin of truncate: try every number of leading records, with whatever OPT
-// there is, and take the longest that fits.
+// The twin of truncate: try every number of leading records, with the OPT record if there is one,
+// and take the longest that fits.
 func stupidTruncate(m *dns.Msg, limit int) int {
 	opt := m.IsEdns0()
 	var all []dns.RR
