@@ -8,11 +8,11 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// Sets of addresses. A selector's set is exact: it is made of the addresses that pods have at
-// this moment, joined into networks only where all addresses of the network are in the set,
-// because an address that no pod has now may be another pod's a moment later. A policy's
-// network stays as it was written, since it depends on that which special addresses
-// an allow rule opens (package policy).
+// Sets of addresses. A selector's set is exact: it holds the addresses that pods have at this
+// moment, joined into a network only if the set has all addresses of the network, because an
+// address that no pod has now may belong to another pod a moment later. A policy's network stays as
+// it was written, because that decides which special addresses an allow rule opens (package
+// policy).
 
 // podSet is a set of pods' addresses.
 type podSet struct {
@@ -28,7 +28,7 @@ func newPodSet(nets []netip.Prefix) *podSet {
 	return s
 }
 
-// podSetOf makes the set of some addresses.
+// podSetOf returns the set of some addresses.
 func podSetOf(addrs []netip.Addr) *podSet {
 	slices.SortFunc(addrs, netip.Addr.Compare)
 	addrs = slices.Compact(addrs)
@@ -49,7 +49,7 @@ func podSetOf(addrs []netip.Addr) *podSet {
 	return newPodSet(slices.Clip(nets))
 }
 
-// intersect gives the addresses that both sets have.
+// intersect returns the addresses in both sets.
 func (s *podSet) intersect(t *podSet) *podSet {
 	var out []netip.Prefix
 	for i, j := 0, 0; i < len(s.nets) && j < len(t.nets); {
@@ -70,7 +70,7 @@ func (s *podSet) intersect(t *podSet) *podSet {
 	return newPodSet(out)
 }
 
-// within gives the addresses that are in some block.
+// within returns the addresses of s that are in one of the blocks.
 func (s *podSet) within(blocks []block) *podSet {
 	var out []netip.Prefix
 	for _, p := range s.nets {
@@ -80,7 +80,7 @@ func (s *podSet) within(blocks []block) *podSet {
 	}
 	slices.SortFunc(out, netip.Prefix.Compare)
 	out = slices.Compact(out)
-	// Blocks may overlap: a network within the one before it says nothing more.
+	// Blocks may overlap: a network inside the previous one adds nothing.
 	disjoint := out[:0]
 	for _, p := range out {
 		if n := len(disjoint); n == 0 || !prefix.Covers(disjoint[n-1], p) {
@@ -96,7 +96,7 @@ type block struct {
 	except []netip.Prefix
 }
 
-// cidr reads a network as the API writes it.
+// cidr parses a network as the API writes it.
 func cidr(s string) (netip.Prefix, bool) {
 	p, err := netip.ParsePrefix(s)
 	if err != nil {
@@ -111,8 +111,8 @@ func cidr(s string) (netip.Prefix, bool) {
 	return p.Masked(), true
 }
 
-// blockOf makes a block. It is empty where an exception takes all of the network; an
-// exception elsewhere takes nothing.
+// blockOf returns a network less its exceptions. It fails if an exception covers the whole network;
+// an exception outside the network has no effect.
 func blockOf(network netip.Prefix, except []netip.Prefix) (b block, ok bool) {
 	b.cidr = network
 	for _, e := range except {
@@ -131,7 +131,7 @@ func (b block) contains(a netip.Addr) bool {
 	return b.cidr.Contains(a) && !slices.ContainsFunc(b.except, func(e netip.Prefix) bool { return e.Contains(a) })
 }
 
-// cut gives the parts of a network that are in the block.
+// cut returns the parts of a network that are in the block.
 func (b block) cut(p netip.Prefix) []netip.Prefix {
 	switch {
 	case prefix.Covers(p, b.cidr):
@@ -153,8 +153,8 @@ func (b block) cut(p netip.Prefix) []netip.Prefix {
 	return append(b.cut(lower), b.cut(upper)...)
 }
 
-// part gives the block that is in both a network and b, as a part of b: an allow rule opens
-// by it only the special addresses that it opens by b.
+// part returns the addresses in both a network and b, written as b with more exceptions: an allow
+// rule then opens only the special addresses that it opens by b.
 func (b block) part(p netip.Prefix) (out block, ok bool) {
 	if prefix.Covers(p, b.cidr) {
 		return b, true

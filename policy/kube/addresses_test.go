@@ -9,7 +9,7 @@ import (
 	"sluice.dev/sluice/internal/prefix"
 )
 
-// The sets' twin lists addresses one by one, of a /27 in the middle of a byte.
+// The twin of the sets lists the addresses of a /27, in the middle of a byte, one by one.
 func TestSetsAreWhatTheirAddressesAre(t *testing.T) {
 	base := netip.MustParsePrefix("10.0.3.224/27")
 	all := []netip.Addr{}

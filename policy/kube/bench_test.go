@@ -16,9 +16,9 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// The figures of a large cluster: 10 000 pods of 100 namespaces on 91 nodes, 110 on each,
-// and 1 000 policies, each for the pods of one application in its namespace. Their peers are of the
-// namespace, of a team's namespaces, or all pods of the cluster.
+// These benchmarks measure a large cluster: 10 000 pods in 100 namespaces on 91 nodes, 110 on each,
+// and 1 000 policies, each for the pods of one application in its namespace. The peers of a policy
+// are pods of its namespace, of a team's namespaces, or of the whole cluster.
 //
 //	go test ./policy/kube -run '^$' -bench . -benchmem
 const (
@@ -90,7 +90,7 @@ func BenchmarkIndexAPodChanges(b *testing.B) {
 	b.ReportMetric(float64(told)/float64(b.N), "changes/op")
 }
 
-// The labels of a pod of another node change, and no rule asks for them.
+// The labels of a pod on another node change, but no rule asks for them.
 func BenchmarkIndexALabelFlips(b *testing.B) {
 	s := bigTown()
 	x := s.Index("node0")
@@ -121,7 +121,7 @@ func BenchmarkIndexAPolicyChanges(b *testing.B) {
 	}
 }
 
-// The memory that an index holds, and how large a pod's policy is.
+// An index holds a bounded amount of memory, and a pod's policy has a bounded size.
 func TestALargeClusterIsBounded(t *testing.T) {
 	s := bigTown()
 	before := heap()
@@ -141,7 +141,7 @@ func TestALargeClusterIsBounded(t *testing.T) {
 	runtime.KeepAlive(x)
 }
 
-// A pod with more addresses than a policy's text holds is closed, and that is told.
+// A pod with more addresses than a policy's text can hold is closed, and a Note says so.
 func TestAPodWithTooManyPeersIsClosed(t *testing.T) {
 	s := bigTown()
 	ns := s.Pods[0].Namespace

@@ -8,11 +8,10 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// A rule of any kind becomes clauses, each one set of addresses with the ports that go with
-// it. One clause is one rule of package policy, so that large sets are shared and not
-// joined.
+// A rule of any kind becomes clauses. Each clause is one set of addresses with its ports. It
+// becomes one rule of package policy, so that large sets are shared and not joined.
 
-// clause matches the addresses of the one of any, pods, blocks and domains that is set.
+// clause matches the addresses of whichever one of any, pods, blocks and domains is set.
 type clause struct {
 	any     bool
 	pods    *podSet
@@ -25,17 +24,18 @@ func (c *clause) empty() bool {
 	return !c.any && (c.pods == nil || len(c.pods.nets) == 0) && len(c.blocks) == 0 && len(c.domains) == 0
 }
 
-// everything is the blocks that any stands for.
+// everything holds the blocks that any stands for.
 var everything = []block{{cidr: netip.MustParsePrefix("0.0.0.0/0")}, {cidr: netip.MustParsePrefix("::/0")}}
 
-// specials are the ranges that an allow rule of package policy opens only by name,
-// but a NetworkPolicy by every network around them. The others stay closed: see the package's comment.
+// specials are the ranges that an allow rule of package policy opens only by name, but that a
+// NetworkPolicy opens with every network around them. The other special ranges stay closed: see the
+// package comment.
 var specials = []netip.Prefix{
 	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10"), // a node's resolver has such an address
-	netip.MustParsePrefix("240.0.0.0/4"), // and so have the pods of some clusters
+	netip.MustParsePrefix("240.0.0.0/4"), // and so do the pods of some clusters
 }
 
-// opening adds to the networks of an allow rule for egress the special ranges inside them.
+// opening returns the networks of an egress allow rule, with the special ranges inside them added.
 func opening(blocks []block, host []netip.Prefix) []block {
 	out := slices.Clone(blocks)
 	for _, b := range blocks {
@@ -53,9 +53,9 @@ func opening(blocks []block, host []netip.Prefix) []block {
 	return out
 }
 
-// within gives what matches both c and p, as a part of what c matches. Where c is an allow
-// rule for egress it opens no more special addresses than c does. A name that c matches
-// counts only where p matches every address: which addresses a name has is known later.
+// within returns what matches both c and p, as a part of c. If c is an egress allow rule, the
+// result opens no special addresses that c does not open. A name that c matches counts only if p
+// matches every address, because the addresses of a name become known only later.
 func (c *clause) within(p *clause, opens bool, host []netip.Prefix) (out clause, ok bool) {
 	if out.ports, ok = intersectPorts(c.ports, p.ports); !ok {
 		return clause{}, false
@@ -88,7 +88,7 @@ func (c *clause) within(p *clause, opens bool, host []netip.Prefix) (out clause,
 	return out, !out.empty()
 }
 
-// common gives the part of b that q has too.
+// common returns the part of b that is also in q.
 func common(b, q block, opens bool) []block {
 	part, ok := b.part(q.cidr)
 	if !ok {
@@ -102,7 +102,7 @@ func common(b, q block, opens bool) []block {
 			}
 		}
 	}
-	// The exceptions of q take away what they cover of the part.
+	// The exceptions of q also apply to the part.
 	for _, e := range q.except {
 		switch {
 		case prefix.Covers(e, part.cidr):
@@ -114,7 +114,7 @@ func common(b, q block, opens bool) []block {
 	return []block{part}
 }
 
-// intersectPorts gives the ports that both lists have; nil is every protocol.
+// intersectPorts returns the ports in both lists; nil means every protocol.
 func intersectPorts(a, b []policy.Port) (out []policy.Port, ok bool) {
 	if a == nil || b == nil {
 		return append(a, b...), true
@@ -143,7 +143,7 @@ func portRange(p policy.Port) (lo, hi uint16) {
 	return p.Port, max(p.Port, p.EndPort)
 }
 
-// ports spells a range as package policy does.
+// ports writes a range in the form of package policy.
 func ports(proto policy.Protocol, lo, hi uint16) policy.Port {
 	switch {
 	case lo <= 1 && hi == maxPort:

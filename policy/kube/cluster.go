@@ -19,7 +19,7 @@ func newCluster() *cluster {
 	return &cluster{world: newWorld(), networkPolicies: make(map[Key]*networkPolicy), clusterPolicies: make(map[string]*clusterNetworkPolicy)}
 }
 
-// Index makes an index of the state.
+// Index returns an index of the state for the pods of a node.
 func (s *State) Index(node string) *Index {
 	x := NewIndex(node)
 	x.SetHost(s.Host)
@@ -41,7 +41,8 @@ func (s *State) Index(node string) *Index {
 	return x
 }
 
-// Compile makes the policy of one pod. A pod that has its node's addresses has none.
+// Compile returns the policy of one pod. It fails if there is no such pod or if the pod has its
+// node's addresses.
 func (s *State) Compile(pod Key) (Compiled, error) {
 	x := s.Index("")
 	p := x.pods[pod]
@@ -54,15 +55,15 @@ func (s *State) Compile(pod Key) (Compiled, error) {
 	return x.compilePod(p), nil
 }
 
-// compilePod finds the policies that select a pod, and compiles them. A pod whose namespace
-// is not known is closed: policies may select it by that.
+// compilePod finds the policies that select a pod and compiles them. It closes a pod whose
+// namespace is not known, because policies may select the pod by its namespace.
 func (c *cluster) compilePod(p *Pod) Compiled {
 	if _, known := c.namespaces[p.Namespace]; !known {
 		return c.closed(p, []Note{{"pod " + p.Key.String(), "its namespace is not known: it is closed"}})
 	}
 	var rules [directions]ofPod
 	var notes []Note
-	// Of two with one priority either may go first: always the same.
+	// Of two policies with one priority either may go first. The order here is always the same.
 	for _, n := range slices.SortedFunc(maps.Values(c.clusterPolicies), (*clusterNetworkPolicy).compare) {
 		if _, ok := c.selects(n.subject, p); !ok {
 			continue

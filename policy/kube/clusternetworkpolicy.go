@@ -16,8 +16,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// FromV1Alpha2 gives a ClusterNetworkPolicy of the older version as the newer one: the
-// fields are the same.
+// FromV1Alpha2 converts a ClusterNetworkPolicy of the older version to the newer one. The fields
+// are the same.
 func FromV1Alpha2(o *v1alpha2.ClusterNetworkPolicy) (*v1beta1.ClusterNetworkPolicy, error) {
 	out := &v1beta1.ClusterNetworkPolicy{}
 	text, err := json.Marshal(o)
@@ -31,7 +31,7 @@ func FromV1Alpha2(o *v1alpha2.ClusterNetworkPolicy) (*v1beta1.ClusterNetworkPoli
 	return out, nil
 }
 
-// clusterNetworkPolicy is a ClusterNetworkPolicy as it was read.
+// clusterNetworkPolicy is a parsed ClusterNetworkPolicy.
 type clusterNetworkPolicy struct {
 	name     string
 	tier     v1beta1.Tier
@@ -46,8 +46,8 @@ func (p *clusterNetworkPolicy) compare(q *clusterNetworkPolicy) int {
 	return cmp.Or(cmp.Compare(p.priority, q.priority), strings.Compare(p.name, q.name))
 }
 
-// readClusterNetworkPolicy reads a policy. What it does not know fails closed, as the
-// API asks of an implementation that is older than the objects.
+// readClusterNetworkPolicy parses a policy. Anything that it does not know fails closed, as the API
+// requires of an implementation older than the objects.
 func readClusterNetworkPolicy(o *v1beta1.ClusterNetworkPolicy) *clusterNetworkPolicy {
 	r := &reader{policy: "ClusterNetworkPolicy/" + o.Name}
 	p := &clusterNetworkPolicy{name: o.Name, tier: o.Spec.Tier, priority: o.Spec.Priority}
@@ -77,7 +77,7 @@ func readClusterNetworkPolicy(o *v1beta1.ClusterNetworkPolicy) *clusterNetworkPo
 	return p
 }
 
-// add reads a rule. A rule of a policy that is not understood only denies.
+// add parses and adds a rule. In a policy that is not understood, a rule can only deny.
 func (p *clusterNetworkPolicy) add(r *reader, c *clusterRule, known bool) {
 	out, ok := r.clusterRule(c)
 	switch {
@@ -117,7 +117,8 @@ func (r *reader) clusterPods(where string, namespaces, pods *metav1.LabelSelecto
 	return newPodSelector("", ns, sel), true
 }
 
-// clusterRule is a rule of either direction: the peers of ingress are some of those of egress.
+// clusterRule is a rule of either direction: the kinds of ingress peers are a subset of those of
+// egress.
 type clusterRule struct {
 	direction direction
 	index     int
@@ -129,7 +130,7 @@ type clusterRule struct {
 
 func (c *clusterRule) String() string { return fmt.Sprintf("%v[%d]", c.direction, c.index) }
 
-// clusterRule reads a rule. It is not ok where any of it is unknown.
+// clusterRule parses a rule. It reports false if any part of the rule is unknown.
 func (r *reader) clusterRule(c *clusterRule) (out rule, ok bool) {
 	out = rule{name: fmt.Sprintf("%s/%d", r.policy, c.index), allPorts: len(c.protocols) == 0}
 	if said := ruleWord(c.name); said != "" {
@@ -157,7 +158,7 @@ func (r *reader) clusterRule(c *clusterRule) (out rule, ok bool) {
 		r.note("%v: only pods have named ports", c)
 		ok = false
 	}
-	// Both families in whole are what a rule without peers is in a NetworkPolicy. What stands
+	// Both families in full mean what a rule without peers means in a NetworkPolicy. A network
 	// beside them may still open a special address.
 	whole := func(b block) bool { return b.cidr.Bits() == 0 }
 	if slices.ContainsFunc(out.blocks, func(b block) bool { return b.cidr == everything[0].cidr }) &&
@@ -218,7 +219,7 @@ func (r *reader) domainNames(where string, list []v1beta1.DomainName, out *rule)
 		return false
 	}
 	for _, s := range list {
-		// There * stands for any number of labels.
+		// In the API, * stands for any number of labels.
 		pattern := string(s)
 		if rest, wild := strings.CutPrefix(pattern, "*."); wild {
 			pattern = "**." + rest
@@ -275,7 +276,7 @@ func (r *reader) clusterProtocol(where string, p *v1beta1.ClusterNetworkPolicyPr
 	return true
 }
 
-// ruleWord makes a part of a rule's name out of what an author wrote.
+// ruleWord turns the name that an author gave a rule into a part of a rule's name.
 func ruleWord(s string) string {
 	word := strings.Map(func(c rune) rune {
 		if c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z' || c == '.' || c == '_' {
@@ -286,10 +287,10 @@ func ruleWord(s string) string {
 	return strings.Trim(word[:min(len(word), maxRuleWord)], "-._")
 }
 
-// maxRuleWord is how long the name of a rule may be in the API.
+// maxRuleWord is the maximum length of a rule's name in the API.
 const maxRuleWord = 100
 
-// nodeBlocks gives the addresses of the nodes that some selector selects.
+// nodeBlocks returns the addresses of the nodes that any of the selectors selects.
 func (w *world) nodeBlocks(selectors []labels.Selector) (out []block) {
 	var addrs []netip.Addr
 	for _, n := range w.nodes {

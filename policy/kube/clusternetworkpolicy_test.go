@@ -15,7 +15,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// addCluster puts in ClusterNetworkPolicies, whose specs are for every pod unless they say.
+// addCluster adds ClusterNetworkPolicies. A spec without a subject is for every pod.
 func (o *objects) addCluster(t *testing.T, specs ...string) {
 	t.Helper()
 	for i, spec := range specs {
@@ -105,7 +105,7 @@ func TestClusterNetworkPolicyAsDocumented(t *testing.T) {
 	}
 }
 
-// What a newer version of the API may have is as good as denied.
+// Anything that a newer version of the API may add is as good as denied.
 func TestAnUnknownClusterNetworkPolicyFailsClosed(t *testing.T) {
 	in := func(action, rest string) string {
 		return `{"tier":"Admin","egress":[{"action":"` + action + `",` + rest + `}]}`
@@ -203,7 +203,7 @@ func TestDomainNames(t *testing.T) {
 	}
 }
 
-// A pod can be known before its namespace is: it may be one that is to be denied.
+// A pod can be known before its namespace is, and may be one to deny.
 func TestADenyRuleTakesPodsOfUnknownNamespaces(t *testing.T) {
 	o := town()
 	delete(o.namespaces, "prod")

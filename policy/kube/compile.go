@@ -12,8 +12,8 @@ import (
 
 // Compiled is what the policies of a cluster say about one pod.
 type Compiled struct {
-	// Policy is for the pod's worker. Its rules may be shared with other pods: it is not to be
-	// changed.
+	// Policy is for the pod's worker. It must not be changed, because other pods may share its
+	// rules.
 	Policy *policy.Policy
 	// Notes are about the policies that select the pod.
 	Notes []Note
@@ -22,29 +22,29 @@ type Compiled struct {
 // PolicyName is the name of every compiled policy.
 const PolicyName = "kubernetes"
 
-// MaxPeers bounds the addresses and networks of a compiled policy, so that its text stays
-// below policy.MaxPolicyBytes. A pod whose policies have more is closed to all but its node.
+// MaxPeers bounds the addresses and networks of a compiled policy, so that its text stays below
+// policy.MaxPolicyBytes. A pod whose policies have more is closed to everything but its node.
 const MaxPeers = policy.MaxPolicyBytes / maxPeerText
 
-// maxPeerText is how long a peer, an exception or a rule's name and ports can be in text.
+// maxPeerText is the maximum length in text of a peer, an exception, or a rule's name and ports.
 const maxPeerText = 64
 
-// Names of rules that are of no policy.
+// Names of rules that come from no policy.
 const (
 	ruleNode      = "node"         // a pod's own node reaches it
 	ruleIsolated  = "isolated"     // some NetworkPolicy selects the pod, and none allows this
 	ruleUnpoliced = "not-selected" // no policy decides
-	ruleUnopened  = "not-opened"   // it was passed to lower tiers, and no rule there opens what is special
+	ruleUnopened  = "not-opened"   // it was passed to lower tiers, and no rule there opens the special address
 	ruleClosed    = "closed"       // the policies cannot be compiled
 )
 
-// ofPod is the rules that select one pod, tier by tier, each in the order of evaluation.
+// ofPod holds the rules that select one pod, tier by tier, each tier in the order of evaluation.
 type ofPod struct {
 	admin, namespaced, baseline []*rule
 	isolated                    bool
 }
 
-// compile makes a pod's policy of the rules that select it.
+// compile builds a pod's policy from the rules that select it.
 func (w *world) compile(pod *Pod, rules [directions]ofPod, notes []Note) Compiled {
 	out := &policy.Policy{APIVersion: policy.APIVersion, Kind: policy.Kind, Metadata: policy.Metadata{Name: PolicyName}}
 	out.Spec = policy.Spec{DefaultAction: policy.Drop, Egress: []policy.Rule{}, Ingress: []policy.Rule{}, DNS: policy.DNS{Names: policy.NamesUngated}}
@@ -72,9 +72,10 @@ func (w *world) compile(pod *Pod, rules [directions]ofPod, notes []Note) Compile
 	return Compiled{out, notes}
 }
 
-// namesMode says which names a pod may ask for. Rules by domain need the gate of names, which
-// then answers every question. Without such rules questions pass as the packets that they are. With them a
-// pod may ask for any name if it may send questions anywhere, and otherwise for those of its rules.
+// namesMode returns which names a pod may ask for. Rules by domain need the gate of names, which
+// then answers every question. Without such rules, questions pass as ordinary packets. With them, a
+// pod may ask for any name if it may send questions anywhere, and otherwise for the names of its
+// rules.
 func namesMode(rules []policy.Rule) policy.NamesMode {
 	byDomain, asks, stopped := false, false, false
 	for i := range rules {
@@ -99,7 +100,7 @@ func namesMode(rules []policy.Rule) policy.NamesMode {
 
 const dnsPort = 53
 
-// closed is the policy of a pod that nothing but its node may reach.
+// closed returns the policy of a pod that only its node may reach.
 func (w *world) closed(pod *Pod, notes []Note) Compiled {
 	out := &policy.Policy{APIVersion: policy.APIVersion, Kind: policy.Kind, Metadata: policy.Metadata{Name: PolicyName}}
 	e := emitter{direction: ingress, names: make(map[string]int)}
@@ -116,7 +117,7 @@ type found struct {
 	clauses []clause
 }
 
-// order gives the rules of one direction so that the first that matches decides.
+// order returns the rules of one direction in an order in which the first match decides.
 func (w *world) order(pod *Pod, d direction, rules *ofPod) []found {
 	var below []found
 	for _, r := range rules.namespaced {
@@ -135,8 +136,8 @@ func (w *world) find(r *rule, pod *Pod, d direction) found {
 	return found{r.name, r.action, w.clauses(r, pod, d)}
 }
 
-// tier puts the rules of a tier above those of the lower ones. Package policy knows no tiers:
-// where a rule passes traffic on, what the lower ones say of that traffic is put in its place.
+// tier puts the rules of a tier above those of the lower tiers. Package policy has no tiers: where
+// a rule passes traffic on, the lower tiers' rules for that traffic take its place.
 func (w *world) tier(rules []*rule, pod *Pod, d direction, below []found) (out []found) {
 	for i := 0; i < len(rules); i++ {
 		f := w.find(rules[i], pod, d)
@@ -148,18 +149,19 @@ func (w *world) tier(rules []*rule, pod *Pod, d direction, below []found) (out [
 			f.clauses = append(f.clauses, w.clauses(rules[i+1], pod, d)...)
 		}
 		if slices.ContainsFunc(f.clauses, func(c clause) bool { return c.any && c.ports == nil }) {
-			break // nothing comes to the rules that follow
+			break // nothing reaches the rules that follow
 		}
 		for _, b := range below {
 			out = append(out, b.within(f.clauses, d, w.hostOf(pod)))
 		}
-		// What the lower tiers opened, were it not special, comes to none of the rules that follow.
+		// Traffic that the lower tiers would open if it were not special must not reach the rules
+		// that follow.
 		out = append(out, found{ruleUnopened, deny, f.clauses})
 	}
 	return append(out, below...)
 }
 
-// within gives a rule for the traffic that some clause matches.
+// within returns the rule cut to the traffic that any of the clauses matches.
 func (f found) within(clauses []clause, d direction, host []netip.Prefix) found {
 	out := found{name: f.name, action: f.action}
 	for i := range f.clauses {
@@ -180,7 +182,7 @@ type emitter struct {
 	peers     int
 }
 
-// node lets a pod's own node in, whatever policies say: its probes come from there.
+// node lets a pod's own node in whatever the policies say, because probes come from there.
 func (e *emitter) node(w *world, pod *Pod) {
 	r := policy.Rule{Name: ruleNode, Action: policy.Allow, From: []policy.Peer{{Entity: policy.EntityHost}}}
 	for _, p := range w.hostOf(pod) {
@@ -190,8 +192,8 @@ func (e *emitter) node(w *world, pod *Pod) {
 	e.peers += len(r.From)
 }
 
-// anywhere is every destination that an allow rule without peers opens. Of the special
-// addresses those of specials and the node are among them (doc.go).
+// anywhere holds every destination that an allow rule without peers opens. Its special addresses
+// are those of specials and the node's (doc.go).
 var anywhere = []policy.Peer{{Entity: policy.EntityWorld}, {Entity: policy.EntityLinkLocal}, {Entity: policy.EntityReserved}, {Entity: policy.EntityHost}}
 
 func (e *emitter) emit(f found) {
@@ -231,7 +233,7 @@ func (e *emitter) emit(f found) {
 	}
 }
 
-// name makes a name unique: the first of its rules has it, the others a number.
+// name makes a rule's name unique: the first rule keeps the name, later ones add a number.
 func (e *emitter) name(base string) string {
 	n := e.names[base]
 	e.names[base]++
@@ -241,8 +243,8 @@ func (e *emitter) name(base string) string {
 	return base + "." + strconv.Itoa(n)
 }
 
-// same reports whether two compilations of one pod say the same. It compares what emitter
-// writes, and does not look at addresses that both share.
+// same reports whether two compilations of one pod are equal. It compares what emitter writes, and
+// skips addresses that both share.
 func (c *Compiled) same(d *Compiled) bool {
 	p, q := &c.Policy.Spec, &d.Policy.Spec
 	return p.DNS.Names == q.DNS.Names && slices.Equal(c.Notes, d.Notes) &&
@@ -262,7 +264,7 @@ func samePeers(a, b []policy.Peer) bool {
 	})
 }
 
-// Document is the policy as a worker's control socket takes it.
+// Document returns the policy in the form that a worker's control socket takes.
 func (c Compiled) Document() (policy.Document, error) {
 	text, err := json.Marshal(c.Policy)
 	if err != nil {

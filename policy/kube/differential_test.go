@@ -18,8 +18,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// pairs is how many pairs of objects and a flow are compared. The figure that is published is
-// had by
+// pairs is the number of pairs, each of objects and a flow, that are compared. The published figure
+// comes from
 //
 //	go test ./policy/kube -run TestTheTwinAgrees -args -pairs 100000
 var pairs = flag.Int("pairs", 2000, "pairs of random objects and flows that are compared")
@@ -49,7 +49,7 @@ func TestTheTwinAgrees(t *testing.T) {
 	}
 }
 
-// decide asks package policy with what was compiled for the flow's pod.
+// decide asks package policy about a flow, with the policy compiled for its pod.
 func decide(t testing.TB, s *State, o *objects, f flow) policy.Verdict {
 	t.Helper()
 	c, err := s.Compile(Key{f.pod.Namespace, f.pod.Name})
@@ -75,7 +75,7 @@ func decide(t testing.TB, s *State, o *objects, f flow) policy.Verdict {
 	return rules.Decide(f.query())
 }
 
-// query is the flow as package policy is asked about it.
+// query returns the flow as a question to package policy.
 func (f flow) query() policy.Query {
 	proto := map[corev1.Protocol]policy.Protocol{corev1.ProtocolTCP: policy.TCP, corev1.ProtocolUDP: policy.UDP, corev1.ProtocolSCTP: policy.SCTP, "": policy.ICMPv4}[f.proto]
 	echo := uint8(8)
@@ -125,7 +125,7 @@ func dump(o *objects) string {
 	return text
 }
 
-// generator makes small clusters, in which much is alike, so that rules meet.
+// generator makes small clusters with few distinct values, so that rules meet.
 type generator struct{ *rand.Rand }
 
 func pick[T any](g generator, list ...T) T { return list[g.IntN(len(list))] }
@@ -179,7 +179,7 @@ func (g generator) objects() *objects {
 	for i := range 6 + g.IntN(6) {
 		o.pods = append(o.pods, g.pod(i))
 	}
-	// There is always one to ask about.
+	// There is always a pod to ask about.
 	p := g.pod(len(o.pods))
 	p.Spec.NodeName, p.Spec.HostNetwork, p.Status.Phase, p.DeletionTimestamp = "n1", false, corev1.PodRunning, nil
 	p.Status.PodIPs = []corev1.PodIP{{IP: "10.244.1.200"}, {IP: "fd00:244::200"}}
@@ -206,7 +206,7 @@ func (g generator) pod(i int) *corev1.Pod {
 			p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: a})
 		}
 	} else {
-		// Few addresses, so that some are used twice, and neighbours make networks.
+		// There are few addresses, so that some are used twice and neighbours form networks.
 		host := 2 + g.IntN(10)
 		p.Status.PodIPs = []corev1.PodIP{{IP: fmt.Sprintf("10.244.%d.%d", 1+g.IntN(2), host)}}
 		if g.one(2) {
@@ -294,7 +294,7 @@ func (g generator) ports() (out []networkingv1.NetworkPolicyPort) {
 	return out
 }
 
-// flow asks about a pod of n1, which is the one with the addresses at the end or another.
+// flow returns a flow of a pod on n1, often of the last pod.
 func (g generator) flow(o *objects) flow {
 	for {
 		f := flow{pod: pick(g, o.pods...), egress: g.one(2), proto: pick(g, corev1.ProtocolTCP, corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP, "")}
@@ -313,7 +313,7 @@ func (g generator) flow(o *objects) flow {
 			peer = pick(g, pick(g, o.pods...).Status.PodIPs...).IP
 		}
 		f.peer = netip.MustParseAddr(peer)
-		// A pod's traffic to itself never leaves it, and it needs an address of the family.
+		// A pod's traffic to itself never leaves it, and the pod needs an address of the family.
 		family := slices.ContainsFunc(f.pod.Status.PodIPs, func(ip corev1.PodIP) bool { return netip.MustParseAddr(ip.IP).Is4() == f.peer.Is4() })
 		if family && !hasAddr(f.pod, f.peer) {
 			return f

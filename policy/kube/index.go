@@ -11,37 +11,37 @@ import (
 	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
-// Index keeps the compiled policies of one node's pods while the cluster changes. Each change
-// marks those pods whose rules depend on what changed, and Changes compiles these anew:
+// Index keeps the compiled policies of one node's pods while the cluster changes. Each change marks
+// the pods whose rules depend on what changed, and Changes compiles these again:
 //
-//	a pod's labels    ──► the selectors that select it now and did not, or the other way round
+//	a pod's labels    ──► the selectors that begin or cease to select it
 //	a pod's addresses ──► the selectors that select it, or a pod that has one of them too
 //	a pod's ports     ──► rules that name ports of their destinations
 //	a namespace       ──► its pods, as above
-//	a node            ──► rules that select nodes; on the index' own node every pod
+//	a node            ──► rules that select nodes; on the index's own node every pod
 //	a policy          ──► the pods that it selects, or did
 //	    selectors, rules ──► the pods that were compiled with them
 //
-// An Index is not safe for concurrent use. What is handed over to it is not changed any more.
+// An Index is not safe for concurrent use. The caller must not change what it has handed over.
 type Index struct {
 	*cluster
 	node  string
 	local map[Key]*Compiled // nil: not compiled yet
 }
 
-// NewIndex makes an index of a cluster of which nothing is known yet.
+// NewIndex returns an index of a cluster about which nothing is known yet.
 func NewIndex(node string) *Index {
 	return &Index{cluster: newCluster(), node: node, local: make(map[Key]*Compiled)}
 }
 
-// Change is a pod of the index' node whose policy is another one, or that is gone.
+// Change is a pod of the index's node whose policy has changed, or that is gone.
 type Change struct {
 	Pod Key
 	// Compiled has no Policy if the pod is gone.
 	Compiled
 }
 
-// SetPod notes a pod, or that it has changed.
+// SetPod records a new or changed pod.
 func (x *Index) SetPod(p Pod) {
 	old := x.pods[p.Key]
 	if old != nil && reflect.DeepEqual(*old, p) {
@@ -59,7 +59,7 @@ func (x *Index) SetPod(p Pod) {
 	}
 }
 
-// DeletePod notes that a pod is gone.
+// DeletePod records that a pod is gone.
 func (x *Index) DeletePod(k Key) {
 	x.setPod(k, nil)
 	if _, was := x.local[k]; was {
@@ -67,12 +67,12 @@ func (x *Index) DeletePod(k Key) {
 	}
 }
 
-// SetNamespace notes a namespace's labels.
+// SetNamespace records a namespace's labels.
 func (x *Index) SetNamespace(name string, labels map[string]string) {
 	x.markNamespace(name, x.setNamespace(name, labels, true))
 }
 
-// DeleteNamespace notes that a namespace is gone.
+// DeleteNamespace records that a namespace is gone.
 func (x *Index) DeleteNamespace(name string) {
 	x.markNamespace(name, x.setNamespace(name, nil, false))
 }
@@ -88,7 +88,7 @@ func (x *Index) markNamespace(name string, changed bool) {
 	}
 }
 
-// SetNode notes a node, or that it has changed.
+// SetNode records a new or changed node.
 func (x *Index) SetNode(n Node) {
 	if old := x.nodes[n.Name]; old != nil && reflect.DeepEqual(*old, n) {
 		return
@@ -97,7 +97,7 @@ func (x *Index) SetNode(n Node) {
 	x.markNode(n.Name)
 }
 
-// DeleteNode notes that a node is gone.
+// DeleteNode records that a node is gone.
 func (x *Index) DeleteNode(name string) {
 	delete(x.nodes, name)
 	x.markNode(name)
@@ -115,7 +115,7 @@ func (x *Index) markAll() {
 	}
 }
 
-// SetHost notes what State.Host is.
+// SetHost records the value of State.Host.
 func (x *Index) SetHost(host []netip.Prefix) {
 	if !slices.Equal(x.host, host) {
 		x.host = slices.Clone(host)
@@ -123,7 +123,7 @@ func (x *Index) SetHost(host []netip.Prefix) {
 	}
 }
 
-// SetNetworkPolicy notes a policy, or that it has changed.
+// SetNetworkPolicy records a new or changed policy.
 func (x *Index) SetNetworkPolicy(o *networkingv1.NetworkPolicy) {
 	x.DeleteNetworkPolicy(Key{o.Namespace, o.Name})
 	p := readNetworkPolicy(o)
@@ -131,7 +131,7 @@ func (x *Index) SetNetworkPolicy(o *networkingv1.NetworkPolicy) {
 	x.markSubject(p.subject)
 }
 
-// DeleteNetworkPolicy notes that a policy is gone.
+// DeleteNetworkPolicy records that a policy is gone.
 func (x *Index) DeleteNetworkPolicy(k Key) {
 	if p := x.networkPolicies[k]; p != nil {
 		delete(x.networkPolicies, k)
@@ -139,7 +139,7 @@ func (x *Index) DeleteNetworkPolicy(k Key) {
 	}
 }
 
-// SetClusterNetworkPolicy notes a policy, or that it has changed.
+// SetClusterNetworkPolicy records a new or changed policy.
 func (x *Index) SetClusterNetworkPolicy(o *v1beta1.ClusterNetworkPolicy) {
 	x.DeleteClusterNetworkPolicy(o.Name)
 	p := readClusterNetworkPolicy(o)
@@ -147,7 +147,7 @@ func (x *Index) SetClusterNetworkPolicy(o *v1beta1.ClusterNetworkPolicy) {
 	x.markSubject(p.subject)
 }
 
-// DeleteClusterNetworkPolicy notes that a policy is gone.
+// DeleteClusterNetworkPolicy records that a policy is gone.
 func (x *Index) DeleteClusterNetworkPolicy(name string) {
 	if p := x.clusterPolicies[name]; p != nil {
 		delete(x.clusterPolicies, name)
@@ -159,7 +159,7 @@ func (x *Index) markSubject(s *podSelector) {
 	for k := range x.local {
 		p := x.pods[k]
 		if p == nil {
-			continue // and it is marked already
+			continue // the pod is marked already
 		}
 		if _, ok := x.selects(s, p); ok {
 			x.dirty[k] = true
@@ -167,8 +167,8 @@ func (x *Index) markSubject(s *podSelector) {
 	}
 }
 
-// Changes compiles what has changed since the last call, and gives the pods that are the other
-// for it, by namespace and name. Many changes cost less in one call than in many.
+// Changes compiles what has changed since the last call, and returns the pods whose policy is now
+// different, by namespace and name. One call for many changes costs less than many calls.
 func (x *Index) Changes() (out []Change) {
 	unused := make(map[*group]bool)
 	for _, k := range slices.SortedFunc(maps.Keys(x.dirty), Key.compare) {
@@ -195,7 +195,7 @@ func (x *Index) Changes() (out []Change) {
 	return out
 }
 
-// Compiled gives what the last call of Changes compiled for a pod.
+// Compiled returns what the last call of Changes compiled for a pod.
 func (x *Index) Compiled(pod Key) (Compiled, error) {
 	c := x.local[pod]
 	if c == nil {

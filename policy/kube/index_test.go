@@ -15,7 +15,7 @@ import (
 	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
-// The index' twin compiles everything anew after each change.
+// The index's twin compiles everything anew after each change.
 func TestAnIndexIsAlwaysWhatAFreshOneIs(t *testing.T) {
 	for seed := range uint64(60) {
 		g := generator{rand.New(rand.NewPCG(seed, 15))}
@@ -64,7 +64,7 @@ func TestAnIndexIsAlwaysWhatAFreshOneIs(t *testing.T) {
 	}
 }
 
-// change does one thing to the objects, and tells the index.
+// change makes one change to the objects and tells the index.
 func (g generator) change(o *objects, x *Index) string {
 	i := g.IntN(len(o.pods) - 1) // the last one stays
 	switch p := o.pods[i].DeepCopy(); g.IntN(11) {
@@ -149,7 +149,7 @@ func (g generator) replacePod(o *objects, x *Index, i int, p *corev1.Pod) string
 	return fmt.Sprintf("pod %s/%s changes", p.Namespace, p.Name)
 }
 
-// What no rule of a pod depends on costs it nothing.
+// A change that no rule of a pod depends on costs the pod nothing.
 func TestOnlyWhatChangesIsCompiled(t *testing.T) {
 	o := town()
 	o.addNamespaced(t, `{"podSelector":{"matchLabels":{"app":"db"}},"ingress":[{"from":[{"podSelector":{"matchLabels":{"app":"web"}}}]}]}`)

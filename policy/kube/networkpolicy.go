@@ -13,7 +13,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// networkPolicy is a NetworkPolicy as it was read.
+// networkPolicy is a parsed NetworkPolicy.
 type networkPolicy struct {
 	subject  *podSelector
 	isolates [directions]bool
@@ -21,8 +21,8 @@ type networkPolicy struct {
 	notes    []Note
 }
 
-// Note is something about a policy that its author should know: it asks for what is not
-// done, or cannot be read and therefore allows nothing.
+// Note is something about a policy that its author should know: it asks for something unsupported,
+// or cannot be read and therefore allows nothing.
 type Note struct {
 	Policy string // "NetworkPolicy/default/web"
 	Text   string
@@ -40,7 +40,7 @@ func (r *reader) note(format string, args ...any) {
 	r.notes = append(r.notes, Note{r.policy, fmt.Sprintf(format, args...)})
 }
 
-// selector reads a selector; one that cannot be read is noted.
+// selector parses a selector, and notes one that cannot be read.
 func (r *reader) selector(where string, s *metav1.LabelSelector) (labels.Selector, bool) {
 	sel, err := metav1.LabelSelectorAsSelector(s)
 	if err != nil {
@@ -52,8 +52,8 @@ func (r *reader) selector(where string, s *metav1.LabelSelector) (labels.Selecto
 
 func networkPolicyName(k Key) string { return "NetworkPolicy/" + k.String() }
 
-// readNetworkPolicy reads a policy. What the API server would not have let in matches
-// nothing, except as the subject, where it is every pod of the namespace: both only close.
+// readNetworkPolicy parses a policy. A part that the API server would have refused matches nothing;
+// as the subject, it selects every pod of the namespace. Both only close.
 func readNetworkPolicy(o *networkingv1.NetworkPolicy) *networkPolicy {
 	key := Key{o.Namespace, o.Name}
 	r := &reader{policy: networkPolicyName(key)}

@@ -44,13 +44,13 @@ func town() *objects {
 	add("default", "agent", "n2", "web", nil, "192.0.2.12").Spec.HostNetwork = true
 	add("default", "finished", "n2", "web", nil, "10.244.2.30").Status.Phase = corev1.PodSucceeded
 	add("default", "leaving", "n2", "web", nil, "10.244.2.31").DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)}
-	// An address that a pod which is being deleted has given back.
+	// An address that a pod being deleted has given back.
 	add("default", "left", "n2", "web", nil, "10.244.2.32").DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)}
 	add("prod", "came", "n2", "api", nil, "10.244.2.32")
 	return o
 }
 
-// asks reads "from 10.0.0.1 TCP 80" as a flow of default/db.
+// asks parses "from 10.0.0.1 TCP 80" as a flow of default/db.
 func (o *objects) asks(t *testing.T, s string) flow {
 	t.Helper()
 	words := strings.Fields(s)
@@ -64,7 +64,7 @@ func (o *objects) asks(t *testing.T, s string) flow {
 	return f
 }
 
-// check asks the package and the twin for flows that pass and flows that do not.
+// check asks the package and the twin about flows that pass and flows that do not.
 func (o *objects) check(t *testing.T, pass, stop []string) {
 	t.Helper()
 	state := o.state()
@@ -190,7 +190,8 @@ func TestNetworkPoliciesAddUp(t *testing.T) {
 	}
 }
 
-// What the API server would not let in, or a newer one would, allows nothing and is told.
+// Objects that the API server would refuse, or only a newer one would accept, allow nothing, and a
+// Note says so.
 func TestWhatCannotBeReadAllowsNothingAndIsTold(t *testing.T) {
 	for _, row := range []struct{ name, spec, note string }{
 		{"a peer without fields", `{"podSelector":{},"ingress":[{"from":[{}]}]}`, "NetworkPolicy/default/p: ingress[0]: peer 0 has no field that is known, and matches nothing"},

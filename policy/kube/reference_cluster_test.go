@@ -9,7 +9,7 @@ import (
 	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
-// The part of the twin that evaluates ClusterNetworkPolicies.
+// This part of the twin evaluates ClusterNetworkPolicies.
 
 type clusterAction = v1beta1.ClusterNetworkPolicyRuleAction
 
@@ -19,7 +19,7 @@ const (
 	passIt   = v1beta1.ClusterNetworkPolicyRuleActionPass
 )
 
-// tier gives the action of the first rule of a tier that matches, or none.
+// tier returns the action of the first matching rule of a tier, or none.
 func (o *objects) tier(f flow, tier v1beta1.Tier) clusterAction {
 	for priority := range int32(1001) {
 		for _, p := range o.cluster { // their names are in order
@@ -55,8 +55,8 @@ func (o *objects) isSubject(p *corev1.Pod, s *v1beta1.ClusterNetworkPolicySubjec
 	return o.labelsMatch(&s.Pods.NamespaceSelector, o.namespaces[p.Namespace]) && o.labelsMatch(&s.Pods.PodSelector, p.Labels)
 }
 
-// clusterRule gives the action of a rule, if it matches. A rule with a peer without any field is
-// of a newer version: one that accepts matches nothing, any other denies everything.
+// clusterRule returns the action of a rule if it matches. A rule with a peer without any field is
+// from a newer version: an Accept rule matches nothing, any other denies everything.
 func (o *objects) clusterRule(f flow, action clusterAction, peers []v1beta1.ClusterNetworkPolicyEgressPeer, protocols []v1beta1.ClusterNetworkPolicyProtocol) clusterAction {
 	for _, p := range peers {
 		if p.Namespaces == nil && p.Pods == nil && p.Nodes == nil && p.Networks == nil {
@@ -75,7 +75,8 @@ func (o *objects) clusterRule(f flow, action clusterAction, peers []v1beta1.Clus
 	return ""
 }
 
-// someAt reports whether the pods at an address are as asked: of a rule that denies, any of them.
+// someAt reports whether the pods at an address satisfy is: any of them for a Deny rule, otherwise
+// all.
 func (o *objects) someAt(a netip.Addr, action clusterAction, is func(*corev1.Pod) bool) bool {
 	if action == denyIt {
 		return slices.ContainsFunc(o.at(a), is)
@@ -172,7 +173,7 @@ func (g generator) clusterPolicy(i int) *v1beta1.ClusterNetworkPolicy {
 	return p
 }
 
-// clusterPods is a peer, sometimes of a kind that is not known yet.
+// clusterPods returns a peer, sometimes of a kind that is not known yet.
 func (g generator) clusterPods() (p v1beta1.ClusterNetworkPolicyEgressPeer) {
 	switch {
 	case g.one(30):

@@ -11,20 +11,20 @@ import (
 	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
-// The stupid twin: it evaluates the objects themselves, one flow at a time, as the text of
-// the API says it. It shares no code with the package, and knows no rules that were compiled.
+// The stupid twin evaluates the objects themselves, one flow at a time, as the text of the API
+// says. It shares no code with the package, and knows no compiled rules.
 
-// objects is a cluster as the API has it.
+// objects holds a cluster in the API's own types.
 type objects struct {
 	namespaces map[string]map[string]string
 	pods       []*corev1.Pod
 	nodes      []*corev1.Node
-	host       []netip.Prefix // what the kernel of the pods' node takes for itself
+	host       []netip.Prefix // addresses that the kernel of the pods' node takes for itself
 	policies   []*networkingv1.NetworkPolicy
 	cluster    []*v1beta1.ClusterNetworkPolicy
 }
 
-// flow goes between a pod, for which it is judged, and an address.
+// flow is traffic between an address and the pod for which it is judged.
 type flow struct {
 	pod    *corev1.Pod
 	egress bool
@@ -33,7 +33,7 @@ type flow struct {
 	port   int32           // of the destination
 }
 
-// metadata stands for the addresses that only a rule for them alone opens.
+// metadata stands for the addresses that only a rule for nothing else opens.
 var metadata = netip.MustParseAddr("169.254.169.254")
 
 func (o *objects) labelsMatch(s *metav1.LabelSelector, l map[string]string) bool {
@@ -66,8 +66,8 @@ func hasAddr(p *corev1.Pod, a netip.Addr) bool {
 	return slices.Contains(p.Status.PodIPs, corev1.PodIP{IP: a.String()})
 }
 
-// at gives the pods that are at an address: none that has ended or has its node's address, and
-// none that is being deleted beside one that is not.
+// at returns the pods at an address: none that has ended or has its node's address, and none being
+// deleted if another is not.
 func (o *objects) at(a netip.Addr) []*corev1.Pod {
 	var staying, leaving []*corev1.Pod
 	for _, p := range o.pods {
@@ -85,7 +85,7 @@ func (o *objects) at(a netip.Addr) []*corev1.Pod {
 	return leaving
 }
 
-// allAt reports whether there is a pod at an address, and all that are there are as asked.
+// allAt reports whether there are pods at an address and all of them satisfy is.
 func (o *objects) allAt(a netip.Addr, is func(*corev1.Pod) bool) bool {
 	pods := o.at(a)
 	return len(pods) > 0 && !slices.ContainsFunc(pods, func(p *corev1.Pod) bool { return !is(p) })
@@ -105,7 +105,7 @@ func (o *objects) ownNode(f flow) bool {
 	return slices.ContainsFunc(o.host, func(p netip.Prefix) bool { return p.Contains(f.peer) })
 }
 
-// allowed is the whole of it: the tiers in their order, and what holds where none decides.
+// allowed decides a flow: by the tiers in order, then by the default if none decides.
 func (o *objects) allowed(f flow) bool {
 	if !f.egress && o.ownNode(f) {
 		return true
@@ -128,7 +128,7 @@ func (o *objects) allowed(f flow) bool {
 	return f.peer != metadata
 }
 
-// namespaced is the tier of NetworkPolicy.
+// namespaced evaluates the tier of NetworkPolicy.
 func (o *objects) namespaced(f flow) (isolated, allowed bool) {
 	for _, p := range o.policies {
 		if p.Namespace != f.pod.Namespace || !o.labelsMatch(&p.Spec.PodSelector, f.pod.Labels) {
@@ -155,8 +155,8 @@ func (o *objects) namespaced(f flow) (isolated, allowed bool) {
 	return isolated, allowed
 }
 
-// networkPolicyAllows asks for a peer and a port that both match. Where a port is named it
-// counts for those pods at the destination that the peer matches, too.
+// networkPolicyAllows reports whether a peer and a port both match. In egress a named port counts
+// only if the pods at the destination, which the peer matches, name it.
 func (o *objects) networkPolicyAllows(namespace string, f flow, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort) bool {
 	if f.peer == metadata && len(peers) == 0 {
 		return false
@@ -218,7 +218,7 @@ func (o *objects) peerMatches(namespace string, a netip.Addr, p *networkingv1.Ne
 	})
 }
 
-// state is what the package is given of the objects.
+// state returns the objects in the form that the package takes.
 func (o *objects) state() *State {
 	s := &State{Namespaces: o.namespaces, Host: o.host, NetworkPolicies: o.policies, ClusterNetworkPolicies: o.cluster}
 	for _, p := range o.pods {

@@ -21,7 +21,7 @@ const (
 
 func (d direction) String() string { return [...]string{"ingress", "egress"}[d] }
 
-// action is what a rule does with traffic that it matches.
+// action is what a rule does with matching traffic.
 type action int
 
 const (
@@ -30,8 +30,8 @@ const (
 	pass // on to the next tier
 )
 
-// rule is a rule of any kind as it was read. It names no address that a pod or a node has:
-// those are looked up when it is compiled.
+// rule is a parsed rule of any kind. It holds no address of a pod or a node: those are looked up
+// when it is compiled.
 type rule struct {
 	name      string
 	action    action
@@ -45,13 +45,13 @@ type rule struct {
 	named     []portName
 }
 
-// portName is a port that a pod names. The zero protocol is whichever it has.
+// portName is a port by the name that a pod gives it. The zero protocol means any.
 type portName struct {
 	name     string
 	protocol policy.Protocol
 }
 
-// in gives the ports of a pod that have the name.
+// in returns the ports of a pod that have the name.
 func (n portName) in(p *Pod) (out []policy.Port) {
 	for _, proto := range []policy.Protocol{policy.TCP, policy.UDP, policy.SCTP} {
 		if n.protocol != 0 && n.protocol != proto {
@@ -64,10 +64,10 @@ func (n portName) in(p *Pod) (out []policy.Port) {
 	return out
 }
 
-// podSelector selects pods, as a subject or as a peer. Two that select alike have equal keys.
+// podSelector selects pods, as a subject or as a peer. Selectors that select alike have equal keys.
 type podSelector struct {
 	key       selectorKey
-	namespace labels.Selector // nil: the one of the key
+	namespace labels.Selector // nil: the key's namespace
 	pod       labels.Selector
 }
 
@@ -127,7 +127,7 @@ func (w *world) clauses(r *rule, pod *Pod, d direction) []clause {
 	return append(out, named...)
 }
 
-// namedClauses gives a clause for each number that a named port has among the destinations.
+// namedClauses returns a clause for each number that a named port has among the destinations.
 func (w *world) namedClauses(r *rule, n portName, wide bool) []clause {
 	numbers := make(map[policy.Port]bool)
 	for _, p := range w.pods {

@@ -22,19 +22,19 @@ func (k Key) compare(l Key) int {
 	return cmp.Or(strings.Compare(k.Namespace, l.Namespace), strings.Compare(k.Name, l.Name))
 }
 
-// State is what policies are compiled from: one moment of a cluster. It is only read.
+// State is one moment of a cluster, from which policies are compiled. The package only reads it.
 type State struct {
 	Namespaces map[string]map[string]string // labels by name
 	Pods       []Pod
 	Nodes      []Node
-	// Host is what policy.Environment.Host is on the node of the pods that are compiled.
+	// Host is policy.Environment.Host on the node of the compiled pods.
 	Host            []netip.Prefix
 	NetworkPolicies []*networkingv1.NetworkPolicy
 	// ClusterNetworkPolicies are of either version: see FromV1Alpha2.
 	ClusterNetworkPolicies []*v1beta1.ClusterNetworkPolicy
 }
 
-// Pod is what a policy can ask of a pod. A Pod that was handed over is not changed any more.
+// Pod holds what a policy can ask about a pod. A Pod must not be changed once it is handed over.
 type Pod struct {
 	Key
 	Labels map[string]string
@@ -42,13 +42,13 @@ type Pod struct {
 	Node   string
 	Ports  []NamedPort
 
-	// HostNetwork is set for a pod that has its node's addresses: no selector selects it, neither
-	// as a subject nor as a peer.
+	// HostNetwork is set for a pod that has its node's addresses: no selector selects it, either as
+	// a subject or as a peer.
 	HostNetwork bool
-	// Done is set for a pod whose containers have ended for good. It is nobody's peer.
+	// Done is set for a pod whose containers have ended for good. It is never a peer.
 	Done bool
-	// Terminating is set for a pod that is being deleted. It is a peer for as long as it
-	// alone has its address.
+	// Terminating is set for a pod that is being deleted. It is a peer while no other pod has its
+	// address.
 	Terminating bool
 }
 
@@ -59,14 +59,14 @@ type NamedPort struct {
 	Number   uint16
 }
 
-// Node is what a policy can ask of a node.
+// Node holds what a policy can ask about a node.
 type Node struct {
 	Name   string
 	Labels map[string]string
 	Addrs  []netip.Addr
 }
 
-// PodOf takes what policies need out of a Pod object.
+// PodOf extracts what policies need from a Pod object.
 func PodOf(o *corev1.Pod) Pod {
 	p := Pod{
 		Key: Key{o.Namespace, o.Name}, Labels: o.Labels, Node: o.Spec.NodeName, HostNetwork: o.Spec.HostNetwork,
@@ -96,7 +96,7 @@ func (p *Pod) addAddr(s string) {
 	}
 }
 
-// addPorts adds the named ports of a container. Where two have one name the first counts.
+// addPorts adds the named ports of a container. Of two with one name, the first counts.
 func (p *Pod) addPorts(c *corev1.Container) {
 	for _, cp := range c.Ports {
 		proto, ok := protocol(&cp.Protocol)
@@ -109,7 +109,7 @@ func (p *Pod) addPorts(c *corev1.Container) {
 	}
 }
 
-// samePeer reports whether two pods differ in nothing but labels and place.
+// samePeer reports whether two pods differ only in labels and node.
 func (p *Pod) samePeer(q *Pod) bool {
 	return p.Key == q.Key && p.HostNetwork == q.HostNetwork && p.Done == q.Done && p.Terminating == q.Terminating &&
 		slices.Equal(p.Addrs, q.Addrs) && slices.Equal(p.Ports, q.Ports)
@@ -125,7 +125,7 @@ func (p *Pod) port(name string, proto policy.Protocol) (uint16, bool) {
 	return 0, false
 }
 
-// NodeOf takes what policies need out of a Node object.
+// NodeOf extracts what policies need from a Node object.
 func NodeOf(o *corev1.Node) Node {
 	n := Node{Name: o.Name, Labels: o.Labels}
 	for _, s := range o.Status.Addresses {
@@ -136,7 +136,7 @@ func NodeOf(o *corev1.Node) Node {
 	return n
 }
 
-// address reads an address as the API writes it: the address of a host name is none.
+// address parses an address as the API writes it. It fails for a host name.
 func address(s string) (netip.Addr, bool) {
 	a, err := netip.ParseAddr(s)
 	if err != nil || a.Zone() != "" {
@@ -145,7 +145,7 @@ func address(s string) (netip.Addr, bool) {
 	return a.Unmap(), true
 }
 
-// protocol reads a protocol that is TCP where it is not said.
+// protocol parses a protocol; the default is TCP.
 func protocol(p *corev1.Protocol) (policy.Protocol, bool) {
 	if p == nil {
 		return policy.TCP, true

@@ -9,12 +9,12 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// world is what is known of the cluster, and the sets of addresses that selectors select in it.
+// world is what is known about the cluster, with the sets of addresses that selectors select in it.
 //
-// An address can be claimed by more than one pod for a while: the one that had it is not
-// gone yet, or the news of two pods came in another order. A pod that is being deleted then
-// yields to one that is not. Of claims that are left a set for an allow rule wants all to
-// match, a set for a deny rule any.
+// More than one pod can claim an address for a while: the pod that had it is not gone yet, or the
+// news of two pods came in another order. A pod that is being deleted then yields to one that is
+// not. If several claims are left, a set for an allow rule requires all of them to match, a set for
+// a deny rule any.
 type world struct {
 	namespaces map[string]labels.Set
 	pods       map[Key]*Pod
@@ -23,7 +23,7 @@ type world struct {
 	host       []netip.Prefix
 	groups     map[selectorKey]*group
 
-	// Which pods were compiled with what, and what of it has changed since.
+	// Which pods were compiled with what, and which of them must be compiled again.
 	used   map[Key]map[*group]bool
 	byPort dependents // pods whose rules name ports of their destinations
 	byNode dependents // pods whose rules select nodes
@@ -43,10 +43,10 @@ func newWorld() *world {
 	}
 }
 
-// selectable reports whether a pod can be a peer by a selector.
+// selectable reports whether a selector can make the pod a peer.
 func selectable(p *Pod) bool { return !p.HostNetwork && !p.Done }
 
-// setPod puts a pod in the place of the one of its key; nil takes that away.
+// setPod replaces the pod that has the key; nil removes it.
 func (w *world) setPod(k Key, p *Pod) {
 	old := w.pods[k]
 	same := old != nil && p != nil && old.samePeer(p)
@@ -76,7 +76,7 @@ func (w *world) setPod(k Key, p *Pod) {
 	}
 }
 
-// claimants gives the pods that have an address of p.
+// claimants returns the other pods that have an address of p.
 func (w *world) claimants(p *Pod) (out []*Pod) {
 	if p == nil {
 		return nil
@@ -91,7 +91,8 @@ func (w *world) claimants(p *Pod) (out []*Pod) {
 	return out
 }
 
-// setNamespace notes a namespace's labels, or that it is not known. It reports whether that is new.
+// setNamespace records a namespace's labels, or that it is not known. It reports whether that is
+// new.
 func (w *world) setNamespace(name string, l labels.Set, known bool) bool {
 	if old, was := w.namespaces[name]; was == known && maps.Equal(old, l) {
 		return false
@@ -110,7 +111,7 @@ func (w *world) setNamespace(name string, l labels.Set, known bool) bool {
 	return true
 }
 
-// owners gives the pods that an address counts as the address of.
+// owners returns the pods that an address belongs to.
 func (w *world) owners(a netip.Addr) []*Pod {
 	all := w.claims[a]
 	if len(all) < 2 {
@@ -122,8 +123,8 @@ func (w *world) owners(a netip.Addr) []*Pod {
 	return all
 }
 
-// collect gives the addresses of those pods that are in: of all that own the address, or,
-// if wide, of any.
+// collect returns the addresses of the pods that in accepts. It must accept every pod that owns the
+// address or, if wide, any.
 func (w *world) collect(pods iter.Seq[*Pod], wide bool, in func(*Pod, netip.Addr) bool) []netip.Addr {
 	var out []netip.Addr
 	for p := range pods {
@@ -140,7 +141,7 @@ func (w *world) collect(pods iter.Seq[*Pod], wide bool, in func(*Pod, netip.Addr
 	return out
 }
 
-// hostOf gives the addresses of the node of a pod.
+// hostOf returns the addresses of a pod's node.
 func (w *world) hostOf(pod *Pod) []netip.Prefix {
 	out := slices.Clone(w.host)
 	if n := w.nodes[pod.Node]; n != nil {
@@ -152,11 +153,11 @@ func (w *world) hostOf(pod *Pod) []netip.Prefix {
 	return slices.Compact(out)
 }
 
-// group is the pods that one selector selects.
+// group holds the pods that one selector selects.
 type group struct {
 	selector *podSelector
-	members  map[*Pod]bool // false: it would be one if its namespace, which is not known, were selected
-	// Made when they are asked for: the addresses for allow rules, and those for deny rules.
+	members  map[*Pod]bool // false: it would be a member if its namespace, which is not known, were selected
+	// Made on demand: the addresses for allow rules, and those for deny rules.
 	narrow, wide struct {
 		set  *podSet
 		good bool // nothing has changed since
@@ -164,8 +165,8 @@ type group struct {
 	users dependents
 }
 
-// replace takes a member out and puts another one in, if it is one. Where they are the same
-// peer as far as sets can tell, and no other pod of the group has an address of theirs, the sets stay.
+// replace removes the member old and adds p if it is a member. The sets stay if old and p are the
+// same peer as far as sets can tell, and no other pod of the group has an address of theirs.
 func (g *group) replace(w *world, old, p *Pod, same bool, others []*Pod) {
 	before, was := g.members[old]
 	delete(g.members, old)
@@ -180,7 +181,7 @@ func (g *group) replace(w *world, old, p *Pod, same bool, others []*Pod) {
 	}
 }
 
-// group finds the pods of a selector.
+// group returns the pods of a selector.
 func (w *world) group(s *podSelector) *group {
 	g := w.groups[s.key]
 	if g == nil {
@@ -193,7 +194,7 @@ func (w *world) group(s *podSelector) *group {
 	return g
 }
 
-// use finds the pods of a selector for the rules of a pod, which depend on them from now on.
+// use returns the pods of a selector for the rules of a pod, which depend on them from then on.
 func (w *world) use(s *podSelector, pod *Pod) *group {
 	g := w.group(s)
 	g.users[pod.Key] = true
@@ -204,7 +205,7 @@ func (w *world) use(s *podSelector, pod *Pod) *group {
 	return g
 }
 
-// forget ends what a pod's rules depend on. It gives the groups that no rule may use any more.
+// forget drops what a pod's rules depend on. It returns the groups that may have become unused.
 func (w *world) forget(pod Key) map[*group]bool {
 	groups := w.used[pod]
 	for g := range groups {
@@ -216,7 +217,7 @@ func (w *world) forget(pod Key) map[*group]bool {
 	return groups
 }
 
-// release drops those of some groups that no rule uses.
+// release drops those of the groups that no rule uses.
 func (w *world) release(groups map[*group]bool) {
 	for g := range groups {
 		if len(g.users) == 0 {
@@ -259,7 +260,7 @@ func (g *group) set(w *world, wide bool) *podSet {
 	if !s.good {
 		set := podSetOf(w.collect(maps.Keys(g.members), wide, func(p *Pod, _ netip.Addr) bool { return g.has(p, wide) }))
 		if s.set == nil || !slices.Equal(s.set.nets, set.nets) {
-			s.set = set // else those who have the old one need not look at its addresses
+			s.set = set // otherwise holders of the old set need not compare its addresses
 		}
 		s.good = true
 	}
