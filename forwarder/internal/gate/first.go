@@ -41,13 +41,14 @@ type Look struct {
 	unread error // why they could not be read
 }
 
-// Read looks at what is queued. last: nothing more is waited for. left: the far side has closed.
-func (f *First) Read(flow Flow, last, left bool) (at Look, gone nat.Reason) {
+// Read looks at what is queued. last: nothing more is waited for. ended: the client sends
+// nothing more. left: the far side has closed.
+func (f *First) Read(flow Flow, last, ended, left bool) (at Look, gone nat.Reason) {
 	queued, gone := flow.Queued()
 	if gone != "" {
 		return at, gone
 	}
-	ended, greeted := flow.Ended(), f.Greeted()
+	greeted := f.Greeted()
 	last = last || ended
 	if queued < f.need && !last && !(left && greeted) {
 		return at, ""
@@ -58,7 +59,7 @@ func (f *First) Read(flow Flow, last, left bool) (at Look, gone nat.Reason) {
 	switch {
 	case gone != "":
 		return at, gone
-	case n == 0 && flow.Ended():
+	case n == 0 && ended:
 		at.End = new(Ending) // it closed without having said anything
 		return at, ""
 	}

@@ -31,7 +31,7 @@ func newJudged(t *testing.T, first string) *judged {
 	fl := j.begin()
 	fl.pieces = [][]byte{[]byte(first)}
 	began := j.shared.NewFirst()
-	at, gone := began.Read(fl, false, false)
+	at, gone := began.Read(fl, false, false, false)
 	if !at.Decide || gone != "" {
 		t.Fatalf("%+v, %q of the first bytes", at, gone)
 	}

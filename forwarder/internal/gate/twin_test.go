@@ -281,11 +281,11 @@ func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []by
 	}
 
 	first := j.shared.NewFirst()
-	at, _ := first.Read(fl, false, false)
+	at, _ := first.Read(fl, false, fl.Ended(), false)
 	for !at.Decide && at.End == nil {
 		j.heard = append(j.heard, at.Say...)
 		more()
-		at, _ = first.Read(fl, false, false)
+		at, _ = first.Read(fl, false, fl.Ended(), false)
 	}
 	j.heard = append(j.heard, at.Say...)
 	if at.End != nil {

@@ -139,10 +139,11 @@ func (c *check) readFirst() (abort nat.Reason) {
 	if last && c.evicted.Load() && !c.first.Greeted() {
 		return nat.ReasonFirstBytesEvicted
 	}
-	if over(fl.Ep) {
+	ended := c.Ended()
+	if over(fl.Ep) { // asked behind Ended, for which a reset that comes in between is an end too
 		return lostSandbox(fl.Ep)
 	}
-	at, gone := c.first.Read(c, last, fl.hostEvents.Load()&unix.EPOLLRDHUP != 0)
+	at, gone := c.first.Read(c, last, ended, fl.hostEvents.Load()&unix.EPOLLRDHUP != 0)
 	if gone != "" {
 		return gone
 	}
