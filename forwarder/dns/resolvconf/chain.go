@@ -1,8 +1,8 @@
 package resolvconf
 
-// The chain of a path: every directory in which looking the path up consults
-// an entry, symlinks followed, and the file at its end. A change to any of
-// those entries may change which file the path names.
+// The chain of a path: every directory whose entries a lookup of the path consults, with symlinks
+// followed, and the file at its end. A change to any of those entries may change which file the
+// path names.
 
 import (
 	"errors"
@@ -13,19 +13,19 @@ import (
 	"strings"
 )
 
-// maxLinks is the kernel's own bound on symlinks in a lookup.
+// maxLinks is the kernel's own limit on symlinks in a lookup.
 const maxLinks = 40
 
 var errLinkLoop = errors.New("too many levels of symbolic links")
 
-// pathChain is where to look for changes.
+// pathChain says where to watch for changes.
 type pathChain struct {
 	entries map[string]map[string]bool // directory → names looked up in it
-	file    string                     // the end, free of symlinks; may not exist
+	file    string                     // at the end, free of symlinks; may not exist
 }
 
-// resolveChain follows path, absolute, as far as it exists. What is missing is
-// no error: its nearest existing directory is part of the chain.
+// resolveChain follows path, which is absolute, as far as it exists. A missing element is no error:
+// its nearest existing directory is part of the chain.
 func resolveChain(path string) (pathChain, error) {
 	ch := pathChain{entries: make(map[string]map[string]bool)}
 	todo := split(path)

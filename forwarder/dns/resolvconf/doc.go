@@ -1,3 +1,3 @@
-// Package resolvconf follows the host's resolver configuration: resolv.conf, the links that it
-// is reached by, and the files that replace it.
+// Package resolvconf follows the host's resolver configuration: resolv.conf, the symlinks that lead
+// to it, and the files that replace it.
 package resolvconf

@@ -2,21 +2,18 @@ package resolvconf
 
 // Following resolv.conf.
 //
-// The file is seldom written in place: it is replaced by rename, is a symlink
-// that is switched, or lies in a directory that a daemon makes and removes. So
-// every directory on the way to it is watched for the names looked up in it
-// (chain.go), and the file itself for being written. Whatever happens, the
-// whole chain is walked again, its watches renewed, and the file read.
+// The file is seldom written in place: it is replaced by rename, is a symlink that is switched, or
+// lies in a directory that a daemon makes and removes. So every directory on the way to it is
+// watched for the names looked up in it (chain.go), and the file itself for writes. On any change
+// the whole chain is walked again, its watches renewed, and the file read.
 //
-// A writer needs several steps, and between two of them the file may be missing
-// or empty. Changes are therefore read when it has been quiet for settle, and a
-// file that then has no server is given lossGrace more before it is believed.
-// Where the chain cannot be watched (no permission to read a directory, no
-// watches or inotify instances left) the file is looked at each second instead.
+// A writer needs several steps, and between two of them the file may be missing or empty. So the
+// file is read once it has been quiet for settle; if it then has no server, that is believed only
+// after lossGrace more. Where the chain cannot be watched (no permission to read a directory, no
+// watches or inotify instances left), the file is checked every second instead.
 //
-// systemd-resolved's stub (127.0.0.53) is used as it stands: upstream sockets
-// are opened in the host's network namespace, where it answers, and only the
-// stub knows per-link servers.
+// systemd-resolved's stub (127.0.0.53) is used as is: upstream sockets are opened in the host's
+// network namespace, where it answers, and only the stub knows per-link servers.
 
 import (
 	"context"
@@ -42,7 +39,7 @@ const (
 	settleMax = time.Second // under a stream of changes
 	lossGrace = 500 * time.Millisecond
 
-	// maxResolvConf bounds what is read; a real file has a few hundred bytes.
+	// maxResolvConf bounds the bytes read; a real file has a few hundred.
 	maxResolvConf = 64 << 10
 
 	dirMask = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO |
@@ -55,15 +52,15 @@ const (
 type Watcher struct {
 	path    string
 	fd      *os.File                  // what fswatch opened, in Go's poller
-	ticking bool                      // fd tells that it is time to look, not what has changed
-	names   map[int32]map[string]bool // the entries of interest by watch descriptor; of a file, none
-	blind   bool                      // not all of the chain can be watched
+	ticking bool                      // fd says that it is time to look, not what has changed
+	names   map[int32]map[string]bool // entries of interest by watch descriptor; none for a file
+	blind   bool                      // part of the chain cannot be watched
 	last    dns.Upstreams
 	err     error
 }
 
-// NewWatcher watches path, which need not exist, and reads it for the first
-// time: Upstreams holds the result.
+// NewWatcher watches path, which need not exist, and reads it for the first time; Upstreams returns
+// the result.
 func NewWatcher(path string) (*Watcher, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
@@ -78,16 +75,15 @@ func NewWatcher(path string) (*Watcher, error) {
 	return w, nil
 }
 
-// Upstreams is what the file last said, and why it says nothing if it could not
-// be read.
+// Upstreams returns the file's latest content, and the error if it could not be read.
 func (w *Watcher) Upstreams() (dns.Upstreams, error) { return w.last, w.err }
 
 // Close ends the Watcher; a Run in progress returns.
 func (w *Watcher) Close() error { return w.fd.Close() }
 
-// Run calls changed on its own goroutine whenever the file says something else
-// than before (a file that is gone or unreadable says nothing: no servers, and
-// the error), until ctx ends, which is no error, or Close.
+// Run calls changed on its own goroutine whenever the file's content differs from before, until ctx
+// ends, which is no error, or Close. If the file is missing or cannot be read, changed gets no
+// servers and the error.
 func (w *Watcher) Run(ctx context.Context, changed func(dns.Upstreams, error)) error {
 	events := make(chan []byte)
 	var readErr error // set before events is closed
@@ -172,7 +168,7 @@ func (w *Watcher) look() (dns.Upstreams, error) {
 	return dns.ParseResolvConf(data), nil
 }
 
-// renew watches exactly what ch says.
+// renew watches exactly the entries and the file of ch.
 func (w *Watcher) renew(ch pathChain) {
 	if w.ticking {
 		return
@@ -207,14 +203,14 @@ func (w *Watcher) renewOn(fd int, ch pathChain) {
 	add(ch.file, fileMask, nil)
 	for wd := range w.names {
 		if names[wd] == nil {
-			// Fails when the kernel has dropped it already, with the inode.
+			// Fails if the kernel has dropped it already, with the inode.
 			unix.InotifyRmWatch(fd, uint32(wd))
 		}
 	}
 	w.names = names
 }
 
-// concerns reports whether one of the events in b is about the chain.
+// concerns reports whether any event in b is about the chain.
 func (w *Watcher) concerns(b []byte) bool {
 	if w.ticking {
 		return true
@@ -239,8 +235,8 @@ func (w *Watcher) concerns(b []byte) bool {
 	return false
 }
 
-// readRegular reads a file that is one: opening a FIFO or a device in its place
-// must not hang the monitor.
+// readRegular reads path only if it is a regular file: opening a FIFO or a device in its place must
+// not hang the monitor.
 func readRegular(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -18,7 +18,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// watching runs a Watcher on path and returns a way to await its next word.
+// watching runs a Watcher on path and returns its first result and a function that awaits the next
+// one.
 func watching(t *testing.T, path string) (first dns.Upstreams, next func(want string) error, firstErr error) {
 	t.Helper()
 	w, err := NewWatcher(path)
@@ -97,7 +98,7 @@ func TestWatcherFollowsAPlainFile(t *testing.T) {
 	put(t, path, conf1) // the new file is watched, too
 	next("192.0.2.1")
 
-	testutil.Must(t, os.Remove(path)) // gone
+	testutil.Must(t, os.Remove(path)) // missing
 	if err := next(""); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the error is %v", err)
 	}
@@ -118,7 +119,7 @@ func TestWatcherFollowsAPlainFile(t *testing.T) {
 	}
 }
 
-// /etc/resolv.conf → ../run/link → resolve/stub.conf, where every part moves.
+// /etc/resolv.conf → ../run/link → resolve/stub.conf, where every part can move.
 func TestWatcherFollowsSymlinksAndTheirDirectories(t *testing.T) {
 	dir := t.TempDir()
 	at := func(p string) string { return filepath.Join(dir, p) }
@@ -248,7 +249,7 @@ func FuzzParseResolvConf(f *testing.F) {
 		if len(u.Servers) > dns.MaxServers || len(u.Search) > dns.MaxSearch || u.Timeout > dns.MaxTimeout || u.Attempts > dns.MaxAttempts {
 			t.Fatalf("beyond bounds: %+v", u)
 		}
-		// What is passed on says the same when it is read again.
+		// The options passed on read back the same.
 		v := dns.ParseResolvConf(u.ResolvConf())
 		if !slices.Equal(v.Search, u.Search) || !slices.Equal(v.StubOptions, u.StubOptions) {
 			t.Fatalf("%+v became %+v", u, v)
