@@ -2,9 +2,8 @@ package dhcp
 
 // Router advertisements: RFC 4861 section 4.2, with the DNS options of RFC 8106.
 //
-// Everything advertised holds as long as the sandbox does, so lifetimes are
-// infinite where the field can say so. The router's own cannot (16 bits), hence
-// AdvertiseEvery.
+// Everything advertised is valid as long as the sandbox lives, so lifetimes are infinite where the
+// field allows it. The router lifetime does not (16 bits), hence AdvertiseEvery.
 
 import (
 	"encoding/binary"
@@ -13,8 +12,8 @@ import (
 	"time"
 )
 
-// AdvertiseEvery is how often an advertisement should be sent unasked: far
-// within the router lifetime of 65535 s (RFC 8319) that each one carries.
+// AdvertiseEvery is how often an unsolicited advertisement should be sent: well within the router
+// lifetime of 65535 s (RFC 8319) that each one carries.
 const AdvertiseEvery = time.Hour
 
 const (
@@ -27,20 +26,20 @@ const (
 	optRDNSS          = 25
 	optDNSSL          = 31
 
-	// maxAdvertisement fits the smallest IPv6 path with its header.
+	// maxAdvertisement fits the smallest IPv6 path MTU with its header.
 	maxAdvertisement = 1280 - 40
 
 	infinite  = 0xffffffff
 	slaacBits = 64
 )
 
-// RouterAdvertisement is a whole ICMPv6 message, its checksum left zero for the
-// sender, who knows the addresses: from Gateway6 to all nodes or to the host
-// that solicited, hop limit 255. Nil when IPv6 is not served.
+// RouterAdvertisement returns a whole ICMPv6 message, or nil if IPv6 is not served. Its checksum is
+// zero: the caller knows the addresses and fills it in. It goes from Gateway6 to all nodes, or to
+// the host that solicited, with hop limit 255.
 //
-// The managed flag points guests at DHCPv6, which hands out exactly the guest's
-// address. A prefix of 64 bits is also marked autonomous, for guests that know
-// only that way; they make up an address of their own in it.
+// The managed flag points guests at DHCPv6, which hands out exactly the guest's address. A prefix
+// of 64 bits is also marked autonomous, for guests that support only SLAAC; they form an address of
+// their own in it.
 func (s *Server) RouterAdvertisement() []byte {
 	p := s.cfg.Guest6
 	if !p.IsValid() {
@@ -50,7 +49,7 @@ func (s *Server) RouterAdvertisement() []byte {
 		64,          // hop limit
 		1<<7 | 1<<6, // managed, other
 		0xff, 0xff,  // router lifetime
-		0, 0, 0, 0, // reachable time, not ours to say
+		0, 0, 0, 0, // reachable time: unspecified
 		0, 0, 0, 0} // retransmission timer, likewise
 	if mac := s.cfg.GatewayMAC; len(mac) == 6 {
 		b = append(b, optSourceLinkAddr, 1)
@@ -87,7 +86,7 @@ func (s *Server) RouterAdvertisement() []byte {
 	return b
 }
 
-// dnssl is the search list option, padded to a multiple of eight bytes.
+// dnssl returns the search list option, padded to a multiple of eight bytes.
 func dnssl(search []string) []byte {
 	opt := []byte{optDNSSL, 0, 0, 0}
 	opt = binary.BigEndian.AppendUint32(opt, infinite)
@@ -101,12 +100,12 @@ func dnssl(search []string) []byte {
 	for len(opt)%8 != 0 {
 		opt = append(opt, 0)
 	}
-	opt[1] = byte(len(opt) / 8) // maxAdvertisement keeps what is sent below 256
+	opt[1] = byte(len(opt) / 8) // maxAdvertisement keeps the lengths that are sent below 256
 	return opt
 }
 
-// ValidSolicitation reports whether msg, an ICMPv6 message whose checksum is
-// right, is a router solicitation to be answered (RFC 4861 section 6.1.1).
+// ValidSolicitation reports whether msg, an ICMPv6 message with a correct checksum, is a router
+// solicitation to answer (RFC 4861 section 6.1.1).
 func ValidSolicitation(msg []byte, from netip.Addr, hopLimit uint8) bool {
 	if hopLimit != 255 || len(msg) < 8 || msg[0] != icmpRouterSolicitation || msg[1] != 0 || from.IsMulticast() {
 		return false

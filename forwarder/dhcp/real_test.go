@@ -1,12 +1,12 @@
 package dhcp
 
-// With real clients and a real kernel: a TAP device in a network namespace of
-// its own, and a packet loop that plays the link.
+// Tests with real clients and a real kernel: a TAP device in a network namespace of its own, and a
+// packet loop that acts as the link.
 //
 //	netns:  dhclient, udhcpc, kernel ── tap ══ link.serve ── Server
 //
-// A client's script writes its environment to a FIFO, so nothing is changed
-// anywhere and nothing waits by the clock.
+// A client's script writes its environment to a FIFO, so nothing on the system changes and no test
+// waits by the clock.
 
 import (
 	"bufio"
@@ -142,7 +142,7 @@ func (l *link) ipv6(mac net.HardwareAddr, p []byte) []byte {
 	return nil
 }
 
-// frame6 fills in the checksum of body at sumAt.
+// frame6 builds a frame and fills in the checksum of body at sumAt.
 func frame6(mac net.HardwareAddr, from, to netip.Addr, proto byte, body []byte, sumAt int) []byte {
 	pseudo := slices.Concat(from.AsSlice(), to.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(body))), []byte{0, 0, 0, proto}, body)
 	binary.BigEndian.PutUint16(body[sumAt:], checksum(pseudo))
@@ -162,8 +162,8 @@ func checksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// client runs a DHCP client whose script is given by %s in args, and returns
-// the environment of its first run for one of the reasons.
+// client runs a DHCP client, with SCRIPT and DIR in args replaced by a script and its directory. It
+// returns the environment of the first run of the script for one of the reasons.
 func client(t *testing.T, reasons []string, name string, args ...string) map[string]string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -248,7 +248,7 @@ func TestRealClientV6(t *testing.T) {
 		map[string]string{"new_ip6_address": "fd00:a::64", "new_dhcp6_name_servers": "fd00:a::3", "new_dhcp6_domain_search": "a.example. b.example."})
 }
 
-// The kernel solicits by itself when the device comes up.
+// The kernel solicits on its own when the device comes up.
 func TestRealKernelTakesAdvertisement(t *testing.T) {
 	enterNamespace(t, newServer(t, func(c *Config) { c.MTU = 8000 }))
 	want := []string{"default via fe80::2 dev tap0 proto ra", "fd00:a::/64 dev tap0 proto kernel", "fd00:a::ff:fe00:164/64 scope global", "mtu 8000"}
@@ -269,8 +269,7 @@ func readFile(t *testing.T, path string) string {
 	return string(b)
 }
 
-// What no client here reads (RDNSS, DNSSL) is read by tshark, which also finds
-// whatever is malformed.
+// tshark reads the options that no client here reads (RDNSS, DNSSL), and reports malformed ones.
 func TestTsharkReadsAdvertisement(t *testing.T) {
 	tshark, err := exec.LookPath("tshark")
 	if err != nil {

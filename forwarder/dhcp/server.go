@@ -10,32 +10,31 @@ import (
 )
 
 const (
-	// maxRequest bounds a client's message. Clients build them for a path of
-	// 576 (v4) and 1280 (v6) bytes.
+	// maxRequest bounds a client's message. Clients build theirs for a path MTU of 576 (v4) or 1280
+	// (v6) bytes.
 	maxRequest = 1500
 
-	// leaseTime is how long a client may go without asking again. The address
-	// is the guest's for good, so this only has to be far from zero.
+	// leaseTime is how long a client may go without asking again. The address belongs to the guest
+	// for good, so this only has to be far from zero.
 	leaseTime = 24 * time.Hour
 
-	// maxSearch bounds the search list that is passed on.
+	// maxSearch bounds the search list that is sent.
 	maxSearch = 32
 )
 
-// Config is what the guest is told. A family whose Guest prefix is zero is not
-// served.
+// Config is what the guest is told. A family whose Guest prefix is zero is not served.
 type Config struct {
 	Guest4   netip.Prefix // the guest's address and its prefix length
 	Gateway4 netip.Addr
 
 	Guest6   netip.Prefix
-	Gateway6 netip.Addr // link-local, as routers are named by NDP
+	Gateway6 netip.Addr // link-local, as NDP identifies routers
 
 	DNS        []netip.Addr // of both families
 	Search     []string
-	MTU        int              // zero: not told
+	MTU        int              // zero: not sent
 	GatewayMAC net.HardwareAddr // empty on a link without link addresses
-	Hostname   string           // empty: not told
+	Hostname   string           // empty: not sent
 }
 
 // Server answers one guest. It is immutable: all methods may be called from any
@@ -46,7 +45,7 @@ type Server struct {
 	search     []string
 }
 
-// New checks cfg.
+// New checks cfg and returns a Server.
 func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg}
 	switch {

@@ -378,7 +378,7 @@ func FuzzHandle(f *testing.F) {
 	s := newServer(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if out, _, to := s.HandleV4(b); out != nil {
-			if len(out) > maxDatagram4-headers4+maxRequest { // a long client identifier comes back
+			if len(out) > maxDatagram4-headers4+maxRequest { // a long client identifier is echoed
 				t.Fatalf("%d bytes", len(out))
 			}
 			if _, err := dhcpv4.FromBytes(out); err != nil || !to.IsValid() {

@@ -2,8 +2,8 @@ package dhcp
 
 // DHCPv4, RFC 2131 section 4.3, for a pool of one address.
 //
-// A client that asks for another address than the guest's is told so (NAK), so
-// that one with an old lease in hand starts over at once.
+// A client that asks for any address but the guest's gets a NAK, so that one with an old lease
+// starts over at once.
 
 import (
 	"net"
@@ -17,17 +17,16 @@ import (
 const (
 	clientPort4 = 68
 
-	// minDatagram4 is what every client accepts (RFC 2131 section 2), and
-	// headers4 the part of it that is not ours.
+	// minDatagram4 is the size that every client accepts (RFC 2131 section 2), and headers4 the
+	// part of it taken by headers.
 	minDatagram4 = 576
 	maxDatagram4 = 1500
 	headers4     = 20 + 8
 )
 
-// HandleV4 answers a DHCPv4 message that came to UDP port 67. A nil reply means
-// silence. The reply goes from Gateway4, port 67, to the address to: in an
-// Ethernet broadcast if broadcast, else to the guest's MAC without asking ARP,
-// for the guest cannot answer yet.
+// HandleV4 answers a DHCPv4 message that came to UDP port 67. A nil reply means silence. The reply
+// goes from Gateway4, port 67, to the address to: in an Ethernet broadcast if broadcast is set,
+// else to the guest's MAC without ARP, which the guest cannot answer yet.
 func (s *Server) HandleV4(payload []byte) (reply []byte, broadcast bool, to netip.AddrPort) {
 	if !s.cfg.Guest4.IsValid() || len(payload) > maxRequest {
 		return nil, false, to
@@ -62,7 +61,7 @@ func (s *Server) HandleV4(payload []byte) (reply []byte, broadcast bool, to neti
 	return resp.ToBytes(), !unicast, netip.AddrPortFrom(dst, clientPort4)
 }
 
-// decide4 is the kind of answer req deserves; None is silence.
+// decide4 returns the kind of answer that req gets; None means silence.
 func (s *Server) decide4(req *dhcpv4.DHCPv4) dhcpv4.MessageType {
 	guest := s.cfg.Guest4.Addr()
 	server, wanted, current := addr4(req.ServerIdentifier()), addr4(req.RequestedIPAddress()), addr4(req.ClientIPAddr)
@@ -89,10 +88,10 @@ func (s *Server) decide4(req *dhcpv4.DHCPv4) dhcpv4.MessageType {
 	case dhcpv4.MessageTypeInform:
 		return dhcpv4.MessageTypeAck
 	}
-	return dhcpv4.MessageTypeNone // RELEASE, DECLINE: there is nothing to give back
+	return dhcpv4.MessageTypeNone // RELEASE, DECLINE: nothing to give back
 }
 
-// tell4 fills in what the guest is to know, within what it can receive.
+// tell4 fills in the guest's configuration, within the size that it can receive.
 func (s *Server) tell4(req, resp *dhcpv4.DHCPv4) {
 	cfg := &s.cfg
 	if req.MessageType() != dhcpv4.MessageTypeInform {
@@ -111,8 +110,8 @@ func (s *Server) tell4(req, resp *dhcpv4.DHCPv4) {
 	resp.UpdateOption(dhcpv4.OptSubnetMask(mask))
 	resp.UpdateOption(dhcpv4.OptRouter(cfg.Gateway4.AsSlice()))
 	if !cfg.Guest4.Contains(cfg.Gateway4) {
-		// The gateway is not on the guest's prefix: a route to it first
-		// (RFC 3442; clients that take these ignore the router option).
+		// The gateway is not on the guest's prefix, so a route to it comes first (RFC 3442; clients
+		// that take these ignore the router option).
 		resp.UpdateOption(dhcpv4.OptClasslessStaticRoute(
 			&dhcpv4.Route{Dest: &net.IPNet{IP: cfg.Gateway4.AsSlice(), Mask: net.CIDRMask(32, 32)}, Router: net.IPv4zero},
 			&dhcpv4.Route{Dest: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, Router: cfg.Gateway4.AsSlice()},
@@ -127,7 +126,7 @@ func (s *Server) tell4(req, resp *dhcpv4.DHCPv4) {
 	if cfg.Hostname != "" {
 		resp.UpdateOption(dhcpv4.OptHostName(cfg.Hostname))
 	}
-	// The search list last, as much of it as fits.
+	// The search list comes last, as much of it as fits.
 	limit := minDatagram4
 	if n, err := req.MaxMessageSize(); err == nil {
 		limit = min(max(limit, int(n)), maxDatagram4)
@@ -144,7 +143,7 @@ func (s *Server) tell4(req, resp *dhcpv4.DHCPv4) {
 	resp.Options.Del(dhcpv4.OptionDNSDomainSearchList)
 }
 
-// addr4 is ip, or the zero Addr for none and for 0.0.0.0.
+// addr4 returns ip, or the zero Addr if there is none or it is 0.0.0.0.
 func addr4(ip net.IP) netip.Addr {
 	a, ok := netip.AddrFromSlice(ip)
 	if a = a.Unmap(); !ok || !a.Is4() || a.IsUnspecified() {

@@ -2,8 +2,8 @@ package dhcp
 
 // DHCPv6, RFC 8415 section 18.3, for a pool of one address.
 //
-// The first identity association for an address gets the guest's; all others,
-// temporary ones and prefixes get the status that says there is none.
+// The first identity association for an address gets the guest's. All others, including those for
+// temporary addresses and prefixes, get the status that none is available.
 
 import (
 	"net"
@@ -14,7 +14,7 @@ import (
 	"github.com/insomniacslk/dhcp/rfc1035label"
 )
 
-// maxReply6 is what fits the smallest IPv6 path with its headers.
+// maxReply6 is the largest reply that fits the smallest IPv6 path MTU with its headers.
 const maxReply6 = 1280 - 40 - 8
 
 // HandleV6 answers a DHCPv6 message that came to UDP port 547. A nil reply means
@@ -46,7 +46,7 @@ func (s *Server) HandleV6(payload []byte, from netip.Addr) (reply []byte) {
 		if req.GetOneOption(dhcpv6.OptionIANA) != nil || req.GetOneOption(dhcpv6.OptionIATA) != nil || req.GetOneOption(dhcpv6.OptionIAPD) != nil {
 			return nil
 		}
-	default: // what a server sends, relays, and the unknown
+	default: // messages that a server sends, relayed and unknown ones
 		return nil
 	}
 	switch req.MessageType {
@@ -82,7 +82,7 @@ func (s *Server) HandleV6(payload []byte, from netip.Addr) (reply []byte) {
 		resp.AddOption(dhcpv6.OptDNS(s.dns6...))
 	}
 	out := resp.ToBytes()
-	if len(out) > maxReply6 { // a client that asked for dozens of associations
+	if len(out) > maxReply6 { // the client asked for dozens of associations
 		return nil
 	}
 	for search := s.search; len(search) > 0; search = search[:len(search)-1] {
@@ -94,8 +94,8 @@ func (s *Server) HandleV6(payload []byte, from netip.Addr) (reply []byte) {
 	return out
 }
 
-// duid names this server: by its link address, or, on a link without any, by
-// an opaque constant, since there is no other server on it.
+// duid identifies this server: by its link address, or, on a link without any, by an opaque
+// constant, since there is no other server on it.
 func (s *Server) duid() dhcpv6.DUID {
 	mac := s.cfg.GatewayMAC
 	if len(mac) == 0 {
@@ -120,8 +120,8 @@ func (s *Server) assign(req *dhcpv6.Message) []dhcpv6.Option {
 				answer.T1, answer.T2 = leaseTime/2, leaseTime*4/5
 				answer.Options.Add(&dhcpv6.OptIAAddress{IPv6Addr: guest.AsSlice(), PreferredLifetime: leaseTime, ValidLifetime: leaseTime})
 			}
-			// Other addresses that it thinks it has end now (section 18.3.4).
-			// In a SOLICIT they are wishes, and pass without mention.
+			// Other addresses that the client believes it has end now (section 18.3.4). In a
+			// SOLICIT they are only hints, and are passed over.
 			if req.MessageType != dhcpv6.MessageTypeSolicit && req.MessageType != dhcpv6.MessageTypeRequest {
 				for _, a := range ia.Options.Addresses() {
 					if have, ok := netip.AddrFromSlice(a.IPv6Addr); ok && have != guest {
@@ -143,8 +143,8 @@ func (s *Server) assign(req *dhcpv6.Message) []dhcpv6.Option {
 	return out
 }
 
-// confirm says whether all addresses that the client holds belong on this link;
-// false when it named none (section 18.3.3).
+// confirm returns the status that says whether all addresses of the client belong on this link;
+// false if it named none (section 18.3.3).
 func (s *Server) confirm(req *dhcpv6.Message) (iana.StatusCode, bool) {
 	n := 0
 	for _, ia := range req.Options.IANA() {
