@@ -1,7 +1,8 @@
 package main
 
-// The agent: the client of every cell, run behind each candidate. One JSON request a line
-// on standard input, one JSON reply a line on standard output; it ends with its input.
+// The agent is the client of every cell, run behind each candidate. It reads one JSON request a
+// line on standard input and writes one JSON reply a line on standard output; it ends with its
+// input.
 
 import (
 	"encoding/json"
@@ -22,7 +23,7 @@ type request struct {
 	Addr     string `json:"addr,omitempty"`
 	Dir      string `json:"dir,omitempty"` // "up" or "down"
 	Flows    int    `json:"flows,omitempty"`
-	Count    int    `json:"count,omitempty"` // at most so many, 0: as time allows
+	Count    int    `json:"count,omitempty"` // at most this many, 0: as time allows
 	Size     int    `json:"size,omitempty"`
 	Window   int    `json:"window,omitempty"`
 	WarmMS   int    `json:"warm_ms,omitempty"`
@@ -30,7 +31,7 @@ type request struct {
 	ID       uint64 `json:"id,omitempty"`
 	Parallel int    `json:"parallel,omitempty"`
 	Port     int    `json:"port,omitempty"`   // of UDP; 0: the far side's
-	Speaks   string `json:"speaks,omitempty"` // what each TCP connection says first (greeting.go), or "dns" what each datagram does
+	Speaks   string `json:"speaks,omitempty"` // what each TCP connection says first (greeting.go), or "dns": what each datagram says
 
 	Name     string   `json:"name,omitempty"`
 	Prefixes []string `json:"prefixes,omitempty"`
@@ -70,7 +71,7 @@ func (r *reply) failures() (n int) {
 }
 
 type agentInfo struct {
-	PID        int    `json:"pid"` // as all of the run see it
+	PID        int    `json:"pid"` // as the whole run sees it
 	MTU        int    `json:"mtu"` // of the first interface that is up and not loopback
 	Congestion string `json:"congestion"`
 	NoFile     uint64 `json:"nofile"`

@@ -93,7 +93,7 @@ func TestVerdictsFollowTheTargets(t *testing.T) {
 	}
 }
 
-// A target on a cell that no probe gives would be "not measured" for ever.
+// A target on a cell that no probe measures would stay "not measured" for ever.
 func TestEveryTargetHasAProbe(t *testing.T) {
 	for _, short := range []bool{false, true} {
 		var cells []string
@@ -145,7 +145,7 @@ func TestTableAlignsAndTellsFailures(t *testing.T) {
 
 func TestChartIsWellFormed(t *testing.T) {
 	r := sample(t)
-	r.Versions["pasta"] = "<&>" // what a peer says of itself must not break it
+	r.Versions["pasta"] = "<&>" // what a peer says of itself must not break the output
 	path := filepath.Join(t.TempDir(), "chart.svg")
 	if err := writeChart(path, r); err != nil {
 		t.Fatal(err)

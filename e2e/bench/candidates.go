@@ -1,7 +1,7 @@
 package main
 
-// Candidates: how each is started with an agent inside, reached and ended. All are kept
-// for the run, one per MTU, started at first use.
+// Candidates: how each is started with an agent inside, reached and ended. Each is started at first
+// use, one instance per MTU, and kept for the run.
 
 import (
 	"bufio"
@@ -31,10 +31,10 @@ const (
 	veth        = "veth"
 	host        = "host"
 
-	pastaConfigured = "pasta --config-net" // where the two ways to call it are told apart
+	pastaConfigured = "pasta --config-net" // where the two ways to call pasta are told apart
 )
 
-// errAbsent says that a candidate is not on this machine, once known; it is no failure.
+// errAbsent means that a candidate is known not to be on this machine; it is no failure.
 var errAbsent = errors.New("not found on PATH")
 
 // process is a child that speaks the agent's protocol.
@@ -115,7 +115,7 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
-// ask sends a request and waits for its reply no longer than limit.
+// ask sends a request and waits up to limit for its reply.
 func (p *process) ask(q request, limit time.Duration) (r reply, err error) {
 	b, err := json.Marshal(q)
 	if err != nil {
@@ -141,7 +141,7 @@ func (p *process) ask(q request, limit time.Duration) (r reply, err error) {
 	}
 }
 
-// stop ends the agent by ending its input, and with it what runs it; by force in the end.
+// stop ends the agent, and what runs it, by ending its input; as a last resort by force.
 func (p *process) stop() {
 	_ = p.in.Close()
 	for _, s := range []os.Signal{nil, syscall.SIGTERM, syscall.SIGKILL} {
@@ -156,13 +156,13 @@ func (p *process) stop() {
 	}
 }
 
-// instance is a candidate that runs.
+// instance is a running candidate.
 type instance struct {
 	*process
 	name    string
 	target  map[string]string // the far side's address from inside, by family
 	reached map[string]bool   // families that have answered
-	helper  int               // pid of what serves its network, if that is not its ancestor
+	helper  int               // pid of the process that serves its network, if that is not an ancestor
 	also    []func()          // ends what else it needs
 }
 
@@ -259,8 +259,8 @@ func (f *fleet) launch(name string, mtu int) (*instance, error) {
 	return nil, fmt.Errorf("no candidate %q", name)
 }
 
-// holderProcess is an agent in user and network namespaces of its own, and its pid. They are made
-// by a process of the candidates' user, so that this user's slirp4netns may join them.
+// holderProcess returns an agent in user and network namespaces of its own, and its pid. A process
+// of the candidates' user makes them, so that this user's slirp4netns may join them.
 func (f *fleet) holderProcess() (*process, int, error) {
 	p, err := startProcess(f.command(f.path("bench"), "hold"))
 	if err != nil {
@@ -320,7 +320,7 @@ func (f *fleet) launchSlirp(mtu string) (*instance, error) {
 	return inst, nil
 }
 
-// launchVeth gives the agent a namespace joined to this one by a cable, a new one per MTU.
+// launchVeth gives the agent a namespace joined to this one by a cable; each MTU gets a new one.
 func (f *fleet) launchVeth(mtu int) (*instance, error) {
 	p, pid, err := f.holderProcess()
 	if err != nil {

@@ -1,8 +1,8 @@
 package main
 
-// The chart: bars of sluice and the other user-mode networks, in groups, each group with
-// its number and the range of the rounds. Throughputs share a scale, the other groups
-// have each their own. Plain SVG on a white ground, so that it reads in any theme.
+// The chart has bars of sluice and the other user-mode networks, in groups. Each group shows its
+// number and the range of the rounds. Throughputs share a scale; every other group has its own. It
+// is plain SVG on a white ground, so that it reads in any theme.
 
 import (
 	"fmt"
@@ -86,7 +86,7 @@ func writeChart(path string, r *results) error {
 	return os.WriteFile(path, []byte(head+b.String()+"</svg>\n"), 0o644)
 }
 
-// drawPanel draws the groups that have figures below y, and says where it ended.
+// drawPanel draws the groups that have figures below y, and returns where it ended.
 func drawPanel(b *strings.Builder, r *results, p chartPanel, y int) int {
 	var groups []chartGroup
 	var top float64
@@ -131,13 +131,13 @@ func highest(r *results, cell string) (top float64) {
 	return top
 }
 
-// version is a candidate's own word for it, without what follows.
+// version returns a candidate's own version string, without what follows.
 func version(r *results, name string) string {
 	v, _, _ := strings.Cut(strings.TrimPrefix(r.Versions[name], "version "), " ")
 	return v
 }
 
-// grouped parts thousands by a thin space.
+// grouped separates thousands by a thin space.
 func grouped(v float64) string {
 	s := number(v)
 	if v < 10_000 {

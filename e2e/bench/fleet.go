@@ -1,6 +1,6 @@
 package main
 
-// The fleet: the candidates that run, and the far side.
+// The fleet: the running candidates and the far side.
 
 import (
 	"fmt"
@@ -18,7 +18,7 @@ type fleet struct {
 	far     *process
 	names   *process             // dnsmasq, once a cell needs it
 	running map[string]*instance // by candidate and MTU
-	absent  map[string]error     // what could not be started; not tried again
+	absent  map[string]error     // what could not be started, and is not tried again
 	notes   []string
 	cables  int
 	lastID  uint64
@@ -71,8 +71,7 @@ func (f *fleet) get(name string, mtu int) (*instance, error) {
 	return i, nil
 }
 
-// measure runs a probe once. A candidate that failed is ended: the next round's gets a
-// new one.
+// measure runs a probe once. It ends a candidate that failed; the next round gets a new one.
 func (f *fleet) measure(p probe, name string) (map[string]float64, error) {
 	if p.alone != nil {
 		return p.alone(f, name)
@@ -108,11 +107,11 @@ func (f *fleet) measure(p probe, name string) (map[string]float64, error) {
 		inst.close()
 		delete(f.running, fmt.Sprint(name, "/", mtu))
 	}
-	time.Sleep(100 * time.Millisecond) // for what was cut off to be torn down
+	time.Sleep(100 * time.Millisecond) // lets what was cut off be torn down
 	return got, err
 }
 
-// describe says what was measured, and on what.
+// describe records what was measured, and on what.
 func (f *fleet) describe(res *results) {
 	res.Notes = append(f.notes, res.Notes...)
 	var u unix.Utsname

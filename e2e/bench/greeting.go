@@ -1,13 +1,13 @@
 package main
 
-// Greetings: what a client says first, by which a rule by domain knows it.
+// Greetings are what a client says first; a rule by domain recognizes it by that.
 //
 //	"tls"    a ClientHello as crypto/tls makes it, post-quantum key share and all: 1.5 KB
 //	"http"   the head of a request with a body, whose first bytes are a flow's header
 //
-// The far side knows them by their first byte and how long they are, and reads no more
-// of them: the figures are the proxy's, not a TLS library's. It answers a ClientHello by a
-// ServerHello. Then comes the flow's header, in a record, and bytes in none.
+// The far side looks only at their first byte and length, so that the figures are the proxy's, not
+// a TLS library's. It answers a ClientHello with a ServerHello. The flow's header follows in a
+// record, and then bytes outside of any.
 
 import (
 	"bytes"
@@ -24,9 +24,9 @@ import (
 )
 
 const (
-	// farName is what the far side is called in the policy by domains, and farNamed the
-	// address under that name (RFC 5737: for documentation), which leads here: rules by domain
-	// lead neither to private addresses nor to the host's own.
+	// farName is the far side's name in the policy by domains. Its address farNamed (RFC 5737: for
+	// documentation) leads here: rules by domain lead neither to private addresses nor to the
+	// host's own.
 	farName  = "far.bench.test"
 	farNamed = "203.0.113.1"
 
@@ -40,7 +40,7 @@ const (
 	answerHead                       = "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 )
 
-// greetings are what is spoken to rules by domain.
+// greetings lists the protocols spoken to rules by domain.
 func greetings(short bool) []string {
 	if short {
 		return []string{speaksTLS}
@@ -48,8 +48,8 @@ func greetings(short bool) []string {
 	return []string{speaksTLS, speaksHTTP}
 }
 
-// greeting is what a client of the protocol says first; nothing for "". body is the
-// length of a request's body.
+// greeting returns what a client of the protocol says first; nothing for "". body is the length of
+// a request's body.
 func greeting(speaks string, body int) ([]byte, error) {
 	switch speaks {
 	case "":
@@ -71,12 +71,12 @@ func greeting(speaks string, body int) ([]byte, error) {
 var serverHello = []byte("\x16\x03\x03\x00\x32\x02\x00\x00\x2e\x03\x03" + strings.Repeat("\x00", 33) +
 	"\x13\x01\x00\x00\x06\x00\x2b\x00\x02\x03\x04")
 
-// record is b as one record of TLS.
+// record returns b as one TLS record.
 func record(kind byte, b []byte) []byte {
 	return append([]byte{kind, 3, 3, byte(len(b) >> 8), byte(len(b))}, b...)
 }
 
-// greet says the greeting on a new connection, and then the header.
+// greet sends the greeting on a new connection, then the header.
 func greet(fd int, speaks string, first []byte, h header) error {
 	b := append(first[:len(first):len(first)], h.bytes()...)
 	if speaks == speaksTLS {
@@ -99,8 +99,8 @@ func greet(fd int, speaks string, first []byte, h header) error {
 	return nil
 }
 
-// greetingLen is how long the greeting at the front of b is: 0 if there is none, and more
-// than len(b) if its end is not to be seen.
+// greetingLen returns the length of the greeting at the front of b: 0 if there is none, and more
+// than len(b) if its end has not arrived.
 func greetingLen(b []byte) int {
 	switch {
 	case len(b) == 0:
@@ -117,8 +117,8 @@ func greetingLen(b []byte) int {
 	return 0
 }
 
-// readHeader reads the greeting of a connection, if there is one, and the header after
-// it, into b, and tells what the client speaks. It answers a ClientHello.
+// readHeader reads a connection's greeting, if there is one, and the header after it into b, and
+// returns what the client speaks. It answers a ClientHello.
 func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 	at := 0 // where the header begins
 	for got, want := 0, headerLen; got < want; {
@@ -127,8 +127,8 @@ func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 		}
 		n, e := rawRecv(fd, b[got:want])
 		if e == unix.EINTR {
-			// By the runtime, which wants to stop this goroutine: the kernel restarts no call
-			// on a socket with a timeout (signal(7)).
+			// The runtime interrupted it to stop this goroutine: the kernel restarts no call on a
+			// socket with a timeout (signal(7)).
 			runtime.Gosched()
 			continue
 		}
@@ -139,7 +139,7 @@ func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 		switch l := greetingLen(b[:got]); {
 		case speaks != "" || l == 0:
 		case l > got:
-			want = l // at least: no further than the end of a head that is not yet to be seen
+			want = l // at least: no further than the end of a head that has not arrived
 		case b[0] == tlsHandshake:
 			if _, e := rawSend(fd, serverHello); e != 0 {
 				return h, "", false
@@ -154,10 +154,10 @@ func readHeader(fd int, b []byte) (h header, speaks string, ok bool) {
 	return parseHeader(b[at:]), speaks, true
 }
 
-// answer is the head of n bytes of HTTP.
+// answer returns an HTTP head for n bytes.
 func answer(n int) []byte { return fmt.Appendf(nil, answerHead, n) }
 
-// listener is a connection that takes the first thing said on it, and fails.
+// listener is a connection that keeps the first thing said on it, and fails.
 type listener struct {
 	net.Conn
 	first []byte

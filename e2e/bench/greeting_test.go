@@ -12,8 +12,8 @@ import (
 	"sluice.dev/sluice/forwarder/sniff"
 )
 
-// What a client says first names the far side, and the far side finds the header behind
-// it however the bytes come.
+// A client's greeting names the far side, and the far side finds the header behind it however the
+// bytes arrive.
 func TestGreetingsAreReadAsTheyAreMade(t *testing.T) {
 	h := header{mode: 'D', start: 5, end: 9, id: 77}
 	for _, speaks := range []string{"", speaksTLS, speaksHTTP} {
@@ -46,7 +46,7 @@ func TestGreetingsAreReadAsTheyAreMade(t *testing.T) {
 	}
 }
 
-// The gate lets everything pass behind what the far side answers to a ClientHello.
+// After the far side's answer to a ClientHello, the gate lets everything pass.
 func TestServerHelloEndsTheGatesWork(t *testing.T) {
 	var answer sniff.HelloAnswer
 	answer.Feed(serverHello)
@@ -67,7 +67,7 @@ func TestGreetingThatEndsEarlyIsNoHeader(t *testing.T) {
 	}
 }
 
-// overWire has readHeader read what is written in pieces and then ends.
+// overWire runs readHeader on bytes that are written in pieces until they end.
 func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -76,7 +76,7 @@ func overWire(t *testing.T, b []byte, piece int) (header, string, bool) {
 	}
 	defer rawClose(fds[0])
 	defer rawClose(fds[1])
-	for _, fd := range fds { // with which a signal of the runtime's ends a call
+	for _, fd := range fds { // with a timeout, a runtime signal ends a call
 		setTimeouts(fd, 10*time.Second)
 	}
 	var writer sync.WaitGroup

@@ -1,6 +1,6 @@
 package main
 
-// Inside: PID 1 of the run's namespaces. Builds the topology and goes over the rounds.
+// Inside is PID 1 of the run's namespaces. It builds the topology and runs the rounds.
 //
 //	namespace "host" (this one)                       candidates' namespaces
 //	lo    127.0.0.1 ::1   ◄── far side, proxies' sockets
@@ -75,8 +75,8 @@ func inside() error {
 	return printTable(os.Stdout, res)
 }
 
-// measure goes over rounds, probes and candidates. Past the budget only cells that have
-// no sample yet are begun, and past one and a half of it none.
+// measure runs every round, probe and candidate. Past the budget it begins only cells that have no
+// sample yet, and past one and a half of it none.
 func measure(f *fleet, res *results, probes []probe, o options, begun time.Time) {
 	left := map[string]int{}
 	for round := range o.Rounds {
@@ -92,7 +92,7 @@ func measure(f *fleet, res *results, probes []probe, o options, begun time.Time)
 			fmt.Fprintf(os.Stderr, "\r\033[K%4.0f s  round %d of %d  %s", spent.Seconds(), round+1, o.Rounds, p.name)
 			for _, c := range p.order(round) {
 				if o.Short && round > 0 && (c == veth || c == host) {
-					continue // the limits are there for the scale
+					continue // the limits only give the scale
 				}
 				got, err := f.measure(p, c)
 				if err != nil {
@@ -119,7 +119,7 @@ func prepareNamespaces(o *options) error {
 	if err != nil {
 		return err
 	}
-	_ = os.WriteFile(congestionKey, []byte(congestion), 0) // what is in force is reported
+	_ = os.WriteFile(congestionKey, []byte(congestion), 0) // the setting in force is reported
 	if err := linkUp("lo"); err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func prepareNamespaces(o *options) error {
 			return fmt.Errorf("default route by %s: %w", gw, err)
 		}
 	}
-	// Candidates have none of the capabilities that an ordinary user's run was given here.
+	// Candidates get none of the capabilities that an ordinary user's run has here.
 	if os.Getuid() != 0 {
 		_, _, e := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0)
 		if e != 0 {
@@ -191,7 +191,7 @@ func addresses(name string, prefixes ...string) error {
 	return netlink.LinkSetUp(l)
 }
 
-// leadHere has connections of this namespace to an IPv4 address of nobody's come to its own
+// leadHere redirects this namespace's connections to an otherwise unused IPv4 address to its
 // loopback:
 //
 //	table ip bench { chain output { type nat hook output priority dstnat; ip daddr ADDR redirect } }
@@ -217,7 +217,7 @@ func leadHere(addr netip.Addr) error {
 
 const policyHead = "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: many\nspec:\n  egress:\n"
 
-// manyRules is a policy whose last rule is the one that lets the far side be reached.
+// manyRules returns a policy whose last rule is the one that opens the far side.
 func manyRules(n int) []byte {
 	var b strings.Builder
 	b.WriteString(policyHead)
@@ -228,8 +228,8 @@ func manyRules(n int) []byte {
 	return []byte(b.String())
 }
 
-// manyDomains is a policy of n rules by domain, the last of which is the far side's. By
-// address only its loopback is reached, where candidates are told to be ready.
+// manyDomains returns a policy of n rules by domain, the last of them the far side's. By address it
+// opens only the loopback, where candidates are told to be ready.
 func manyDomains(n int) []byte {
 	var b strings.Builder
 	b.WriteString(policyHead)

@@ -1,8 +1,8 @@
 package main
 
-// DNS load: one question for one name, again and again, a window of them under way, over
-// one socket. It is put to a name server directly, and to the gate of a sandbox whose
-// policy allows the name and whose upstream is that server.
+// The DNS load asks for one name again and again, keeping a window of questions under way over one
+// socket. It asks a name server directly, and the gate of a sandbox whose policy allows the name
+// and whose upstream is that server.
 
 import (
 	"encoding/binary"
@@ -83,7 +83,7 @@ func askOnce(server string) error {
 	return err
 }
 
-// dnsProbe compares answers a second.
+// dnsProbe compares the rates of answers.
 func dnsProbe(t timing) probe {
 	const name = "dns/v4"
 	return probe{name: name, mtu: 65520, family: "v4", candidates: []string{withNames, host}, turns: t.turns, cells: []string{name + "/rate", name + "/loss"},

@@ -1,6 +1,6 @@
 package main
 
-// TCP load: bulk transfer, round trips, short connections, idle connections.
+// TCP load: bulk transfers, round trips, short connections and idle connections.
 
 import (
 	"fmt"
@@ -29,7 +29,7 @@ func dialTCP(to netip.AddrPort) (int, error) {
 	return fd, nil
 }
 
-// connectError: a blocking connect whose time is over says EINPROGRESS.
+// connectError returns the error of a connect: a blocking one that timed out reports EINPROGRESS.
 func connectError(e unix.Errno) error {
 	if e == unix.EINPROGRESS {
 		return unix.ETIMEDOUT
@@ -37,8 +37,8 @@ func connectError(e unix.Errno) error {
 	return e
 }
 
-// bulk moves bytes one way over q.Flows flows. Downwards the reply holds the bytes of each
-// flow within the window; upwards the far side has counted them.
+// bulk moves bytes one way over q.Flows flows. Downwards the reply holds each flow's bytes within
+// the window; upwards the far side has counted them.
 func bulk(q request) (reply, error) {
 	to, err := addrPort(q.Addr, bulkPort)
 	if err != nil {
@@ -92,7 +92,7 @@ func bulk(q request) (reply, error) {
 	return r, nil
 }
 
-// roundTrips sends one byte and waits for it, again and again.
+// roundTrips sends one byte and waits for it, repeatedly.
 func roundTrips(q request) (reply, error) {
 	to, err := addrPort(q.Addr, bulkPort)
 	if err != nil {
@@ -135,8 +135,8 @@ func latencies(took []int64, seconds float64) (reply, error) {
 	return reply{Count: int64(len(took)), Seconds: seconds, P50: at(0.5), P99: at(0.99), P999: at(0.999)}, nil
 }
 
-// shortConnections connects, sends a byte or a greeting, reads the answer and closes,
-// q.Parallel at once, until the window ends or q.Count are done.
+// shortConnections connects, sends a byte or a greeting, reads the answer and closes. It runs
+// q.Parallel at once until the window ends or q.Count are done.
 func shortConnections(q request) (reply, error) {
 	a, err := addrPort(q.Addr, echoPort)
 	if err != nil {

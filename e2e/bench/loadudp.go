@@ -1,11 +1,11 @@
 package main
 
-// UDP load: a window of datagrams kept under way and echoed; a window of one is the
-// round-trip cell. Sent and received in batches where the window allows.
+// The UDP load keeps a window of datagrams under way and echoed; a window of one is the round-trip
+// cell. It sends and receives in batches where the window allows.
 //
-// Each datagram carries the number of its window's filling. When nothing comes for
-// lossLimit, all that is under way counts as lost and the next filling begins; what
-// arrives later from an earlier filling is told apart by its number and not counted.
+// Each datagram carries the number of its window's filling. When nothing arrives for lossLimit,
+// everything under way counts as lost and the next filling begins. Late arrivals from an earlier
+// filling are recognized by its number and not counted.
 
 import (
 	"cmp"

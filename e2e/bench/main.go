@@ -10,7 +10,7 @@ import (
 
 const congestion = "cubic"
 
-// options of a run; handed from the supervisor to the run by environment, as JSON.
+// options of a run; the supervisor hands them to it in the environment, as JSON.
 type options struct {
 	Short  bool
 	Cells  string

@@ -1,6 +1,6 @@
 package main
 
-// Probes: what is measured, how, and which cells that gives. A cell's name says all:
+// Probes: what is measured, how, and which cells it fills. A cell's name says everything:
 //
 //	up/8/65520/v4          Gbit/s through 8 flows, MTU 65520, IPv4; …/fair: Jain's index of the flows' bytes
 //	tcp-rtt/v4/p99         µs for one byte and back
@@ -31,13 +31,13 @@ type probe struct {
 	rounds     int      // at most; 0: all
 	turns      int      // in a round, there and back through the candidates; 0: one
 	fresh      bool     // a sandbox of its own
-	cells      []string // all that it gives
+	cells      []string // all that it fills
 	run        func(f *fleet, i *instance, target string) (map[string]float64, error)
 	alone      func(f *fleet, candidate string) (map[string]float64, error) // starts what it measures
 }
 
-// order is the candidates' in a round: each begins with another one, and every second turn
-// goes back, so that what drifts meanwhile hits all alike.
+// order returns the candidates in a round's order. Each round begins with a different one, and
+// every second turn runs backwards, so that a drift meanwhile hits all alike.
 func (p probe) order(round int) (out []string) {
 	once := append(slices.Clone(p.candidates[round%len(p.candidates):]), p.candidates[:round%len(p.candidates)]...)
 	for range max(p.turns, 1) {
@@ -56,7 +56,7 @@ func (p probe) matches(cells *regexp.Regexp) bool {
 	return false
 }
 
-// timing of the windows.
+// timing holds the lengths of the windows.
 type timing struct {
 	warm, bulk, small int // ms
 	idle, settle      time.Duration
@@ -77,7 +77,8 @@ func allProbes(short bool) []probe {
 		families, flows = families[:1], flows[:2]
 	}
 	peers := []string{ours, pasta, slirp, veth, host}
-	// First, while no connection is in TIME_WAIT: pasta reads the socket table at its start.
+	// Start comes first, while no connection is in TIME_WAIT: pasta reads the socket table when it
+	// starts.
 	out := []probe{startProbe(t), startProbe(t), startProbe(t)}
 	for _, mtu := range []int{65520, 1500} {
 		for _, fam := range families {
@@ -103,19 +104,19 @@ func allProbes(short bool) []probe {
 	}
 	out = append(out, costs("cost/", request{}, t, ours, withRules, withLog)...)
 	for _, speaks := range greetings(short) {
-		// Off, too, the greeting is sent, so that both carry the same bytes.
+		// The greeting is sent with the rules off too, so that both carry the same bytes.
 		out = append(out, costs("cost/"+speaks+"/", request{Addr: farNamed, Speaks: speaks}, t, ours, withDomains)...)
 	}
 	out = append(out, dnsProbe(t), idleProbe(t), flowsProbe(t))
-	if short { // what varies little
+	if short { // these vary little
 		out[len(out)-1].rounds, out[len(out)-2].rounds = 1, 1
 	}
 	return out
 }
 
-// costs are the probes of what a feature of sluice costs: variants of it, with and without,
-// under requests that are like q. As ratios near one are asked, and what scatters is where
-// the scheduler has put whom for the moment, they take many turns in short windows.
+// costs returns the probes that measure what a feature of sluice costs: variants with and without
+// it, under requests like q. The ratios are near one and scatter with the scheduler's momentary
+// placement, so they take many turns in short windows.
 func costs(prefix string, q request, t timing, variants ...string) []probe {
 	t.warm, t.bulk, t.small = 200, 400, 400
 	up, down := t.bulkOf("up", 8), t.bulkOf("down", 8)
@@ -175,7 +176,7 @@ func bulkProbe(name string, mtu int, fam string, q request) probe {
 		}}
 }
 
-// small are the probes of small messages for a family.
+// small returns the small-message probes of a family.
 func small(fam string, candidates []string, t timing) []probe {
 	rtt := "tcp-rtt/" + fam
 	out := []probe{{
@@ -253,8 +254,8 @@ func startProbe(t timing) probe {
 			}
 			var took []float64
 			for range t.starts {
-				// A file, not a pipe: whatever a peer leaves behind for a moment would keep a
-				// pipe open, and be timed.
+				// A file, not a pipe: what a peer leaves behind for a moment would keep a pipe
+				// open, and so be timed.
 				out, err := os.CreateTemp(f.o.Dir, "start-")
 				if err != nil {
 					return nil, err
@@ -279,7 +280,7 @@ func startProbe(t timing) probe {
 		}}
 }
 
-// idleProbe looks at a sandbox in which nothing has happened.
+// idleProbe measures a sandbox in which nothing has happened.
 func idleProbe(t timing) probe {
 	return probe{name: "idle", candidates: []string{ours, pasta, slirp}, mtu: 65520, family: "v4", rounds: 2, fresh: true,
 		cells: []string{"idle/cpu", "idle/wakeups", "idle/private", "idle/all-rss", "idle/all-private"},
@@ -316,7 +317,7 @@ func idleProbe(t timing) probe {
 		}}
 }
 
-// flowsProbe sees what 10 000 idle flows add to the worker's memory.
+// flowsProbe measures what 10 000 idle flows add to the worker's memory.
 func flowsProbe(t timing) probe {
 	return probe{name: "flows", candidates: []string{ours, pasta}, mtu: 65520, family: "v4", rounds: 2, fresh: true,
 		cells: []string{"flows/bytes"},

@@ -1,6 +1,6 @@
 package main
 
-// What /proc tells of a candidate's processes.
+// What /proc says about a candidate's processes.
 
 import (
 	"errors"
@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// usage is a process's consumption so far.
+// usage is what a process has consumed so far.
 type usage struct {
 	cpu      int64 // nanoseconds on a processor, all threads
 	switches int64 // voluntary and involuntary, all threads
@@ -43,8 +43,8 @@ func procUsage(pid int) (u usage, err error) {
 	return u, nil
 }
 
-// procMemory needs the right to trace the process, which the run has as the parent of
-// its namespaces or as root.
+// procMemory needs the right to trace the process. The run has it as the parent of its namespaces
+// or as root.
 func procMemory(pid int) (memory, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
@@ -57,7 +57,7 @@ func procMemory(pid int) (memory, error) {
 	}, nil
 }
 
-// field finds the number after a key at a line's start.
+// field returns the number after a key at the start of a line.
 func field(s, key string) int64 {
 	for line := range strings.Lines(s) {
 		if rest, ok := strings.CutPrefix(line, key); ok {
@@ -75,7 +75,7 @@ type procEntry struct {
 	args        []string
 }
 
-// tree is a process and all its descendants, parents first.
+// tree returns a process and all its descendants, parents first.
 func tree(root int) ([]procEntry, error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -102,8 +102,8 @@ func tree(root int) ([]procEntry, error) {
 	return out, nil
 }
 
-// parts are a candidate's own processes: all it runs but the agent. The worker of sluice
-// is the one that was started as such; a peer's is its only process.
+// parts returns a candidate's own processes: all except the agent. sluice's worker is the process
+// started as such; a peer's is its only process.
 func (i *instance) parts() (all []int, worker int, err error) {
 	root := i.cmd.Process.Pid
 	if i.helper != 0 {

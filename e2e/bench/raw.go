@@ -2,12 +2,11 @@ package main
 
 // Raw system calls for the load generator.
 //
-// A blocking call through syscall.RawSyscall keeps its thread and its P: Go's scheduler
-// does not see it, so it neither hands the P over nor wakes its monitor thread for it.
-// The price: while one blocks nothing may stop the world. So whoever uses these calls
-// first calls quietRuntime (no collection) and reserve (a P for each blocking thread and
-// some to spare), and allocates next to nothing. The processes are started with
-// GODEBUG=asyncpreemptoff=1, so that no signal interrupts the calls either.
+// A blocking call through syscall.RawSyscall keeps its thread and its P: Go's scheduler does not
+// see it, so it neither hands the P over nor wakes its monitor thread for it. The price: while one
+// blocks, nothing may stop the world. A caller therefore first calls quietRuntime (no collection)
+// and reserve (a P for each blocking thread and some to spare), and allocates next to nothing. The
+// processes start with GODEBUG=asyncpreemptoff=1, so that no signal interrupts the calls either.
 
 import (
 	"net/netip"
@@ -19,12 +18,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// quietEnv keeps Go's preemption signals and its changes of GOMAXPROCS away.
+// quietEnv turns off Go's preemption signals and its changes of GOMAXPROCS.
 const quietEnv = "GODEBUG=asyncpreemptoff=1,updatemaxprocs=0"
 
 func quietRuntime() { debug.SetGCPercent(-1) }
 
-// reserve makes room for n blocking threads. Not to be called while any blocks.
+// reserve makes room for n blocking threads. It must not be called while one blocks.
 func reserve(n int) { runtime.GOMAXPROCS(n + 4) }
 
 var (
@@ -36,7 +35,7 @@ var (
 	}()
 )
 
-// monotonic is CLOCK_MONOTONIC in nanoseconds, which all processes of a run share.
+// monotonic returns CLOCK_MONOTONIC in nanoseconds, which all processes of a run share.
 func monotonic() int64 { return clockStart + int64(time.Since(clockBase)) }
 
 type sockaddr struct {
@@ -112,14 +111,14 @@ func setTimeouts(fd int, d time.Duration) {
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 }
 
-// tcpSocket is a blocking TCP socket that uses cubic where the kernel lets it.
+// tcpSocket returns a blocking TCP socket that uses cubic where the kernel allows it.
 func tcpSocket(fam int, limit time.Duration) (int, error) {
 	fd, err := unix.Socket(fam, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
 	setTimeouts(fd, limit)
-	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion) // the info operation tells
+	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion) // the info operation reports it
 	return fd, nil
 }
 

@@ -1,6 +1,6 @@
 package main
 
-// Results: samples by cell and candidate, and what is asked of them.
+// Results: samples by cell and candidate, and what is required of them.
 
 import (
 	"encoding/json"
@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// fairCell ends the name of a cell that holds Jain's index of a bulk cell's flows.
+// fairCell ends the name of a cell with Jain's index of a bulk cell's flows.
 const fairCell = "/fair"
 
 type series struct {
@@ -22,7 +22,7 @@ type series struct {
 	Samples []float64 `json:"samples"`
 }
 
-// failure is what kept a probe from giving figures of a candidate.
+// failure is why a probe gave no figures for a candidate.
 type failure struct {
 	Reason string `json:"reason"` // the first
 	Times  int    `json:"times"`
@@ -58,8 +58,8 @@ func (r *results) add(cell, candidate string, v float64) {
 	s.Median, s.Low, s.High = median(s.Samples), slices.Min(s.Samples), slices.Max(s.Samples)
 }
 
-// fail counts that a probe gave nothing of a candidate. That a peer is not installed is
-// told once, elsewhere.
+// fail counts a probe that gave nothing for a candidate. A peer that is not installed is reported
+// once, elsewhere.
 func (r *results) fail(probe, candidate string, err error) {
 	if errors.Is(err, errAbsent) {
 		return
@@ -71,7 +71,7 @@ func (r *results) fail(probe, candidate string, err error) {
 	r.Failures[key].Times++
 }
 
-// failed is whether the probe that gives a cell ever failed with a candidate.
+// failed reports whether the probe of a cell ever failed with a candidate.
 func (r *results) failed(cell, candidate string) bool {
 	for key := range r.Failures {
 		probe, c, _ := strings.Cut(key, " ")
@@ -127,8 +127,8 @@ func median(v []float64) float64 {
 	return s[len(s)/2]
 }
 
-// jain is the index of fairness of flows by their bytes (Jain, Chiu, Hawe 1984): 1 if all
-// have the same, 1/n if one of n has everything, 0 if none has anything.
+// jain returns the fairness index of flows by their bytes (Jain, Chiu, Hawe 1984): 1 if all have
+// the same, 1/n if one of n has everything, 0 if none has anything.
 func jain(flows []int64) float64 {
 	var sum, squares float64
 	for _, n := range flows {
@@ -141,7 +141,7 @@ func jain(flows []int64) float64 {
 	return sum * sum / squares / float64(len(flows))
 }
 
-// failures are sorted lines, alike reasons of a candidate told once.
+// failures returns sorted lines; a candidate's equal reasons appear once.
 func (r *results) failures() []string {
 	by := map[string][]string{}
 	for key, f := range r.Failures {

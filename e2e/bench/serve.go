@@ -10,8 +10,8 @@ package main
 //	               port in TIME_WAIT towards one of them
 //	bulkPort UDP   echoes datagrams in batches
 //
-// Bytes that arrived in a window are asked for afterwards on standard input
-// ({"op":"take","id":N,"flows":N}), so that no flow need end well to be counted.
+// The bytes that arrived in a window are asked for afterwards on standard input
+// ({"op":"take","id":N,"flows":N}), so that a flow counts even if it ends badly.
 
 import (
 	"encoding/binary"
@@ -34,7 +34,7 @@ const (
 	bufferLen = 128 << 10
 	batch     = 64 // datagrams a call; also the window of the windowed echo
 	headerLen = 1 + 8 + 8 + 8
-	mostFlows = 1024 // bulk connections at a time that serve has threads for
+	mostFlows = 1024 // bulk connections that serve has threads for at a time
 )
 
 type header struct {
@@ -60,7 +60,7 @@ func parseHeader(b []byte) header {
 	}
 }
 
-// tally holds what each ended upward flow brought within its window, by identifier.
+// tally holds, by identifier, what each ended upward flow delivered within its window.
 type tally struct {
 	mu    sync.Mutex
 	ended map[uint64][]int64
@@ -72,7 +72,7 @@ func (t *tally) add(id uint64, n int64) {
 	t.mu.Unlock()
 }
 
-// take waits a while for the given number of flows to end, and forgets them.
+// take waits a while for the given number of flows to end, then forgets them.
 func (t *tally) take(id uint64, flows int) []int64 {
 	for limit := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		t.mu.Lock()
@@ -86,7 +86,7 @@ func (t *tally) take(id uint64, flows int) []int64 {
 	}
 }
 
-// bufferPool is a free list: with no collector a buffer must be used again.
+// bufferPool is a free list: without a collector, buffers must be reused.
 var bufferPool = make(chan []byte, mostFlows)
 
 func getBuffer() []byte {
@@ -149,7 +149,7 @@ func serve() error {
 	if err != nil {
 		return err
 	}
-	// These three end with the process.
+	// These three goroutines end with the process.
 	go serveBulk(bulk, t)
 	go serveDatagrams(udp)
 	go serveEchoes(poll, echoes)
@@ -213,8 +213,8 @@ func serveFlow(fd int, t *tally) {
 	}
 }
 
-// receive reads until the window's end, the flow's, or a timeout, and counts what came
-// within the window.
+// receive reads until the window's or the flow's end, or a timeout, and counts the bytes within the
+// window.
 func receive(fd int, b []byte, start, end int64) (count int64) {
 	for {
 		n, e := rawRecv(fd, b)
@@ -239,7 +239,7 @@ func transmit(fd int, b []byte, end int64) {
 	}
 }
 
-// greeted is a connection on which a greeting has begun.
+// greeted is a connection whose greeting has begun.
 type greeted struct {
 	left   int // bytes still to come
 	answer []byte

@@ -1,9 +1,9 @@
 package main
 
-// The supervisor: sets what a run needs outside its own namespaces, starts the run as
-// PID 1 of a PID namespace, and gives everything back when the run ended, however it did.
-// Should the supervisor itself be killed, the kernel ends the run and all it started; only
-// then the two settings below stay as they are.
+// The supervisor sets what a run needs outside its own namespaces, starts the run as PID 1 of a PID
+// namespace, and restores everything when the run ends, however it ends. If the supervisor itself
+// is killed, the kernel ends the run and all it started; only then do the two settings below stay
+// as they are.
 //
 //	/dev/net/tun                      mode 0666 (root only): candidates run as an ordinary user
 //	net.ipv4.tcp_congestion_control   cubic (root only): namespaces made later inherit it
@@ -32,7 +32,7 @@ const (
 	congestionKey = "/proc/sys/net/ipv4/tcp_congestion_control"
 )
 
-// restorer undoes in reverse order, once.
+// restorer undoes changes once, in reverse order.
 type restorer []func() error
 
 func (r *restorer) add(f func() error) { *r = append(*r, f) }
@@ -46,9 +46,9 @@ func (r *restorer) run() (err error) {
 }
 
 func supervise(o options) (err error) {
-	runtime.LockOSThread() // the run's death signal hangs on this thread
+	runtime.LockOSThread() // the run's death signal depends on this thread
 
-	// Caught from the first change on; SIGQUIT keeps Go's meaning.
+	// Signals are caught from the first change on; SIGQUIT keeps Go's meaning.
 	ends := make(chan os.Signal, 1)
 	signal.Notify(ends, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 
@@ -173,7 +173,7 @@ func runInside(o options, ends <-chan os.Signal) error {
 	attr := &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC,
 		Pdeathsig:  syscall.SIGKILL,
-		Setpgid:    true, // the terminal's signals come here only
+		Setpgid:    true, // the terminal's signals reach only this process
 	}
 	if uid := os.Getuid(); uid != 0 {
 		attr.Cloneflags |= unix.CLONE_NEWUSER
@@ -190,7 +190,7 @@ func runInside(o options, ends <-chan os.Signal) error {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }() // the kernel ends it with the run
-	// Well over the budget: a run that hangs all the same must end.
+	// The limit is well over the budget: even a run that hangs must end.
 	hung := time.NewTimer(2*o.Budget + 10*time.Minute)
 	defer hung.Stop()
 	select {
@@ -204,5 +204,5 @@ func runInside(o options, ends <-chan os.Signal) error {
 	return errors.Join(err, cmd.Process.Kill(), ignore(<-ended))
 }
 
-// ignore an error that follows from one that is told.
+// ignore drops an error that follows from a reported one.
 func ignore(error) error { return nil }

@@ -1,6 +1,6 @@
 package main
 
-// The table: a line per cell, medians with their spread, ours ÷ pasta's, and the verdicts.
+// The table has a line per cell: medians with their spread, ours ÷ pasta's, and the verdicts.
 
 import (
 	"fmt"
@@ -104,7 +104,7 @@ func ratio(r *results, cell, a, b string) string {
 	return number(x / y)
 }
 
-// number shows three digits that count.
+// number shows three significant digits.
 func number(v float64) string {
 	switch {
 	case v == 0:
@@ -117,7 +117,7 @@ func number(v float64) string {
 	return fmt.Sprintf("%.2f", v)
 }
 
-// writeBlock writes rows below their heading, if there are any, and a blank line before it.
+// writeBlock writes rows, if any, below a blank line and their heading.
 func writeBlock(b *strings.Builder, rows [][]string, left int) {
 	if len(rows) > 1 {
 		b.WriteString("\n")

@@ -1,8 +1,8 @@
 package main
 
-// Targets: what the project asks of its own figures, and the verdicts on them. A target
-// whose figures are missing is "not measured", never a pass; one of ours that failed in
-// any round fails, whatever the other rounds gave.
+// Targets are what the project requires of its own figures, with the verdicts on them. A target
+// without figures is "not measured", never a pass. One of ours that failed in any round fails,
+// whatever the other rounds gave.
 
 import (
 	"fmt"
@@ -12,9 +12,9 @@ import (
 
 type verdict struct {
 	Cell   string  `json:"cell"`
-	What   string  `json:"what"` // as "÷ pasta"
+	What   string  `json:"what"` // such as "÷ pasta"
 	Value  float64 `json:"value"`
-	Target string  `json:"target"` // as "≥ 4"
+	Target string  `json:"target"` // such as "≥ 4"
 	Result string  `json:"result"`
 }
 
@@ -28,7 +28,7 @@ const (
 // target is a bound on a figure, or on its ratio to another's.
 type target struct {
 	cell, candidate string
-	overCell, over  string // divisor's cell and candidate; over empty: the figure itself
+	overCell, over  string // the divisor's cell and candidate; over empty: the figure itself
 	what            string
 	most            bool // at most, not at least
 	strict          bool // the bound itself does not pass
@@ -141,7 +141,7 @@ func targets(short bool) []target {
 	)
 }
 
-// judge gives a verdict on each target whose cell the run was to measure.
+// judge gives a verdict on each target whose cell the run was meant to measure.
 func judge(r *results) (out []verdict) {
 	for _, t := range targets(r.Short) {
 		if slices.Contains(r.Order, t.cell) {
@@ -151,7 +151,7 @@ func judge(r *results) (out []verdict) {
 	return out
 }
 
-// units by a cell's name.
+// unit returns the unit of a cell by its name.
 func unit(cell string) string {
 	for _, u := range []struct{ part, unit string }{
 		{"/loss", "%"}, {"/failed", ""}, {fairCell, ""}, {"connect", "/s"}, {"tcp-rtt", "µs"}, {"udp-", "/s"}, {"dns/", "/s"},
