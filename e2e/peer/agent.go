@@ -1,9 +1,9 @@
 package main
 
-// The agent is what a test puts into a sandbox as its command: it starts programs there
-// as lines of JSON on its standard input ask, and tells what they print and how they
-// end. When its input ends it kills what still runs and exits with status 0, so that a
-// sandbox never outlives the test that made it.
+// The agent is the command that a test runs in a sandbox. It starts the programs that JSON lines on
+// its standard input ask for, and reports what they print and how they end. When its input ends it
+// kills those still running and exits with status 0, so that a sandbox never outlives the test that
+// made it.
 
 import (
 	"bufio"
@@ -31,7 +31,7 @@ type event struct {
 	Stream string `json:"stream,omitempty"` // stdout, stderr
 	Data   []byte `json:"data,omitempty"`
 	Pid    int    `json:"pid,omitempty"`
-	Exit   *int   `json:"exit,omitempty"` // 128+signal as a shell has it
+	Exit   *int   `json:"exit,omitempty"` // 128+signal, as in a shell
 	Error  string `json:"error,omitempty"`
 }
 

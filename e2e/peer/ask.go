@@ -18,8 +18,8 @@ type askedMany struct {
 	Addrs int            `json:"addrs"` // address records in them
 }
 
-// ask sends the questions from one socket and waits for their answers. In the name, %d
-// is the question's number.
+// ask sends the questions from one socket and waits for their answers. In the name, %d stands for
+// the question's number.
 func ask(args []string) error {
 	fs := flag.NewFlagSet("ask", flag.ExitOnError)
 	count := fs.Int("count", 1, "questions")
@@ -84,7 +84,7 @@ func ask(args []string) error {
 	return nil
 }
 
-// count takes in an answer, if there is one.
+// count counts an answer, if there is one.
 func (r *askedMany) count(m *dns.Msg, ok bool) int {
 	if !ok {
 		return 0

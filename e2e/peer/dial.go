@@ -1,6 +1,6 @@
 package main
 
-// Clients that make one connection and tell exactly what they saw of it.
+// These clients make one connection and report exactly what they saw of it.
 
 import (
 	"cmp"
@@ -24,13 +24,13 @@ import (
 type dialed struct {
 	Error  string  `json:"error,omitempty"` // name of the errno, "timeout", or the text
 	Stage  string  `json:"stage,omitempty"` // connect, write, read
-	Millis float64 `json:"ms"`              // until the connection stood or failed
+	Millis float64 `json:"ms"`              // until the connection was set up or failed
 	Got    string  `json:"got,omitempty"`
 	End    string  `json:"end,omitempty"`
 	SHA    string  `json:"sha,omitempty"` // of what was sent
 }
 
-// errorName is the errno's own name where there is one: messages differ, names do not.
+// errorName returns the errno's own name where there is one: messages differ, names do not.
 func errorName(err error) string {
 	var errno syscall.Errno
 	var timeout net.Error
@@ -43,7 +43,7 @@ func errorName(err error) string {
 	return err.Error()
 }
 
-// dial connects to an address, sends, closes in the way asked for and reads to the end.
+// dial connects to an address, sends, closes in the way asked for, and reads to the end.
 func dial(args []string) error {
 	fs := flag.NewFlagSet("dial", flag.ExitOnError)
 	timeout := fs.Duration("timeout", 10*time.Second, "for the whole")
@@ -95,7 +95,7 @@ func dial(args []string) error {
 			return nil
 		}
 		if *chunk > 0 {
-			time.Sleep(200 * time.Microsecond) // the kernel would put what comes at once together
+			time.Sleep(200 * time.Microsecond) // the kernel would join what arrives at once
 		}
 	}
 	switch *how {
@@ -118,17 +118,17 @@ func dial(args []string) error {
 type udpResult struct {
 	Sent     int    `json:"sent"`
 	Received int    `json:"received"`
-	Wrong    int    `json:"wrong"` // answers with other bytes than were sent
+	Wrong    int    `json:"wrong"` // answers whose bytes differ from those sent
 	Strange  int    `json:"strange"`
-	From     string `json:"from,omitempty"` // whom the last answer came from
+	From     string `json:"from,omitempty"` // sender of the last answer
 	Local    string `json:"local,omitempty"`
 	Got      string `json:"got,omitempty"`
 	Error    string `json:"error,omitempty"`
-	// Errors that the socket's error queue told (RFC 1122's port unreachable and such).
+	// Errors that the socket's error queue reported (RFC 1122's port unreachable and such).
 	Millis float64 `json:"ms"`
 }
 
-// udpClient sends datagrams and waits for the answer of each.
+// udpClient sends datagrams and waits for each one's answer.
 func udpClient(args []string) error {
 	fs := flag.NewFlagSet("udp", flag.ExitOnError)
 	timeout := fs.Duration("timeout", 5*time.Second, "for the whole")
@@ -155,7 +155,7 @@ func udpClient(args []string) error {
 		return err
 	}
 	raw.Control(func(fd uintptr) {
-		// One family's option fails on a socket of the other: that is expected.
+		// One family's option fails on a socket of the other, as expected.
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, *ttl)
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, *ttl)
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, *tos)
@@ -232,8 +232,8 @@ func get(args []string) error {
 	return err
 }
 
-// eatDescriptors opens files until the limit is reached, says how many, and waits for
-// its input to end.
+// eatDescriptors opens files until it reaches the limit, reports how many, and waits for its input
+// to end.
 func eatDescriptors([]string) error {
 	n := 0
 	for {

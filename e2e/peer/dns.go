@@ -1,7 +1,7 @@
 package main
 
-// A name server with a zone that the tests know, and one that tells each question it
-// was asked, so that a test can see which upstream a resolver chose.
+// A name server with a zone that the tests know. It reports each question that it is asked, so that
+// a test sees which upstream a resolver chose.
 
 import (
 	"bufio"
@@ -24,15 +24,15 @@ type asked struct {
 	Net   string `json:"net,omitempty"`
 }
 
-// zone is what is answered: A and AAAA of web.test. with the addresses given, TXT of
-// big.test. with more than fits a datagram, tag.test. TXT with a tag, what is said of
-// other names, and NXDOMAIN for the rest.
+// zone holds the answers: A and AAAA of web.test. with the given addresses, TXT of big.test. with
+// more than fits a datagram, TXT of tag.test. with a tag, and what the fields say about other
+// names. Any other name gets NXDOMAIN.
 type zone struct {
 	records  map[string][]dns.RR // in every answer about the name, whatever their own name
-	turns    map[string][]dns.RR // of each type, one in each answer
+	turns    map[string][]dns.RR // of each type, one per answer
 	raw      map[string][]byte   // what follows the question
-	many     string              // names that end so have 64 addresses
-	held     string              // names that end so are answered once released
+	many     string              // names with this ending have 64 addresses
+	held     string              // names with this ending are answered once released
 	released chan struct{}
 	web      []string
 	tag      string
@@ -41,8 +41,8 @@ type zone struct {
 	turn map[dns.Question]int
 }
 
-// dnsServe serves a zone on each address. Names under -hold are answered from when a line
-// comes on its input.
+// dnsServe serves a zone on each address. Names with the ending of -hold are answered once a line
+// arrives on its input.
 func dnsServe(args []string) error {
 	z := &zone{records: map[string][]dns.RR{}, turns: map[string][]dns.RR{}, raw: map[string][]byte{}, released: make(chan struct{}), turn: map[dns.Question]int{}}
 	fs := flag.NewFlagSet("dns", flag.ExitOnError)
@@ -125,7 +125,7 @@ func (z *zone) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	w.WriteMsg(m)
 }
 
-// answer fills in the records; name is the question's in small letters.
+// answer fills in the records; name is the question's, in lower case.
 func (z *zone) answer(m *dns.Msg, q dns.Question, name string) {
 	add := func(format string, args ...any) {
 		if rr, err := dns.NewRR(fmt.Sprintf(format, args...)); err == nil {

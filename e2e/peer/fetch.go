@@ -1,6 +1,6 @@
 package main
 
-// fetch is a client of web (web.go) as Go programs are: its answers, made short.
+// fetch is a client of web (web.go), as Go programs are; it prints the answers in short form.
 
 import (
 	"bytes"
@@ -79,7 +79,7 @@ func fetch(args []string) error {
 	return nil
 }
 
-// take keeps the answer's bytes in short.
+// take records the answer's bytes in short form.
 func (f *fetched) take(b []byte) {
 	f.Bytes, f.SHA = len(b), fmt.Sprintf("%x", sha256.Sum256(b))[:16]
 }
@@ -117,7 +117,7 @@ func (f *fetched) http(ctx context.Context, by string, to *url.URL, secure *tls.
 	return err
 }
 
-// webSocket has messages of many sizes echoed.
+// webSocket exchanges messages of many sizes with an echo.
 func (f *fetched) webSocket(ctx context.Context, to *url.URL, secure *tls.Config) error {
 	config, err := websocket.NewConfig(to.String(), "http://"+to.Host)
 	if err != nil {
@@ -137,7 +137,7 @@ func (f *fetched) webSocket(ctx context.Context, to *url.URL, secure *tls.Config
 			return err
 		}
 		var got []byte
-		for len(got) < size { // the echo may cut it into frames of its own
+		for len(got) < size { // the echo may split it into other frames
 			var part []byte
 			if err := websocket.Message.Receive(c, &part); err != nil {
 				return err
@@ -150,7 +150,7 @@ func (f *fetched) webSocket(ctx context.Context, to *url.URL, secure *tls.Config
 	return nil
 }
 
-// health asks once, and watches until the first news.
+// health asks once, then watches until the first news.
 func (f *fetched) health(ctx context.Context, to *url.URL, secure *tls.Config) error {
 	creds := insecure.NewCredentials()
 	if to.Scheme == "https" {

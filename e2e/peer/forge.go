@@ -1,7 +1,7 @@
 package main
 
-// forge sends datagrams under somebody else's address, to many ports in turn: the
-// answers of a name server that does not send them, or a stranger's knocking.
+// forge sends datagrams from a forged address to many ports in turn: as the answers of a name
+// server that did not send them, or as a stranger's knocking.
 
 import (
 	"encoding/base64"
@@ -23,8 +23,8 @@ type forged struct {
 	Sent  int    `json:"sent"`
 }
 
-// forge sends on the link, past this kernel's routes: -count datagrams, or, if that is 0,
-// until its input ends. With -ids the payload's first two bytes are guesses.
+// forge sends on the link, past this kernel's routes: -count datagrams or, if that is 0, until its
+// input ends. With -ids the payload's first two bytes are guesses.
 func forge(args []string) error {
 	fs := flag.NewFlagSet("forge", flag.ExitOnError)
 	link := fs.String("link", "", "interface")
@@ -95,7 +95,7 @@ func forge(args []string) error {
 	return nil
 }
 
-// datagram is an IP packet with a UDP datagram in it, without the latter's checksum.
+// datagram returns an IP packet with a UDP datagram in it, whose UDP checksum is not set.
 func datagram(src, dst netip.AddrPort, payload []byte) []byte {
 	var b []byte
 	length := uint16(8 + len(payload))
@@ -116,7 +116,7 @@ func datagram(src, dst netip.AddrPort, payload []byte) []byte {
 	return append(b, payload...)
 }
 
-// finish fills in the checksum of the datagram behind head bytes.
+// finish fills in the UDP checksum behind a head of head bytes.
 func finish(b []byte, head int) {
 	udp := b[head:]
 	addrs := b[8:head]
@@ -141,7 +141,7 @@ func checksumPart(b []byte) (sum uint32) {
 	return sum
 }
 
-// checksum is the Internet checksum before it is inverted.
+// checksum returns the Internet checksum before inversion.
 func checksum(b []byte, start uint32) uint16 {
 	sum := start + checksumPart(b)
 	for sum > 0xffff {

@@ -14,14 +14,14 @@ import (
 
 type h2Result struct {
 	OK          int    `json:"ok"`              // answers of status 200 to the first URL
-	Connections int64  `json:"connections"`     // that it took
+	Connections int64  `json:"connections"`     // connections that it took
 	Status      int    `json:"status"`          // of the second URL's answer
-	Body        string `json:"body"`            // of that
+	Body        string `json:"body"`            // body of the second URL's answer
 	Error       string `json:"error,omitempty"` // the first one
 }
 
-// h2 asks for a URL many times at once, by HTTP/2 with prior knowledge, and then for another
-// one on the same connection.
+// h2 asks for a URL many times at once, by HTTP/2 with prior knowledge, then for another one on the
+// same connection.
 func h2(args []string) error {
 	fs := flag.NewFlagSet("h2", flag.ExitOnError)
 	n := fs.Int("n", 1, "requests for the first URL")

@@ -10,15 +10,15 @@ import (
 	"time"
 )
 
-// hellosSeen is what came of two hellos.
+// hellosSeen is the outcome of two hellos.
 type hellosSeen struct {
 	Asked    bool   `json:"asked"`    // the server asked for a second one
-	Received int    `json:"received"` // bytes behind it
+	Received int    `json:"received"` // bytes received after it
 	Error    string `json:"error"`    // of what came before it
 }
 
-// hellos is a TLS client whose second hello, if it is asked for one, says another name than its
-// first. It cannot read the certificate that it gets, but says how long it is.
+// hellos is a TLS client whose second hello, if the server asks for one, has another name than its
+// first. It cannot read the certificate that it gets, but reports its length.
 func hellos(args []string) error {
 	fs := flag.NewFlagSet("hellos", flag.ExitOnError)
 	timeout := fs.Duration("timeout", 10*time.Second, "for the whole")
@@ -40,7 +40,7 @@ func hellos(args []string) error {
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(*timeout))
 	h := &helloConn{Conn: c, from: []byte(*first), to: []byte(*second)}
-	// P-256 is on offer, but with no key: a server that wants it has to ask again.
+	// P-256 is offered, but without a key: a server that wants it has to ask again.
 	err = tls.Client(h, &tls.Config{ServerName: *first, InsecureSkipVerify: true, CurvePreferences: []tls.CurveID{tls.X25519, tls.CurveP256}}).Handshake()
 	c.(*net.TCPConn).CloseWrite() // which makes the server close
 	rest, _ := io.Copy(io.Discard, c)
@@ -51,7 +51,7 @@ func hellos(args []string) error {
 	return nil
 }
 
-// helloConn puts another name into the second hello, and counts what comes behind it.
+// helloConn puts another name into the second hello, and counts the bytes received after it.
 type helloConn struct {
 	net.Conn
 	from, to []byte

@@ -1,7 +1,7 @@
 package main
 
-// Knocking: trying the same doors again and again, open ones and closed ones, whatever
-// becomes of the network meanwhile. It is the load under which others pull plugs.
+// Knocking tries the same doors again and again, open and closed ones, whatever becomes of the
+// network meanwhile. It is the load under which other tests pull plugs.
 
 import (
 	"bufio"
@@ -20,12 +20,12 @@ type knocked struct {
 	Event   string            `json:"event"` // knocking, done
 	Doors   int               `json:"doors"`
 	Tries   map[string]uint64 `json:"tries,omitempty"`
-	Entered map[string]uint64 `json:"entered,omitempty"` // connections that stood, datagrams that were answered
+	Entered map[string]uint64 `json:"entered,omitempty"` // connections that were set up, datagrams that were answered
 }
 
-// knock reads lines of doors, as tcp:ADDRESS:PORT or udp:ADDRESS:PORT, and knocks at
-// those of the last line until the next, or until its input ends. That it says it is
-// knocking means that nothing goes to the doors of before any more.
+// knock reads lines of doors, as tcp:ADDRESS:PORT or udp:ADDRESS:PORT, and knocks at those of the
+// last line until the next line or the end of its input. Once it reports that it is knocking,
+// nothing more goes to the earlier doors.
 func knock(args []string) error {
 	fs := flag.NewFlagSet("knock", flag.ExitOnError)
 	timeout := fs.Duration("timeout", 50*time.Millisecond, "for one try")
@@ -75,7 +75,7 @@ func knock(args []string) error {
 	return lines.Err()
 }
 
-// enters tells whether one try got an answer.
+// enters reports whether one try got an answer.
 func enters(network, addr string, timeout time.Duration) bool {
 	c, err := net.DialTimeout(network, addr, timeout)
 	if err != nil {

@@ -21,7 +21,8 @@ type shortResult struct {
 	Seconds float64        `json:"seconds"`
 }
 
-// short connects, reads one byte and the end, closes; so many times, so many at once.
+// short connects, reads one byte and the end, and closes: the given number of times, with the given
+// number at once.
 func short(args []string) error {
 	fs := flag.NewFlagSet("short", flag.ExitOnError)
 	count := fs.Int("count", 1000, "connections")
@@ -86,8 +87,8 @@ type holdResult struct {
 	Seconds float64        `json:"seconds"`
 }
 
-// hold opens connections to an echo server and keeps them. Each line on its input asks
-// for one echo over every connection; the end of its input closes them all.
+// hold opens connections to an echo server and keeps them. Each line on its input asks for one echo
+// over every connection; the end of its input closes them all.
 func hold(args []string) error {
 	fs := flag.NewFlagSet("hold", flag.ExitOnError)
 	count := fs.Int("count", 1000, "connections")

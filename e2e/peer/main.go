@@ -1,8 +1,7 @@
-// Command peer is the other side of the end-to-end tests: small servers, clients and
-// load makers whose answers are exact, and the agent that the tests drive commands
-// inside a sandbox with. Standard tools (curl, dig, iperf3 …) prove that ordinary
-// programs work; peer proves what those do not show, such as which kind of close each
-// end saw.
+// Command peer is the other side of the end-to-end tests: small servers, clients and load makers
+// with exact answers, and the agent by which tests run commands inside a sandbox. Standard tools
+// (curl, dig, iperf3 …) prove that ordinary programs work; peer proves what they do not show, such
+// as which kind of close each end saw.
 //
 // Every client prints one JSON object on standard output, servers one per event.
 // Nothing here knows about Sluice.
@@ -62,7 +61,7 @@ func main() {
 	}
 }
 
-// pause waits to be told to end, as the process does that holds a pod's namespaces.
+// pause waits to be told to end, like the process that holds a pod's namespaces.
 func pause([]string) error {
 	told := make(chan os.Signal, 1)
 	signal.Notify(told, syscall.SIGTERM, syscall.SIGINT)
@@ -72,7 +71,7 @@ func pause([]string) error {
 
 var printing sync.Mutex
 
-// say prints v as one line of JSON; lines of concurrent callers never mix.
+// say prints v as one line of JSON. Lines of concurrent callers never mix.
 func say(v any) {
 	line, err := json.Marshal(v)
 	if err != nil {

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// mapping asks servers of port base+5, from one unconnected UDP socket, which address
-// each sees, says that, and then every datagram that still comes, until its input ends.
+// mapping asks servers of port base+5, from one unconnected UDP socket, which address each sees,
+// and reports that. Then it reports every further datagram until its input ends.
 func mapping(args []string) error {
 	c, err := net.ListenUDP("udp", nil)
 	if err != nil {

@@ -1,7 +1,7 @@
 package main
 
-// Readers that stand still: each side of a connection writes without end and reads nothing,
-// so that everything between the two fills up.
+// Readers that stand still: each side of a connection writes without end and reads nothing, so that
+// everything between the two fills up.
 
 import (
 	"bufio"
@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stillBuffer is asked for each of the kernel's own buffers of such a connection: what is
-// to fill up is not the machine's memory.
+// stillBuffer is the requested size of each of the kernel's own buffers of such a connection: the
+// test is not meant to fill the machine's memory.
 const stillBuffer = 8 << 10
 
 // listenStill listens for such connections, which inherit the listener's buffers.
@@ -30,7 +30,7 @@ func listenStill(host string, port int) (net.Listener, error) {
 	return lc.Listen(context.Background(), family(host, "tcp"), net.JoinHostPort(host, strconv.Itoa(port)))
 }
 
-// smallBuffers is a net.Dialer's and a net.ListenConfig's Control.
+// smallBuffers is the Control of a net.Dialer and a net.ListenConfig.
 func smallBuffers(_, _ string, c syscall.RawConn) error {
 	return c.Control(func(fd uintptr) {
 		unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, stillBuffer)
@@ -54,11 +54,11 @@ type pourResult struct {
 	Event  string         `json:"event"` // opened, closed
 	Open   int            `json:"open"`
 	Failed map[string]int `json:"failed,omitempty"`
-	Bytes  int64          `json:"bytes"` // written by us so far
+	Bytes  int64          `json:"bytes"` // written so far by this side
 }
 
-// pour opens connections, says so, writes pieces into each without reading, and closes
-// them at the end of its input.
+// pour opens connections and reports them, writes pieces into each without reading, and closes them
+// at the end of its input.
 func pour(args []string) error {
 	fs := flag.NewFlagSet("pour", flag.ExitOnError)
 	count := fs.Int("count", 1000, "connections")

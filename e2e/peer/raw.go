@@ -1,7 +1,7 @@
 package main
 
-// raw puts packets on the link as they are, past this kernel's own idea of what may be
-// sent: whoever is root in a sandbox can.
+// raw puts packets on the link as they are, past this kernel's own idea of what may be sent, as
+// root in a sandbox can.
 
 import (
 	"encoding/base64"

@@ -1,7 +1,7 @@
 package main
 
-// reuse connects again and again from one port, each time as soon as the connection before
-// has ended, by system calls alone so that nothing comes in between.
+// reuse connects again and again from one port, each time as soon as the previous connection has
+// ended. It uses system calls alone, so that nothing comes in between.
 
 import (
 	"flag"
@@ -14,7 +14,7 @@ import (
 type reuseResult struct {
 	OK     int            `json:"ok"`
 	Errors map[string]int `json:"errors,omitempty"` // by errno
-	Slow   int            `json:"slow"`             // took as long as a SYN that is repeated
+	Slow   int            `json:"slow"`             // took as long as a repeated SYN
 }
 
 func reuse(args []string) error {
@@ -71,7 +71,7 @@ func reuseOnce(to netip.AddrPort, port int, reset, talk bool) error {
 	}
 }
 
-// reuseConnect waits for our own kernel as long as it still holds the connection before.
+// reuseConnect waits while our own kernel still holds the previous connection.
 func reuseConnect(to netip.AddrPort, port int) (int, error) {
 	domain := unix.AF_INET6
 	var from, dst unix.Sockaddr = &unix.SockaddrInet6{Port: port}, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}

@@ -1,8 +1,8 @@
 package main
 
-// serve listens on a base port and the ones after it, one behaviour a port, for TCP and
-// UDP on every address given (or on all: UDP then on each address by itself, so that
-// an answer leaves from the address that was asked):
+// serve listens on a base port and the ports after it, each with one behaviour, for TCP and UDP on
+// every given address. Without addresses it listens on all of them, for UDP on each address by
+// itself, so that an answer leaves from the address that was asked:
 //
 //	base+0  tcp, udp  echo
 //	base+1  tcp       reads to the end of input, then answers "N SHA-256" and closes
@@ -97,7 +97,7 @@ func serve(args []string) error {
 	return <-failed
 }
 
-// ownAddresses lists the namespace's addresses but link-local ones.
+// ownAddresses lists the namespace's addresses except link-local ones.
 func ownAddresses() (hosts []string) {
 	all, _ := net.InterfaceAddrs()
 	for _, a := range all {
@@ -133,7 +133,7 @@ func accept(l net.Listener, handle func(*net.TCPConn)) error {
 		c, err := l.Accept()
 		if err != nil {
 			if errors.Is(err, syscall.EMFILE) {
-				time.Sleep(10 * time.Millisecond) // the only cure is that others close
+				time.Sleep(10 * time.Millisecond) // only others closing theirs helps
 				continue
 			}
 			return err
@@ -219,7 +219,7 @@ func hello(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if _, err := io.Copy(io.Discard, r.Body); err != nil {
-		return // an answer would be a race with what the server says of a bad request
+		return // an answer would race with what the server says about a bad request
 	}
 	io.WriteString(w, "hello from peer\n")
 }
@@ -272,7 +272,7 @@ func udpInspect(c *net.UDPConn) error {
 		return err
 	}
 	raw.Control(func(fd uintptr) {
-		// Each pair belongs to one family; the other's failure says nothing.
+		// Each pair belongs to one family; a failure on the other means nothing.
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVTTL, 1)
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVHOPLIMIT, 1)

@@ -1,8 +1,8 @@
 package main
 
-// synrst opens half a handshake and lets it fall: a SYN from a raw socket, the far
-// side's SYN/ACK, and the RST that our own kernel answers it with, because no socket
-// of ours stands behind the port. (IPv4; the handshakes are told apart by source port.)
+// synrst begins a handshake and drops it: a SYN from a raw socket, the far side's SYN/ACK, and the
+// RST with which our own kernel answers, because no socket of ours has the port. (IPv4 only; the
+// source port tells the handshakes apart.)
 
 import (
 	"encoding/binary"

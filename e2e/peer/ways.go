@@ -1,7 +1,7 @@
 package main
 
-// Ways out of a sandbox that are no network: calls of the kernel that reach past it, and
-// sockets that have a path.
+// Ways out of a sandbox that do not use the network: system calls that reach past it, and sockets
+// with a path.
 
 import (
 	"fmt"
@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tried is what became of each attempt: an errno's name, or "done".
+// tried holds the outcome of each attempt: an errno's name, or "done".
 type tried map[string]string
 
 func (w tried) call(name string, nr uintptr, args ...uintptr) {
@@ -26,7 +26,7 @@ func (w tried) call(name string, nr uintptr, args ...uintptr) {
 	}
 }
 
-// ways tries the kernel's calls, or, given paths, to connect to each.
+// ways tries the system calls or, given paths, to connect to each.
 func ways(paths []string) error {
 	w := tried{}
 	for _, path := range paths {
@@ -64,7 +64,8 @@ func ways(paths []string) error {
 	return nil
 }
 
-// connectPath connects a stream socket, and if the one there is of datagrams such a one.
+// connectPath connects a socket to a path: a stream socket or, if the one there is of another type,
+// one of that type.
 func connectPath(path string) string {
 	var err error
 	for _, typ := range []int{unix.SOCK_STREAM, unix.SOCK_SEQPACKET, unix.SOCK_DGRAM} {

@@ -1,6 +1,6 @@
 package main
 
-// web serves what programs of the web speak, on a port each, for every address:
+// web serves the protocols that web programs speak, each on its own port, at every address:
 //
 //	8081 tcp  HTTP/1.1 and, with prior knowledge, HTTP/2
 //	8082 tcp  gRPC: the health service and reflection
@@ -10,7 +10,7 @@ package main
 //
 //	/bytes/N   N bytes that depend on N alone, in ranges too
 //	/chunked/N the same in chunks, without a length, with a trailer
-//	/gzip/N    the same, compressed, whoever asks
+//	/gzip/N    the same, compressed for every client
 //	/digest    answers "N SHA-256" of what is sent
 //	/move      to /bytes/100
 //	/events    three events of an event stream, 20 ms apart
@@ -101,7 +101,7 @@ func healthServer(options ...grpc.ServerOption) *grpc.Server {
 	return s
 }
 
-// content is what /bytes/N is made of.
+// content holds the bytes of /bytes/N.
 func content(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -152,7 +152,7 @@ func webHandler(repositories string) (http.Handler, error) {
 		for i := range 3 {
 			fmt.Fprintf(w, "data: event %d\n\n", i)
 			http.NewResponseController(w).Flush()
-			time.Sleep(20 * time.Millisecond) // a stream that comes at once is none
+			time.Sleep(20 * time.Millisecond) // a stream that arrives at once is none
 		}
 	})
 	mux.HandleFunc("/early", func(w http.ResponseWriter, _ *http.Request) {

@@ -1,16 +1,16 @@
 package main
 
-// Checked bulk transfers. Each stream carries its own bytes (a block common to all,
-// headed by the stream's number), followed by their SHA-256, which the receiver compares
-// with its own sum and answers with one byte. A stream that got another's bytes, lost,
-// doubled or changed one fails.
+// Checked bulk transfers: each stream carries its own bytes (a block common to all, headed by the
+// stream's number), followed by their SHA-256. The receiver compares that with its own sum and
+// answers with one byte. A stream fails if it gets another's bytes or if a byte is lost, doubled or
+// changed.
 //
 //	client → server: 'u' or 'd', stream number (4 bytes), length (8 bytes)
 //	sender → receiver: the bytes, their SHA-256
 //	receiver → sender: 'y' or 'n'
 //
-// The sender's sums are made before the clock starts, so that on a machine with two
-// cores the hashing of one side only is paid for.
+// The sender's sums are computed before the clock starts, so that on a machine with two cores only
+// one side's hashing counts.
 
 import (
 	"bytes"
@@ -51,7 +51,7 @@ func (k xferKey) pieces(f func([]byte) error) error {
 	block := xferData()
 	left := k.size
 	for n := uint64(0); left > 0; n++ {
-		// Every piece starts with its place, so pieces out of order show too.
+		// Every piece starts with its position, so that pieces out of order are noticed too.
 		binary.BigEndian.PutUint32(head, k.stream)
 		binary.BigEndian.PutUint64(head[8:], n)
 		for _, p := range [][]byte{head, block[:xferBlock-64]} {
