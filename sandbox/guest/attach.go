@@ -18,15 +18,14 @@ import (
 
 // Attaching to a network namespace that somebody else made.
 //
-// Root goes straight into it. An ordinary user first enters the user
-// namespace that owns it, which the kernel names (NS_GET_USERNS) and which has
-// to be that user's own.
+// Root enters it directly. An ordinary user first enters the user namespace that owns it. The
+// kernel names that one (NS_GET_USERNS), and it has to be the user's own.
 
 // Target is what to attach to: a process or a path.
 type Target struct {
-	PID    int    // its network namespace; 0 means NetNS says it
+	PID    int    // its network namespace; 0 means NetNS names it
 	NetNS  string // such as /run/netns/NAME
-	UserNS string // the user namespace to enter; "" means find out
+	UserNS string // the user namespace to enter; "" means find it
 }
 
 // ErrTargetGone is why Attach or Wait fails when the target has ended.
@@ -39,8 +38,8 @@ func (t Target) String() string {
 	return t.NetNS
 }
 
-// Attach puts a device into an existing network namespace. The guest has no CMD:
-// Release is not to be called, and Wait returns when the target is gone.
+// Attach puts a device into an existing network namespace. The guest has no CMD: Release must not
+// be called, and Wait returns when the target is gone.
 func Attach(ctx context.Context, t Target, cfg Config) (*Guest, error) {
 	g, err := attach(ctx, t, cfg)
 	if err != nil {
@@ -90,7 +89,7 @@ func attach(ctx context.Context, t Target, cfg Config) (*Guest, error) {
 		return fail(err)
 	}
 	g.stop = func() { watch.Close() }
-	// Ends with the target or with Close, which closes what it waits on.
+	// Ends with the target, or with Close, which closes the watch.
 	go func() {
 		if watch.wait() {
 			g.finish(Status{}, nil)
@@ -99,7 +98,7 @@ func attach(ctx context.Context, t Target, cfg Config) (*Guest, error) {
 	return g, nil
 }
 
-// openNamespace opens a namespace and makes sure that it is of that type.
+// openNamespace opens a namespace and checks that it is of the type flag.
 func openNamespace(path string, flag int) (*os.File, error) {
 	what := "network"
 	if flag == unix.CLONE_NEWUSER {
@@ -122,7 +121,7 @@ func openNamespace(path string, flag int) (*os.File, error) {
 	return f, nil
 }
 
-// userNamespaceFor returns the user namespace to enter first, nil for none.
+// userNamespaceFor returns the user namespace to enter first, or nil if there is none.
 func userNamespaceFor(t Target, net *os.File) (*os.File, error) {
 	if t.UserNS != "" {
 		return openNamespace(t.UserNS, unix.CLONE_NEWUSER)
@@ -151,8 +150,8 @@ func userNamespaceFor(t Target, net *os.File) (*os.File, error) {
 	return user, nil
 }
 
-// targetWatch waits for a target's end without holding a thread: what tells it
-// is in Go's poller, and Close ends the wait.
+// targetWatch waits for a target's end without holding a thread: its descriptor is in Go's poller,
+// and Close ends the wait.
 type targetWatch struct {
 	*os.File
 	over func() bool // asked whenever the file is readable
@@ -176,7 +175,7 @@ func watchTarget(t Target) (*targetWatch, error) {
 	return &targetWatch{os.NewFile(uintptr(fd), "target"), func() bool { return dead(fd) }}, nil
 }
 
-// pidOfPath is PID for /proc/PID/ns/net, else 0.
+// pidOfPath returns PID for the path /proc/PID/ns/net, and 0 for any other.
 func pidOfPath(path string) int {
 	f := strings.Split(filepath.Clean(path), "/")
 	if len(f) != 5 || f[1] != "proc" {
@@ -189,9 +188,9 @@ func pidOfPath(path string) int {
 	return pid
 }
 
-// watchPath watches the directory that the namespace is mounted in. Unmounting
-// alone sends nothing, but whoever unmounts a namespace removes the file next.
-// Where the kernel has no watch left, the path is looked at each second.
+// watchPath watches the directory that the namespace is mounted in. Unmounting alone sends no
+// event, but a tool that unmounts a namespace removes its file next. Where the kernel has no watch
+// left, the path is checked every second.
 func watchPath(path string) (*targetWatch, error) {
 	id, err := namespaceID(path)
 	if errors.Is(err, os.ErrNotExist) {

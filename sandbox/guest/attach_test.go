@@ -20,7 +20,7 @@ func init() {
 	scripts["attach to own"] = driveAttachOwn
 }
 
-// driveAttach attaches, says so, and stays until the target is gone.
+// driveAttach attaches, prints so, and stays until the target is gone.
 func driveAttach(s scene) int {
 	g, err := Attach(s.ctx(), *s.Target, s.Config)
 	if err != nil {
@@ -38,8 +38,8 @@ func driveAttach(s scene) int {
 	return 0
 }
 
-// driveAttachOwn makes a target in namespaces of its own with unshare(1), looks
-// at it through nsenter(1) while attached, and after.
+// driveAttachOwn makes a target in namespaces of its own with unshare(1). While attached, it looks
+// at the target through nsenter(1); at the end it lists what is left in the namespace.
 func driveAttachOwn(s scene) int {
 	mapping := "-r"
 	if s.Config.User == idmap.KeepCaller {
@@ -88,7 +88,7 @@ func TestAttachToNamespacesOfTheSameUser(t *testing.T) {
 		name   string
 		uid    int
 		user   idmap.UserMode
-		target *Target // nil: by PID
+		target *Target // nil means by PID
 	}{
 		{"a process that is root in its user namespace", ordinary, idmap.MapRoot, nil},
 		{"a process that kept its uid there", ordinary, idmap.KeepCaller, nil},
@@ -112,7 +112,7 @@ func TestAttachToNamespacesOfTheSameUser(t *testing.T) {
 	}
 }
 
-// netnsPath makes a namespace as ip-netns(8) does, under a directory of ours.
+// netnsPath makes a namespace as ip-netns(8) does, under a directory of the test's.
 func netnsPath(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "ns")
@@ -173,7 +173,7 @@ func TestAttachByRootToAPath(t *testing.T) {
 	}
 }
 
-// The stage lives where its target's root may trace it, and take what it has.
+// The target's root may trace the stage, and take what it has.
 func TestAnAttachedStageHasNothingOfTheCallersTerminal(t *testing.T) {
 	needRoot(t)
 	g, err := Attach(t.Context(), Target{NetNS: netnsPath(t)}, baseConfig())

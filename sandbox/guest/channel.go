@@ -11,23 +11,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The operations that the monitor asks of the stage …
+// The requests that the monitor sends to the stage …
 const (
 	opMapped = "mapped" // the id maps are written: go on
 	opExec   = "exec"   // start CMD
-	opSignal = "signal" // send Number to CMD
+	opSignal = "signal" // send signal Number to CMD
 	opSocket = "socket" // make a socket of kind Text
-	opFront  = "front"  // CMD is in its terminal's foreground, from its start if that is to come
+	opFront  = "front"  // put CMD in its terminal's foreground; before opExec, start it there
 )
 
-// … and what the stage says.
+// … and the messages that the stage sends.
 const (
-	// opTerminal is first if there is one: the master of CMD's terminal comes along.
+	// opTerminal comes first, if it comes at all; it carries the master of CMD's terminal.
 	opTerminal = "terminal"
 
-	opReady   = "ready"   // the device stands; its descriptors come along
-	opFailed  = "failed"  // Text is why; before ready it is final, with an ID it answers a request
-	opStarted = "started" // CMD runs
+	opReady   = "ready"   // the device is up; its descriptors come along
+	opFailed  = "failed"  // Text says why; with an ID it answers a request, and before ready it is final
+	opStarted = "started" // CMD is running
 	opStopped = "stopped" // CMD was stopped by signal Signal
 	opExited  = "exited"  // CMD ended with status Number, by signal Signal if not 0
 	opMade    = "made"    // the socket asked for by ID comes along
@@ -41,14 +41,14 @@ type message struct {
 	Signal int      `json:"signal,omitempty"`
 	Text   string   `json:"text,omitempty"`
 	Notes  []string `json:"notes,omitempty"`
-	// Covered is how many sockets of the host's CMD cannot reach.
+	// Covered is the number of the host's sockets that CMD cannot reach.
 	Covered int `json:"covered,omitempty"`
 }
 
 var errBadMessage = errors.New("malformed message on the guest channel")
 
-// channel is one end of the SOCK_SEQPACKET pair. Any goroutine may send;
-// one at a time receives.
+// channel is one end of the SOCK_SEQPACKET pair. Any goroutine may send; only one at a time may
+// receive.
 type channel struct{ c *net.UnixConn }
 
 // channelPair returns the monitor's end and the stage's.
@@ -66,7 +66,7 @@ func channelPair() (*channel, *os.File, error) {
 	return near, far, nil
 }
 
-// newChannel takes f over.
+// newChannel takes ownership of f.
 func newChannel(f *os.File) (*channel, error) {
 	defer f.Close()
 	c, err := net.FileConn(f)
@@ -99,9 +99,9 @@ func (ch *channel) send(m message, fds ...int) error {
 	return err
 }
 
-// receive returns the next message and the descriptors that came with it, which
-// are then the caller's to close. A message that is too long, does not parse
-// or brings more descriptors than wantFDs is an error, its descriptors closed.
+// receive returns the next message and the descriptors that came with it, which the caller must
+// close. A message that is too long, does not parse or carries more descriptors than wantFDs is an
+// error, and its descriptors are closed.
 func (ch *channel) receive(wantFDs int) (message, []*os.File, error) {
 	buf := make([]byte, maxMessageBytes)
 	oob := make([]byte, unix.CmsgSpace(4*(wantFDs+1)))
@@ -144,7 +144,7 @@ func parseRights(oob []byte) ([]*os.File, error) {
 	for i := range cmsgs {
 		fds, err := unix.ParseUnixRights(&cmsgs[i])
 		if err != nil {
-			continue // not SCM_RIGHTS: holds nothing to close
+			continue // not SCM_RIGHTS: nothing in it to close
 		}
 		for _, fd := range fds {
 			files = append(files, PlainFile(fd))
@@ -153,9 +153,9 @@ func parseRights(oob []byte) ([]*os.File, error) {
 	return files, nil
 }
 
-// PlainFile wraps a descriptor without registering it with Go's poller, which
-// os.NewFile does to a non-blocking one: the monitor would then be woken by
-// every packet of a device that it only keeps.
+// PlainFile wraps a descriptor without registering it with Go's poller, as os.NewFile would a
+// non-blocking one. Otherwise each packet of a device that the monitor merely keeps open would wake
+// the monitor.
 func PlainFile(fd int) *os.File {
 	unix.CloseOnExec(fd)
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)

@@ -145,8 +145,8 @@ func TestSocketRequestsAreBounded(t *testing.T) {
 	}
 }
 
-// FuzzStageMessages: whatever a stage sends, reading ends with an error and
-// nothing stays open.
+// FuzzStageMessages: whatever a stage sends, reading ends with an error and no descriptor stays
+// open.
 func FuzzStageMessages(f *testing.F) {
 	f.Add([]byte(`{"op":"started"}`), []byte(`{"op":"exited","number":3}`))
 	f.Add([]byte(`{"op":"made","id":7}`), []byte(`{"op":"failed","id":7,"text":"x"}`))

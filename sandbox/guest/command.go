@@ -15,23 +15,23 @@ import (
 	"sluice.dev/sluice/sandbox/internal/fork"
 )
 
-// Starting CMD. One goroutine keeps one thread for it: the thread gives up what
-// the stage holds (ambient and inheritable capabilities), forks, and stays
-// until CMD has ended, because CMD's parent-death signal is tied to it.
+// Starting CMD. One goroutine keeps one thread for it. The thread drops the capabilities that the
+// stage holds (ambient and inheritable), forks, and stays until CMD has ended, because CMD's
+// parent-death signal is tied to it.
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 type command struct {
-	pid    int                  // and its process group's
-	pidfd  int                  // signals through it cannot meet a stranger
-	states chan unix.WaitStatus // how CMD was stopped, any number, and how it ended, once
+	pid    int                  // also its process group
+	pidfd  int                  // a signal through it never reaches another process
+	states chan unix.WaitStatus // any number of stops, then CMD's end, once
 
 	mu   sync.Mutex
 	over bool // CMD has been waited for; guarded by mu
 }
 
-// signal passes on what came to the monitor. What a terminal would have sent is for CMD's
-// group, as it would have been.
+// signal passes on a signal that the monitor received. One that a terminal would have sent goes to
+// CMD's process group, as the terminal's would have.
 func (c *command) signal(sig syscall.Signal) {
 	switch sig {
 	case unix.SIGINT, unix.SIGQUIT, unix.SIGTSTP, unix.SIGCONT:
@@ -54,8 +54,8 @@ func startCommand(spec stageSpec, front bool) (*command, *ExecError) {
 	}
 	up := make(chan result)
 	go func() {
-		// The thread's credentials are spoilt for anything else: it is never
-		// unlocked, so the runtime ends it with the goroutine.
+		// The thread's credentials are of no use for anything else, so it is never unlocked and the
+		// runtime ends it with the goroutine.
 		runtime.LockOSThread()
 		if err := dropInherited(); err != nil {
 			up <- result{nil, &ExecError{StatusOurs, "dropping capabilities: " + err.Error()}}
@@ -65,7 +65,7 @@ func startCommand(spec stageSpec, front bool) (*command, *ExecError) {
 			up <- result{nil, &ExecError{StatusOurs, "blocking the caller's signals: " + err.Error()}}
 			return
 		}
-		// Before there is a child, so that none of its signals is missed.
+		// Before there is a child, so that no signal about it is missed.
 		changed := make(chan os.Signal, 1)
 		signal.Notify(changed, unix.SIGCHLD)
 		pid, err := forkCommand(spec, front)
@@ -88,8 +88,8 @@ func startCommand(spec stageSpec, front bool) (*command, *ExecError) {
 	return r.cmd, r.err
 }
 
-// dropInherited keeps CMD from inheriting the stage's capabilities over exec.
-// If CMD is uid 0 inside, exec gives it all of the namespace's anyway.
+// dropInherited keeps CMD from inheriting the stage's capabilities across exec. If CMD is uid 0
+// inside, exec gives it all of the namespace's capabilities anyway.
 func dropInherited() error {
 	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
 		return err
@@ -103,9 +103,9 @@ func dropInherited() error {
 	return unix.Capset(&hdr, &data[0])
 }
 
-// collect reports how CMD is stopped and ends. As a PID namespace's init it collects the
-// orphans too, which are all its children, and goes on until nobody is left. It waits for
-// SIGCHLD: a system call that blocks would hold one of the runtime's processors.
+// collect reports CMD's stops and its end. As a PID namespace's init it also reaps the orphans,
+// which are all its children, and goes on until none is left. It waits for SIGCHLD, because a
+// blocking system call would hold one of the runtime's processors.
 func (c *command) collect(changed <-chan os.Signal, init bool) {
 	whom := c.pid
 	if init {
@@ -113,7 +113,7 @@ func (c *command) collect(changed <-chan os.Signal, init bool) {
 	}
 	for {
 		var ws unix.WaitStatus
-		c.mu.Lock() // signal meets no stranger that gets the number
+		c.mu.Lock() // so that signal never hits a process that got the same number
 		got, err := unix.Wait4(whom, &ws, unix.WNOHANG|unix.WUNTRACED, nil)
 		ended := got == c.pid && !ws.Stopped()
 		c.over = c.over || ended
@@ -146,8 +146,8 @@ func forkCommand(spec stageSpec, front bool) (int, *ExecError) {
 	}
 	worst := error(unix.ENOENT)
 	for _, path := range candidates(name, spec.Config.Env) {
-		// Most of PATH has no such file, and to fork for each would take longer than
-		// all else does.
+		// Most directories of PATH have no such file, and a fork for each of them would take longer
+		// than everything else.
 		if unix.Faccessat(unix.AT_FDCWD, path, unix.F_OK, 0) == unix.ENOENT {
 			continue
 		}
@@ -165,8 +165,8 @@ func forkCommand(spec stageSpec, front bool) (int, *ExecError) {
 				return 0, &ExecError{StatusNotFound, name + ": its interpreter or loader does not exist"}
 			}
 		case errors.Is(err, unix.EACCES):
-			// As a shell, unlike execvp(3): a directory of PATH that is closed
-			// to this user says nothing about the name.
+			// Like a shell, and unlike execvp(3): a directory of PATH that this user may not search
+			// says nothing about the name.
 			st, serr := os.Stat(path)
 			if strings.Contains(name, "/") || (serr == nil && !st.IsDir()) {
 				worst = err
@@ -184,7 +184,7 @@ func forkCommand(spec stageSpec, front bool) (int, *ExecError) {
 	return 0, &ExecError{StatusNotExecutable, name + ": " + worst.Error()}
 }
 
-// candidates are the paths to try, in the order of CMD's own PATH.
+// candidates returns the paths to try, in the order of CMD's own PATH.
 func candidates(name string, env []string) []string {
 	if strings.Contains(name, "/") {
 		return []string{name}

@@ -18,10 +18,10 @@ type HostEntry struct {
 	Names []string
 }
 
-// Bounds on what a caller may ask for and on what a stage may send.
+// Bounds on what a caller may ask for and a stage may send.
 const (
 	maxHostEntries  = 4096
-	maxHideDirs     = 4096 // and as many of each other kind of path
+	maxHideDirs     = 4096 // and as many paths of each other kind
 	maxFiles        = 200  // descriptors handed to CMD; SCM_MAX_FD is 253
 	maxNameservers  = 16
 	maxConfigBytes  = 16 << 20
@@ -29,17 +29,17 @@ const (
 	maxSocketAsks   = 256 // Socket calls in flight
 )
 
-// Config describes one guest. Its zero value plus a Command is a sandbox with
-// a device and nothing else: no address, no route, no name server.
+// Config describes one guest. The zero value plus a Command is a sandbox with a device and nothing
+// else: no address, no route, no name server.
 type Config struct {
 	Command []string // CMD and its arguments; run mode only
 	Env     []string // CMD's environment; nil means the caller's
 	Dir     string   // CMD's working directory; "" means the caller's
 
-	// Stdin, Stdout and Stderr are CMD's 0, 1 and 2; nil means the caller's. Those that
-	// are terminals are all replaced by the sandbox's own (Console).
+	// Stdin, Stdout and Stderr are CMD's descriptors 0, 1 and 2; nil means the caller's. Each one
+	// that is a terminal is replaced by the sandbox's own (Console).
 	Stdin, Stdout, Stderr *os.File `json:"-"`
-	// Files[i] becomes descriptor 3+i of CMD. Nothing else is inherited.
+	// Files[i] becomes descriptor 3+i of CMD. CMD inherits no other descriptor.
 	Files []*os.File `json:"-"`
 
 	Signals Signals // what CMD's caller ignores and blocks
@@ -49,42 +49,42 @@ type Config struct {
 	PIDNamespace bool
 
 	Link               tun.Config
-	MAC                net.HardwareAddr // the guest's; nil means one of the kernel's choice
-	Addr4, Addr6       netip.Prefix     // the invalid zero value means: none of that family
+	MAC                net.HardwareAddr // the guest's; nil lets the kernel choose one
+	Addr4, Addr6       netip.Prefix     // the invalid zero value means none of that family
 	Gateway4, Gateway6 netip.Addr
-	// PathMTU4 and PathMTU6 are what the default routes say of the path beyond the
-	// gateway (RTAX_MTU), so that the guest's kernel knows what would otherwise cost
-	// it a lost packet per destination to learn; 0 says nothing.
+	// PathMTU4 and PathMTU6 are the path MTU beyond the gateway, set on the default routes
+	// (RTAX_MTU). Without it the guest's kernel would learn it by losing one packet per
+	// destination. 0 sets none.
 	PathMTU4, PathMTU6 int
 
 	DNS           []netip.Addr
 	Search        []string
 	ResolvOptions []string
-	Hosts         []HostEntry // first in /etc/hosts; they win over the caller's file
+	Hosts         []HostEntry // first in /etc/hosts; they take precedence over the caller's file
 
-	// What CMD does not reach of the caller's files. Not even root inside can
-	// uncover it (nest.go), but what is made there later shows, except in
-	// HideDirs and WithoutSockets.
+	// The parts of the caller's file system that CMD cannot reach. Not even root inside can uncover
+	// them (nest.go). A file made at such a path later is visible, except in HideDirs and
+	// WithoutSockets.
 
 	// HideDirs are covered by empty read-only directories.
 	HideDirs []string
-	// WithoutSockets are directories of which CMD sees a copy without the sockets.
+	// WithoutSockets are directories that CMD sees as copies without the sockets.
 	WithoutSockets []string
-	// HideSockets are sockets elsewhere.
+	// HideSockets are sockets in other places.
 	HideSockets []string
-	// AllowSockets are paths in WithoutSockets and HideSockets, clean and without
-	// symbolic links, that are left in reach, with all that is below them.
+	// AllowSockets are paths in WithoutSockets and HideSockets that stay reachable, with everything
+	// below them. The paths are clean and have no symbolic links.
 	AllowSockets []string
-	// ReadOnly are files that CMD may read and not change.
+	// ReadOnly are files that CMD may read but not change.
 	ReadOnly []string
 
-	// Sysctls are set in the new network namespace, by their dotted names.
+	// Sysctls are set in the new network namespace. The keys are dotted names.
 	Sysctls map[string]string
 	// NoConfigure makes the device and nothing else (attach without --config).
 	NoConfigure bool
 }
 
-// streams are CMD's 0, 1 and 2, but for a terminal, which it gets in place of the caller's.
+// streams returns the files for CMD's 0, 1 and 2. The stage replaces each one that is a terminal.
 func (c *Config) streams() [3]*os.File {
 	out := [3]*os.File{os.Stdin, os.Stdout, os.Stderr}
 	for i, f := range []*os.File{c.Stdin, c.Stdout, c.Stderr} {

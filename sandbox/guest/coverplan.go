@@ -9,8 +9,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/explain"
 )
 
-// cover makes the mounts that CMD cannot undo, and returns how many sockets are behind
-// them.
+// cover makes the mounts that CMD cannot undo, and returns how many sockets they hide.
 func (s *stage) cover() (int, error) {
 	cfg := &s.spec.Config
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {

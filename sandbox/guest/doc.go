@@ -2,8 +2,8 @@
 // TAP or TUN device in them, its addresses and routes, the private
 // /etc/resolv.conf, /etc/hosts and /etc/nsswitch.conf, and the command that runs there.
 //
-// It is the only code that enters a sandbox. It knows nothing of packets,
-// policy or flows: it hands the device's descriptors out and is done with them.
+// It is the only code that enters a sandbox. It knows nothing of packets, policy or flows: it hands
+// out the device's descriptors and does not use them.
 //
 //	 monitor (caller's namespaces)            guest stage (new namespaces)
 //	┌───────────────────────────┐            ┌──────────────────────────────┐
@@ -19,23 +19,22 @@
 //	│ Wait ◄── exited ──────────┼────────────┼─ reaps                       │
 //	└───────────────────────────┘            └──────────────────────────────┘
 //
-// The channel is a SOCK_SEQPACKET pair. Until CMD starts the stage is ours and
-// is believed; afterwards, with root inside, CMD can take it over, so all that
-// the monitor reads from then on is bounded and checked: a status, and sockets
-// proven to be of the kind asked for and of the sandbox's namespace. The ports
-// that the sandbox listens on never come from the stage at all: the monitor
+// The channel is a SOCK_SEQPACKET pair. Until CMD starts, the stage is ours and the monitor trusts
+// it. Afterwards a CMD that is root inside can take it over, so the monitor bounds and checks
+// everything it reads: a status, and sockets, which must be of the kind asked for and of the
+// sandbox's namespace. The ports that the sandbox listens on never come from the stage: the monitor
 // asks the kernel itself, over a sock_diag socket that was opened inside.
 //
-// From before CMD starts, the stage and all that it starts are under a filter of system
-// calls (confine.FilterCommand): some sockets lead past every network namespace, and a
-// terminal may be typed into. The caller's terminal is none of theirs: Console copies
-// between it and one of the sandbox's own.
+// From before CMD starts, a filter of system calls (confine.FilterCommand) applies to the stage and
+// all that it starts: some sockets bypass every network namespace, and a process can type into its
+// terminal. None of them has the caller's terminal: Console copies between it and one of the
+// sandbox's own.
 //
-// Nothing outlives the monitor. CMD dies with the stage (PR_SET_PDEATHSIG), the
-// stage sees the channel's end and kills whatever else lives in the sandbox's
-// user namespace; with a PID namespace the stage is its init and the kernel
-// does all that. Should the stage be killed, the monitor does the sweep.
+// Nothing outlives the monitor. CMD dies with the stage (PR_SET_PDEATHSIG). The stage sees the
+// channel's end and kills every other process in the sandbox's user namespace. With a PID namespace
+// the stage is its init, and the kernel does all that. If the stage is killed, the monitor sweeps
+// instead.
 //
-// Attach is the same with namespaces that exist already: the stage is forked
-// straight into them, makes the device, and stays to hold it.
+// Attach does the same with existing namespaces: the stage is forked straight into them, makes the
+// device, and stays to hold it.
 package guest

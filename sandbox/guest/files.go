@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// The contents of the sandbox's resolv.conf(5), hosts(5) and nsswitch.conf(5).
+// The contents of the sandbox's resolv.conf(5), hosts(5) and nsswitch.conf(5) files.
 
 func resolvText(cfg *Config) []byte {
 	var b bytes.Buffer
@@ -26,14 +26,14 @@ func resolvText(cfg *Config) []byte {
 	return b.Bytes()
 }
 
-// maxHostsBytes bounds what is taken over of the caller's hosts file. Block
-// lists of some megabytes are in use.
+// maxHostsBytes bounds how much of the caller's hosts file is copied. Block lists of several
+// megabytes are in use.
 const maxHostsBytes = 16 << 20
 
-// hostsText is localhost, the entries asked for, then the caller's file without
-// the names already given. The caller's host name, where the file gives it
-// an address that is not in the sandbox, becomes the guest's own: programs
-// listen on what their host name resolves to.
+// hostsText returns the sandbox's hosts file: localhost, the entries asked for, then the caller's
+// entries without the names already given. If the caller's file gives its host name an address that
+// is not in the sandbox, the name gets the guest's own address instead, because programs listen on
+// what their host name resolves to.
 func hostsText(cfg *Config, hostname string, callers []byte) []byte {
 	var b bytes.Buffer
 	b.WriteString("# Made by sluice for this sandbox.\n")
@@ -55,8 +55,8 @@ func hostsText(cfg *Config, hostname string, callers []byte) []byte {
 	return b.Bytes()
 }
 
-// CallersHosts are the entries of the caller's hosts file that a sandbox of cfg has in its own.
-// A file that cannot be read has none.
+// CallersHosts returns the entries of the caller's hosts file that a sandbox of cfg has in its own.
+// If the file cannot be read, there are none.
 func CallersHosts(cfg *Config) []HostEntry {
 	callers, err := os.ReadFile(hostsFile)
 	if err != nil {
@@ -67,8 +67,8 @@ func CallersHosts(cfg *Config) []HostEntry {
 	return entries
 }
 
-// callersHosts is the caller's file without the names that are given, and whether the host
-// name has an address by either.
+// callersHosts returns the caller's entries without the names already given. resolves reports
+// whether the host name has an address from either.
 func callersHosts(cfg *Config, hostname string, callers []byte) (entries []HostEntry, resolves bool) {
 	if len(callers) > maxHostsBytes {
 		callers = callers[:bytes.LastIndexByte(callers[:maxHostsBytes], '\n')+1]
@@ -109,9 +109,9 @@ func callersHosts(cfg *Config, hostname string, callers []byte) (entries []HostE
 	return entries, resolves
 }
 
-// nsswitchText is the caller's file with one source of host names: hosts(5) and DNS, which
-// is our own resolver's. Others, such as systemd-resolved, avahi, sssd and winbind, ask a
-// daemon of the host's, and its answers are no grants.
+// nsswitchText returns the caller's file with its sources of host names replaced by hosts(5) and
+// DNS, which our own resolver answers. Other sources, such as systemd-resolved, avahi, sssd and
+// winbind, ask a daemon of the host, and its answers grant nothing.
 func nsswitchText(callers []byte) []byte {
 	var b bytes.Buffer
 	b.WriteString("# The line of hosts is by sluice.\nhosts: files dns\n")

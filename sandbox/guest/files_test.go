@@ -43,8 +43,8 @@ func TestResolvConfStaysOursWhenTheHostReplacesIt(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
 		for _, how := range []string{"", "dangling"} {
 			s := scene{UID: uid, Resolv: how, Script: "replace resolv.conf", Config: baseConfig()}
-			// CMD waits until what it sees has changed to the host's and back,
-			// or never changed; the driver tells it by a file on the shared /etc.
+			// CMD waits until what it sees has become the host's and changed back, or never
+			// changed; the driver signals it by a file in the shared /etc.
 			out := playShell(t, s, `until [ -e /etc/replaced ]; do sleep 0.01; done
 i=0; until cmp -s /etc/resolv.conf /etc/wanted || [ $i -gt 500 ]; do sleep 0.01; i=$((i+1)); done; cat /etc/resolv.conf`)
 			if out != wantResolv {

@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/idmap"
 )
 
-// Exit statuses, as a shell and its relatives give them.
+// Exit statuses, as shells and similar programs use them.
 const (
 	StatusOurs          = 125 // sluice itself failed
 	StatusNotExecutable = 126
@@ -25,23 +25,23 @@ const (
 	statusSignalled     = 128 // plus the signal
 )
 
-// setupTimeout bounds the making of a guest. It takes some ten milliseconds;
-// seconds only on a machine that is thrashing.
+// setupTimeout bounds how long making a guest may take. It takes about ten milliseconds, and
+// seconds only on a thrashing machine.
 const setupTimeout = 20 * time.Second
 
-// closeTimeout bounds how long Close waits for the stage to clear up by itself.
+// closeTimeout bounds how long Close waits for the stage to clean up by itself.
 const closeTimeout = 3 * time.Second
 
 var (
-	// ErrStageGone says that the guest stage ended before its time: something
-	// killed it, and with it the sandbox.
+	// ErrStageGone means that the guest stage ended early: something killed it, and the sandbox
+	// with it.
 	ErrStageGone = errors.New("the guest stage ended unexpectedly")
-	// ErrClosed says that Close was called.
+	// ErrClosed means that Close was called.
 	ErrClosed = errors.New("guest closed")
 )
 
-// ExecError says that CMD could not be started. Status is what to exit with:
-// StatusNotFound or StatusNotExecutable, or StatusOurs.
+// ExecError reports that CMD could not be started. Status is the exit status to use:
+// StatusNotFound, StatusNotExecutable or StatusOurs.
 type ExecError struct {
 	Status int
 	Text   string
@@ -55,12 +55,12 @@ type Status struct {
 	Signal syscall.Signal // 0 unless CMD was killed by it
 }
 
-// Guest is a sandbox's inside, seen from the monitor. Its methods may be called
-// from any goroutine.
+// Guest is the inside of a sandbox, as the monitor sees it. Its methods may be called from any
+// goroutine.
 type Guest struct {
 	ch      *channel
 	proc    *stageProcess
-	userns  nsID // the namespace that is ours to clear up; zero when attached
+	userns  nsID // the namespace we must clean up; zero when attached
 	device  []*os.File
 	diag    *os.File
 	console *console.Console // nil without a terminal
@@ -68,11 +68,11 @@ type Guest struct {
 	ephem   portRange
 	notes   []string
 	covered int
-	gone    chan struct{} // closed by readLoop when the channel ended
+	gone    chan struct{} // closed by readLoop when the channel has ended
 	exited  chan struct{} // closed once status or err is final
-	started chan error    // CMD's start, one value
+	started chan error    // the outcome of starting CMD, sent once
 	stopped chan syscall.Signal
-	stop    func() // ends what watches an attached target; never nil
+	stop    func() // ends the watch on an attached target; never nil
 
 	mu       sync.Mutex
 	status   Status
@@ -89,9 +89,8 @@ type socketAnswer struct {
 	err  error
 }
 
-// Start makes a new sandbox up to its device. CMD waits for Release. The context
-// only bounds the making. Every descriptor of this process from 3 on becomes
-// close-on-exec.
+// Start makes a new sandbox, up to its device. CMD waits for Release. The context bounds only the
+// setup. Every descriptor of this process from 3 on becomes close-on-exec.
 func Start(ctx context.Context, cfg Config) (*Guest, error) {
 	if err := cfg.validate(true); err != nil {
 		return nil, err
@@ -102,7 +101,8 @@ func Start(ctx context.Context, cfg Config) (*Guest, error) {
 	if cfg.Dir == "" {
 		dir, err := os.Getwd()
 		if errors.Is(err, unix.ENOENT) {
-			// It was deleted. To stay in it would leave a way, by "..", beneath what is covered.
+			// The directory was deleted. Staying in it would leave a way, through "..", beneath the
+			// covers.
 			dir, err = "/", nil
 		}
 		if err != nil {
@@ -132,8 +132,8 @@ func Start(ctx context.Context, cfg Config) (*Guest, error) {
 func start(ctx context.Context, spec stageSpec, notes []string, spawn func([]*os.File) (*stageProcess, error)) (*Guest, error) {
 	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
 	defer cancel()
-	// What the caller left open and nobody asked to keep ends here: the stage
-	// would hold it for as long as the sandbox lives.
+	// Descriptors that the caller left open and did not ask to keep must not be inherited, or the
+	// stage would hold them for the life of the sandbox.
 	if err := closeOnExecFrom(3); err != nil {
 		return nil, fmt.Errorf("marking inherited descriptors: %w", err)
 	}
@@ -183,8 +183,8 @@ func start(ctx context.Context, spec stageSpec, notes []string, spawn func([]*os
 	return g, nil
 }
 
-// planFile holds the stage's orders in memory; CMD's environment may be
-// larger than any packet.
+// planFile writes the stage's orders to a file in memory, since CMD's environment may be larger
+// than any packet.
 func planFile(spec stageSpec) (*os.File, error) {
 	b, err := json.Marshal(spec)
 	if err != nil {
@@ -208,7 +208,7 @@ func planFile(spec stageSpec) (*os.File, error) {
 	return f, nil
 }
 
-// await lets the stage go on and takes the device from it.
+// await lets the stage go on and receives the device from it.
 func (g *Guest) await(spec stageSpec) error {
 	if err := g.ch.send(message{Op: opMapped}); err != nil {
 		return g.orphaned(err)
@@ -231,7 +231,7 @@ func (g *Guest) await(spec stageSpec) error {
 		closeAll(files)
 		return fmt.Errorf("%w: %q with %d descriptors instead of the device", errBadMessage, m.Op, len(files))
 	}
-	<-g.proc.settled // at the latest now: the inner stage speaks
+	<-g.proc.settled // by now, or very soon: the inner stage has spoken
 	g.device, g.diag = files[:queues], files[queues]
 	g.notes = append(g.notes, m.Notes...)
 	g.covered = m.Covered
@@ -244,7 +244,7 @@ func (g *Guest) await(spec stageSpec) error {
 	return nil
 }
 
-// orphaned turns a dead channel into the stage's end, which says more.
+// orphaned replaces the error of a dead channel with the stage's end, which says more.
 func (g *Guest) orphaned(err error) error {
 	select {
 	case <-g.proc.done:
@@ -254,21 +254,20 @@ func (g *Guest) orphaned(err error) error {
 	}
 }
 
-// Device returns the device's descriptors, one per queue. They stay the Guest's
-// until Close.
+// Device returns the device's descriptors, one per queue. The Guest owns them until Close.
 func (g *Guest) Device() []*os.File { return g.device }
 
-// PID is the stage's, for as long as the sandbox lives: /proc/PID/ns/net is the
-// guest's network namespace, /proc/PID/ns/user its user namespace.
+// PID returns the stage's process ID, which is valid as long as the sandbox lives: /proc/PID/ns/net
+// is the guest's network namespace, /proc/PID/ns/user its user namespace.
 func (g *Guest) PID() int { return g.proc.number() }
 
-// Notes tell what could not be had on this machine and was done without.
+// Notes returns what this machine could not provide and the sandbox does without.
 func (g *Guest) Notes() []string { return g.notes }
 
-// Covered is how many sockets of the host's CMD cannot reach.
+// Covered returns the number of the host's sockets that CMD cannot reach.
 func (g *Guest) Covered() int { return g.covered }
 
-// Release starts CMD. An *ExecError says that it could not be.
+// Release starts CMD. It returns an *ExecError if CMD could not be started.
 func (g *Guest) Release() error {
 	g.mu.Lock()
 	switch {
@@ -297,7 +296,7 @@ func (g *Guest) Release() error {
 	}
 }
 
-// Wait returns CMD's status, or why there is none. For an attached guest it
+// Wait returns CMD's status, or an error that says why there is none. For an attached guest it
 // returns when the target is gone.
 func (g *Guest) Wait() (Status, error) {
 	<-g.exited
@@ -316,18 +315,19 @@ func (g *Guest) finish(s Status, err error) {
 	}
 }
 
-// Console is between the caller's terminal and CMD's; nil if CMD has none.
+// Console returns the console between the caller's terminal and CMD's, or nil if CMD has no
+// terminal.
 func (g *Guest) Console() *console.Console { return g.console }
 
-// Stopped gives the signal by which CMD was stopped, for StopJob; one that nobody has taken
-// yet stands for those after it.
+// Stopped returns a channel of the signals that stopped CMD, for StopJob. While one signal is
+// pending in it, later ones are dropped.
 func (g *Guest) Stopped() <-chan syscall.Signal { return g.stopped }
 
-// toFront puts CMD into its terminal's foreground; before Release, from its start.
+// toFront puts CMD into its terminal's foreground; called before Release, CMD starts there.
 func (g *Guest) toFront() error { return g.ch.send(message{Op: opFront}) }
 
-// Signal sends sig to CMD, or to its process group if a terminal would have. Before Release and after its end there is nobody to
-// send it to, which is not an error.
+// Signal sends sig to CMD, or to its process group if a terminal would have. Before Release and
+// after CMD's end there is no process to signal, which is not an error.
 func (g *Guest) Signal(sig syscall.Signal) error {
 	if err := g.ch.send(message{Op: opSignal, Number: int(sig)}); err != nil {
 		return fmt.Errorf("signalling the command: %w", err)
@@ -335,8 +335,8 @@ func (g *Guest) Signal(sig syscall.Signal) error {
 	return nil
 }
 
-// readLoop is owned by the Guest and ends with the channel. What it reads may
-// come from a stage that CMD took over.
+// readLoop is owned by the Guest and ends with the channel. Its input may come from a stage that
+// CMD took over.
 func (g *Guest) readLoop() {
 	err := g.read()
 	close(g.gone)
@@ -385,9 +385,9 @@ func (g *Guest) read() error {
 	}
 }
 
-// Close ends the sandbox and everything in it. It returns when the last process
-// is gone; the namespaces, their mounts and the device go with it, once the
-// worker has closed its copies of the descriptors.
+// Close ends the sandbox and everything in it. It returns when the last process is gone. The
+// namespaces, their mounts and the device go with it, as soon as the worker has closed its copies
+// of the descriptors.
 func (g *Guest) Close() error {
 	g.mu.Lock()
 	if g.closed {
@@ -419,12 +419,12 @@ func (g *Guest) Close() error {
 	return sweep(g.userns, closeTimeout)
 }
 
-// outlive leaves a device to the end of its namespace, which is the sandbox's own and
-// which the kernel clears up by itself. Whoever closes the last descriptor of another
-// removes the device on the spot, and waits 10 to 20 ms for it.
+// outlive leaves the removal of a device to the end of its namespace, which is the sandbox's own
+// and which the kernel cleans up by itself. Otherwise closing the last descriptor removes the
+// device on the spot, and waits 10 to 20 ms for it.
 func outlive(device []*os.File) {
 	for _, f := range device {
-		// Where it fails, closing takes longer, and that is all.
+		// If it fails, closing merely takes longer.
 		_ = unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1)
 	}
 }

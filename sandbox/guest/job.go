@@ -11,16 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Job control: to the caller's shell the monitor is the job, and CMD, in a session of its
-// own, follows it. What a terminal or a shell sends to the job goes on to CMD; CMD stopped,
-// be it by its own terminal, stops the job.
+// Job control. To the caller's shell the monitor is the job, and CMD, in a session of its own,
+// follows it. The monitor passes on to CMD what a terminal or a shell sends to the job. When CMD is
+// stopped, even by its own terminal, the job stops too.
 
-// stopPatience is how long the job may take to stop once it is told to. One whose process
-// group nobody could continue does not stop at all (setpgid(2), orphaned groups).
+// stopPatience is how long the job may take to stop once it is told to. A job in an orphaned
+// process group does not stop at all, since no shell could continue it (setpgid(2)).
 const stopPatience = 100 * time.Millisecond
 
-// NotifyJob has what is meant for CMD sent to ch. What the caller ignores is ignored here
-// too, or it would end the monitor.
+// NotifyJob relays the signals meant for CMD to ch. It ignores the signals that the caller ignores,
+// which would otherwise end the monitor.
 func NotifyJob(ch chan<- os.Signal, callers Signals) {
 	callers.ignore()
 	for _, sig := range []unix.Signal{unix.SIGTSTP, unix.SIGCONT, unix.SIGWINCH, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2} {
@@ -30,7 +30,7 @@ func NotifyJob(ch chan<- os.Signal, callers Signals) {
 	}
 }
 
-// ReleaseJob is Release with CMD in the foreground if the job is.
+// ReleaseJob is Release, with CMD in the foreground if the job is.
 func (g *Guest) ReleaseJob() error {
 	if g.console.Whole() {
 		g.console.Begin()
@@ -41,13 +41,13 @@ func (g *Guest) ReleaseJob() error {
 	return g.Release()
 }
 
-// PassOn gives CMD a signal that came from NotifyJob.
+// PassOn passes a signal that came from NotifyJob on to CMD.
 func (g *Guest) PassOn(sig syscall.Signal) error {
 	switch sig {
 	case unix.SIGWINCH:
 		g.console.Resize()
 		if g.console != nil {
-			return nil // its terminal tells it
+			return nil // its terminal tells CMD
 		}
 	case unix.SIGCONT:
 		g.console.Resume()
@@ -55,10 +55,9 @@ func (g *Guest) PassOn(sig syscall.Signal) error {
 	return g.Signal(sig)
 }
 
-// StopJob stops the job because CMD was stopped by sig, and lets CMD go on when the job
-// does.
+// StopJob stops the job because sig stopped CMD, and continues CMD when the job is continued.
 func (g *Guest) StopJob(sig syscall.Signal) error {
-	wants := sig == unix.SIGTTIN || sig == unix.SIGTTOU // the terminal, from its background
+	wants := sig == unix.SIGTTIN || sig == unix.SIGTTOU // it wants the terminal, from the background
 	if !wants {
 		sig = unix.SIGTSTP
 	}
@@ -76,14 +75,14 @@ func (g *Guest) StopJob(sig syscall.Signal) error {
 	return g.Signal(unix.SIGCONT)
 }
 
-// stopGroup stops this process and its group, which is a whole pipeline of the shell's, and
-// returns when it was continued.
+// stopGroup stops this process and its group, which is a whole pipeline of the shell's, and returns
+// once it is continued.
 func stopGroup(sig syscall.Signal) {
 	continued := make(chan os.Signal, 1)
 	signal.Notify(continued, unix.SIGCONT)
 	defer signal.Stop(continued)
-	// By the system call: signal.Reset leaves the runtime's handler, which would swallow it.
-	// Its struct sigaction is of 32 bytes; zeros are the default.
+	// By the system call, because signal.Reset leaves the runtime's handler in place, which would
+	// swallow the signal. The kernel's struct sigaction takes 32 bytes; all zeros mean the default.
 	var byDefault, was [32]byte
 	set := func(to, from *[32]byte) bool {
 		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(to)), uintptr(unsafe.Pointer(from)), 8, 0, 0)

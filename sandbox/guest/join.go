@@ -11,9 +11,9 @@ import (
 	"sluice.dev/sluice/sandbox/internal/fork"
 )
 
-// joinStage starts the stage in the given namespaces (the user namespace first),
-// with files as channelFD and planFD. The stage has nothing of the caller's terminal and
-// session: root of the target's user namespace may trace it.
+// joinStage starts the stage in the given namespaces (the user namespace first), with files as
+// channelFD and planFD. The stage has no part of the caller's terminal and session, because root of
+// the target's user namespace may trace it.
 func joinStage(spaces []fork.Namespace, files []*os.File) (*stageProcess, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -31,8 +31,8 @@ func joinStage(spaces []fork.Namespace, files []*os.File) (*stageProcess, error)
 	p := newStageProcess()
 	close(p.settled)
 	up := make(chan error)
-	// Keeps the forking thread, to which the child's parent-death signal is
-	// tied; ends with the child.
+	// Keeps the forking thread, which the child's parent-death signal is tied to; ends with the
+	// child.
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
@@ -51,7 +51,7 @@ func joinStage(spaces []fork.Namespace, files []*os.File) (*stageProcess, error)
 	return p, nil
 }
 
-// explainJoin says what to do about a stage that did not start.
+// explainJoin explains an error of starting the stage, and says what to do about it.
 func explainJoin(err error) error {
 	var e *fork.Error
 	switch {

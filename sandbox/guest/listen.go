@@ -14,25 +14,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What the sandbox listens on, for --publish-auto.
+// The ports that the sandbox listens on, for --publish-auto.
 //
-// The kernel announces no new listener, so its tables are read every 150 ms:
-// four dumps over a sock_diag(7) socket that the stage opened before CMD ran.
-// The monitor reads from the kernel, not from the stage. Only differences are
-// reported.
+// The kernel does not announce new listeners, so its tables are read every 150 ms: four dumps over
+// a sock_diag(7) socket that the stage opened before CMD ran. The monitor reads from the kernel,
+// not from the stage. Only differences are reported.
 
 const scanInterval = 150 * time.Millisecond
 
-// maxPorts bounds the ports of one sandbox that are reported; further ones are
-// left out until others are closed.
+// maxPorts bounds how many ports of one sandbox are reported. Further ones are left out until
+// others are closed.
 const maxPorts = 4096
 
-// Port is something inside that waits for peers.
+// Port is a socket inside that waits for peers.
 type Port struct {
 	Network string // "tcp" or "udp"
 	Addr    netip.Addr
 	Port    uint16
-	// DualStack is set for a socket on :: that takes IPv4 too.
+	// DualStack is set for a socket on :: that accepts IPv4 too.
 	DualStack bool
 }
 
@@ -40,13 +39,13 @@ func (p Port) String() string {
 	return fmt.Sprintf("%s %s", p.Network, netip.AddrPortFrom(p.Addr, p.Port))
 }
 
-// PortChange says that a port appeared or went.
+// PortChange reports that a port appeared or went away.
 type PortChange struct {
 	Port
 	Up bool
 }
 
-// portRange is net.ipv4.ip_local_port_range of the guest.
+// portRange is the guest's net.ipv4.ip_local_port_range.
 type portRange struct{ first, last uint16 }
 
 func (r portRange) contains(p uint16) bool { return r.first <= p && p <= r.last }
@@ -59,10 +58,10 @@ func readPortRange() portRange {
 	return r
 }
 
-// Listening reports what the guest listens on, first all there is, then each
-// change within 200 ms. A UDP socket in the ephemeral range is not reported: a
-// client waiting for its answer looks the same. The channel is closed when
-// ctx or the guest ends. Call it once per Guest: the dumps share a socket.
+// Listening reports the ports that the guest listens on: first all of them, then each change within
+// 200 ms. A UDP socket in the ephemeral range is not reported, because a client waiting for its
+// answer looks the same. The channel is closed when ctx or the guest ends. Call it once per Guest:
+// the dumps share a socket.
 func (g *Guest) Listening(ctx context.Context) <-chan []PortChange {
 	out := make(chan []PortChange)
 	// Ends with ctx or the channel to the stage; it is the only sender.
@@ -110,7 +109,7 @@ func difference(old, now map[Port]bool) []PortChange {
 		}
 	}
 	slices.SortFunc(out, func(a, b PortChange) int {
-		if a.Up != b.Up { // what went first, so that a port can move
+		if a.Up != b.Up { // removals first, so that a port can move
 			if b.Up {
 				return -1
 			}
@@ -159,7 +158,7 @@ func (g *Guest) addPort(found map[Port]bool, proto uint8, d diagSocket) {
 	found[p] = true
 }
 
-// diagSocket is what is read of an inet_diag_msg.
+// diagSocket holds the fields read from an inet_diag_msg.
 type diagSocket struct {
 	addr     netip.Addr
 	port     uint16
@@ -173,13 +172,12 @@ const (
 	inetDiagMsgLen   = 72
 	inetDiagV6Only   = 11 // INET_DIAG_SKV6ONLY
 	tcpListen        = 10
-	tcpClose         = 7 // of an unconnected UDP socket
+	tcpClose         = 7 // the state of an unconnected UDP socket
 )
 
 var errDiag = errors.New("malformed answer of sock_diag")
 
-// dumpSockets asks for the sockets of one family and protocol that wait for
-// peers.
+// dumpSockets calls each for every socket of one family and protocol that waits for peers.
 func dumpSockets(fd int, family, proto uint8, each func(diagSocket)) error {
 	state := tcpListen
 	if proto == unix.IPPROTO_UDP {
@@ -216,7 +214,7 @@ func dumpSockets(fd int, family, proto uint8, each func(diagSocket)) error {
 	}
 }
 
-// parseDiag reads one datagram of a dump; done is true at its end.
+// parseDiag parses one datagram of a dump; done is true at its end.
 func parseDiag(b []byte, each func(diagSocket)) (done bool, err error) {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		n := int(binary.NativeEndian.Uint32(b))
@@ -233,7 +231,7 @@ func parseDiag(b []byte, each func(diagSocket)) (done bool, err error) {
 				return false, errDiag
 			}
 			if e := int32(binary.NativeEndian.Uint32(body)); e < 0 {
-				if unix.Errno(-e) == unix.ENOENT { // no such family or protocol here
+				if unix.Errno(-e) == unix.ENOENT { // this kernel has no such family or protocol
 					return true, nil
 				}
 				return false, fmt.Errorf("sock_diag: %w", unix.Errno(-e))
@@ -261,7 +259,7 @@ func parseDiagMsg(b []byte) (diagSocket, bool) {
 		d.addr = netip.AddrFrom4([4]byte(b[8:12]))
 	case unix.AF_INET6:
 		d.addr = netip.AddrFrom16([16]byte(b[8:24]))
-		if d.addr.Is4In6() { // bound to a mapped address: it takes IPv4 only
+		if d.addr.Is4In6() { // bound to a mapped address: accepts IPv4 only
 			d.addr = d.addr.Unmap()
 		}
 	default:

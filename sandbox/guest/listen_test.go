@@ -43,7 +43,7 @@ func driveListening(s scene) int {
 	return st.Code
 }
 
-// listeners is CMD: a Python program that opens what it reads and says when.
+// listeners is CMD: a Python program that opens the sockets it reads and reports each.
 const listeners = `
 import socket, sys
 held = {}

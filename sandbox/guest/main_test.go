@@ -29,7 +29,7 @@ import (
 //	               "drive": the monitor: Start, Release, Wait, Close ──►
 //	               "guest": the stage
 //
-// so that nothing of the machine is changed for an ordinary user's sake.
+// so that the tests as an ordinary user change nothing on the machine.
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
@@ -47,18 +47,18 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// scene is what a driver is to do.
+// scene tells a driver what to do.
 type scene struct {
 	UID      int
 	Config   Config
 	Target   *Target
-	Preserve int    // descriptors from 3 on for CMD
+	Preserve int    // descriptors from 3 on that CMD gets
 	Announce bool   // print the stage's PID before CMD starts
 	Relay    bool   // pass signals on
 	SubIDs   string // contents of /etc/subuid and /etc/subgid
 	Resolv   string // "", "absent", "dangling", "link"
 	Hosts    string
-	Script   string // what the driver does, by name
+	Script   string // names what the driver does
 	Tun      string // "", "absent", "locked"
 	Nohup    bool   // as under nohup(1), with a low limit and a strict umask
 	NoUserNS bool   // run the driver where user namespaces are off
@@ -154,8 +154,8 @@ func launch(t testing.TB, cmd *exec.Cmd) <-chan error {
 	return done
 }
 
-// launchReading is launch with the driver's output to read, which, unlike
-// exec's StdoutPipe, outlasts the driver.
+// launchReading is launch that also returns a reader of the driver's output. Unlike the pipe of
+// exec's StdoutPipe, it outlasts the driver.
 func launchReading(t testing.TB, cmd *exec.Cmd) (*bufio.Reader, <-chan error) {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -169,7 +169,7 @@ func launchReading(t testing.TB, cmd *exec.Cmd) (*bufio.Reader, <-chan error) {
 	return bufio.NewReader(r), done
 }
 
-// playShell is play for a shell script as CMD that must succeed.
+// playShell is play with a shell script as CMD, which must succeed.
 func playShell(t *testing.T, s scene, script string) string {
 	t.Helper()
 	s.Config.Command = []string{"sh", "-c", script}
@@ -245,7 +245,7 @@ func stand(text string) int {
 	return 99
 }
 
-// self is this binary at a path that an ordinary user can reach too.
+// self returns a path of this binary that an ordinary user can reach too.
 func self() string { return "/dev/net/self" }
 
 func openFDs() []string {
@@ -259,14 +259,15 @@ func openFDs() []string {
 	return out
 }
 
-// drive is the monitor. Its own failures are 125 on stderr; what it leaks is 98.
+// drive is the monitor. It exits with 125 and a message on stderr if it fails, and with 98 if it
+// leaks.
 func drive(text string) int {
 	var s scene
 	must(json.Unmarshal([]byte(text), &s))
 	for i := range s.Preserve {
 		s.Config.Files = append(s.Config.Files, os.NewFile(uintptr(3+i), "preserved"))
 	}
-	if f, err := os.Open(os.DevNull); err == nil { // Go's poller opens its own descriptors once
+	if f, err := os.Open(os.DevNull); err == nil { // Go's poller opens its own descriptors, once
 		f.Close()
 	}
 	if script := scripts[s.Script]; script != nil {

@@ -13,7 +13,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/explain"
 )
 
-// The sandbox's view of the file system: the caller's, but for a few mounts.
+// The sandbox's view of the file system: the caller's, except for a few mounts.
 //
 // /etc/resolv.conf, /etc/hosts and /etc/nsswitch.conf are replaced by files on a
 // tmpfs of their own. Three things make that harder than a bind mount:
@@ -26,9 +26,9 @@ import (
 //     drops every mount on the old one, in all mount namespaces. watchMounts
 //     sees that happen and mounts again on the new one.
 //
-// The tmpfs itself must be mounted somewhere to be filled. That is done in a
-// throw-away mount namespace of one thread, from which only the detached tree
-// comes back: no path of the sandbox ever shows it.
+// The tmpfs itself must be mounted somewhere to be filled. One thread does that in a throw-away
+// mount namespace, from which only the detached tree comes back, so the tmpfs is never visible at
+// any path of the sandbox.
 
 const (
 	resolvConf   = "/etc/resolv.conf"
@@ -59,7 +59,7 @@ func (s *stage) mounts() error {
 		{path: resolvConf, content: resolvText(cfg)},
 		{path: hostsFile, content: hostsText(cfg, hostname, hosts)},
 	}
-	// Where there is none, the C library has no other sources either.
+	// Without the file, the C library uses no other sources either.
 	if callers, err := os.ReadFile(nsswitchConf); err == nil {
 		files = append(files, &privateFile{path: nsswitchConf, content: nsswitchText(callers)})
 	} else if !errors.Is(err, os.ErrNotExist) {
@@ -77,11 +77,11 @@ func (s *stage) mounts() error {
 	return nil
 }
 
-// privateFile is one file of the host that the sandbox sees another in place of.
+// privateFile is a file of the host that the sandbox sees replaced.
 type privateFile struct {
 	path    string
 	content []byte
-	mountID uint64 // of the mount that shows it; 0 while there is none
+	mountID uint64 // of the mount that shows it; 0 while there is no mount
 }
 
 // place mounts the file on whatever lies at its path now.
@@ -100,13 +100,14 @@ func (f *privateFile) place() error {
 	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, f.path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return err
 	}
-	// Of the tree, not of what the path shows by now: that may already be the
-	// host's next version.
+	// The ID of the tree, not of whatever the path shows by now: that may already be the host's
+	// next version.
 	f.mountID = mountID(tree, "")
 	return nil
 }
 
-// mountID is that of the mount that path, not followed, lies on; 0 if unknown.
+// mountID returns the ID of the mount that path lies on, or 0 if it is unknown. It does not follow
+// a symbolic link.
 func mountID(dir int, path string) uint64 {
 	flags := unix.AT_SYMLINK_NOFOLLOW
 	if path == "" {
@@ -119,7 +120,7 @@ func mountID(dir int, path string) uint64 {
 	return st.Mnt_id
 }
 
-// supplyAbsent lays an overlay over /etc with those files that do not exist.
+// supplyAbsent mounts an overlay over /etc that holds the files that do not exist.
 func supplyAbsent(files []*privateFile) error {
 	var absent []*privateFile
 	for _, f := range files {
@@ -155,17 +156,15 @@ func supplyAbsent(files []*privateFile) error {
 	return nil
 }
 
-// maxReplacements bounds how often watchMounts acts, should root inside keep
-// unmounting; a host does it a few times a day.
+// maxReplacements bounds how often watchMounts acts, in case root inside keeps unmounting. A host
+// replaces the files a few times a day.
 const maxReplacements = 1000
 
-// watchMounts puts the private files back when the host replaced what they lie
-// on. The kernel reports every change of the mount table on mountinfo; only
-// while a file is missing altogether does the loop look by itself. It lives as
-// long as the stage.
+// watchMounts puts the private files back when the host has replaced the files they cover. The
+// kernel reports every change of the mount table on mountinfo, so the loop polls only while a file
+// is missing altogether. It lives as long as the stage.
 func watchMounts(files []*privateFile) {
-	// Not os.Open: a change is reported once per open file, and Go's poller
-	// would be the one to get it.
+	// Not os.Open: a change is reported once per open file, and Go's poller would consume it.
 	fd, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return
@@ -175,7 +174,7 @@ func watchMounts(files []*privateFile) {
 		wait := -1
 		for _, p := range files {
 			if p.mountID != 0 && (mountID(unix.AT_FDCWD, p.path) == p.mountID || stillMounted(p.mountID)) {
-				continue // the second: covered by a mount of CMD's own
+				continue // still mounted, under a mount of CMD's own
 			}
 			if p.place() != nil {
 				wait = pause
@@ -213,7 +212,7 @@ type mountPoint struct {
 
 var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 
-// readMountinfo parses proc(5)'s mountinfo as far as it is needed here.
+// readMountinfo parses the fields of proc(5)'s mountinfo that are used here.
 func readMountinfo() ([]mountPoint, error) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -232,8 +231,8 @@ func readMountinfo() ([]mountPoint, error) {
 	return out, nil
 }
 
-// remountSys gives the sandbox a /sys of its own network namespace and moves
-// what was mounted below (cgroups, securityfs …) onto it.
+// remountSys gives the sandbox a /sys of its own network namespace and moves the mounts below the
+// old one (cgroups, securityfs …) onto it.
 func remountSys() error {
 	mounts, err := readMountinfo()
 	if err != nil {

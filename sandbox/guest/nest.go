@@ -15,25 +15,25 @@ import (
 	"sluice.dev/sluice/sandbox/internal/idmap"
 )
 
-// Two stages, so that what is covered stays covered.
+// Two stages, so that covered paths stay covered.
 //
 //	monitor ─ clone ─► outer stage                 ─ clone ─► inner stage ─► CMD
 //	                   user namespace U1, mounts:             user namespace U2 below U1,
 //	                   covers what CMD must not               a copy of the mounts, network,
 //	                   reach, and ends                        IPC and PID namespaces
 //
-// Root in a user namespace may undo any mount that was made there. A mount that comes
-// from above is locked (mount_namespaces(7)): it can neither be unmounted, nor looked
-// under by a bind mount, nor made writable again. U2 has all ids of U1 as they are there,
-// and owns the network, so root in it is what it would be in U1 otherwise.
+// Root in a user namespace may undo any mount that was made there. A mount that comes from above is
+// locked (mount_namespaces(7)): it can neither be unmounted, nor looked under by a bind mount, nor
+// made writable again. U2 maps every id of U1 to itself and owns the network, so root in U2 can do
+// what root in U1 could have done.
 //
-// The inner stage is the monitor's child, not the outer one's (CLONE_PARENT): the outer
-// one tells its number and ends, and nobody is left in U1.
+// The inner stage is the monitor's child, not the outer one's (CLONE_PARENT). The outer one reports
+// the inner one's process ID and ends, so no process is left in U1.
 
-// innerArgument makes StageCommand the inner stage.
+// innerArgument makes StageCommand run as the inner stage.
 const innerArgument = "inner"
 
-// nest covers, starts the inner stage and tells the monitor which process it is.
+// nest makes the covers, starts the inner stage and tells the monitor its process ID.
 func (s *stage) nest() error {
 	sockets, err := s.cover()
 	if err != nil {
@@ -47,7 +47,7 @@ func (s *stage) nest() error {
 	if s.spec.Config.PIDNamespace {
 		flags |= unix.CLONE_NEWPID
 	}
-	// Root inside may trace the inner stage: it must not be in the caller's session either.
+	// Root inside may trace the inner stage, so that must not be in the caller's session either.
 	attr := &syscall.SysProcAttr{Cloneflags: flags, AmbientCaps: stageCaps, Setsid: true}
 	if fd, found := firstTerminal(); found {
 		attr.Setctty, attr.Ctty = true, fd
@@ -79,8 +79,8 @@ func (s *stage) nest() error {
 		for i := range s.spec.Files {
 			files = append(files, uintptr(firstFileFD+i))
 		}
-		// No death signal: Go takes a parent that is not the caller for a dead one. The
-		// inner stage asks for it by itself, and sees the channel's end.
+		// No death signal: Go takes a parent that is not the caller to be dead. The inner stage
+		// sets it by itself, and sees the channel's end.
 		pid, ferr = syscall.ForkExec("/proc/self/exe", []string{"sluice", StageCommand, innerArgument},
 			&syscall.ProcAttr{Env: []string{}, Files: files, Sys: attr})
 	})
@@ -92,7 +92,7 @@ func (s *stage) nest() error {
 	return errors.Join(err, binary.Write(said, binary.NativeEndian, uint32(pid)))
 }
 
-// sameIDs maps every id that this process's user namespace has to itself.
+// sameIDs returns a map of every id in this process's user namespace to itself.
 func sameIDs(path string) (out []syscall.SysProcIDMap, err error) {
 	extents, err := idmap.OwnMap(path)
 	for _, e := range extents {
@@ -101,7 +101,7 @@ func sameIDs(path string) (out []syscall.SysProcIDMap, err error) {
 	return out, err
 }
 
-// readInner is the monitor's side of that: 0 if there is no inner stage.
+// readInner is the monitor's side of nest. It returns 0 if there is no inner stage.
 func readInner(r io.Reader) int {
 	var pid uint32
 	if err := binary.Read(r, binary.NativeEndian, &pid); err != nil {

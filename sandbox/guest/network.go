@@ -18,9 +18,9 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// The guest's network: loopback, the device, its addresses and default routes.
-// Nothing waits for duplicate address detection: the other end of the link is
-// our own stack, and a tentative address would fail CMD's first second.
+// The guest's network: loopback, the device, its addresses and default routes. Nothing waits for
+// duplicate address detection: the other end of the link is our own stack, and with a tentative
+// address CMD would fail in its first second.
 
 const sysctlRoot = "/proc/sys"
 
@@ -63,17 +63,17 @@ func loopbackUp() error {
 	return netlink.LinkSetUp(lo)
 }
 
-// namespaceSysctls sets what holds for the whole namespace. A namespace that is
-// somebody else's gets only what was asked for by name.
+// namespaceSysctls sets the sysctls of the whole namespace. Somebody else's namespace gets only the
+// ones asked for by name.
 func (s *stage) namespaceSysctls() {
 	cfg := &s.spec.Config
 	if s.spec.Mode == modeRun {
-		// Ping sockets for all, and port 80 for an ordinary user: this network
-		// is the caller's own.
+		// Ping sockets for everyone, and port 80 for an ordinary user: this network is the caller's
+		// own.
 		s.sysctl("net.ipv4.ping_group_range", s.spec.PingGroups)
 		s.sysctl("net.ipv4.ip_unprivileged_port_start", "0")
 		if cfg.Addr6.IsValid() {
-			// A new namespace may inherit the host's refusal of IPv6.
+			// A new namespace may inherit the host's disabled IPv6.
 			s.sysctl("net.ipv6.conf.all.disable_ipv6", "0")
 			s.sysctl("net.ipv6.conf.default.disable_ipv6", "0")
 		}
@@ -83,7 +83,7 @@ func (s *stage) namespaceSysctls() {
 	}
 }
 
-// sysctl sets a dotted name; a machine without it is noted, not refused.
+// sysctl sets the sysctl of a dotted name. If the machine lacks it, that is noted and not an error.
 func (s *stage) sysctl(name, value string) {
 	path := filepath.Join(sysctlRoot, strings.ReplaceAll(name, ".", "/"))
 	if err := os.WriteFile(path, []byte(value), 0); err != nil {
@@ -91,7 +91,7 @@ func (s *stage) sysctl(name, value string) {
 	}
 }
 
-// deviceSysctl is sysctl for one device, whose name may contain dots.
+// deviceSysctl is sysctl for one device, whose name may contain dots itself.
 func (s *stage) deviceSysctl(dev, name, value string) {
 	path := filepath.Join(sysctlRoot, "net/ipv6/conf", dev, name)
 	if err := os.WriteFile(path, []byte(value), 0); err != nil {
@@ -126,8 +126,8 @@ func (s *stage) configure(name string) error {
 	return nil
 }
 
-// prepareIPv6 makes the device one that we configure: no autoconfiguration, no
-// detection. It says whether there is an address to give.
+// prepareIPv6 turns off autoconfiguration and duplicate address detection, as we configure the
+// device ourselves. It reports whether there is an address to assign.
 func (s *stage) prepareIPv6(name string) bool {
 	if _, err := os.Stat(filepath.Join(sysctlRoot, "net/ipv6")); err != nil {
 		if s.spec.Config.Addr6.IsValid() {
@@ -146,7 +146,7 @@ func (s *stage) prepareIPv6(name string) bool {
 	return true
 }
 
-// address gives the link an address and the default route of that family.
+// address gives the link an address and adds the default route of its family.
 func address(link netlink.Link, p netip.Prefix, gateway netip.Addr, pathMTU int) error {
 	if !p.IsValid() {
 		return nil

@@ -13,39 +13,38 @@ import (
 	"sluice.dev/sluice/sandbox/internal/fork"
 )
 
-// StageCommand is the hidden subcommand of this binary that must run Main.
+// StageCommand is the hidden subcommand for which this binary must run Main.
 const StageCommand = "guest"
 
-// Descriptors of a stage, after 0, 1 and 2; Config.Files follow.
+// Descriptors of a stage, after 0, 1 and 2. Config.Files follow.
 const (
 	channelFD   = 3
 	planFD      = 4
-	innerFD     = 5 // the outer stage says on it which process the inner one is
+	innerFD     = 5 // the outer stage sends the inner one's process ID on it
 	firstFileFD = 6
 )
 
-// stageCaps are kept over the stage's exec in the ambient set: what it takes to
-// configure the network, to mount, and to clear up whatever CMD leaves. They
-// count in the sandbox's user namespace only.
-// (Root needs the two DAC ones to enter a working directory that is not its own.)
+// stageCaps are kept across the stage's exec in the ambient set. They are what it takes to
+// configure the network, to mount, and to clean up after CMD. They apply in the sandbox's user
+// namespace only. (Root needs the two DAC ones to enter a working directory that is not its own.)
 var stageCaps = []uintptr{
 	unix.CAP_NET_ADMIN, unix.CAP_SYS_ADMIN, unix.CAP_KILL, unix.CAP_SYS_PTRACE,
 	unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH,
 }
 
-// outerCaps are the outer stage's: it writes the id maps of the inner one's user
-// namespace too, which may have root in it.
+// outerCaps are the outer stage's. It also writes the id maps of the inner one's user namespace,
+// which may map root.
 var outerCaps = append([]uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETFCAP}, stageCaps...)
 
-// stageProcess is the running stage: the outer one, and from then on that has made it the
-// inner one.
+// stageProcess is the running stage: first the outer one, then the inner one, once the outer one
+// has started it.
 type stageProcess struct {
-	done    chan struct{} // closed when it has been waited for
-	settled chan struct{} // closed when pid changes no more
+	done    chan struct{} // closed once the stage has been waited for
+	settled chan struct{} // closed when pid will not change again
 
-	mu     sync.Mutex // guards all below
+	mu     sync.Mutex // guards all fields below
 	pid    int
-	reaped bool // from then on pid may be somebody else's
+	reaped bool // from then on pid may belong to another process
 	killed bool
 	text   string // how it ended; written before done is closed
 }
@@ -79,8 +78,8 @@ func (p *stageProcess) become(pid int) {
 
 func (p *stageProcess) state() string { return p.text }
 
-// collect reaps the zombie that fork.Await saw; kill never meets a pid that was
-// given to somebody else.
+// collect reaps the zombie that fork.Await saw. It keeps kill from signalling a pid that has been
+// reused.
 func (p *stageProcess) collect(wait func() string) {
 	p.mu.Lock()
 	p.reaped = true
@@ -89,9 +88,9 @@ func (p *stageProcess) collect(wait func() string) {
 	close(p.done)
 }
 
-// cloneStage starts the outer stage in new namespaces. Its parent-death signal comes
-// when the forking thread ends, not the process, so one goroutine keeps that
-// thread until the stage is over. The inner stage is that thread's child as well.
+// cloneStage starts the outer stage in new namespaces. The stage's parent-death signal comes when
+// the forking thread ends, not the process, so one goroutine keeps that thread until the stage is
+// over. The inner stage is that thread's child as well.
 func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, error) {
 	inner, said, err := os.Pipe()
 	if err != nil {
@@ -124,7 +123,7 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 			return
 		}
 		fork.Await(p.pid)
-		// Its end of the pipe is closed by now, and the inner stage has executed.
+		// The outer stage's end of the pipe is closed by now, and the inner stage has executed.
 		pid := readInner(inner)
 		_ = inner.Close()
 		if pid != 0 {
@@ -145,10 +144,9 @@ func cloneStage(flags uintptr, cfg Config, files []*os.File) (*stageProcess, err
 	return p, nil
 }
 
-// parentDeath is what a stage gets when its monitor dies. As a namespace's
-// init it is killed and takes everybody along. Otherwise it has to clear up
-// first, which the channel's end tells it to; the signal only wakes it, in case
-// job control had stopped it.
+// parentDeath returns the signal that a stage gets when its monitor dies. A PID namespace's init is
+// killed and takes every process in it along. Any other stage has to clean up first, which the
+// channel's end tells it to do. The signal only wakes it, in case job control had stopped it.
 func parentDeath(init bool) syscall.Signal {
 	if init {
 		return unix.SIGKILL
@@ -156,7 +154,7 @@ func parentDeath(init bool) syscall.Signal {
 	return unix.SIGCONT
 }
 
-// describe is how a collected process ended, in words.
+// describe says in words how a reaped process ended.
 func describe(ws unix.WaitStatus) string {
 	if ws.Signaled() {
 		return fmt.Sprintf("signal: %v", ws.Signal())

@@ -161,8 +161,8 @@ func TestGatewayOutsideThePrefix(t *testing.T) {
 func TestWhoCommandIs(t *testing.T) {
 	needRoot(t)
 	const ask = "id -u; id -g; cat /proc/self/uid_map | tr -s ' '; grep -E 'CapPrm|CapEff|CapAmb|CapInh' /proc/self/status | sort; cat /proc/self/setgroups"
-	// The map that is seen is the inner user namespace's: every id of the outer one, as it
-	// is there.
+	// The map seen here is the inner user namespace's, which maps every id of the outer one to
+	// itself.
 	const none = "0000000000000000"
 	all := capsOfRoot(t)
 	for _, row := range []struct {
@@ -201,8 +201,8 @@ func TestWhoCommandIs(t *testing.T) {
 	}
 }
 
-// capsOfRoot is every capability of this kernel: a new user namespace starts
-// with a full bounding set.
+// capsOfRoot returns every capability of this kernel: a new user namespace starts with a full
+// bounding set.
 func capsOfRoot(t *testing.T) string {
 	b, err := os.ReadFile("/proc/sys/kernel/cap_last_cap")
 	if err != nil {
@@ -217,7 +217,7 @@ func capsOfRoot(t *testing.T) string {
 
 func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
-		// Only root's CMD may look at the stage's too.
+		// Only a CMD that is root may look at the stage's descriptors too.
 		const ask = "ls /proc/$$/fd; [ $(id -u) != 0 ] || ls -l /proc/$PPID/fd | grep -c '/dev/null'; cat <&3"
 		s := scene{UID: uid, Config: baseConfig("sh", "-c", ask), Preserve: 1}
 		cmd := s.command(t)
@@ -232,12 +232,12 @@ func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 		defer null.Close()
 		fmt.Fprint(w, "passed on")
 		w.Close()
-		cmd.ExtraFiles = []*os.File{r, null, null, null} // 4, 5 and 6 are leaks of the caller
+		cmd.ExtraFiles = []*os.File{r, null, null, null} // 4, 5 and 6 are leaked by the caller
 		out, err := cmd.Output()
 		r.Close()
 		want := "0\n1\n2\n3\npassed on"
 		if uid == 0 {
-			want = "0\n1\n2\n3\n1\npassed on" // its standard input
+			want = "0\n1\n2\n3\n1\npassed on" // the 1 is the stage's standard input
 		}
 		if err != nil || string(out) != want {
 			t.Errorf("%q %v", out, err)
@@ -245,7 +245,7 @@ func TestOnlyTheDescriptorsMeantReachCommand(t *testing.T) {
 	})
 }
 
-// hostMounts is the mount table without namespaces, which a guest never mounts and
+// hostMounts returns the mount table without mounts of namespaces. A guest never makes those, but
 // tests of other packages do meanwhile.
 func hostMounts() string {
 	all, _ := os.ReadFile("/proc/self/mountinfo")
@@ -340,14 +340,15 @@ func TestSignalsAreForwarded(t *testing.T) {
 	needRoot(t)
 	for _, sig := range []syscall.Signal{unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGINT, unix.SIGQUIT} {
 		t.Run(sig.String(), func(t *testing.T) {
-			// What this process handles, its children do not ignore, as they would under nohup.
+			// The children of this process do not ignore a signal that it handles, as they would
+			// under nohup.
 			handled := make(chan os.Signal, 1)
 			signal.Notify(handled, sig)
 			defer signal.Stop(handled)
 			script := fmt.Sprintf("trap 'echo got; exit 9' %d; echo ready; while :; do sleep 0.02; done", int(sig))
 			s := scene{UID: ordinary, Relay: true, Config: baseConfig("sh", "-c", script)}
 			cmd := s.command(t)
-			cmd.SysProcAttr.Setsid = true // no terminal: nothing but us could have sent it
+			cmd.SysProcAttr.Setsid = true // no terminal: only we could have sent it
 			r, done := launchReading(t, cmd)
 			if line, err := r.ReadString('\n'); line != "ready\n" {
 				t.Fatal(line, err)
@@ -368,7 +369,7 @@ func TestPIDNamespaceHasAnInitThatReaps(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
 		s := scene{UID: uid, Config: baseConfig()}
 		s.Config.PIDNamespace = true
-		// The orphan's pid must vanish, which takes an init that collects it.
+		// The orphan's pid must vanish, which takes an init that reaps it.
 		out := playShell(t, s, `cat /proc/1/cmdline | tr '\0' ' '; echo; sh -c 'sh -c "exit 0" & echo $!' >/tmp/sluice-orphan.$$; p=$(cat /tmp/sluice-orphan.$$); rm /tmp/sluice-orphan.$$; i=0; while [ -d /proc/$p ] && [ $i -lt 500 ]; do sleep 0.01; i=$((i+1)); done; [ -d /proc/$p ] && echo zombie || echo collected; ls -d /proc/[0-9]* | wc -l`)
 		lines := strings.Split(out, "\n")
 		if len(lines) < 3 || lines[0] != "sluice guest inner " || lines[1] != "collected" {
@@ -397,7 +398,7 @@ func TestHiddenDirectoriesAreEmpty(t *testing.T) {
 	})
 }
 
-// ignoredSignals is this process's own mask.
+// ignoredSignals returns the signals that this process ignores.
 func ignoredSignals(t *testing.T) (mask uint64) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/status")
@@ -415,8 +416,8 @@ func TestLimitsUmaskAndIgnoredSignalsAreTheCallers(t *testing.T) {
 	users(t, func(t *testing.T, uid int) {
 		out := playShell(t, scene{UID: uid, Nohup: true, Relay: true, Config: baseConfig()},
 			"ulimit -Sn; umask; grep SigIgn /proc/self/status | cut -f 2; grep SigBlk /proc/self/status | cut -f 2")
-		// What the tests were started with ignored, such as SIGINT and SIGQUIT of a job
-		// in the background, is passed on too.
+		// Signals that the tests were started with ignored, such as SIGINT and SIGQUIT of a
+		// background job, are passed on too.
 		var limit, umask string
 		var ignored, blocked uint64
 		if _, err := fmt.Sscanf(out, "%s\n%s\n%x\n%x\n", &limit, &umask, &ignored, &blocked); err != nil {

@@ -1,12 +1,12 @@
 package guest
 
-// The caller's signals. CMD ignores and blocks what it would without the monitor and the
-// stage between it and the caller, which are Go programs: the runtime replaces nearly every
+// The caller's signals. CMD ignores and blocks the signals that it would if the monitor and the
+// stage were not between it and the caller. Both are Go programs: the runtime replaces nearly every
 // inherited disposition before main, and unblocks some signals. It keeps what it found in
-// runtime.fwdSig and runtime.initSigmask, for which it has no function: they are read by
-// the executable's symbol table. A binary without one (-ldflags=-s) knows of what the
-// runtime leaves alone: SIGHUP, SIGINT, SIGTSTP, SIGTTIN, SIGTTOU and SIGCONT ignored, and
-// of the blocked ones most.
+// runtime.fwdSig and runtime.initSigmask but has no function that returns them, so they are read by
+// way of the executable's symbol table. A binary without one (-ldflags=-s) sees only what the
+// runtime leaves alone: whether SIGHUP, SIGINT, SIGTSTP, SIGTTIN, SIGTTOU and SIGCONT are ignored,
+// and most of the blocked signals.
 
 import (
 	"bytes"
@@ -27,15 +27,15 @@ func (s SignalSet) has(sig unix.Signal) bool { return s&(1<<(sig-1)) != 0 }
 // lastSignal is the kernel's _NSIG.
 const lastSignal = 64
 
-// kept are signals that a Go program cannot do without. CMD has them as exec leaves them.
+// kept are the signals that a Go program cannot do without. CMD has them as exec leaves them.
 const kept = SignalSet(1<<(unix.SIGCHLD-1) | 1<<(unix.SIGURG-1) | 1<<(unix.SIGPROF-1) | 1<<(unix.SIGKILL-1) | 1<<(unix.SIGSTOP-1) |
 	1<<(unix.SIGSEGV-1) | 1<<(unix.SIGBUS-1) | 1<<(unix.SIGFPE-1) | 1<<(unix.SIGILL-1) | 1<<(unix.SIGTRAP-1) | 1<<(unix.SIGSYS-1) | 3<<31)
 
-// Signals are what a process has inherited.
+// Signals are the signals that a process inherited as ignored and as blocked.
 type Signals struct{ Ignored, Blocked SignalSet }
 
-// InheritedSignals reads what this process's caller ignores and blocks. It is called before
-// the first signal.Notify.
+// InheritedSignals returns the signals that this process's caller ignores and blocks. It must be
+// called before the first signal.Notify.
 func InheritedSignals() (s Signals) {
 	var found [lastSignal + 1]uint64
 	var began [1]uint64
@@ -52,7 +52,7 @@ func InheritedSignals() (s Signals) {
 	return s
 }
 
-// ignore has this process, and what it starts, ignore what the caller does.
+// ignore makes this process, and those it starts, ignore what the caller does.
 func (s Signals) ignore() {
 	for sig := unix.Signal(1); sig <= lastSignal; sig++ {
 		if s.Ignored.has(sig) {
@@ -61,7 +61,7 @@ func (s Signals) ignore() {
 	}
 }
 
-// block gives the calling thread, and what it forks, the caller's mask.
+// block gives the calling thread, and its children, the caller's mask.
 func (s Signals) block() error {
 	return unix.PthreadSigmask(unix.SIG_SETMASK, &unix.Sigset_t{Val: [16]uint64{uint64(s.Blocked)}}, nil)
 }
@@ -69,9 +69,9 @@ func (s Signals) block() error {
 // sigIgn is SIG_IGN as a handler.
 const sigIgn = 1
 
-// disposition is the handler that the kernel has for sig.
+// disposition returns the handler that the kernel has for sig.
 func disposition(sig unix.Signal) uint64 {
-	var act [32]byte // struct sigaction of the system call; the handler comes first
+	var act [32]byte // the kernel's struct sigaction; the handler comes first
 	_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), 0, uintptr(unsafe.Pointer(&act)), 8, 0, 0)
 	if errno != 0 {
 		return 0
@@ -79,7 +79,8 @@ func disposition(sig unix.Signal) uint64 {
 	return binary.NativeEndian.Uint64(act[:])
 }
 
-// readRuntime reads variables of the runtime's, each of so many words, or leaves them alone.
+// readRuntime reads variables of the runtime by name, each into a slice of its length in words. It
+// leaves alone those it cannot read.
 func readRuntime(variables map[string][]uint64) {
 	exe, err := mapExecutable()
 	if err != nil {
@@ -111,8 +112,8 @@ func readRuntime(variables map[string][]uint64) {
 	}
 }
 
-// mapExecutable maps this process's executable. Its symbols are 2 MB: reading them into the
-// heap would take longer than finding two of them, and start the garbage collector.
+// mapExecutable maps this process's executable. Its symbols take 2 MB: reading them into the heap
+// would take longer than finding two of them, and start the garbage collector.
 func mapExecutable() ([]byte, error) {
 	f, err := os.Open("/proc/self/exe")
 	if err != nil {
@@ -126,7 +127,7 @@ func mapExecutable() ([]byte, error) {
 	return unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_PRIVATE)
 }
 
-// contents is what a section holds of the mapped executable: nothing if there is no such section.
+// contents returns a section of the mapped executable, or nil if there is no such section.
 func contents(exe []byte, s *elf.Section) []byte {
 	if s == nil || s.Offset > uint64(len(exe)) || s.FileSize > uint64(len(exe))-s.Offset {
 		return nil
@@ -134,8 +135,8 @@ func contents(exe []byte, s *elf.Section) []byte {
 	return exe[s.Offset:][:s.FileSize]
 }
 
-// symbol finds the address of a variable of size bytes. It reads the table itself because
-// elf.File.Symbols, which makes all of them, takes a hundred times as long.
+// symbol finds the address of a variable of size bytes. It searches the table itself because
+// elf.File.Symbols builds every symbol and takes a hundred times as long.
 func symbol(symbols, names []byte, name string, size uint64) (address int64, found bool) {
 	const entry, atValue, atSize = elf.Sym64Size, 8, 16 // offsets in elf.Sym64
 	i := bytes.Index(names, []byte("\x00"+name+"\x00")) + 1

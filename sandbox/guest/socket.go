@@ -8,11 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sockets made inside, for clients of the sandbox's own loopback: a connection
-// to a published port must reach a server that listens on 127.0.0.1 there, and
-// only a socket of that network namespace can.
+// Sockets made inside, to reach the sandbox's own loopback. A connection to a published port must
+// reach a server that listens on 127.0.0.1 there, and only a socket of that network namespace can.
 
-// socketKind is what a network name stands for.
+// socketKind holds the arguments of socket(2) for a network name.
 type socketKind struct{ domain, typ, proto int }
 
 var socketKinds = map[string]socketKind{
@@ -22,11 +21,11 @@ var socketKinds = map[string]socketKind{
 	"udp6": {unix.AF_INET6, unix.SOCK_DGRAM, unix.IPPROTO_UDP},
 }
 
-// ErrTooManySockets says that as many sockets are being asked for as may be.
+// ErrTooManySockets means that the number of pending Socket calls has reached its limit.
 var ErrTooManySockets = errors.New("too many guest sockets asked for at once")
 
-// Socket makes a non-blocking socket inside, of network tcp4, tcp6, udp4 or
-// udp6, neither bound nor connected.
+// Socket makes a non-blocking socket inside. network is tcp4, tcp6, udp4 or udp6. The socket is
+// neither bound nor connected.
 func (g *Guest) Socket(network string) (*os.File, error) {
 	kind, ok := socketKinds[network]
 	if !ok {
@@ -43,7 +42,7 @@ func (g *Guest) Socket(network string) (*os.File, error) {
 		return nil, ErrTooManySockets
 	}
 	g.lastID++
-	if g.lastID == 0 { // 0 is no request
+	if g.lastID == 0 { // 0 means no request
 		g.lastID++
 	}
 	id := g.lastID
@@ -67,7 +66,7 @@ func (g *Guest) Socket(network string) (*os.File, error) {
 	return a.file, nil
 }
 
-// verify holds what the stage passed out against what was asked for.
+// verify checks a socket from the stage against what was asked for.
 func (g *Guest) verify(fd int, kind socketKind) error {
 	for _, want := range []struct{ opt, value int }{
 		{unix.SO_DOMAIN, kind.domain}, {unix.SO_TYPE, kind.typ}, {unix.SO_PROTOCOL, kind.proto},
@@ -88,7 +87,7 @@ func netnsCookie(fd int) (uint64, error) {
 	return unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 }
 
-// answer hands the stage's reply to whoever asked.
+// answer hands the stage's reply to the caller that asked.
 func (g *Guest) answer(m message, files []*os.File) {
 	g.mu.Lock()
 	ask := g.asks[m.ID]
@@ -105,7 +104,7 @@ func (g *Guest) answer(m message, files []*os.File) {
 	}
 }
 
-// failAsks ends every request when the channel has; later ones fail at once.
+// failAsks fails every pending request once the channel has ended. Later requests fail at once.
 func (g *Guest) failAsks() {
 	g.mu.Lock()
 	asks := g.asks
@@ -116,7 +115,7 @@ func (g *Guest) failAsks() {
 	}
 }
 
-// socket is the stage's side.
+// socket is the stage's side of Socket.
 func (s *stage) socket(m message) {
 	kind, ok := socketKinds[m.Text]
 	if !ok {

@@ -15,10 +15,9 @@ import (
 	"sluice.dev/sluice/sandbox/internal/explain"
 )
 
-// The stage: the process inside. It believes the monitor. In the order of its
-// life: take the orders, wait for the id maps, build network and mounts, hand
-// the device out, start CMD on request, and hold the namespaces until the
-// channel ends. A new sandbox has an outer stage first (nest.go).
+// The stage: the process inside. It trusts the monitor. In order, it reads its orders, waits for
+// the id maps, builds the network and the mounts, hands out the device, starts CMD on request, and
+// holds the namespaces until the channel ends. A new sandbox has an outer stage first (nest.go).
 
 type stageMode uint8
 
@@ -27,23 +26,23 @@ const (
 	modeAttach
 )
 
-// stageSpec is what the stage finds on planFD.
+// stageSpec is the content of planFD.
 type stageSpec struct {
 	Mode       stageMode
 	Config     Config
-	Files      int    // how many descriptors for CMD lie from firstFileFD on
+	Files      int    // number of descriptors for CMD, from firstFileFD on
 	PingGroups string // for net.ipv4.ping_group_range
-	Covered    int    // sockets that the outer stage covered, for the inner one to tell
+	Covered    int    // sockets that the outer stage covered, for the inner one to report
 }
 
-// guestSignals are those that may be meant for CMD. The stage outlives them.
+// guestSignals are the signals that may be meant for CMD. The stage survives them.
 var guestSignals = []unix.Signal{
 	unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP,
 	unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH,
 }
 
-// Main is the hidden subcommand that the stage runs as. It takes no arguments:
-// its orders come over descriptors that only Start and Attach prepare.
+// Main runs the stage, as the hidden subcommand. The command line gives it no orders: they come
+// over descriptors that only Start and Attach prepare.
 func Main(args []string) int {
 	s, err := newStage()
 	if s != nil {
@@ -59,8 +58,8 @@ func Main(args []string) int {
 type stage struct {
 	ch    *channel
 	spec  stageSpec
-	inner bool     // of a new sandbox, in the namespaces that CMD gets
-	cmd   *command // nil until started
+	inner bool     // of a new sandbox, in CMD's namespaces
+	cmd   *command // nil until CMD is started
 	front bool     // CMD is, or will be, in its terminal's foreground
 	notes []string
 }
@@ -88,14 +87,14 @@ func newStage() (*stage, error) {
 }
 
 func (s *stage) run() int {
-	// A caught signal is back to its default in CMD; one that is ignored stays so.
+	// A caught signal is back to its default in CMD; an ignored one stays ignored.
 	s.spec.Config.Signals.ignore()
 	for _, sig := range guestSignals {
 		if !s.spec.Config.Signals.Ignored.has(sig) {
 			signal.Notify(make(chan os.Signal, 1), sig)
 		}
 	}
-	// CMD's descriptors are passed on by number; nothing goes by itself.
+	// CMD's descriptors are passed on by number; CMD inherits no others.
 	if err := closeOnExecFrom(3); err != nil {
 		return s.fail(fmt.Errorf("marking inherited descriptors: %w", err))
 	}
@@ -103,7 +102,7 @@ func (s *stage) run() int {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(sig), 0, 0, 0); err != nil {
 		return s.fail(fmt.Errorf("tying the guest to its monitor: %w", err))
 	}
-	// A monitor that died before that shows as the channel's end.
+	// If the monitor died before that, the channel has ended.
 	if !s.inner {
 		if m, _, err := s.ch.receive(0); err != nil || m.Op != opMapped {
 			return StatusOurs
@@ -151,7 +150,7 @@ func (s *stage) setup() error {
 		if err := s.mounts(); err != nil {
 			return err
 		}
-		// By path, so that a working directory which is now covered is left.
+		// By path, to leave a working directory that is now covered.
 		if err := os.Chdir(s.spec.Config.Dir); err != nil {
 			return fmt.Errorf("entering the working directory: %w", err)
 		}
@@ -190,7 +189,8 @@ func (s *stage) serve() {
 }
 
 func (s *stage) exec() {
-	// The stage itself too: root inside may trace it, and would have it make the calls.
+	// This filters the stage itself too: root inside may trace it, and would have it make the
+	// calls.
 	if err := confine.FilterCommand(); err != nil {
 		_ = s.ch.send(message{Op: opFailed, Number: StatusOurs, Text: err.Error()})
 		return
@@ -204,7 +204,7 @@ func (s *stage) exec() {
 	if s.ch.send(message{Op: opStarted}) != nil {
 		return
 	}
-	// Ends with CMD; it is the only one that reports.
+	// Ends with CMD. No other goroutine reports on CMD.
 	go func() {
 		ws := <-cmd.states
 		for ; ws.Stopped(); ws = <-cmd.states {
@@ -218,7 +218,7 @@ func (s *stage) exec() {
 	}()
 }
 
-// toFront puts CMD into its terminal's foreground, once: then it is CMD's to give away.
+// toFront puts CMD into its terminal's foreground, once. After that, CMD may give it away.
 func (s *stage) toFront() {
 	fd, found := firstTerminal()
 	if !found || s.front {
@@ -231,8 +231,7 @@ func (s *stage) toFront() {
 	}
 }
 
-// clearUp kills whatever still lives in the sandbox. The monitor does the same
-// if it is alive.
+// clearUp kills every process left in the sandbox. The monitor does the same if it is alive.
 func (s *stage) clearUp() {
 	if own, err := namespaceID("/proc/self/ns/user"); err == nil {
 		_ = sweep(own, closeTimeout)

@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Clearing up: whoever lives in the sandbox's user namespace, or in one made
-// inside it, is killed. CMD may have left daemons that are nobody's child any
-// more; a process cannot leave its user namespace except into one below.
+// Cleaning up: every process in the sandbox's user namespace, or in one made inside it, is killed.
+// CMD may have left daemons that are no longer its descendants. A process cannot leave its user
+// namespace except for one below.
 
-// nsID identifies a namespace while something keeps it alive.
+// nsID identifies a namespace as long as something keeps it alive.
 type nsID struct{ dev, ino uint64 }
 
 func namespaceID(path string) (nsID, error) {
@@ -33,10 +33,10 @@ func fdNamespaceID(fd int) (nsID, error) {
 	return nsID{st.Dev, st.Ino}, nil
 }
 
-// maxUserNamespaceDepth is the kernel's limit on nesting.
+// maxUserNamespaceDepth is the kernel's limit on nested user namespaces.
 const maxUserNamespaceDepth = 33
 
-// livesIn says whether pid's user namespace is ns or below it.
+// livesIn reports whether pid's user namespace is ns or below it.
 func livesIn(pid int, ns nsID) bool {
 	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -53,7 +53,7 @@ func livesIn(pid int, ns nsID) bool {
 		}
 		up, err := unix.IoctlRetInt(fd, unix.NS_GET_PARENT)
 		if err != nil {
-			return false // the parent is out of our sight, hence not ns
+			return false // we may not see the parent, so it is not ns
 		}
 		unix.Close(fd)
 		fd = up
@@ -61,7 +61,7 @@ func livesIn(pid int, ns nsID) bool {
 	return false
 }
 
-// sweep kills everybody in ns but the caller, and returns when they are gone.
+// sweep kills every process in ns except the caller, and returns when they are gone.
 func sweep(ns nsID, limit time.Duration) error {
 	deadline := time.Now().Add(limit)
 	for {
@@ -85,11 +85,11 @@ func sweep(ns nsID, limit time.Duration) error {
 	}
 }
 
-// maxVictims bounds the descriptors of one pass.
+// maxVictims bounds the descriptors opened in one pass.
 const maxVictims = 512
 
-// condemn returns a pidfd for each live process in ns. The pidfd is opened
-// before the namespace is looked at, so it is that process and no later one.
+// condemn returns a pidfd for each live process in ns. The pidfd is opened before the namespace is
+// checked, so it refers to that process and no later one.
 func condemn(ns nsID) ([]int, error) {
 	dir, err := os.Open("/proc")
 	if err != nil {
@@ -119,8 +119,8 @@ func condemn(ns nsID) ([]int, error) {
 	return out, nil
 }
 
-// dead says whether all of the process's threads are. A zombie whose parent does
-// not collect it holds no namespace and counts as dead.
+// dead reports whether all threads of the process are dead. A zombie that its parent does not reap
+// holds no namespace and counts as dead.
 func dead(pidfd int) bool {
 	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	n, _ := unix.Poll(p, 0)

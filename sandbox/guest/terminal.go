@@ -12,26 +12,26 @@ import (
 
 // The stage's side of CMD's terminal.
 //
-// CMD never has the caller's: who holds a terminal may read what is typed into it, type
-// into it where the kernel lets him, and change how it treats its bytes. The outer stage
-// mounts a devpts instance of the sandbox's own over /dev/pts, makes a pseudo-terminal in
-// it, puts its slave in place of those of the descriptors 0 to 2 that are terminals, and
-// hands the master to the monitor, which copies (console/console.go). /dev/ptmx leads to whatever
-// devpts lies beside it, so it makes terminals of the sandbox's too.
+// CMD never has the caller's terminal: a process that holds a terminal may read what is typed into
+// it, type into it where the kernel allows that, and change how it treats its bytes. The outer
+// stage mounts a devpts instance of the sandbox's own over /dev/pts, makes a pseudo-terminal in it,
+// replaces each of the descriptors 0 to 2 that is a terminal with its slave, and hands the master
+// to the monitor, which copies (console/console.go). /dev/ptmx uses the devpts beside it, so it
+// makes terminals of the sandbox's too.
 //
-// The inner stage leads a session of its own, in which /dev/tty is that terminal, or none.
-// CMD is a process group below it, as a job is below a shell: it may be in the terminal's
-// background, and Ctrl-Z stops it, which it would not do to a session leader.
+// The inner stage leads a session of its own, in which /dev/tty is that terminal, or none. CMD is a
+// process group below it, as a job is below a shell: it may be in the terminal's background, and
+// Ctrl-Z stops it, which would not stop a session leader.
 
 const ptsDir = "/dev/pts"
 
-// terminal takes the caller's terminals from the stage and all that it starts. It is the
-// outer stage's, so that CMD cannot undo its mounts.
+// terminal takes the caller's terminals away from the stage and all that it starts. The outer stage
+// runs it, so that CMD cannot undo its mounts.
 func (s *stage) terminal() error {
 	if err := coverTerminals(); err != nil {
 		return fmt.Errorf("covering the caller's terminal: %w", err)
 	}
-	// ptmxmode: the node is the only way in for CMD's uid. Other groups may not be mapped.
+	// ptmxmode: CMD's uid can make terminals only through this node. Other groups may not be mapped.
 	err := unix.Mount("devpts", ptsDir, "devpts", unix.MS_NOSUID|unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
 	callers, found := firstTerminal()
 	if err != nil && (found || err != unix.ENOENT) {
@@ -56,7 +56,7 @@ func (s *stage) terminal() error {
 	return s.ch.send(message{Op: opTerminal}, int(master.Fd()))
 }
 
-// makeTerminal makes a pseudo-terminal with the settings and the size of the terminal like.
+// makeTerminal makes a pseudo-terminal with the settings and the window size of the terminal like.
 func makeTerminal(like int) (master, slave *os.File, err error) {
 	m, err := unix.Open(filepath.Join(ptsDir, "ptmx"), unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -83,8 +83,8 @@ func makeTerminal(like int) (master, slave *os.File, err error) {
 	return master, slave, err
 }
 
-// coverTerminals puts /dev/null over every device of /dev that is a terminal of the
-// caller's: a virtual console, or the console that a container engine mounts.
+// coverTerminals covers with /dev/null every device in /dev that is a terminal of the caller's: a
+// virtual console, or the console that a container engine mounts.
 func coverTerminals() error {
 	callers := make(map[uint64]bool)
 	add := func(fd int) {

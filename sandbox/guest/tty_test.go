@@ -16,9 +16,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// jobShell is the part of an interactive shell that matters here: it leads the
-// session, runs the driver as a foreground job, says when that has stopped, and
-// continues it.
+// jobShell does what matters here of an interactive shell: it leads the session, runs the driver as
+// a foreground job, prints when the job has stopped, and continues it.
 func jobShell(text string) int {
 	runtime.LockOSThread()
 	cmd := exec.Command("/proc/self/exe", "stand", text)
@@ -51,8 +50,8 @@ func TestTerminalWorksAsWithoutUs(t *testing.T) {
 				master, slave := testutil.OpenPTY(t)
 				script := `trap 'echo interrupted' INT; trap 'echo size $(stty size)' WINCH; trap 'echo continued' CONT; trap 'echo quit; exit 5' QUIT
 tty -s && echo terminal; echo ready; while :; do read x; done`
-				// A shell that is starting a program (vfork(2)) when Ctrl-Z stops that does not
-				// stop itself, with a terminal of anybody's: so it starts none meanwhile.
+				// A shell that Ctrl-Z catches while it starts a program (vfork(2)) does not stop,
+				// whatever its terminal. So this one starts none meanwhile.
 				s := scene{UID: uid, Relay: true, Config: baseConfig("sh", "-c", script)}
 				s.Config.PIDNamespace = pidns
 				cmd := exec.Command("/proc/self/exe", "shell", s.text(t))
