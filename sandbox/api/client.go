@@ -13,13 +13,13 @@ import (
 	"time"
 )
 
-// ErrNotRunning means that nobody listens on the control socket.
+// ErrNotRunning means that no process listens on the control socket.
 var ErrNotRunning = errors.New("the sandbox is not running")
 
-// Client talks to one sandbox. Every call is its own connection, so a Client
-// holds nothing and is safe for concurrent use.
+// Client talks to one sandbox. Each call uses its own connection, so a Client holds no resources
+// and is safe for concurrent use.
 type Client struct {
-	// Path is the control socket's.
+	// Path is the path of the control socket.
 	Path string
 }
 
@@ -32,7 +32,7 @@ func (c Client) Call(ctx context.Context, method string, params, result any) err
 	return s.Close()
 }
 
-// Stream is what follows the first answer of a method that goes on.
+// Stream is the rest of a connection after the first answer of a streaming method.
 type Stream struct {
 	conn Conn
 	r    *bufio.Reader
@@ -43,8 +43,8 @@ type Stream struct {
 // nil) and returns the rest of the connection. The stream ends with ctx.
 func (c Client) Open(ctx context.Context, method string, params, result any) (*Stream, error) {
 	s, err := c.open(ctx, method, params, result)
-	// A worker that dies with the request in its hands gives no answer. Its
-	// successor does; what only reads is asked again, once.
+	// A worker that dies while it holds the request gives no answer, but its successor will.
+	// Read-only requests are sent again, once.
 	if readOnly[method] && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
 		return c.open(ctx, method, params, result)
 	}
@@ -68,7 +68,7 @@ func (c Client) open(ctx context.Context, method string, params, result any) (*S
 	return Exchange(ctx, conn, method, params, result)
 }
 
-// Exchange is Open over a connection the caller has; it owns conn from here on.
+// Exchange is Open over an existing connection. It takes ownership of conn.
 func Exchange(ctx context.Context, conn net.Conn, method string, params, result any) (*Stream, error) {
 	req := Request{Method: method}
 	if params != nil {
@@ -80,19 +80,19 @@ func Exchange(ctx context.Context, conn net.Conn, method string, params, result 
 		req.Params = raw
 	}
 	s := newStream(ctx, conn)
-	// A server that refuses the peer answers before it reads: its answer says
-	// more than the write error does.
+	// A server that refuses the peer answers before it reads, and its answer says more than the
+	// write error.
 	werr := WriteLine(conn, req)
 	return s.first(ctx, method, result, werr)
 }
 
-// Answer is Exchange for a request that reached the other side by another way.
+// Answer is Exchange for a request that has already reached the other side another way.
 func Answer(ctx context.Context, conn Conn, method string, result any) (*Stream, error) {
 	return newStream(ctx, conn).first(ctx, method, result, nil)
 }
 
-// Conn is what a Stream needs of a connection: a net.Conn is one, and so is a
-// socket as an os.File.
+// Conn is what a Stream needs of a connection. A net.Conn has it, and so does a socket as an
+// os.File.
 type Conn interface {
 	io.ReadCloser
 	SetDeadline(time.Time) error
@@ -104,7 +104,7 @@ func newStream(ctx context.Context, conn Conn) *Stream {
 	return s
 }
 
-// first reads the first answer; it closes the stream when there is none.
+// first reads the first answer, and closes the stream if there is none.
 func (s *Stream) first(ctx context.Context, method string, result any, werr error) (*Stream, error) {
 	err := s.answer(method, result, werr)
 	if err == nil {
@@ -134,7 +134,7 @@ func (s *Stream) answer(method string, result any, werr error) error {
 	return nil
 }
 
-// Next decodes the next line into v. The end of the stream is io.EOF.
+// Next decodes the next line into v. At the end of the stream it returns io.EOF.
 func (s *Stream) Next(v any) error {
 	var line []byte
 	for {
@@ -156,11 +156,11 @@ func (s *Stream) Next(v any) error {
 	}
 }
 
-// Read gives the raw bytes that follow: a capture.
+// Read reads the raw bytes that follow the first answer: a capture.
 func (s *Stream) Read(p []byte) (int, error) { return s.r.Read(p) }
 
-// CloseWrite tells the other side that nothing more is wanted; what it still has
-// to say can be read.
+// CloseWrite tells the other side that the client wants nothing more. What the other side still
+// sends can be read.
 func (s *Stream) CloseWrite() error {
 	if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()

@@ -11,9 +11,9 @@ import (
 	"unicode/utf8"
 )
 
-// ReadRequest reads the one request line of a connection. It reads no byte
-// beyond the newline's buffer, gives the peer RequestTimeout and at most
-// MaxRequest bytes, and refuses fields it does not know.
+// ReadRequest reads the one request line of a connection. It reads no byte beyond the newline's
+// buffer, gives the peer RequestTimeout, reads at most MaxRequest bytes, and refuses unknown
+// fields.
 func ReadRequest(c net.Conn, deadline time.Time) (Request, error) {
 	var req Request
 	if err := c.SetReadDeadline(deadline); err != nil {
@@ -24,7 +24,7 @@ func ReadRequest(c net.Conn, deadline time.Time) (Request, error) {
 		return req, err
 	}
 	if !utf8.Valid(line) {
-		// The decoder would put U+FFFD in the place of what it does not understand.
+		// The decoder would replace invalid UTF-8 with U+FFFD.
 		return req, &Error{CodeBadRequest, "bad request: not UTF-8"}
 	}
 	if err := DecodeStrict(line, &req); err != nil {
@@ -36,7 +36,7 @@ func ReadRequest(c net.Conn, deadline time.Time) (Request, error) {
 	return req, c.SetReadDeadline(time.Time{})
 }
 
-// readLine reads up to a newline, or to the end when the peer half-closes.
+// readLine reads up to a newline, or to the end if the peer half-closes.
 func readLine(r io.Reader, limit int) ([]byte, error) {
 	var line []byte
 	buf := make([]byte, 4096)
@@ -58,8 +58,8 @@ func readLine(r io.Reader, limit int) ([]byte, error) {
 	}
 }
 
-// DecodeStrict decodes one JSON value and refuses unknown fields and anything
-// after it. No data at all decodes to the zero value.
+// DecodeStrict decodes one JSON value. It refuses unknown fields and anything after the value.
+// Empty data decodes to the zero value.
 func DecodeStrict(data []byte, v any) error {
 	if len(bytes.TrimSpace(data)) == 0 {
 		return nil
@@ -84,7 +84,7 @@ func WriteResult(w io.Writer, v any) error {
 	return WriteLine(w, Response{Result: raw})
 }
 
-// WriteError answers a request with a failure; an *Error keeps its code.
+// WriteError answers a request with an error; an *Error keeps its code.
 func WriteError(w io.Writer, err error) error {
 	var e *Error
 	if !errors.As(err, &e) {

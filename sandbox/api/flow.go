@@ -11,15 +11,15 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// Conntrack is what conntrack knows of a flow in the table beside its counters.
+// Conntrack holds what conntrack shows of a flow in the table, beside its counters.
 type Conntrack struct {
-	Replied  bool      `json:"replied"` // without it conntrack prints [UNREPLIED]
+	Replied  bool      `json:"replied"` // without it, conntrack prints [UNREPLIED]
 	Assured  bool      `json:"assured"`
-	Timeout  float64   `json:"timeout_seconds"` // left
-	LastSeen time.Time `json:"last_seen"`       // its last packet
+	Timeout  float64   `json:"timeout_seconds"` // time left
+	LastSeen time.Time `json:"last_seen"`       // time of its last packet
 }
 
-// Flow is the record's flow in conntrack's words, to print it as conntrack does.
+// Flow converts the record to a conntrack flow, to be printed as conntrack does.
 func (r *FlowRecord) Flow() (nat.Flow, error) {
 	f := nat.Flow{
 		ID: r.ID, OrigPackets: int64(r.Orig.Packets), OrigBytes: int64(r.Orig.Bytes), ReplyPackets: int64(r.Reply.Packets), ReplyBytes: int64(r.Reply.Bytes),
@@ -42,7 +42,7 @@ func (r *FlowRecord) Flow() (nat.Flow, error) {
 	return f, nil
 }
 
-// tuple is the protocol's number, and the ports as a nat.Tuple has them.
+// tuple returns the protocol's number and the ports in the form of a nat.Tuple.
 func (l L4) tuple() (proto uint8, src, dst uint16) {
 	p := l.ports()
 	switch {

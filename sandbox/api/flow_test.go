@@ -61,7 +61,7 @@ func TestRecordIsTheFlowThatConntrackPrints(t *testing.T) {
 	}
 }
 
-// FuzzFlowRecord: what a worker answers is data from the less trusted side.
+// FuzzFlowRecord: a worker's answer is data from the less trusted side.
 func FuzzFlowRecord(f *testing.F) {
 	f.Add([]byte(`{"IP":{"source":"10.0.2.100","destination":"192.0.2.1"},"l4":{"TCP":{"source_port":1,"destination_port":2}},"state":"ESTABLISHED","reply_source":"[::1]:1","reply_destination":"[fe80::1%a]:2","conntrack":{"timeout_seconds":1e300}}`))
 	f.Add([]byte(`{"IP":{"source":"::","destination":"::ffff:1.2.3.4"},"l4":{"ICMPv6":{"type":128,"id":7}},"state":"UNREPLIED","reply_source":"1.2.3.4:0","reply_destination":"1.2.3.4:0"}`))

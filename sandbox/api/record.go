@@ -5,69 +5,68 @@ import (
 	"time"
 )
 
-// The verdicts of a FlowRecord, as Hubble names them.
+// Verdicts of a FlowRecord, under Hubble's names.
 const (
-	VerdictUnknown   = "VERDICT_UNKNOWN" // first bytes are to decide, or the flow ended before they were read
+	VerdictUnknown   = "VERDICT_UNKNOWN" // its first bytes are still to decide, or it ended before they were read
 	VerdictForwarded = "FORWARDED"
-	VerdictDropped   = "DROPPED" // refused, in silence or not: see Rejected
-	VerdictError     = "ERROR"   // allowed, but not done: a DNS question without an answer, a flow without a host socket
-	VerdictAudit     = "AUDIT"   // let through because the policy is in audit mode
+	VerdictDropped   = "DROPPED" // refused, silently or not: see Rejected
+	VerdictError     = "ERROR"   // allowed, but failed: a DNS question without an answer, a flow without a host socket
+	VerdictAudit     = "AUDIT"   // allowed because the policy is in audit mode
 )
 
-// The other words of a FlowRecord that are Hubble's.
+// Other words of a FlowRecord that come from Hubble.
 const (
 	Egress       = "EGRESS"
 	Ingress      = "INGRESS"
 	TypeFlow     = "L3_L4"
 	TypeL7       = "L7"
 	PolicyDenied = "POLICY_DENIED"
-	RateLimited  = "DROP_RATE_LIMITED"       // it came too fast
-	NoRoom       = "CT_MAP_INSERTION_FAILED" // another bound, or its tuple is in use
+	RateLimited  = "DROP_RATE_LIMITED"       // over a rate limit
+	NoRoom       = "CT_MAP_INSERTION_FAILED" // over another bound, or its tuple is in use
 )
 
-// FlowRecord is what is told of a flow, live or over, of one that was refused, of a
-// refused HTTP request, and of a DNS question: a line of the flow log, what `sluice flows
-// -o json` prints, a row of `run --show-flows`. Fields that Hubble has carry its names and
-// meanings (api/v1/flow of Cilium); the others follow. Times are RFC 3339.
+// FlowRecord describes a flow, live or over, a refused flow or HTTP request, or a DNS question: a
+// line of the flow log, of `sluice flows -o json`, or a row of `run --show-flows`. Fields that
+// Hubble has carry its names and meanings (api/v1/flow of Cilium); the others follow. Times are RFC
+// 3339.
 type FlowRecord struct {
-	Time             time.Time `json:"time"`    // when it ended; of a live flow, when it was looked at
+	Time             time.Time `json:"time"`    // when the flow ended; if it is live, when it was read
 	Verdict          string    `json:"verdict"` // FORWARDED, DROPPED, ERROR, AUDIT; VERDICT_UNKNOWN
 	DropReasonDesc   string    `json:"drop_reason_desc,omitempty"`
 	Type             string    `json:"Type"`              // L3_L4, L7
 	TrafficDirection string    `json:"traffic_direction"` // EGRESS, INGRESS
 	IP               IP        `json:"IP"`
 	L4               L4        `json:"l4"`
-	// DestinationNames are the names under which the destination was granted.
+	// DestinationNames are the names that the destination was granted under.
 	DestinationNames []string `json:"destination_names,omitempty"`
 	L7               *L7      `json:"l7,omitempty"`
 
-	ID     uint64 `json:"id,omitempty"` // absent of what was no flow
+	ID     uint64 `json:"id,omitempty"` // absent if there was no flow
 	Policy string `json:"policy,omitempty"`
-	Rule   string `json:"rule,omitempty"` // what decided
-	// Tried is a rule by domain that fitted the address and the port, but not the first
-	// bytes.
+	Rule   string `json:"rule,omitempty"` // the rule that decided
+	// Tried is a rule by domain that matched the address and the port, but not the first bytes.
 	Tried string `json:"tried,omitempty"`
-	// Reason is why the flow ended ("closed", "timeout"), or was refused: "policy", or
-	// why Tried did not match ("no-name", "name-mismatch").
+	// Reason says why the flow ended ("closed", "timeout") or was refused: "policy", or why Tried
+	// did not match ("no-name", "name-mismatch").
 	Reason   string `json:"reason,omitempty"`
-	Rejected bool   `json:"rejected,omitempty"` // the sandbox was told of its refusal
+	Rejected bool   `json:"rejected,omitempty"` // the sandbox was told of the refusal
 	SNI      string `json:"sni,omitempty"`      // the name in the flow's ClientHello
-	ECH      bool   `json:"ech,omitempty"`      // it carries an encrypted one, too
-	State    string `json:"state,omitempty"`    // conntrack's, now or at the end
+	ECH      bool   `json:"ech,omitempty"`      // the ClientHello carries an encrypted one too
+	State    string `json:"state,omitempty"`    // conntrack's state, now or at the end
 
 	Start    time.Time `json:"start"`            // when its first packet came
 	Duration float64   `json:"duration_seconds"` // from start to time
-	Bytes    uint64    `json:"bytes"`            // IP packets, both ways
-	Orig     Counter   `json:"orig"`             // what the side that began the flow sent
-	Reply    Counter   `json:"reply"`            // and the other one
-	// ReplySource and ReplyDestination are the ends of the answers as they come to the
-	// host's socket.
+	Bytes    uint64    `json:"bytes"`            // of IP packets, both directions
+	Orig     Counter   `json:"orig"`             // sent by the side that began the flow
+	Reply    Counter   `json:"reply"`            // sent by the other side
+	// ReplySource and ReplyDestination are the addresses of the replies as they reach the host's
+	// socket.
 	ReplySource      netip.AddrPort `json:"reply_source,omitzero"`
 	ReplyDestination netip.AddrPort `json:"reply_destination,omitzero"`
-	// Conntrack is of flows that were in the table when they were looked at.
+	// Conntrack is set for flows that were in the table when the record was made.
 	Conntrack *Conntrack `json:"conntrack,omitempty"`
-	// Count is more than 1 where refusals of the same kind were folded into
-	// one record, so that a scanner cannot fill the log.
+	// Count is more than 1 if refusals of the same kind were folded into one record, so that a
+	// scanner cannot fill the log.
 	Count uint64 `json:"count,omitempty"`
 }
 
@@ -85,17 +84,17 @@ type L4 struct {
 	SCTP   *Ports `json:"SCTP,omitempty"`
 	ICMPv4 *ICMP  `json:"ICMPv4,omitempty"`
 	ICMPv6 *ICMP  `json:"ICMPv6,omitempty"`
-	// Other is the number of another protocol, which Hubble has no place for.
+	// Other is the number of a protocol that Hubble has no field for.
 	Other uint8 `json:"protocol,omitempty"`
 }
 
-// Ports are of a protocol that has them.
+// Ports holds the ports of a protocol that has them.
 type Ports struct {
 	Source      uint16 `json:"source_port"`
 	Destination uint16 `json:"destination_port"`
 }
 
-// ICMP is the message that began an echo flow.
+// ICMP describes the message that began an echo flow.
 type ICMP struct {
 	Type uint8  `json:"type"`
 	Code uint8  `json:"code"`
@@ -115,24 +114,24 @@ type L7DNS struct {
 	IPs    []string `json:"ips,omitempty"`
 	TTL    uint32   `json:"ttl,omitempty"` // seconds
 	CNAMEs []string `json:"cnames,omitempty"`
-	Source string   `json:"observation_source"` // proxy
+	Source string   `json:"observation_source"` // always proxy
 	RCode  uint32   `json:"rcode"`
 	QTypes []string `json:"qtypes,omitempty"`
 }
 
-// L7HTTP is a request in clear text.
+// L7HTTP is an unencrypted request.
 type L7HTTP struct {
 	Method string `json:"method"`
-	URL    string `json:"url"` // without the query
+	URL    string `json:"url"` // without the query string
 }
 
-// Counter is what one direction of a flow moved.
+// Counter counts what one direction of a flow carried.
 type Counter struct {
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"`
 }
 
-// Proto is the protocol's name: tcp, udp, sctp, icmp, icmpv6, or empty for another one.
+// Proto returns the protocol's name: tcp, udp, sctp, icmp, icmpv6, or "" for any other.
 func (l L4) Proto() string {
 	switch {
 	case l.TCP != nil:
@@ -149,7 +148,7 @@ func (l L4) Proto() string {
 	return ""
 }
 
-// ports are the zero value for protocols without them.
+// ports returns the zero value for protocols without ports.
 func (l L4) ports() Ports {
 	for _, p := range []*Ports{l.TCP, l.UDP, l.SCTP} {
 		if p != nil {
@@ -159,7 +158,7 @@ func (l L4) ports() Ports {
 	return Ports{}
 }
 
-// Source and Destination are the flow's ends; the port is 0 where there is none.
+// Source and Destination return the flow's endpoints; the port is 0 for a protocol without ports.
 func (r *FlowRecord) Source() netip.AddrPort {
 	return netip.AddrPortFrom(r.IP.Source, r.L4.ports().Source)
 }

@@ -10,11 +10,11 @@ import (
 
 // Bounds of the protocol.
 const (
-	// MaxRequest bounds the request line. The largest request is a policy, whose quotes and
-	// newlines take two bytes each.
+	// MaxRequest bounds the request line. The largest request is a policy, in which each quote and
+	// newline takes two bytes.
 	MaxRequest = 2*policy.MaxPolicyBytes + 64<<10
-	// MaxResponse bounds one line of an answer; a full table of 65 536 flows
-	// is about 40 MiB of JSON.
+	// MaxResponse bounds one line of an answer. A full table of 65 536 flows is about 40 MiB of
+	// JSON.
 	MaxResponse = 128 << 20
 	// RequestTimeout is how long a peer may take to send its request line.
 	RequestTimeout = 5 * time.Second
@@ -36,9 +36,9 @@ const (
 	MethodCapture    = "capture"
 	MethodLogs       = "logs"
 	MethodUpgrade    = "upgrade"
-	// MethodFlowLogReopen opens the flow log again, by its path.
+	// MethodFlowLogReopen opens the flow log again, at its path.
 	MethodFlowLogReopen = "flowlog.reopen"
-	// MethodFlowCount is what the monitor asks the worker to answer info.
+	// MethodFlowCount is the monitor's question to the worker when it answers info.
 	MethodFlowCount = "flows.count"
 )
 
@@ -48,16 +48,16 @@ type Request struct {
 	Params json.RawMessage `json:"params,omitempty"`
 }
 
-// Response is the line that answers it: Result or Error, never both.
+// Response is the line that answers a Request. It has a Result or an Error, never both.
 type Response struct {
 	Result json.RawMessage `json:"result,omitempty"`
 	Error  *Error          `json:"error,omitempty"`
 }
 
-// Code says what kind of failure an Error is, for callers that act on it.
+// Code classifies an Error for callers that act on it.
 type Code string
 
-// The codes of Error.
+// Codes of an Error.
 const (
 	CodeBadRequest  Code = "bad-request" // malformed, unknown method or parameter
 	CodeInvalid     Code = "invalid"     // understood, but the value is wrong (a policy with errors)
@@ -68,7 +68,7 @@ const (
 	CodeFailed      Code = "failed"
 )
 
-// Error is a failure as it travels.
+// Error is an error as it is sent over the socket.
 type Error struct {
 	Code    Code   `json:"code"`
 	Message string `json:"message"`
@@ -79,25 +79,25 @@ func (e *Error) Error() string { return e.Message }
 // State of a sandbox, as `sluice ps` prints it.
 type State string
 
-// The states of a sandbox.
+// States of a sandbox.
 const (
 	StateStarting   State = "starting"
 	StateRunning    State = "running"
-	StateRestarting State = "restarting" // the worker is gone and not back yet: nothing moves
+	StateRestarting State = "restarting" // the worker is gone and not yet back: no packet moves
 	StateStopping   State = "stopping"
 )
 
-// Info describes one sandbox. Without the worker's answer Flows is -1.
+// Info describes one sandbox. Flows is -1 if the worker did not answer.
 type Info struct {
 	Name        string    `json:"name"`
 	State       State     `json:"state"`
 	PID         int       `json:"pid"`                 // the monitor's
-	WorkerPID   int       `json:"worker_pid"`          // 0 while there is none
-	GuestPID    int       `json:"guest_pid,omitempty"` // the command's, or the process attached to
+	WorkerPID   int       `json:"worker_pid"`          // 0 while there is no worker
+	GuestPID    int       `json:"guest_pid,omitempty"` // the command's, or that of the process attached to
 	Command     []string  `json:"command"`
 	Started     time.Time `json:"started"`
 	Restarts    uint64    `json:"restarts"`
-	LastFailure string    `json:"last_failure,omitempty"` // why the worker ended last
+	LastFailure string    `json:"last_failure,omitempty"` // why the last worker ended
 	Flows       int       `json:"flows"`
 	Policy      string    `json:"policy"`
 
@@ -109,14 +109,14 @@ type Info struct {
 	DNS       []netip.Addr   `json:"dns"`
 	Upstreams []string       `json:"upstreams"`
 	Version   string         `json:"version"`
-	// Attachment: a pod's, which a CNI plugin has made.
+	// Attachment is set for the sandbox of a pod, which a CNI plugin made.
 	Attachment bool `json:"attachment,omitempty"`
 }
 
 // FlowsParams selects what MethodFlows lists.
 type FlowsParams struct {
-	// Ended lists the flows that are over, refused ones included, oldest
-	// first, and DNS questions that had no answer: as many as the worker's ring still holds.
+	// Ended lists the flows that are over, including refused ones, and DNS questions without an
+	// answer. They come oldest first, as many as the worker's ring still holds.
 	Ended bool `json:"ended,omitempty"`
 }
 
@@ -124,7 +124,7 @@ type FlowsParams struct {
 type FlowsResult struct {
 	Flows []FlowRecord `json:"flows,omitempty"`
 	Ended []FlowRecord `json:"ended,omitempty"`
-	// Dropped counts ended flows the ring no longer holds.
+	// Dropped counts the ended flows that the ring no longer holds.
 	Dropped uint64 `json:"dropped,omitempty"`
 }
 
@@ -135,10 +135,10 @@ type FlowCount struct {
 
 // FlowEvent is one line of MethodFlowsWatch.
 type FlowEvent struct {
-	Type string     `json:"type"` // NEW, UPDATE, DESTROY, as conntrack -E prints them
+	Type string     `json:"type"` // NEW, UPDATE, DESTROY, as printed by conntrack -E
 	Time time.Time  `json:"time"`
 	Flow FlowRecord `json:"flow"`
-	// Lost counts the events that this watcher was too slow to take, so far.
+	// Lost counts the events so far that this watcher was too slow to receive.
 	Lost uint64 `json:"lost,omitempty"`
 }
 
@@ -153,16 +153,15 @@ type PolicySetParams struct {
 	Source string `json:"source"`
 }
 
-// PolicyResult is the policy in force.
+// PolicyResult describes the policy in force.
 type PolicyResult struct {
 	Name       string `json:"name"`
 	Source     string `json:"source"`
-	Generation uint64 `json:"generation"` // counts policy.set since the start
+	Generation uint64 `json:"generation"` // counts policy.set calls since the start
 }
 
-// UpgradeParams names the binary that is to take an attachment over; empty means what
-// is now at the path that the running one was started from. The answer is Info, by the
-// new binary.
+// UpgradeParams names the binary that is to take over an attachment. Empty means the binary that is
+// now at the path which the running one was started from. The new binary answers, with Info.
 type UpgradeParams struct {
 	Binary string `json:"binary,omitempty"`
 }
@@ -170,31 +169,30 @@ type UpgradeParams struct {
 // Port is a published port or, in requests, a range of them.
 type Port struct {
 	Proto     string     `json:"proto"`            // tcp or udp
-	HostIP    netip.Addr `json:"host_ip,omitzero"` // absent: every address of the host, v4 and v6
-	HostPort  uint16     `json:"host_port"`        // 0: the kernel picks one
+	HostIP    netip.Addr `json:"host_ip,omitzero"` // absent means every address of the host, v4 and v6
+	HostPort  uint16     `json:"host_port"`        // 0 lets the kernel pick one
 	GuestPort uint16     `json:"guest_port"`
-	Count     uint16     `json:"count,omitempty"` // ports in the range; 0 counts as 1
+	Count     uint16     `json:"count,omitempty"` // number of ports in the range; 0 counts as 1
 	Auto      bool       `json:"auto,omitempty"`  // made by --publish-auto
 }
 
-// PortsParams names the port to add or remove, as `-p` spells it.
+// PortsParams names the port to add or remove, in the syntax of `-p`.
 type PortsParams struct {
 	Spec string `json:"spec"`
 }
 
-// PortsResult lists published ports: all of them, or those that were added or
-// removed.
+// PortsResult lists published ports: all of them, or the ones added or removed.
 type PortsResult struct {
 	Ports []Port `json:"ports"`
 }
 
-// StatsResult is the worker's counters by part: "link.rx_packets",
-// "tcp.dial_refused" and so on, and the monitor's own.
+// StatsResult holds the worker's counters by part ("link.rx_packets", "tcp.dial_refused" and so on)
+// and the monitor's own.
 type StatsResult struct {
 	Stats map[string]json.RawMessage `json:"stats"`
 }
 
-// SysctlParams reads (Name empty: all) or sets a tunable.
+// SysctlParams reads tunables (all of them if Name is empty) or sets one.
 type SysctlParams struct {
 	Name  string `json:"name,omitempty"`
 	Value string `json:"value,omitempty"`
@@ -205,8 +203,7 @@ type SysctlResult struct {
 	Values map[string]string `json:"values"`
 }
 
-// CaptureParams says what to capture; the zero value means whole packets, all
-// of them.
+// CaptureParams says what to capture. The zero value captures all packets, whole.
 type CaptureParams struct {
 	SnapLen   int  `json:"snap_len,omitempty"`
 	DropsOnly bool `json:"drops_only,omitempty"`
@@ -214,7 +211,7 @@ type CaptureParams struct {
 
 // LogsParams selects the sandbox's own log lines.
 type LogsParams struct {
-	Last   int  `json:"last,omitempty"` // 0: all that are kept
+	Last   int  `json:"last,omitempty"` // 0 means all that are kept
 	Follow bool `json:"follow,omitempty"`
 }
 
@@ -226,7 +223,7 @@ type LogLine struct {
 	Text   string    `json:"text"`
 }
 
-// LogsResult answers MethodLogs; with Follow more LogLine values come after it.
+// LogsResult answers MethodLogs. With Follow, more LogLine values come after it.
 type LogsResult struct {
 	Lines   []LogLine `json:"lines"`
 	Dropped uint64    `json:"dropped,omitempty"` // older lines that were overwritten
