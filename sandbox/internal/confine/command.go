@@ -7,41 +7,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The filter of what runs in a sandbox, as opposed to the worker's.
+// The system call filter for everything that runs in a sandbox, as opposed to the worker's.
 //
-// A network namespace confines the families that have one. AF_VSOCK leads to the
-// hypervisor, or to virtual machines, from any namespace; AF_ALG, AF_QIPCRTR, AF_TIPC and
-// others reach kernel code that a sandbox has no use for. So sockets are made of the
-// families that programs need and that the namespace confines. io_uring makes sockets
-// without the system call that is looked at, so there is none.
+// A network namespace confines the families that have one. AF_VSOCK leads to the hypervisor, or to
+// virtual machines, from any namespace; AF_ALG, AF_QIPCRTR, AF_TIPC and others reach kernel code
+// that a sandbox has no use for. So only sockets of families that programs need and the namespace
+// confines can be made. io_uring makes sockets without the system call that the filter checks, so
+// it is refused.
 //
-// The caller's terminal is not the command's, but one may be handed to it by descriptor,
-// and takes more than output: TIOCSTI types into it
-// (before Linux 6.2, or with dev.tty.legacy_tiocsti=1), TIOCLINUX pastes into a virtual
-// console, and what was typed is run by the caller's shell, outside. TIOCSETD changes
-// what the terminal does with its bytes. All three are refused.
+// The command does not get the caller's terminal, but it may be handed one as a descriptor, and a
+// terminal takes more than output. TIOCSTI types into it (before Linux 6.2, or with
+// dev.tty.legacy_tiocsti=1), TIOCLINUX pastes into a virtual console, and the caller's shell,
+// outside, runs what was typed. TIOCSETD changes what the terminal does with its bytes. All three
+// are refused.
 //
-// System calls of other ABIs have other numbers and pass no filter by number: those of
-// 32-bit programs, and of x32, do not exist in here.
+// System calls of other ABIs have other numbers, which a filter by number would not recognise. So
+// the calls of 32-bit programs and of x32 do not exist in here.
 //
-// The filter is written by hand, since seccomp.Program has no ranges of numbers, and
-// since SetFilter sets no_new_privs, which would take set-user-ID programs from the
-// sandbox. It is installed by the privilege that the stage has over the sandbox's own
-// user namespace instead.
+// The filter is written by hand, since seccomp.Program has no ranges of numbers, and since
+// SetFilter sets no_new_privs, which would disable set-user-ID programs in the sandbox. Instead the
+// stage installs it by its privilege over the sandbox's own user namespace.
 
-// commandFamilies are the address families of which sockets can be made.
+// commandFamilies are the address families that sockets can be made of.
 var commandFamilies = []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK, unix.AF_PACKET}
 
 const (
-	tiocSetd  = 0x5423 // TIOCSETD, which x/sys/unix does not have for every architecture
+	tiocSetd  = 0x5423 // TIOCSETD, which x/sys/unix lacks on some architectures
 	tiocLinux = 0x541C // TIOCLINUX
 )
 
-// commandIoctls are refused. The kernel looks at the low 32 bits of a request only, and
-// so does the filter (CVE-2019-7303).
+// commandIoctls are the refused requests. The kernel uses only the low 32 bits of a request, and so
+// does the filter (CVE-2019-7303).
 var commandIoctls = []uint32{unix.TIOCSTI, tiocLinux, tiocSetd}
 
-// foreignABI is the bit that x32's numbers have; none of another ABI's is as large.
+// foreignABI is the bit set in x32's numbers. No number of another ABI is as large.
 const foreignABI = 0x40000000
 
 // Offsets in struct seccomp_data of linux/seccomp.h, on a little-endian machine.
@@ -52,8 +51,8 @@ const (
 	offArg1 = 24
 )
 
-// FilterCommand installs the filter on every thread of the process, for itself and all
-// that it starts. It takes CAP_SYS_ADMIN in the process's user namespace.
+// FilterCommand installs the filter on every thread of the process; the children inherit it. It
+// requires CAP_SYS_ADMIN in the process's user namespace.
 func FilterCommand() error {
 	filter := commandFilter()
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
@@ -76,11 +75,12 @@ func commandFilter() []unix.SockFilter {
 	}
 	fail := func(errno unix.Errno) unix.SockFilter { return give(unix.SECCOMP_RET_ERRNO | uint32(errno)) }
 	allow := give(unix.SECCOMP_RET_ALLOW)
-	// when jumps over skip instructions if the loaded value compares so, else goes on.
+	// when jumps over skip instructions if the comparison holds for the loaded value, and falls
+	// through otherwise.
 	when := func(op uint16, value uint32, skip int) unix.SockFilter {
 		return unix.SockFilter{Code: unix.BPF_JMP | op | unix.BPF_K, K: value, Jt: uint8(skip)}
 	}
-	// oneOf gives hit if the loaded value is listed, else miss.
+	// oneOf ends in hit if the loaded value is listed, and in miss otherwise.
 	oneOf := func(values []uint32, hit, miss unix.SockFilter) (out []unix.SockFilter) {
 		for i, v := range values {
 			out = append(out, when(unix.BPF_JEQ, v, len(values)-i))

@@ -84,8 +84,8 @@ func TestCommandFilterJudgesByTheKernelsWords(t *testing.T) {
 	}
 }
 
-// commandHelper installs the filter and tries the kernel, on a thread that was there before
-// and in a program that it starts.
+// commandHelper installs the filter, then tries calls on a thread that existed before and in a
+// program that it starts.
 func commandHelper() error {
 	try := make(chan string)
 	begin := make(chan struct{})

@@ -10,29 +10,27 @@ import (
 	"gvisor.dev/gvisor/pkg/seccomp"
 )
 
-// Config says what the process may keep.
+// Config says what the process keeps.
 type Config struct {
-	// KeepFDs are the descriptors that stay open. Of 0, 1 and 2 those not listed
-	// become /dev/null, all others are closed.
+	// KeepFDs are the descriptors that stay open. Of 0, 1 and 2, those not listed become /dev/null;
+	// all others are closed.
 	KeepFDs []int
 }
 
-// Enter confines the calling process, all of its threads, for good. It is to be
-// called once, in a process freshly cloned into user and mount namespaces of its
-// own in which it is uid 0, before anything hostile is read and while nothing else
-// opens descriptors. After an error the process is half confined: it must end.
+// Enter confines the calling process, with all of its threads, for good. Call it once, before
+// reading anything hostile and while nothing else opens descriptors. The process must be freshly
+// cloned into user and mount namespaces of its own, and be uid 0 there. After an error the process
+// is half confined and must end.
 //
-// What is left are the calls of the kernel that the process may make: seal filters
-// them, when what is handed over later has been set up and still before anything
-// hostile is read.
+// Enter does not restrict the process's system calls: seal does. Call it once everything that is
+// handed over later has been set up, and still before reading anything hostile.
 //
-// Automatic changes of GOMAXPROCS end: the runtime could no longer read the
-// cgroup's limit.
+// GOMAXPROCS no longer changes by itself: the runtime could no longer read the cgroup's limit.
 func Enter(cfg Config) (seal func() error, err error) {
-	// The zone of log lines is read from a file, at first use.
+	// The time zone of log lines is read from a file at first use.
 	_, _ = time.Now().Zone()
-	// The runtime keeps the cgroup's files open to follow its limit; with a number
-	// set by hand it does not look any more, and they can be closed.
+	// The runtime keeps the cgroup's files open to follow its limit. Once the number is set
+	// explicitly it stops looking, and they can be closed.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
 
 	if err := closeOthers(cfg.KeepFDs); err != nil {
@@ -69,17 +67,17 @@ func Enter(cfg Config) (seal func() error, err error) {
 	}, nil
 }
 
-// limit sets what is per process. Not limited: RLIMIT_NPROC, which counts the
-// user's threads and not ours; RLIMIT_FSIZE, since the flow log and captures are
-// files; RLIMIT_NOFILE, which is the monitor's to choose.
+// limit sets the limits that are per process. It leaves out RLIMIT_NPROC, which counts the user's
+// threads and not ours; RLIMIT_FSIZE, since the flow log and captures are files; and RLIMIT_NOFILE,
+// which is the monitor's to choose.
 func limit() error {
 	for _, r := range []int{unix.RLIMIT_CORE, unix.RLIMIT_MSGQUEUE} {
 		if err := unix.Setrlimit(r, &unix.Rlimit{}); err != nil {
 			return fmt.Errorf("resource limit %d: %w", r, err)
 		}
 	}
-	// No core, no ptrace and no reading of /proc/PID/mem by processes of the same
-	// uid, such as those in the sandbox.
+	// No core dump, no ptrace, and no access to /proc/PID/mem for processes of the same uid, such
+	// as those in the sandbox.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("make undumpable: %w", err)
 	}

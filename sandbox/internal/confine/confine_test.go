@@ -41,8 +41,8 @@ func TestEveryThreadHasNothingLeft(t *testing.T) {
 	}
 }
 
-// TestNoThreadIsMissedAmongThoseThatComeAndGo: each thread inherits from one that was told,
-// or is told itself.
+// TestNoThreadIsMissedAmongThoseThatComeAndGo: each thread inherits from one that made the calls,
+// or makes them itself.
 func TestNoThreadIsMissedAmongThoseThatComeAndGo(t *testing.T) {
 	h := start(t, "churn", nil)
 	h.want("fine")
@@ -108,7 +108,7 @@ func TestOnlyListedDescriptorsStayOpen(t *testing.T) {
 	}
 	h.want("confined")
 	if os.Getuid() != 0 {
-		return // what the others are is not for us to read
+		return // what the other descriptors are is not ours to read
 	}
 	for _, fd := range open[4:] {
 		link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", h.cmd.Process.Pid, fd))
@@ -155,8 +155,8 @@ func TestABusyProgramRunsOn(t *testing.T) {
 	}
 }
 
-// TestABugIsToldOf: a confined worker that panics or faults ends with the Go runtime's
-// status and its trace, not by the filter.
+// TestABugIsToldOf: a confined worker that panics or faults ends with the Go runtime's status and
+// trace, not by the filter.
 func TestABugIsToldOf(t *testing.T) {
 	for name, words := range map[string]string{"panic": "panic: last words", "fault": "SIGSEGV"} {
 		t.Run(name, func(t *testing.T) {
@@ -181,7 +181,7 @@ func TestABugIsToldOf(t *testing.T) {
 	}
 }
 
-// TestAsAnOrdinaryUser runs the others again, as nobody.
+// TestAsAnOrdinaryUser runs the other tests again, as nobody.
 func TestAsAnOrdinaryUser(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("this is run as an ordinary user already")

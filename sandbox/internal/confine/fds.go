@@ -9,10 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// closeOthers closes all descriptors but those in keep and the Go runtime's own:
-// its epoll and its eventfd. Those are known by their kind and by close-on-exec: a
-// descriptor that came from outside never has that flag, and the Go runtime sets it
-// on all that it opens.
+// closeOthers closes all descriptors except those in keep and the Go runtime's own, its epoll and
+// its eventfd. It tells those by their kind and by close-on-exec: the Go runtime sets that flag on
+// every descriptor it opens, and a descriptor that came from outside never has it.
 func closeOthers(keep []int) error {
 	null, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -35,7 +34,7 @@ func closeOthers(keep []int) error {
 				return fmt.Errorf("put /dev/null at descriptor %d: %w", fd, err)
 			}
 		default:
-			_ = unix.Close(fd) // fails for the one that read the directory
+			_ = unix.Close(fd) // fails for the descriptor that read the directory
 		}
 	}
 	return nil

@@ -7,27 +7,26 @@ import (
 	"gvisor.dev/gvisor/pkg/seccomp"
 )
 
-// The system call filter: what is not listed here kills the process. gVisor's
-// package compiles the rules; its SetFilter puts the program on all threads at
-// once (SECCOMP_FILTER_FLAG_TSYNC).
+// The system call filter: a call that is not listed here kills the process. gVisor's package
+// compiles the rules. Its SetFilter installs the program on all threads at once
+// (SECCOMP_FILTER_FLAG_TSYNC).
 //
-// Rules look at arguments wherever one call does many things: socket, ioctl, fcntl,
-// prctl, clone, mmap, setsockopt. Pointers cannot be looked at, so calls that take
-// paths are not allowed at all. A few calls are answered with an error instead of
-// death, because libraries try them and have another way: package net asks a netlink
-// socket for the name of every zone that it meets, and does without.
+// Rules check the arguments of calls that do many things: socket, ioctl, fcntl, prctl, clone, mmap,
+// setsockopt. A filter cannot follow pointers, so calls that take paths are not allowed at all. A
+// few calls return an error instead of killing the process, because libraries try them and can do
+// without: package net asks a netlink socket for the name of every zone it meets.
 
 const (
-	// threadFlags are what the Go runtime passes to clone, and nothing that would
-	// make a process or a namespace.
+	// threadFlags are the flags that the Go runtime passes to clone. None of them makes a process
+	// or a namespace.
 	threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_SYSVSEM | unix.CLONE_THREAD
 
 	socketFlags = unix.SOCK_NONBLOCK | unix.SOCK_CLOEXEC
 
-	prSetVMA = 0x53564d41 // PR_SET_VMA: the runtime names its mappings
+	prSetVMA = 0x53564d41 // PR_SET_VMA: the runtime names its mappings with it
 )
 
-// any0 is an argument that is not looked at.
+// any0 matches an argument of any value.
 var any0 = seccomp.AnyValue{}
 
 func oneOf(arg int, values ...uintptr) seccomp.Or {
@@ -43,8 +42,8 @@ func oneOf(arg int, values ...uintptr) seccomp.Or {
 	return or
 }
 
-// always are calls that need no look at their arguments: they act on memory, on
-// time, on threads, or on descriptors that the process has.
+// always are the calls whose arguments need no check: they act on memory, time, threads, or
+// descriptors that the process has.
 var always = []uintptr{
 	// Descriptors.
 	unix.SYS_READ, unix.SYS_WRITE, unix.SYS_READV, unix.SYS_WRITEV, unix.SYS_PREAD64, unix.SYS_PWRITE64,
@@ -64,12 +63,12 @@ var always = []uintptr{
 	unix.SYS_GETRANDOM,
 }
 
-// paths are calls that look a path up. Libraries make them for files that need not
-// be there (time zones, /proc/sys), so they fail as they would in the empty root.
+// paths are the calls that look up a path. Libraries make them for files that need not exist (time
+// zones, /proc/sys), so they fail as they would in the empty root.
 var paths = []uintptr{unix.SYS_OPENAT, unix.SYS_READLINKAT, unix.SYS_FACCESSAT, unix.SYS_FACCESSAT2, unix.SYS_STATX}
 
-// neverSockopt are socket options that run code or reach far into the kernel, and
-// that a proxy has no use for.
+// neverSockopt are the socket options that run code or reach far into the kernel, and that a proxy
+// does not need.
 var neverSockopt = seccomp.Or{
 	sockopt(unix.SOL_SOCKET, unix.SO_ATTACH_FILTER), sockopt(unix.SOL_SOCKET, unix.SO_ATTACH_BPF),
 	sockopt(unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF), sockopt(unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_EBPF),
@@ -81,7 +80,7 @@ func sockopt(level, name uintptr) seccomp.PerArg {
 	return seccomp.PerArg{any0, seccomp.EqualTo(level), seccomp.EqualTo(name)}
 }
 
-// allowed is what passes.
+// allowed returns the rules of the calls that pass.
 func allowed(pid int) seccomp.SyscallRules {
 	rules := seccomp.NewSyscallRules()
 	for _, nr := range slices.Concat(always, archAlways, libcAlways) {
@@ -118,20 +117,20 @@ func allowed(pid int) seccomp.SyscallRules {
 	return rules
 }
 
-// answered are the calls that fail without harm, by error.
+// answered returns the calls that fail harmlessly, by their error.
 func answered() map[unix.Errno]seccomp.SyscallRules {
 	absent := seccomp.NewSyscallRules()
 	for _, nr := range slices.Concat(paths, archPaths) {
 		absent.Set(nr, seccomp.MatchAll{})
 	}
 	old := seccomp.NewSyscallRules()
-	old.Set(unix.SYS_CLONE3, seccomp.MatchAll{}) // its flags are behind a pointer; clone's are not
-	mptcp := seccomp.NewSyscallRules()           // net.Listen tries it before TCP
+	old.Set(unix.SYS_CLONE3, seccomp.MatchAll{}) // its flags are behind a pointer; clone's are arguments
+	mptcp := seccomp.NewSyscallRules()           // net.Listen tries MPTCP before TCP
 	mptcp.Set(unix.SYS_SOCKET, seccomp.Or{
 		seccomp.PerArg{seccomp.EqualTo(unix.AF_INET), any0, seccomp.EqualTo(unix.IPPROTO_MPTCP)},
 		seccomp.PerArg{seccomp.EqualTo(unix.AF_INET6), any0, seccomp.EqualTo(unix.IPPROTO_MPTCP)},
 	})
-	families := seccomp.NewSyscallRules() // as in a kernel that has no others
+	families := seccomp.NewSyscallRules() // as in a kernel without the other families
 	families.Set(unix.SYS_SOCKET, seccomp.And{
 		seccomp.PerArg{seccomp.NotEqual(unix.AF_INET)}, seccomp.PerArg{seccomp.NotEqual(unix.AF_INET6)},
 	})
@@ -140,7 +139,7 @@ func answered() map[unix.Errno]seccomp.SyscallRules {
 	}
 }
 
-// program is the whole filter for the process pid.
+// program returns the whole filter for the process pid.
 func program(pid int) seccomp.Program {
 	never := seccomp.NewSyscallRules()
 	never.Set(unix.SYS_SETSOCKOPT, neverSockopt)

@@ -16,10 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The tests start this test binary again, cloned as the monitor clones a worker,
-// with the name of a helper in the environment. A helper says what it found on its
-// standard output, a line each, and waits for a line on its standard input where
-// the test is to look at it from outside.
+// The tests start this test binary again, cloned as the monitor clones a worker, with the name of a
+// helper in the environment. A helper prints each finding on a line of its standard output. Where
+// the test is to look at it from outside, it waits for a line on its standard input.
 //
 //	test ──clone(NEWUSER|NEWNS|NEWPID|NEWIPC|NEWUTS)──► helper: Apply, then try things
 //	  └─ reads /proc/PID/task/*/status, waits for the exit status
@@ -37,10 +36,10 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// nobody is who the worker is when root starts it.
+// nobody is the uid of a worker that root starts.
 const nobody = 65534
 
-// helper is a running helper.
+// helper is a running helper process.
 type helper struct {
 	t   *testing.T
 	cmd *exec.Cmd
@@ -59,7 +58,7 @@ func startTo(t *testing.T, stderr *os.File, name string, extra []*os.File, args 
 	if root {
 		who = nobody
 	}
-	// Not by its path, which whoever the helper is mapped to need not reach.
+	// Not by its path, which the helper's user may be unable to reach.
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), helperEnv+"="+name)
 	cmd.ExtraFiles = extra
@@ -97,7 +96,7 @@ func startTo(t *testing.T, stderr *os.File, name string, extra []*os.File, args 
 	return h
 }
 
-// line is the next line that the helper says.
+// line returns the next line that the helper prints.
 func (h *helper) line() string {
 	h.t.Helper()
 	s, err := h.out.ReadString('\n')
@@ -114,7 +113,7 @@ func (h *helper) want(line string) {
 	}
 }
 
-// proceed lets a helper go on that waits.
+// proceed lets a waiting helper go on.
 func (h *helper) proceed() { fmt.Fprintln(h.in) }
 
 // end waits for the helper's end.
@@ -151,7 +150,7 @@ func (h *helper) threads() map[string]map[string]string {
 	return all
 }
 
-// wantConfined looks at every thread from outside.
+// wantConfined checks every thread from outside.
 func (h *helper) wantConfined(atLeast int) {
 	h.t.Helper()
 	threads := h.threads()

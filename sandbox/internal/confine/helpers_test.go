@@ -33,8 +33,7 @@ var helpers = map[string]func() error{
 
 var stdio = []int{0, 1, 2}
 
-// crowd makes threads that exist before Apply: some asleep, some in a system call.
-// apply is all of it at once.
+// apply is Enter and seal together.
 func apply(cfg Config) error {
 	seal, err := Enter(cfg)
 	if err != nil {
@@ -43,6 +42,7 @@ func apply(cfg Config) error {
 	return seal()
 }
 
+// crowd makes threads that exist before apply: some asleep, some in a system call.
 func crowd() {
 	var up sync.WaitGroup
 	for range 6 {
@@ -75,8 +75,8 @@ func helpWait() error {
 	return pause("confined")
 }
 
-// forbidden are calls that must kill. Arguments are such that each would succeed,
-// or fail at once, if it were let through.
+// forbidden are calls that must kill the process. With these arguments each would succeed, or fail
+// at once, if it were let through.
 var forbidden = map[string]func(){
 	"unshare":                 func() { try(unix.SYS_UNSHARE, unix.CLONE_NEWNET) },
 	"setns":                   func() { try(unix.SYS_SETNS, 0, 0) },
@@ -141,7 +141,7 @@ func helpForbidden() error {
 	return nil
 }
 
-// helpAnswered tries what fails without harm.
+// helpAnswered tries the calls that fail harmlessly.
 func helpAnswered() error {
 	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
@@ -177,7 +177,7 @@ func helpAnswered() error {
 	return nil
 }
 
-// helpStages goes stage by stage and looks at what the filter would hide.
+// helpStages runs stage by stage and checks what the filter would hide.
 func helpStages() error {
 	all, err := openThreads()
 	if err != nil {
@@ -289,7 +289,7 @@ func helpBusy() error {
 		work(func() error { return echoUDP(host) })
 	}
 	for range 4 {
-		work(func() error { // garbage, timers, and loops that must be preempted by signal
+		work(func() error { // garbage, timers, and loops that a signal must preempt
 			var keep [][]byte
 			for i := range 200 {
 				keep = append(keep, make([]byte, 100_000))
@@ -305,7 +305,7 @@ func helpBusy() error {
 			runtime.KeepAlive(keep)
 			return nil
 		})
-		work(func() error { // threads that come and go
+		work(func() error { // threads that start and end
 			for range 20 {
 				done := make(chan struct{})
 				go func() {
@@ -340,7 +340,7 @@ func helpChurn() error {
 	crowd()
 	var churning sync.WaitGroup
 	for range 4 {
-		churning.Go(func() { // ends after so many threads: until then a listing may find new ones
+		churning.Go(func() { // ends after a fixed number of threads: until then a listing may find new ones
 			for range 25 {
 				done := make(chan struct{})
 				go func() {
@@ -355,14 +355,15 @@ func helpChurn() error {
 		return err
 	}
 	churning.Wait()
-	// What fails on the others is not tried on the caller's, and is told.
+	// A call that fails on the other threads is not tried on the caller's, and its error is
+	// returned.
 	if err := all.onAll(call{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 2, 0}); err != unix.EINVAL {
 		return fmt.Errorf("a call that fails: %v", err)
 	}
 	return pause("fine")
 }
 
-// helpPanic and helpFault end as a worker with a bug would.
+// helpPanic and helpFault end the way a worker with a bug would.
 func helpPanic() error {
 	if err := apply(Config{KeepFDs: stdio}); err != nil {
 		return err
@@ -446,7 +447,7 @@ func echoUDP(host string) error {
 	return nil
 }
 
-// descriptors makes and uses the kinds of descriptors that a worker makes itself.
+// descriptors makes and uses every kind of descriptor that a worker makes itself.
 func descriptors() error {
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {

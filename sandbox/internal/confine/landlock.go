@@ -8,20 +8,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Landlock, as Documentation/userspace-api/landlock.rst has it: a ruleset that
-// handles every kind of file system access that the kernel knows, with no rule that
-// allows one. TCP bind and connect are not handled, since dialling is the worker's
-// job and policy judges it. Where the kernel can, connecting to abstract unix
-// sockets and signalling processes outside are denied too.
+// Landlock, after Documentation/userspace-api/landlock.rst: a ruleset that handles every kind of
+// file system access that the kernel knows, with no rule that allows any. TCP bind and connect are
+// not handled, since dialling is the worker's job and policy judges it. Where the kernel supports
+// it, connecting to abstract unix sockets and signalling processes outside are denied too.
 //
-// Each thread gets a domain of its own from landlock_restrict_self, siblings of one
-// another. Until it was mended (erratum 2 of the ABI), a scoped thread could not
-// even signal its sibling threads, on which the Go runtime relies; so signals are
-// scoped only where it is.
+// Each thread gets a domain of its own from landlock_restrict_self, and the domains are siblings.
+// Before erratum 2 of the ABI was fixed, a scoped thread could not even signal its sibling threads,
+// which the Go runtime relies on. So signals are scoped only where it is fixed.
 
 const erratumScopedSignal = 1 << (2 - 1)
 
-// landlockFS is all file system rights up to and with an ABI.
+// landlockFS returns all file system rights up to and including an ABI.
 func landlockFS(abi int) uint64 {
 	const (
 		abi1 = unix.LANDLOCK_ACCESS_FS_MAKE_SYM<<1 - 1 // EXECUTE … MAKE_SYM
@@ -42,7 +40,7 @@ func landlockFS(abi int) uint64 {
 	return rights
 }
 
-// landlockRuleset is the ruleset for an ABI, and how many bytes of it that ABI has.
+// landlockRuleset returns the ruleset for an ABI, and how many bytes of it that ABI knows.
 func landlockRuleset(abi, errata int) (attr unix.LandlockRulesetAttr, size uintptr) {
 	attr.Handled_access_fs = landlockFS(abi)
 	switch {
@@ -60,8 +58,8 @@ func landlockRuleset(abi, errata int) (attr unix.LandlockRulesetAttr, size uintp
 	return attr, size
 }
 
-// landlock restricts all threads. A kernel without Landlock is no error: the root is
-// empty and the filter knows no call that opens a file.
+// landlock restricts all threads. A kernel without Landlock is not an error: the root is empty and
+// the filter allows no call that opens a file.
 func landlock(all threads) error {
 	abi, err := createRuleset(nil, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
 	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) {
@@ -72,7 +70,7 @@ func landlock(all threads) error {
 	}
 	errata, err := createRuleset(nil, 0, unix.LANDLOCK_CREATE_RULESET_ERRATA)
 	if err != nil {
-		errata = 0 // the kernel is older than the question
+		errata = 0 // the kernel is too old for this query
 	}
 	attr, size := landlockRuleset(abi, errata)
 	fd, err := createRuleset(&attr, size, 0)

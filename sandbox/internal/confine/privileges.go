@@ -12,15 +12,15 @@ import (
 // maxCaps bounds the search for the last capability; the kernel's sets have 64 bits.
 const maxCaps = 64
 
-// dropPrivileges clears all capability sets of all threads, for good.
+// dropPrivileges clears all capability sets of all threads, permanently.
 func dropPrivileges(all threads) error {
 	calls := []call{{unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0}}
 	for c := uintptr(0); c < maxCaps; c++ {
-		// Whoever cloned the process may have emptied its set, and all threads come from
-		// the one that there was then.
+		// The process that cloned this one may have emptied its set, and every thread descends from
+		// the one it had then.
 		has, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, c, 0, 0, 0)
 		if errors.Is(err, unix.EINVAL) && c > unix.CAP_SETPCAP {
-			break // the kernel knows no more
+			break // the kernel has no more
 		}
 		if err != nil {
 			return fmt.Errorf("read capability %d of the bounding set: %w", c, err)
@@ -32,8 +32,9 @@ func dropPrivileges(all threads) error {
 	if err := all.onAll(calls...); err != nil {
 		return fmt.Errorf("no_new_privs and the bounding set: %w", err)
 	}
-	// By itself, as a thread may be told twice: dropping from the bounding set takes
-	// CAP_SETPCAP, which is gone after this. The ambient set loses what leaves the permitted and inheritable ones.
+	// In a step of its own, as a thread may make the calls twice: dropping from the bounding set
+	// takes CAP_SETPCAP, which is gone after this. The ambient set loses whatever leaves the
+	// permitted and inheritable sets.
 	header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // Pid 0: the calling thread
 	none := new([2]unix.CapUserData)
 	var pinned runtime.Pinner

@@ -7,12 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountPoints are directories that some system at least has; which one the new
-// root is mounted on for a moment does not matter.
+// mountPoints are directories that exist on some systems at least. The new root is mounted on one
+// of them for a moment, and it does not matter which.
 var mountPoints = []string{"/tmp", "/proc", "/run", "/dev", "/sys", "/usr"}
 
-// emptyRoot makes an empty tmpfs the root of the process and unmounts all else. The
-// mount namespace is the process's own, so nobody sees it.
+// emptyRoot makes an empty tmpfs the root of the process and unmounts everything else. The mount
+// namespace is the process's own, so no other process sees it.
 func emptyRoot() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private (not in a mount namespace of our own?): %w", err)

@@ -14,10 +14,10 @@ import (
 
 // System calls on every thread.
 //
-// Linux keeps credentials, no_new_privs and Landlock domains per thread, and a Go program
-// has several threads before main runs. syscall.AllThreadsSyscall changes them all, but not
-// in a binary with cgo, which a plain `go build` makes wherever there is a C compiler. So
-// the threads are found and told here, the same way in both kinds of binary:
+// Linux keeps credentials, no_new_privs and Landlock domains per thread, and a Go program has
+// several threads before main runs. syscall.AllThreadsSyscall changes them all, but not in a binary
+// with cgo, which a plain `go build` makes wherever there is a C compiler. So this file finds the
+// threads and makes each of them act, the same way in both kinds of binary:
 //
 //	caller                                   every other thread, one after the other
 //	lists /proc/self/task
@@ -26,38 +26,38 @@ import (
 //	again, until a listing holds no thread that has not answered, twice in a row
 //	makes the calls itself
 //
-// A thread inherits what it would have been told from the thread that clones it. All
-// threads of the process are cloned by the Go runtime, and none by the caller, which is
-// locked to its goroutine: the runtime's template thread clones for such a thread. So a
-// thread that a listing misses comes from one that had not answered yet, and once all
-// have answered no other kind can appear.
+// A new thread inherits the effect of the calls from the thread that clones it. All threads of the
+// process are cloned by the Go runtime, and none by the caller, which is locked to its goroutine:
+// the runtime's template thread clones for such a thread. So a thread that a listing misses, and
+// that inherited nothing, comes from one that had not answered yet. Once all have answered, no such
+// thread can appear.
 //
-// The handler is assembly that needs no stack of Go's, no goroutine and no C library: it
-// may run on a thread that has just been cloned.
+// The handler is assembly that needs no Go stack, no goroutine and no C library: it may run on a
+// thread that has just been cloned.
 
-// allThreadsSignal is the one that glibc, musl and the Go runtime keep unblocked for this
-// very purpose (SIGSETXID); the runtime's handler is put back afterwards.
+// allThreadsSignal is the signal that glibc, musl and the Go runtime keep unblocked for this very
+// purpose (SIGSETXID). The runtime's handler is put back afterwards.
 const allThreadsSignal = 33
 
-// call is a system call that returns 0 unless it fails. A thread may make those of one order
-// twice: it inherited what its creator made, and is told itself.
+// call is a system call that returns 0 unless it fails. A thread may make the calls of one order
+// twice: once by inheriting from its creator, and once itself.
 type call struct{ trap, a1, a2, a3 uintptr }
 
-// order is what onSignal does. A handler can read nothing but a global variable; it is
-// written by onAll alone, while no signal is under way.
+// order is what onSignal executes. A handler can read nothing but a global variable. Only onAll
+// writes it, while no signal is in flight.
 var order struct {
 	calls  *call // made one after the other, until one fails
 	n      uintptr
-	result uintptr // the pipe's end to write the last return value to
+	result uintptr // the end of the pipe to write the last return value to
 }
 
-// onSignalPC and restorerPC are the addresses of the assembly. A kernel for arm64 has a
-// trampoline of its own: there restorerPC is 0.
+// onSignalPC and restorerPC are the addresses of the assembly. An arm64 kernel has a trampoline of
+// its own, so there restorerPC is 0.
 func onSignalPC() uintptr
 func restorerPC() uintptr
 
-// threads is the list of the process's threads, kept open since the path to it goes away
-// together with the root.
+// threads is the list of the process's threads. It stays open because the path to it goes away with
+// the root.
 type threads struct{ dir int }
 
 func openThreads() (threads, error) {
@@ -70,9 +70,9 @@ func openThreads() (threads, error) {
 
 func (t threads) close() { _ = unix.Close(t.dir) }
 
-// onAll makes system calls, in their order, on every thread of the process, the caller's
-// last. After an error some threads have made them and others have not. What the calls'
-// arguments point to must be pinned. Uses of onAll must not overlap.
+// onAll makes system calls, in their order, on every thread of the process, the caller's last.
+// After an error some threads have made them and others have not. The memory that the arguments
+// point to must be pinned. Calls of onAll must not overlap.
 func (t threads) onAll(calls ...call) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -113,7 +113,7 @@ func (t threads) onAll(calls ...call) error {
 	return nil
 }
 
-// tell has one thread make the calls, unless it is the caller's or ends first.
+// tell makes one thread make the calls, unless it is the caller's or ends first.
 func (t threads) tell(name string, result int) error {
 	tid, err := t.number(name)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) || tid == unix.Gettid() {
@@ -122,7 +122,7 @@ func (t threads) tell(name string, result int) error {
 	if err != nil {
 		return fmt.Errorf("thread %s: %w", name, err)
 	}
-	for sig := syscall.Signal(allThreadsSignal); ; sig = 0 { // 0 asks whether it is there
+	for sig := syscall.Signal(allThreadsSignal); ; sig = 0 { // 0 checks whether the thread is still there
 		switch err := unix.Tgkill(unix.Getpid(), tid, sig); {
 		case err == unix.ESRCH:
 			return nil
@@ -147,12 +147,12 @@ func (t threads) tell(name string, result int) error {
 	}
 }
 
-// threadPatience is how many milliseconds a thread may take before it is looked for again:
-// one that ends with the signal pending answers never.
+// threadPatience is how many milliseconds a thread may take before the caller checks for it again:
+// a thread that ends with the signal pending never answers.
 const threadPatience = 10
 
-// list is the names of the threads in /proc, which are their numbers in the PID namespace
-// that it was mounted in.
+// list returns the names of the threads in /proc, which are their numbers in the PID namespace it
+// was mounted in.
 func (t threads) list() (names []string, err error) {
 	if _, err := unix.Seek(t.dir, 0, unix.SEEK_SET); err != nil {
 		return nil, err
@@ -167,7 +167,7 @@ func (t threads) list() (names []string, err error) {
 	}
 }
 
-// number is a thread's number in the process's own PID namespace.
+// number returns a thread's number in the process's own PID namespace.
 func (t threads) number(name string) (int, error) {
 	fd, err := unix.Openat(t.dir, name+"/status", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -189,10 +189,10 @@ func (t threads) number(name string) (int, error) {
 	return 0, errors.New("its status has no NSpid")
 }
 
-// sigaction is struct sigaction of the system call.
+// sigaction is the kernel's struct sigaction.
 type sigaction struct{ handler, flags, restorer, mask uintptr }
 
-// handle has onSignal handle the signal until restore is called.
+// handle makes onSignal the signal's handler until restore is called.
 func handle() (restore func(), err error) {
 	set := func(to, was *sigaction) error {
 		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, allThreadsSignal,
