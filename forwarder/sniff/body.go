@@ -1,11 +1,11 @@
 package sniff
 
-// Body finds the end of a message's body. It is a value: who passes on less than Scan
-// allowed goes on with a copy that was made before. The zero Body is empty.
+// Body finds the end of a message's body. It is a value: a caller that passes on less than Scan
+// allowed continues from a copy made before. The zero Body is empty.
 //
-// Chunked coding (RFC 9112, section 7.1) of a request is read as strictly as heads are; chunk
-// extensions are refused, as nothing legitimate sends them and servers differ. That of an
-// answer is read as clients do (lax): with extensions, padded sizes, and lines that end in LF alone.
+// A request's chunked coding (RFC 9112, section 7.1) is read as strictly as heads are; chunk
+// extensions are refused, as nothing legitimate sends them and servers differ. An answer's is read
+// as clients read it (lax): extensions, padded sizes and lines that end in a bare LF are allowed.
 type Body struct {
 	state bodyState
 	lax   bool
@@ -13,7 +13,7 @@ type Body struct {
 	digit int                  // of the chunk's size
 	name  [maxTrailerName]byte // of the trailer's field, so far
 	named int                  // its length
-	trail int                  // of a chunk's line behind its size
+	trail int                  // bytes of a chunk's line after its size
 }
 
 type bodyState uint8
@@ -23,31 +23,31 @@ const (
 	bodyFixed                // left bytes
 	bodyOpen                 // until the stream ends
 	chunkSize                // in the digits of a size
-	chunkSizeLF              // before its LF
+	chunkSizeLF              // before the LF of the size line
 	chunkData                // left bytes
-	chunkDataCR              // before the CR behind them
+	chunkDataCR              // before the CR after them
 	chunkDataLF              // before its LF
-	chunkTrailer             // at the start of a line behind the last chunk
-	chunkTrailName           // within the name that such a line begins with
+	chunkTrailer             // at the start of a line after the last chunk
+	chunkTrailName           // within the name that begins such a line
 	chunkInTrail             // within its value
 	chunkTrailLF             // before the LF of such a line
 	chunkEndingLF            // before the LF of the empty line
-	chunkExtension           // behind a size, in a line that is not looked at further
+	chunkExtension           // after a size, in a line that is otherwise ignored
 	bodyBad
 )
 
-// maxTrailer bounds what follows the last chunk, and maxTrailerName the name of a field there.
+// maxTrailer bounds the bytes after the last chunk, and maxTrailerName the name of a field there.
 const (
 	maxTrailer     = 4 << 10
 	maxTrailerName = 64
 )
 
-// Done tells that the body has ended.
+// Done reports whether the body has ended.
 func (b *Body) Done() bool { return b.state == bodyDone }
 
-// Scan takes in the bytes at the front of p that belong to the body and returns how many
-// they are. Fewer than len(p) means that the body has ended. What breaks the coding's
-// rules is ErrMalformed.
+// Scan consumes the bytes at the front of p that belong to the body and returns their number. Fewer
+// than len(p) means that the body has ended. It returns ErrMalformed if they break the coding's
+// rules.
 func (b *Body) Scan(p []byte) (n int, err error) {
 	for n < len(p) && b.state != bodyDone {
 		switch b.state {
@@ -75,7 +75,7 @@ func (b *Body) Scan(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// step takes in one byte of the coding.
+// step consumes one byte of the coding.
 func (b *Body) step(c byte) {
 	if b.lax && b.stepLax(c) {
 		return
@@ -148,15 +148,15 @@ func (b *Body) step(c byte) {
 	b.state = next
 }
 
-// stepLax takes in a byte where an answer may break the coding's rules, and reports whether it
-// did.
+// stepLax consumes a byte at a place where an answer may break the coding's rules, and reports
+// whether it did.
 func (b *Body) stepLax(c byte) bool {
 	was := b.state
 	switch {
 	case was == chunkSize && c == '0' && b.left == 0 && b.digit > 0:
-		// A size may be padded with zeros in front,
+		// A size may have leading zeros,
 	case was == chunkSize && b.digit > 0 && (c == ';' || c == ' ' || c == '\t'):
-		b.state, b.trail = chunkExtension, maxTrailer // and with blanks behind.
+		b.state, b.trail = chunkExtension, maxTrailer // and trailing blanks.
 	case was == chunkExtension && c != '\n':
 		if b.trail--; b.trail < 0 {
 			b.state = bodyBad

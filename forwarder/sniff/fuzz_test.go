@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// FuzzStream gives whatever bytes as the start of a stream, whole and byte by byte: the
-// answer may not depend on how they were cut, and never ask for less than there is.
+// FuzzStream feeds arbitrary bytes as the start of a stream, whole and byte by byte. The answer
+// must not depend on how they are cut, and Stream must never ask for less than it has.
 func FuzzStream(f *testing.F) {
 	sni := hello(f, "example.com", nil)
 	for _, seed := range [][]byte{
@@ -20,7 +20,7 @@ func FuzzStream(f *testing.F) {
 		if len(p) > 2*MaxFirst {
 			return
 		}
-		// What is asked for first, and no more, must be enough to say the same.
+		// The bytes first asked for, and no more, must be enough for the same answer.
 		s, _, err := feed(t, p)
 		if err == nil && s.Kind == None {
 			t.Fatal("nothing is known, and nothing asked for")
@@ -37,8 +37,8 @@ func FuzzStream(f *testing.F) {
 	})
 }
 
-// FuzzInitial gives whatever bytes as datagrams, and, so that they get further than the
-// decryption, as the frames of a packet.
+// FuzzInitial feeds arbitrary bytes as datagrams, and also as the frames of a packet, so that they
+// get past the decryption.
 func FuzzInitial(f *testing.F) {
 	msg := quicHello(f, "quic.example")
 	f.Add(cryptoFrame(0, msg), seal(f, version1, rfcConnID, 1, cryptoFrame(0, msg), 1200))
@@ -67,8 +67,7 @@ func FuzzInitial(f *testing.F) {
 	})
 }
 
-// FuzzParseHead looks for heads that are let through with something in them that two
-// servers could read differently.
+// FuzzParseHead looks for accepted heads that two servers could read differently.
 func FuzzParseHead(f *testing.F) {
 	f.Add([]byte("POST http://a.example:80/x?y HTTP/1.1\r\nHost: A.example\r\nContent-Length: 5\r\n\r\nhello"))
 	f.Add([]byte("CONNECT a.example:443 HTTP/1.0\r\nTransfer_Encoding: chunked\r\n\r\n"))
@@ -103,8 +102,8 @@ func FuzzParseHead(f *testing.F) {
 	})
 }
 
-// FuzzBody compares one Scan of a body with byte by byte, and with what a copy of the
-// state does after less was taken in.
+// FuzzBody compares one Scan of a body with a Scan byte by byte, and with a copy of the state after
+// fewer bytes were consumed.
 func FuzzBody(f *testing.F) {
 	f.Add([]byte("5\r\nhello\r\n0\r\n\r\nGET"), int64(0), 3)
 	f.Add([]byte("hello"), int64(3), 1)
@@ -141,7 +140,7 @@ func FuzzBody(f *testing.F) {
 	})
 }
 
-// FuzzResponses holds whatever a server may say to one rule: how it is cut changes nothing.
+// FuzzResponses holds arbitrary server bytes to one rule: how they are cut changes nothing.
 func FuzzResponses(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), "GET")
 	f.Add([]byte("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), "POST")

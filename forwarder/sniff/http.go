@@ -6,15 +6,15 @@ import (
 	"strings"
 )
 
-// HTTP/1 request heads (RFC 9112). Where its grammar lets an implementation be lenient
-// this one is not: lines that end now in CRLF and now in bare LF, folded lines, blanks before a
-// colon, several Host or Content-Length fields, a Transfer-Encoding other than chunked, or both
-// at once are what request smuggling is made of.
+// HTTP/1 request heads (RFC 9112). Where the grammar lets an implementation be lenient, this one is
+// not. Request smuggling is made of such things: mixed CRLF and bare LF line ends, folded lines,
+// blanks before a colon, several Host or Content-Length fields, a Transfer-Encoding other than
+// chunked, or both at once.
 //
-// A head of which every line ends in bare LF, as people type it into nc, is one if no content
-// follows: a server that takes the first line for one must take the others for lines too, and for
-// one that waits for a CRLF there is nothing in between that was not judged. Empty lines in front
-// of a request line are passed over (section 2.2): some clients end their content by one.
+// A head whose every line ends in bare LF, as people type it into nc, is accepted if no content
+// follows. A server that takes the first line for a line must take the others for lines too, and a
+// server that waits for a CRLF finds nothing in between that was not judged. Empty lines in front
+// of a request line are skipped (section 2.2): some clients end their content with one.
 
 const (
 	preface      = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -25,24 +25,24 @@ const (
 // Request is one HTTP/1 request head.
 type Request struct {
 	Method string
-	// Name is the authority's host, without its port: of the request target if that is
-	// in absolute or authority form, else of Host. Empty if an HTTP/1.0 client sent none.
+	// Name is the authority's host, without its port: from the request target if that is in
+	// absolute or authority form, else from Host. It is empty if an HTTP/1.0 client sent none.
 	Name string
-	// Path is the target's path as it was sent, without its query: "*" for an OPTIONS
-	// of the server, empty for CONNECT.
+	// Path is the target's path as sent, without its query: "*" for an OPTIONS of the server, empty
+	// for CONNECT.
 	Path string
-	// Upgrade is the protocols that it offers to go on with on this connection, each between
-	// commas, in small letters (RFC 9110, section 7.8); empty: none.
+	// Upgrade lists the protocols that the client offers to switch to on this connection, each
+	// between commas, in lower case (RFC 9110, section 7.8). It is empty if there are none.
 	Upgrade string
 	// Override reports that a field asks for another method, path or host.
 	Override bool
-	// Continue reports that the client waits for a 100 before it sends the body (RFC 9110,
-	// section 10.1.1), and sends none if another answer comes first.
+	// Continue reports that the client waits for a 100 before it sends the body (RFC 9110, section
+	// 10.1.1), and sends no body if another answer comes first.
 	Continue bool
 	Body     Body // what follows the head
 }
 
-// firstRequest is ParseHead for bytes that may be no HTTP at all.
+// firstRequest is ParseHead for bytes that may not be HTTP at all.
 func firstRequest(p []byte) (Seen, int, error) {
 	if !mayBeRequest(p) {
 		return Seen{Kind: Opaque}, 0, nil
@@ -55,7 +55,7 @@ func firstRequest(p []byte) (Seen, int, error) {
 	return seen, 0, err
 }
 
-// untilEnd is the least that is missing of a head's last line ends.
+// untilEnd is the least number of bytes missing from the end of the head.
 func untilEnd(p []byte) int {
 	end := "\r\n\r\n"
 	if bytes.IndexByte(p, '\r') < 0 {
@@ -77,12 +77,12 @@ func emptyLines(p []byte) (n int) {
 	return n
 }
 
-// mayBeRequest tells whether p can become a request line.
+// mayBeRequest reports whether p can become a request line.
 func mayBeRequest(p []byte) bool {
 	p = p[emptyLines(p):]
 	line, _, whole := bytes.Cut(p, []byte("\n"))
 	if len(line) == 0 || len(line) == 1 && line[0] == '\r' {
-		return !whole // nothing yet, behind empty lines, or half of one
+		return !whole // nothing yet after empty lines, or half of one
 	}
 	method, rest, ok := bytes.Cut(line, []byte(" "))
 	if len(method) == 0 || len(method) > maxMethodLen || !isToken(method) {
@@ -94,7 +94,7 @@ func mayBeRequest(p []byte) bool {
 	return ok && bytes.Contains(rest, []byte(" HTTP/"))
 }
 
-// ParseHead reads a request head at the front of p and returns its length; 0 if it does
+// ParseHead reads a request head at the front of p and returns its length, or 0 if the head does
 // not end in p. A head longer than MaxHead is refused.
 func ParseHead(p []byte) (r Request, n int, err error) {
 	p = p[:min(len(p), MaxHead)]
@@ -129,7 +129,7 @@ func ParseHead(p []byte) (r Request, n int, err error) {
 	return r, n, nil
 }
 
-// incomplete is the error, if any, of p whose last line does not end.
+// incomplete returns the error, if any, for p, whose last line does not end in it.
 func incomplete(p []byte, line int) error {
 	switch {
 	case line < 0:
@@ -140,7 +140,7 @@ func incomplete(p []byte, line int) error {
 	return nil
 }
 
-// lineEnd is what ends the lines of the head at the front of p.
+// lineEnd returns the line end used by the head at the front of p.
 func lineEnd(p []byte) string {
 	if i := bytes.IndexByte(p, '\n'); i > 0 && p[i-1] != '\r' {
 		return "\n"
@@ -148,8 +148,8 @@ func lineEnd(p []byte) string {
 	return "\r\n"
 }
 
-// nextLine returns the line at the front of p without its end, and its length with it:
-// 0 if it does not end in p, -1 if it ends, or goes on, with anything else.
+// nextLine returns the line at the front of p without its end, and its length with it: 0 if it does
+// not end in p, -1 if it ends, or goes on, with anything else.
 func nextLine(p []byte, end string) ([]byte, int) {
 	line, _, whole := bytes.Cut(p, []byte("\n"))
 	n := 0
@@ -194,13 +194,13 @@ func (r *Request) requestLine(line []byte) (target string, minor byte, ok bool) 
 }
 
 // isMethod reports whether s is a method. Methods are case-sensitive, but not to every server:
-// CONNECT, which is read differently from all others, is one in capital letters only.
+// CONNECT, which is read differently from all others, must be in capitals.
 func isMethod(s string) bool {
 	return s != "" && isToken([]byte(s)) && (s == "CONNECT" || !strings.EqualFold(s, "CONNECT"))
 }
 
-// isTarget reports whether s has the bytes that servers take in a request's target: those of a
-// URI, and what clients leave unencoded, UTF-8 among them.
+// isTarget reports whether s consists of bytes that servers accept in a request's target: those of
+// a URI, and those that clients leave unencoded, UTF-8 among them.
 func isTarget(s string) bool {
 	for _, c := range []byte(s) {
 		if c <= ' ' || c == 0x7f || c == '#' {
@@ -210,7 +210,7 @@ func isTarget(s string) bool {
 	return s != ""
 }
 
-// fields is what of a head's fields decides where the message goes and ends.
+// fields holds the fields of a head that decide where the message goes and ends.
 type fields struct {
 	host, length, coding string
 	hosts, lengths       int
@@ -220,7 +220,7 @@ type fields struct {
 	waits                bool   // as in Request.Continue
 }
 
-// add reads one field line. It reports whether it can be read in one way only.
+// add reads one field line. It reports whether the line can be read in only one way.
 func (f *fields) add(line []byte) bool {
 	name, value, ok := bytes.Cut(line, []byte(":"))
 	if !ok || len(name) == 0 || !isToken(name) { // a folded line begins with a blank
@@ -253,7 +253,7 @@ func (f *fields) add(line []byte) bool {
 	return strings.EqualFold(folded, string(name))
 }
 
-// protocols gives the members of an Upgrade field, each between commas.
+// protocols returns the members of an Upgrade field, each between commas.
 func protocols(value string) (list string) {
 	for _, p := range strings.Split(strings.ToLower(value), ",") {
 		if p = strings.Trim(p, " \t"); p != "" {
@@ -263,7 +263,7 @@ func protocols(value string) (list string) {
 	return list
 }
 
-// finish puts the pieces together.
+// finish fills in r from the target, the version and the fields.
 func (r *Request) finish(target string, minor byte, f *fields) bool {
 	if f.hosts > 1 || f.hosts == 0 && minor > 0 || f.lengths > 1 || f.codings > 1 {
 		return false
@@ -319,7 +319,7 @@ func (r *Request) finish(target string, minor byte, f *fields) bool {
 	return true
 }
 
-// hostOf cuts the port off an authority and looks at what is left.
+// hostOf cuts the port off an authority and checks the rest.
 func hostOf(authority string) (string, bool) {
 	host := authority
 	if strings.HasPrefix(host, "[") {

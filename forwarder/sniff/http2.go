@@ -7,15 +7,14 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// HTTP/2 with prior knowledge (RFC 9113, section 3.3), as its client speaks it: the
-// preface, SETTINGS, and then frames. Where one frame ends and the next begins is said by
-// their lengths alone; what a frame must hold is looked at as far as a server could
-// otherwise see another border, or another request, than we do. The rest, a server
-// finds out by itself.
+// HTTP/2 with prior knowledge (RFC 9113, section 3.3), as its client speaks it: the preface,
+// SETTINGS, and then frames. The lengths alone say where one frame ends and the next begins. A
+// frame's content is checked only so far that a server cannot see another boundary, or another
+// request, than we do. The rest is left to the server.
 
 const (
 	frameHeader = 9
-	frameMax    = 1 << 14 // of those whose content is read here
+	frameMax    = 1 << 14 // for frames whose content is read here
 
 	frameData         = 0
 	frameHeaders      = 1
@@ -35,42 +34,42 @@ const (
 	flagHasPriority = 32
 )
 
-// FrameLook is how many bytes Frames.Next wants to see at most.
+// FrameLook is the most bytes that Frames.Next needs to see.
 const FrameLook = frameHeader + 1
 
 // Preface is how many bytes come before the first frame.
 const Preface = len(preface)
 
-// IsPreface reports whether p, of at most Preface bytes, is the preface's start.
+// IsPreface reports whether p, of at most Preface bytes, is the start of the preface.
 func IsPreface(p []byte) bool { return strings.HasPrefix(preface, string(p)) }
 
-// Frame is one frame of a client.
+// Frame is one frame from a client.
 type Frame struct {
-	Size   int    // all of it
-	Stream uint32 // 0: the connection's
+	Size   int    // the whole frame
+	Stream uint32 // 0: the connection
 	Fields bool   // it begins a header block, which Frames.Fields reads
 	Ack    bool   // it acknowledges SETTINGS
 	Ping   bool   // it asks for an answer
 	Data   int    // bytes of a request's content
-	End    bool   // the request ends with it
-	Reset  bool   // the stream does
+	End    bool   // it ends the request
+	Reset  bool   // it ends the stream
 }
 
-// Frames walks what a client sends behind the preface. The zero value stands before the
+// Frames walks the frames that a client sends after the preface. The zero value stands before the
 // first frame.
 type Frames struct {
 	settled bool   // the first frame was SETTINGS
-	last    uint32 // the highest stream that began
+	last    uint32 // the highest stream begun
 	decoder *hpack.Decoder
 	fields  fieldList
 }
 
-// Begin has the stream begun, by a request that came as HTTP/1.
+// Begin marks the stream as begun, by a request that came as HTTP/1.
 func (f *Frames) Begin(stream uint32) { f.last = stream }
 
-// Next looks at the frame whose start is at the front of p. If that is not enough of it,
-// need says how many bytes, at most FrameLook, must be there. Of a frame that was looked
-// at, all Size bytes are to be skipped; of one with Fields, those that Fields says.
+// Next looks at the frame at the front of p. If p holds too little of it, need says how many bytes,
+// at most FrameLook, there must be. The caller then skips all Size bytes of the frame or, if Fields
+// is set, as many as the method Fields returns.
 func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
 	if len(p) < frameHeader {
 		return fr, frameHeader, nil
@@ -105,24 +104,24 @@ func (f *Frames) Next(p []byte) (fr Frame, need int, err error) {
 		fr.Ack = flags&flagAck != 0
 	case framePing:
 		fr.Ping = flags&flagAck == 0
-	case framePush, frameContinue: // a client pushes nothing; and Fields takes those of a block
+	case framePush, frameContinue: // a client pushes nothing, and Fields takes the continuations of a block
 		return fr, 0, ErrMalformed
 	}
 	return fr, 0, nil
 }
 
-// length is what a frame's header says of what follows it.
+// length is the payload length in a frame's header.
 func length(header []byte) int { return int(header[0])<<16 | int(header[1])<<8 | int(header[2]) }
 
-// streamOf is the stream that a frame's header names. The bit before it is reserved, and ignored
-// (RFC 9113, section 4.1).
+// streamOf is the stream in a frame's header. The bit before it is reserved, and ignored (RFC 9113,
+// section 4.1).
 func streamOf(header []byte) uint32 { return binary.BigEndian.Uint32(header[5:]) &^ (1 << 31) }
 
-// Last is the highest stream that began.
+// Last is the highest stream begun.
 func (f *Frames) Last() uint32 { return f.last }
 
-// belongs tells whether frames of the type may be about the stream: one that began, by
-// the client if it sends something on it; or the connection.
+// belongs reports whether frames of the type may be about the stream: the connection, or a stream
+// begun, and begun by the client if the frame sends something on it.
 func (f *Frames) belongs(typ byte, id uint32) bool {
 	switch typ {
 	case frameData:
@@ -141,8 +140,8 @@ func (f *Frames) belongs(typ byte, id uint32) bool {
 	return true
 }
 
-// fits tells whether a frame of the type has n bytes. Of DATA that is for the server to
-// say, who announces how much it takes, and of types that nobody knows too.
+// fits reports whether a frame of the type may have n bytes. The length of DATA is left to the
+// server, which announces how much it accepts, and so is that of unknown types.
 func fits(typ, flags byte, n int) bool {
 	switch typ {
 	case frameData:
@@ -163,9 +162,9 @@ func fits(typ, flags byte, n int) bool {
 	return true
 }
 
-// Fields reads the header block at the front of p, in HEADERS and CONTINUATION frames.
-// If it does not end in p, need says how many bytes there must be to go on, and nothing
-// was read. A block of more than MaxFirst bytes is refused. It is to be asked once for each.
+// Fields reads the header block at the front of p, in HEADERS and CONTINUATION frames. If it does
+// not end in p, need says how many bytes there must be to go on, and nothing was read. A block of
+// more than MaxFirst bytes is refused. Fields must read each block exactly once.
 func (f *Frames) Fields(p []byte) (req StreamRequest, need int, err error) {
 	id := streamOf(p)
 	for off := 0; ; {
@@ -205,7 +204,7 @@ func (f *Frames) Fields(p []byte) (req StreamRequest, need int, err error) {
 	return req, 0, nil
 }
 
-// decode has the fields of a whole block collected.
+// decode collects the fields of a whole block.
 func (f *Frames) decode(p []byte) error {
 	f.fields.reset()
 	if f.decoder == nil {
@@ -268,8 +267,8 @@ func firstStream(p []byte) (Seen, int, error) {
 	}
 }
 
-// OnlyAck reports whether a server's frame with this header is an acknowledgement of SETTINGS,
-// which has no content.
+// OnlyAck reports whether a server's frame with this header acknowledges SETTINGS, which has no
+// content.
 func OnlyAck(header []byte) bool {
 	return length(header) == 0 && header[3] == frameSettings && header[4]&flagAck != 0
 }
@@ -280,10 +279,10 @@ func FrameSize(header []byte) int { return frameHeader + length(header) }
 // FrameHeader is the length of a frame's header.
 const FrameHeader = frameHeader
 
-// FrameEnds finds the places between the frames that an HTTP/2 server sends. It holds no
-// more than the start of a frame.
+// FrameEnds finds the boundaries between the frames that an HTTP/2 server sends. It holds no more
+// than the start of a frame.
 type FrameEnds struct {
-	// Ended, if it is set, is told of streams on which nothing more follows.
+	// Ended, if set, is called with each stream on which nothing more follows.
 	Ended func(stream uint32, reset bool)
 
 	head  [frameHeader]byte
@@ -293,7 +292,7 @@ type FrameEnds struct {
 	begun bool
 }
 
-// Feed takes in what the server sent.
+// Feed consumes bytes that the server sent.
 func (e *FrameEnds) Feed(p []byte) {
 	for len(p) > 0 {
 		if e.left > 0 {
@@ -322,8 +321,8 @@ func (e *FrameEnds) Feed(p []byte) {
 	}
 }
 
-// Until is how many bytes there are at least before a frame of somebody else may be put
-// between; 0: here it may.
+// Until is the least number of bytes left before a frame from another sender may be inserted; 0
+// means that it may be inserted here.
 func (e *FrameEnds) Until() int {
 	switch {
 	case e.left > 0:
@@ -334,5 +333,5 @@ func (e *FrameEnds) Until() int {
 	return 0
 }
 
-// Begun tells whether the server has sent a frame.
+// Begun reports whether the server has sent a frame.
 func (e *FrameEnds) Begun() bool { return e.begun }

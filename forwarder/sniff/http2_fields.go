@@ -6,49 +6,49 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// The fields of an HTTP/2 request (RFC 9113, sections 8.2 and 8.3). A server may pass
-// them on as HTTP/1, so that what would mean something else there is refused here: fields
-// of the connection, line ends, a length that the content does not have.
+// The fields of an HTTP/2 request (RFC 9113, sections 8.2 and 8.3). A server may pass them on as
+// HTTP/1, so anything that would change its meaning there is refused here: connection fields, line
+// ends, and a length that the content does not have.
 
 const (
 	// hpackTable is how large the client's table is before the server says otherwise.
 	hpackTable = 4096
-	// maxHpackTable bounds what the server may allow. The client says on the stream how
-	// much of it it uses, and the smaller of two tables holds what is newest in the
-	// larger, so that what an index means does not depend on what the server said.
+	// maxHpackTable bounds the table size that the server may allow. The client says on the stream
+	// how much of it it uses. The smaller of two tables holds the newest entries of the larger, so
+	// the meaning of an index does not depend on what the server allowed.
 	maxHpackTable = 64 << 10
-	// maxFieldLen bounds a name and a value, maxFieldList all of them, each counted with
-	// 32 bytes more (RFC 9113, section 6.5.2).
+	// maxFieldLen bounds a name and a value, and maxFieldList all of them together, each counted
+	// with 32 bytes more (RFC 9113, section 6.5.2).
 	maxFieldLen  = 8 << 10
 	maxFieldList = 64 << 10
 )
 
-// StreamRequest is a header block of an HTTP/2 client.
+// StreamRequest is a header block from an HTTP/2 client.
 type StreamRequest struct {
 	Size     int // of its frames
 	Stream   uint32
 	End      bool // nothing follows it
-	Trailers bool // it is no request, but ends one
+	Trailers bool // it ends a request and begins none
 
 	Method string
-	// Name is the host of :authority, or else of Host, without its port. Empty if
-	// there is neither.
+	// Name is the host of :authority, or else of Host, without its port. It is empty if there is
+	// neither.
 	Name string
-	// Path is as it was sent, without its query: "*" for an OPTIONS of the server, empty
-	// for CONNECT.
+	// Path is the path as sent, without its query: "*" for an OPTIONS of the server, empty for
+	// CONNECT.
 	Path    string
 	Upgrade bool // it asks for another protocol on its stream (RFC 8441)
 	// Override reports that a field asks for another method, path or host.
 	Override bool
 	GRPC     bool  // the answer is read as gRPC's
-	Length   int64 // of the content; -1: not said
+	Length   int64 // of the content; -1: not given
 }
 
 // fieldList collects the fields of one block.
 type fieldList struct {
 	values   map[string]string // those of interest
 	size     int
-	regular  bool // a field came that is no pseudo-header
+	regular  bool // a field that is not a pseudo-header has come
 	pseudo   bool
 	override bool
 	bad      bool
@@ -62,7 +62,7 @@ func (l *fieldList) reset() {
 	*l = fieldList{values: l.values}
 }
 
-// add takes in one field.
+// add collects one field.
 func (l *fieldList) add(f hpack.HeaderField) {
 	if l.size += int(f.Size()); l.size > maxFieldList {
 		l.bad = true
@@ -111,15 +111,14 @@ func (l *fieldList) add(f hpack.HeaderField) {
 	}
 }
 
-// once keeps a field of which there may be one.
+// once keeps a field that may occur only once.
 func (l *fieldList) once(f hpack.HeaderField) {
 	_, twice := l.values[f.Name]
 	l.bad = l.bad || twice
 	l.values[f.Name] = f.Value
 }
 
-// finish puts the pieces together. A block on a stream that has begun before is the
-// request's end.
+// finish fills in r. A block on a stream that has begun before ends its request.
 func (l *fieldList) finish(r *StreamRequest, again bool) bool {
 	if l.bad {
 		return false

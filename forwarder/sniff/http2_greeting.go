@@ -2,9 +2,9 @@ package sniff
 
 import "encoding/binary"
 
-// A client of HTTP/2 may wait for its SETTINGS to be acknowledged, and ask whether anybody is
-// there, before it makes a request. What it hears then, while none of its frames has reached a
-// server, is an endpoint's whose every limit is the protocol's default (RFC 9113, section 6.5).
+// A client of HTTP/2 may wait for its SETTINGS to be acknowledged, and for an answer to PING,
+// before it makes a request. Until its frames reach a server, we answer as an endpoint whose every
+// limit is the protocol's default (RFC 9113, section 6.5).
 
 const (
 	settingPush      = 2
@@ -18,14 +18,14 @@ const (
 // EmptySettings is a SETTINGS frame that announces nothing.
 const EmptySettings = "\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
-// What acknowledges SETTINGS, and the header of what answers PING.
+// The acknowledgement of SETTINGS, and the header of the answer to PING.
 const (
 	settingsAck = "\x00\x00\x00\x04\x01\x00\x00\x00\x00"
 	pingAck     = "\x00\x00\x08\x06\x01\x00\x00\x00\x00"
 )
 
-// Greeting follows what a client says before its first request. The zero value has heard
-// nothing.
+// Greeting answers the frames that a client sends before its first request. The zero value has
+// heard nothing.
 type Greeting struct {
 	frames   Frames
 	heard    int
@@ -33,16 +33,17 @@ type Greeting struct {
 	window   int64 // that the client has added to the connection's
 }
 
-// Heard is how many bytes, the preface among them, were answered if they wanted an answer.
+// Heard is the number of bytes, including the preface, that have been read and, where they ask for
+// an answer, answered.
 func (g *Greeting) Heard() int { return g.heard }
 
-// Settings is how many SETTINGS frames were acknowledged. With the first one the client was sent
-// SETTINGS, which it acknowledges.
+// Settings is how many SETTINGS frames were acknowledged. With the first acknowledgement the client
+// is also sent SETTINGS, which it acknowledges.
 func (g *Greeting) Settings() int { return g.settings }
 
-// Hear returns what a server would say to the frames in p, which is all that the client has sent,
-// from the preface to at most the first header block, beyond what was heard before. A server that
-// saw them would end the connection at an error.
+// Hear returns a server's answer to the frames in p that it has not heard before. p holds
+// everything that the client has sent, from the preface to at most the first header block. At an
+// error, a server that saw the frames would end the connection.
 func (g *Greeting) Hear(p []byte) (say []byte, err error) {
 	if len(p) < len(preface) || !hasPrefix(p, preface) {
 		return nil, nil
@@ -64,7 +65,7 @@ func (g *Greeting) Hear(p []byte) (say []byte, err error) {
 	}
 }
 
-// answer appends what is said to one frame.
+// answer appends the answer to one frame.
 func (g *Greeting) answer(say, frame []byte, fr Frame) ([]byte, error) {
 	content := frame[frameHeader:]
 	switch typ := frame[3]; {
@@ -90,12 +91,12 @@ func (g *Greeting) answer(say, frame []byte, fr Frame) ([]byte, error) {
 		return say, ErrMalformed // a stream that depends on itself
 	}
 	if fr.Stream != 0 && (frame[3] == frameWindowUpdate || frame[3] == frameReset) {
-		return say, ErrMalformed // of a stream that nobody has begun
+		return say, ErrMalformed // on a stream that has not begun
 	}
 	return say, nil
 }
 
-// checkSettings looks for values that no server takes (RFC 9113, section 6.5.2).
+// checkSettings rejects values that no server accepts (RFC 9113, section 6.5.2).
 func checkSettings(content []byte) error {
 	for ; len(content) > 0; content = content[6:] {
 		value := binary.BigEndian.Uint32(content[2:])

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// FuzzGreeting holds what is said to a client to what it asked: one acknowledgement for each of its
-// SETTINGS, one answer for each of its PINGs, in their order, whatever pieces they come in.
+// FuzzGreeting checks that the answers match the client's frames: one acknowledgement for each
+// SETTINGS and one answer for each PING, in order, however the frames are cut.
 func FuzzGreeting(f *testing.F) {
 	settings, ping := frame(frameSettings, 0, 0, []byte{0, 3, 0, 0, 0, 100}), frame(framePing, 0, 0, []byte("12345678"))
 	for _, seed := range [][]byte{

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// walkFrames has Frames read all of p and yields each frame, and the request that it begins
-// if it does. It stops at what is malformed or does not end.
+// walkFrames has Frames read all of p and yields each frame, with the request that it begins, if
+// any. It stops at the first frame that is malformed or does not end.
 func walkFrames(t testing.TB, p []byte, yield func(at int, fr Frame, req StreamRequest)) error {
 	t.Helper()
 	var f Frames
@@ -45,8 +45,8 @@ func request(kv ...string) []byte {
 	return headers(append([]string{":method", "GET", ":scheme", "http", ":authority", "a.example", ":path", "/"}, kv...)...)
 }
 
-// FuzzFrames holds the walk to what the reader of golang.org/x/net makes of the same bytes:
-// whatever we let pass, it must read as the same frames and the same requests.
+// FuzzFrames compares the walk with the golang.org/x/net reader: it must read any bytes that we let
+// pass as the same frames and the same requests.
 func FuzzFrames(f *testing.F) {
 	settings := frame(frameSettings, 0, 0, []byte{0, 3, 0, 0, 0, 100})
 	for _, seed := range [][]byte{
@@ -76,8 +76,8 @@ func FuzzFrames(f *testing.F) {
 			}
 			got, err := theirs.ReadFrame()
 			if err != nil {
-				// It looks at values too that are the server's business, and into frames
-				// that came later.
+				// It also checks values that are left to the server, and frames that were defined
+				// later.
 				typ := p[at+3]
 				if gone = typ == frameSettings || typ == frameWindowUpdate || typ > frameContinue; !gone {
 					t.Fatalf("%+v %+v at %d is let through, theirs: %v", fr, req, at, err)
@@ -113,7 +113,7 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// sameRequest compares a request with the fields that somebody else has read.
+// sameRequest compares a request with the fields that the other reader found.
 func sameRequest(t *testing.T, req StreamRequest, theirs *http2.MetaHeadersFrame) {
 	t.Helper()
 	if req.Trailers {
@@ -141,8 +141,8 @@ func sameRequest(t *testing.T, req StreamRequest, theirs *http2.MetaHeadersFrame
 	}
 }
 
-// FuzzFrameEnds compares the ends that are found byte by byte, and at once, with those that
-// can be seen when everything is there.
+// FuzzFrameEnds compares the boundaries found byte by byte, and all at once, with those visible
+// when everything is there.
 func FuzzFrameEnds(f *testing.F) {
 	f.Add(bytes.Join([][]byte{frame(frameSettings, 0, 0, nil), frame(frameHeaders, 0, 1, []byte("abc")), frame(frameContinue, flagEndHeaders, 1, nil), frame(frameData, flagEndStream, 1, []byte("x"))}, nil), 7)
 	f.Fuzz(func(t *testing.T, p []byte, cut int) {
@@ -189,7 +189,7 @@ func TestFrameEndsTellsWhichStreamsEnded(t *testing.T) {
 	}
 }
 
-// first is a connection whose first request is said by these frames.
+// first starts a connection whose first request consists of these frames.
 func first(frames ...[]byte) []byte {
 	return bytes.Join(append([][]byte{[]byte(preface), frame(frameSettings, 0, 0, nil)}, frames...), nil)
 }
@@ -228,7 +228,7 @@ func TestHeaderBlocksAreBounded(t *testing.T) {
 	}
 }
 
-// TestWhatAConnectionKeeps bounds the memory of a table that is filled with what costs most.
+// TestWhatAConnectionKeeps bounds the memory of a table filled with the most expensive entries.
 func TestWhatAConnectionKeeps(t *testing.T) {
 	block := append([]byte{0x3f, 0xe1, 0xff, 0x03}, request()...)
 	var filled [][]byte

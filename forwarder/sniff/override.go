@@ -5,24 +5,24 @@ import (
 	"strings"
 )
 
-// Fields by which a client asks for another method, path or host than its request says.
-// No standard has most of them: frameworks and gateways take them from each other, and
-// many a server believes them from everybody. A rule for requests would judge what the
-// server does not do.
+// Fields by which a client asks for another method, path or host than its request line names. Most
+// are in no standard: frameworks and gateways copy them from each other, and many servers believe
+// them from any client. A rule for requests would then judge something other than what the server
+// does.
 
-// overrideNames are such fields; overridePrefixes and overrideSuffix are the ways in which
-// such fields are named.
+// overrideNames are such fields; overridePrefixes and overrideSuffix are naming patterns of such
+// fields.
 var (
 	overrideNames    = []string{"forwarded", "x-host", "x-url", "x-uri", "x-backend-host", "x-proxy-url", "x-unencoded-url", "x-waws-unencoded-url", "-method"}
 	overridePrefixes = []string{"x-original-", "x-rewrite-", "x-override-", "x-http-method", "x-method", "x-http-verb", "x-http-host", "x-envoy-original-"}
 	overrideSuffix   = "-override"
 
-	// forwardedFrom are the fields named x-forwarded- that say where a request comes
-	// from and not where it goes.
+	// forwardedFrom are the x-forwarded- fields that say where a request comes from, not where it
+	// goes.
 	forwardedFrom = []string{"for", "proto", "port", "scheme", "ssl", "by", "client-cert"}
 )
 
-// overrides reports whether a field, by its folded name, asks for another request.
+// overrides reports whether a field, given its folded name, asks for another request.
 func overrides(name string) bool {
 	if rest, ok := strings.CutPrefix(name, "x-forwarded-"); ok {
 		return !slices.Contains(forwardedFrom, rest)
@@ -31,8 +31,8 @@ func overrides(name string) bool {
 		slices.ContainsFunc(overridePrefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 }
 
-// fold gives a field's name as gateways to CGI and its kin can no longer tell it from
-// others: in small letters, with '-' for what is neither a letter nor a digit.
+// fold returns a field's name in the form in which CGI gateways and the like can no longer tell it
+// from others: in lower case, with '-' for every character that is neither a letter nor a digit.
 func fold(name string) string {
 	return strings.Map(func(r rune) rune {
 		switch {
@@ -45,9 +45,9 @@ func fold(name string) string {
 	}, name)
 }
 
-// mayTrail reports whether a field may come behind the content: it decides neither where
-// the message goes nor where it ends, even for a server that adds it to those of the head
-// (RFC 9110, section 6.5.1).
+// mayTrail reports whether a field may follow the content: it decides neither where the message
+// goes nor where it ends, even for a server that merges it into the head's fields (RFC 9110,
+// section 6.5.1).
 func mayTrail(name string) bool {
 	name = fold(name)
 	switch name {

@@ -2,40 +2,40 @@ package sniff
 
 import "errors"
 
-// What a QUIC client says before the handshake (RFC 9000, sections 12.2 and 17.2; RFC 9369).
+// QUIC packets that a client sends before the handshake (RFC 9000, sections 12.2 and 17.2; RFC
+// 9369).
 //
-// A datagram is taken apart as a server does it (Split): one or more packets with long
-// headers, then perhaps one with a short header, which goes to the datagram's end. The
-// server finds the connection by the first packet's destination connection ID. Which keys
-// open the Initial packets depends on the connection, so that the caller has to know whose
-// ID it is: the client's first one, from which the keys follow, or one that the server has
-// chosen since (SourceIDs).
+// A datagram is taken apart as a server does it (Split): one or more packets with long headers,
+// then perhaps one with a short header, which goes to the datagram's end. The server finds the
+// connection by the first packet's destination connection ID. The keys of the Initial packets
+// depend on the connection, so the caller must know what ID it is: the client's first one, from
+// which the keys follow, or one that the server has chosen since (SourceIDs).
 //
 // Initial is one connection. Its ClientHello comes in CRYPTO frames of any size and order, in
-// several packets and datagrams, some of which may never arrive at the server. So every byte
-// that was said stays, and must be the same whenever it is said again. What the server puts
-// together is then always a part of what was read here.
+// several packets and datagrams, some of which may never reach the server. So every byte that was
+// sent is kept, and must be the same whenever it is sent again. The server then always assembles a
+// part of the stream that was read here.
 
 const (
 	maxConnID = 20
-	// maxPackets bounds the packets with long headers of one datagram.
+	// maxPackets bounds the long-header packets in one datagram.
 	maxPackets = 16
-	// numberWindow is how far the packet numbers of a connection's Initial packets may be
-	// from the first one's. It bounds the Initial packets of a connection, and the numbers
-	// that a server may take a shortened one for.
+	// numberWindow is how far the packet numbers of a connection's Initial packets may be from the
+	// first one's. It bounds the number of Initial packets of a connection, and the numbers for
+	// which a server may take a shortened one.
 	numberWindow = 128
 )
 
-// errUnreadable is said of datagrams in which a server might find a connection that cannot
-// be read here: of a version that is not known, cut, for several connections at once, or of
+// errUnreadable is returned for datagrams in which a server might find a connection that cannot be
+// read here: cut ones, and those of an unknown version, for several connections at once, or of
 // types that only servers send.
 var errUnreadable = errors.New("long-header packets that cannot be read")
 
-// LongHeader reports whether a datagram begins with a long header. No other can begin a
-// connection. Nearly all of an established connection's datagrams have a short one.
+// LongHeader reports whether a datagram begins with a long header. No other can begin a connection.
+// Nearly all datagrams of an established connection have a short one.
 func LongHeader(p []byte) bool { return len(p) > 0 && p[0]&0x80 != 0 }
 
-// Datagram is a datagram that begins with a long header. It refers to the bytes that were split.
+// Datagram is a datagram that begins with a long header. It refers to the bytes passed to Split.
 type Datagram struct {
 	ID    []byte // the destination connection ID of all its packets
 	Early bool   // some carry 0-RTT data
@@ -44,15 +44,15 @@ type Datagram struct {
 	initials []longPacket
 }
 
-// Initial reports whether there are Initial packets in it.
+// Initial reports whether the datagram has Initial packets.
 func (d *Datagram) Initial() bool { return len(d.initials) > 0 }
 
 type longPacket struct {
 	bytes []byte
-	at    int // the place of the packet number
+	at    int // offset of the packet number
 }
 
-// longHeader reads what all versions share (RFC 8999, section 5.1).
+// longHeader reads the part that all versions share (RFC 8999, section 5.1).
 func (c *cursor) longHeader() (first byte, version uint32, id, source []byte) {
 	first, version = byte(c.uint(1)), uint32(c.uint(4))
 	return first, version, c.vector(1), c.vector(1)
@@ -98,8 +98,8 @@ func Split(p []byte) (d Datagram, err error) {
 	return d, nil
 }
 
-// SourceIDs yields the connection IDs that a server has chosen in a datagram of its own. The
-// one of a Retry is left out: the client begins anew with it, and new keys.
+// SourceIDs yields the connection IDs that a server has chosen in a datagram of its own. A Retry's
+// is left out: the client starts over with it, and with new keys.
 func SourceIDs(p []byte, yield func(id []byte)) {
 	for n := 0; LongHeader(p) && n < maxPackets; n++ {
 		c := cursor{b: p}
@@ -122,17 +122,17 @@ func SourceIDs(p []byte, yield func(id []byte)) {
 type Initial struct {
 	id    []byte
 	keys  map[uint32]*initialKeys // by version: it may change under way (RFC 9368)
-	first int64                   // the first packet number, -1 before it
-	said  Seen                    // by the first ClientHello
-	whole int                     // the bytes of the whole ClientHellos at the stream's front
-	err   error                   // what broke it, for ever
+	first int64                   // the first packet number; -1 before there is one
+	said  Seen                    // from the first ClientHello
+	whole int                     // bytes of whole ClientHellos at the stream's front
+	err   error                   // the error that broke it; permanent
 
-	crypto []byte // the handshake stream as far as anything of it came
+	crypto []byte // the handshake stream, up to the last byte received
 	front  int    // how many of its bytes came without a gap
-	have   []bool // which of those behind front did
+	have   []bool // which bytes after front have come
 }
 
-// NewInitial is the connection that a client begins with a connection ID.
+// NewInitial returns the connection that a client begins with a connection ID.
 func NewInitial(id []byte) *Initial {
 	return &Initial{id: append([]byte(nil), id...), keys: make(map[uint32]*initialKeys, 1), first: -1}
 }
@@ -140,7 +140,7 @@ func NewInitial(id []byte) *Initial {
 // Size is how many bytes of the handshake stream are kept, at most MaxFirst.
 func (q *Initial) Size() int { return len(q.crypto) }
 
-// Opened is what the Initial packets of a datagram carry.
+// Opened holds the contents of a datagram's Initial packets.
 type Opened struct {
 	first  int64
 	frames [][]byte
@@ -151,10 +151,10 @@ type Opened struct {
 // Whole reports whether every Initial packet of the datagram is the connection's.
 func (o *Opened) Whole() bool { return o.closed == 0 && !o.far }
 
-// Any reports whether any of them is.
+// Any reports whether any Initial packet is the connection's.
 func (o *Opened) Any() bool { return len(o.frames) > 0 }
 
-// Open opens the Initial packets of a datagram by the connection's keys.
+// Open decrypts the Initial packets of a datagram with the connection's keys.
 func (q *Initial) Open(d *Datagram) Opened {
 	keys := q.keys[d.version]
 	if keys == nil {
@@ -171,8 +171,8 @@ func (q *Initial) Open(d *Datagram) Opened {
 	return o
 }
 
-// open tries every number that a server may take the packet's for, whichever of the numbers
-// in the window it has seen.
+// open tries every number that a server may take for the packet's, whichever of the numbers in the
+// window it has seen.
 func (o *Opened) open(keys *initialKeys, p longPacket) {
 	s := keys.unmask(p.bytes, p.at)
 	tried := [3]int64{s.numberAfter(-1), -1, -1}
@@ -197,9 +197,9 @@ func (o *Opened) open(keys *initialKeys, p longPacket) {
 	o.closed++
 }
 
-// Add takes in what was opened. The datagram may go on to the server once the ClientHellos
-// are whole as far as its bytes go: Whole() >= end. An error, which stays for all that
-// comes later, says that it never may.
+// Add reads the packets in o. The datagram may go on to the server once the ClientHellos are whole
+// as far as its bytes reach: Whole() >= end. An error means that it never may; it is returned for
+// all later datagrams too.
 func (q *Initial) Add(o Opened) (end int, err error) {
 	if q.first < 0 {
 		q.first = o.first
@@ -218,11 +218,11 @@ func (q *Initial) Add(o Opened) (end int, err error) {
 // Whole is how many bytes of the handshake stream are whole ClientHellos.
 func (q *Initial) Whole() int { return q.whole }
 
-// Said is what the first ClientHello said, of Kind None as long as it is not whole. Those
-// after it, as a HelloRetryRequest asks for, say the same.
+// Said returns what the first ClientHello reveals, of Kind None until it is whole. Later ones,
+// which a HelloRetryRequest asks for, say the same.
 func (q *Initial) Said() Seen { return q.said }
 
-// Err is what broke the connection.
+// Err returns the error that broke the connection.
 func (q *Initial) Err() error { return q.err }
 
 // hellos reads the ClientHellos that became whole.
@@ -251,8 +251,9 @@ func (q *Initial) hellos() error {
 	return nil
 }
 
-// frames takes the handshake's bytes out of a packet's frames, which are those that a client
-// may send there (RFC 9000, section 12.4), and returns where they end, if that is beyond end.
+// frames takes the handshake's bytes out of a packet's frames, of which it accepts those that a
+// client may send there (RFC 9000, section 12.4). It returns where the bytes end, if that is beyond
+// end.
 func (q *Initial) frames(p []byte, end int) (int, error) {
 	if len(p) == 0 {
 		return end, ErrMalformed
@@ -287,7 +288,7 @@ func (q *Initial) frames(p []byte, end int) (int, error) {
 			if len(data) > 0 {
 				end = max(end, offset+len(data))
 			}
-		case 0x1c: // CONNECTION_CLOSE, of the transport
+		case 0x1c: // CONNECTION_CLOSE of the transport
 			c.varint()
 			c.varint()
 			c.take(c.varint())
@@ -301,7 +302,7 @@ func (q *Initial) frames(p []byte, end int) (int, error) {
 	return end, nil
 }
 
-// put notes bytes of the handshake stream. A byte that came before must be the same.
+// put stores bytes of the handshake stream. A byte that came before must be the same.
 func (q *Initial) put(offset int, data []byte) error {
 	if len(data) == 0 {
 		return nil
@@ -333,7 +334,8 @@ func (q *Initial) put(offset int, data []byte) error {
 	return nil
 }
 
-// varint is a number as in RFC 9000, section 16. What does not fit an int is an overrun.
+// varint reads a number as in RFC 9000, section 16. A number that does not fit an int is an
+// overrun.
 func (c *cursor) varint() int {
 	if len(c.b) == 0 {
 		c.bad = true

@@ -7,15 +7,15 @@ import (
 	"crypto/sha256"
 )
 
-// The keys of Initial packets (RFC 9001, sections 5.2 to 5.4; RFC 9369, section 3.3). They
-// follow from a connection ID that everyone on the way can read.
+// The keys of Initial packets (RFC 9001, sections 5.2 to 5.4; RFC 9369, section 3.3). They are
+// derived from a connection ID that everyone on the path can read.
 
 const (
 	version1 = 0x00000001
 	version2 = 0x6b3343cf
-	// versionDraft2 is version 2 as its drafts had it, which Debian 12's ngtcp2 speaks. Its salt
-	// is another one. Servers of the first drafts, which numbered the packet types as version 1
-	// does, are told no hello: their Initial packets are taken for a Retry, which is refused.
+	// versionDraft2 is version 2 as in its drafts, which Debian 12's ngtcp2 speaks. It has another
+	// salt. Servers of the first drafts, which numbered the packet types as version 1 does, never
+	// get a hello: their Initial packets are taken for a Retry, which is refused.
 	versionDraft2 = 0x709a50c4
 
 	tagLen    = 16
@@ -25,8 +25,8 @@ const (
 // quicVersion is a version whose Initial packets can be opened.
 type quicVersion struct {
 	salt []byte
-	// initial is the type of an Initial packet, in bits 4 and 5. Those of 0-RTT, Handshake
-	// and Retry follow it, modulo 4.
+	// initial is the type of an Initial packet, in bits 4 and 5. 0-RTT, Handshake and Retry follow
+	// it, modulo 4.
 	initial     byte
 	key, iv, hp string
 }
@@ -95,14 +95,14 @@ func expandLabel(secret []byte, label string, n int) ([]byte, error) {
 type sealedPacket struct {
 	head    []byte // a copy, which is also the additional data
 	sealed  []byte
-	number  int64 // as much of it as the packet carries
+	number  int64 // the part of it that the packet carries
 	numLen  int
 	keys    *initialKeys
-	opening []byte // room for what is opened
+	opening []byte // room for the decrypted bytes
 }
 
-// unmask removes the header protection of a packet whose packet number is at at, and after
-// which there are a sample and a tag. The packet itself is left as it is.
+// unmask removes the header protection of a packet whose packet number is at offset at, with a
+// sample and a tag after it. The packet itself is left unchanged.
 func (k *initialKeys) unmask(p []byte, at int) sealedPacket {
 	var mask [aes.BlockSize]byte
 	k.hp.Encrypt(mask[:], p[at+4:at+4+sampleLen])
@@ -117,8 +117,8 @@ func (k *initialKeys) unmask(p []byte, at int) sealedPacket {
 	return s
 }
 
-// numberAfter is the packet number in full, where largest is the one before it, or -1 (RFC
-// 9000, appendix A.3).
+// numberAfter returns the full packet number, where largest is the one before it, or -1 (RFC 9000,
+// appendix A.3).
 func (s *sealedPacket) numberAfter(largest int64) int64 {
 	expected, window := largest+1, int64(1)<<(8*s.numLen)
 	n := expected&^(window-1) | s.number
@@ -131,8 +131,8 @@ func (s *sealedPacket) numberAfter(largest int64) int64 {
 	return n
 }
 
-// open removes the encryption. Under one key no packet opens by two numbers: its tag is a
-// sum to which each nonce adds another block.
+// open decrypts the packet. Under one key no packet opens with two numbers: its tag is a sum to
+// which each nonce adds another block.
 func (s *sealedPacket) open(number int64) ([]byte, bool) {
 	var nonce [12]byte
 	copy(nonce[:], s.keys.iv)

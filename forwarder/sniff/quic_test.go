@@ -27,7 +27,7 @@ func sealHead(t testing.TB, version uint32, connID []byte, number uint32, frames
 	return protect(t, version, connID, b, int64(number), 4, frames)
 }
 
-// sealNumber says only n bytes of the packet number.
+// sealNumber makes a packet that carries only n bytes of its number.
 func sealNumber(t testing.TB, connID []byte, number int64, n int, frames []byte) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{0xc0 | byte(n-1)}, version1)
 	b = append(append(b, byte(len(connID))), connID...)
@@ -64,7 +64,7 @@ func cryptoFrame(offset int, data []byte) []byte {
 	return append(binary.BigEndian.AppendUint16(b, 0x4000|uint16(len(data))), data...)
 }
 
-// quicHello is what Go's QUIC client says first.
+// quicHello returns the first bytes of Go's QUIC client.
 func quicHello(t testing.TB, name string) []byte {
 	t.Helper()
 	c := tls.QUICClient(&tls.QUICConfig{TLSConfig: &tls.Config{ServerName: name, MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}})
@@ -83,12 +83,12 @@ func quicHello(t testing.TB, name string) []byte {
 	}
 }
 
-// reader is one connection as a caller reads it: by the ID of its first datagram.
+// reader reads one connection as a caller does: by the ID of its first datagram.
 type reader struct{ q *Initial }
 
 var errClosed = errors.New("its Initial packets do not open")
 
-// add returns what was said so far, of Kind None as long as p must wait.
+// add returns what is known so far, of Kind None as long as p must wait.
 func (r *reader) add(p []byte) (Seen, error) {
 	d, err := Split(p)
 	if err != nil {
@@ -235,8 +235,8 @@ func greased(t *testing.T, version uint32, connID, frames []byte) []byte {
 	return sealHead(t, version, connID, 0, frames, 1200, 0x83)
 }
 
-// TestShortPacketNumbersAreReadAsAServerDoes sends packet numbers of one byte far from zero,
-// as a client does that began there. No number may open a packet outside the window.
+// TestShortPacketNumbersAreReadAsAServerDoes sends one-byte packet numbers far from zero, as a
+// client does that began there. No number outside the window may open a packet.
 func TestShortPacketNumbersAreReadAsAServerDoes(t *testing.T) {
 	const start = 0x1234f0
 	q := NewInitial(rfcConnID)

@@ -8,30 +8,29 @@ import (
 // Responses finds the end of each answer in what an HTTP/1 server sends, to know when
 // the client's next request may be judged. It holds no more than the start of a line.
 //
-// Answers are read as clients read them. A server that cannot be understood is treated as one
-// whose answer goes on until it closes: the answer reaches the client, and no further request
-// the server.
+// Answers are read as clients read them. If one cannot be understood, it is taken to last until the
+// server closes: it reaches the client, and no further request reaches the server.
 type Responses struct {
 	waiting bool   // an answer to a request is due or under way
-	method  string // of it
+	method  string // of that request
 	offers  string // likewise, as in Request.Upgrade
 
 	inBody bool
 	body   Body
 
 	line    [64]byte // the start of the current line of the head
-	n       int      // its length so far, all of it
+	n       int      // the line's whole length so far
 	started bool     // the status line was read
 	status  int
 	length  int64 // -1: none
 	chunked bool
-	taken   string // the protocol that the server goes on with, in small letters
+	taken   string // the protocol that the server switched to, in lower case
 	broken  bool   // the head cannot be understood
-	lost    bool   // nor can where the answer ends
+	lost    bool   // nor can the end of the answer
 	size    int    // of the head
 }
 
-// maxAnswerHead is how long a head is read before it counts as not understood.
+// maxAnswerHead is the length beyond which a head counts as not understood.
 const maxAnswerHead = 256 << 10
 
 // Expect notes that a request was passed on.
@@ -41,20 +40,20 @@ func (r *Responses) expect(method, offers string) {
 	*r = Responses{waiting: true, method: method, offers: offers, length: -1}
 }
 
-// Idle reports whether every request was answered.
+// Idle reports whether every request has been answered.
 func (r *Responses) Idle() bool { return !r.waiting }
 
-// Lost reports whether the answer under way cannot be understood: an answer to a further request
+// Lost reports whether the current answer cannot be understood: the answer to a further request
 // could not be told from it.
 func (r *Responses) Lost() bool { return r.lost && !r.Tunnel() && !r.HTTP2() }
 
-// Begun reports whether the answer to the last request has begun, or is over. One that says that
-// another follows (RFC 9110, section 15.2) is none.
+// Begun reports whether the answer to the last request has begun, or is over. An interim answer,
+// after which another follows (RFC 9110, section 15.2), does not count.
 func (r *Responses) Begun() bool { return !r.waiting || r.started || r.inBody || r.n > 0 }
 
-// Tunnel reports whether the connection is no longer HTTP: CONNECT was accepted, or a protocol
-// that the request offered. A server that goes on with any other is not understood, nor one that
-// goes on with a protocol in which other hosts than the judged one can be named.
+// Tunnel reports whether the connection is no longer HTTP: the server accepted CONNECT, or a
+// protocol that the request offered. A switch to any other protocol is not understood, nor is one
+// to a protocol that can name other hosts than the judged one.
 func (r *Responses) Tunnel() bool {
 	if r.switched() {
 		return !namesHosts(r.taken)
@@ -62,17 +61,17 @@ func (r *Responses) Tunnel() bool {
 	return r.waiting && r.inBody && !r.broken && r.method == "CONNECT" && r.status/100 == 2
 }
 
-// HTTP2 reports whether the server goes on with HTTP/2 in clear text, which the request offered
-// (RFC 7540, section 3.2). Its answer comes on stream 1.
+// HTTP2 reports whether the server switched to HTTP/2 in clear text, which the request offered (RFC
+// 7540, section 3.2). Its answer comes on stream 1.
 func (r *Responses) HTTP2() bool { return r.switched() && r.taken == "h2c" }
 
-// switched reports whether the server goes on with a protocol that the request offered.
+// switched reports whether the server switched to a protocol that the request offered.
 func (r *Responses) switched() bool {
 	return r.waiting && r.inBody && !r.broken && r.status == 101 && r.method != "CONNECT" && strings.Contains(r.offers, ","+r.taken+",")
 }
 
-// namesHosts reports whether a protocol has names of its own, by which a server may take what
-// follows for another host: HTTP again, in whatever version, or TLS.
+// namesHosts reports whether a protocol carries names of its own, by which a server may direct the
+// following bytes to another host: HTTP again, in any version, or TLS.
 func namesHosts(protocol string) bool {
 	name, _, _ := strings.Cut(protocol, "/")
 	switch name {
@@ -82,8 +81,8 @@ func namesHosts(protocol string) bool {
 	return strings.Contains(protocol, ",")
 }
 
-// Feed takes in what the server sent. It returns what comes behind a switch to HTTP/2, which is
-// not HTTP/1 any more.
+// Feed consumes bytes that the server sent. It returns those after a switch to HTTP/2, which are no
+// longer HTTP/1.
 func (r *Responses) Feed(p []byte) (rest []byte) {
 	for len(p) > 0 && r.waiting {
 		if r.inBody {
@@ -127,7 +126,7 @@ func (r *Responses) giveUp(lost bool) {
 	r.inBody, r.body, r.lost = true, Body{state: bodyOpen}, lost
 }
 
-// endLine looks at a line of the head that is whole.
+// endLine handles a whole line of the head.
 func (r *Responses) endLine() {
 	whole := r.n <= len(r.line)
 	line := bytes.TrimRight(r.line[:min(r.n, len(r.line))], "\r")
@@ -171,7 +170,7 @@ func (r *Responses) endHead() {
 	case r.method == "HEAD" || r.status == 204 || r.status == 304:
 		r.waiting = false
 	case strings.EqualFold(r.method, "HEAD"):
-		r.giveUp(true) // whether that is HEAD to the server, nobody knows
+		r.giveUp(true) // the server may or may not take that for HEAD
 	case r.chunked:
 		r.inBody, r.body = true, Body{state: chunkSize, lax: true}
 	case r.length == 0:
@@ -183,7 +182,7 @@ func (r *Responses) endHead() {
 	}
 }
 
-// sameLength reads a length that may have been said more than once.
+// sameLength parses a length that may be given more than once.
 func sameLength(value string) (n int64, ok bool) {
 	n = -1
 	for _, part := range strings.Split(value, ",") {

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// hello is what Go's TLS client sends first.
+// hello returns the first bytes of Go's TLS client.
 func hello(t testing.TB, name string, change func(*tls.Config)) []byte {
 	t.Helper()
 	client, server := net.Pipe()
@@ -68,8 +68,8 @@ func withExtension(b []byte, typ uint16, data []byte) []byte {
 	return append(b, ext...)
 }
 
-// feed gives Stream ever more of p, as much as it asks for, and tells how often it was
-// called. It fails the test if Stream asks for what it has.
+// feed gives Stream more and more of p, as much as it asks for, and returns how often it was
+// called. It fails the test if Stream asks for bytes that it has.
 func feed(t testing.TB, p []byte) (Seen, int, error) {
 	t.Helper()
 	calls := 0
@@ -189,8 +189,8 @@ func headers(kv ...string) []byte {
 	return b.Bytes()
 }
 
-// h2 is the start of a connection whose header block comes in a HEADERS frame, with
-// padding and priority, and CONTINUATIONs of three bytes.
+// h2 returns the start of a connection whose header block comes in a HEADERS frame, with padding
+// and priority, and CONTINUATIONs of three bytes.
 func h2(between, block []byte) []byte {
 	b := append([]byte(preface), frame(frameSettings, 0, 0, nil)...)
 	b = append(b, frame(8, 0, 0, []byte{0, 0, 1, 0})...)
@@ -375,7 +375,7 @@ func TestAnswersEndWhereTheyEnd(t *testing.T) {
 	}
 }
 
-// TestOnlyAProtocolThatWasOfferedIsATunnel has servers go on with other protocols.
+// TestOnlyAProtocolThatWasOfferedIsATunnel has servers switch to other protocols.
 func TestOnlyAProtocolThatWasOfferedIsATunnel(t *testing.T) {
 	for _, row := range []struct {
 		what, fields, taken string

@@ -2,10 +2,9 @@ package sniff
 
 import "encoding/binary"
 
-// A ClientHello in TLS records (RFC 8446, sections 4.1.2 and 5.1; RFC 6066, section 3).
-// It may be cut into records anywhere. What follows it in its record, a second
-// server_name extension, or a list of several names is refused: the server might look
-// at another one than we do.
+// A ClientHello in TLS records (RFC 8446, sections 4.1.2 and 5.1; RFC 6066, section 3). It may be
+// cut into records anywhere. More bytes in its last record, a second server_name extension, or a
+// list of several names are refused: the server might read another name than we do.
 
 const (
 	recordHandshake  = 22
@@ -19,11 +18,11 @@ const (
 	maxNameLen       = 255
 )
 
-// Hello reads the ClientHello at the front of p, in records of size bytes together. If it
-// does not end in p, need says how many bytes there must be to go on.
+// Hello reads the ClientHello at the front of p, in records of size bytes together. If it does not
+// end in p, need says how many bytes there must be to go on.
 func Hello(p []byte) (seen Seen, size, need int, err error) {
 	seen.Kind = TLS
-	var msg []byte // the handshake message as far as it goes
+	var msg []byte // the handshake message so far
 	whole := -1    // its length, once known
 	for off := 0; ; {
 		if off+recordHeader >= MaxFirst {
@@ -66,8 +65,8 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 			err = seen.readHello(msg[handshakeHeader:])
 			return seen, off + recordHeader + n, 0, err
 		case len(part) < n:
-			// What is missing is in this record, or in another one with a header. To
-			// ask for all of it bounds how often tiny records are looked through.
+			// The missing bytes are in this record, or in another one with a header. Asking for all
+			// of them at once bounds how often tiny records are scanned.
 			missing := max(handshakeHeader, whole) - len(msg)
 			if len(part)+missing > n {
 				missing += recordHeader
@@ -78,8 +77,8 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 	}
 }
 
-// notTLS is what bytes are that are no handshake record: something else if it is the
-// first one, and nothing that any server understands later.
+// notTLS classifies bytes that are no handshake record: another protocol if they are the first
+// record, and later something that no server understands.
 func notTLS(off int) (seen Seen, size, need int, err error) {
 	if off == 0 {
 		return Seen{Kind: Opaque}, 0, 0, nil
@@ -129,8 +128,8 @@ func (s *Seen) readHello(b []byte) error {
 	return nil
 }
 
-// isServerName reports whether a name is as RFC 6066, section 3, wants it: ASCII, and without
-// a dot at its end. Servers disagree about the name that any other one stands for.
+// isServerName reports whether a name has the form that RFC 6066, section 3, requires: ASCII,
+// without a trailing dot. Servers disagree about what any other name stands for.
 func isServerName(name []byte) bool {
 	for _, c := range name {
 		if c <= ' ' || c >= 0x7f {
@@ -140,8 +139,8 @@ func isServerName(name []byte) bool {
 	return len(name) > 0 && len(name) <= maxNameLen && name[len(name)-1] != '.'
 }
 
-// cursor takes fields off the front of b. After an overrun everything it returns is
-// empty, and bad is set.
+// cursor takes fields off the front of b. After an overrun all its methods return empty values, and
+// bad is set.
 type cursor struct {
 	b   []byte
 	bad bool
@@ -159,7 +158,7 @@ func (c *cursor) take(n int) []byte {
 
 func (c *cursor) skip(n int) { c.take(n) }
 
-// uint is a big-endian number of n bytes.
+// uint reads a big-endian number of n bytes.
 func (c *cursor) uint(n int) int {
 	v := 0
 	for _, b := range c.take(n) {
@@ -168,5 +167,5 @@ func (c *cursor) uint(n int) int {
 	return v
 }
 
-// vector is a field with a length of n bytes before it.
+// vector reads a field preceded by a length of n bytes.
 func (c *cursor) vector(n int) []byte { return c.take(c.uint(n)) }

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// padded is a ClientHello without a name in one record of so many bytes.
+// padded returns a ClientHello of the given size, without a name, in one record.
 func padded(size int) []byte {
 	body := make([]byte, 2+32, size) // legacy_version, random
 	body = append(body, 0, 0, 2, 0x13, 1, 1, 0)
@@ -21,7 +21,7 @@ func padded(size int) []byte {
 	return append(p, body...)
 }
 
-// TestAHelloIsTooLongHoweverItComes: what is read of a hello does not depend on how much of it
+// TestAHelloIsTooLongHoweverItComes checks that the outcome does not depend on how much of a hello
 // is there at the first look.
 func TestAHelloIsTooLongHoweverItComes(t *testing.T) {
 	for size, want := range map[int]error{MaxFirst: nil, MaxFirst + 1: ErrTooLong} {

@@ -2,12 +2,12 @@ package sniff
 
 import "encoding/binary"
 
-// What follows the first ClientHello.
+// The handshake after the first ClientHello.
 //
-// A server may answer it with HelloRetryRequest, and then reads another ClientHello, in
-// the clear and with a server name of its own (RFC 8446, sections 4.1.2 and 4.1.4). nginx
-// and OpenSSL serve that one. With any other ServerHello the keys are settled, and nothing
-// that the client says in the clear names a server any more.
+// A server may answer it with HelloRetryRequest, and then reads another ClientHello, in the clear
+// and with a server name of its own (RFC 8446, sections 4.1.2 and 4.1.4). nginx and OpenSSL serve
+// that name. With any other ServerHello the keys are settled, and nothing that the client sends in
+// the clear names a server any more.
 //
 //	client  ──NextRecord──► the records, and whether one may begin a ClientHello; Hello reads it
 //	server  ──HelloAnswer──► whether it asked for another one, is settled, or speaks no TLS
@@ -16,7 +16,8 @@ const (
 	recordChangeCipher = 20
 	recordAlert        = 21
 	recordData         = 23
-	// recordCipherMax is what an encrypted record may have (RFC 5246, section 6.2.3).
+	// recordCipherMax is the most bytes that an encrypted record may have (RFC 5246, section
+	// 6.2.3).
 	recordCipherMax = recordMax + 2048
 
 	typeServerHello = 2
@@ -28,19 +29,19 @@ const (
 const retryRandom = "\xcf\x21\xad\x74\xe5\x9a\x61\x11\xbe\x1d\x8c\x02\x1e\x65\xb8\x91" +
 	"\xc2\xa2\x11\x16\x7a\xbb\x8c\x5e\x07\x9e\x09\xe2\xc8\xa8\x33\x9c"
 
-// RecordLook is how many bytes NextRecord wants to see at most.
+// RecordLook is the most bytes that NextRecord needs to see.
 const RecordLook = recordHeader + 1
 
-// Record is one record of a TLS client.
+// Record is one record from a TLS client.
 type Record struct {
-	Size      int // all of it
+	Size      int // the whole record
 	Handshake bool
 	Hello     bool // it begins as a ClientHello does, if a message begins here
 	Alert     bool
 }
 
-// NextRecord looks at the record whose start is at the front of p. If that is not enough of
-// it, need says how many bytes there must be.
+// NextRecord looks at the record at the front of p. If p holds too little of it, need says how many
+// bytes there must be.
 func NextRecord(p []byte) (r Record, need int, err error) {
 	if len(p) < recordHeader {
 		return r, recordHeader, nil
@@ -59,13 +60,13 @@ func NextRecord(p []byte) (r Record, need int, err error) {
 	return r, 0, nil
 }
 
-// HelloAnswer reads what a server answers to ClientHellos. It holds no more than the start
-// of a record and of a message. The zero value stands before the first answer.
+// HelloAnswer reads a server's answers to ClientHellos. It holds no more than the start of a record
+// and of a message. The zero value stands before the first answer.
 type HelloAnswer struct {
 	// Retries is how often the server asked for another ClientHello.
 	Retries int
-	// Settled tells that it asks for no other one, and Foreign that it speaks no TLS, of
-	// which nothing more is read.
+	// Settled reports that the server asks for no further ClientHello. Foreign reports that it does
+	// not speak TLS, after which nothing more is read.
 	Settled, Foreign bool
 
 	record [recordHeader]byte
@@ -76,7 +77,7 @@ type HelloAnswer struct {
 	skip   int // bytes of a message whose start was read
 }
 
-// Feed takes in what the server sent.
+// Feed consumes bytes that the server sent.
 func (a *HelloAnswer) Feed(p []byte) {
 	for len(p) > 0 && !a.Settled && !a.Foreign {
 		if a.left == 0 {
@@ -98,7 +99,7 @@ func (a *HelloAnswer) Feed(p []byte) {
 	}
 }
 
-// begin looks at a record's header.
+// begin handles a record's header.
 func (a *HelloAnswer) begin() {
 	a.left = int(binary.BigEndian.Uint16(a.record[3:]))
 	switch a.record[0] {
@@ -109,7 +110,7 @@ func (a *HelloAnswer) begin() {
 	}
 }
 
-// handshake takes in bytes of one record, and returns how many.
+// handshake consumes bytes of one record, and returns how many.
 func (a *HelloAnswer) handshake(p []byte) int {
 	if a.skip > 0 {
 		n := min(a.skip, len(p))

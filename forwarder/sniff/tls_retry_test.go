@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// serverHello is what a server that knows one curve answers to a hello first.
+// serverHello returns the first answer to a hello from a server that knows one curve.
 func serverHello(t testing.TB, curve tls.CurveID, version uint16) []byte {
 	t.Helper()
 	client, far := net.Pipe()
@@ -40,7 +40,7 @@ func TestAnswersToAHello(t *testing.T) {
 	settled, retry := serverHello(t, tls.X25519, tls.VersionTLS13), serverHello(t, tls.CurveP256, tls.VersionTLS13)
 	older := serverHello(t, tls.X25519, tls.VersionTLS12)
 	const alert, change = "\x15\x03\x03\x00\x02\x01\x70", "\x14\x03\x03\x00\x01\x01"
-	// cut is the same answer in other records.
+	// cut splits the same answer into other records.
 	cut := func(b []byte) []byte {
 		n := 5 + int(b[3])<<8 + int(b[4])
 		return append(records(b[:n], 1), b[n:]...)
