@@ -1,7 +1,7 @@
 package e2e
 
-// Areas: what the suite promises to prove. Each test opens with area(t, …), which is
-// where it says what it needs; areas.txt is the list that `make test` holds a run to.
+// Areas are what the suite promises to prove. Each test opens with area(t, …), which states what it
+// needs; `make test` holds a run to the list in areas.txt.
 
 import (
 	"fmt"
@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// area names what the test proves and the tools it cannot do without. A test that
-// cannot run skips with the exact reason; the report at the end of `make test` lists it.
+// area names what the test proves and the tools it needs. A test that cannot run skips with the
+// exact reason; the report at the end of `make test` lists it.
 func area(t *testing.T, name string, tools ...string) {
 	t.Helper()
 	fmt.Printf("area %s by %s\n", name, t.Name())
@@ -31,7 +31,7 @@ func area(t *testing.T, name string, tools ...string) {
 	}
 }
 
-// asRoot skips what only the machine's root can arrange.
+// asRoot skips a test that only the machine's root can set up.
 func asRoot(t *testing.T, why string) {
 	t.Helper()
 	if !privileged {

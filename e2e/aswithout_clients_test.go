@@ -1,6 +1,6 @@
 package e2e
 
-// The clients that install small (hack/deps.sh): rows of the matrix (aswithout_test.go).
+// The clients with small packages (hack/deps.sh): rows of the matrix (aswithout_test.go).
 
 const (
 	everyForm = "web.test " + far4 + " " + far6
@@ -95,7 +95,7 @@ print $h->put("http://$ARGV[0]:8081/digest", {content => "x" x 100000})->{conten
 		run:  `printf 'GET / HTTP/1.0\r\n\r\n' | openssl s_client -quiet -verify_quiet -verify_return_error -CAfile "$ca" -servername "$to" -connect "$at:8444"`,
 		says: "hello from peer", hide: `Date: .*`},
 
-	// git and what goes by ssh
+	// git, and what runs over ssh
 	{name: "git over https", needs: "git", server: "web",
 		run: `export GIT_SSL_CAINFO="$ca"; git clone -q "https://$at:8444/git/repo.git" r; cd r; wc -l data
 git checkout -q -b "b$$"; git -c user.name=t -c user.email=t@t.test commit -q --allow-empty -m two; git push -q origin HEAD; git ls-remote --heads origin | grep -c "b$$"`,

@@ -1,7 +1,7 @@
 package e2e
 
-// The servers of the clients that only `make clients` runs (aswithout_more_test.go). They run as
-// the machine's root, as that does.
+// The servers for the clients that only `make clients` runs (aswithout_more_test.go). Like it, they
+// run as the machine's root.
 
 import (
 	"fmt"
@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// script runs a shell's script in far, in a new directory. $dir in it is the matrix's.
+// script runs a shell script in far, in a new directory. $dir in it is the matrix's directory.
 func (m *matrix) script(t *testing.T, text string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -22,7 +22,7 @@ func (m *matrix) script(t *testing.T, text string) (dir string) {
 	return dir
 }
 
-// packages puts a package each for pip and npm among the files of nginxServer.
+// packages puts one package each for pip and npm among the files of nginxServer.
 func packages(t *testing.T, m *matrix) {
 	www := filepath.Join(m.dir, "www")
 	m.script(t, `
@@ -51,7 +51,7 @@ func mariadb(t *testing.T, m *matrix) {
 mariadb-install-db --no-defaults --user=root --datadir="$PWD/data" --auth-root-authentication-method=normal --skip-test-db
 echo "create user tester identified by 'secret';" >init.sql`)
 	file := func(name string) string { return filepath.Join(dir, name) }
-	m.daemon(t, 3306, "mariadbd", "--no-defaults", "--user=root", "--datadir="+file("data"), "--socket="+file("sock"), "--pid-file="+file("pid"), "--bind-address=*", "--port=3306", "--skip-name-resolve", // it would ask a nameserver that is not there
+	m.daemon(t, 3306, "mariadbd", "--no-defaults", "--user=root", "--datadir="+file("data"), "--socket="+file("sock"), "--pid-file="+file("pid"), "--bind-address=*", "--port=3306", "--skip-name-resolve", // it would ask a nameserver that does not exist
 		"--init-file="+file("init.sql"), "--ssl-cert="+filepath.Join(m.dir, "cert.pem"), "--ssl-key="+filepath.Join(m.dir, "key.pem"))
 }
 
@@ -88,7 +88,7 @@ func snmpd(t *testing.T, m *matrix) {
 	p.waitStream(t, &p.err, 10*time.Second, "snmpd's version", func(s string) bool { return strings.Contains(s, "NET-SNMP version") })
 }
 
-// chronyd tells the time and leaves the machine's clock alone.
+// chronyd serves the time and leaves the machine's clock alone.
 func chronyd(t *testing.T, m *matrix) {
 	dir := t.TempDir()
 	p := m.w.far.start(t, "chronyd", "-d", "-x", "-u", "root", "-f", write(t, "chrony.conf", "local stratum 3\nallow\ncmdport 0\nbindcmdaddress /\npidfile "+dir+"/pid\n"))
@@ -114,7 +114,7 @@ func smtpd(t *testing.T, m *matrix) {
 	m.daemon(t, 2525, py, "-m", "aiosmtpd", "-n", "-l", "0.0.0.0:2525", "--tlscert", filepath.Join(m.dir, "cert.pem"), "--tlskey", filepath.Join(m.dir, "key.pem"), "-c", "aiosmtpd.handlers.Sink")
 }
 
-// debs is a repository for apt among the files of nginxServer.
+// debs puts a repository for apt among the files of nginxServer.
 func debs(t *testing.T, m *matrix) {
 	m.script(t, `
 mkdir -p demo/DEBIAN "$dir/www/debs"
@@ -124,7 +124,7 @@ cd "$dir/www/debs"
 { dpkg-deb -f demo_1.0_all.deb; echo "Filename: ./demo_1.0_all.deb"; echo "Size: $(stat -c %s demo_1.0_all.deb)"; echo "SHA256: $(sha256sum demo_1.0_all.deb | cut -d' ' -f1)"; } >Packages`)
 }
 
-// crates are a registry for cargo, whose index is a repository of webServer and whose files are
+// crates makes a registry for cargo, with its index in a repository of webServer and its files in
 // nginxServer's, and another repository to depend on.
 func crates(t *testing.T, m *matrix) {
 	m.script(t, `
@@ -137,7 +137,7 @@ publish index index
 crate dep-1.0.0 43; publish dep-1.0.0 dep`)
 }
 
-// java makes a program that fetches as Java's two clients do.
+// java builds a program that fetches with Java's two clients.
 func java(t *testing.T, m *matrix) {
 	m.script(t, `
 cat >Fetch.java <<'END'
@@ -198,7 +198,7 @@ from gi.repository import GLib, Gst, GstRtspServer
 Gst.init(None)
 `
 	known := filepath.Join(m.dir, "gstreamer")
-	m.script(t, "export GST_REGISTRY="+known+"; "+py+" -c '"+begin+"'") // it looks at all its plugins once
+	m.script(t, "export GST_REGISTRY="+known+"; "+py+" -c '"+begin+"'") // it examines all its plugins once
 	m.daemon(t, 7554, "env", "GST_REGISTRY="+known, py, write(t, "rtsp.py", begin+`
 server = GstRtspServer.RTSPServer(address="::", service="7554")
 factory = GstRtspServer.RTSPMediaFactory(launch="( audiotestsrc is-live=true ! audio/x-raw,rate=8000,channels=1 ! rtpL16pay name=pay0 pt=96 )")

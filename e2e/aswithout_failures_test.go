@@ -1,11 +1,11 @@
 package e2e
 
-// Clients whose servers are down, silent or unreachable, or have no name: rows of the matrix
-// (aswithout_test.go). What a client says and with which status it ends decides what a person or a
-// script does next. "tell" (settings) puts both into the output.
+// Clients whose servers are down, silent, unreachable or nameless: rows of the matrix
+// (aswithout_test.go). A client's message and exit status decide what a person or a script does
+// next. "tell" (settings) puts both into the output.
 
-// changing is what clients say of a failure that is another every time: clocks, process ids, pointers,
-// and the name server's address.
+// changing matches what varies in clients' messages: clocks, process ids, pointers, and the name
+// server's address.
 const changing = `after \d+ ms|socat\[\d+\]|\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d|[0-9A-F]{16}|on \S+:53|0x[0-9a-f]+`
 
 var smallFailures = []client{
@@ -31,8 +31,8 @@ tell ping -c 1 "$to"`,
 		differs: []difference{{by: "domain", status: 2, says: "stdout:\n\n", why: "a policy by domain knows no other names"}}},
 }
 
-// failing are clients of databases, of other languages and of packages: what each does with the host
-// $to, and ports of TCP and HTTP on which nobody listens.
+// failing holds clients of databases, other languages and packages: each goes to the host $to, at
+// TCP and HTTP ports on which no server listens.
 const failing = `
 tell ` + py + ` -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1])' "http://$to:8999/" |& tail -n 2
 tell ` + py + ` -c 'import sys, requests; requests.get(sys.argv[1])' "http://$to:8999/" |& tail -n 2
@@ -58,7 +58,8 @@ var moreFailures = []client{
 	{name: "closed ports, many clients", needs: failingNeed, to: "four.web.test", run: failing, says: "ECONNREFUSED", hide: changing},
 	{name: "names that are none, many clients", needs: failingNeed, to: "no.web.test no.other.test", run: failing, says: "ENOTFOUND", hide: changing},
 	{name: "hosts that are silent", needs: "curl wget nc " + py, to: "silent.web.test", run: unanswered, says: "status 28", hide: changing},
-	// The kernel may miss the first ICMP errors, which come while it still holds the socket: so they are waited for.
+	// The kernel may miss the first ICMP errors, which arrive while it still holds the socket, so
+	// the row waits for them.
 	{name: "hosts that are unreachable", needs: "curl wget nc " + py, to: "gone.web.test closed.web.test", run: "long=30\n" + unanswered, says: "status 7", hide: changing},
 }
 

@@ -1,6 +1,6 @@
 package e2e
 
-// The servers of the matrix (aswithout_test.go), all in far.
+// The servers of the matrix (aswithout_test.go) all run in far.
 
 import (
 	"fmt"
@@ -14,13 +14,13 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// matrixZone is what far's name server says.
+// matrixZone is the zone of far's name server.
 var matrixZone = slicesOf(
 	named("web", far4, far6),
 	named("four.web", far4), named("six.web", far6),
-	named("half.web", far4, noHost6),       // the family that is tried first has no route
-	named("other-half.web", noHost4, far6), // the other one
-	named("late.web", far4, silent6),       // the family that is tried first never answers
+	named("half.web", far4, noHost6),       // the family tried first has no route
+	named("other-half.web", noHost4, far6), // the other family has none
+	named("late.web", far4, silent6),       // the family tried first never answers
 	named("silent.web", silent4), named("gone.web", noHost4), named("closed.web", closed4),
 	named("deb.web", far4), []string{"_http._tcp.deb.web.test. _http._tcp.deb.web.test. 300 SRV 0 0 8080 mirror.test."}, named("mirror", far4), // apt asks for SRV
 	named("other", far4),                         // which no policy by domain allows
@@ -39,7 +39,7 @@ func slicesOf(lists ...[]string) (all []string) {
 	return all
 }
 
-// named are the address records of a name in test.
+// named returns the address records of a name in test.
 func named(name string, addrs ...string) (records []string) {
 	for _, a := range addrs {
 		kind := "A"
@@ -51,7 +51,7 @@ func named(name string, addrs ...string) (records []string) {
 	return records
 }
 
-// settings writes the file with the variables that a row's script has.
+// settings writes the file with the variables of a row's script.
 func (m *matrix) settings(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(m.dir, "settings")
@@ -71,7 +71,7 @@ func sshUser() string {
 	return "tester"
 }
 
-// servers are the rows' servers by name, and what is made for rows before. Those of large clients
+// servers holds the rows' servers by name, and the preparations for rows. Those of large clients
 // are in aswithout_daemons_test.go.
 var servers = map[string]func(*testing.T, *matrix){
 	"serve": func(t *testing.T, m *matrix) { serve(t, m.w.far) },
@@ -108,9 +108,9 @@ func nginxServer(t *testing.T, m *matrix) {
 	}
 }
 
-// sshd leads to the repository of webServer.
+// sshd serves the repository of webServer.
 func sshd(t *testing.T, m *matrix) {
-	if privileged { // whose shell and its start-up files may be anything
+	if privileged { // whose shell and start-up files may be anything
 		users, err := os.ReadFile("/etc/passwd")
 		if err != nil {
 			t.Fatal(err)
@@ -125,8 +125,8 @@ func rsyncd(t *testing.T, m *matrix) {
 	m.daemon(t, 873, "rsync", "--daemon", "--no-detach", "--log-file=/dev/stderr", "--config="+write(t, "rsyncd.conf", "reverse lookup = no\n[www]\npath = "+filepath.Join(m.dir, "www")+"\nuse chroot = no\nread only = yes\n"))
 }
 
-// musl makes a program that asks musl for the addresses of the name in $to, as getent asks glibc.
-// musl's headers would bring all of gcc.
+// musl builds a program that asks musl for the addresses of the name in $to, as getent asks glibc.
+// musl's headers would bring in all of gcc.
 func musl(t *testing.T, m *matrix) {
 	m.script(t, `
 cat >getent.c <<'END'

@@ -1,7 +1,7 @@
 package e2e
 
-// As without: a matrix of real clients, each of which must see through Sluice what it sees
-// without. Every row of the tables (aswithout_clients_test.go and, for `make clients`,
+// "As without" is a matrix of real clients. Each must see through Sluice what it sees without it.
+// Every row of the tables (aswithout_clients_test.go and, for `make clients`,
 // aswithout_more_test.go) is a command that runs in four ways against the same servers in far
 // (aswithout_servers_test.go):
 //
@@ -10,8 +10,8 @@ package e2e
 //	cidr     under a policy that allows far's networks
 //	domain   under a policy that allows far's names
 //
-// Exit status, standard output and standard error must be the same, once what differs by time or
-// chance is hidden. A difference that is meant is in the row, with its reason, and must be there.
+// Exit status, standard output and standard error must be equal once variations by time or chance
+// are hidden. The row states an intended difference with its reason, and the difference must occur.
 
 import (
 	"cmp"
@@ -27,33 +27,33 @@ import (
 	"time"
 )
 
-// client is a row. Its zero value compares all of the output, and expects success.
+// client is a row. The zero value compares all of the output and expects success.
 type client struct {
-	name   string // what is tried, beginning with the program
-	needs  string // programs, a space between
-	server string // of servers: those it goes to, and what is made for it before, a space between
-	to     string // names and addresses to go to, a space between: $to in run, and $at as URLs have it; web.test if empty
+	name   string // what is tried, starting with the program
+	needs  string // programs, separated by spaces
+	server string // of servers: those that it uses and the preparations for it, separated by spaces
+	to     string // names and addresses to go to, separated by spaces: $to in run, and $at in URL form; web.test if empty
 
-	// run is a script of bash that ends at the first failure, in a directory of its own. Besides $to
-	// and $at it has what settings returns.
+	// run is a bash script that ends at the first failure, in a directory of its own. Besides $to
+	// and $at it has the variables from settings.
 	run    string
 	status int    // without Sluice
-	says   string // is in the output without Sluice, or the row would prove nothing
-	hide   string // a regular expression of what differs from one run to the next
+	says   string // must be in the output without Sluice, or the row would prove nothing
+	hide   string // a regular expression for what differs from run to run
 
 	differs []difference
 }
 
-// difference is one that is meant.
+// difference is an intended one.
 type difference struct {
-	by     string // the way in which it shows; every sandbox if empty
-	to     string // a regular expression of the names and addresses for which it does
-	status int    // in its place
-	says   string // is in the output there
+	by     string // the way in which it occurs; every sandbox if empty
+	to     string // a regular expression for the names and addresses for which it occurs
+	status int    // instead of the row's
+	says   string // must be in the output there
 	why    string
 }
 
-// barred is the difference of clients that go to an address where a rule wants a name to be said.
+// barred returns the difference for clients that go to an address although a rule requires a name.
 func barred(status int, says string) []difference {
 	return []difference{{by: "domain", to: `^[0-9a-f:.]+$`, status: status, says: says, why: "a rule by domain lets no flow pass that says an address in place of the name"}}
 }
@@ -84,7 +84,7 @@ egress:
 type matrix struct {
 	w    *world
 	dir  string   // the servers' certificate and files
-	ssh  []string // the command line of ssh's clients, up to the host
+	ssh  []string // command line of ssh's clients, up to the host
 	ways []way
 }
 
@@ -93,7 +93,7 @@ type way struct {
 	in   place
 }
 
-// plainly starts commands in a namespace as the run's user has them at home.
+// plainly starts commands in a namespace as the run's user would at home.
 type plainly struct{ *netns }
 
 func (p plainly) start(t *testing.T, argv ...string) *proc {
@@ -106,7 +106,7 @@ func newMatrix(t *testing.T, rows []client) *matrix {
 	t.Helper()
 	w := newWorld(t)
 	m := &matrix{w: w, dir: t.TempDir()}
-	if err := os.Chmod(filepath.Dir(m.dir), 0o755); err != nil { // some servers are another user's
+	if err := os.Chmod(filepath.Dir(m.dir), 0o755); err != nil { // some servers run as another user
 		t.Fatal(err)
 	}
 	w.zone(t, matrixZone...)
@@ -129,7 +129,7 @@ func newMatrix(t *testing.T, rows []client) *matrix {
 	return m
 }
 
-// seenBy is what a client made of it.
+// seenBy is what a client saw.
 type seenBy struct {
 	status int
 	text   string // of both outputs
@@ -151,7 +151,7 @@ func (m *matrix) try(t *testing.T, c client, in place, to string) seenBy {
 	return seenBy{r.status, text, r}
 }
 
-// row runs a client in all ways, and compares.
+// row runs a client in all ways and compares the results.
 func (m *matrix) row(t *testing.T, c client) {
 	for _, to := range strings.Fields(cmp.Or(c.to, "web.test")) {
 		direct := m.try(t, c, m.ways[0].in, to)
@@ -178,7 +178,7 @@ func (m *matrix) row(t *testing.T, c client) {
 	}
 }
 
-// missing are the programs that a client needs and that are not there.
+// missing returns the programs that a client needs and the machine lacks.
 func (c client) missing() (missing []string) {
 	for _, tool := range strings.Fields(c.needs) {
 		_, err := exec.LookPath(tool)
@@ -192,8 +192,9 @@ func (c client) missing() (missing []string) {
 	return missing
 }
 
-// TestAsWithout runs the clients that install small. As `make clients` has it, SLUICE_CLIENTS is a
-// regular expression, and those run whose name it matches, of all; one that cannot run is a failure.
+// TestAsWithout runs the clients with small packages. Under `make clients`, SLUICE_CLIENTS is a
+// regular expression: of all clients, those whose names match it run, and one that cannot run is a
+// failure.
 func TestAsWithout(t *testing.T) {
 	rows := slices.Concat(smallClients, smallFailures)
 	if wanted := os.Getenv("SLUICE_CLIENTS"); wanted != "" {

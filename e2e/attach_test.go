@@ -1,6 +1,6 @@
 package e2e
 
-// sluice attach, called as container tools call such a helper.
+// sluice attach, called as container tools call such helpers.
 
 import (
 	"fmt"
@@ -17,8 +17,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// container is what a container tool makes before it calls a network helper: a process
-// in a user namespace (for an ordinary user) and an empty network namespace.
+// container makes what a container tool makes before it calls a network helper: a process in a user
+// namespace (for an ordinary user) and an empty network namespace.
 func container(t *testing.T, on *netns) *proc {
 	t.Helper()
 	argv := []string{"unshare", "-n", "-m", "--", peerBin(), "agent"}
@@ -83,7 +83,7 @@ func TestAttachAsAContainerToolDoes(t *testing.T) {
 			for _, f := range families {
 				r := inContainer(t, w.host, c.pid, peerBin(), "dial", at(f.far, portWhoami))
 				r.wantStatus(t, 0).wantOut(t, `"got":"`+strings.SplitAfter(at(f.host, 0), f.host)[0])
-				// A container's reachability: the host's own addresses are open, unlike under run.
+				// As for containers, the host's own addresses are open, unlike under run.
 				inContainer(t, w.host, c.pid, peerBin(), "dial", at(f.host, portWhoami)).wantStatus(t, 0).wantOut(t, `"got":"`)
 			}
 			inContainer(t, w.host, c.pid, "ip", "-o", "addr").wantOut(t, "10.0.2.100/24")
@@ -132,7 +132,7 @@ func TestAGuestMayConfigureItself(t *testing.T) {
 		r := inContainer(t, w.host, c.pid, "ip", "link", "set", "tap0", "up")
 		return r.status == 0, "no device appears\n" + r.String() + "\n" + p.result("").String()
 	})
-	// The kernel asks for routers by itself, and takes prefix and route from the answer.
+	// The kernel asks for routers itself, and takes prefix and route from the answer.
 	testutil.Within(t, 15*time.Second, func() (bool, string) {
 		r := inContainer(t, w.host, c.pid, peerBin(), "dial", "-timeout", "2s", at(far6, portWhoami))
 		return strings.Contains(r.out, host6), "the self-given IPv6 address does not reach the far side\n" + r.String()
@@ -158,7 +158,7 @@ func TestAttachToABoundNetns(t *testing.T) {
 	p.stop(t, syscall.SIGTERM)
 }
 
-// It may be told to end while it still starts.
+// It may be told to end while it is still starting.
 func TestAttachEndsCleanlyWheneverItIsTold(t *testing.T) {
 	area(t, "attach.ended", "unshare")
 	asRoot(t, "a named network namespace is a mount on the machine")

@@ -1,7 +1,6 @@
 package e2e
 
-// Bad circumstances: each message names the cause and the cure, and what runs already
-// goes on.
+// Under bad circumstances each message names the cause and the cure, and running sandboxes go on.
 
 import (
 	"errors"
@@ -34,7 +33,7 @@ func TestBadCircumstancesAreTold(t *testing.T) {
 			t.Skip("root is permitted everything: asked in the ordinary user's run")
 		}
 		n := newNetns(t, "bare")
-		// A file of the user's own would be no obstacle: root inside may open that.
+		// A file that the user owns would be no obstacle: root inside may open it.
 		mount(t, n, forbiddenDevice(t), "/dev/net/tun")
 		n.sluiceRun(t, "run", "--", "true").wantStatus(t, 125).wantMessage(t, "sluice: ", "/dev/net/tun", "permission denied", "chmod")
 	})
@@ -92,7 +91,7 @@ func TestBadCircumstancesAreTold(t *testing.T) {
 	})
 }
 
-// forbiddenDevice finds a device of the machine's root that this user may not open.
+// forbiddenDevice returns a device of the machine's root that this user may not open.
 func forbiddenDevice(t *testing.T) string {
 	t.Helper()
 	entries, _ := os.ReadDir("/dev")
@@ -166,7 +165,7 @@ func TestDiskFullDuringCapture(t *testing.T) {
 	hold := sb.start(t, peerBin(), "hold", "-count", "5", at(far4, portEcho))
 	hold.waitText(t, `"held","open":5`, 10*time.Second)
 	p := w.host.sluice(t, "capture", "-w", filepath.Join(dir, "c.pcapng"), sb.name)
-	time.Sleep(200 * time.Millisecond) // a capture has no moment that the outside can see
+	time.Sleep(200 * time.Millisecond) // a capture starts at no moment visible from outside
 	var got transfer
 	ok(t, sb, 60*time.Second, peerBin(), "xfer", "-streams", "4", "-size", fmt.Sprint(16<<20), at(far4, portXfer)).into(t, &got)
 	if got.OK != 4 {

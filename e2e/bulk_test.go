@@ -1,7 +1,7 @@
 package e2e
 
-// Checked transfers: every byte of 64 streams at once, both ways, at each MTU, with and
-// without the device's offloads, without which a byte takes ten times the work.
+// Checked transfers: every byte of 64 streams at once, both ways, at each MTU, with the device's
+// offloads and without them, when a byte takes ten times the work.
 
 import (
 	"fmt"
@@ -34,7 +34,7 @@ func TestTransfersArriveUnchanged(t *testing.T) {
 				}
 				sb := w.host.sandbox(t, flags...)
 				for _, dir := range []string{"up", "down"} {
-					f := families[(i+len(dir))%2] // each family meets each direction
+					f := families[(i+len(dir))%2] // each family is tried in each direction
 					var got transfer
 					r := ok(t, sb, 70*time.Second, peerBin(), "xfer", "-streams", "64", "-size", fmt.Sprint(size), "-dir", dir, at(f.far, portXfer))
 					r.into(t, &got)

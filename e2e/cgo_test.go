@@ -14,8 +14,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// TestAPlainBuildWorks runs what `go build` makes where there is a C compiler: a binary that
-// is linked with the C library, which starts its threads.
+// TestAPlainBuildWorks runs what `go build` makes on a machine with a C compiler: a binary linked
+// with the C library, which starts its threads.
 func TestAPlainBuildWorks(t *testing.T) {
 	area(t, "cgo", "curl", "nginx", "nsenter", "unshare", "ip")
 	bin := os.Getenv("SLUICE_CGO_BIN")
@@ -57,7 +57,7 @@ ingress:
 	if root, err := os.ReadDir(fmt.Sprintf("/proc/%d/root/", worker)); err != nil || len(root) > 0 {
 		t.Errorf("the worker's root is not empty: %v %v", root, err)
 	}
-	// The monitor has what its caller has, which is nothing in an ordinary user's run.
+	// The monitor has its caller's capabilities, of which an ordinary user's run has none.
 	if !privileged {
 		everyThread(t, "the monitor", sb.run.pid, map[string]string{"CapEff": none})
 	}
@@ -87,7 +87,7 @@ ingress:
 
 const none = "0000000000000000"
 
-// everyThread looks at the status of all threads of a process.
+// everyThread checks the status of all threads of a process.
 func everyThread(t *testing.T, who string, pid int, want map[string]string) {
 	t.Helper()
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
@@ -97,7 +97,7 @@ func everyThread(t *testing.T, who string, pid int, want map[string]string) {
 	for _, task := range tasks {
 		s := statusAt(task)
 		for key, value := range want {
-			if len(s) > 0 && s[key] != value { // none: it has ended
+			if len(s) > 0 && s[key] != value { // empty: the thread has ended
 				t.Errorf("%s, %s: %s is %q, not %q", who, task, key, s[key], value)
 			}
 		}

@@ -1,6 +1,6 @@
 package e2e
 
-// Many connections: short ones, half-open ones that fall, ten thousand held at once.
+// Many connections: short ones, half-open ones that are dropped, and ten thousand held at once.
 
 import (
 	"encoding/json"
@@ -46,7 +46,7 @@ func TestAbortedHandshakesDoNotWedge(t *testing.T) {
 			var got struct{ Sent, Answered, Refused int }
 			r := ok(t, sb, 120*time.Second, peerBin(), "synrst", "-count", fmt.Sprint(row.count), "-parallel", fmt.Sprint(row.parallel), at(far4, portWatch))
 			r.into(t, &got)
-			// Half-open connections are bounded, so a burst may be thinned out, but not much.
+			// Half-open connections are bounded, so a burst may lose some of them, but not many.
 			if got.Sent != row.count || got.Answered < row.count*95/100 {
 				t.Errorf("%d of %d SYNs were answered\n%s", got.Answered, row.count, r)
 			}
@@ -66,7 +66,7 @@ type held struct {
 	Seconds float64
 }
 
-// lastHeld is the newest line of `peer hold`.
+// lastHeld returns the newest line of `peer hold`.
 func lastHeld(out, event string) (h held, found bool) {
 	for line := range strings.Lines(out) {
 		var v held
@@ -84,7 +84,7 @@ func TestTenThousandFlowsHeldAndEchoing(t *testing.T) {
 	w := newPair(t)
 	serve(t, w.far)
 	sb := w.host.sandbox(t)
-	// The first flows of a process make pools and grow heaps that stay: not a leak.
+	// The first flows of a process create pools and grow heaps that stay, which is no leak.
 	warm := sb.start(t, peerBin(), "hold", "-count", "100", at(far4, portEcho))
 	warm.waitText(t, `"held"`, 20*time.Second)
 	warm.closeInput()

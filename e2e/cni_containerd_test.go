@@ -1,7 +1,7 @@
 package e2e
 
-// Pods of a real containerd: what its CRI passes on to the plugin, and what becomes of
-// the pods when it ends and starts again.
+// Pods of a real containerd: what its CRI passes to the plugin, and what happens to the pods when
+// it ends and restarts.
 
 import (
 	"os"
@@ -18,7 +18,7 @@ func TestCNIContainerd(t *testing.T) {
 	cniArea(t, "cni.containerd", "containerd", "ctr", "crun", "curl", "iptables")
 	for _, row := range []struct {
 		name string
-		end  syscall.Signal // of containerd, in between
+		end  syscall.Signal // for containerd, in between
 		network
 	}{
 		{"installed after ptp and portmap", syscall.SIGTERM, network{version: "1.0.0", main: "ptp", subnets: dual, portmap: true, bare: true}},
@@ -32,7 +32,7 @@ func TestCNIContainerd(t *testing.T) {
 				"policyDir": policyDir(t, n),
 				"select":    map[string]any{"annotations": map[string]string{"sluice.dev/gate": "yes"}},
 			}
-			if row.alone { // else they are what `install` declares
+			if row.alone { // otherwise they are what `install` declares
 				row.sluice["capabilities"] = map[string]any{"portMappings": true, "bandwidth": true, "dns": true, "ipRanges": true,
 					"cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}
 			}
@@ -80,13 +80,13 @@ func TestCNIContainerd(t *testing.T) {
 			n.setPolicy(t, att.Name, friend.addr4, friend.addr6, far4, far6)
 			traffic(t)
 
-			// By the runtime's resolv.conf, through a pod that is left to the main plugin.
+			// By the runtime's resolv.conf, through a pod that belongs to the main plugin alone.
 			r := ok(t, other, 10*time.Second, peerBin(), "get", url("web.test.", portHTTP, "/addr"))
 			if !strings.Contains(r.out, other.addr4) && !strings.Contains(r.out, other.addr6) {
 				t.Errorf("the server saw not %s\n%s", other, r)
 			}
 
-			// The runtime says whom to ask for a policy by name.
+			// The runtime says whom to ask under a policy by name.
 			n.sluice(t, "policy", "set", n.theAttachment(t, friend.id).Name, write(t, "names.json", jsonText(t, policyByName("web.test"))))
 			ok(t, friend, 10*time.Second, peerBin(), "get", url("web.test", portHTTP, "/")).wantOut(t, "hello from peer")
 			for what, u := range map[string]string{"another name": url("tag.test", portHTTP, "/"), "a bare address": url(far4, portHTTP, "/")} {
@@ -120,7 +120,7 @@ func TestCNIContainerd(t *testing.T) {
 			traffic(t)
 
 			friend.die(t)
-			for range 2 { // a kubelet repeats what it is not sure of
+			for range 2 { // a kubelet repeats a call that it is not sure of
 				for _, p := range []*criPod{server, friend, other} {
 					p.stop(t)
 				}
@@ -139,7 +139,8 @@ func TestCNIContainerd(t *testing.T) {
 	}
 }
 
-// policyDir lets nobody in to the pods of the namespace default.
+// policyDir returns a directory with a policy that lets no client in to the pods of the namespace
+// default.
 func policyDir(t *testing.T, n *node) string {
 	t.Helper()
 	dir := filepath.Join(n.dir, "policies")

@@ -1,6 +1,6 @@
 package e2e
 
-// What the plugin costs a pod: time to add and delete, memory, throughput.
+// The plugin's cost for a pod: time to add and delete, memory, throughput.
 //
 //	make bench-cni       all of it, on a machine that does nothing else, with its bounds
 //	in `make test`       a few pods; only memory, which load does not change, is held to one
@@ -17,12 +17,12 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// The bounds: what would be a pass.
+// The bounds that a run must meet.
 const (
-	maxAdd     = 80 * time.Millisecond // beyond the main plugin's own, median of 50
+	maxAdd     = 80 * time.Millisecond // beyond the main plugin's own time, median of 50
 	maxDel     = 40 * time.Millisecond
-	maxPrivate = 12 << 10 // KiB of an idle pod, all processes
-	minRatio   = 0.9      // pod to host, of what the standalone mode has
+	maxPrivate = 12 << 10 // KiB of an idle pod, in all processes
+	minRatio   = 0.9      // pod to host, as a share of the standalone mode's
 	minInbound = 10.0     // Gbit/s from outside into a pod
 )
 
@@ -55,7 +55,7 @@ func TestCNICosts(t *testing.T) {
 		t.Error("ADD or DEL takes too long")
 	}
 	var private int
-	testutil.Within(t, 10*time.Second, func() (bool, string) { // what starting took is given back
+	testutil.Within(t, 10*time.Second, func() (bool, string) { // the memory used at start is given back
 		monitor := a.attachment(t).PID
 		private = 0
 		for _, pid := range append(descendants(monitor), monitor) {
@@ -68,8 +68,8 @@ func TestCNICosts(t *testing.T) {
 		return
 	}
 
-	// A new namespace has the machine's own congestion control, which may be one that
-	// paces; the node's is not.
+	// A new namespace uses the machine's own congestion control, which may pace; the node's does
+	// not.
 	for _, p := range []*pod{a, b} {
 		uplink := cniState + "/netns/" + p.attachment(t).Name
 		ok(t, n, 5*time.Second, "nsenter", "--net="+uplink, "sh", "-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control")
@@ -88,7 +88,7 @@ func TestCNICosts(t *testing.T) {
 			rep, _ := iperf(t, row.from, "-c", row.to, "-C", "cubic", "-t", "1")
 			gbit[row.what] = append(gbit[row.what], rep.End.SumReceived.BitsPerSecond/1e9)
 		}
-		slices.Reverse(rows) // what drifts hits all alike
+		slices.Reverse(rows) // a drift hits all alike
 	}
 	for what, all := range gbit {
 		t.Logf("%s, MTU 1500, one connection: median of %d %.1f Gbit/s (%.1f to %.1f)", what, len(all), median(all), slices.Min(all), slices.Max(all))
@@ -107,7 +107,7 @@ func median[T float64 | time.Duration](all []T) T {
 	return sorted[len(sorted)/2]
 }
 
-// privateOf is the memory that a process shares with nobody, in KiB.
+// privateOf returns the memory that a process shares with no other, in KiB.
 func privateOf(t *testing.T, pid int) (kib int) {
 	t.Helper()
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))

@@ -1,7 +1,7 @@
 package e2e
 
-// What is left when things end out of order: DEL of what is half gone, the plugin killed
-// at each step, the monitor and the worker killed.
+// What is left when things end out of order: DEL of a half-removed pod, the plugin killed at each
+// step, the monitor and the worker killed.
 
 import (
 	"os"
@@ -23,7 +23,7 @@ type attachment struct {
 	Worker int `json:"worker_pid"`
 }
 
-// attachment asks sluice for the pod's.
+// attachment asks sluice for the pod's attachment.
 func (p *pod) attachment(t *testing.T) attachment {
 	t.Helper()
 	var all []attachment
@@ -36,7 +36,7 @@ func (p *pod) attachment(t *testing.T) attachment {
 	return all[i]
 }
 
-// kill ends a process of an attachment as the kernel does when memory runs out.
+// kill kills a process of an attachment as the kernel does when memory runs out.
 func kill(t *testing.T, pid int) {
 	t.Helper()
 	if pid <= 1 {
@@ -47,7 +47,7 @@ func kill(t *testing.T, pid int) {
 	}
 	testutil.Within(t, 2*time.Second, func() (bool, string) {
 		f := stat(pid)
-		// Its first thread may be dead while others, ending, still hold its descriptors.
+		// Its first thread may be dead while others are still ending and hold its descriptors.
 		const threads = 20 - 3
 		return len(f) == 0 || f[0] == "Z" && (f[threads] == "0" || f[threads] == "1"), "a killed process does not end"
 	})
@@ -156,7 +156,7 @@ func TestCNIKilledAtAnyStep(t *testing.T) {
 							t.Errorf("GC: %v", err)
 						}
 						if !alone {
-							// host-local has no GC: the lease is for the main plugin's own DEL.
+							// host-local has no GC: only the main plugin's own DEL frees the lease.
 							mainOnly := *list
 							mainOnly.Plugins = list.Plugins[:1]
 							p.list = &mainOnly
@@ -194,8 +194,8 @@ func TestCNIKilledAtAnyStep(t *testing.T) {
 	})
 }
 
-// TestCNIRepair kills what serves a pod: it has no network rather than an open one until
-// something repairs it, and other pods do not notice.
+// TestCNIRepair kills the processes that serve a pod. Until something repairs the pod it has no
+// network rather than an open one, and other pods do not notice.
 func TestCNIRepair(t *testing.T) {
 	cniArea(t, "cni.repair")
 	n := newNode(t)

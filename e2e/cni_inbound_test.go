@@ -1,9 +1,9 @@
 package e2e
 
-// What begins outside, a pod answers. Nothing else lets it past its egress rules: not the
-// rest of what it began itself, not a peer that goes on after its flow was revoked, not a
-// resolver that is late, not a client that may be none. Each attempt is made by packets of
-// both sides, put on the link as they are, with everybody let in to every port.
+// A pod may answer what begins outside. Nothing else lets it past its egress rules: not the rest of
+// an exchange that it began itself, not a peer that continues after its flow was revoked, not a
+// late resolver, not a client that may be none. Each attempt is made with packets of both sides,
+// put on the link as they are, while every client may reach every port.
 
 import (
 	"fmt"
@@ -16,13 +16,13 @@ import (
 )
 
 const (
-	// One server may be reached, by two of its ports, and one name asked for.
+	// One server may be reached, at two of its ports, and one name asked for.
 	inboundOpen = `
 defaultAction: drop
 egress:
 - {name: server, action: allow, to: [{cidr: 198.51.100.10/32}, {cidr: "2001:db8:2::10/128"}], ports: [{protocol: TCP, port: 7012}, {protocol: UDP, port: 7011}]}
 ` + inboundNames
-	// No server any more.
+	// The server may no longer be reached.
 	inboundShut = `
 defaultAction: drop
 egress:
@@ -31,15 +31,15 @@ egress:
 ingress:
 - {name: clients, action: allow}`
 
-	// secretSize is the payload of what must not leave; nothing else is of this size.
+	// secretSize is the payload of the packets that must not leave; no other packet has this size.
 	secretSize = 777
-	podsOwn    = 5001 // the port by which the pod begins, and the one by which far does
+	podsOwn    = 5001 // the ports from which the pod and far begin
 	clientPort = 6000
 	metadata4  = "169.254.169.254"
 	metadata6  = "fd00:ec2::254"
 )
 
-// outsider is a pod and somebody outside who is in league with it.
+// outsider is a pod and its accomplice outside.
 type outsider struct {
 	n                *node
 	p                *pod
@@ -87,7 +87,7 @@ func TestCNIInboundIsNoWayOut(t *testing.T) {
 	}
 }
 
-// linkAddress is the first hardware address that `ip -j` gives.
+// linkAddress returns the first hardware address in the output of `ip -j`.
 func linkAddress(t *testing.T, in place, args ...string) string {
 	t.Helper()
 	var links []struct{ Address, Lladdr string }
@@ -101,7 +101,7 @@ func linkAddress(t *testing.T, in place, args ...string) string {
 	return ""
 }
 
-// says puts packets of the pod on its link, and sent those of far's.
+// says puts the pod's packets on its link; sent puts far's on far's.
 func (w *outsider) says(t *testing.T, packets ...ipPacket) {
 	t.Helper()
 	putRaw(t, w.p, "eth0", w.gateway, packets)
@@ -123,12 +123,12 @@ func putRaw(t *testing.T, in place, link, mac string, packets []ipPacket) {
 
 func secret() string { return strings.Repeat("s", secretSize) }
 
-// out is a packet of the pod to be, and in one to it.
+// out returns the start of a packet from the pod, in that of one to it.
 func (w *outsider) out(to string) ipPacket  { return ipPacket{src: w.pod, dst: to} }
 func (w *outsider) in(from string) ipPacket { return ipPacket{src: from, dst: w.pod} }
 
-// begins has far begin an exchange of datagrams with a server of the pod, which later
-// tells that what the pod sent before has been dealt with.
+// begins starts an exchange of datagrams from far with a server of the pod. The exchange later
+// shows that what the pod sent before has been dealt with.
 func (w *outsider) begins(t *testing.T) {
 	t.Helper()
 	if d, r := udp(t, w.n.far, "-port", fmt.Sprint(clientPort), at(w.pod, portWhoami)); d.Got != at(w.far, clientPort) {
@@ -136,8 +136,8 @@ func (w *outsider) begins(t *testing.T) {
 	}
 }
 
-// fence waits until all that the pod has said is dealt with: an answer to far's exchange,
-// said after it, has arrived.
+// fence waits until everything that the pod sent is dealt with: an answer in far's exchange, sent
+// after it, has arrived.
 func (w *outsider) fence(t *testing.T) {
 	t.Helper()
 	w.fences++
@@ -160,7 +160,7 @@ func (w *outsider) came(from int, which func(packet) bool) (n int) {
 
 func isSecret(p packet) bool { return p.payload == secretSize }
 
-// keeps asks that nothing that leaks takes for a leak leaves the pod while it tries.
+// keeps checks that no packet that leaks calls a leak leaves the pod during try.
 func (w *outsider) keeps(t *testing.T, what string, leaks func(packet) bool, try func()) {
 	t.Helper()
 	from := w.watch.count()
@@ -171,7 +171,7 @@ func (w *outsider) keeps(t *testing.T, what string, leaks func(packet) bool, try
 	}
 }
 
-// counts asks that a counter of the worker's rises by n at least while somebody tries.
+// counts checks that try raises a counter of the worker by at least n.
 func (w *outsider) counts(t *testing.T, counter string, n float64, try func()) {
 	t.Helper()
 	read := func() float64 {
@@ -188,15 +188,15 @@ func (w *outsider) counts(t *testing.T, counter string, n float64, try func()) {
 	})
 }
 
-// set puts a policy in force, under which far's exchange goes on.
+// set puts a policy in force under which far's exchange goes on.
 func (w *outsider) set(t *testing.T, file string) {
 	t.Helper()
 	w.n.sluice(t, "policy", "set", w.name, file)
 	w.fence(t)
 }
 
-// source waits for a packet of the pod's to a port of far's, and gives the port that it
-// comes from: one of the worker's.
+// source waits for a packet from the pod to a port of far's, and returns its source port, which is
+// one of the worker's.
 func (w *outsider) source(t *testing.T, from, proto, port int) (mapped int) {
 	t.Helper()
 	testutil.Within(t, 10*time.Second, func() (bool, string) {
@@ -210,8 +210,7 @@ func (w *outsider) source(t *testing.T, from, proto, port int) (mapped int) {
 	return mapped
 }
 
-// abortsDownload: what was in flight, or comes by the ports of a connection that is over,
-// begins nothing.
+// abortsDownload: packets in flight, or on the ports of a finished connection, begin nothing.
 func (w *outsider) abortsDownload(t *testing.T, _ bool) {
 	from := w.watch.count()
 	dial(t, w.p, "-port", fmt.Sprint(podsOwn), "-send", "x", "-close", "reset", at(w.far, portStill))
@@ -236,7 +235,7 @@ func (w *outsider) abortsDownload(t *testing.T, _ bool) {
 	}
 }
 
-// isRevoked: a server that streams on does not stream itself open.
+// isRevoked: a server that keeps streaming does not open the way again.
 func (w *outsider) isRevoked(t *testing.T, _ bool) {
 	from := w.watch.count()
 	w.p.start(t, "bash", "-c", fmt.Sprintf("exec 3<>/dev/udp/%s/%d; while :; do printf %%0%dd 0 >&3; sleep 0.2; done", w.far, portDrip, secretSize))
@@ -245,7 +244,7 @@ func (w *outsider) isRevoked(t *testing.T, _ bool) {
 	tries := func(what string) {
 		t.Helper()
 		w.keeps(t, what, isSecret, func() {
-			// The server goes on, the socket that it speaks to has gone, and the pod's goes on too.
+			// The server goes on, its peer socket is gone, and the pod's goes on too.
 			w.counts(t, "inbound_rests", 10, func() {
 				w.says(t, w.out(w.far).udp(mapped, portDrip, secret()), w.out(w.far).udp(mapped, portEcho, secret()))
 			})
@@ -262,7 +261,7 @@ func (w *outsider) isRevoked(t *testing.T, _ bool) {
 	tries("with a new worker")
 }
 
-// answersLate: an answer that the worker waits for no more is no client's question.
+// answersLate: an answer that the worker no longer waits for is no client's question.
 func (w *outsider) answersLate(t *testing.T, _ bool) {
 	server := w.n.far.start(t, peerBin(), "dns", "-hold", "late.test.", "-record", "late.test. late.test. 30 A "+far4, w.far)
 	server.waitText(t, `"listening"`, 5*time.Second)
@@ -288,7 +287,7 @@ func (w *outsider) answersLate(t *testing.T, _ bool) {
 	}
 }
 
-// isMetadata: a closed address is no client where everybody may be one.
+// isMetadata: a closed address is no client, even where everyone may be one.
 func (w *outsider) isMetadata(t *testing.T, six bool) {
 	service := pick(six, metadata4, metadata6)
 	for _, when := range []string{"before a reload", "after it"} {
@@ -303,8 +302,8 @@ func (w *outsider) isMetadata(t *testing.T, six bool) {
 	}
 }
 
-// isServed: what a client begins works in both directions and outlives a reload, and the pod
-// gets no flow of its own by it.
+// isServed: what a client begins works in both directions and outlives a reload. It gives the pod
+// no flow of its own.
 func (w *outsider) isServed(t *testing.T, _ bool) {
 	from := w.watch.count()
 	held := w.n.far.start(t, peerBin(), "hold", "-count", "1", at(w.pod, portEcho))

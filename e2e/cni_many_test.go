@@ -21,7 +21,7 @@ func TestCNIManyPods(t *testing.T) {
 			for i := range pods {
 				pods[i] = n.newPod(t, list)
 			}
-			// At most so many at once as a kubelet does on a busy node.
+			// As many run at once as from a kubelet on a busy node.
 			each := func(verb string, f func(*pod) error) {
 				t.Helper()
 				begun := time.Now()
@@ -59,7 +59,7 @@ func TestCNIManyPods(t *testing.T) {
 					seen[a] = true
 				}
 				if i%2 == 0 {
-					p.close(t) // half of the containers are gone before DEL
+					p.close(t) // half of the containers have gone before DEL
 				}
 			}
 			each("DEL", (*pod).del)

@@ -1,7 +1,7 @@
 package e2e
 
-// Rules by name inside pods. The pod's resolv.conf names a server of its own choice; the
-// answers are to be those of the resolver that its configuration trusts.
+// Rules by name inside pods. The pod's resolv.conf names a server of its own choice; the answers
+// must come from the resolver that its configuration trusts.
 
 import (
 	"fmt"
@@ -21,7 +21,7 @@ spec:
   - {name: services, action: allow, to: [{domain: "*.default.svc.cluster.local"}], privateAddresses: allow, ports: [{protocol: TCP, port: 7008}]}
 `
 
-// rogueResolvConf is what the pod has chosen; the search list is a kubelet's.
+// rogueResolvConf is the pod's choice; the search list is a kubelet's.
 const rogueResolvConf = "nameserver " + other4 + "\nsearch default.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5 timeout:1 attempts:1\n"
 
 // names starts a name server; each record is a name and an address.
@@ -41,7 +41,7 @@ func names(t *testing.T, in place, addrs []string, records ...string) *proc {
 	return p
 }
 
-// questions is what a name server was asked so far.
+// questions returns what a name server has been asked so far.
 func questions(p *proc) string { return strings.ToLower(p.result("").out) }
 
 func TestCNINames(t *testing.T) {
@@ -58,7 +58,7 @@ func TestCNINames(t *testing.T) {
 		"api.default.svc.cluster.local "+one.addr(false), "api.default.svc.cluster.local "+one.addr(true),
 		"headless.default.svc.cluster.local "+one.addr(false), "headless.default.svc.cluster.local "+two.addr(false))
 	rogue := names(t, n.far, []string{other4, other6}, "pypi.test "+other4, "pypi.test "+other6, "evil.test "+other4)
-	// What nodes run as a cache: an address of the node alone.
+	// Nodes run a cache at such an address, which is the node's alone.
 	n.ip(t, "addr add 169.254.20.10/32 dev lo")
 	cache := names(t, n, []string{"169.254.20.10"}, "pypi.test "+far4)
 	policy := write(t, "names.yaml", fmt.Sprintf(podNames, "nxdomain"))
@@ -119,7 +119,7 @@ func TestCNINames(t *testing.T) {
 			ok(t, p, 10*time.Second, "curl", flag, "-gsS", "-m", "5", "http://api.default.svc.cluster.local:7008/").wantOut(t, "hello from peer")
 		}
 		ok(t, p, 10*time.Second, peerBin(), "get", "http://api.default.svc.cluster.local:7008/").wantOut(t, "hello from peer")
-		// By the search list: the name resolves, and the request says another one.
+		// The name resolves by the search list, but the request has another name.
 		ok(t, p, 10*time.Second, "getent", "ahostsv4", "api").wantOut(t, one.addr(false))
 		ok(t, p, 10*time.Second, "curl", "-gsS4", "-m", "5", "-H", "Host: api.default.svc.cluster.local", "http://api:7008/").wantOut(t, "hello from peer")
 		if r := run(t, p, 10*time.Second, "curl", "-gsS4", "-m", "5", "http://api:7008/"); strings.Contains(r.out, "hello") {
@@ -207,7 +207,7 @@ func TestCNINames(t *testing.T) {
 		answers("without a policy the pod's own server answers", other4)
 		n.sluice(t, "policy", "set", name, policy)
 		answers("by name", far4)
-		// The next monitor knows whom to ask, and so does another binary.
+		// The next monitor knows whom to ask, and so does a new binary.
 		kill(t, q.attachment(t).PID)
 		if err := n.runtime("1.1.0").GetStatusNetworkList(t.Context(), list); err != nil {
 			t.Fatal(err)

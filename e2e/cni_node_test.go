@@ -1,8 +1,8 @@
 package e2e
 
-// A node of a cluster for the CNI tests: a namespace "host" on one link with "far", in
-// which libcni, in this process, runs the real plugins as a container runtime does, and
-// pods, which are network namespaces bound in the node's own mount namespace.
+// A node of a cluster for the CNI tests: a namespace "host" on one link with "far". In it libcni,
+// called by this process, runs the real plugins as a container runtime does. Pods are network
+// namespaces bound in the node's own mount namespace.
 //
 //	  pod                    node                              far
 //	 ┌──────┐  sluice-cni  ┌──────────────────────────┐      ┌─────────────────┐
@@ -42,7 +42,7 @@ const (
 	pods4, pods6  = "10.88.0.0/16", "fd88::/64"
 )
 
-// cniArea is area for what needs the plugin, the main plugins and root.
+// cniArea is area for tests that need the plugin, the main plugins and root.
 func cniArea(t *testing.T, name string, tools ...string) {
 	t.Helper()
 	area(t, name, append(tools, "nsenter", "unshare", "nft")...)
@@ -60,12 +60,12 @@ type node struct {
 	before string
 	cache  string
 	leases string
-	varLib string   // what a runtime in the node has as /var/lib (cni_runtime_test.go)
+	varLib string   // what a runtime in the node sees as /var/lib (cni_runtime_test.go)
 	bin    string   // directory of the plugin under test
-	env    []string // more of the plugins' environment
-	// timed, if set, is told how long each call of the plugin under test took.
+	env    []string // additions to the plugins' environment
+	// timed, if set, receives the duration of each call of the plugin under test.
 	timed func(time.Duration)
-	// killAfter, if set, is told the process of each call of the plugin under test.
+	// killAfter, if set, receives the process of each call of the plugin under test.
 	killAfter func(pid int)
 }
 
@@ -82,8 +82,8 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// state is all of the node that attachments must give back: devices, rules, mounts,
-// leases and records. A bridge stays by design, and so do the chains of portmap.
+// state returns everything on the node that attachments must give back: devices, rules, mounts,
+// leases and records. A bridge stays by design, and so do portmap's chains.
 func (n *node) state(t *testing.T) string {
 	t.Helper()
 	var lines []string
@@ -118,8 +118,8 @@ func (n *node) state(t *testing.T) string {
 	return strings.Join(lines, "\n")
 }
 
-// clean asks that nothing of any attachment is left. A monitor ends a moment after the
-// DEL that told it to.
+// clean checks that no attachment has left anything. A monitor ends a moment after the DEL that
+// told it to.
 func (n *node) clean(t *testing.T) {
 	t.Helper()
 	testutil.Within(t, 5*time.Second, func() (bool, string) {
@@ -128,8 +128,8 @@ func (n *node) clean(t *testing.T) {
 	})
 }
 
-// pluginPath is where libcni and the delegating plugin look. The distribution's plugins
-// do not speak 1.1.0; the ones built beside cnitool do.
+// pluginPath returns where libcni and the delegating plugin look. The distribution's plugins do not
+// speak 1.1.0; those built beside cnitool do.
 func (n *node) pluginPath(ver string) []string {
 	if ver == "1.1.0" {
 		return []string{n.bin, os.Getenv("CNI_PLUGINS")}
@@ -151,9 +151,9 @@ type network struct {
 	portmap     bool
 	portmapLast bool // portmap follows sluice
 	sluice      map[string]any
-	keys        map[string]any // of the main plugin's configuration, over what is made up
+	keys        map[string]any // for the main plugin's configuration, overriding the defaults
 	before      map[string]any // a plugin between the main one and sluice
-	after       map[string]any // a plugin behind sluice
+	after       map[string]any // a plugin after sluice
 }
 
 var dual = []string{pods4, pods6}
@@ -230,7 +230,7 @@ type pod struct {
 
 var podCount atomic.Int64
 
-// newPod makes the namespace, which ends with the test if not before.
+// newPod makes the namespace, which ends with the test at the latest.
 func (n *node) newPod(t *testing.T, list *libcni.NetworkConfigList) *pod {
 	t.Helper()
 	p := &pod{n: n, id: fmt.Sprintf("pod%d-%016x", podCount.Add(1), time.Now().UnixNano()), list: list, open: true}
@@ -245,7 +245,7 @@ func (n *node) newPod(t *testing.T, list *libcni.NetworkConfigList) *pod {
 	return p
 }
 
-// close removes the namespace, as a runtime whose container died has done before DEL.
+// close removes the namespace, as a runtime has done before DEL if its container died.
 func (p *pod) close(t *testing.T) {
 	t.Helper()
 	if !p.open {
@@ -257,7 +257,7 @@ func (p *pod) close(t *testing.T) {
 	if err != nil {
 		t.Errorf("removing the pod's namespace: %v", err)
 	}
-	os.Remove(p.ns) // else the main plugins' DEL finds a plain file, which they do not forgive
+	os.Remove(p.ns) // otherwise the main plugins' DEL fails on a plain file
 }
 
 func (p *pod) tryAdd() (err error) {
@@ -270,7 +270,7 @@ func (p *pod) tryAdd() (err error) {
 	return err
 }
 
-// add attaches the pod, and detaches it at the end of the test.
+// add attaches the pod, and detaches it when the test ends.
 func (n *node) add(t *testing.T, list *libcni.NetworkConfigList, caps ...map[string]any) *pod {
 	t.Helper()
 	p := n.newPod(t, list)
@@ -300,7 +300,7 @@ func (p *pod) check() error {
 	return p.n.runtime(p.list.CNIVersion).CheckNetworkList(ctx, p.list, p.rt)
 }
 
-// addr is the pod's address of the family that a tells.
+// addr returns the pod's address of a family.
 func (p *pod) addr(six bool) string {
 	for _, ip := range p.result.IPs {
 		if (ip.Address.IP.To4() == nil) == six {
@@ -310,7 +310,7 @@ func (p *pod) addr(six bool) string {
 	return ""
 }
 
-// gateway is the node's address on the pod's side.
+// gateway returns the node's address on the pod's side.
 func (p *pod) gateway(six bool) string {
 	for _, ip := range p.result.IPs {
 		if (ip.Address.IP.To4() == nil) == six {
@@ -329,7 +329,7 @@ func (p *pod) addrs() (all []string) {
 
 func (p *pod) String() string { return p.id }
 
-// configuration is what the pod and its uplink namespace have of a network, for a reader.
+// configuration returns, for a reader, what the pod and its uplink namespace have of a network.
 func (p *pod) configuration(t *testing.T) string {
 	own, _, _ := strings.Cut(p.id, "-")
 	uplinks, _ := filepath.Glob(cniState + "/netns/" + own + "_*")
@@ -349,8 +349,8 @@ func (p *pod) start(t *testing.T, argv ...string) *proc {
 	return p.n.start(t, append([]string{"nsenter", "--net=" + p.ns, "--"}, argv...)...)
 }
 
-// ExecPlugin runs a plugin in the node's namespaces; with FindInPath and Decode it is
-// what libcni calls plugins by.
+// ExecPlugin runs a plugin in the node's namespaces. With FindInPath and Decode it is the interface
+// by which libcni calls plugins.
 func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, path)
 	var stdout, stderr bytes.Buffer
@@ -365,7 +365,7 @@ func (n *node) ExecPlugin(ctx context.Context, path string, stdin []byte, enviro
 		return nil, err
 	}
 	if n.killAfter != nil && filepath.Dir(path) == n.bin {
-		cmd.WaitDelay = 200 * time.Millisecond // its delegates may live on and have its output
+		cmd.WaitDelay = 200 * time.Millisecond // its delegates may live on and hold its output
 		go n.killAfter(cmd.Process.Pid)
 	}
 	if err := cmd.Wait(); err != nil {

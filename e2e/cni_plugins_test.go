@@ -1,6 +1,6 @@
 package e2e
 
-// Other main plugins, plugins around sluice, and the keys that say which pods it takes.
+// Other main plugins, plugins around sluice, and the keys that select its pods.
 
 import (
 	"strings"
@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// both asks for TCP, UDP and ping between two places, by the addresses that each has.
+// both tries TCP, UDP and ping between two places, at the address of each.
 func both(t *testing.T, a place, addrA string, b place, addrB string) {
 	t.Helper()
 	for _, way := range []struct {
@@ -26,7 +26,7 @@ func both(t *testing.T, a place, addrA string, b place, addrB string) {
 	}
 }
 
-// TestCNIMacvlan has pods on far's own link, by macvlan over the node's.
+// TestCNIMacvlan puts pods on far's own link, by macvlan over the node's.
 func TestCNIMacvlan(t *testing.T) {
 	cniArea(t, "cni.macvlan", "ping")
 	for _, alone := range []bool{false, true} {
@@ -59,8 +59,8 @@ func TestCNIMacvlan(t *testing.T) {
 	}
 }
 
-// TestCNIBandwidth has the bandwidth plugin, or the worker in its place, hold a pod to a
-// rate; behind sluice the plugin finds no veth in the pod and says so.
+// TestCNIBandwidth limits a pod's rate by the bandwidth plugin, or by the worker in its place.
+// After sluice, the plugin finds no veth in the pod and says so.
 func TestCNIBandwidth(t *testing.T) {
 	cniArea(t, "cni.bandwidth", "tc")
 	const rate = 24_000_000
@@ -79,7 +79,7 @@ func TestCNIBandwidth(t *testing.T) {
 	}{
 		{"the worker's own", network{}, ""},
 		{"before sluice", network{before: plugin, sluice: off}, ""},
-		// What sluice does not declare, its delegates are not given either: both hold it.
+		// Delegates get only what sluice declares: both limit the rate.
 		{"as delegate", network{before: plugin, alone: true}, ""},
 		{"after sluice", network{after: plugin, sluice: off}, "veth"},
 	} {
@@ -159,7 +159,7 @@ func TestCNISelect(t *testing.T) {
 				if d, r := dial(t, p, "-timeout", "3s", at(far4, portWhoami)); !strings.HasPrefix(d.Got, p.addr(false)) {
 					t.Errorf("the pod is seen as %q\n%s", d.Got, r)
 				}
-				// Only one that sluice took is gated.
+				// Only a pod that sluice took is gated.
 				if d, r := dial(t, p, "-timeout", "500ms", "-send", "GET / HTTP/1.0\r\n\r\n", at(far6, portHTTP)); (d.Error == "") == row.taken {
 					t.Errorf("to a port that the policy denies: %q\n%s", d.Error, r)
 				}
@@ -187,7 +187,7 @@ func TestCNISelect(t *testing.T) {
 	}
 }
 
-// TestCNIOneFamily has pods that have only one: what goes to the other fails at once.
+// TestCNIOneFamily has pods with a single family: traffic to the other fails at once.
 func TestCNIOneFamily(t *testing.T) {
 	cniArea(t, "cni.families", "ping")
 	n := newNode(t)
@@ -268,7 +268,7 @@ spec:
 	})
 }
 
-// TestCNITuning has the tuning plugin set what it may of the pod's interface.
+// TestCNITuning has the tuning plugin set what it may on the pod's interface.
 func TestCNITuning(t *testing.T) {
 	cniArea(t, "cni.tuning")
 	n := newNode(t)

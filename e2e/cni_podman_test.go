@@ -1,7 +1,7 @@
 package e2e
 
-// podman with its CNI backend: it makes the namespaces, calls libcni, and has conmon
-// call podman again when a container has ended.
+// podman with its CNI backend makes the namespaces and calls libcni, and conmon calls podman again
+// when a container has ended.
 
 import (
 	"fmt"
@@ -15,7 +15,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// podman is one with files, storage and networks of its own, in a node.
+// podman is an instance with its own files, storage and networks, in a node.
 type podman struct {
 	n    *node
 	conf string
@@ -23,8 +23,8 @@ type podman struct {
 
 const podmanImage = "localhost/peer"
 
-// podmanConf has containers without cgroups, which are the machine's, and with limits
-// that a root without CAP_SYS_RESOURCE can give.
+// podmanConf gives containers no cgroups, which belong to the machine, and limits that a root
+// without CAP_SYS_RESOURCE can set.
 const podmanConf = `
 [containers]
 cgroups = "disabled"
@@ -76,7 +76,7 @@ func (p *podman) ok(t *testing.T, args ...string) result {
 	return ok(t, p.n, 30*time.Second, p.argv(args...)...)
 }
 
-// podmanContainer is one that runs, and a place for commands.
+// podmanContainer is a running container, and a place for commands.
 type podmanContainer struct {
 	p        *podman
 	name, id string
@@ -97,7 +97,7 @@ func (c *podmanContainer) start(t *testing.T, argv ...string) *proc {
 	return c.p.n.start(t, c.p.argv(append([]string{"exec", c.name}, argv...)...)...)
 }
 
-// addr is the container's address in the gated network, as podman knows it.
+// addr returns the container's address in the gated network, as podman knows it.
 func (c *podmanContainer) addr(t *testing.T, six bool) string {
 	t.Helper()
 	key := map[bool]string{false: "IPAddress", true: "GlobalIPv6Address"}[six]
@@ -123,8 +123,8 @@ func TestCNIPodman(t *testing.T) {
 		network
 	}{
 		{"installed after bridge and portmap", network{version: "1.0.0", main: "bridge", subnets: dual, portmap: true, bare: true}},
-		// portmap is not a delegate here: given an address, as at `network reload`, podman
-		// tells the first plugin of a list of nothing but that.
+		// portmap is not a delegate here: when podman has an address to give, as at `network
+		// reload`, it passes the first plugin of the list nothing else.
 		{"with bridge as delegate and portmap after", network{version: "1.0.0", main: "bridge", subnets: dual, portmap: true, alone: true, portmapLast: true}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestCNIPodman(t *testing.T) {
 					if now := server.addr(t, true); again[0] == "network" && now != addr {
 						t.Errorf("the address was %s and is %s", addr, now)
 					}
-					published(t, "timeout") // its policy is the network's again
+					published(t, "timeout") // its policy is that of the network again
 					n.setPolicy(t, after.Name, far4, far6)
 					published(t, "")
 				})
@@ -203,7 +203,7 @@ func TestCNIPodman(t *testing.T) {
 	}
 }
 
-// podmanSecondNetwork joins a running container to another network, and takes it out.
+// podmanSecondNetwork joins a running container to another network and removes it again.
 func podmanSecondNetwork(t *testing.T, p *podman, lists string, c *podmanContainer) {
 	path := filepath.Join(lists, "second.conflist")
 	p.n.conflistFile(t, path, network{version: "1.0.0", main: "bridge", subnets: []string{"10.89.0.0/16"}, bare: true, sluice: map[string]any{}})

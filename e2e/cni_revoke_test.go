@@ -1,7 +1,7 @@
 package e2e
 
-// A new policy of a pod that somebody would rather put off: it is in force within two
-// seconds, and no older one ever comes back, whatever repairs the pod afterwards.
+// A new policy for a pod that would like to delay it: it is in force within two seconds, and no
+// older one ever returns, whatever repairs the pod afterwards.
 
 import (
 	"errors"
@@ -22,7 +22,7 @@ func revokedPod(t *testing.T, n *node, r *revocation) *pod {
 	return n.add(t, n.conflist(t, network{version: "1.1.0", main: "ptp", subnets: dual, alone: true, sluice: map[string]any{"policy": r.open}}))
 }
 
-// repaired kills what serves the pod, and has the runtime start it again.
+// repaired kills what serves the pod and has the runtime start it again.
 func (p *pod) repaired(t *testing.T) {
 	t.Helper()
 	kill(t, p.attachment(t).PID)
@@ -32,7 +32,7 @@ func (p *pod) repaired(t *testing.T) {
 }
 
 // TestCNIPolicySetCannotBePutOff is TestPolicySetCannotBePutOff in a pod, whose monitor can be
-// killed without the pod's end.
+// killed without ending the pod.
 func TestCNIPolicySetCannotBePutOff(t *testing.T) {
 	cniArea(t, "cni.revoke", "bash", "ping")
 	n := newNode(t)
@@ -83,13 +83,13 @@ func TestCNIPolicySetCannotBePutOff(t *testing.T) {
 	})
 }
 
-// holdStill stops every thread of a process as a debugger does, so that only its death
-// ends that, as if somebody stopped it again each time that it is made to go on.
+// holdStill stops every thread of a process as a debugger does. Only the process's death ends that,
+// as if it were stopped again each time it is continued.
 func holdStill(t *testing.T, pid int) (letGo func()) {
 	t.Helper()
 	held, enough := make(chan error), make(chan struct{})
-	go func() { // ends when it is enough
-		runtime.LockOSThread() // never unlocked: the tracer's end is what lets go
+	go func() { // ends when it is let go
+		runtime.LockOSThread() // never unlocked: the end of the tracer lets go
 		held <- stopThreads(pid)
 		<-enough
 	}()
@@ -102,8 +102,8 @@ func holdStill(t *testing.T, pid int) (letGo func()) {
 	return letGo
 }
 
-// stopThreads has the calling thread trace and stop those of a process, until it has no
-// other any more.
+// stopThreads makes the calling thread trace and stop a process's threads, until no other thread is
+// left.
 func stopThreads(pid int) error {
 	stopped := make(map[int]bool)
 	for {

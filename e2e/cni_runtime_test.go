@@ -1,8 +1,7 @@
 package e2e
 
-// What the tests with real container runtimes share: a node whose runtime keeps its
-// files to itself, an image of nothing but the peer, and the view that `sluice` gives
-// of the containers.
+// What the tests with real container runtimes share: a node whose runtime keeps its files to
+// itself, an image with nothing but the peer, and `sluice`'s view of the containers.
 
 import (
 	"archive/tar"
@@ -23,8 +22,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// newRuntimeNode is a node for a container runtime: /var/lib is its own, where runtimes
-// keep images and libcni its results, and so is the directory of configuration lists.
+// newRuntimeNode returns a node for a container runtime. It has its own /var/lib, where runtimes
+// keep images and libcni its results, and its own directory of configuration lists.
 func newRuntimeNode(t *testing.T) (n *node, lists string) {
 	t.Helper()
 	n = newNode(t)
@@ -37,7 +36,7 @@ func newRuntimeNode(t *testing.T) (n *node, lists string) {
 	var err error
 	n.do(func() {
 		err = unix.Mount(n.varLib, "/var/lib", "", unix.MS_BIND, "")
-		// crun refuses cgroup v1 with v2 beside it; the containers have none of either.
+		// crun refuses cgroup v1 with v2 beside it; the containers use neither.
 		if e := unix.Unmount("/sys/fs/cgroup/unified", unix.MNT_DETACH); !errors.Is(e, unix.EINVAL) && !errors.Is(e, unix.ENOENT) {
 			err = errors.Join(err, e)
 		}
@@ -48,8 +47,8 @@ func newRuntimeNode(t *testing.T) (n *node, lists string) {
 	return n, lists
 }
 
-// conflistFile puts a list where the runtime reads it. A bare one gets sluice as people
-// give it to it, with the keys of w.sluice.
+// conflistFile puts a list where the runtime reads it. A bare one gets sluice as people add it,
+// with the keys of w.sluice.
 func (n *node) conflistFile(t *testing.T, path string, w network) {
 	t.Helper()
 	if err := os.WriteFile(path, n.conflistJSON(t, w), 0o644); err != nil {
@@ -71,8 +70,8 @@ func jsonText(t *testing.T, v any) string {
 	return string(b)
 }
 
-// rootfs is a container's file system as a tar: the peer, static, by the path that it
-// has outside, so that commands are the same in a container as anywhere.
+// rootfs returns a container's file system as a tar: the static peer, at the path that it has
+// outside, so that commands are the same everywhere.
 func rootfs(t *testing.T) []byte {
 	t.Helper()
 	f, err := os.Open(peerBin())
@@ -100,8 +99,8 @@ func rootfs(t *testing.T) []byte {
 	return out.Bytes()
 }
 
-// gatedPolicy lets the pods of a network reach each other's HTTP, and nobody in until
-// `sluice policy set` says whom.
+// gatedPolicy lets a network's pods reach each other's HTTP, and lets no client in until `sluice
+// policy set` names some.
 func gatedPolicy(from ...string) map[string]any {
 	var in, out []any
 	for _, cidr := range from {
@@ -134,7 +133,7 @@ func policyByName(domain string) map[string]any {
 	}
 }
 
-// setPolicy has friends, by their addresses, let in to an attachment.
+// setPolicy lets friends, by their addresses, in to an attachment.
 func (n *node) setPolicy(t *testing.T, attachment string, friends ...string) {
 	t.Helper()
 	var cidrs []string
@@ -144,7 +143,7 @@ func (n *node) setPolicy(t *testing.T, attachment string, friends ...string) {
 	n.sluice(t, "policy", "set", attachment, write(t, "policy.json", jsonText(t, gatedPolicy(cidrs...))))
 }
 
-// attachments are those that `sluice ps` lists of one container.
+// attachments returns those that `sluice ps` lists for one container.
 func (n *node) attachments(t *testing.T, container string) (own []attachment) {
 	t.Helper()
 	var all []attachment
@@ -152,7 +151,7 @@ func (n *node) attachments(t *testing.T, container string) (own []attachment) {
 	return slices.DeleteFunc(all, func(a attachment) bool { return !strings.HasPrefix(a.Name, container[:12]+"-") })
 }
 
-// theAttachment is that of a container with one network.
+// theAttachment returns the attachment of a container with one network.
 func (n *node) theAttachment(t *testing.T, container string) attachment {
 	t.Helper()
 	own := n.attachments(t, container)
@@ -162,8 +161,8 @@ func (n *node) theAttachment(t *testing.T, container string) attachment {
 	return own[0]
 }
 
-// wantFlow asks that an attachment's flows, the ones over or refused among them, have one
-// whose line says all of the words.
+// wantFlow checks that among an attachment's flows, ended and refused ones included, the line of
+// one has all of the words.
 func (n *node) wantFlow(t *testing.T, attachment string, words ...string) {
 	t.Helper()
 	testutil.Within(t, 2*time.Second, func() (bool, string) {

@@ -1,6 +1,6 @@
 package e2e
 
-// A place of the soak test: one pod that comes and goes, and those who knock at it.
+// A slot of the soak test: one pod that comes and goes, and the programs that knock at it.
 
 import (
 	"context"
@@ -24,17 +24,17 @@ const (
 	unknown // a plugin was killed
 )
 
-// slot is a namespace that is attached and detached again and again, with what knocks
-// at doors from inside and from outside. Used by one goroutine.
+// slot is a namespace that is attached and detached again and again, with programs that knock at
+// doors from inside and from outside. One goroutine uses it.
 type slot struct {
 	n     *node
 	p     *pod
-	alone bool // sluice delegates; else the pod's interface is open while ptp's ADD is done and ours is not
+	alone bool // sluice delegates; otherwise the pod's interface is open after ptp's ADD and before ours
 	rng   *rand.Rand
 	state int
 	left  *atomic.Int64
-	// repaired is what the last repair said. While others kill, it may fail: the very
-	// monitor that it starts may be hit.
+	// repaired is the error of the last repair. While others kill, it may fail: they may hit the
+	// very monitor that it starts.
 	repaired error
 	killed   map[string]int
 	took     map[string]time.Duration // by verb
@@ -45,10 +45,10 @@ func newSlot(t *testing.T, n *node, i int, seed uint64, left *atomic.Int64) *slo
 	t.Helper()
 	s := &slot{n: n, alone: i%4 != 3, rng: rand.New(rand.NewPCG(seed, uint64(i))), left: left,
 		killed: map[string]int{}, took: map[string]time.Duration{}}
-	// Nobody else knocks where the main plugin's interface is in the pod for a while.
+	// No other knocker goes where the main plugin's interface is in the pod for a while.
 	subnets := map[bool][]string{true: {"10.88.0.0/17", "fd88::/97"}, false: {"10.88.128.0/17", "fd88::8000:0/97"}}[s.alone]
 	s.p = n.newPod(t, n.conflist(t, network{version: "1.1.0", main: "ptp", subnets: subnets, alone: s.alone, sluice: gate}))
-	// It answers whoever gets in.
+	// It answers everyone who gets in.
 	serve(t, s.p, "0.0.0.0", "::")
 	s.in, s.out = newKnocker(t, s.p), newKnocker(t, n.far)
 	if s.alone {
@@ -57,7 +57,7 @@ func newSlot(t *testing.T, n *node, i int, seed uint64, left *atomic.Int64) *slo
 	return s
 }
 
-// doors are far's, open and closed ones.
+// doors returns far's doors, open and closed.
 func (s *slot) doors() (doors []string) {
 	for _, far := range []string{far4, far6} {
 		for _, port := range []int{portWhoami, portEcho, portHTTP, portDigest} {
@@ -68,7 +68,7 @@ func (s *slot) doors() (doors []string) {
 	return doors
 }
 
-// podDoors are those of the pod, and of the addresses that the next pods will have.
+// podDoors returns the doors of the pod, and of the addresses that the next pods will have.
 func (s *slot) podDoors() (doors []string) {
 	for _, a := range s.p.addrs() {
 		addr := netip.MustParseAddr(a)
@@ -80,7 +80,7 @@ func (s *slot) podDoors() (doors []string) {
 	return doors
 }
 
-// round kills something, or puts what was killed in order.
+// round kills something, or repairs what was killed.
 func (s *slot) round(t *testing.T, slots []*slot, neighbour *pod) {
 	switch {
 	case s.state == detached:
@@ -94,8 +94,8 @@ func (s *slot) round(t *testing.T, slots []*slot, neighbour *pod) {
 	}
 }
 
-// call runs verbs of the runtime; with kill, the plugin is killed at some point of them,
-// unless it was faster.
+// call runs verbs of the runtime. With kill, it kills the plugin at some point during them, unless
+// the plugin was faster.
 func (s *slot) call(verb string, kill bool, f func(*node) error) (killed bool, err error) {
 	mine := *s.n // the plugin's caller is this copy
 	if !kill {
@@ -113,7 +113,7 @@ func (s *slot) call(verb string, kill bool, f func(*node) error) (killed bool, e
 		s.count("plugin in " + verb)
 		return true, nil
 	}
-	return false, err // it was faster
+	return false, err // the plugin was faster
 }
 
 func (s *slot) count(what string) {
@@ -127,7 +127,7 @@ func (s *slot) add(t *testing.T, kill bool) {
 	case killed:
 		s.state = unknown
 	case err != nil && s.state == unknown && strings.Contains(err.Error(), "already"):
-		// The ADD before was killed when all was done: this is for DEL.
+		// The previous ADD was killed when everything was done: DEL has to handle this.
 	case err != nil:
 		t.Errorf("ADD of %s: %v", s.p, err)
 	default:
@@ -139,13 +139,13 @@ func (s *slot) add(t *testing.T, kill bool) {
 	}
 }
 
-// with is the slot's pod as the node's runtime n has it.
+// with returns the slot's pod as the node's runtime n has it.
 func (s *slot) with(n *node) *pod {
 	s.p.n = n
 	return s.p
 }
 
-// rest has nobody knock, where the pod is open before and after.
+// rest stops the knocking from outside and, where the pod is open before and after, from inside.
 func (s *slot) rest(t *testing.T) {
 	s.out.at(t)
 	if !s.alone {
@@ -153,7 +153,7 @@ func (s *slot) rest(t *testing.T) {
 	}
 }
 
-// cure does what a runtime does with an ADD or DEL that did not end.
+// cure does what a runtime does about an ADD or DEL that did not finish.
 func (s *slot) cure(t *testing.T, slots []*slot, neighbour *pod) {
 	kill := s.rng.IntN(3) == 0
 	switch way := s.rng.IntN(3); {
@@ -181,7 +181,7 @@ func (s *slot) cure(t *testing.T, slots []*slot, neighbour *pod) {
 	}
 }
 
-// freeLease is the main plugin's part: host-local has no GC.
+// freeLease does the main plugin's part: host-local has no GC.
 func (s *slot) freeLease(t *testing.T) {
 	if s.alone {
 		return
@@ -195,7 +195,7 @@ func (s *slot) freeLease(t *testing.T) {
 	}
 }
 
-// others are the pods that the runtime knows, but for one.
+// others returns the pods that the runtime knows, except one.
 func others(slots []*slot, but *slot, more ...*pod) []*pod {
 	for _, s := range slots {
 		if s != but {
@@ -205,7 +205,7 @@ func others(slots []*slot, but *slot, more ...*pod) []*pod {
 	return more
 }
 
-// verb kills a plugin that works on a pod which is attached.
+// verb kills a plugin that works on an attached pod.
 func (s *slot) verb(t *testing.T, slots []*slot, neighbour *pod) {
 	switch s.rng.IntN(4) {
 	case 0:
@@ -215,7 +215,7 @@ func (s *slot) verb(t *testing.T, slots []*slot, neighbour *pod) {
 			if err == nil || !strings.Contains(err.Error(), "nothing serves the pod") {
 				break
 			}
-			// Another slot's kill hit the verb that was to see to it.
+			// Another slot's kill hit the verb that was meant to do it.
 			s.mend(t, slots, neighbour)
 			_, err = s.call("CHECK", false, check)
 		}
@@ -244,8 +244,7 @@ func (s *slot) repair(t *testing.T, slots []*slot, neighbour *pod, kill bool) {
 		name = "GC"
 		f = func(n *node) error { return n.gc(context.Background(), s.p.list, others(slots, nil, neighbour)...) }
 	}
-	// Another slot may kill the very monitor that is being started: what counts is that
-	// all is in order in the end.
+	// Another slot may kill the very monitor that is being started: only the final state counts.
 	_, s.repaired = s.call(name, kill, f)
 }
 
@@ -271,14 +270,14 @@ func (s *slot) killServer(t *testing.T, slots []*slot, neighbour *pod) {
 		}
 		s.mend(t, slots, neighbour)
 	} else {
-		s.mend(t, slots, neighbour) // another slot's kill hit the verb that was to
+		s.mend(t, slots, neighbour) // another slot's kill hit the verb that was meant to do it
 	}
 	if s.rng.IntN(3) == 0 {
 		s.serves(t, slots, neighbour)
 	}
 }
 
-// monitor is the pid that the attachment's state names.
+// monitor returns the pid in the attachment's state.
 func (s *slot) monitor() int {
 	own, _, _ := strings.Cut(s.p.id, "-")
 	found, _ := filepath.Glob("/run/sluice/" + own + "_*/state.json")
@@ -292,8 +291,8 @@ func (s *slot) monitor() int {
 	return pid
 }
 
-// serves asks that the pod reaches what it may. Another slot may kill the verb that
-// launches the pod's monitor, which then ends with it: runtimes ask again and again, too.
+// serves checks that the pod reaches what it may. Another slot may kill the verb that launches the
+// pod's monitor, which then ends with it, so the check retries, as runtimes do.
 func (s *slot) serves(t *testing.T, slots []*slot, neighbour *pod) {
 	deadline := time.Now().Add(10 * time.Second)
 	for _, far := range []string{far4, far6} {
@@ -313,7 +312,7 @@ func (s *slot) serves(t *testing.T, slots []*slot, neighbour *pod) {
 	}
 }
 
-// forget takes away what is left of the slot when GC does not know it.
+// forget removes what is left of the slot when GC does not know it.
 func (s *slot) forget(t *testing.T) {
 	t.Helper()
 	for door, n := range s.in.end(t) {
@@ -339,7 +338,7 @@ func newKnocker(t *testing.T, in place) *knocker {
 	return &knocker{proc: in.start(t, peerBin(), "knock", "-pause", soakPause)}
 }
 
-// at has it knock at these doors, and at no others any more.
+// at makes it knock at these doors, and at no others any more.
 func (k *knocker) at(t *testing.T, doors ...string) {
 	k.lines++
 	k.write([]byte(strings.Join(doors, " ") + "\n"))
@@ -353,7 +352,7 @@ func (k *knocker) at(t *testing.T, doors ...string) {
 	}
 }
 
-// end says which doors it has entered, and how often.
+// end returns which doors it has entered, and how often.
 func (k *knocker) end(t *testing.T) map[string]int {
 	t.Helper()
 	k.closeInput()

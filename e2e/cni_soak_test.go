@@ -1,7 +1,7 @@
 package e2e
 
-// Kills at random: whatever ends, however often, what the policy denies stays in, what
-// was made is found again, and who was not meant does not notice.
+// Kills at random: whatever ends, and however often, denied traffic stays in, everything that was
+// made is found again, and other pods do not notice.
 //
 //	SLUICE_SOAK_KILLS=500 SLUICE_SOAK_SEED=N  `make soak-cni`; else a short run
 
@@ -19,11 +19,11 @@ import (
 
 const (
 	soakKills = 25 // of the short run
-	// soakPause is what a program that asks again and again lets pass in between.
+	// soakPause is how long a program that asks again and again waits in between.
 	soakPause = "8ms"
 )
 
-// gate lets the pod reach two ports anywhere, and nobody in.
+// gate lets the pod reach two ports anywhere, and lets no client in.
 var gate = map[string]any{"policy": map[string]any{
 	"apiVersion": "sluice.dev/v1alpha1", "kind": "SandboxPolicy", "metadata": map[string]any{"name": "gate"},
 	"spec": map[string]any{"defaultAction": "drop", "egress": []any{map[string]any{
@@ -32,12 +32,11 @@ var gate = map[string]any{"policy": map[string]any{
 	}}, "ingress": []any{}},
 }}
 
-// throttled lets everything pass, but not so fast that nothing else can run.
+// throttled lets everything pass, but slowly enough that other things can run.
 var throttled = map[string]any{"limits": map[string]any{"egressBandwidth": "150M", "ingressBandwidth": "150M"}}
 
-// escapes are the packets by which a gated pod would say what gate denies: anything
-// of a pod's address but to the ports that it may reach. Neighbour discovery is the
-// uplink namespace's own.
+// escapes reports whether a packet says what gate denies: anything from a pod's address except to
+// the ports that it may reach. Neighbour discovery belongs to the uplink namespace.
 func escapes(p packet) bool {
 	pods := [2]netip.Prefix{netip.MustParsePrefix(pods4), netip.MustParsePrefix(pods6)}
 	if !pods[0].Contains(p.src) && !pods[1].Contains(p.src) {
@@ -72,7 +71,7 @@ func TestCNISoak(t *testing.T) {
 	for _, a := range neighbour.addrs() {
 		free = append(free, netip.MustParseAddr(a))
 	}
-	var allowed atomic.Uint64 // the watch itself is seen to see
+	var allowed atomic.Uint64 // shows that the watch itself works
 	out := n.watchFor(t, "", func(p packet) bool {
 		if p.proto == 6 && p.dport == portWhoami {
 			allowed.Add(1)
@@ -119,7 +118,7 @@ func TestCNISoak(t *testing.T) {
 	for _, p := range []*proc{held, heldIn} {
 		p.stop(t, syscall.SIGKILL)
 	}
-	// The runtime forgets them all, and only says so.
+	// The runtime forgets them all, and reports only that.
 	if err := n.gc(t.Context(), open, neighbour); err != nil {
 		t.Errorf("GC: %v", err)
 	}
@@ -160,7 +159,7 @@ func number10(t *testing.T, s string) int {
 	return n
 }
 
-// transfers go on, one checked transfer after the other in both directions, until end.
+// transfers runs one checked transfer after the other, in both directions, until end.
 type transfers struct {
 	stop atomic.Bool
 	mib  atomic.Int64

@@ -1,6 +1,6 @@
 package e2e
 
-// What passes between pods, node and the outside, and whose address is seen.
+// Traffic between pods, the node and the outside, and the addresses that it shows.
 
 import (
 	"fmt"
@@ -21,7 +21,7 @@ var mains = []struct {
 	{"as TUN after ptp", network{version: "1.1.0", main: "ptp", subnets: dual, sluice: map[string]any{"mode": "tun"}}},
 }
 
-// nodeAddr is the node's own address on the link of far.
+// nodeAddr returns the node's own address on far's link.
 func nodeAddr(six bool) string { return map[bool]string{false: pair4, true: pair6}[six] }
 
 func farAddr(six bool) string { return map[bool]string{false: far4, true: far6}[six] }
@@ -41,7 +41,7 @@ func TestCNITraffic(t *testing.T) {
 					what   string
 					from   place
 					to     string
-					source string // "" where the main plugin has the node use another
+					source string // "" where the main plugin has the node use another one
 				}{
 					{"pod to node", a, nodeAddr(six), a.addr(six)},
 					{"pod to far", a, farAddr(six), a.addr(six)},
@@ -122,8 +122,8 @@ func TestCNIIperf(t *testing.T) {
 			from place
 			to   string
 		}{
-			// By the address that the node answers a pod from, since iperf3's server picks
-			// no source for its datagrams.
+			// At the address from which the node answers a pod, since iperf3's server picks no
+			// source for its datagrams.
 			{"pod to node", a, a.gateway(six)},
 			{"node to pod", n, b.addr(six)},
 			{"pod to pod", a, b.addr(six)},
@@ -144,7 +144,7 @@ func TestCNIIperf(t *testing.T) {
 	}
 }
 
-// TestCNIPolicy has one pod that may reach the server, and one that may not, both ways.
+// TestCNIPolicy has one pod that may reach the server and one that may not, both ways.
 func TestCNIPolicy(t *testing.T) {
 	cniArea(t, "cni.policy", "curl")
 	n := newNode(t)

@@ -22,7 +22,7 @@ func (n *node) sluiceCtl(t *testing.T, args ...string) result {
 	return run(t, n, 20*time.Second, append([]string{"env", "XDG_RUNTIME_DIR=/run", sluiceBin()}, args...)...)
 }
 
-// network is what the pod has of it, as ip shows it.
+// network returns what the pod has of a network, as ip shows it.
 func (p *pod) network(t *testing.T) string {
 	t.Helper()
 	var all []string
@@ -35,7 +35,7 @@ func (p *pod) network(t *testing.T) string {
 	return strings.Join(all, "")
 }
 
-// lastEvent is the last line of a `peer hold`.
+// lastEvent returns the last line of a `peer hold`.
 func lastEvent(t *testing.T, out string) (r struct {
 	Event   string
 	Open    int
@@ -71,7 +71,7 @@ func TestCNIUpgrade(t *testing.T) {
 	outside := newKnocker(t, n.far)
 	outside.at(t, "tcp:"+at(shut.addr(false), portHTTP), "udp:"+at(shut.addr(true), portEcho))
 
-	// The second build of the same program, where an administrator would put it.
+	// The second build of the same program is where an administrator would put it.
 	next := filepath.Join(n.dir, "next")
 	crashing := write(t, "crashing", "#!/bin/sh\n[ \"$2\" = --version ] && exec "+os.Getenv("SLUICE_CNI_BIN")+" \"$@\"\nkill -9 $$\n")
 	b, err := os.ReadFile(os.Getenv("SLUICE_CNI_FAULTS_BIN"))
@@ -113,7 +113,7 @@ func TestCNIUpgrade(t *testing.T) {
 			} else if r.status == 0 || !strings.Contains(r.err, row.fails) {
 				t.Errorf("the upgrade is to fail\n%s", r)
 			}
-			// New flows work at once, old ones are over at once.
+			// New flows work at once, and old ones end at once.
 			if d, r := dial(t, shut, "-timeout", "1s", at(far4, portWhoami)); d.Error != "" || d.Ms > 500 {
 				t.Errorf("the first new flow\n%s", r)
 			}

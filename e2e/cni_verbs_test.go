@@ -1,7 +1,7 @@
 package e2e
 
-// The verbs as runtimes call them: libcni in every version of the specification, in
-// every family, chained and delegating; and cnitool.
+// The verbs as runtimes call them: by libcni in every version of the specification, in every
+// family, chained and delegating, and by cnitool.
 
 import (
 	"context"
@@ -115,14 +115,14 @@ func TestCNITool(t *testing.T) {
 	dial(t, p, at(far4, portWhoami))
 	for _, verb := range []string{"check", "status", "gc", "del", "del"} {
 		tool(verb).wantStatus(t, 0)
-		if verb == "gc" { // it knows of no container
+		if verb == "gc" { // it names no container
 			n.goneFor(t, p)
 		}
 	}
 	p.close(t)
 }
 
-// goneFor asks that the pod reaches nothing.
+// goneFor checks that the pod reaches nothing.
 func (n *node) goneFor(t *testing.T, p *pod) {
 	t.Helper()
 	if d, r := dial(t, p, "-timeout", "500ms", at(far4, portWhoami)); d.Error == "" {
@@ -130,7 +130,7 @@ func (n *node) goneFor(t *testing.T, p *pod) {
 	}
 }
 
-// gc has only the plugin's GC run, not the DELs that libcni makes of its own cache.
+// gc runs only the plugin's GC, not the DELs that libcni makes from its own cache.
 func (n *node) gc(ctx context.Context, list *libcni.NetworkConfigList, valid ...*pod) error {
 	var args libcni.GCArgs
 	for _, p := range valid {

@@ -209,7 +209,7 @@ func contains(list []string, s string) bool {
 	return false
 }
 
-// TestConntrackParser holds the parser to lines that conntrack-tools printed.
+// TestConntrackParser checks the parser against lines that conntrack-tools printed.
 func TestConntrackParser(t *testing.T) {
 	for _, line := range []string{
 		"tcp      6 431999 ESTABLISHED src=10.0.0.1 dst=10.0.0.2 sport=48884 dport=22 src=10.0.0.2 dst=10.0.0.1 sport=22 dport=48884 [ASSURED] mark=0 use=1",
