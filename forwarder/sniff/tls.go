@@ -60,7 +60,7 @@ func Hello(p []byte) (seen Seen, size, need int, err error) {
 		case whole >= 0 && len(msg) > whole, whole >= 0 && len(msg) == whole && len(part) < n:
 			return seen, 0, 0, ErrMalformed
 		case whole >= 0 && len(msg) == whole && off+recordHeader+n > MaxFirst:
-			return seen, 0, 0, ErrTooLong // as it is before all of it has come
+			return seen, 0, 0, ErrTooLong // the same error as before all of it has come
 		case whole >= 0 && len(msg) == whole:
 			err = seen.readHello(msg[handshakeHeader:])
 			return seen, off + recordHeader + n, 0, err

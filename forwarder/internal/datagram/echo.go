@@ -1,18 +1,18 @@
 package datagram
 
-// Echo requests of the sandbox.
+// Echo requests from the sandbox.
 //
-// Each echo identifier of the sandbox gets a ping socket (icmp(7)), which the kernel
-// gives an identifier of its own: what UDP does with ports, and so the same flows
-// and sockets are used, the identifier standing for the port. The kernel lets only
-// replies through to a ping socket and fills in identifier and checksum.
+// Each echo identifier of the sandbox gets a ping socket (icmp(7)), to which the kernel assigns an
+// identifier of its own. UDP treats ports the same way, so the same flows and sockets are used,
+// with the identifier in place of the port. The kernel passes only replies to a ping socket, and
+// fills in identifier and checksum.
 //
-// What a request says stays here: it leaves with zeroes for a payload, and its reply
-// brings the sandbox's own bytes back (echo_book.go).
+// A request's payload stays here: it leaves as zeroes, and the reply brings the sandbox's own bytes
+// back (echo_book.go).
 //
-// Where ping sockets are not permitted (net.ipv4.ping_group_range) and a raw socket was
-// handed over, all identifiers share that (echo_raw.go). With neither, every request
-// is refused, counted, answered with an ICMP error, and the operator told once.
+// Where ping sockets are not permitted (net.ipv4.ping_group_range) and a raw socket was handed
+// over, all identifiers share that (echo_raw.go). With neither, every request is refused, counted
+// and answered with an ICMP error, and the operator is told once.
 
 import (
 	"encoding/binary"
@@ -39,7 +39,7 @@ type echoForwarder struct {
 	raw                     [2]*rawEcho // by family; nil where there is none
 	warn                    sync.Once
 	Book                    echoBook
-	zeroes                  []byte // the payload of every request, never written
+	zeroes                  []byte // the payload of every request; read-only
 }
 
 func newEchoForwarder(p Config, all *Forwarder, raw4, raw6 int) *echoForwarder {
@@ -63,8 +63,8 @@ func (e *echoForwarder) close() {
 	}
 }
 
-// HandleICMPv4 is the stack's handler for what is left of ICMP: echo requests and
-// replies. It returns true so that the stack does not answer itself.
+// HandleICMPv4 is the stack's handler for the ICMP that is left to it: echo requests and replies.
+// It returns true so that the stack does not answer by itself.
 func (d *Forwarder) HandleICMPv4(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	d.Echo.arrive(pkt, packet.ProtoICMP, packet.EchoRequest4)
 	return true
@@ -83,7 +83,7 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 		e.other.Drop(pkt)
 		return
 	}
-	// The stack has verified ICMPv6; an echo request with a bad ICMPv4 checksum it passes on.
+	// The stack has verified ICMPv6, but passes on an echo request with a bad ICMPv4 checksum.
 	if proto == packet.ProtoICMP && checksum.Checksum(h, pkt.Data().Checksum()) != 0xffff {
 		e.checksum.Drop(pkt)
 		return
@@ -115,7 +115,7 @@ func (e *echoForwarder) arrive(pkt *stack.PacketBuffer, proto, request uint8) {
 	e.enqueue(fl, pkt, a)
 }
 
-// answer replies to an echo request to an address of ours on the link.
+// answer replies to an echo request to one of our addresses on the link.
 func (e *echoForwarder) answer(a packet.Arrival, pkt *stack.PacketBuffer) {
 	h := [packet.EchoHeaderLen]byte(pkt.TransportHeader().Slice())
 	h[0] = packet.EchoReply4
@@ -130,7 +130,7 @@ func (e *echoForwarder) answer(a packet.Arrival, pkt *stack.PacketBuffer) {
 	e.Emit.ICMP(a.Dst, a.Src, packet.Meta{TTL: packet.DefaultTTL, Tos: a.Meta.Tos}, h[:], data)
 }
 
-// begin sets up the flow of a first request, or deals with the request and returns nil.
+// begin sets up the flow of a first request, or handles the request and returns nil.
 func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.Addr, request uint8, pkt *stack.PacketBuffer) *Flow {
 	e.openMu.Lock()
 	defer e.openMu.Unlock()
@@ -169,7 +169,7 @@ func (e *echoForwarder) begin(tuple nat.Tuple, guest netip.AddrPort, dst netip.A
 	return nil
 }
 
-// open makes the socket of one echo identifier.
+// open makes the socket for one echo identifier.
 func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocket, error) {
 	fd, err := e.Dialer.PodEchoSocket(v, guest.Addr())
 	if err != nil {
@@ -186,7 +186,7 @@ func (e *echoForwarder) open(v policy.Verdict, guest netip.AddrPort) (*hostSocke
 	return e.startSocket(fd, v.Proto())
 }
 
-// identifier is what the socket's requests carry outside; the kernel has it for a port.
+// identifier is the identifier of the socket's requests outside; the kernel treats it as a port.
 func (s *hostSocket) identifier() uint16 {
 	if s.raw != nil {
 		return s.rawID
@@ -194,7 +194,7 @@ func (s *hostSocket) identifier() uint16 {
 	return s.ownPort()
 }
 
-// echoPeer finds the flow that a message from a, or an error about a message to a, is of.
+// echoPeer finds the flow of a message from a, or of an error about a message to a.
 func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *Flow {
 	if s.raw != nil {
 		if s = s.raw.socket(msg); s == nil {
@@ -204,7 +204,7 @@ func (s *hostSocket) echoPeer(a netip.Addr, msg []byte) *Flow {
 	return s.Peer(netip.AddrPortFrom(a, 0), netip.Addr{})
 }
 
-// echoMessage writes the request that leaves for it: its header, and as many zeroes as the
+// echoMessage writes the request that leaves in place of it: its header, and as many zeroes as the
 // sandbox sent bytes. The kernel fills in identifier and checksum on a ping socket, and the
 // checksum on a raw ICMPv6 socket.
 func (s *hostSocket) echoMessage(it *TxItem) (head, payload []byte) {
@@ -216,8 +216,8 @@ func (s *hostSocket) echoMessage(it *TxItem) (head, payload []byte) {
 	return head, s.d.all.Echo.zeroes[:it.pkt.Data().Size()]
 }
 
-// deliverEcho carries an echo reply to the sandbox: that there is one and how long, with the
-// bytes of the request.
+// deliverEcho passes an echo reply on to the sandbox: only its arrival and length, with the bytes
+// of the request.
 func (s *hostSocket) deliverEcho(from netip.AddrPort, data []byte, c *hostsock.Control) {
 	if s.raw != nil && s.proto == packet.ProtoICMP {
 		data = StripIPv4(data)

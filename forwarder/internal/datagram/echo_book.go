@@ -1,25 +1,24 @@
 package datagram
 
-// What an echo request may say.
+// The information in an echo request.
 //
-// An echo request and its reply are a letter each way: the far side returns what it was
-// sent, or something else. So the sandbox's bytes stay here. A request leaves with
-// zeroes in their place, as many as there were, so that ping -s and path MTU are true,
-// and with a sequence number of the flow's own. The book keeps the sandbox's message by
-// that number. A reply, or an error about the request, brings the message back: ping's
-// timestamps and patterns and traceroute's numbers are what they were, and nothing
-// that the far side wrote reaches the sandbox. It chooses a reply's hop limit, a length
-// up to the request's, and whether there is one.
+// An echo request and its reply carry a message each way: the far side may return the bytes that it
+// was sent, or others. So the sandbox's bytes stay here. A request leaves with as many zeroes in
+// their place, so that ping -s and path MTU discovery stay correct, and with a sequence number of
+// the flow's own. The book keeps the sandbox's message under that number. A reply, or an error
+// about the request, brings the message back: ping's timestamps and patterns and traceroute's
+// numbers are unchanged, and no byte that the far side wrote reaches the sandbox. The far side
+// chooses only a reply's hop limit, its length up to the request's, and whether there is one.
 //
 //	sandbox                     book                      far side
 //	id, seq, payload  ────►  flow, wire seq  ────►  kernel's id, wire seq, 00 00 00 …
 //	id, seq, payload  ◄────  flow, wire seq  ◄────  kernel's id, wire seq, anything
 //
-// What is left is the choice of shape (size, hop limit, traffic class, don't-fragment), of
-// flow and of moment. Requests are bounded in rate, and one of another shape than the
-// flow's last costs EchoShapeCost of them: traceroute and mtr change the hop limit a few
-// times a second, a sender of messages would with every request. docs/threat-model.md
-// has the bound that follows.
+// The sandbox still chooses the shape (size, hop limit, traffic class, don't-fragment), the flow
+// and the moment. The rate of requests is bounded, and a request whose shape differs from the
+// flow's last counts for EchoShapeCost: traceroute and mtr change the hop limit a few times a
+// second, while a sender of messages would change the shape with every request.
+// docs/threat-model.md states the resulting bound.
 
 import (
 	"container/list"
@@ -35,39 +34,39 @@ import (
 )
 
 const (
-	// EchoBookLen and EchoBookBytes bound the requests of a sandbox that are remembered;
-	// the oldest make room. A reply that comes later than that is dropped.
+	// EchoBookLen and EchoBookBytes bound the requests of a sandbox that are remembered; the oldest
+	// make room. A reply that comes after its request has left the book is dropped.
 	EchoBookLen   = 1024
 	EchoBookBytes = 1 << 20
-	// EchoSentOverhead is what an entry takes beside the message, about.
+	// EchoSentOverhead is roughly what an entry takes beside the message.
 	EchoSentOverhead = 256
-	// echoAnswers is how many replies to one request, or errors about it, are delivered: a
-	// duplicate is seen as such, and a far side with much to say is not.
+	// echoAnswers is how many replies to one request, or errors about it, are delivered: enough to
+	// show a duplicate, too few for a far side to send messages.
 	echoAnswers = 2
-	// EchoPerSec and EchoBurst bound the requests of a sandbox: ping -i 0.01 and the probes
-	// that traceroute -I has under way. ping -f is as fast as that.
+	// EchoPerSec and EchoBurst bound the requests of a sandbox. They fit ping -i 0.01 and the
+	// probes that traceroute -I has in flight; ping -f is held to that rate.
 	EchoPerSec = 100
 	EchoBurst  = 256
-	// EchoShapeCost is how many requests one counts for that has another shape than the one
-	// before on its flow, or is the flow's first.
+	// EchoShapeCost is how many requests one counts for if its shape differs from the one before on
+	// its flow, or if it is the flow's first.
 	EchoShapeCost = 4
 )
 
-// echoShape is what the sandbox chooses of a request and the far side sees.
+// echoShape is the part of a request that the sandbox chooses and the far side sees.
 type echoShape struct {
 	size int
 	meta packet.Meta
 	df   bool
 }
 
-// echoFlow is what the book knows of a flow. It is guarded by the book's mu.
+// echoFlow is the book's state for a flow. It is guarded by the book's mu.
 type echoFlow struct {
 	first, next uint16 // wire sequence numbers: of the oldest request that may be in the book, and of the next one
 	shape       echoShape
 	ended       bool
 }
 
-// EchoSent is a request of the sandbox. It does not change, except for answers.
+// EchoSent is a request from the sandbox. It does not change, except for answers.
 type EchoSent struct {
 	Key     EchoKey
 	A       packet.Arrival
@@ -97,21 +96,21 @@ type echoBook struct {
 	Charge admit.Charge
 }
 
-// init readies the book. gone counts requests whose flow has ended meanwhile.
+// init prepares the book. gone counts requests whose flow has ended meanwhile.
 func (b *echoBook) init(gate *admit.Gate, d *packet.Drops, gone packet.Reason) {
 	b.now, b.gone = gate.Now, gone
 	b.bucket = packet.TokenBucket{Rate: EchoPerSec, Burst: EchoBurst}
 	b.rate = d.Reason("icmp_rate")     // over the bound
 	b.memory = d.Reason("icmp_memory") // no room in the memory budget
-	b.late = d.Reason("icmp_late")     // an answer to a request that is not in the book any more, or was none
-	b.extra = d.Reason("icmp_answers") // an answer after the last that is delivered
+	b.late = d.Reason("icmp_late")     // an answer to a request that is no longer in the book, or never was
+	b.extra = d.Reason("icmp_answers") // an answer beyond the last that is delivered
 	b.kept = d.Stats.Counter("icmp_payload_kept")
 	b.ByKey = make(map[EchoKey]*list.Element)
 	b.Charge.M = gate.Memory
 }
 
-// enter takes a request of fl into the book and returns the sequence number that it leaves
-// with, or what forbids it.
+// enter adds a request of fl to the book and returns the sequence number that it leaves with, or
+// the reason to drop it.
 func (b *echoBook) enter(fl *Flow, pkt *stack.PacketBuffer, a packet.Arrival) (seq uint16, refusal packet.Reason) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -154,8 +153,9 @@ func (b *echoBook) remove(el *list.Element) {
 	s.Key.Flow.echo.first = s.Key.seq + 1
 }
 
-// answered returns the request of fl that msg, an ICMP message from outside or the start of one
-// that an error quotes, has the number of. Nil: it is counted, and not for the sandbox.
+// answered returns the request of fl whose number msg carries: msg is an ICMP message from outside,
+// or the start of one that an error quotes. If it returns nil, msg has been counted and is not for
+// the sandbox.
 func (b *echoBook) answered(fl *Flow, msg []byte) *EchoSent {
 	if len(msg) < packet.EchoHeaderLen {
 		b.late.Add(1)
@@ -177,7 +177,7 @@ func (b *echoBook) answered(fl *Flow, msg []byte) *EchoSent {
 	return s
 }
 
-// forget removes the requests of a flow that has ended, and takes none of it any more.
+// forget removes the requests of a flow that has ended, and accepts no more of them.
 func (b *echoBook) forget(fl *Flow) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

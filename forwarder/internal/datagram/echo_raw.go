@@ -2,10 +2,10 @@ package datagram
 
 // One raw socket for all echo identifiers.
 //
-// A raw ICMP socket sees every echo reply that reaches the host. The identifiers that
-// requests carry outside are therefore drawn here, one for each of the sandbox's,
-// and a reply or error that carries none of them is the host's own business and
-// dropped. To the flows each identifier is a hostSocket that shares the descriptor.
+// A raw ICMP socket sees every echo reply that reaches the host. So the identifiers of requests
+// outside are chosen here, one for each of the sandbox's, and a reply or error with any other
+// identifier is the host's own and dropped. To the flows each identifier is a hostSocket that
+// shares the descriptor.
 
 import (
 	"encoding/binary"
@@ -29,7 +29,7 @@ type rawEcho struct {
 	ids map[uint16]*hostSocket
 }
 
-// newRawEcho takes over fd, and returns nil if there is none or it is of no use.
+// newRawEcho takes over fd, and returns nil if there is none or it is unusable.
 func newRawEcho(e *echoForwarder, fd int, proto uint8) *rawEcho {
 	if fd <= 0 {
 		return nil
@@ -59,7 +59,7 @@ func newRawEcho(e *echoForwarder, fd int, proto uint8) *rawEcho {
 	return r
 }
 
-// identifier draws an identifier for an echo identifier of the sandbox.
+// identifier chooses an outside identifier for an echo identifier of the sandbox.
 func (r *rawEcho) identifier() (*hostSocket, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -80,7 +80,7 @@ func (r *rawEcho) identifier() (*hostSocket, error) {
 	return s, nil
 }
 
-// socket finds whose reply, or whose request, an ICMP message is.
+// socket finds the socket that an ICMP reply, or an error about a request, is for.
 func (r *rawEcho) socket(msg []byte) *hostSocket {
 	if len(msg) < packet.EchoHeaderLen {
 		return nil

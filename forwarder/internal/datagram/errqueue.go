@@ -2,13 +2,12 @@ package datagram
 
 // ICMP errors that came back to the host.
 //
-// The kernel matches an ICMP error with the socket that sent the packet and puts it
-// on the socket's error queue with its type, code, origin, and what it quoted of the
-// packet (ip(7), IP_RECVERR). From there it is told to the sandbox as it would have
-// arrived had the sandbox sent the packet itself: from the same router, quoting
-// the sandbox's addresses and ports instead of the host's. Errors about packets to
-// an address that is no peer (any more) are dropped: they could be forged, and
-// the sandbox has no use for them.
+// The kernel matches an ICMP error with the socket that sent the packet and puts it on the socket's
+// error queue with its type, code, origin, and what it quoted of the packet (ip(7), IP_RECVERR).
+// From there it is passed to the sandbox as it would have arrived had the sandbox sent the packet
+// itself: from the same router, quoting the sandbox's addresses and ports instead of the host's.
+// Errors about packets to an address that is not, or no longer, a peer are dropped: they could be
+// forged, and the sandbox has no use for them.
 
 import (
 	"encoding/binary"
@@ -42,12 +41,12 @@ func (s *hostSocket) drainErrors() {
 	}
 }
 
-// translate tells the sandbox of one error, c.err, about a packet that was sent to to.
+// translate passes on to the sandbox one error, c.err, about a packet that was sent to to.
 func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, c *hostsock.Control) {
 	e := &c.Err
 	switch e.Origin {
 	case unix.SO_EE_ORIGIN_LOCAL:
-		// The refusal to send is dealt with by the sender, who has the packet.
+		// The sender, which has the packet, handles a refusal to send.
 		if e.Errno == unix.EMSGSIZE {
 			s.localMTU.Store(e.Info)
 		}
@@ -88,9 +87,9 @@ func (s *hostSocket) translate(to netip.AddrPort, quoted []byte, c *hostsock.Con
 	s.d.Errs.SendForm(packet.ErrorForm{Typ: e.Typ, Code: e.Cod}, info, orig, src)
 }
 
-// Requote writes the datagram that the sandbox sent, as far as it is known: the IP header
-// of the flow's last packet, the UDP header with the sandbox's own ports, and behind it
-// what the error quoted.
+// Requote writes the datagram that the sandbox sent, as far as it is known: the IP header of the
+// flow's last packet, the UDP header with the sandbox's own ports, and then the payload that the
+// error quoted.
 func (fl *Flow) Requote(buf, quoted []byte) []byte {
 	a := fl.LastSent()
 	hl := packet.IPHeaderLen(fl.Peer.Addr())
@@ -104,15 +103,15 @@ func (fl *Flow) Requote(buf, quoted []byte) []byte {
 	return buf[:hl+n]
 }
 
-// Quote writes the request as the sandbox sent it, as far as buf goes, whatever the error
-// quoted of what left.
+// Quote writes the request as the sandbox sent it, as far as buf has room, whatever the error
+// quoted.
 func (s *EchoSent) Quote(buf []byte) []byte {
 	l4 := s.Key.Flow.quoteHeader(buf, s.A)
 	n := copy(l4, s.Msg)
 	return buf[:len(buf)-len(l4)+n]
 }
 
-// quoteHeader writes the IP header of a packet of the sandbox, and returns what is left of buf.
+// quoteHeader writes the IP header of a packet from the sandbox, and returns the rest of buf.
 func (fl *Flow) quoteHeader(buf []byte, a packet.Arrival) []byte {
 	hl := packet.IPHeaderLen(fl.Peer.Addr())
 	packet.PutIPHeader(buf, fl.Guest.Addr(), fl.Peer.Addr(), fl.Tuple.Proto(), a.Meta, a.Size, a.ID, a.Df)

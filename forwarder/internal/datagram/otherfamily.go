@@ -2,14 +2,14 @@ package datagram
 
 // A published UDP port whose server listens on the sandbox's other family.
 //
-// Without Sluice a client that asks for localhost is refused by ICMP on one address and tries
-// the next. A published port has no way to refuse: the host's kernel takes every datagram.
-// So where the sandbox answers one by "port unreachable", the flow moves to the same
-// port of the sandbox's other family, and the refused datagram goes there too if the error
-// quotes all of it. The next flows of the port begin where the last one moved to.
+// Without Sluice a client that asks for localhost is refused by ICMP on one address and tries the
+// next. A published port cannot refuse: the host's kernel accepts every datagram. So if the sandbox
+// answers one with "port unreachable", the flow moves to the same port of the sandbox's other
+// family, and the refused datagram follows if the error quotes all of it. Later flows of the port
+// begin at the family that the last one moved to.
 //
-// A flow moves once, and only before the sandbox has answered on it. If the other family
-// refuses it too, it ends, so that each datagram of a client makes at most two inside.
+// A flow moves once, and only before the sandbox has answered on it. If the other family refuses it
+// too, it ends, so each datagram from a client causes at most two inside.
 
 import (
 	"encoding/binary"
@@ -23,8 +23,8 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// PassRefusal reports whether pkt, whose data begin with the IP header, was an ICMP error by
-// which the sandbox refused a datagram of a published port's client, and is dealt with.
+// PassRefusal reports whether pkt, whose data begin with the IP header, was an ICMP error by which
+// the sandbox refused a datagram from a published port's client, and has been handled.
 func (d *Forwarder) PassRefusal(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
 	transport, refusal := uint8(packet.ProtoICMP), packet.ICMPForms[packet.ICMPPortUnreachable][0]
 	if proto == header.IPv6ProtocolNumber {
@@ -50,8 +50,8 @@ func (d *Forwarder) PassRefusal(proto tcpip.NetworkProtocolNumber, pkt *stack.Pa
 	return true
 }
 
-// refused reads what an ICMP error quotes of a datagram to the sandbox: the tuple as the
-// sandbox's answer would have it, and the payload, nil if not all of it is there.
+// refused reads an ICMP error's quote of a datagram to the sandbox. It returns the tuple that the
+// sandbox's answer would have, and the payload, or nil if it is not all there.
 func refused(quote []byte, v4 bool) (t nat.Tuple, payload []byte, ok bool) {
 	hl := header.IPv6MinimumSize
 	if v4 {
@@ -81,7 +81,7 @@ func refused(quote []byte, v4 bool) (t nat.Tuple, payload []byte, ok bool) {
 	return t, payload, true
 }
 
-// refused deals with a flow that the sandbox refused before it answered anything on it.
+// refused handles a flow that the sandbox refused before it answered anything on it.
 func (p *publishedUDP) refused(fl *Flow, payload []byte) {
 	other, ok := p.otherThan(fl.Guest)
 	if !ok {
@@ -106,7 +106,7 @@ func (p *publishedUDP) refused(fl *Flow, payload []byte) {
 	p.u.Emit.UDPSegments(moved.Peer, moved.Guest, packet.Meta{TTL: packet.DefaultTTL}, payload, 0)
 }
 
-// index is the place of one of the port's addresses inside.
+// index is the index of one of the port's inside addresses.
 func (p *publishedUDP) index(guest netip.AddrPort) uint32 {
 	if guest == p.guests[1] {
 		return 1
@@ -114,7 +114,7 @@ func (p *publishedUDP) index(guest netip.AddrPort) uint32 {
 	return 0
 }
 
-// otherThan returns the port's other address inside; false if there is none.
+// otherThan returns the port's other inside address, or false if there is none.
 func (p *publishedUDP) otherThan(guest netip.AddrPort) (netip.AddrPort, bool) {
 	o := p.guests[1-p.index(guest)]
 	return o, o.IsValid()

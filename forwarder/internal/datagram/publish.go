@@ -2,14 +2,14 @@ package datagram
 
 // Published UDP ports.
 //
-// The listener is a host socket like the others, except that it outlives its flows and
-// that strangers may write to it: their first datagram is judged by the ingress
-// rules and begins a flow. The sandbox sees the client's own address. A client on
-// the host's loopback, or on a link, cannot appear as itself and is seen as the
-// gateway. What the sandbox answers finds the flow by its tuple like any datagram, and
-// leaves by the listener from the address that the client wrote to, which IP_PKTINFO
-// told. So a client that writes to two ports or two addresses of the host which lead to
-// one port inside has two flows, of which the second has another source port there.
+// The listener is a host socket like the others, except that it outlives its flows and that
+// strangers may write to it: their first datagram is judged by the ingress rules and begins a flow.
+// The sandbox sees the client's own address. A client on the host's loopback, or with a link-local
+// address, cannot appear as itself and is seen as the gateway. An answer from the sandbox finds the
+// flow by its tuple like any datagram, and leaves through the listener from the address that the
+// client wrote to, which IP_PKTINFO gave. So a client that writes to two ports or two addresses of
+// the host that lead to one port inside has two flows, and the second has another source port
+// there.
 
 import (
 	"net/netip"
@@ -34,7 +34,7 @@ func newIngressCounters(s *count.Set) ingressCounters {
 	return ingressCounters{
 		refused:  s.Counter("udp_ingress_refused_by_policy"),
 		limited:  s.Counter("udp_ingress_refused_by_limit"),
-		noSource: s.Counter("udp_ingress_no_source"), // no address to show the client under
+		noSource: s.Counter("udp_ingress_no_source"), // no address under which to show the client
 	}
 }
 
@@ -55,7 +55,7 @@ func (d *Forwarder) Publish(l hostsock.Listener) error {
 		return err
 	}
 	if v6 {
-		// A dual-stack listener reports what IPv4 clients sent at IPv4's level.
+		// A dual-stack listener reports control data of IPv4 datagrams at IPv4's level.
 		_ = hostsock.TunePacket(l.FD, false)
 	}
 	// As in the dialer: without it, datagrams come one by one.
@@ -148,7 +148,7 @@ func (p *publishedUDP) begin(from netip.AddrPort, local netip.Addr, guest netip.
 	return fl
 }
 
-// source is the address that the sandbox sees a client of guest under. openMu is held.
+// source is the address under which the sandbox sees a client of guest. openMu is held.
 func (p *publishedUDP) source(from, guest netip.AddrPort) (netip.AddrPort, bool) {
 	a := p.u.Onlink.ClientInside(from.Addr(), guest.Addr())
 	if !a.IsValid() {
@@ -158,8 +158,8 @@ func (p *publishedUDP) source(from, guest netip.AddrPort) (netip.AddrPort, bool)
 		s := netip.AddrPortFrom(a, port)
 		old := p.u.Lookup(nat.NewTuple(packet.ProtoUDP, guest, s))
 		if s == from && old != nil && !old.ingress {
-			// The sandbox had addressed this client from the published port. From now on
-			// its datagrams must leave by the listener, or the client would not know them.
+			// The sandbox had sent to this client from the published port. From now on its
+			// datagrams must leave through the listener, or the client would not recognise them.
 			old.end(nat.ReasonReplaced)
 			old = nil
 		}

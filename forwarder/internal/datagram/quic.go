@@ -2,22 +2,22 @@ package datagram
 
 // QUIC connections whose names are judged.
 //
-// A tuple may carry many connections, one after the other or at once, each of which says a
-// name of its own; and a server knows a connection by its ID, whatever tuple it comes by. So
-// the gate remembers, for the whole sandbox, which tuple an ID belongs to: those that clients
-// began with, and those that servers chose. The gate holds that
+// A tuple may carry many connections, one after the other or at once, each with a name of its own;
+// and a server identifies a connection by its ID, whatever tuple it comes on. So the gate
+// remembers, for the whole sandbox, which tuple an ID belongs to: both the IDs that clients began
+// with and those that servers chose. The gate ensures that
 //
-//   - a datagram's Initial packets are one connection's, and opened by its keys and no other's;
-//   - an ID of one tuple's is no other tuple's;
-//   - every byte of a connection's hellos that was said stays, also of one that was refused,
-//     and is the same whenever it is said again;
-//   - a datagram passes once the hellos are whole as far as its bytes go, and allowed;
-//   - what does not fit is refused. Nothing is forgotten to make room for it that a server may
-//     have kept.
+//   - all Initial packets of a datagram belong to one connection, and only its keys open them;
+//   - an ID belongs to one tuple only;
+//   - every byte received of a connection's hellos is kept, even if the connection is refused,
+//     and must be the same whenever it is sent again;
+//   - a datagram passes once the hellos are whole as far as its bytes reach, and allowed;
+//   - anything that does not fit is refused. No state that a server may still hold is forgotten
+//     to make room.
 //
-// A connection is remembered as long as its tuple has a flow, and QUICLinger longer. Datagrams
-// with short headers say nothing of whose they are; they pass as long as all that their
-// tuple's connections said is allowed.
+// A connection is remembered as long as its tuple has a flow, and QUICLinger longer. Datagrams with
+// short headers do not tell their connection; they pass as long as every hello on their tuple is
+// allowed.
 
 import (
 	"container/list"
@@ -36,28 +36,27 @@ import (
 )
 
 const (
-	// maxQUICConns bounds the connections that are remembered, and MaxTupleConns those of
-	// one tuple.
+	// maxQUICConns bounds the remembered connections, and MaxTupleConns those of one tuple.
 	maxQUICConns  = 4096
 	MaxTupleConns = 256
-	// maxQUICBytes bounds what is remembered of their hellos.
+	// maxQUICBytes bounds the remembered bytes of their hellos.
 	maxQUICBytes = 8 << 20
-	// maxTupleNames bounds what the connections of one tuple may say: each is asked again
-	// when rules change.
+	// maxTupleNames bounds the names of one tuple's connections: each is judged again when rules
+	// change.
 	maxTupleNames = 64
-	// maxTupleIDs bounds the IDs of one tuple, of which most connections have two.
+	// maxTupleIDs bounds the IDs of one tuple; most connections have two.
 	maxTupleIDs = 4 * MaxTupleConns
-	// QUICLinger is how long the connections of a tuple without a flow are remembered: a
-	// server has given up those of which it has heard nothing for so long.
+	// QUICLinger is how long the connections of a tuple without a flow are remembered. By then a
+	// server has given up a connection that it has heard nothing of.
 	QUICLinger = 2 * time.Minute
-	// QUICQuiet is how long a connection in a flow has sent no Initial packet when it makes
+	// QUICQuiet is how long a connection in a flow must have sent no Initial packet before it makes
 	// room for another one. No server waits that long for the rest of a hello.
 	QUICQuiet = 10 * time.Minute
-	// minSharedID is how long an ID is that no two tuples have by chance.
+	// minSharedID is the least length of an ID that no two tuples have by chance.
 	minSharedID = 4
 )
 
-// QUICGate is the QUIC of one sandbox.
+// QUICGate holds the QUIC state of one sandbox.
 type QUICGate struct {
 	admission                *admit.Gate
 	List                     *firstbytes.List // of tuples that hold packets
@@ -75,13 +74,13 @@ type QUICGate struct {
 func NewQUICGate(gate *admit.Gate, s *count.Set, timer *engine.Need) *QUICGate {
 	return &QUICGate{
 		admission: gate, List: firstbytes.NewList(s, timer, gate.Now, "udp"), Tuples: make(map[nat.Tuple]*QUICTuple), Owners: make(map[string]*QUICTuple),
-		malformed: s.Counter("udp_first_bytes_malformed"), // includes what is no connection's
+		malformed: s.Counter("udp_first_bytes_malformed"), // includes packets of no known connection
 		full:      s.Counter("udp_quic_full"),             // no room for another connection, name, ID or packet
 		foreign:   s.Counter("udp_quic_foreign"),          // an ID, or keys, of another connection
 	}
 }
 
-// QUICTuple is one tuple's connections.
+// QUICTuple holds one tuple's connections.
 type QUICTuple struct {
 	gate  *QUICGate
 	tuple nat.Tuple
@@ -91,9 +90,9 @@ type QUICTuple struct {
 	// Guarded by gate.mu.
 	Flow  *Flow // nil: none, and the tuple is in gate.idle
 	Conns []*quicConn
-	Ids   map[string]*quicConn // nil: the server chose it, for which connection is not known
-	said  []admit.Judged       // what the connections said that were allowed
-	rules *policy.Rules        // by which all of it was judged last
+	Ids   map[string]*quicConn // nil: the server chose it, for an unknown connection
+	said  []admit.Judged       // allowed hellos of the connections
+	rules *policy.Rules        // by which all of it was last judged
 	Held  []heldPacket
 	size  int // of held
 	until time.Time
@@ -125,7 +124,7 @@ func (g *QUICGate) TupleOf(tuple nat.Tuple, q policy.Query) *QUICTuple {
 	return qt
 }
 
-// Rest has a tuple without a flow forgotten later. mu is held.
+// Rest schedules a tuple without a flow to be forgotten. mu is held.
 func (g *QUICGate) Rest(qt *QUICTuple) {
 	if qt.place != nil {
 		g.Idle.Remove(qt.place)
@@ -134,7 +133,7 @@ func (g *QUICGate) Rest(qt *QUICTuple) {
 	qt.place = g.Idle.PushBack(qt)
 }
 
-// Sweep forgets the tuples whose time is over. mu is held.
+// Sweep forgets the tuples whose time is up. mu is held.
 func (g *QUICGate) Sweep(now time.Time) {
 	for at := g.Idle.Front(); at != nil; at = g.Idle.Front() {
 		qt := at.Value.(*QUICTuple)
@@ -145,7 +144,7 @@ func (g *QUICGate) Sweep(now time.Time) {
 	}
 }
 
-// drop forgets a tuple of which there is nothing to remember. mu is held.
+// drop forgets a tuple with nothing to remember. mu is held.
 func (g *QUICGate) drop(qt *QUICTuple) {
 	if qt.Flow == nil && len(qt.Conns) == 0 && len(qt.Held) == 0 {
 		g.forget(qt)
@@ -178,7 +177,8 @@ func (g *QUICGate) disown(id string, qt *QUICTuple) {
 	}
 }
 
-// own notes an ID of qt's. It fails if it is another tuple's, or there are too many. mu is held.
+// own records an ID as qt's. It fails if the ID is another tuple's, or there are too many. mu is
+// held.
 func (g *QUICGate) own(id string, qt *QUICTuple, c *quicConn) bool {
 	if _, known := qt.Ids[id]; known && c == nil {
 		return true
@@ -198,7 +198,7 @@ func (g *QUICGate) own(id string, qt *QUICTuple, c *quicConn) bool {
 	return true
 }
 
-// attach says that qt has a flow, detach that it has none any more.
+// attach notes that qt has a flow, and detach that it no longer has one.
 func (qt *QUICTuple) attach(fl *Flow) {
 	g := qt.gate
 	g.Mu.Lock()
@@ -221,8 +221,8 @@ func (qt *QUICTuple) detach(fl *Flow) {
 	}
 }
 
-// Answered reads a packet of the server's, for the IDs that it chose. It reports whether the
-// packet may reach the client, which is not so if there are too many.
+// Answered reads a packet from the server, for the IDs that it chose. It reports whether the packet
+// may reach the client; it may not if there are too many IDs.
 func (qt *QUICTuple) Answered(data []byte, segment int) bool {
 	if segment <= 0 {
 		segment = len(data)
@@ -238,16 +238,16 @@ func (qt *QUICTuple) Answered(data []byte, segment int) bool {
 	return ok
 }
 
-// needs reads the datagrams of a packet: what it waits for, and whether it is worth waiting.
-// mu is held.
+// needs reads the datagrams of a packet. It returns what the packet waits for, and whether it is
+// worth waiting. mu is held.
 func (qt *QUICTuple) needs(p []byte, now time.Time) (n awaited, ok bool) {
 	d, err := sniff.Split(p)
 	if err != nil {
 		return n, false
 	}
 	if !d.Initial() {
-		// A packet of a handshake is of no use to a server that has read no hello; early
-		// data may be kept until there is one.
+		// A handshake packet is of no use to a server that has read no hello; early data may be
+		// kept until there is one.
 		n.conn = qt.Ids[string(d.ID)]
 		return n, n.conn != nil || !d.Early && len(qt.said) > 0
 	}
@@ -266,9 +266,9 @@ func (qt *QUICTuple) needs(p []byte, now time.Time) (n awaited, ok bool) {
 	return awaited{c, end}, err == nil
 }
 
-// find returns the connection of a datagram with Initial packets, which may begin with it,
-// and what they carry. A server looks for the ID first. Only of an ID that it chose itself do
-// the keys not follow. mu is held.
+// find returns the connection of a datagram with Initial packets, which may begin with it, and the
+// packets' contents. A server looks for the ID first. The keys follow from the ID, unless the
+// server chose it. mu is held.
 func (qt *QUICTuple) find(d *sniff.Datagram, now time.Time) (*quicConn, sniff.Opened) {
 	g, id := qt.gate, string(d.ID)
 	if other := g.Owners[id]; other != nil && other != qt {
@@ -301,15 +301,15 @@ func (qt *QUICTuple) find(d *sniff.Datagram, now time.Time) (*quicConn, sniff.Op
 	case found == nil || !opened.Whole():
 		return nil, sniff.Opened{}
 	case own == c && found != own, known && own != c && found == own:
-		// The client's choice by another connection's keys, or the server's by keys that no
+		// The client's ID with another connection's keys, or the server's ID with keys that no
 		// server would try.
 		g.foreign.Add(1)
 		return nil, sniff.Opened{}
 	case known && found != own:
 		qt.Ids[id] = found
 	case found != own:
-		// An ID that the server chose later and told under encryption, when it had the whole
-		// hello. To a server that does not know it, the packet is noise.
+		// The server chose this ID later and sent it encrypted, when it had the whole hello. To a
+		// server that does not know it, the packet is noise.
 		if !g.own(id, qt, found) {
 			return nil, sniff.Opened{}
 		}
@@ -323,7 +323,7 @@ func (qt *QUICTuple) find(d *sniff.Datagram, now time.Time) (*quicConn, sniff.Op
 	return found, opened
 }
 
-// room reports whether there may be another connection. mu is held.
+// room reports whether another connection may be added. mu is held.
 func (g *QUICGate) room(qt *QUICTuple, now time.Time) bool {
 	g.Sweep(now)
 	if len(qt.Conns) >= MaxTupleConns || len(qt.Ids) >= maxTupleIDs {
@@ -353,9 +353,9 @@ func (qt *QUICTuple) retire(now time.Time) {
 	})
 }
 
-// settle judges a connection if its hello is whole. One that was refused is asked about
-// again: the rules may have changed. It reports whether the connection may go on as far as n
-// says, or has to wait for more; if neither, why not. mu is held.
+// settle judges a connection if its hello is whole. A refused connection is judged again: the rules
+// may have changed. It reports whether the connection may go on as far as n says, or must wait for
+// more; if neither, it returns the reason. mu is held.
 func (qt *QUICTuple) settle(n awaited) (allowed, waits bool, why admit.Judged) {
 	c := n.conn
 	switch {
@@ -379,8 +379,8 @@ func (qt *QUICTuple) settle(n awaited) (allowed, waits bool, why admit.Judged) {
 	return whole, !whole, why
 }
 
-// note adds what a connection said, if it fits the flow: the bytes of a tuple's connections
-// cannot be told apart. mu is held.
+// note adds a connection's hello, if it fits the flow: the bytes of a tuple's connections cannot be
+// told apart. mu is held.
 func (qt *QUICTuple) note(j admit.Judged) bool {
 	if i := slices.IndexFunc(qt.said, func(o admit.Judged) bool { return o.Query.Seen == j.Query.Seen }); i >= 0 {
 		return true
@@ -406,15 +406,15 @@ func (qt *QUICTuple) ask(seen policy.Seen) admit.Judged {
 	return j
 }
 
-// unread is what becomes of QUIC that could not be read.
+// unread is the verdict on QUIC that could not be read.
 func (qt *QUICTuple) unread() admit.Judged {
 	qt.gate.malformed.Add(1)
 	return qt.ask(policy.Seen{Kind: policy.SeenQUIC, Flaw: policy.ReasonMalformed})
 }
 
-// recheck asks again about everything that the tuple's connections said, if the rules are
-// others by now. It reports whether all of it may go on, as one flow; if not, what may not.
-// mu is held.
+// recheck judges every hello of the tuple's connections again, if the rules have changed. It
+// reports whether all of them may go on, as one flow; if not, it returns one that may not. mu is
+// held.
 func (qt *QUICTuple) recheck() (refused admit.Judged, ok bool) {
 	a := qt.gate.admission
 	if len(qt.said) == 0 || qt.Flow != nil && a.Rules.Load() == qt.rules {
@@ -431,7 +431,7 @@ func (qt *QUICTuple) recheck() (refused admit.Judged, ok bool) {
 	return refused, true
 }
 
-// questions are those about all that the tuple's connections said and that was allowed.
+// questions returns the queries for every allowed hello of the tuple's connections.
 func (qt *QUICTuple) questions() []policy.Query {
 	qt.gate.Mu.Lock()
 	defer qt.gate.Mu.Unlock()

@@ -1,12 +1,12 @@
 package datagram
 
-// Verification of QUIC: the way of a packet.
+// Verification of QUIC: the path of a packet.
 //
-// The datagrams of a tuple whose verdict asks for the first bytes are held here, before
-// there is a flow, a lease or a socket, until the ClientHello in them is whole; then
-// the flow begins with them, in the order in which they came. The gate stays: in the flow,
-// what carries a long header is read likewise, and held if need be (quic.go). What is
-// no QUIC says no name, and is judged as that at once.
+// The datagrams of a tuple whose verdict asks for the first bytes are held here, before there is a
+// flow, a lease or a socket, until the ClientHello in them is whole; then the flow begins with
+// them, in the order in which they came. The gate stays: in the flow, datagrams with a long header
+// are read likewise, and held if need be (quic.go). A datagram that is not QUIC carries no name,
+// and is judged as such at once.
 
 import (
 	"slices"
@@ -27,7 +27,7 @@ const (
 	MaxHeldPackets = 16
 )
 
-// heldPacket is a packet that waits for hellos to be whole.
+// heldPacket is a packet that waits for hellos to become whole.
 type heldPacket struct {
 	Pkt   *stack.PacketBuffer // a reference of its own
 	a     packet.Arrival
@@ -40,13 +40,13 @@ func DropHeld(packets []heldPacket) {
 	}
 }
 
-// quicRead is what becomes of a packet.
+// quicRead is the verdict on a packet.
 type quicRead struct {
 	Passes, Held bool
-	// Said is by what it passes, or why it does not.
+	// Said is the judgement by which it passes or does not.
 	Said admit.Judged
-	// Before are packets that were held and pass now, Before it. Their references are the
-	// caller's.
+	// Before are packets that were held and pass now, ahead of it. The caller owns their
+	// references.
 	Before []heldPacket
 }
 
@@ -78,8 +78,8 @@ func (qt *QUICTuple) Read(pkt *stack.PacketBuffer, a packet.Arrival) (r quicRead
 	return r
 }
 
-// refuse drops a packet, for the reason given, and those that wait for the same. Rules that
-// let it pass all the same, as in audit mode, need no more of it. mu is held.
+// refuse drops a packet, for the given reason, and those that wait for the same. If the rules let
+// it pass regardless, as in audit mode, its connection needs no further bytes. mu is held.
 func (qt *QUICTuple) refuse(why admit.Judged) quicRead {
 	r := quicRead{Said: why, Passes: why.Verdict.Allowed() && qt.note(why)}
 	qt.Held, qt.size = slices.DeleteFunc(qt.Held, func(p heldPacket) bool {
@@ -95,7 +95,7 @@ func (qt *QUICTuple) refuse(why admit.Judged) quicRead {
 	return r
 }
 
-// awaits reports whether a packet that was held may pass at all, and whether not yet. mu is held.
+// awaits reports whether a held packet may pass at all, and whether it must still wait. mu is held.
 func (qt *QUICTuple) awaits(p heldPacket) (pass, wait bool) {
 	pass = true
 	for _, n := range p.needs {
@@ -105,8 +105,8 @@ func (qt *QUICTuple) awaits(p heldPacket) (pass, wait bool) {
 	return pass, wait
 }
 
-// dissect reads the datagrams of a packet: what it waits for, and whether some of them say
-// nothing. It fails if one cannot be read. mu is held.
+// dissect reads the datagrams of a packet. It returns what the packet waits for, and whether some
+// of them say nothing. It fails if one cannot be read. mu is held.
 func (qt *QUICTuple) dissect(pkt *stack.PacketBuffer) (needs []awaited, silent, ok bool) {
 	now := qt.gate.admission.Now()
 	ok, silent = true, pkt.Data().Size() == 0
@@ -136,7 +136,7 @@ func (qt *QUICTuple) hold(p heldPacket) bool {
 	return true
 }
 
-// release takes the packets that pass now, and drops those that never will. mu is held.
+// release returns the packets that pass now, and drops those that never will. mu is held.
 func (qt *QUICTuple) release() (out []heldPacket) {
 	kept := qt.Held[:0]
 	qt.size = 0
@@ -155,14 +155,14 @@ func (qt *QUICTuple) release() (out []heldPacket) {
 	return out
 }
 
-// takeHeld ends the holding of packets. mu is held.
+// takeHeld empties the queue of held packets and returns them. mu is held.
 func (qt *QUICTuple) takeHeld() []heldPacket {
 	packets := qt.Held
 	qt.Held, qt.size = nil, 0
 	return packets
 }
 
-// CheckExpired drops what is held: nobody says the rest.
+// CheckExpired drops the held packets: the rest of the hello has not come.
 func (qt *QUICTuple) CheckExpired(bool) {
 	g := qt.gate
 	g.Mu.Lock()
@@ -170,19 +170,19 @@ func (qt *QUICTuple) CheckExpired(bool) {
 	g.Mu.Unlock()
 	DropHeld(packets)
 	if len(packets) == 0 || begun {
-		return // it was decided meanwhile
+		return // it has been decided meanwhile
 	}
 	g.refused(qt.ask(policy.Seen{Kind: policy.SeenOpaque, Flaw: policy.ReasonIncomplete}))
 }
 
-// refused logs a refusal, if policy is its reason.
+// refused logs a refusal, if policy is the reason.
 func (g *QUICGate) refused(j admit.Judged) {
 	if !j.Local && !j.Verdict.Allowed() {
 		g.admission.Refuse(j, false)
 	}
 }
 
-// Close drops everything that is held.
+// Close drops every held packet.
 func (g *QUICGate) Close() {
 	g.Mu.Lock()
 	g.closed = true
@@ -198,7 +198,7 @@ func (g *QUICGate) Close() {
 	DropHeld(packets)
 }
 
-// wait has a tuple told when what it holds is late, unless it holds nothing any more.
+// wait has a tuple notified when its held packets are late, unless it holds none any more.
 func (g *QUICGate) wait(qt *QUICTuple, r quicRead) {
 	g.Mu.Lock()
 	holds := len(qt.Held)
@@ -211,10 +211,9 @@ func (g *QUICGate) wait(qt *QUICTuple, r quicRead) {
 	}
 }
 
-// verify reads a packet of a tuple that has no flow yet, and has what it says judged.
-// The answer that it returns is final, with the packets that came before, whose
-// references are the caller's; or pkt is held or dropped, and the answer is j, which waits.
-// openMu is held.
+// verify reads a packet of a tuple that has no flow yet, and has its first bytes judged. Either the
+// returned answer is final, and comes with the packets held before, whose references the caller
+// owns; or pkt was held or dropped, and the answer is j, which waits. openMu is held.
 func (u *udpForwarder) verify(tuple nat.Tuple, j admit.Judged, a packet.Arrival, pkt *stack.PacketBuffer) (admit.Judged, []heldPacket, *QUICTuple) {
 	g := u.QUIC
 	g.Mu.Lock()
@@ -233,9 +232,9 @@ func (u *udpForwarder) verify(tuple nat.Tuple, j admit.Judged, a packet.Arrival,
 	return r.Said, r.Before, qt
 }
 
-// mayPass reports whether a packet of a verified flow may pass now: all that it belongs to
-// was judged, and is allowed. One that has to wait is held. Packets that waited for it are
-// sent before it.
+// mayPass reports whether a packet of a verified flow may pass now: every connection in it was
+// judged and is allowed. A packet that must wait is held. Packets that waited for it are sent
+// before it.
 func (u *udpForwarder) mayPass(fl *Flow, pkt *stack.PacketBuffer, a packet.Arrival) bool {
 	long := false
 	packet.EachDatagram(pkt, func(p []byte) bool { long = sniff.LongHeader(p); return !long })

@@ -2,15 +2,14 @@ package datagram
 
 // Sending the sandbox's datagrams.
 //
-// Packets of one batch are sent socket by socket, in order. Each message carries its
-// own hop limit and traffic class as control messages; the don't-fragment bit is an
-// option of the socket and is set when it changes. Datagrams of one flow that
-// follow each other with the same size leave as one UDP_SEGMENT message, and a
-// train that the sandbox sent as one packet is sent on as one.
+// Packets of one batch are sent socket by socket, in order. Each message carries its own hop limit
+// and traffic class as control messages; the don't-fragment bit is an option of the socket and is
+// set when it changes. Consecutive datagrams of one flow and one size leave as one UDP_SEGMENT
+// message, and a train that the sandbox sent as one packet is passed on as one.
 //
-// A host socket with IP_RECVERR reports an ICMP error about any earlier datagram as
-// the result of the next call, whoever that one is for. So a failure is believed
-// only when it repeats after the error queue was read.
+// A host socket with IP_RECVERR reports an ICMP error about any earlier datagram as the result of
+// the next call, whatever its destination. So a failure is believed only if it repeats after the
+// error queue was read.
 
 import (
 	"encoding/binary"
@@ -36,7 +35,7 @@ const (
 	maxTrainSegment = 1500 - 40 - packet.UDPHeaderLen
 )
 
-// TxItem is a packet of the sandbox on its way to a host socket.
+// TxItem is a packet from the sandbox on its way to a host socket.
 type TxItem struct {
 	Flow *Flow
 	pkt  *stack.PacketBuffer // a reference of its own
@@ -45,7 +44,7 @@ type TxItem struct {
 	wire uint16 // an echo request's sequence number outside
 }
 
-// size is the length of what is sent of the packet.
+// size is the number of bytes that are sent of the packet.
 func (it *TxItem) size() int {
 	n := it.pkt.Data().Size()
 	if it.Flow.Tuple.Proto() != packet.ProtoUDP {
@@ -54,7 +53,7 @@ func (it *TxItem) size() int {
 	return n
 }
 
-// enqueue takes a packet of fl for sending at the end of the batch.
+// enqueue queues a packet of fl to be sent at the end of the batch.
 func (d *dgramTable) enqueue(fl *Flow, pkt *stack.PacketBuffer, a packet.Arrival) {
 	fl.noteSent(a)
 	packets := 1
@@ -88,13 +87,13 @@ func (d *dgramTable) enqueue(fl *Flow, pkt *stack.PacketBuffer, a packet.Arrival
 	}
 }
 
-// flush sends what was queued.
+// flush sends the queued packets.
 func (d *dgramTable) flush() {
 	d.pendMu.Lock()
 	idle := len(d.pending) == 0
 	d.pendMu.Unlock()
 	if idle {
-		return // the batch was somebody else's
+		return // another flush took the batch
 	}
 	d.flushMu.Lock()
 	defer d.flushMu.Unlock()
@@ -125,10 +124,10 @@ func (d *dgramTable) flush() {
 	d.spare = items[:0]
 }
 
-// socket is the flow's socket. It is set before the first packet is queued.
+// socket returns the flow's socket, which is set before the first packet is queued.
 func (fl *Flow) socket() *hostSocket { return fl.Sock }
 
-// txMsg is what one message of a batch is made of.
+// txMsg describes one message of a batch.
 type txMsg struct {
 	first, last int // items of the run
 	train       bool
@@ -182,7 +181,7 @@ func (b *txBatch) build(s *hostSocket, run []TxItem, mode discover, trains bool)
 					if taken > 0 {
 						return msgs, taken, iovs // the next batch has room
 					}
-					// More pieces than a batch has room for: make it one piece.
+					// More pieces than a batch has room for: join them into one.
 					n = s.flatten(b.iovs[:], it)
 				} else {
 					last = i
@@ -215,7 +214,7 @@ func (b *txBatch) build(s *hostSocket, run []TxItem, mode discover, trains bool)
 	return msgs, taken, iovs
 }
 
-// TxCtl is room for the control messages of one message, aligned as they want it.
+// TxCtl has room for the control messages of one message, with their alignment.
 type TxCtl [txCtlLen / 8]uint64
 
 func TxControl(room *TxCtl, it *TxItem, segment int) []byte {
@@ -262,7 +261,8 @@ func trainLen(run []TxItem) int {
 	return len(run)
 }
 
-// appendIovs points iovs at what of the packet is sent. It fails if they are too few.
+// appendIovs points iovs at the bytes of the packet that are sent. It fails if there are too few
+// iovs.
 func (s *hostSocket) appendIovs(iovs []unix.Iovec, it *TxItem) (int, bool) {
 	if it.Flow.echo != nil {
 		if len(iovs) < 2 {
@@ -314,7 +314,7 @@ func (s *hostSocket) flatten(iovs []unix.Iovec, it *TxItem) int {
 	return 1
 }
 
-// bytes copies what is sent of a datagram's packet.
+// bytes copies the bytes of a datagram's packet that are sent.
 func (it *TxItem) bytes() []byte {
 	skip := it.pkt.HeaderSize()
 	flat := make([]byte, 0, it.size())
@@ -372,8 +372,8 @@ func (b *txBatch) push(s *hostSocket, run []TxItem, msgs int) {
 	}
 }
 
-// checked is the last look at a flow and, by the dialer, at its address. A published port's
-// client was judged when its flow began, and is where the datagrams came from.
+// checked is the last check of a flow and, by the dialer, of its address. A published port's client
+// was judged when its flow began, and its address is where the datagrams came from.
 func (b *txBatch) checked(s *hostSocket, it *TxItem) bool {
 	if it.Flow.Revoked.Load() {
 		return false
@@ -381,7 +381,7 @@ func (b *txBatch) checked(s *hostSocket, it *TxItem) bool {
 	return it.Flow.ingress || s.d.Dialer.Check(it.Flow.Verdict(), it.Flow.Target) == nil
 }
 
-// mayBePending tells errors that an ICMP error about an earlier datagram can cause.
+// mayBePending reports whether an ICMP error about an earlier datagram can cause e.
 func mayBePending(e unix.Errno) bool {
 	switch e {
 	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.EACCES,
@@ -407,13 +407,13 @@ func (s *hostSocket) sendSingly(it *TxItem) {
 		}
 		if errno != 0 {
 			s.sendFailed(it, errno)
-			return // the rest of the train would meet the same
+			return // the rest of the train would fail the same way
 		}
 		flat = flat[n:]
 	}
 }
 
-// sendOne sends one datagram, without anything prepared. txMu is held.
+// sendOne sends one datagram that nothing was prepared for. txMu is held.
 func (s *hostSocket) sendOne(it *TxItem, data []byte) unix.Errno {
 	var to hostsock.RawAddr
 	var room TxCtl
@@ -435,14 +435,14 @@ func (s *hostSocket) sendOne(it *TxItem, data []byte) unix.Errno {
 	return errno
 }
 
-// sendFailed counts a datagram that the host would not send, and tells the sandbox
-// what a router in the host's place would tell.
+// sendFailed counts a datagram that the host would not send, and sends the sandbox the error that a
+// router in the host's place would send.
 func (s *hostSocket) sendFailed(it *TxItem, errno unix.Errno) {
 	d := s.d
 	kind, info := packet.ICMPHostUnreachable, uint32(0)
 	switch errno {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
-		d.n.again.Drop(it.pkt) // as a router's full queue: silently
+		d.n.again.Drop(it.pkt) // silently, as a router with a full queue
 		return
 	case unix.EMSGSIZE:
 		d.n.big.Add(1)
@@ -475,9 +475,9 @@ type discover struct {
 	mode int
 }
 
-// discover is the mode that sends a packet as the sandbox did: with don't-fragment,
-// refusing what is too big; or to be fragmented where needed. The family is the
-// packet's: a dual-stack listener sends both.
+// discover is the mode that sends a packet as the sandbox did: with don't-fragment, so that a
+// packet that is too big is refused, or fragmented where needed. The family is the packet's: a
+// dual-stack listener sends both.
 func (it *TxItem) discover() discover {
 	v6 := it.Flow.Target.Addr().Is6()
 	switch {

@@ -1,12 +1,11 @@
 package datagram
 
-// UDP's way past the stack.
+// UDP's shortcut past the stack.
 //
-// The stack has nothing to add to a whole UDP packet without IP options: no
-// endpoint of its own will have it, and finding that out costs it a lookup of a
-// temporary address. Such a packet is parsed here and goes straight to the UDP
-// forwarder. Whatever is not plain (fragments, options, extension headers,
-// lengths that do not add up) takes the stack's way, which knows what to do.
+// The stack has nothing to add to a whole UDP packet without IP options: none of its endpoints will
+// take the packet, and finding that out costs it a lookup of a temporary address. Such a packet is
+// parsed here and goes straight to the UDP forwarder. Any other packet (fragments, options,
+// extension headers, lengths that do not add up) goes through the stack, which can handle it.
 
 import (
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -16,8 +15,8 @@ import (
 	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
-// PassUDP tells whether pkt, whose data begin with the IP header and which the
-// filter has let through, was a plain UDP packet, and is dealt with.
+// PassUDP reports whether pkt, whose data begin with the IP header and which the filter has let
+// through, was a plain UDP packet and has been handled.
 func (d *Forwarder) PassUDP(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) bool {
 	hl, total := packet.PlainPacket(proto, pkt, uint8(header.UDPProtocolNumber), header.UDPMinimumSize)
 	if total == 0 {

@@ -1,13 +1,12 @@
 package datagram
 
-// A host socket of the datagram path: what it receives goes to the sandbox here;
-// send.go is the other direction.
+// A host socket of the datagram path: received datagrams go to the sandbox here; send.go is the
+// other direction.
 //
-// Readiness comes from the poller, edge-triggered, so reading goes on until EAGAIN;
-// a socket that still has datagrams after rxRounds batches is armed again and waits
-// behind the others. A batch is received into a scratch area of its own, from
-// which datagrams are copied into views of their own size: large buffers are never
-// held by small datagrams.
+// The poller reports readiness, edge-triggered, so reading goes on until EAGAIN; a socket that
+// still has datagrams after rxRounds batches is armed again and waits behind the others. A batch is
+// received into a scratch area, from which datagrams are copied into views of their own size: small
+// datagrams never hold large buffers.
 
 import (
 	"net/netip"
@@ -27,7 +26,7 @@ import (
 
 const (
 	rxBatchLen = 16
-	RxBufLen   = 1 << 16 // the largest datagram, and the largest train that UDP_GRO glues
+	RxBufLen   = 1 << 16 // the largest datagram, and the largest train that UDP_GRO joins
 	rxCtlLen   = 256
 	rxRounds   = 16
 	// errRounds bounds one reading of the error queue, in batches of rxBatchLen.
@@ -39,16 +38,16 @@ type hostSocket struct {
 	proto  uint8
 	shared bool // outlives its flows: a published port's listener, a raw socket
 	close1 func(fd int)
-	// port is the published port that a datagram from an address that is no peer is for.
-	// Nil for sockets of sandbox endpoints.
+	// port is the published port for datagrams from an address that is no peer. It is nil for
+	// sockets of sandbox endpoints.
 	port *publishedUDP
 
-	// raw is set on a raw socket and on the identifiers that share its descriptor;
-	// the latter have a rawID that requests carry instead of the sandbox's.
+	// raw is set on a raw socket and on the identifiers that share its descriptor. The latter have
+	// a rawID, which requests carry instead of the sandbox's identifier.
 	raw   *rawEcho
 	rawID uint16
 
-	tombs *admit.Tombs // of a UDP socket that a pod's port is for, which rests when it closes; nil else
+	tombs *admit.Tombs // of a UDP socket that holds a port of a pod, which rests when the socket closes; else nil
 
 	dead  bool // closed or about to be; guarded by d.mu
 	poll  *engine.Poller
@@ -59,9 +58,8 @@ type hostSocket struct {
 	peers map[peerKey]*Flow        // written with d.mu held too
 	known map[netip.Addr]knownPeer // the addresses of peers, whatever the port; likewise
 
-	// txMu is held while sending, rxMu while receiving, and both while closing, so
-	// that no system call ever meets a descriptor that belongs to somebody else
-	// by now. Order: txMu, rxMu. fd is -1 once closed.
+	// txMu is held while sending, rxMu while receiving, and both while closing, so that no system
+	// call ever uses a descriptor that has been reused. Order: txMu, rxMu. fd is -1 once closed.
 	txMu  sync.Mutex
 	rxMu  sync.Mutex
 	fd    int
@@ -69,11 +67,11 @@ type hostSocket struct {
 
 	lastDiscover discover // as last set; guarded by txMu
 
-	localMTU atomic.Uint32 // path MTU that the kernel named when it refused to send
+	localMTU atomic.Uint32 // path MTU that the kernel reported when it refused to send
 	own      atomic.Uint32 // own port, once known
 }
 
-// newHostSocket takes over fd and has it polled. closer closes it.
+// newHostSocket takes over fd and registers it with the poller. closer closes it.
 func (d *dgramTable) newHostSocket(fd int, proto uint8, closer func(int)) *hostSocket {
 	return &hostSocket{
 		d: d, fd: fd, proto: proto, close1: closer, poll: d.Engine.Poll,
@@ -93,7 +91,7 @@ func (s *hostSocket) start() error {
 	return nil
 }
 
-// close closes the descriptor, after system calls in progress. It may be called again.
+// close closes the descriptor after system calls in progress. It may be called again.
 func (s *hostSocket) close() {
 	s.txMu.Lock()
 	defer s.txMu.Unlock()
@@ -115,7 +113,7 @@ type RxBatch struct {
 	Msgs [rxBatchLen]hostsock.Mmsghdr
 	iovs [rxBatchLen]unix.Iovec
 	From [rxBatchLen]hostsock.RawAddr
-	ctl  [rxBatchLen][rxCtlLen / 8]uint64 // control messages want a long's alignment
+	ctl  [rxBatchLen][rxCtlLen / 8]uint64 // control messages need a long's alignment
 	Data []byte
 }
 
@@ -179,16 +177,16 @@ func (s *hostSocket) PollReady(events uint32) {
 		}
 		s.DeliverAll(b, n)
 		if n < rxBatchLen {
-			// The queue was empty a moment ago; what comes now makes a new edge.
+			// The queue was empty a moment ago; a new datagram makes a new edge.
 			return
 		}
 	}
 	s.rearm()
 }
 
-// DeliverAll carries the n messages of b. Datagrams that one sender sent after each other,
-// all of one size, go as the train that UDP_GRO would have made of them had they come
-// together: the device then takes them in one write.
+// DeliverAll passes on the n messages of b. Consecutive datagrams from one sender, all of one size,
+// go as the train that UDP_GRO would have made of them had they come together: the device then
+// takes them in one write.
 func (s *hostSocket) DeliverAll(b *RxBatch, n int) {
 	mayGlue := s.proto == packet.ProtoUDP && s.d.Emit.Uso
 	for i := 0; i < n; {
@@ -232,7 +230,7 @@ func (fl *Flow) peerKey() peerKey { return peerKey{fl.Target, fl.local} }
 
 // knownPeer is an address that the sandbox has sent to.
 type knownPeer struct {
-	flows int        // of that address
+	flows int        // to that address
 	peer  netip.Addr // the address as the sandbox sees it
 }
 
@@ -266,7 +264,7 @@ func (s *hostSocket) removePeer(fl *Flow) {
 	}
 }
 
-// Peer finds the flow of a host-side address. Of a published port's flows it wants local,
+// Peer finds the flow of a host-side address. For a published port's flows it also matches local,
 // the host's own address.
 func (s *hostSocket) Peer(a netip.AddrPort, local netip.Addr) *Flow {
 	if s.port == nil {
@@ -278,7 +276,7 @@ func (s *hostSocket) Peer(a netip.AddrPort, local netip.Addr) *Flow {
 	return fl
 }
 
-// Deliver carries one message, which may be a train of datagrams, to the sandbox.
+// Deliver passes one message, which may be a train of datagrams, on to the sandbox.
 func (s *hostSocket) Deliver(from netip.AddrPort, data []byte, c *hostsock.Control) {
 	if s.proto != packet.ProtoUDP {
 		s.deliverEcho(from, data, c)
@@ -324,8 +322,8 @@ func (s *hostSocket) Deliver(from netip.AddrPort, data []byte, c *hostsock.Contr
 	}
 }
 
-// admitDown reports whether n bytes may go to the sandbox: the policy still allows the flow,
-// and its bandwidth, and the rule's, leave room.
+// admitDown reports whether n bytes may go to the sandbox: the policy still allows the flow, and
+// both its bandwidth and the rule's leave room.
 func (fl *Flow) admitDown(n int) bool {
 	d := fl.d
 	if fl.Revoked.Load() {
@@ -339,8 +337,8 @@ func (fl *Flow) admitDown(n int) bool {
 	return true
 }
 
-// arrivingMeta is what the sandbox sees of the header of a packet that the host
-// received: one hop more behind it, unless the host itself stands for the gateway.
+// arrivingMeta returns the header fields that the sandbox sees of a packet that the host received:
+// one hop further, unless the host itself stands for the gateway.
 func (fl *Flow) arrivingMeta(c *hostsock.Control) packet.Meta {
 	m := packet.Meta{TTL: c.TTL, Tos: c.Tos}
 	if !c.HasTTL {
@@ -352,8 +350,8 @@ func (fl *Flow) arrivingMeta(c *hostsock.Control) packet.Meta {
 	return m
 }
 
-// noteReply tells the flow table the address that the host's kernel chose, which the
-// first reply was sent to.
+// noteReply tells the flow table which address the host's kernel chose, which the first reply was
+// sent to.
 func (s *hostSocket) noteReply(fl *Flow, local netip.Addr) {
 	if fl.Replied.Swap(true) || !local.IsValid() {
 		return

@@ -5,20 +5,20 @@ package datagram
 //	flows: tuple as the sandbox sees it ──► Flow ──► hostSocket
 //	                                                        │ peers: host-side address ──► Flow
 //
-// A hostSocket belongs to one endpoint of the sandbox (address and port, or echo
-// identifier) and serves every peer of it: endpoint-independent mapping, RFC 4787
-// section 4.1. What arrives on it is let in only if the sandbox has sent to that
-// address: address-dependent filtering, section 5. From a port that it has not sent
-// to, it begins a flow if the sandbox would be allowed to answer. A flow lives
-// exactly as long as its nat.Lease; a socket as long as one of its flows.
+// A hostSocket belongs to one endpoint of the sandbox (address and port, or echo identifier) and
+// serves every peer of it: endpoint-independent mapping, RFC 4787 section 4.1. An arriving datagram
+// is let in only if the sandbox has sent to its source address: address-dependent filtering,
+// section 5. If the sandbox has not sent to its source port, it begins a flow, provided that the
+// sandbox would be allowed to answer. A flow lives exactly as long as its nat.Lease, and a socket
+// as long as one of its flows.
 //
-// Lock order: openMu, mu, hostSocket.mu. No lock is held while the flow table is
-// asked for a lease, because the table may end another flow to make room and then
-// calls expire. hostSocket.txMu and rxMu stand apart (see there).
+// Lock order: openMu, mu, hostSocket.mu. No lock is held while the flow table is asked for a lease,
+// because the table may end another flow to make room and then calls expire. hostSocket.txMu and
+// rxMu are separate (see there).
 //
-// The sandbox's packets arrive on the device reader. They are queued for the batch
-// and sent when the link says that the batch is over, so that packets for one
-// socket share a system call and datagrams of one flow share a UDP_SEGMENT send.
+// The sandbox's packets arrive on the device reader. They are queued for the batch and sent when
+// the link reports the end of the batch, so that packets for one socket share a system call and
+// datagrams of one flow share a UDP_SEGMENT send.
 
 import (
 	"cmp"
@@ -43,7 +43,7 @@ import (
 )
 
 const (
-	// maxPending is how many packets of a batch wait at most before they are sent.
+	// maxPending is how many packets of a batch may wait before they are sent.
 	maxPending = 128
 	// maxHostSockets bounds the host sockets of one kind, whatever the flow table allows.
 	maxHostSockets = 16384
@@ -51,14 +51,14 @@ const (
 
 var errTooManySockets = errors.New("too many host sockets")
 
-// Forwarder is everything of UDP and ICMP in one forwarder.
+// Forwarder carries all UDP and ICMP of one forwarder.
 type Forwarder struct {
 	Emit *packet.Emitter
 	UDP  *udpForwarder
 	Echo *echoForwarder
 }
 
-// Config are what the flows of datagrams share with the rest of the forwarder.
+// Config holds what the flows of datagrams share with the rest of the forwarder.
 type Config struct {
 	Gate     *admit.Gate
 	Engine   *engine.Engine
@@ -73,14 +73,14 @@ type Config struct {
 	Log      *slog.Logger
 }
 
-// packetServer answers the datagrams of DNS.
+// packetServer answers DNS datagrams.
 type packetServer interface {
 	ServePacket(ctx context.Context, query []byte, from netip.AddrPort, reply func([]byte, policy.Outcome))
 	AnswerPacket(query []byte, from netip.AddrPort) []byte
 }
 
-// New takes over the raw ICMP sockets, each of which may be missing. batched: the
-// link says when a batch of packets ends.
+// New takes over the raw ICMP sockets, either of which may be missing. batched means that the link
+// reports the end of each batch of packets.
 func New(p Config, raw4, raw6 int, batched bool) *Forwarder {
 	d := &Forwarder{Emit: p.Emit}
 	d.UDP = newUDPForwarder(p, d)
@@ -89,7 +89,7 @@ func New(p Config, raw4, raw6 int, batched bool) *Forwarder {
 	return d
 }
 
-// Flush sends what waits for the end of the batch.
+// Flush sends the packets that wait for the end of the batch.
 func (d *Forwarder) Flush() {
 	d.UDP.flush()
 	d.Echo.flush()
@@ -107,25 +107,25 @@ func (d *Forwarder) Close() {
 type Flow struct {
 	admit.Pass
 	d       *dgramTable
-	Tuple   nat.Tuple      // key in flows: what a packet of the sandbox carries
+	Tuple   nat.Tuple      // key in flows: the tuple in the sandbox's packets
 	Guest   netip.AddrPort // the sandbox's endpoint; the port is an echo identifier in ICMP
 	Peer    netip.AddrPort // the far side as the sandbox sees it
 	Target  netip.AddrPort // the far side as the host sees it
 	ingress bool           // begun by a client of a published port
 	moved   bool           // likewise, and refused at the sandbox's other family (otherfamily.go)
-	quic    *QUICTuple     // of a flow whose first bytes were read; nil else
-	echo    *echoFlow      // of a flow of echo requests; nil else
+	quic    *QUICTuple     // of a flow whose first bytes were read; else nil
+	echo    *echoFlow      // of a flow of echo requests; else nil
 	Sock    *hostSocket    // nil for the resolver's flows; guarded by d.mu
-	local   netip.Addr     // of a published flow: the host's address that the client writes to, if known
+	local   netip.Addr     // of a published flow: the host address that the client writes to, if known
 	Sent    atomic.Uint64  // header fields of the last packet, see noteSent
 	queries atomic.Int32   // of a short flow: sent and not answered
-	short   atomic.Bool    // done when every query was answered (dns.go)
+	short   atomic.Bool    // ends when every query has been answered (dns.go)
 	Replied atomic.Bool    // the reply tuple is known
 	unasked atomic.Bool    // begun by the peer, and the sandbox has sent nothing; cleared with d.mu and sock.mu held
 	ended   bool           // guarded by d.mu
 }
 
-// noteSent remembers the header of the sandbox's last packet, for an ICMP error to quote.
+// noteSent stores the header of the sandbox's last packet, for an ICMP error to quote.
 func (fl *Flow) noteSent(a packet.Arrival) {
 	v := uint64(a.ID)<<48 | uint64(uint16(a.Size))<<32 | uint64(a.Meta.TTL)<<24 | uint64(a.Meta.Tos)<<16
 	if a.Df {
@@ -163,15 +163,15 @@ func (fl *Flow) Expire(nat.Reason) { fl.d.forget(fl) }
 // Abort implements admitted.
 func (fl *Flow) Abort(reason nat.Reason) { fl.end(reason) }
 
-// Halt implements admitted: who sends and who receives look at revoked. The peer of what
-// was cut off does not begin anew by the same ports.
+// Halt implements admitted: both sending and receiving check revoked. After the cut, the peer does
+// not begin anew on the same ports.
 func (fl *Flow) Halt() {
 	if fl.Tuple.Proto() == packet.ProtoUDP && !fl.ingress {
 		fl.d.Gate.Tombs.Bury(fl.Tuple.Reverse())
 	}
 }
 
-// UnderWay implements admitted: all that QUIC connections on the flow have said.
+// UnderWay implements admitted: the hellos of all QUIC connections on the flow.
 func (fl *Flow) UnderWay(policy.Query) []policy.Query {
 	if fl.quic == nil {
 		return nil
@@ -179,9 +179,8 @@ func (fl *Flow) UnderWay(policy.Query) []policy.Query {
 	return fl.quic.questions()
 }
 
-// end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as
-// when the table ends it: what comes in between still finds the flow, not a tuple that
-// somebody has.
+// end releases the flow for a reason of ours. Its tuple is free before it is forgotten, as when the
+// table ends it: a packet in between still finds the flow, not a tuple that is taken.
 func (fl *Flow) end(reason nat.Reason) {
 	fl.Release(reason)
 	fl.d.forget(fl)
@@ -192,7 +191,7 @@ type dgramTable struct {
 	Config
 	all     *Forwarder
 	n       dgramCounters
-	Batched bool // the link says when a batch of packets ends
+	Batched bool // the link reports the end of each batch of packets
 
 	openMu sync.Mutex // held while a flow is set up, so that one endpoint gets one socket
 
@@ -204,7 +203,7 @@ type dgramTable struct {
 	pendMu  sync.Mutex
 	pending []TxItem
 
-	flushMu sync.Mutex // orders senders; guards what follows
+	flushMu sync.Mutex // orders senders; guards the fields below
 	spare   []TxItem
 	tx      *txBatch
 }
@@ -225,7 +224,7 @@ func (d *dgramTable) init(p Config, all *Forwarder, proto string) {
 	d.n = dgramCounters{
 		flow:        r("no_flow"),     // the flow table refused
 		refused:     r("refused"),     // policy refused
-		sockets:     r("no_socket"),   // no host socket to be had
+		sockets:     r("no_socket"),   // no host socket available
 		unsolicited: r("unsolicited"), // from a peer that the sandbox has not addressed
 		hop:         r("hop_limit"),
 		again:       r("send_queue_full"),
@@ -247,8 +246,8 @@ func (d *dgramTable) Lookup(t nat.Tuple) *Flow {
 	return fl
 }
 
-// install makes fl findable, on the endpoint's socket or, if it has none yet, on
-// one that open returns. openMu is held.
+// install makes fl findable, on the endpoint's socket or, if it has none yet, on the one that open
+// returns. openMu is held.
 func (d *dgramTable) install(fl *Flow, open func() (*hostSocket, error)) error {
 	d.Mu.Lock()
 	s := d.Socks[fl.Guest]
@@ -292,8 +291,8 @@ func (d *dgramTable) attachLocked(fl *Flow, s *hostSocket) {
 	s.mu.Unlock()
 }
 
-// asked notes that the sandbox sends to a peer that began the flow: from then on the
-// address may begin others.
+// asked notes that the sandbox sends to a peer that began the flow: from then on that address may
+// begin others.
 func (d *dgramTable) asked(fl *Flow) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
@@ -304,8 +303,8 @@ func (d *dgramTable) asked(fl *Flow) {
 	}
 }
 
-// forget removes a flow, and closes its socket if it was the last one. It may be
-// called more than once.
+// forget removes a flow, and closes its socket if it was the last one. It may be called more than
+// once.
 func (d *dgramTable) forget(fl *Flow) {
 	d.Mu.Lock()
 	if fl.ended {
@@ -340,8 +339,7 @@ func (d *dgramTable) forget(fl *Flow) {
 	fl.rest()
 }
 
-// rest lets go of what is known of the flow's QUIC connections and echo requests. It may
-// be called again.
+// rest releases the state of the flow's QUIC connections and echo requests. It may be called again.
 func (fl *Flow) rest() {
 	if fl.quic != nil {
 		fl.quic.detach(fl)
@@ -351,7 +349,7 @@ func (fl *Flow) rest() {
 	}
 }
 
-// startSocket makes a polled socket of a descriptor of the dialer's.
+// startSocket makes a polled socket of a descriptor from the dialer.
 func (d *dgramTable) startSocket(fd int, proto uint8) (*hostSocket, error) {
 	s := d.newHostSocket(fd, proto, d.Dialer.Close)
 	if proto == packet.ProtoUDP && d.Gate.Tombs != nil {
@@ -392,8 +390,8 @@ func (d *dgramTable) close() {
 	}
 }
 
-// refuse answers a packet whose flow policy did not allow: with silence, or with
-// what a reject rule of nftables sends by default.
+// refuse answers a packet whose flow policy did not allow: with silence, or as a reject rule of
+// nftables does by default.
 func (d *dgramTable) refuse(j admit.Judged, kind packet.ErrorKind, pkt *stack.PacketBuffer) {
 	d.n.refused.Drop(pkt)
 	told := j.Verdict.Action() == policy.Reject
@@ -403,8 +401,8 @@ func (d *dgramTable) refuse(j admit.Judged, kind packet.ErrorKind, pkt *stack.Pa
 	}
 }
 
-// lastHop deals with a packet that may go no further than the gateway, which is a
-// hop like any router. It reports whether there was such a packet.
+// lastHop handles a packet that may go no further than the gateway, which is a hop like any router.
+// It reports whether pkt was such a packet.
 func (d *dgramTable) lastHop(a packet.Arrival, pkt *stack.PacketBuffer) bool {
 	if a.Meta.TTL > 1 || d.Onlink.IsOwn(a.Dst) {
 		return false
@@ -414,7 +412,7 @@ func (d *dgramTable) lastHop(a packet.Arrival, pkt *stack.PacketBuffer) bool {
 	return true
 }
 
-// noSocketReason is why a flow ends for which the host gave no socket.
+// noSocketReason is why a flow ends when the host gave no socket.
 func noSocketReason(err error) nat.Reason {
 	return cmp.Or(hostsock.Shortage(tcpflow.ErrnoOf(err)), nat.ReasonNoSocket)
 }

@@ -2,11 +2,10 @@ package datagram
 
 // UDP from the sandbox.
 //
-// The stack's default handler calls HandleUDP on the device reader for every datagram,
-// reassembled if it came in fragments. A datagram of a known flow is queued for its
-// socket; one of an unknown tuple is judged here: for us (the resolver, or nobody
-// at that port), at its last hop, refused by policy, refused by the flow table, or
-// the first of a new flow.
+// The stack's default handler calls HandleUDP on the device reader for every datagram, reassembled
+// if it came in fragments. A datagram of a known flow is queued for its socket. One of an unknown
+// tuple is judged here: it is for us (the resolver, or a closed port), at its last hop, refused by
+// policy, refused by the flow table, or the first of a new flow.
 
 import (
 	"net/netip"
@@ -43,11 +42,11 @@ func newUDPForwarder(p Config, all *Forwarder) *udpForwarder {
 	return u
 }
 
-// HandleUDP is the stack's handler for datagrams. It keeps what it needs of pkt by a
-// reference of its own, and never blocks.
+// HandleUDP is the stack's handler for datagrams. It takes a reference of its own to keep pkt, and
+// never blocks.
 func (d *Forwarder) HandleUDP(_ stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	d.UDP.arrive(pkt)
-	return true // whatever it was, the stack has nothing to add
+	return true // in any case the stack has nothing to add
 }
 
 func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
@@ -94,7 +93,7 @@ func (u *udpForwarder) arrive(pkt *stack.PacketBuffer) {
 	u.enqueue(fl, pkt, a)
 }
 
-// checksumValid sums the datagram. No checksum at all is valid in IPv4 only.
+// checksumValid verifies the datagram's checksum. No checksum at all is valid in IPv4 only.
 func (u *udpForwarder) checksumValid(a packet.Arrival, h header.UDP, pkt *stack.PacketBuffer) bool {
 	if h.Checksum() == 0 {
 		return a.Dst.Is4()
@@ -102,7 +101,7 @@ func (u *udpForwarder) checksumValid(a packet.Arrival, h header.UDP, pkt *stack.
 	return h.IsChecksumValid(packet.StackAddr(a.Src), packet.StackAddr(a.Dst), pkt.Data().Checksum())
 }
 
-// begin sets up the flow of a first datagram, or deals with the datagram and returns nil.
+// begin sets up the flow of a first datagram, or handles the datagram and returns nil.
 func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a packet.Arrival, pkt *stack.PacketBuffer) *Flow {
 	fl := &Flow{d: &u.dgramTable, Tuple: tuple, Guest: guest, Peer: peer, Target: peer}
 	u.openMu.Lock()
@@ -166,10 +165,10 @@ func (u *udpForwarder) begin(tuple nat.Tuple, guest, peer netip.AddrPort, a pack
 	return fl
 }
 
-// otherPort begins a flow for a datagram that came to s from an address that the
-// sandbox has sent to, but from another port: address-dependent filtering (RFC 4787
-// REQ-8) lets it in if the sandbox may answer it. Such a flow does not make the address
-// known for longer, or it could go from port to port for ever.
+// otherPort begins a flow for a datagram that came to s from an address that the sandbox has sent
+// to, but from another port. Address-dependent filtering (RFC 4787 REQ-8) lets it in if the sandbox
+// may answer it. Such a flow does not keep the address known for longer; otherwise it could go from
+// port to port for ever.
 func (u *udpForwarder) otherPort(s *hostSocket, from netip.AddrPort) *Flow {
 	s.mu.Lock()
 	k, ok := s.known[from.Addr()]
@@ -218,8 +217,8 @@ func (d *dgramTable) enterLocal(fl *Flow, j admit.Judged) bool {
 	return ok
 }
 
-// answered reports whether the datagram is a query that the resolver answered from memory.
-// Nothing is on its way then, so that there is no flow to keep.
+// answered reports whether the datagram is a query that the resolver answered from memory. Nothing
+// is then in flight, so there is no flow to keep.
 func (u *udpForwarder) answered(guest, peer netip.AddrPort, a packet.Arrival, pkt *stack.PacketBuffer) bool {
 	if peer.Port() != onlink.DNSPort || a.Meta.TTL <= 1 || !u.Onlink.ForResolver(u.Gate.Rules.Load(), peer) {
 		return false
@@ -237,7 +236,7 @@ func (u *udpForwarder) answered(guest, peer netip.AddrPort, a packet.Arrival, pk
 	return true
 }
 
-// ask gives a query to the resolver.
+// ask passes a query to the resolver.
 func (u *udpForwarder) ask(fl *Flow, a packet.Arrival, pkt *stack.PacketBuffer) {
 	fl.noteSent(a)
 	fl.queries.Add(1)
