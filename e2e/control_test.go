@@ -39,7 +39,7 @@ func TestWorkerIsConfined(t *testing.T) {
 		if err != nil || len(root) > 0 {
 			t.Errorf("flags %v: the worker's root is not empty: %v %v", flags, root, err)
 		}
-		// Every thread, not only the first.
+		// This holds for every thread, not only the first.
 		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", sb.worker()))
 		for _, task := range tasks {
 			b, _ := os.ReadFile(task)
@@ -150,7 +150,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 			t.Fatalf("what listens inside is not forwarded\n%s", r)
 		}
 	}
-	// The probe itself starts a process each time: that is part of the measure.
+	// The probe itself starts a process each time, which is part of the measure.
 	if took := time.Since(since); took > 300*time.Millisecond {
 		t.Errorf("found after %v, not within 200 ms", took)
 	}
@@ -203,7 +203,7 @@ func TestPublishAutoFindsListeners(t *testing.T) {
 			return sum
 		}
 		before := ticks()
-		time.Sleep(2 * time.Second) // the measure, not a wait
+		time.Sleep(2 * time.Second) // part of the measure, not a wait
 		if used := ticks() - before; used > 10 {
 			t.Errorf("an idle sandbox with --publish-auto used %d ticks of 10 ms in 2 s", used)
 		}
@@ -223,7 +223,7 @@ func TestCaptureIsReadByTsharkAndTcpdump(t *testing.T) {
 				_, err := os.Stat(file)
 				return err == nil, "the capture does not begin\n" + p.result("").String()
 			})
-			time.Sleep(100 * time.Millisecond) // a capture has no moment that the outside can see
+			time.Sleep(100 * time.Millisecond) // a capture starts at no moment visible from outside
 			for _, f := range families {
 				dial(t, sb, "-send-bytes", "100000", at(f.far, portDigest))
 				udp(t, sb, at(f.far, portEcho))

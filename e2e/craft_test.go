@@ -1,6 +1,6 @@
 package e2e
 
-// Packets made by hand, for a sandbox that does not keep to its kernel's rules.
+// Packets made by hand, as a sandbox sends that ignores its kernel's rules.
 
 import (
 	"encoding/base64"
@@ -16,12 +16,12 @@ const (
 	moreFragments = 0x2000
 )
 
-// ipPacket is an IP packet to be. Zero source means the guest's own.
+// ipPacket is an IP packet to be built. A zero source means the guest's own.
 type ipPacket struct {
 	src, dst string
 	proto    int
 	options  []byte // IPv4, a multiple of four
-	frag     int    // flags and offset of a fragment, in IPv4's form; IPv6 gets a fragment header
+	frag     int    // flags and offset of a fragment, in IPv4 form; IPv6 gets a fragment header
 	fragment bool
 	exts     []byte // IPv6: extension headers, the first one's type in ext
 	ext      int
@@ -75,7 +75,7 @@ func (p ipPacket) bytes() []byte {
 
 func (p ipPacket) base64() string { return base64.StdEncoding.EncodeToString(p.bytes()) }
 
-// sum is the Internet checksum before it is inverted.
+// sum returns the Internet checksum before inversion.
 func sum(b []byte, start uint32) uint16 {
 	for len(b) > 1 {
 		start += uint32(binary.BigEndian.Uint16(b))
@@ -90,7 +90,7 @@ func sum(b []byte, start uint32) uint16 {
 	return uint16(start)
 }
 
-// pseudo is the sum of the pseudo header that p's transport covers.
+// pseudo returns the sum of the pseudo header that p's transport covers.
 func (p ipPacket) pseudo(n int) uint32 {
 	dst := netip.MustParseAddr(p.dst)
 	src := netip.MustParseAddr(guest4)
@@ -139,7 +139,7 @@ func (p ipPacket) echo(data string) ipPacket {
 	return p.icmp(8, data)
 }
 
-// icmp completes p with a message of a type.
+// icmp completes p with a message of the given type.
 func (p ipPacket) icmp(kind byte, data string) ipPacket {
 	b := append([]byte{kind, 0, 0, 0, 0x77, 0x77, 0, 1}, data...)
 	p.proto = protoICMP
@@ -153,8 +153,8 @@ func (p ipPacket) icmp(kind byte, data string) ipPacket {
 	return p
 }
 
-// cut splits p's payload at n, which is a multiple of eight, and gives both
-// fragments; the second one's payload may be replaced and moved.
+// cut splits p's payload at n, a multiple of eight, and returns both fragments. The caller may
+// replace and move the second one's payload.
 func (p ipPacket) cut(n int) (first, second ipPacket) {
 	first, second = p, p
 	first.fragment, second.fragment = true, true

@@ -1,6 +1,6 @@
 package e2e
 
-// Deaths: of the worker, of the monitor, of the command.
+// The deaths of the worker, of the monitor and of the command.
 
 import (
 	"fmt"
@@ -24,7 +24,7 @@ egress:
 ingress:
 - action: allow`, far4, far6)))
 	serve(t, sb)
-	// Somebody inside tries the denied addresses all the time.
+	// A program inside tries the denied addresses all the time.
 	sb.start(t, "sh", "-c", fmt.Sprintf("while :; do %[1]s udp -count 50 -expect 51 -timeout 50ms %[2]s; %[1]s udp -count 50 -expect 51 -timeout 50ms %[3]s; done",
 		peerBin(), at(other4, portEcho), at(other6, portEcho)))
 	for i := range 3 {
@@ -86,7 +86,7 @@ func TestMonitorKilledLeavesNothing(t *testing.T) {
 		}
 		return len(left) == 0, fmt.Sprintf("still running: %q", describe(left))
 	})
-	// The name can be used again, and what the dead monitor left is cleared away.
+	// The name can be used again, and the dead monitor's remains are cleared away.
 	again := w.host.sluiceRun(t, "run", "--name", sb.name, "-p", "9007:9007", "--", "true")
 	again.wantStatus(t, 0)
 	if r := w.host.sluiceOK(t, "ps"); len(r.out) > 0 && containsWord(r.out, sb.name) {

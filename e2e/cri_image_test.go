@@ -1,7 +1,7 @@
 package e2e
 
-// The image of the containerd tests: an OCI layout in a tar, with one layer, as
-// `ctr images import` takes it. No registry is asked for anything.
+// The image of the containerd tests: an OCI layout in a tar, with one layer, as `ctr images import`
+// takes it. It needs no registry.
 
 import (
 	"archive/tar"
@@ -22,7 +22,8 @@ type ociDescriptor struct {
 	Annotations map[string]string `json:"annotations,omitempty"`
 }
 
-// ociArchive is an image called name with the peer for its only file and a command line.
+// ociArchive returns the path of an image called name, with the peer as its only file and a command
+// line.
 func ociArchive(t *testing.T, name string, command ...string) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "image.tar")

@@ -1,7 +1,7 @@
 package e2e
 
-// containerd as a kubelet drives it: by the CRI, on a socket of its own. What it starts,
-// it starts in the node's namespaces.
+// containerd as a kubelet drives it: by the CRI, on a socket of its own. It starts everything in
+// the node's namespaces.
 
 import (
 	"bytes"
@@ -30,8 +30,8 @@ import (
 
 const criImage = "sluice.test/peer:1"
 
-// criConfig has what containerd would ask of the machine switched off: cgroups, oom
-// scores, directories outside of its own.
+// criConfig switches off what containerd would ask of the machine: cgroups, oom scores, directories
+// outside its own.
 const criConfig = `
 version = 2
 root = "/var/lib/containerd"
@@ -61,7 +61,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.
 type containerd struct {
 	cri.RuntimeServiceClient
 	n      *node
-	dir    string // short, for a socket's path
+	dir    string // short enough for a socket's path
 	daemon *proc
 }
 
@@ -73,14 +73,14 @@ func newContainerd(t *testing.T, n *node, lists string) *containerd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	// One directory is all that this containerd looks for plugins in.
+	// This containerd looks for plugins in one directory only.
 	bin := filepath.Join(n.dir, "bin")
 	for _, plugin := range []string{"bridge", "host-local", "loopback", "portmap", "ptp"} {
 		if err := os.Symlink(filepath.Join(debianPlugins, plugin), filepath.Join(bin, plugin)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// There already if it was installed.
+	// It is already there if it was installed.
 	if err := os.Symlink(filepath.Join(n.bin, "sluice-cni"), filepath.Join(bin, "sluice-cni")); err != nil && !errors.Is(err, fs.ErrExist) {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func newContainerd(t *testing.T, n *node, lists string) *containerd {
 	c := &containerd{RuntimeServiceClient: cri.NewRuntimeServiceClient(conn), n: n, dir: dir}
 	c.up(t)
 	ok(t, n, 30*time.Second, "ctr", "--address", dir+"/sock", "--namespace", "k8s.io", "images", "import", "--no-unpack", ociArchive(t, criImage, peerBin(), "pause"))
-	testutil.Within(t, 5*time.Second, func() (bool, string) { // the CRI hears of it by an event
+	testutil.Within(t, 5*time.Second, func() (bool, string) { // the CRI learns of it by an event
 		r, err := cri.NewImageServiceClient(conn).ImageStatus(c.ctx(t), &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: criImage}})
 		return err == nil && r.Image != nil, fmt.Sprintf("the image is not known: %v", err)
 	})
@@ -128,23 +128,23 @@ func (c *containerd) up(t *testing.T) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	t.Cleanup(func() { c.removeAll(t) }) // before the clean-up that ends this containerd
+	t.Cleanup(func() { c.removeAll(t) }) // runs before the clean-up that ends this containerd
 }
 
 func (c *containerd) ctx(t *testing.T) context.Context {
 	t.Helper()
-	// Not the test's own context: clean-up has to be able to call, too.
+	// Not the test's own context, because clean-up must be able to call too.
 	ctx, stop := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(stop)
 	return ctx
 }
 
-// removeAll removes the pods that a failed test has left.
+// removeAll removes the pods that a failed test left.
 func (c *containerd) removeAll(t *testing.T) {
 	t.Helper()
 	select {
 	case <-c.daemon.done:
-		return // another has done it, or nothing can
+		return // another call has done it, or nothing can
 	default:
 	}
 	all, err := c.ListPodSandbox(c.ctx(t), &cri.ListPodSandboxRequest{})
@@ -159,7 +159,7 @@ func (c *containerd) removeAll(t *testing.T) {
 	}
 }
 
-// criPod is a pod with one container, and a place for commands: in the container.
+// criPod is a pod with one container, and a place for commands: in that container.
 type criPod struct {
 	c                   *containerd
 	name, id, container string
@@ -221,8 +221,8 @@ func (c *containerd) runPod(t *testing.T, name string, annotations map[string]st
 	return p
 }
 
-// stop is StopPodSandbox, at which the runtime calls the plugin's DEL, and may be called
-// again; remove is RemovePodSandbox.
+// stop is StopPodSandbox, which calls the plugin's DEL and may be called again; remove is
+// RemovePodSandbox.
 func (p *criPod) stop(t *testing.T) {
 	t.Helper()
 	if _, err := p.c.StopPodSandbox(p.c.ctx(t), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
@@ -271,9 +271,9 @@ func (p *criPod) start(t *testing.T, argv ...string) *proc {
 	return run
 }
 
-// forward is PortForward of one port: it sends text on it and returns what comes back,
-// by the protocol that kubectl speaks over a WebSocket. A message begins with its
-// channel, 0 for data and 1 for errors; the first of each names the port.
+// forward is PortForward of one port: it sends text and returns the answer, by the protocol that
+// kubectl speaks over a WebSocket. A message begins with its channel, 0 for data and 1 for errors;
+// the first message on each names the port.
 func (p *criPod) forward(t *testing.T, port uint16, text string) (answer string) {
 	t.Helper()
 	r, err := p.c.PortForward(p.c.ctx(t), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{int32(port)}})
@@ -326,7 +326,7 @@ func (p *criPod) forward(t *testing.T, port uint16, text string) (answer string)
 	}
 }
 
-// down ends containerd; what it has started stays.
+// down ends containerd; the pods that it started stay.
 func (c *containerd) down(t *testing.T, s syscall.Signal) {
 	t.Helper()
 	if err := syscall.Kill(c.daemon.pid, s); err != nil {

@@ -66,7 +66,7 @@ func TestResolverFollowsTheHost(t *testing.T) {
 	w.nameServer(t, "first", far4)
 	w.nameServer(t, "second", other4)
 	w.nameServer(t, "third", far6)
-	// A machine with a resolv.conf that is a link into /run, as systemd-resolved has it.
+	// Some machines have a resolv.conf that is a link into /run, as with systemd-resolved.
 	etc := filepath.Join(w.host.dir, "linked-etc")
 	for _, f := range []string{"passwd", "group", "nsswitch.conf", "hosts", "services", "protocols", "host.conf"} {
 		b, err := os.ReadFile(filepath.Join("/etc", f))
@@ -133,8 +133,8 @@ func TestDNSFlags(t *testing.T) {
 	ok(t, sb, 10*time.Second, "cat", "/etc/hosts").wantOut(t, "printer.lan")
 }
 
-// TestLinkLocalResolver has what router advertisements give every home network: a resolver
-// at a link-local address, with the interface that it is on.
+// TestLinkLocalResolver has what router advertisements give every home network: a resolver at a
+// link-local address, with its interface.
 func TestLinkLocalResolver(t *testing.T) {
 	area(t, "dns.zone", "dig")
 	w := newPair(t)
@@ -184,7 +184,7 @@ func TestLinkLocalResolver(t *testing.T) {
 	t.Run("on an interface that is made anew", func(t *testing.T) {
 		before := index()
 		w.host.ip(t, "link del h0")
-		w.host.ip(t, "link add h1 type veth peer name h2") // has the index
+		w.host.ip(t, "link add h1 type veth peer name h2") // takes the index
 		w.host.ip(t, fmt.Sprintf("link add h0 type veth peer name f0 netns %d\naddr add fe80::2/64 dev h0 nodad\nlink set h0 up", w.far.tid))
 		w.far.ip(t, "addr add "+router+"/64 dev f0 nodad\nlink set f0 up")
 		w.nameServer(t, "anew", "-port", "53", router+"%f0")

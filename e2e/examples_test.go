@@ -1,6 +1,6 @@
 package e2e
 
-// The examples that people copy, with real clients behind them.
+// The examples that people copy, run with real clients.
 
 import (
 	"fmt"
@@ -87,7 +87,8 @@ func TestCNIExamples(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// As podman asks for --ip; podman itself is TestCNIPodman's, and make demo-cni's with these files.
+		// As podman does for --ip. podman itself is in TestCNIPodman, and in make demo-cni with
+		// these files.
 		alice := n.add(t, installed, map[string]any{"ips": []string{"10.5.0.10/24"}})
 		bob := n.add(t, installed, map[string]any{"ips": []string{"10.5.0.11/24"}})
 		serve(t, alice)

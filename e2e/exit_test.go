@@ -1,6 +1,6 @@
 package e2e
 
-// sluice run as a shell's word: exit statuses, signals, the terminal, what is inside.
+// What a shell relies on in sluice run: exit statuses, signals, the terminal, and what is inside.
 
 import (
 	"fmt"
@@ -54,7 +54,7 @@ func TestExitStatusIsTheCommands(t *testing.T) {
 		p.closeInput()
 		r := p.wait(t, 20*time.Second).wantStatus(t, 0)
 		said := r.err
-		if privileged { // what root's sandbox means is said first
+		if privileged { // a first line says what root's sandbox means
 			var first string
 			if first, said, _ = strings.Cut(said, "\n"); !strings.HasPrefix(first, "sluice: started by root, uid 0 inside owns all files of root's") {
 				t.Errorf("it does not say what a start by root means\n%s", r)
@@ -160,7 +160,7 @@ func TestTerminal(t *testing.T) {
 	})
 }
 
-// inTerminal starts a command that leads the session of a terminal of its own.
+// inTerminal starts a command that leads the session of its own terminal.
 func inTerminal(t *testing.T, n *netns, argv ...string) (*proc, *os.File) {
 	t.Helper()
 	master, slave := testutil.OpenPTY(t)

@@ -13,8 +13,7 @@ import (
 	"time"
 )
 
-// sshServer starts sshd in the far namespace; the result is the client's command line
-// up to the host.
+// sshServer starts sshd in the far namespace and returns the client's command line up to the host.
 func sshServer(t *testing.T, w *world) (ssh []string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -1,6 +1,6 @@
 package e2e
 
-// The flow log's files: they are bounded, and each record is in one of them.
+// The flow log's files are bounded, and each record is in one of them.
 
 import (
 	"encoding/json"
@@ -15,8 +15,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// logged reads all files of a flow log: how many records tell of a port, how many lines
-// are no JSON, and how large the largest file is.
+// logged reads all files of a flow log. It returns how many records are about a port, how many
+// lines are not JSON, and the size of the largest file.
 func logged(t *testing.T, name string, port int) (records, torn, files int, largest int64) {
 	t.Helper()
 	list, err := filepath.Glob(name + "*")
@@ -48,7 +48,7 @@ func logged(t *testing.T, name string, port int) (records, torn, files int, larg
 	return records, torn, files, largest
 }
 
-// logCounters are the worker's own.
+// logCounters returns the worker's own counters.
 func (sb *sandbox) logCounters(t *testing.T) (c struct {
 	Log struct{ Lost, Written, Unwritten, Files, Unrotated int }
 }) {
@@ -70,8 +70,8 @@ func (sb *sandbox) shorts(t *testing.T, n int) {
 	}
 }
 
-// TestFlowLogRotates: 10 000 flows through files of 32 KiB, and each is in one of them or
-// counted as lost.
+// TestFlowLogRotates makes 10 000 flows through files of 32 KiB. Each is in one of them or counted
+// as lost.
 func TestFlowLogRotates(t *testing.T) {
 	area(t, "flowlog.rotate")
 	w := newPair(t)
@@ -100,7 +100,7 @@ func TestFlowLogRotates(t *testing.T) {
 	})
 }
 
-// TestFlowLogSurvivesKills: of the worker and of the monitor, while files change.
+// TestFlowLogSurvivesKills kills the worker and the monitor while files change.
 func TestFlowLogSurvivesKills(t *testing.T) {
 	area(t, "flowlog.killed")
 	w := newPair(t)
@@ -114,7 +114,7 @@ func TestFlowLogSurvivesKills(t *testing.T) {
 		list, _ := filepath.Glob(name + "*")
 		return len(list)
 	}
-	busy := func() { // they cannot be read meanwhile: they are renamed
+	busy := func() { // they cannot be read meanwhile, because they are being renamed
 		t.Helper()
 		than := files() + 5
 		testutil.Within(t, 20*time.Second, func() (bool, string) {
@@ -137,13 +137,13 @@ func TestFlowLogSurvivesKills(t *testing.T) {
 	again := w.host.sandbox(t, flags...)
 	again.shorts(t, 200)
 	again.close(t)
-	w.host.sluiceOK(t, "ps") // clears up after the monitor that was killed
+	w.host.sluiceOK(t, "ps") // clears up after the killed monitor
 	if after, nowTorn, _, _ := logged(t, name, portOneByte); after != before+200 || nowTorn > kills+1 {
 		t.Errorf("the next sandbox added %d records, not 200; %d lines are torn", after-before, nowTorn)
 	}
 }
 
-// TestFlowLogIsRotatedByOthers: renamed as logrotate does, and truncated.
+// TestFlowLogIsRotatedByOthers renames the log as logrotate does, and truncates it.
 func TestFlowLogIsRotatedByOthers(t *testing.T) {
 	area(t, "flowlog.logrotate")
 	w := newPair(t)

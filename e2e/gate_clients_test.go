@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// An index as pip reads it, and files on another host; a repository over its protocols.
+// An index as pip reads it, with files on another host, and a repository over its protocols.
 func TestGateClients(t *testing.T) {
 	area(t, "gate.clients", "curl", "nginx", "git")
 	w := newWorld(t)
@@ -58,7 +58,7 @@ curl -sSkL "$link"`).wantOut(t, "a package")
 
 const pip = "/usr/bin/pip3" // Debian's own, whatever else is on PATH
 
-// wheel makes a package of one module.
+// wheel builds a package of one module.
 func wheel(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Create(path)
@@ -86,7 +86,7 @@ func wheel(t *testing.T, path string) {
 	}
 }
 
-// packageIndex serves the folders of a package index, by nginx in dir.
+// packageIndex serves the folders of a package index, with nginx in dir.
 func packageIndex(t *testing.T, in place) (dir, www string) {
 	t.Helper()
 	dir = nginx(t, in, 8080, true)
@@ -121,7 +121,7 @@ func TestGatePip(t *testing.T) {
 	r.wantStatus(t, 0).wantOut(t, "Successfully installed demo-1.0")
 	for _, row := range []struct {
 		what, index string
-		rule        string // none where there is no flow to refuse
+		rule        string // empty where there is no flow to refuse
 	}{
 		{"a name that no rule has", "https://evil.test:8443/simple", ""},
 		{"the bare address", "https://" + at(far4, 8443) + "/simple", "egress[0] index"},

@@ -1,7 +1,7 @@
 package e2e
 
-// Under a rule by domain a connection stands when the server's does: what real clients see of
-// closed ports, and of names with several addresses, is what they see without Sluice.
+// Under a rule by domain a connection is set up when the server's is. For closed ports, and for
+// names with several addresses, real clients see what they see without Sluice.
 
 import (
 	"fmt"
@@ -25,9 +25,9 @@ func TestGateConnectsAsWithout(t *testing.T) {
 	var records []string
 	for name, addrs := range map[string][]string{
 		"one.far.test":   {far4},
-		"two.far.test":   {other4, far4},           // nobody listens at the first
-		"six.far.test":   {other6, far4},           // nor here, by the other family
-		"away.far.test":  {noHost6, noHost4, far4}, // unreachable ones
+		"two.far.test":   {other4, far4},           // no server listens at the first
+		"six.far.test":   {other6, far4},           // nor here, in the other family
+		"away.far.test":  {noHost6, noHost4, far4}, // unreachable addresses
 		"gone.far.test":  {noHost4},
 		"third.far.test": {other6, other4, far6},
 	} {
@@ -69,7 +69,7 @@ except OSError as e: print(type(e.reason).__name__, getattr(e.reason, "errno", "
 				t.Skipf("not installed: %s", client)
 			}
 			urls := []string{"http://one.far.test:8091/", "http://two.far.test:8090/", "http://six.far.test:8090/"}
-			if client != "python3" && client != "node" { // which are slow to start
+			if client != "python3" && client != "node" { // these are slow to start
 				urls = append(urls, "http://one.far.test:8090/", "http://away.far.test:8090/", "http://gone.far.test:8090/", "http://third.far.test:8090/", "http://third.far.test:8091/")
 			}
 			for _, u := range urls {

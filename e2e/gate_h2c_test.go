@@ -22,8 +22,8 @@ egress:
   to: [{domain: "*.files.test"}]
   ports: [{protocol: TCP, port: 7008}]`
 
-// curl and Go's client speak HTTP/2 in clear text to a server that many names lead to.
-// (curl 7.88 cannot use such a connection twice, whatever is between.)
+// curl and Go's client speak HTTP/2 in clear text to a server that many names lead to. (curl 7.88
+// cannot use such a connection twice, with or without Sluice.)
 func TestGateJudgesEachStream(t *testing.T) {
 	area(t, "gate.h2c", "curl")
 	w := newWorld(t)
@@ -98,7 +98,7 @@ curl -gsS -m 50 --http2-prior-knowledge -T "$f" http://pypi.test:7008/digest; rm
 	})
 }
 
-// streamed is what peer h2 tells.
+// streamed is the output of peer h2.
 type streamed struct {
 	OK, Connections, Status int
 	Body, Error             string

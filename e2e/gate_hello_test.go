@@ -1,7 +1,7 @@
 package e2e
 
 // A server may ask a client for another ClientHello (HelloRetryRequest), and takes the name from
-// that one. nginx and OpenSSL serve whatever name it says:
+// it. nginx and OpenSSL serve any name that it has:
 //
 //	client ── hello for pypi.test, without a key for P-256 ──► server
 //	       ◄─ HelloRetryRequest: P-256 ──
@@ -22,7 +22,7 @@ const (
 	portNginx   = 8443
 	portOpenSSL = 8445 // IPv6 has the next one
 
-	// longCertificate is more than all that a server says with its short certificate.
+	// longCertificate is more than everything that a server sends with its short certificate.
 	longCertificate = 8000
 )
 
@@ -34,8 +34,8 @@ egress:
   to: [{domain: pypi.test}]
   ports: [{protocol: TCP, port: 8443, endPort: 8446}]`
 
-// helloServers have a short certificate for pypi.test and a long one for evil.test, and want
-// clients to have a key for P-256.
+// helloServers start servers with a short certificate for pypi.test and a long one for evil.test,
+// which require a key for P-256.
 func helloServers(t *testing.T, in place) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -90,8 +90,8 @@ func TestGateJudgesASecondHello(t *testing.T) {
 			t.Run(server.name+" by "+f.name, func(t *testing.T) {
 				to := at(f.far, server.port)
 				flag := map[string]string{"IPv4": "-4", "IPv6": "-6"}[f.name]
-				ok(t, sb, 10*time.Second, "getent", "ahosts", "pypi.test") // which grants it
-				// Without Sluice the attempt succeeds, or it proves nothing.
+				ok(t, sb, 10*time.Second, "getent", "ahosts", "pypi.test") // this grants it
+				// Without Sluice the attempt must succeed, or the test proves nothing.
 				if seen, r := hellos(t, w.host, "pypi.test", "evil.test", to); !seen.Asked || seen.Received < longCertificate {
 					t.Errorf("directly, the other certificate does not come\n%s", r)
 				}

@@ -1,6 +1,6 @@
 package e2e
 
-// A policy by name that is replaced under live flows.
+// Replacing a policy by name under live flows.
 
 import (
 	"fmt"
@@ -85,8 +85,8 @@ func TestReloadUnderAThousandFlows(t *testing.T) {
 	}
 }
 
-// TestTheCallersHostsFileIsOfTheRules has a name that no DNS server knows, as machines in
-// companies and laboratories do.
+// TestTheCallersHostsFileIsOfTheRules uses a name that no DNS server knows, as machines in
+// companies and laboratories have.
 func TestTheCallersHostsFileIsOfTheRules(t *testing.T) {
 	area(t, "gate.hosts", "curl")
 	w := newWorld(t)

@@ -1,6 +1,6 @@
 package e2e
 
-// Under a policy that allows no name nothing leaves the machine, no question either.
+// Under a policy that allows no name, nothing leaves the machine, not even a question.
 
 import (
 	"fmt"
@@ -9,14 +9,15 @@ import (
 	"time"
 )
 
-// shutSpecs allow no name: nothing at all, and an address where a name server listens.
+// shutSpecs allow no name: one allows nothing at all, the other addresses where a name server
+// listens.
 var shutSpecs = map[string]string{
 	"deny all":       "defaultAction: reject",
 	"addresses only": fmt.Sprintf("defaultAction: reject\negress:\n- {action: allow, to: [{cidr: %s/32}, {cidr: \"%s/128\"}]}", other4, other6),
 }
 
-// asksEverything asks for names in every way that a client has, to resolvers of both
-// families; none may be told anything. The answers are inside's.
+// asksEverything asks for names in every way that a client has, at resolvers of both families. The
+// sandbox itself answers, and tells nothing.
 func asksEverything(t *testing.T, in place, resolvers ...string) {
 	t.Helper()
 	for _, server := range append(resolvers, far4, far6, other4, other6) {
@@ -32,8 +33,8 @@ func asksEverything(t *testing.T, in place, resolvers ...string) {
 	}
 }
 
-// leaks are the packets of a watch that came from further than the link: a router's
-// own, to its neighbours, come from its link-local address.
+// leaks returns a watch's packets that came from beyond the link: a router's own packets to its
+// neighbours come from its link-local address.
 func leaks(w *watcher, from int) (out []packet) {
 	for _, p := range w.since(from) {
 		if !p.neighbour && !p.src.IsLinkLocalUnicast() {
@@ -55,7 +56,7 @@ func TestNoQuestionLeavesUnderAPolicyWithoutNames(t *testing.T) {
 			own := []string{dns4, dns6}
 			from := watch.count()
 			asksEverything(t, sb, own...)
-			for i := range 3 { // the same policy again and again, while it asks
+			for i := range 3 { // the same policy repeatedly, while it asks
 				during := sb.start(t, "sh", "-c", fmt.Sprintf("for i in 1 2 3 4 5 6 7 8; do dig +time=1 +tries=1 @%s web.test; dig +time=1 +tries=1 @%s web.test; done", dns4, far6))
 				w.host.sluiceOK(t, "policy", "set", sb.name, file)
 				if r := during.wait(t, 60*time.Second); strings.Contains(r.out, "ANSWER SECTION") {
@@ -73,7 +74,7 @@ func TestNoQuestionLeavesUnderAPolicyWithoutNames(t *testing.T) {
 				t.Errorf("the name server was asked\n%s", asked)
 			}
 
-			// The watch sees what there is to see: names: any opens names, and nothing else.
+			// The watch works: names: any opens names, and nothing else.
 			w.host.sluiceOK(t, "policy", "set", sb.name, policyFile(t, spec+"\ndns: {names: any}"))
 			from = watch.count()
 			ok(t, sb, 10*time.Second, "dig", "+time=3", "+tries=1", "web.test").wantOut(t, far4)

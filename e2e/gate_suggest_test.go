@@ -1,6 +1,6 @@
 package e2e
 
-// A policy learned from a session.
+// Learning a policy from a session.
 
 import (
 	"path/filepath"

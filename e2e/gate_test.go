@@ -36,7 +36,7 @@ egress:
   ports: [{protocol: TCP, port: 9418}]
   verify: grant # git's own protocol says no name`
 
-// gateZone is what far's name server says.
+// gateZone is the zone of far's name server.
 var gateZone = []string{
 	"pypi.test. pypi.test. 3600 CNAME cdn.test.", "pypi.test. cdn.test. 3600 A " + far4, "pypi.test. cdn.test. 3600 AAAA " + far6,
 	"a.files.test. a.files.test. 3600 A " + far4, "a.files.test. a.files.test. 3600 AAAA " + far6,
@@ -45,7 +45,7 @@ var gateZone = []string{
 	"pypi.test.evil.io. pypi.test.evil.io. 3600 A " + far4, "evilpypi.test. evilpypi.test. 3600 A " + far4,
 }
 
-// zone starts far's name server with the records given.
+// zone starts far's name server with the given records.
 func (w *world) zone(t *testing.T, records ...string) *proc {
 	t.Helper()
 	return w.zoneAt(t, far4, recordFlags(records)...)
@@ -58,7 +58,7 @@ func recordFlags(records []string) (flags []string) {
 	return flags
 }
 
-// zoneAt starts a name server of far's at one of its addresses (e2e/peer/dns.go).
+// zoneAt starts a name server at one of far's addresses (e2e/peer/dns.go).
 func (w *world) zoneAt(t *testing.T, addr string, flags ...string) *proc {
 	t.Helper()
 	p := w.far.start(t, slices.Concat([]string{peerBin(), "dns"}, flags, []string{addr})...)
@@ -66,13 +66,13 @@ func (w *world) zoneAt(t *testing.T, addr string, flags ...string) *proc {
 	return p
 }
 
-// refusals are the rules by which flows were refused, from the sandbox's own record.
+// refusals counts the refused flows by rule, from the sandbox's own record.
 func (sb *sandbox) refusals(t *testing.T) map[string]int {
 	t.Helper()
 	rules := map[string]int{}
 	var records []struct {
 		Verdict, Rule, Tried, Reason string
-		Count                        int // of refusals that were folded into one record
+		Count                        int // refusals folded into one record
 	}
 	r := sb.host.sluiceOK(t, "flows", "--ended", "-o", "json", sb.name)
 	if err := json.Unmarshal([]byte(r.out), &records); err != nil {
@@ -82,7 +82,7 @@ func (sb *sandbox) refusals(t *testing.T) map[string]int {
 		if !strings.EqualFold(r.Verdict, "forwarded") {
 			by := cmp.Or(r.Tried, r.Rule)
 			if strings.HasPrefix(r.Reason, "grant-") {
-				by = r.Rule // Tried is what let it pass before
+				by = r.Rule // Tried is the rule that let it pass before
 			}
 			rules[by] += max(r.Count, 1)
 		}

@@ -1,8 +1,7 @@
 package e2e
 
-// Real tunnels through a name server, under a policy that allows their zone by a
-// wildcard, types and all. Their far end is the sandbox's upstream itself, which is
-// as good as a zone of their own can be.
+// Real tunnels through a name server, under a policy that allows their zone by a wildcard, with all
+// types. Their far end is the sandbox's upstream itself, which is as good as their own zone can be.
 
 import (
 	"fmt"
@@ -16,14 +15,14 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// tunnelSpec allows all that a policy can.
+// tunnelSpec allows everything that a policy can allow.
 const tunnelSpec = `
 defaultAction: reject
 dns: {types: [A, AAAA, CNAME, HTTPS, SVCB, SRV, PTR, MX, NS, SOA, TXT, CAA, NAPTR]}
 egress:
 - {action: allow, to: [{domain: tunnel.test}, {domain: "**.tunnel.test"}]}`
 
-// What a pattern lets through in a second, out and in (forwarder/dns, tunnel.go).
+// The bytes per second that a pattern lets through, out and in (forwarder/dns, tunnel.go).
 const tunnelOut, tunnelIn = 200, 512
 
 func TestATunnelOverDNSIsNarrow(t *testing.T) {
@@ -31,7 +30,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 	asRoot(t, "iodined serves uid 0 only")
 	w := newWorld(t)
 	iodined := w.far.start(t, "iodined", "-f", "-c", "-D", "-P", "secret", "-l", far4, "10.77.0.1/24", "tunnel.test")
-	says := func(p *proc, text string, within time.Duration) { // it speaks on standard error
+	says := func(p *proc, text string, within time.Duration) { // it prints on standard error
 		t.Helper()
 		testutil.Within(t, within, func() (bool, string) {
 			r := p.result("").String()
@@ -78,7 +77,7 @@ func TestATunnelOverDNSIsNarrow(t *testing.T) {
 	}
 }
 
-// TestAStreamOverDNSIsNarrow has dns2tcp carry a stream, in TXT and in KEY records.
+// TestAStreamOverDNSIsNarrow runs a stream through dns2tcp, in TXT and in KEY records.
 func TestAStreamOverDNSIsNarrow(t *testing.T) {
 	area(t, "gate.stream", "dns2tcpc", "dns2tcpd", "nc", "timeout")
 	w := newWorld(t)
@@ -90,7 +89,7 @@ func TestAStreamOverDNSIsNarrow(t *testing.T) {
 	}
 	w.far.start(t, "dns2tcpd", "-F", "-f", conf)
 	const seconds = 4
-	// carried is what comes back of a stream of zeros that is echoed.
+	// carried returns how much of an echoed stream of zeros comes back.
 	carried := func(sb *sandbox, kind string) int {
 		sb.start(t, "dns2tcpc", "-T", kind, "-z", "tunnel.test", "-k", "secret", "-r", "echo", "-l", "2222", dns4)
 		script := fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9 10; do nc -z 127.0.0.1 2222 && break; sleep 0.3; done; timeout %d nc 127.0.0.1 2222 </dev/zero | wc -c", seconds)

@@ -1,7 +1,7 @@
 package e2e
 
-// The harness's own tests: a topology that does not do what its drawing says would make
-// every other failure a riddle.
+// The harness's own tests. A topology that differs from its drawing would make every other failure
+// a riddle.
 
 import (
 	"testing"
@@ -31,8 +31,8 @@ func TestHarnessTopologyIsAsDrawn(t *testing.T) {
 	}
 }
 
-// TestHarnessToolsWorkWithoutSluice asks of the host's own kernel what the other tests
-// ask of a sandbox: what fails here is a fault of the test.
+// TestHarnessToolsWorkWithoutSluice asks the host's own kernel what the other tests ask a sandbox:
+// a failure here is a fault of the test.
 func TestHarnessToolsWorkWithoutSluice(t *testing.T) {
 	area(t, "harness.tools", "bash")
 	w := newWorld(t)

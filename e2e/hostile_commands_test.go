@@ -16,8 +16,8 @@ import (
 	"testing"
 )
 
-// hostileZone is what a name server in league with the sandbox says of names under an
-// allowed wildcard.
+// hostileZone holds what a name server in league with the sandbox says about names under an allowed
+// wildcard.
 var hostileZone = []string{
 	"rebind.files.test. rebind.files.test. 0 A 127.0.0.1", "rebind.files.test. rebind.files.test. 0 AAAA ::1",
 	"meta.files.test. meta.files.test. 0 A 169.254.169.254", "meta.files.test. meta.files.test. 0 AAAA fd00:ec2::254",
@@ -31,17 +31,17 @@ var hostileZone = []string{
 	"loop.files.test. loop.files.test. 60 CNAME loop2.files.test.", "loop.files.test. loop2.files.test. 60 CNAME loop.files.test.",
 }
 
-// hostileServer is how else that name server answers.
+// hostileServer holds the other answers of that name server.
 var hostileServer = []string{
 	"-turn", "flip.files.test. flip.files.test. 0 A " + far4, "-turn", "flip.files.test. flip.files.test. 0 A 169.254.169.254",
 	"-turn", "flip.files.test. flip.files.test. 0 AAAA " + far6, "-turn", "flip.files.test. flip.files.test. 0 AAAA fd00:ec2::254",
-	// A record whose name begins where it begins: \xc0\x25 points to its own place.
+	// A record whose name points to itself: \xc0\x25 is its own position.
 	"-raw", "pointers.files.test. " + base64.StdEncoding.EncodeToString([]byte("\xc0\x25\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xc6\x33\x64\x0a")),
 	"-many", ".flood.test.",
 }
 
-// hello is the first flight of a TLS client, in records of at most so many bytes.
-// With an outer name, the other one is encrypted.
+// hello returns the first flight of a TLS client, in records of at most record bytes. With an outer
+// name, it encrypts the other one.
 func hello(t *testing.T, name, outer string, record int) []byte {
 	t.Helper()
 	conf := &tls.Config{ServerName: name, InsecureSkipVerify: true}
@@ -50,7 +50,7 @@ func hello(t *testing.T, name, outer string, record int) []byte {
 	}
 	near, far := net.Pipe()
 	go func() {
-		tls.Client(near, conf).Handshake() // fails: nobody answers
+		tls.Client(near, conf).Handshake() // fails, because no server answers
 		near.Close()
 	}()
 	head := make([]byte, 5)
@@ -73,7 +73,7 @@ func hello(t *testing.T, name, outer string, record int) []byte {
 	return out.Bytes()
 }
 
-// echConfig is what an HTTPS record tells of a server's key (RFC 9849 section 4).
+// echConfig returns an HTTPS record's description of a server's key (RFC 9849 section 4).
 func echConfig(t *testing.T, public string) []byte {
 	t.Helper()
 	key, err := ecdh.X25519().GenerateKey(rand.Reader)
@@ -88,7 +88,7 @@ func echConfig(t *testing.T, public string) []byte {
 	return prefixed(append([]byte{0xfe, 0x0d}, prefixed(body)...))
 }
 
-// question is a DNS message with a length before it, as TCP carries it.
+// question returns a DNS message after its length, as TCP carries it.
 func question(message string) string {
 	return base64.StdEncoding.EncodeToString(append(binary.BigEndian.AppendUint16(nil, uint16(len(message))), message...))
 }

@@ -1,6 +1,6 @@
 package e2e
 
-// What an echo request says under a rule that allows it.
+// The payload of an echo request, under a rule that allows it.
 
 import (
 	"bytes"
@@ -17,8 +17,8 @@ const echoSpec = sceneSpec + `
   to: [{cidr: ` + scene4 + `/32}, {cidr: "` + scene6 + `/128"}]
   icmp: [{family: IPv4, type: 8}, {family: IPv6, type: 128}]`
 
-// echoPayload: the far side gets as many bytes, and not those; ping gets its own back. So it
-// is after a reload.
+// echoPayload: the far side gets as many bytes, but not the same ones, and ping gets its own back.
+// A reload does not change that.
 func echoPayload(t *testing.T, h *hostile, v6 bool) (why string) {
 	const secret = "LEAK-LEAK-LEAK"
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, echoSpec))
@@ -62,7 +62,7 @@ func (n *netns) icmpSocket(t *testing.T, v6 bool) icmpSocket {
 	return icmpSocket(fd)
 }
 
-// request returns the next echo request with so many bytes behind its header.
+// request returns the next echo request with size bytes after its header.
 func (s icmpSocket) request(t *testing.T, size int) []byte {
 	t.Helper()
 	b := make([]byte, 1<<16)
@@ -72,7 +72,7 @@ func (s icmpSocket) request(t *testing.T, size int) []byte {
 			t.Fatalf("no echo request of %d bytes arrives: %v", size, err)
 		}
 		msg := b[:n]
-		if msg[0]>>4 == 4 && n > 20 && msg[9] == protoICMP { // IPv4 gives its header too
+		if msg[0]>>4 == 4 && n > 20 && msg[9] == protoICMP { // IPv4 delivers its header too
 			msg = msg[int(msg[0]&15)*4:]
 		}
 		if (msg[0] == 8 || msg[0] == 128) && len(msg) == 8+size {

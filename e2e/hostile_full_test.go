@@ -1,7 +1,7 @@
 package e2e
 
-// Attempts on what is bounded: what is too much is refused and counted, what stands
-// stays, others are served, and what is allowed works again right after.
+// Attempts on bounded resources. An excess is refused and counted, existing flows stay, other
+// sandboxes are served, and what is allowed works again right after.
 
 import (
 	"fmt"
@@ -12,7 +12,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// works asks that an allowed connection does.
+// works checks that an allowed connection succeeds.
 func (sb *sandbox) works(t *testing.T, v6 bool) {
 	t.Helper()
 	testutil.Within(t, 10*time.Second, func() (bool, string) {
@@ -40,7 +40,7 @@ func fullFlows(t *testing.T, h *hostile, v6 bool) string {
 	})
 }
 
-// asks asks that another sandbox is served while this one's tables are full.
+// asks checks that another sandbox is served while this one's tables are full.
 func (sb *sandbox) asks(t *testing.T, v6 bool) {
 	t.Helper()
 	ok(t, sb, 10*time.Second, "curl", "-gsS", "-m", "8", pick(v6, "-4", "-6"), "http://pypi.test:8080/").wantOut(t, "hello from nginx")
@@ -82,7 +82,7 @@ func (sb *sandbox) many(t *testing.T, v6 bool, name string, flags ...string) (m 
 	return m
 }
 
-// nameSpec allows names of a name server that is a scene's own.
+// nameSpec allows names of a scene's own name server.
 const nameSpec = `
 defaultAction: reject
 egress:
@@ -120,12 +120,13 @@ func fullStreams(t *testing.T, h *hostile, v6 bool) string {
 	})
 }
 
-// fullGrants: a sandbox that asks for too much gives up its own.
+// fullGrants: a sandbox that asks for too much loses its own grants.
 func fullGrants(t *testing.T, h *hostile, v6 bool) string {
 	spec := "defaultAction: reject\ndns: {maxNamesPerMinute: 10000}\nlimits: {dnsQueriesPerSecond: 100000}\negress:\n- {name: flood, action: allow, to: [{domain: \"*.flood.test\"}]}\n- {name: index, action: allow, to: [{domain: pypi.test}], ports: [{protocol: TCP, port: 8080}]}"
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, spec))
 	return sb.refused(t, "evicted", func() {
-		// 64 addresses a name, the same ones for all: 128 names an address are remembered.
+		// Each name has 64 addresses, the same for all names; 128 names are remembered for each
+		// address.
 		if m := sb.many(t, v6, "n%d.flood.test", "-count", "200", "-ahead", "16", "-timeout", "2s"); m.Addrs == 0 {
 			t.Errorf("no name has an address: %+v", m)
 		}
@@ -158,8 +159,8 @@ func endlessNames(t *testing.T, h *hostile, v6 bool) string {
 	})
 }
 
-// endlessQuestions: an answer that cannot be read cannot be kept, so that each question
-// goes upstream, until there were too many.
+// endlessQuestions: an unreadable answer cannot be kept, so each question goes upstream, until
+// there are too many.
 func endlessQuestions(t *testing.T, h *hostile, v6 bool) string {
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, hostileSpec))
 	return sb.refused(t, "refusedTunnel", func() {

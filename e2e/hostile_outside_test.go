@@ -1,6 +1,6 @@
 package e2e
 
-// Attempts with somebody outside, on what is there before, beside and after a worker.
+// Attempts with an accomplice outside, on what exists before, beside and after a worker.
 
 import (
 	"encoding/base64"
@@ -18,8 +18,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// forger starts somebody outside who sends datagrams to the machine under an address
-// that is not its own.
+// forger starts a program outside that sends datagrams to the machine from a forged address.
 func (h *hostile) forger(t *testing.T, v6 bool, from, payload string, flags ...string) *proc {
 	t.Helper()
 	var links []struct{ Address string }
@@ -31,8 +30,8 @@ func (h *hostile) forger(t *testing.T, v6 bool, from, payload string, flags ...s
 	return p
 }
 
-// forgers: a hundred thousand answers with everything right but what cannot be known race
-// one that is held back until they are all sent.
+// forgers: a hundred thousand answers race one that is held back until they are all sent.
+// Everything in them is right except what cannot be known.
 func forgers(t *testing.T, h *hostile, v6 bool) string {
 	const first, ports, count = 40000, 64, 100_000
 	const forgedA, forgedAAAA = "203.0.113.66", "2001:db8:666::1"
@@ -75,13 +74,13 @@ func forgers(t *testing.T, h *hostile, v6 bool) string {
 	return why
 }
 
-// doors are what the scenes' policy refuses, for `peer knock`.
+// doors returns what the scenes' policy refuses, for `peer knock`.
 func doors(v6 bool) string {
 	return fmt.Sprintf("tcp:%[1]s udp:%[2]s tcp:%[3]s tcp:%[4]s tcp:%[5]s", at(pick(v6, other4, other6), portWhoami), at(pick(v6, other4, other6), portEcho),
 		at(pick(v6, "169.254.169.254", "fd00:ec2::254"), 80), at(pick(v6, host4, host6), portWhoami), at(pick(v6, other4, other6), 8080)) + "\n"
 }
 
-// shutDoors ends the knocking and fails if one was opened.
+// shutDoors ends the knocking, and fails if a door opened.
 func shutDoors(t *testing.T, knock *proc) {
 	t.Helper()
 	knock.closeInput()
@@ -94,7 +93,7 @@ func shutDoors(t *testing.T, knock *proc) {
 	}
 }
 
-// beforePolicy: a network that is there before its policy leads nowhere.
+// beforePolicy: a network that exists before its policy leads nowhere.
 func beforePolicy(t *testing.T, h *hostile, v6 bool) string {
 	c := container(t, h.w.host)
 	enter := []string{"nsenter", "-t", fmt.Sprint(c.pid), "-n", "-m"}
@@ -121,7 +120,7 @@ func beforePolicy(t *testing.T, h *hostile, v6 bool) string {
 	return why
 }
 
-// killedWorker: while nobody looks at packets, none passes; then names are granted as
+// killedWorker: while no worker handles packets, none passes. Afterwards names are granted as
 // before, to clients that remember an address.
 func killedWorker(t *testing.T, h *hostile, v6 bool) string {
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, gateSpec))
@@ -134,7 +133,7 @@ func killedWorker(t *testing.T, h *hostile, v6 bool) string {
 		old := sb.worker()
 		syscall.Kill(old, syscall.SIGKILL)
 		sb.waitWorker(t, old, 10*time.Second)
-		// The worker's counters begin anew.
+		// The worker's counters start from zero.
 		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			return sb.refusals(t)["default"] > 0, "nothing is refused by the new worker"
 		})
@@ -148,8 +147,8 @@ func killedWorker(t *testing.T, h *hostile, v6 bool) string {
 	return why
 }
 
-// ourOwn: what serves the sandbox is not to be seen in it. There is nothing that could
-// count: no process of ours is asked.
+// ourOwn: a sandbox cannot see the processes that serve it. Nothing counts this, because no process
+// of ours is asked.
 func ourOwn(t *testing.T, h *hostile, _ bool) string {
 	sb := h.sb
 	for _, f := range stateFiles() {
@@ -188,12 +187,12 @@ func ourOwn(t *testing.T, h *hostile, _ bool) string {
 	return "out of reach"
 }
 
-// inside tells whether a process is in the sandbox's network.
+// inside reports whether a process is in the sandbox's network.
 func inside(t *testing.T, sb *sandbox, pid int) bool {
 	t.Helper()
 	own, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
-		return true // it is gone
+		return true // the process is gone
 	}
 	theirs := strings.TrimSpace(ok(t, sb, 5*time.Second, "readlink", "/proc/self/ns/net").out)
 	return own == theirs

@@ -10,10 +10,10 @@ const (
 	dns4, dns6         = "10.0.2.3", "fd73:6c75:6963:65::3"
 	late4, late6       = "192.0.2.77", "2001:db8:1::77"    // addresses that the host gets later
 	scene4, scene6     = "198.51.100.12", "2001:db8:2::12" // far's, for scenes
-	second4, second6   = "198.51.100.13", "2001:db8:2::13" // far's, of a name of its own
+	second4, second6   = "198.51.100.13", "2001:db8:2::13" // far's, with a name of its own
 )
 
-// pick is one of two by family.
+// pick returns one of two values by family.
 func pick[T any](v6 bool, four, six T) T {
 	if v6 {
 		return six
@@ -21,7 +21,7 @@ func pick[T any](v6 bool, four, six T) T {
 	return four
 }
 
-// syn asks for a connection to an address.
+// syn returns a connection request to an address.
 func syn(four, six string, port int) func(bool) []ipPacket {
 	return func(v6 bool) []ipPacket {
 		to := pick(v6, four, six)
@@ -36,15 +36,14 @@ func one(make func(v6 bool) ipPacket) func(bool) []ipPacket {
 	return func(v6 bool) []ipPacket { return []ipPacket{make(v6)} }
 }
 
-// other is an IP protocol of its own, to the granted server.
+// other returns a packet of another IP protocol to the granted server.
 func other(proto int, payload ...byte) func(bool) []ipPacket {
 	return one(func(v6 bool) ipPacket {
 		return ipPacket{dst: pick(v6, far4, far6), proto: proto, payload: append(payload, "LEAK-LEAK-LEAK-LEAK"...)}
 	})
 }
 
-// overlap rewrites the port of what looks like a permitted packet by a second
-// fragment that lies over the first.
+// overlap rewrites the port of a seemingly permitted packet with a second, overlapping fragment.
 func overlap(v6 bool) []ipPacket {
 	whole := ipPacket{dst: pick(v6, far4, far6)}.udp(40001, 8080, "0123456789012345")
 	evil := ipPacket{dst: pick(v6, far4, far6)}.udp(40001, portWhoami, "0123456789012345")
@@ -54,7 +53,7 @@ func overlap(v6 bool) []ipPacket {
 	return []ipPacket{first, over, last}
 }
 
-// tinyFirst leaves the ports' place to the second fragment.
+// tinyFirst leaves the place of the ports to the second fragment.
 func tinyFirst(v6 bool) []ipPacket {
 	whole := ipPacket{dst: pick(v6, other4, other6)}.tcp(40002, portWhoami, tcpSYN, "")
 	first, second := whole.cut(8)
@@ -64,7 +63,7 @@ func tinyFirst(v6 bool) []ipPacket {
 	return []ipPacket{first, second}
 }
 
-// chain is IPv6 extension headers before a segment to a closed address.
+// chain puts IPv6 extension headers before a segment to a closed address.
 func chain(n int) func(bool) []ipPacket {
 	return func(v6 bool) []ipPacket {
 		if !v6 {
@@ -99,17 +98,17 @@ func headers(v6 bool, p ipPacket, exts ...[]byte) []ipPacket {
 	return []ipPacket{p}
 }
 
-// routing is a routing header of a type, to a closed address.
+// routing returns a routing header of a type, to a closed address.
 func routing(kind, left byte) []byte {
 	return append([]byte{43, 2, kind, left, 0, 0, 0, 0}, netip.MustParseAddr(other6).AsSlice()...)
 }
 
-// padded is a header of options that holds only padding.
+// padded returns an options header that holds only padding.
 func padded(kind byte) []byte { return []byte{kind, 0, 1, 4, 0, 0, 0, 0} }
 
 func webSYN(sport int) ipPacket { return ipPacket{dst: far6}.tcp(sport, 8080, tcpSYN, "") }
 
-// icmp is a message with a payload to the granted server.
+// icmp returns a message with a payload to the granted server.
 func icmp(four, six byte) func(bool) []ipPacket {
 	return one(func(v6 bool) ipPacket {
 		return ipPacket{dst: pick(v6, far4, far6)}.icmp(pick(v6, four, six), "LEAK-LEAK-LEAK-LEAK-LEAK-LEAK-LEAK-LEAK")
@@ -126,7 +125,7 @@ func strictRoute(v6 bool) []ipPacket {
 	return p
 }
 
-// sourceRoute asks routers on the way to a permitted address to go by another.
+// sourceRoute asks routers on the way to a permitted address to use another.
 func sourceRoute(v6 bool) []ipPacket {
 	p := ipPacket{dst: pick(v6, far4, far6)}.tcp(40004, 8080, tcpSYN, "")
 	if v6 {
@@ -138,7 +137,7 @@ func sourceRoute(v6 bool) []ipPacket {
 	return []ipPacket{p}
 }
 
-// hostilePackets are the attempts that are packets.
+// hostilePackets are the attempts made with packets.
 var hostilePackets = []attempt{
 	{name: "metadata service", packets: syn("169.254.169.254", "fd00:ec2::254", 80), reason: "special:metadata"},
 	{name: "metadata service of another cloud", packets: syn("100.100.100.200", "fd20:ce::254", 80), reason: "special:metadata"},

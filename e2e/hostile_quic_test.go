@@ -46,8 +46,8 @@ func (f *flight) SetDeadline(time.Time) error      { return os.ErrNoDeadline }
 func (f *flight) SetReadDeadline(time.Time) error  { return os.ErrNoDeadline }
 func (f *flight) SetWriteDeadline(time.Time) error { return os.ErrNoDeadline }
 
-// quicHello is what a QUIC client sends before it hears anything: a ClientHello that is
-// larger than a datagram, if so much padding is asked for in it.
+// quicHello returns what a QUIC client sends before it receives anything. With enough padding, its
+// ClientHello is larger than a datagram.
 func quicHello(t *testing.T, name string, padding int) [][]byte {
 	t.Helper()
 	f := &flight{closed: make(chan struct{})}
@@ -62,7 +62,7 @@ func quicHello(t *testing.T, name string, padding int) [][]byte {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var dialling sync.WaitGroup
-	dialling.Go(func() { // fails once cancelled: nobody answers
+	dialling.Go(func() { // fails once cancelled, because no server answers
 		if c, err := e.Dial(ctx, "udp", "192.0.2.1:443", &quic.Config{TLSConfig: conf}); err == nil {
 			c.Abort(nil)
 		}
@@ -82,7 +82,7 @@ func quicHello(t *testing.T, name string, padding int) [][]byte {
 	return sent
 }
 
-// hostileQUIC are attempts at a rule by domain that is about UDP.
+// hostileQUIC returns attempts on a rule by domain for UDP.
 func hostileQUIC(t *testing.T) []attempt {
 	sport := 41500
 	to := func(datagrams ...[]byte) func(bool) []ipPacket {

@@ -1,7 +1,6 @@
 package e2e
 
-// Attempts on what is remembered of a flow: by whom it was let in, where it leads, who
-// may answer it.
+// Attempts on the memory of a flow: who let it in, where it leads, and who may answer it.
 
 import (
 	"fmt"
@@ -37,7 +36,7 @@ var hostileScenes = []attempt{
 	{name: "the control socket, and what else is ours", scene: ourOwn},
 }
 
-// sceneSpec allows all of a scene's server; shutSpec what is left of it once the policy
+// sceneSpec allows everything at a scene's server; shutSpec is what remains of it after the policy
 // was replaced.
 const (
 	sceneSpec = `
@@ -58,7 +57,7 @@ egress:
 
 func scene(v6 bool) string { return pick(v6, scene4, scene6) }
 
-// arrived counts what came from the machine to a scene's server and a port: data, of TCP.
+// arrived counts what came from the machine to a port of a scene's server; of TCP, only data.
 func (h *hostile) arrived(v6 bool, port int) (n int) {
 	for _, p := range h.watchers[left].since(0) {
 		if p.dst.String() == scene(v6) && p.dport == port && (p.proto != protoTCP || p.payload > 0) {
@@ -84,7 +83,7 @@ func (sb *sandbox) raw(t *testing.T, packets ...ipPacket) {
 	ok(t, sb, 10*time.Second, argv...)
 }
 
-// standing are the sandbox's flows of a protocol to an address that are not closing.
+// standing counts the sandbox's flows of a protocol to an address that are not closing.
 func (sb *sandbox) standing(t *testing.T, proto, addr string) (n int) {
 	t.Helper()
 	for _, f := range sb.flows(t) {
@@ -95,8 +94,7 @@ func (sb *sandbox) standing(t *testing.T, proto, addr string) (n int) {
 	return n
 }
 
-// flip: the address that was judged is the one that is dialled, whatever the name server
-// says by then.
+// flip: the address that was judged is the one dialled, whatever the name server says by then.
 func flip(t *testing.T, h *hostile, v6 bool) string {
 	const name = "flip.files.test"
 	qtype := pick(v6, "A", "AAAA")
@@ -107,7 +105,7 @@ func flip(t *testing.T, h *hostile, v6 bool) string {
 		return strings.Count(strings.ToLower(h.zone.result("").out), fmt.Sprintf(`"name":"%s.","type":"%s"`, name, strings.ToLower(qtype)))
 	}
 	to := pick(v6, far4, far6)
-	turned := func(want string) { // as soon as the answer is cached no more
+	turned := func(want string) { // once the cached answer has expired
 		t.Helper()
 		testutil.Within(t, 15*time.Second, func() (bool, string) {
 			out := ask()
@@ -123,7 +121,7 @@ func flip(t *testing.T, h *hostile, v6 bool) string {
 	return h.sb.refused(t, "recordsRebound", func() { turned("") })
 }
 
-// reuseTCP: a verdict goes with its flow.
+// reuseTCP: a verdict ends with its flow.
 func reuseTCP(t *testing.T, h *hostile, v6 bool) string {
 	const sport = 42001
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, sceneSpec))
@@ -133,7 +131,7 @@ func reuseTCP(t *testing.T, h *hostile, v6 bool) string {
 	sb.set(t, shutSpec)
 	before := h.arrived(v6, portWhoami)
 	why := sb.refused(t, "default", func() {
-		// For a second the connection's end is still answered for.
+		// For one second the end of the connection is still answered.
 		testutil.Within(t, 10*time.Second, func() (bool, string) {
 			sb.raw(t, ipPacket{dst: scene(v6)}.tcp(sport, portWhoami, tcpPSH|tcpACK, "LEAK"), ipPacket{dst: scene(v6)}.tcp(sport, portWhoami, tcpSYN, "LEAK"))
 			return sb.refusals(t)["default"] > 0, "a SYN with the ports of a connection that was is not refused"
@@ -162,7 +160,7 @@ func reuseUDP(t *testing.T, h *hostile, v6 bool) string {
 	return why
 }
 
-// reuseName: nor does a name that was verified.
+// reuseName: a verified name also ends with its flow.
 func reuseName(t *testing.T, h *hostile, v6 bool) string {
 	say := func(name string) dialed {
 		d, _ := dial(t, h.sb, "-port", "42003", "-close", "no", "-timeout", "10s",
@@ -182,7 +180,7 @@ func reuseName(t *testing.T, h *hostile, v6 bool) string {
 func outliveTCP(t *testing.T, h *hostile, v6 bool) string { return outlive(t, h, v6, "tcp") }
 func outliveUDP(t *testing.T, h *hostile, v6 bool) string { return outlive(t, h, v6, "udp") }
 
-// outlive: what a new policy refuses is cut.
+// outlive: a new policy cuts the flows that it refuses.
 func outlive(t *testing.T, h *hostile, v6 bool, proto string) string {
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, sceneSpec))
 	p := sb.start(t, peerBin(), "hold", "-network", proto, "-count", "20", "-timeout", "2s", at(scene(v6), portEcho))
@@ -210,7 +208,7 @@ func outlive(t *testing.T, h *hostile, v6 bool, proto string) string {
 	return why
 }
 
-// refresh: who was once written to cannot keep the way in open.
+// refresh: a peer that was once written to cannot keep the way in open.
 func refresh(t *testing.T, h *hostile, v6 bool) string {
 	sb := h.w.host.sandbox(t, rootInside, "--policy", policyFile(t, sceneSpec), "--sysctl", "nf_conntrack_udp_timeout_inbound=1")
 	return sb.refused(t, "timedOut", func() {
@@ -223,9 +221,9 @@ func refresh(t *testing.T, h *hostile, v6 bool) string {
 	})
 }
 
-// strangers: nobody but who was written to is let in, from the socket's first moment on.
+// strangers: from the socket's first moment, only the peer that was written to is let in.
 func strangers(t *testing.T, h *hostile, v6 bool) string {
-	// Few ports, so that each is knocked at all the time.
+	// There are few ports, so that each is knocked at all the time.
 	const first, ports = 40000, 100
 	h.w.host.sysctl(t, "net.ipv4.ip_local_port_range", fmt.Sprint(first, " ", first+ports-1))
 	defer h.w.host.sysctl(t, "net.ipv4.ip_local_port_range", "32768 60999")

@@ -35,7 +35,7 @@ func hostileStreams() []attempt {
 	}
 }
 
-// streams is an HTTP/2 connection of requests without content.
+// streams returns an HTTP/2 connection of requests without content.
 func streams(requests ...[]hpack.HeaderField) []byte {
 	var out, block bytes.Buffer
 	out.WriteString(http2.ClientPreface)

@@ -1,9 +1,9 @@
 package e2e
 
-// A hostile sandbox: root inside, raw sockets, a packet socket. Each attempt is made
-// for both families before, while and after the policy is replaced; whatever of it
-// reaches the machine's own loopback or leaves it is a failure, and so is a refusal
-// that nobody counted. What it saw must be what docs/threat-model.md says.
+// A hostile sandbox has root inside, raw sockets and a packet socket. It makes each attempt for
+// both families before, while and after the policy is replaced. It is a failure if anything reaches
+// the machine's own loopback or leaves the machine, and if a refusal is not counted. The result
+// must match docs/threat-model.md.
 
 import (
 	"fmt"
@@ -23,10 +23,10 @@ type attempt struct {
 	name    string
 	packets func(v6 bool) []ipPacket // to put on the link; none: not for this family
 	command func(v6 bool) []string   // or to run
-	only    string                   // a family
+	only    string                   // the only family, if set
 	reason  string                   // the rule that refuses it, or the counter that rises
-	// scene is an attempt that takes more than that, mostly in a sandbox of its own. It
-	// returns what refused it. Those that are about a reload make one.
+	// scene is an attempt that takes more than that, mostly in a sandbox of its own. It returns
+	// what refused it. Scenes about a reload make their own.
 	scene func(t *testing.T, h *hostile, v6 bool) string
 }
 
@@ -55,8 +55,8 @@ func (a *attempt) argv(v6 bool) []string {
 	return argv
 }
 
-// hostileSpec opens what an ordinary policy would beside the names: the web by
-// address, in two halves, so that what is special is not refused by default only.
+// hostileSpec opens what an ordinary policy would open beside the names: the web by address, in two
+// halves, so that special addresses are refused by more than the default.
 const hostileSpec = gateSpec + `
 - name: web
   action: allow
@@ -78,7 +78,7 @@ type hostile struct {
 	watchers map[string]*watcher
 	looked   map[string]int
 	attempts []attempt
-	seen     map[string]string // by name and family, what refused it
+	seen     map[string]string // what refused it, by name and family
 }
 
 func newHostile(t *testing.T) *hostile {
@@ -91,12 +91,12 @@ func newHostile(t *testing.T) *hostile {
 	nginx(t, w.far, 8080, true)
 	serve(t, w.far)
 	serve(t, w.host)
-	// Even where the machine has a route to them.
+	// It holds even where the machine has a route to them.
 	w.far.ip(t, "addr add 169.254.169.254/32 dev lo\naddr add fd00:ec2::254/128 dev lo nodad")
 	w.router.ip(t, "route add 169.254.169.254/32 via "+far4+"\nroute add fd00:ec2::254/128 via "+far6)
 	h.watchers = map[string]*watcher{left: w.router.watch(t, "r0"), "reached the machine's loopback": w.host.watch(t, "lo")}
 	h.sb = w.host.sandbox(t, rootInside, "--policy", policyFile(t, hostileSpec))
-	// The gateway's hardware address, learned as a kernel would.
+	// The gateway's hardware address is learned as a kernel would.
 	ok(t, h.sb, 10*time.Second, "curl", "-gsS", "-m", "8", "http://pypi.test:8080/").wantOut(t, "hello from nginx")
 	w.host.ip(t, "addr add "+late4+"/24 dev h0\naddr add "+late6+"/64 dev h0 nodad preferred_lft 0")
 	h.attempts = slices.Concat(hostilePackets, hostileQUIC(t), hostileCommands(t), hostileStreams(), hostileScenes)
@@ -105,7 +105,7 @@ func newHostile(t *testing.T) *hostile {
 
 const left = "left the machine"
 
-// leaks fails if a packet was seen since the last look that nobody may see.
+// leaks fails if a forbidden packet was seen since the last look.
 func (h *hostile) leaks(t *testing.T, phase string) {
 	t.Helper()
 	for what, watch := range h.watchers {
@@ -175,7 +175,7 @@ func (h *hostile) each(t *testing.T, phase string, try func(t *testing.T, a *att
 	}
 }
 
-// everything makes all attempts in a row but those that replace a policy themselves.
+// everything makes all attempts in a row, except those that replace a policy themselves.
 func (h *hostile) everything(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		argv := []string{peerBin(), "raw"}
@@ -194,19 +194,18 @@ func (h *hostile) everything(t *testing.T) {
 	}
 }
 
-// permitted tells whether a packet may be seen outside: to the servers by name, to the
-// name server, to where the scenes have servers of their own, and what neighbours say to
-// each other.
+// permitted reports whether a packet may be seen outside: to the servers by name, to the name
+// server, to the scenes' own servers, or between neighbours.
 func permitted(p packet) bool {
 	switch dst := p.dst.String(); {
 	case dst == scene4, dst == scene6, dst == silent4, dst == silent6:
 		return true
 	case dst == second4, dst == second6:
-		// The host's word to the strangers; and the handshake with an address that is granted
-		// under a name of its own, before the wrong one is said.
+		// The host's word to the strangers, and the handshake with an address that is granted under
+		// a name of its own, before the client says the wrong one.
 		return p.proto == protoICMP || p.proto == protoICMPv6 || p.proto == protoTCP && p.dport == 8443 && p.payload == 0
 	case p.proto == protoICMPv6 || p.proto == protoHopByHop:
-		// Neighbours, and who listens to which group.
+		// Neighbour discovery and multicast listeners.
 		return p.dst.IsMulticast() || p.dst.IsLinkLocalUnicast() || strings.HasSuffix(dst, "::1")
 	case dst == far4, dst == far6:
 		return p.dport == 8080 || p.dport == 8443 || p.dport == 9418 || p.dport == 53
@@ -214,7 +213,7 @@ func permitted(p packet) bool {
 	return false
 }
 
-// attempt makes one and returns what refused it.
+// attempt makes one attempt and returns what refused it.
 func (sb *sandbox) attempt(t *testing.T, h *hostile, a *attempt, v6 bool) string {
 	t.Helper()
 	if a.scene != nil {
@@ -227,7 +226,7 @@ func (sb *sandbox) attempt(t *testing.T, h *hostile, a *attempt, v6 bool) string
 	})
 }
 
-// refused has something tried, and waits for what refuses it to be counted.
+// refused runs try and waits until what refuses it is counted.
 func (sb *sandbox) refused(t *testing.T, reason string, try func()) (why string) {
 	t.Helper()
 	before := sb.tally(t)
@@ -248,8 +247,8 @@ func (sb *sandbox) refused(t *testing.T, reason string, try func()) (why string)
 	return why
 }
 
-// tally is everything that is counted: "part counter" of stats, and "rule NAME" of
-// refused flows.
+// tally returns everything that is counted: "part counter" of stats, and "rule NAME" of refused
+// flows.
 func (sb *sandbox) tally(t *testing.T) map[string]float64 {
 	t.Helper()
 	all := map[string]float64{}
@@ -281,8 +280,8 @@ const (
 	attemptsEnd   = "<!-- end of attempts -->"
 )
 
-// recordAttempts compares the table in docs/threat-model.md with what was seen, and with
-// SLUICE_WRITE_THREAT_MODEL (`make threat-model`) writes it instead.
+// recordAttempts compares the table in docs/threat-model.md with what was seen. With
+// SLUICE_WRITE_THREAT_MODEL (`make threat-model`) it writes the table instead.
 func recordAttempts(t *testing.T, attempts []attempt, seen map[string]string) {
 	t.Helper()
 	var table strings.Builder

@@ -1,7 +1,7 @@
 package e2e
 
-// ping, traceroute, tracepath: each must tell of the network behind the sandbox what
-// it would tell on the host.
+// ping, traceroute and tracepath must show of the network behind the sandbox what they show on the
+// host.
 
 import (
 	"fmt"
@@ -72,8 +72,8 @@ func TestTracerouteSeesTheRouter(t *testing.T) {
 		t.Run(row.what, func(t *testing.T) {
 			var r result
 			var router, far []int
-			// traceroute -I overlooks replies that it finds behind an error on its socket,
-			// once in some hundred runs; a capture shows them delivered.
+			// In about one run in a hundred, traceroute -I overlooks replies that it finds behind
+			// an error on its socket; a capture shows them delivered.
 			for try := 0; try < 3 && far == nil; try++ {
 				r = ok(t, sb, 30*time.Second, strings.Fields(row.argv)...)
 				router = regexp.MustCompile(`(?m)^ *\d+:? +` + regexp.QuoteMeta(row.router) + `\s`).FindStringIndex(r.out)

@@ -1,7 +1,7 @@
 package e2e
 
-// Connections on which nothing moves: a client that is gone, and a far side that is. Each is
-// tried direct and in a sandbox, at once: the silence is the same for both.
+// Connections on which nothing moves: the client is gone, or the far side is. Each is tried direct
+// and in a sandbox at once, so that the silence is the same for both.
 
 import (
 	"fmt"
@@ -14,15 +14,15 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// probing are the settings by which a sandbox's idle connections are probed each second.
+// probing holds the settings by which a sandbox probes its idle connections each second.
 var probing = []string{
 	"--sysctl", "net.ipv4.tcp_keepalive_time=1", "--sysctl", "net.ipv4.tcp_keepalive_intvl=1", "--sysctl", "net.ipv4.tcp_keepalive_probes=3",
 }
 
 const portSilent = 7100
 
-// silentServer says nothing. A client's first line is its name and what the server does once
-// the client has half-closed: "waits", or "writes" when it is told to.
+// silentServer says nothing. A client's first line is its name and what the server does once the
+// client has half-closed: "waits", or "writes" when it is told to.
 const silentServer = `
 import errno, select, socket, sys, threading
 told = threading.Event()
@@ -106,8 +106,8 @@ func TestAClientThatIsGoneIsToldToASilentServer(t *testing.T) {
 	}
 }
 
-// idleClient connects, asks its kernel to probe each second unless it has a third argument, says
-// a line for each that it is given, and how its connection ended.
+// idleClient connects and asks its kernel to probe each second, unless it has a third argument. It
+// sends each line that it is given, and prints how its connection ended.
 const idleClient = `
 import errno, select, socket, sys
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
@@ -144,8 +144,8 @@ func (w *world) idle(t *testing.T) map[string]*proc {
 	return clients
 }
 
-// TestAFarSideThatIsGoneIsNoticed has the router swallow what goes to the far side. Sluice tells
-// of it by a reset, within time + probes x interval.
+// TestAFarSideThatIsGoneIsNoticed has the router swallow what goes to the far side. Sluice reports
+// that by a reset, within time + probes x interval.
 func TestAFarSideThatIsGoneIsNoticed(t *testing.T) {
 	area(t, "idle.server", "python3")
 	w := newWorld(t)
@@ -160,9 +160,9 @@ func TestAFarSideThatIsGoneIsNoticed(t *testing.T) {
 	}
 }
 
-// TestProbesKeepIdleConnectionsKnownToAForgetfulRouter has the router forget a connection that
-// is idle for 3 s, and drop what it does not know. Where an application's own kernel would
-// probe, Sluice does: to the far side of a connection of the sandbox, and to the client of a
+// TestProbesKeepIdleConnectionsKnownToAForgetfulRouter has the router forget a connection that is
+// idle for 3 s, and drop the packets of unknown connections. Where an application's own kernel
+// would probe, Sluice does: the far side of a connection of the sandbox, and the client of a
 // published port.
 func TestProbesKeepIdleConnectionsKnownToAForgetfulRouter(t *testing.T) {
 	area(t, "idle.router", "python3", "socat", "nft", "conntrack")
@@ -208,7 +208,7 @@ func TestProbesKeepIdleConnectionsKnownToAForgetfulRouter(t *testing.T) {
 		p.waitText(t, "got after", 10*time.Second)
 	}
 	for _, p := range probed {
-		p.closeInput() // while the router knows the connections: it drops the end of others
+		p.closeInput() // while the router knows the connections; it drops the end of unknown ones
 		p.wait(t, 10*time.Second)
 	}
 	if r := forgotten.result("still running"); strings.Contains(r.out, "got after") {

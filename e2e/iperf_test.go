@@ -1,6 +1,6 @@
 package e2e
 
-// iperf3 in every direction, and whether the flow table counted what iperf3 moved.
+// iperf3 in every direction; the flow table must count what iperf3 moved.
 
 import (
 	"encoding/json"
@@ -38,15 +38,15 @@ type iperfSum struct {
 
 func iperf(t *testing.T, in place, args ...string) (rep iperfReport, r result) {
 	t.Helper()
-	// A server that still says goodbye to the client before is busy for a moment.
+	// A server that is still finishing with the previous client is busy for a moment.
 	for range 20 {
 		r = run(t, in, 60*time.Second, append([]string{"iperf3", "-J"}, args...)...)
 		rep = iperfReport{}
 		if err := json.Unmarshal([]byte(r.out), &rep); err != nil {
 			t.Fatalf("iperf3's report: %v\n%s", err, r)
 		}
-		// Between two tests the server closes its listener for a moment, and with it
-		// the connections that wait there.
+		// Between two tests the server closes its listener for a moment, and with it the
+		// connections waiting there.
 		if !strings.Contains(rep.Error, "busy") && !strings.Contains(rep.Error, "unable to connect to server") {
 			break
 		}
@@ -179,7 +179,7 @@ func TestConntrackCountsWhatIperfMoved(t *testing.T) {
 			if row.down {
 				data, acks = f.reply, f.orig
 			}
-			// iperf3 may close while some of what it sent is on its way, uncounted: its
+			// iperf3 may close while some of what it sent is under way and uncounted, so its
 			// sender's count is the upper bound.
 			header := int64(40)
 			if strings.Contains(row.what, "IPv6") {
@@ -188,7 +188,7 @@ func TestConntrackCountsWhatIperfMoved(t *testing.T) {
 			least := moved + header*data.packets
 			most := max(rep.End.SumSent.Bytes, moved) + 37 + (header+40)*data.packets + 1<<10
 			if row.down {
-				most += 8 << 20 // in the far kernel's and our buffers when the client closed
+				most += 8 << 20 // in the far kernel's buffers and ours when the client closes
 			}
 			if data.bytes < least || data.bytes > most || data.packets == 0 {
 				t.Errorf("iperf3 moved %d bytes, the table counts %d in %d packets: not within %d … %d\n%s", moved, data.bytes, data.packets, least, most, f.line)

@@ -1,7 +1,7 @@
 package e2e
 
-// What must be back to the start after a test: inside a sandbox that still runs its
-// flows, descriptors and goroutines; after it processes, mounts, interfaces and files.
+// What must return to its starting point after a test: descriptors and goroutines in a sandbox that
+// still runs its flows; processes, mounts, interfaces and files after it.
 
 import (
 	"fmt"
@@ -21,7 +21,7 @@ type usage struct {
 	monitorFDs int
 	workerFDs  int
 	workerPid  int
-	workerRSS  int // KiB, of memory not shared with the binary's file
+	workerRSS  int // KiB of memory not shared with the binary's file
 	flows      int
 }
 
@@ -38,8 +38,8 @@ func (sb *sandbox) usage(t *testing.T) usage {
 	return u
 }
 
-// settled is usage once the descriptors stay as they are: a worker with published
-// ports is given a stock of sockets after its command has started.
+// settled returns the usage once the number of descriptors is stable: a worker with published ports
+// gets a stock of sockets after its command has started.
 func (sb *sandbox) settled(t *testing.T) (u usage) {
 	t.Helper()
 	testutil.Within(t, 5*time.Second, func() (bool, string) {
@@ -62,12 +62,11 @@ func descriptorList(pid int) (all []string) {
 	return all
 }
 
-// checkGivenBack asks that the sandbox, whose programs have ended, holds no more than
-// at its start. A control connection of the asking itself costs a goroutine or two and
-// a descriptor, both times.
+// checkGivenBack checks that the sandbox, whose programs have ended, holds no more than at its
+// start. The control connection that asks costs a goroutine or two and a descriptor, both times.
 func (sb *sandbox) checkGivenBack(t *testing.T) {
 	t.Helper()
-	// UDP and ICMP have no close: do not wait half a minute for each test.
+	// UDP and ICMP have no close; this saves half a minute in each test.
 	w := []string{"sysctl", sb.name}
 	for _, s := range []string{"udp_timeout", "udp_timeout_stream", "icmp_timeout", "icmpv6_timeout", "tcp_timeout_syn_sent"} {
 		w = append(w, "nf_conntrack_"+s+"=1")
@@ -86,7 +85,7 @@ func (sb *sandbox) checkGivenBack(t *testing.T) {
 	})
 }
 
-// leavesNothing checks, after all of the test's clean-up, that nothing is left.
+// leavesNothing checks, after the test's whole clean-up, that nothing is left.
 func leavesNothing(t *testing.T) {
 	t.Helper()
 	mounts := mountLines()
@@ -128,7 +127,7 @@ func stateFiles() (left []string) {
 	for _, dir := range []string{os.Getenv("XDG_RUNTIME_DIR"), "/run"} {
 		root := filepath.Join(dir, "sluice")
 		filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			// Locks and the directory itself may stay; a sandbox's own may not.
+			// Locks and the directory itself may stay; a sandbox's own files may not.
 			if err == nil && path != root && (d.Type()&fs.ModeSocket != 0 || filepath.Dir(path) == root && d.IsDir()) {
 				left = append(left, path)
 			}

@@ -1,6 +1,6 @@
 package e2e
 
-// How a run gets its own world, in three stages of the same test binary:
+// A run gets its own world in three stages of the same test binary:
 //
 //	enter     the process that `go test` started. Builds what is not built, then starts
 //	          the next stage in new namespaces and waits. Needs no privilege: an
@@ -29,12 +29,12 @@ import (
 
 const stageEnv = "SLUICE_E2E_STAGE"
 
-// privileged says whether the run is root's on the machine itself. In an ordinary
-// user's run the tests have capabilities too, but sluice has not.
+// privileged reports whether the run is root's on the machine itself. In an ordinary user's run the
+// tests have capabilities too, but sluice has none.
 var privileged = os.Getenv("SLUICE_E2E_PRIVILEGED") == "1"
 
 func init() {
-	// The main thread never changes its namespaces: /proc/self speaks of it.
+	// The main thread never changes its namespaces, because /proc/self describes it.
 	runtime.LockOSThread()
 }
 
@@ -62,14 +62,14 @@ func enter() int {
 	}
 	defer os.RemoveAll(dir)
 	os.Setenv("SLUICE_E2E_DIR", dir)
-	os.Setenv("TMPDIR", dir) // whatever a test that was killed left goes with it
+	os.Setenv("TMPDIR", dir) // the leftovers of a killed test go with it
 	binaries := []struct{ name, pkg, tags string }{
 		{"SLUICE_BIN", "sluice.dev/sluice/cmd/sluice", ""},
 		{"PEER_BIN", "sluice.dev/sluice/e2e/peer", ""},
 		{"SLUICE_CNI_BIN", "sluice.dev/sluice/cmd/sluice-cni", ""},
 		{"SLUICE_CNI_FAULTS_BIN", "sluice.dev/sluice/cmd/sluice-cni", "faults"},
 	}
-	if os.Getenv("SLUICE_BIN") == "" && hasCompiler() { // who provides the one provides the other
+	if os.Getenv("SLUICE_BIN") == "" && hasCompiler() { // a caller that provides one provides the other
 		binaries = append(binaries, struct{ name, pkg, tags string }{"SLUICE_CGO_BIN", "sluice.dev/sluice/cmd/sluice", "cgo"})
 	}
 	for _, b := range binaries {
@@ -90,8 +90,8 @@ func enter() int {
 			attr.AmbientCaps = append(attr.AmbientCaps, c)
 		}
 	}
-	// The terminal sends these to the tests too. Caught, not ignored: that would be
-	// inherited by every command.
+	// The terminal sends these to the tests too. They are caught, not ignored, because every
+	// command would inherit that.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGINT, syscall.SIGQUIT)
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
@@ -124,7 +124,7 @@ func hasCompiler() bool {
 	})
 }
 
-// provide sees to it that the variable names a binary. The tag cgo asks for one with cgo.
+// provide makes sure that the variable names a binary. The tag cgo asks for one with cgo.
 func provide(name, pkg, dir, tags string) error {
 	path := os.Getenv(name)
 	if path == "" {
@@ -197,8 +197,8 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// prepareHome gives the run's user a home, a runtime directory and a shell: nobody has
-// none of these, and sshd insists.
+// prepareHome gives the run's user a home, a runtime directory and a shell: the user nobody has
+// none of these, and sshd requires them.
 func prepareHome() error {
 	home := filepath.Join(workDir(), "home")
 	runtimeDir := filepath.Join(workDir(), "runtime")

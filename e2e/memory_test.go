@@ -1,7 +1,7 @@
 package e2e
 
-// Readers that stand still: what a sandbox's worker holds of their flows is bounded by one
-// budget, and other flows go on meanwhile.
+// Readers that stand still: one budget bounds what a sandbox's worker holds of their flows, and
+// other flows go on meanwhile.
 //
 //	SLUICE_STILL_FLOWS=5000  `make soak-memory`; else fewer, which fill the budget all the same
 
@@ -15,7 +15,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// stillFlows is how many flows stand still at once.
+// stillFlows returns how many flows stand still at once.
 func stillFlows(t *testing.T) int {
 	s := os.Getenv("SLUICE_STILL_FLOWS")
 	if s == "" {
@@ -28,7 +28,7 @@ func stillFlows(t *testing.T) int {
 	return n
 }
 
-// mostRSS is what docs/performance.md promises of a worker at its high mark, in KiB.
+// mostRSS returns the most that docs/performance.md promises for a worker at its high mark, in KiB.
 func mostRSS(high, flows int) int { return high>>10*5/4 + flows*16 + 64<<10 }
 
 func TestReadersThatStandStill(t *testing.T) {
@@ -62,7 +62,7 @@ func TestReadersThatStandStill(t *testing.T) {
 			}
 			p.closeInput()
 			p.wait(t, 60*time.Second)
-			// Resets that the device's queue had no room for are sent again when the stack probes.
+			// Resets that had no room in the device's queue are sent again when the stack probes.
 			testutil.Within(t, 150*time.Second, func() (bool, string) {
 				used, _ := number(sb.stats(t), "memory_used")
 				u := sb.usage(t)

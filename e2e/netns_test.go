@@ -1,9 +1,8 @@
 package e2e
 
-// A network namespace of a test, with a mount namespace beside it so that it can have
-// an /etc/resolv.conf of its own. It lives on one locked thread, which starts every
-// process in it; the thread dies with the test, and the namespaces with their last
-// process.
+// A network namespace of a test, with a mount namespace beside it, so that it can have its own
+// /etc/resolv.conf. It lives on one locked thread, which starts every process in it. The thread
+// dies with the test, and the namespaces with their last process.
 
 import (
 	"fmt"
@@ -25,7 +24,7 @@ type netns struct {
 	env  []string
 	tid  int
 	jobs chan func()
-	// plain starts processes without any capability: as the ordinary user would.
+	// plain starts processes without any capability, as the ordinary user would.
 	plain chan func()
 }
 
@@ -126,9 +125,8 @@ func (n *netns) trySysctl(name, value string) (err error) {
 	return err
 }
 
-// file puts text at path (an absolute one, such as /etc/resolv.conf) as this namespace
-// sees it, by a bind mount over what the machine has. Written again later, the same
-// file changes in place.
+// file puts text at path (an absolute one, such as /etc/resolv.conf) as this namespace sees it, by
+// a bind mount over the machine's file. A later call changes the same file in place.
 func (n *netns) file(t *testing.T, path, text string) string {
 	t.Helper()
 	own := filepath.Join(n.dir, path)
@@ -162,7 +160,7 @@ func (n *netns) start(t *testing.T, argv ...string) *proc {
 	return n.startInput(t, n.jobs, "", argv...)
 }
 
-// startPlain runs a program here as the run's user has it at home.
+// startPlain runs a program here as the run's user would at home.
 func (n *netns) startPlain(t *testing.T, argv ...string) *proc {
 	t.Helper()
 	return n.startInput(t, n.plain, "", argv...)
@@ -213,8 +211,8 @@ func (n *netns) startCmd(t *testing.T, on chan func(), cmd *exec.Cmd) *proc {
 	p.signal = func(s syscall.Signal) { syscall.Kill(-p.pid, s) }
 	go func() { p.finish(statusOf(cmd.Wait(), cmd)) }()
 	t.Cleanup(func() {
-		// A server would not end by itself, a sandbox whose test failed should:
-		// killed, it would leave its traces to the check that comes last.
+		// A server does not end by itself, but a sandbox whose test failed should: if killed, it
+		// would leave its traces to the last check.
 		p.closeInput()
 		if cmd.Args[0] == sluiceBin() {
 			select {

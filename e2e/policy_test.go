@@ -1,6 +1,6 @@
 package e2e
 
-// Policy, as a user meets it: what is denied, how it is told, what a reload cuts.
+// Policy as a user meets it: what is denied, how that is reported, and what a reload cuts.
 
 import (
 	"fmt"
@@ -12,7 +12,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// policyFile writes a policy whose spec is given.
+// policyFile writes a policy with the given spec.
 func policyFile(t *testing.T, spec string) string {
 	t.Helper()
 	return write(t, "policy.yaml", "apiVersion: sluice.dev/v1alpha1\nkind: SandboxPolicy\nmetadata:\n  name: test\nspec:\n"+
@@ -76,7 +76,7 @@ func TestDefaultPolicyOpensPublicAddressesOnly(t *testing.T) {
 	)
 	w.host.ip(t, "addr add "+host10+"/24 dev h0\naddr add "+hostFD+"/64 dev h0 nodad")
 	w.router.ip(t, "addr add "+lan10+"/24 dev r0\naddr add "+lan100+"/32 dev lo\naddr add "+lanFD+"/64 dev r0 nodad")
-	// Even when the machine routes them, metadata and loopback stay closed.
+	// Metadata and loopback stay closed even if the machine routes them.
 	w.far.ip(t, "addr add 169.254.169.254/32 dev lo\naddr add fd00:ec2::254/128 dev lo nodad")
 	w.router.ip(t, "route add 169.254.169.254/32 via "+far4+"\nroute add fd00:ec2::254/128 via "+far6)
 	for _, in := range []*netns{w.far, w.host, w.router} {
@@ -90,7 +90,7 @@ func TestDefaultPolicyOpensPublicAddressesOnly(t *testing.T) {
 	const private, host, never = "--allow-private", "--allow-host", "never"
 	targets := []struct {
 		what, addr string
-		opener     string // "" is open, else what opens it
+		opener     string // what opens it; "" is open
 	}{
 		{"the far server", far4, ""},
 		{"the far server over IPv6", far6, ""},

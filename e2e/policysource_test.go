@@ -1,7 +1,7 @@
 package e2e
 
-// A policy that is not one: however it comes to `sluice run`, `policy set` and the commands
-// that read files, it is an error, and never the default of a sandbox that was given none.
+// A policy that is not one is an error, however it comes to `sluice run`, `policy set` and the
+// commands that read files. It never means the default of a sandbox without a policy.
 
 import (
 	"os"
@@ -92,7 +92,7 @@ func TestAPolicyThatIsNotWholeStartsNothing(t *testing.T) {
 	sb := w.host.sandbox(t, "--policy", whole)
 	for _, row := range rows {
 		if strings.HasPrefix(row.policy, "--policy") {
-			continue // a flag may be repeated, an argument not
+			continue // a flag may be repeated, an argument may not
 		}
 		t.Run("policy set "+row.what, func(t *testing.T) {
 			r := bash(t, sluiceBin()+" policy set "+sb.name+" "+row.policy)

@@ -1,6 +1,6 @@
 package e2e
 
-// A running command of a test, wherever it runs, and what became of it.
+// A running command of a test, wherever it runs, and its outcome.
 
 import (
 	"bytes"
@@ -91,7 +91,7 @@ func (p *proc) result(note string) result {
 	return r
 }
 
-// String shows all that a reader of a failure needs.
+// String shows everything that a reader of a failure needs.
 func (r result) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "  ran:    %s\n  in:     %s\n  status: %d after %v", shellQuote(r.argv), r.where, r.status, r.took.Round(time.Millisecond))
@@ -126,7 +126,7 @@ func shellQuote(argv []string) string {
 	return strings.Join(quoted, " ")
 }
 
-// wait waits for the end; a command that takes longer is killed and fails the test.
+// wait waits for the end. It kills a command that takes longer, and fails the test.
 func (p *proc) wait(t *testing.T, timeout time.Duration) result {
 	t.Helper()
 	select {
@@ -177,7 +177,7 @@ func (p *proc) waitText(t *testing.T, text string, timeout time.Duration) string
 	return p.waitOutput(t, timeout, fmt.Sprintf("%q on stdout", text), func(out string) bool { return strings.Contains(out, text) })
 }
 
-// stop ends the command as a terminal's Ctrl-C or a supervisor's TERM would.
+// stop ends the command as Ctrl-C in a terminal or a supervisor's TERM would.
 func (p *proc) stop(t *testing.T, s syscall.Signal) result {
 	t.Helper()
 	p.signal(s)
@@ -229,7 +229,7 @@ func (r result) wantOut(t *testing.T, text string) result {
 	return r
 }
 
-// wantMessage asks that the error output names the cause and the cure.
+// wantMessage checks that the error output names the cause and the cure.
 func (r result) wantMessage(t *testing.T, parts ...string) result {
 	t.Helper()
 	for _, part := range parts {

@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// TestClientsFindAPublishedServerOfEitherFamily asks a port that is published on both
-// families while the server inside listens on one. Without Sluice, a client that asks for
-// localhost falls over from the family that refuses to the other.
+// TestClientsFindAPublishedServerOfEitherFamily uses a port that is published on both families
+// while the server inside listens on one. Without Sluice, a client of localhost moves on from the
+// family that refuses it to the other.
 func TestClientsFindAPublishedServerOfEitherFamily(t *testing.T) {
 	area(t, "publish.family", "curl", "python3")
 	w := newWorld(t)
@@ -18,7 +18,7 @@ func TestClientsFindAPublishedServerOfEitherFamily(t *testing.T) {
 		port int
 		bind string
 	}{{9154, "0.0.0.0"}, {9156, "::"}} {
-		// http.server takes IPv4 on :: too, unless told.
+		// Unless told otherwise, http.server takes IPv4 on :: too.
 		program := fmt.Sprintf(`import http.server, socket, sys
 class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6 if ":" in %[1]q else socket.AF_INET
@@ -47,8 +47,8 @@ print("serving", flush=True); s.serve_forever()`, s.bind, s.port)
 	}
 }
 
-// TestDatagramsFindAPublishedServerOfEitherFamily is the same over UDP. Nothing can refuse a
-// client there, which asks once.
+// TestDatagramsFindAPublishedServerOfEitherFamily is the same over UDP, where nothing can refuse a
+// client, which asks only once.
 func TestDatagramsFindAPublishedServerOfEitherFamily(t *testing.T) {
 	area(t, "publish.family", "dig", "nc")
 	w := newWorld(t)

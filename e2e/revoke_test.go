@@ -1,6 +1,6 @@
 package e2e
 
-// A new policy that somebody inside would rather put off.
+// A new policy that a program inside would like to delay.
 
 import (
 	"bytes"
@@ -15,14 +15,14 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// revocation is a policy under which TCP, UDP and echo requests of both families reach far's
-// other addresses, and one that denies those.
+// revocation is a policy under which TCP, UDP and echo requests of both families reach far's other
+// addresses, and one that denies them.
 type revocation struct {
 	open, narrow string // files
 	watch        *watcher
 }
 
-// newRevocation has far serve, and watches what comes there.
+// newRevocation starts far's servers and watches what arrives there.
 func newRevocation(t *testing.T, far *netns) *revocation {
 	t.Helper()
 	serve(t, far)
@@ -33,8 +33,8 @@ func newRevocation(t *testing.T, far *netns) *revocation {
 	}
 }
 
-// moves tells by which protocols something that the narrow policy denies came since from.
-// The kernel's own attempts to go on with a connection are nothing that moves.
+// moves returns the protocols in which something that the narrow policy denies has come since from.
+// The kernel's own attempts to continue a connection do not count.
 func (r *revocation) moves(from int) (protos map[int]bool) {
 	protos = make(map[int]bool)
 	for _, p := range r.watch.since(from) {
@@ -45,7 +45,7 @@ func (r *revocation) moves(from int) (protos map[int]bool) {
 	return protos
 }
 
-// busy has a place use everything that the narrow policy denies, and waits until it moves.
+// busy makes a place use everything that the narrow policy denies, and waits until it moves.
 func (r *revocation) busy(t *testing.T, in place) (busy []*proc) {
 	t.Helper()
 	from := r.watch.count()
@@ -62,8 +62,8 @@ func (r *revocation) busy(t *testing.T, in place) (busy []*proc) {
 	return busy
 }
 
-// inTime sets a policy, which is to be in force within two seconds, and gives the place in
-// the watch from where nothing may move any more.
+// inTime sets a policy, which must be in force within two seconds. It returns the position in the
+// watch from which nothing may move any more.
 func (r *revocation) inTime(t *testing.T, set func()) (mark int) {
 	t.Helper()
 	start := time.Now()
@@ -72,11 +72,11 @@ func (r *revocation) inTime(t *testing.T, set func()) (mark int) {
 	if took > 2*time.Second {
 		t.Errorf("setting the policy took %v", took)
 	}
-	time.Sleep(2*time.Second - took) // the bound that is promised
+	time.Sleep(2*time.Second - took) // the promised bound
 	return r.watch.count()
 }
 
-// holds asks that the narrow policy is in force in a place, and was since mark.
+// holds checks that the narrow policy is in force in a place, and has been since mark.
 func (r *revocation) holds(t *testing.T, in place, mark int) {
 	t.Helper()
 	testutil.Within(t, 10*time.Second, func() (bool, string) {
@@ -91,7 +91,7 @@ func (r *revocation) holds(t *testing.T, in place, mark int) {
 	r.still(t, mark)
 }
 
-// still asks that nothing that the narrow policy denies came since mark.
+// still checks that nothing that the narrow policy denies has come since mark.
 func (r *revocation) still(t *testing.T, mark int) {
 	t.Helper()
 	if m := r.moves(mark); len(m) > 0 {
@@ -99,7 +99,7 @@ func (r *revocation) still(t *testing.T, mark int) {
 	}
 }
 
-// obstacles are what somebody may do to the processes that have to apply a policy.
+// obstacles are what an attacker may do to the processes that have to apply a policy.
 var obstacles = []struct {
 	what string
 	do   func(t *testing.T, monitor, worker int)
@@ -114,8 +114,8 @@ var obstacles = []struct {
 	}},
 }
 
-// stopProcess returns when the process is stopped: until one of its threads has taken the
-// signal, the others go on.
+// stopProcess returns when the process has stopped: until one of its threads has taken the signal,
+// the others go on.
 func stopProcess(t *testing.T, pid int) {
 	t.Helper()
 	syscall.Kill(pid, syscall.SIGSTOP)
@@ -125,8 +125,8 @@ func stopProcess(t *testing.T, pid int) {
 	})
 }
 
-// TestPolicySetCannotBePutOff denies what TCP, UDP and echo requests of both families are
-// busy with, while the processes that have to apply it are stopped or killed.
+// TestPolicySetCannotBePutOff denies what TCP, UDP and echo requests of both families are using,
+// while the processes that have to apply the policy are stopped or killed.
 func TestPolicySetCannotBePutOff(t *testing.T) {
 	area(t, "policy.revoke", "bash", "ping")
 	w := newPair(t)
@@ -144,7 +144,7 @@ func TestPolicySetCannotBePutOff(t *testing.T) {
 	}
 }
 
-// endAll kills what only served to keep somebody busy.
+// endAll kills what only kept a place busy.
 func endAll(t *testing.T, procs []*proc) {
 	t.Helper()
 	for _, p := range procs {

@@ -1,7 +1,7 @@
 package e2e
 
-// Driving sluice: a sandbox whose command is the agent, commands inside it, and what
-// the control commands say of it.
+// Driving sluice: a sandbox whose command is the agent, commands inside it, and what the control
+// commands say about it.
 
 import (
 	"bytes"
@@ -38,7 +38,7 @@ type sandbox struct {
 
 var sandboxes int
 
-// sandbox starts one with the flags given and waits until its command runs.
+// sandbox starts a sandbox with the given flags and waits until its command runs.
 func (n *netns) sandbox(t *testing.T, flags ...string) *sandbox {
 	t.Helper()
 	sb := n.launch(t, flags...)
@@ -76,7 +76,7 @@ func (sb *sandbox) String() string {
 	return "sandbox " + sb.name + " (" + shellQuote(sb.run.argv[1:]) + ")"
 }
 
-// Write takes the agent's events.
+// Write receives the agent's events.
 func (sb *sandbox) Write(b []byte) (int, error) {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
@@ -144,7 +144,7 @@ func (sb *sandbox) start(t *testing.T, argv ...string) *proc {
 	p.signal = func(s syscall.Signal) { sb.ask(map[string]any{"id": id, "op": "signal", "sig": int(s)}) }
 	sb.ask(map[string]any{"id": id, "op": "start", "argv": argv})
 	t.Cleanup(func() { p.show(t) })
-	go func() { // the sandbox's end is the end of all in it
+	go func() { // the sandbox's end ends everything in it
 		<-sb.run.done
 		time.Sleep(100 * time.Millisecond)
 		sb.mu.Lock()
@@ -157,8 +157,8 @@ func (sb *sandbox) start(t *testing.T, argv ...string) *proc {
 	return p
 }
 
-// end closes the sandbox as its user would, by ending its command, after asking that
-// it gave back what it used.
+// end closes the sandbox as its user would, by ending its command, after checking that it gave back
+// what it used.
 func (sb *sandbox) end(t *testing.T) {
 	t.Helper()
 	select {
@@ -170,7 +170,7 @@ func (sb *sandbox) end(t *testing.T) {
 	sb.close(t)
 }
 
-// close ends the command and expects success of the whole.
+// close ends the command and expects the whole to succeed.
 func (sb *sandbox) close(t *testing.T) {
 	t.Helper()
 	sb.run.closeInput()
@@ -195,7 +195,7 @@ func (n *netns) sluiceRun(t *testing.T, args ...string) result {
 	return p.wait(t, 20*time.Second)
 }
 
-// flows are the sandbox's flows, in conntrack's words.
+// flows returns the sandbox's flows, in conntrack's words.
 func (sb *sandbox) flows(t *testing.T) []ctFlow {
 	t.Helper()
 	r := sb.host.sluiceOK(t, "flows", "-o", "conntrack", sb.name)
@@ -206,7 +206,7 @@ func (sb *sandbox) flows(t *testing.T) []ctFlow {
 	return flows
 }
 
-// stats are `sluice stats -o json`.
+// stats returns the output of `sluice stats -o json`.
 func (sb *sandbox) stats(t *testing.T) any {
 	t.Helper()
 	r := sb.host.sluiceOK(t, "stats", "-o", "json", sb.name)
@@ -217,7 +217,7 @@ func (sb *sandbox) stats(t *testing.T) any {
 	return v
 }
 
-// number finds the first number under a key of that name, at any depth.
+// number returns the first number under a key of that name, at any depth.
 func number(v any, key string) (float64, bool) {
 	switch v := v.(type) {
 	case map[string]any:
@@ -241,7 +241,7 @@ func number(v any, key string) (float64, bool) {
 	return 0, false
 }
 
-// worker is the process that handles packets: a descendant of the monitor whose first
+// worker returns the process that handles packets: the descendant of the monitor whose first
 // argument says so.
 func (sb *sandbox) worker() int {
 	for _, pid := range descendants(sb.run.pid) {
@@ -267,7 +267,7 @@ func (sb *sandbox) waitWorker(t *testing.T, old int, timeout time.Duration) (pid
 	return pid
 }
 
-// descendants lists the processes below one, children first.
+// descendants lists the processes below root, children first.
 func descendants(root int) []int {
 	below := []int{}
 	parents := map[int]int{}
@@ -329,7 +329,7 @@ func describe(pids []int) []string {
 	return all
 }
 
-// status reads fields of /proc/PID/status.
+// status reads the fields of /proc/PID/status.
 func status(pid int) map[string]string { return statusAt(fmt.Sprintf("/proc/%d", pid)) }
 
 // statusAt is status for the directory of a process or a thread.

@@ -29,7 +29,7 @@ sys.exit(subprocess.run(sys.argv[3:], restore_signals=sys.argv[2] == "restore").
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			alone := ok(t, w.host, 10*time.Second, append(row.caller, grep...)...)
-			// Whoever started this run may ignore others.
+			// The caller of this run may ignore others.
 			for name, want := range map[string]string{"SigIgn:\t": row.ignored, "SigBlk:\t": row.blocked} {
 				if all := signalSet(t, want); signalSet(t, after(alone.out, name))&all != all {
 					t.Errorf("%swithout %s\n%s", name, want, alone)
@@ -53,7 +53,7 @@ sys.exit(subprocess.run(sys.argv[3:], restore_signals=sys.argv[2] == "restore").
 	})
 }
 
-// signalSet reads a set of signals as /proc/PID/status has it.
+// signalSet parses a set of signals in the form of /proc/PID/status.
 func signalSet(t *testing.T, hex string) uint64 {
 	t.Helper()
 	n, err := strconv.ParseUint(hex, 16, 64)
@@ -63,7 +63,7 @@ func signalSet(t *testing.T, hex string) uint64 {
 	return n
 }
 
-// after is the 16 characters behind name.
+// after returns the 16 characters after name.
 func after(text, name string) string {
 	_, rest, _ := strings.Cut(text, name)
 	return rest[:min(16, len(rest))]

@@ -1,7 +1,7 @@
 package e2e
 
-// Starting on a host that is busy with other things: what others used up, or change while
-// it is read.
+// Starting on a busy host, where other programs have used up resources or change them while they
+// are read.
 
 import (
 	"fmt"
@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// withoutInotify starts a command in a user namespace whose users may have no inotify instance,
-// as on a machine where others hold all of them.
+// withoutInotify starts a command in a user namespace whose users may have no inotify instance, as
+// on a machine where other programs hold all of them.
 func (n *netns) withoutInotify(t *testing.T, script string, args ...string) *proc {
 	t.Helper()
 	cmd := exec.Command("sh", append([]string{"-ec", "echo 0 > /proc/sys/user/max_inotify_instances\n" + script, "sh"}, args...)...)
@@ -71,8 +71,8 @@ func TestInotifyThatIsUsedUpIsDoneWithout(t *testing.T) {
 	})
 }
 
-// TestTheHostsTablesMayChangeWhileTheyAreRead starts sandboxes while links come and go, so that
-// the kernel interrupts what reads its tables (NLM_F_DUMP_INTR).
+// TestTheHostsTablesMayChangeWhileTheyAreRead starts sandboxes while links come and go, so that the
+// kernel interrupts the reading of its tables (NLM_F_DUMP_INTR).
 func TestTheHostsTablesMayChangeWhileTheyAreRead(t *testing.T) {
 	area(t, "start.churn", "ip")
 	w := newPair(t)

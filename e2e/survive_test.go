@@ -1,6 +1,6 @@
 package e2e
 
-// Connections survive what they survive without sluice, and lose nothing: the same clients,
+// Connections survive what they survive without sluice, and lose nothing. The same clients run
 // direct and in a sandbox, in one topology.
 
 import (
@@ -18,8 +18,8 @@ func withAndWithout(t *testing.T, w *world, flags []string, f func(t *testing.T,
 	t.Run("sluice", func(t *testing.T) { f(t, w.host.sandbox(t, flags...)) })
 }
 
-// TestATailIsReadHoweverLate has nc say that it is done, and the server too, while what the
-// server sent fills every buffer before a reader that comes later than any timeout of the flow.
+// TestATailIsReadHoweverLate has both nc and the server finish sending, while what the server sent
+// fills every buffer before a reader that comes later than any timeout of the flow.
 func TestATailIsReadHoweverLate(t *testing.T) {
 	area(t, "survive.tail", "bash", "nc")
 	w := newPair(t)
@@ -39,14 +39,14 @@ func TestATailIsReadHoweverLate(t *testing.T) {
 	})
 }
 
-// TestARouteThatIsLostForAWhileEndsNothing has the router answer "unreachable" while a client
-// of an established connection sends: a soft error (RFC 1122 section 4.2.3.9).
+// TestARouteThatIsLostForAWhileEndsNothing has the router answer "unreachable" while a client of an
+// established connection sends: a soft error (RFC 1122 section 4.2.3.9).
 func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
 	area(t, "survive.loss", "bash", "nc")
 	w := newWorld(t)
 	serve(t, w.far)
 	sb := w.host.sandbox(t)
-	// Both at once: the loss is the same for each, and takes its time.
+	// Both run at once: the loss is the same for each, and takes its time.
 	clients := make(map[string]*proc)
 	for _, f := range families {
 		for _, at := range []place{w.host, sb} {
@@ -79,8 +79,8 @@ func TestARouteThatIsLostForAWhileEndsNothing(t *testing.T) {
 	}
 }
 
-// TestAPortIsUsedAgainAtOnce has one port make hundreds of connections, with no gap between the end of one
-// and the SYN of the next.
+// TestAPortIsUsedAgainAtOnce makes hundreds of connections from one port, with no gap between the
+// end of one and the SYN of the next.
 func TestAPortIsUsedAgainAtOnce(t *testing.T) {
 	area(t, "survive.reuse")
 	w := newPair(t)

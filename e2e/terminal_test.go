@@ -1,6 +1,6 @@
 package e2e
 
-// The caller's terminal is out of the command's reach, and works as if it were not.
+// The caller's terminal is out of the command's reach, yet works as if it were not.
 
 import (
 	"strings"
@@ -15,7 +15,7 @@ func TestTerminalIsTheCommandsOwn(t *testing.T) {
 	outside := func(t *testing.T, script string) result {
 		t.Helper()
 		p, master := inTerminal(t, w.host, "sh", "-c", "S='"+sluiceBin()+" run --quiet --'; "+script+"; echo th''e end; read x")
-		p.waitText(t, "the end", 30*time.Second) // and so all that was printed has been read
+		p.waitText(t, "the end", 30*time.Second) // so everything that was printed has been read
 		master.Write([]byte("\n"))
 		return p.wait(t, 30*time.Second).wantStatus(t, 0)
 	}
@@ -50,7 +50,7 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		p.waitText(t, "ready", 10*time.Second)
 		master.Write([]byte("typed\n"))
 		p.waitText(t, "got typed", 10*time.Second)
-		p.waitText(t, "outside", 10*time.Second) // before it, keys are the command's, which is at its end
+		p.waitText(t, "outside", 10*time.Second) // before it, keys go to the command, which is at its end
 		master.Write([]byte("\n"))
 		p.wait(t, 10*time.Second).wantStatus(t, 0)
 	})
@@ -73,12 +73,12 @@ echo open >/dev/tty; echo "terminals $(ls /dev/pts | tr "\n" " ")"; echo "tty $(
 		key := func(s string) { master.Write([]byte(s)) }
 		key("echo $((40+2)) answers\n")
 		p.waitText(t, "42 answers", 10*time.Second)
-		// From within the job: until it is one, Ctrl-Z is the shell's, which ignores it.
+		// The job prints it itself: until it is a job, Ctrl-Z goes to the shell, which ignores it.
 		key("sh -c 'echo sl\"\"eeping; exec sleep 60'\n")
 		p.waitText(t, "sleeping", 10*time.Second)
 		key("\x1a")
 		p.waitText(t, "Stopped", 10*time.Second)
-		// A shell with stopped jobs says so at the first exit, and goes at the second.
+		// A shell with stopped jobs warns at the first exit, and leaves at the second.
 		key("kill -9 %1; exit 4\nexit 4\n")
 		r := p.wait(t, 10*time.Second).wantStatus(t, 4)
 		if strings.Contains(r.out, "cannot set terminal process group") {

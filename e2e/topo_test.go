@@ -1,7 +1,7 @@
 package e2e
 
-// The topologies. Addresses are those set aside for documentation, in namespaces that
-// reach nothing else.
+// The topologies use the addresses reserved for documentation, in namespaces that reach nothing
+// else.
 //
 //	newWorld: a far network behind a router
 //
@@ -72,7 +72,7 @@ func newWorld(t *testing.T) *world {
 	w := &world{newNetns(t, "host"), newNetns(t, "router"), newNetns(t, "far")}
 	w.router.sysctl(t, "net.ipv4.ip_forward", "1")
 	w.router.sysctl(t, "net.ipv6.conf.all.forwarding", "1")
-	// Answers to probes must not be thinned out.
+	// Answers to probes must not be rate-limited.
 	w.router.sysctl(t, "net.ipv4.icmp_ratelimit", "0")
 	w.router.sysctl(t, "net.ipv6.icmp.ratelimit", "0")
 	w.far.sysctl(t, "net.ipv4.icmp_ratelimit", "0")
@@ -131,14 +131,14 @@ link set f0 up`)
 	return w
 }
 
-// ready sets what a host of any distribution has, and proves that the far side answers
-// without sluice: a topology that does not work must not look like a bug of sluice.
+// ready sets what a host of any distribution has, and proves that the far side answers without
+// sluice: a broken topology must not look like a bug of sluice.
 func (w *world) ready(t *testing.T) {
 	t.Helper()
 	w.host.sysctl(t, "net.ipv4.ping_group_range", pingGroups())
 	for _, n := range []*netns{w.host, w.far} {
-		// Loss-based control: bbr paces, which on two cores measures only timers.
-		// A namespace may choose reno anywhere, others only where the machine allows it.
+		// Loss-based control: bbr paces, which on two cores measures only timers. A namespace may
+		// always choose reno, and others only where the machine allows it.
 		if n.trySysctl("net.ipv4.tcp_congestion_control", "cubic") != nil {
 			n.sysctl(t, "net.ipv4.tcp_congestion_control", "reno")
 		}
@@ -171,7 +171,7 @@ func at(addr string, port int) string { return net.JoinHostPort(addr, strconv.It
 
 func url(addr string, port int, path string) string { return "http://" + at(addr, port) + path }
 
-// families are the rows of tests that ask the same of both.
+// families are the rows of tests that ask the same of both families.
 var families = []struct {
 	name, far, other, host, noHost, silent, prohibited string
 }{

@@ -1,7 +1,7 @@
 package e2e
 
-// Truthful TCP: what one end does, the other sees, and no more; IPv4 and IPv6, out of
-// the sandbox and into it.
+// Truthful TCP: one end sees what the other does, and no more; over IPv4 and IPv6, out of the
+// sandbox and into it.
 
 import (
 	"encoding/json"
@@ -32,11 +32,11 @@ func lastSeen(out, event, peer string) (s seen, found bool) {
 	return s, found
 }
 
-// truths asks the same of a client in one place and a server in another; to(port) is
-// where the client reaches the server's port.
+// truths asks the same of a client in one place and a server in another; to(port) is where the
+// client reaches the server's port.
 func truths(t *testing.T, client place, server *proc, to func(port int) string) {
 	t.Helper()
-	// An event belongs to the connection just made: they come one at a time.
+	// An event belongs to the latest connection, because they are made one at a time.
 	expect := func(t *testing.T, event string, before int) seen {
 		t.Helper()
 		out := server.waitOutput(t, 5*time.Second, event+" seen by the server", func(out string) bool {
@@ -57,7 +57,7 @@ func truths(t *testing.T, client place, server *proc, to func(port int) string) 
 	})
 	t.Run("the server's half-close reaches the client, whose bytes still arrive", func(t *testing.T) {
 		n := count("closed")
-		// The client reads to the end first, then sends: half by half.
+		// The client reads to the end first, then sends: one half after the other.
 		r := ok(t, client, 10*time.Second, "bash", "-c", fmt.Sprintf(
 			`host=%s; exec 3<>/dev/tcp/${host%%:*}/${host##*:} && cat <&3 && printf late >&3`, strings.Trim(strings.ReplaceAll(to(portGreet), "]", ""), "[")))
 		s := expect(t, "closed", n)

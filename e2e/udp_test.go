@@ -1,7 +1,6 @@
 package e2e
 
-// UDP: sizes, many peers, published ports, and the answers that only an error queue
-// tells of.
+// UDP: sizes, many peers, published ports, and the answers that only an error queue reports.
 
 import (
 	"encoding/json"
@@ -49,7 +48,7 @@ func TestUDPEchoesEverySize(t *testing.T) {
 			d, r := udp(t, sb, "-ttl", "33", "-tos", "184", "-text", "x", at(f.far, portInspect))
 			var n, ttl, dscp int
 			fmt.Sscanf(d.Got, "len=%d ttl=%d dscp=%d", &n, &ttl, &dscp)
-			// One router lies between; sluice may count itself as one more.
+			// One router lies between; sluice may count as another.
 			if ttl != 32 && ttl != 31 || dscp != 46 {
 				t.Errorf("sent with TTL 33, DSCP 46, arrived as %q\n%s", d.Got, r)
 			}
@@ -66,11 +65,11 @@ func TestPublishedUDPPortsKeepTheClient(t *testing.T) {
 		what string
 		from place
 		to   string
-		seen string // the port is the client's own if it can be
+		seen string // with the client's own port if possible
 	}{
 		{"from afar", w.far, host4, far4},
 		{"from afar over IPv6", w.far, host6, far6},
-		// A loopback address cannot come out of a device: such a client is the gateway.
+		// A loopback address cannot come out of a device: such a client appears as the gateway.
 		{"from the host's loopback", w.host, "127.0.0.1", "10.0.2.2"},
 	} {
 		t.Run(row.what, func(t *testing.T) {
@@ -105,7 +104,7 @@ func TestUDPMappingAndFiltering(t *testing.T) {
 	if len(m.Seen) != 2 || m.Seen[0] != m.Seen[1] {
 		t.Fatalf("one socket is seen from two ports (RFC 4787, REQ-1): %q", m.Seen)
 	}
-	// A peer that was never addressed, then one that was, from another port.
+	// First a peer that was never addressed, then one that was, from another port.
 	udp(t, w.router, "-timeout", "200ms", "-text", "stranger", m.Seen[0])
 	udp(t, w.far, "-timeout", "200ms", "-text", "friend", m.Seen[0])
 	p.waitText(t, "friend", 5*time.Second)
@@ -116,13 +115,13 @@ func TestUDPMappingAndFiltering(t *testing.T) {
 	p.wait(t, 5*time.Second)
 }
 
-// TestUDPToPort53IsJudgedByWhatItIs has what is no DNS at the port of DNS, as tunnels and
-// games have it where nothing else gets out.
+// TestUDPToPort53IsJudgedByWhatItIs sends traffic that is not DNS to the port of DNS, as tunnels
+// and games do where nothing else gets out.
 func TestUDPToPort53IsJudgedByWhatItIs(t *testing.T) {
 	area(t, "udp.port53", "dig")
 	w := newWorld(t)
 	serve(t, w.far, "-base", "44", far4)   // its source of datagrams is at port 53
-	serve(t, w.far, "-base", "48", other4) // and so is who says which port it sees
+	serve(t, w.far, "-base", "48", other4) // and so is the service that says which port it sees
 	w.nameServer(t, "dns", far6)
 	sb := w.host.sandbox(t)
 	for _, in := range []place{w.host, sb} {

@@ -1,7 +1,7 @@
 package e2e
 
-// A watch over an interface, as tcpdump would: every packet that arrives there, so that
-// a test can say what did not.
+// A watch over an interface, like tcpdump: it sees every packet that arrives there, so that a test
+// can say what did not.
 
 import (
 	"encoding/binary"
@@ -20,7 +20,7 @@ type packet struct {
 	sport, dport int
 	tos, ttl     int
 	payload      int  // bytes after the header of TCP or UDP
-	neighbour    bool // of neighbour discovery or multicast listeners
+	neighbour    bool // neighbour discovery or multicast listeners
 }
 
 func (p packet) String() string {
@@ -36,14 +36,14 @@ type watcher struct {
 	packets []packet
 }
 
-// watch starts one on the named interface of n; it sees what arrives, not what leaves.
+// watch starts a watch on the named interface of n; it sees what arrives, not what leaves.
 func (n *netns) watch(t *testing.T, link string) *watcher {
 	t.Helper()
 	return n.watchFor(t, link, nil)
 }
 
-// watchFor keeps only the packets that keep says, and watches every interface if link
-// is "". What is from or to one of the quiet addresses does not even reach it.
+// watchFor keeps only the packets that keep accepts, and watches every interface if link is "".
+// Packets from or to one of the quiet addresses do not even reach it.
 func (n *netns) watchFor(t *testing.T, link string, keep func(packet) bool, quiet ...netip.Addr) *watcher {
 	t.Helper()
 	w := &watcher{keep: keep, stop: make(chan struct{})}
@@ -73,14 +73,14 @@ func openWatch(link string, quiet []netip.Addr) (fd int, err error) {
 			unix.Close(fd)
 		}
 	}()
-	var index int // 0 is all
+	var index int // 0 means all
 	if link != "" {
 		if index, err = linkIndex(link); err != nil {
 			return -1, err
 		}
 	}
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
-	// The reader looks for its end five times a second.
+	// The reader checks for its end five times a second.
 	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200_000}); err != nil {
 		return -1, err
 	}
@@ -100,8 +100,8 @@ func openWatch(link string, quiet []netip.Addr) (fd int, err error) {
 	return fd, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: index})
 }
 
-// without is a filter that drops what is from or to some addresses; of IPv6 it compares
-// the lower half.
+// without returns a filter that drops packets from or to some addresses; of IPv6 addresses it
+// compares the lower half.
 func without(addrs []netip.Addr) []bpf.Instruction {
 	const pass = 256
 	four, six := []bpf.Instruction{}, []bpf.Instruction{}
@@ -198,8 +198,8 @@ func dissect(b []byte, whole int) (p packet, ok bool) {
 	return p, true
 }
 
-// lost is how many packets the kernel had no room for: with any, what was not seen may
-// have been there.
+// lost returns how many packets the kernel had no room for: if there are any, a packet that was not
+// seen may have been there.
 func (w *watcher) lost(t *testing.T) uint32 {
 	t.Helper()
 	s, err := unix.GetsockoptTpacketStats(w.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)

@@ -1,7 +1,7 @@
 package e2e
 
-// Sockets with a path: no network namespace confines them, and the files of a sandbox are
-// the caller's.
+// Sockets with a path: no network namespace confines them, and the files in a sandbox are the
+// caller's.
 
 import (
 	"fmt"
@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// listenPath opens a socket in a namespace, which answers nobody.
+// listenPath opens a socket in a namespace that answers no client.
 func listenPath(t *testing.T, n *netns, path string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -34,7 +34,7 @@ func listenPath(t *testing.T, n *netns, path string) {
 	t.Cleanup(func() { l.Close() })
 }
 
-// hostSockets opens sockets of every kind of place, by what they are for.
+// hostSockets opens sockets in every kind of place, and returns them by purpose.
 func hostSockets(t *testing.T, w *world) map[string]string {
 	t.Helper()
 	at := func(elements ...string) string { return filepath.Join(append([]string{workDir()}, elements...)...) }
@@ -64,7 +64,7 @@ func paths(sockets map[string]string) (all []string) {
 	return all
 }
 
-// uncover are attempts to see what is covered, before a command that needs it.
+// uncover holds attempts to see what is covered, made before a command that needs it.
 var uncover = []string{
 	`umount -l %[1]s; umount -R %[2]s`,
 	`umount -l /run; umount -l %[2]s`,
@@ -114,7 +114,7 @@ func TestHostsSocketsAreOutOfReach(t *testing.T) {
 				for _, path := range all {
 					script := fmt.Sprintf(attempt, path, filepath.Dir(path), sb.run.pid) + "\nexec \"$@\""
 					r := run(t, sb, 10*time.Second, append([]string{"sh", "-c", script, "sh"}, ask(aliases...)...)...)
-					if strings.HasPrefix(r.out, "{") { // else it did not get as far
+					if strings.HasPrefix(r.out, "{") { // otherwise it did not get that far
 						none(script, tries(t, r))
 					}
 				}
@@ -162,8 +162,8 @@ func TestHostsSocketsAreOutOfReach(t *testing.T) {
 	})
 }
 
-// glibc asks the resolver daemons of the host before it asks DNS, unless it is told
-// otherwise: what they answer is no grant.
+// glibc asks the host's resolver daemons before DNS, unless told otherwise. Their answers are no
+// grant.
 func TestResolverDaemonsOfTheHostAreNotAsked(t *testing.T) {
 	area(t, "ways.names", "getent")
 	w := newPair(t)
@@ -182,7 +182,7 @@ func TestResolverDaemonsOfTheHostAreNotAsked(t *testing.T) {
 				t.Errorf("flags %v: %s is reached", flags, path)
 			}
 		}
-		// A client of nscd's that finds it waits for its answer, which does not come.
+		// If a client of nscd finds it, it waits for an answer that does not come.
 		ok(t, sb, 3*time.Second, "getent", "hosts", "localhost")
 	}
 }

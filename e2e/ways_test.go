@@ -1,6 +1,6 @@
 package e2e
 
-// Ways out of a sandbox that are no network: other sandboxes' control sockets, the
+// Ways out of a sandbox that do not use the network: other sandboxes' control sockets, the
 // terminal, address families that no namespace confines, IPC.
 
 import (
@@ -18,11 +18,11 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// elsewhere makes the runtime directory visible at a second path, which no sandbox
-// covers: as a volume would be in a container.
+// elsewhere makes the runtime directory visible at a second path, which no sandbox covers, as a
+// volume in a container would.
 func elsewhere(t *testing.T, n *netns) string {
 	t.Helper()
-	// Short, for a unix socket's path to fit.
+	// It is short, so that a unix socket's path fits.
 	dir, err := os.MkdirTemp(workDir(), "x")
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +45,7 @@ func TestSandboxesDoNotCommandEachOther(t *testing.T) {
 	closed := policyFile(t, "defaultAction: reject")
 	victim := w.host.sandbox(t, "--policy", closed)
 	open := policyFile(t, "defaultAction: allow")
-	// attack gives orders to the victim, and to the attacker's own monitor.
+	// attack gives orders to the victim and to the attacker's own monitor.
 	attack := func(t *testing.T, inside func(argv ...string) result, own string) {
 		t.Helper()
 		for _, name := range []string{victim.name, own} {
@@ -88,10 +88,10 @@ func TestSandboxesDoNotCommandEachOther(t *testing.T) {
 	}
 }
 
-// insides are the flags of the kinds of sandbox that a way out is tried from.
+// insides are the flags of the kinds of sandbox from which a way out is tried.
 var insides = [][]string{nil, {rootInside}, {"--pid"}, {rootInside, "--pid"}}
 
-// tries reads what `peer ways` says.
+// tries parses the output of `peer ways`.
 func tries(t *testing.T, r result) map[string]string {
 	t.Helper()
 	var v map[string]string
@@ -109,7 +109,7 @@ func TestTerminalAndFamiliesAreNoWayOut(t *testing.T) {
 	w := newPair(t)
 	for _, flags := range insides {
 		t.Run(fmt.Sprint(flags), func(t *testing.T) {
-			// Its own terminal is the controlling one of all that script starts.
+			// The sandbox's own terminal is the controlling one of everything that script starts.
 			line := shellQuote(append(append([]string{sluiceBin(), "run"}, flags...), "--", peerBin(), "ways"))
 			p := w.host.startPlain(t, "script", "-qec", line, "/dev/null")
 			r := p.wait(t, 20*time.Second).wantStatus(t, 0)

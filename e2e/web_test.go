@@ -1,6 +1,6 @@
 package e2e
 
-// curl and nginx, both ways round.
+// curl and nginx, in both directions.
 
 import (
 	"crypto/ecdsa"
@@ -22,8 +22,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// nginxConf serves files of its directory in plain on port 8080 and over TLS with
-// HTTP/2 on 8443, with a log of the client's address, request and status.
+// nginxConf serves the files of its directory in plain on port 8080 and over TLS with HTTP/2 on
+// 8443, and logs the client's address, request and status.
 const nginxConf = `
 daemon off;
 %s
@@ -44,7 +44,7 @@ http {
 }
 `
 
-// nginx starts one in a place; dir gets www/ and access.log.
+// nginx starts a server in a place; dir gets www/ and access.log.
 func nginx(t *testing.T, in place, port int, tls bool) (dir string) {
 	t.Helper()
 	dir, secure := t.TempDir(), ""
@@ -56,7 +56,7 @@ func nginx(t *testing.T, in place, port int, tls bool) (dir string) {
 	return dir
 }
 
-// nginxIn starts one with more in its server's block.
+// nginxIn starts a server with additions to its server block.
 func nginxIn(t *testing.T, in place, dir string, port int, secure string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Join(dir, "www"), 0o755); err != nil {
@@ -81,10 +81,10 @@ func nginxIn(t *testing.T, in place, dir string, port int, secure string) {
 	}
 }
 
-// webNames are those of the servers that every test knows.
+// webNames are the names of the servers that every test knows.
 var webNames = []string{"web.test", "pypi.test", "a.files.test", "git.test"}
 
-// certificate puts one for the names into dir, and its key, their files' names beginning with
+// certificate puts a certificate for the names, and its key, into dir. The file names begin with
 // prefix.
 func certificate(t *testing.T, dir, prefix string, names ...string) {
 	t.Helper()

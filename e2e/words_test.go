@@ -1,6 +1,6 @@
 package e2e
 
-// What is told of a flow: the same, and what is true, by every command and in the log.
+// Every command and the log say the same about a flow, and it is true.
 
 import (
 	"encoding/json"
@@ -26,7 +26,7 @@ egress:
   to: [{domain: "*.far.test"}]
   ports: [{protocol: TCP, port: 8080, endPort: 8099}]`
 
-// wordsRecord is what of a record says how a flow ended, or why it was refused.
+// wordsRecord holds the fields of a record that say how a flow ended or why it was refused.
 type wordsRecord struct {
 	Verdict, Rule, Tried, Reason string
 	Drop                         string `json:"drop_reason_desc"`
@@ -126,7 +126,7 @@ func TestEveryFlowIsToldOfTruly(t *testing.T) {
 	})
 }
 
-// told is what `flows --ended` says.
+// told returns what `flows --ended` says.
 func (sb *sandbox) told(t *testing.T) map[string]int {
 	t.Helper()
 	var records []wordsRecord
