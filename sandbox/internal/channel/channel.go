@@ -13,34 +13,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WorkerChannelFD is where the worker finds its channel.
+// WorkerChannelFD is the descriptor of the worker's end of the channel.
 const WorkerChannelFD = 3
 
 // The channel between monitor and worker.
 //
-// One SOCK_SEQPACKET socketpair; one JSON message a packet, with descriptors
-// attached by SCM_RIGHTS. The two sides trust each other differently: the
-// worker believes the monitor, the monitor takes from the worker only small
-// messages without descriptors and treats anything else as the worker's
-// failure, which ends it.
+// It is one SOCK_SEQPACKET socketpair, with one JSON message per packet and descriptors attached by
+// SCM_RIGHTS. The two sides trust each other differently. The worker trusts the monitor. The
+// monitor accepts from the worker only small messages without descriptors; anything else is the
+// worker's failure, which ends it.
 //
-// Neither waits for the other for long: a send that finds no room for SendTimeout fails, and
-// until there is room again the next fail at once.
+// Neither side waits long for the other. A send that finds no room for SendTimeout fails, and later
+// sends fail at once until there is room again.
 //
-// A packet is bounded by MaxPacket, which fits every default socket buffer. A
-// message that is larger (a policy with thousands of addresses) travels as a
-// memfd attached to a packet that says so, and only towards the worker.
+// A packet is bounded by MaxPacket, which fits every default socket buffer. A larger message (a
+// policy with thousands of addresses) travels as a memfd attached to a packet that says so, and
+// only towards the worker.
 
 const (
 	MaxPacket  = 64 << 10
 	MaxMessage = 16 << 20
-	// SendTimeout bounds the wait for room. Each side reads as long as it runs.
+	// SendTimeout bounds the wait for room. Each side keeps reading as long as it runs.
 	SendTimeout = time.Second
 	// maxFDs bounds the descriptors of one message: the kernel's SCM_MAX_FD.
 	maxFDs = 253
 )
 
-// The messages, by direction.
+// The messages: → to the worker, ← to the monitor.
 const (
 	MsgConfig    = "config"    // → WorkerConfig; device queues, then the other descriptors it names
 	MsgRules     = "rules"     // → RulesMessage
@@ -51,10 +50,10 @@ const (
 	MsgSysctl    = "sysctl"    // → api.SysctlParams
 	MsgStop      = "stop"      // → end all flows, flush the flow log, exit
 	MsgSocket    = "socket"    // → SocketMessage and a fresh socket of the guest's namespace, or none
-	MsgFlowLog   = "flow-log"  // → the next file of the flow log; without a descriptor there is none
-	MsgPing      = "ping"      // → acknowledged by whoever moves the packets
+	MsgFlowLog   = "flow-log"  // → the next file of the flow log; without a descriptor there is no next file
+	MsgPing      = "ping"      // → acknowledged once the goroutine that moves packets has had its turn
 	MsgReady     = "ready"     // ← confined and running
-	MsgAck       = "ack"       // ← the message of that sequence number took effect, or Error
+	MsgAck       = "ack"       // ← the message with that sequence number took effect, or Error says why not
 
 	MsgGrant       = "grant"         // ← GrantMessage: remember it for the next worker
 	MsgWantSocket4 = "want-socket4"  // ← hand over one more guest socket
@@ -68,24 +67,23 @@ type Message struct {
 	Seq   uint64          `json:"seq,omitempty"`
 	Error string          `json:"error,omitempty"`
 	Body  json.RawMessage `json:"body,omitempty"`
-	// Large says that the last descriptor is a memfd with the body.
+	// Large means that the last descriptor is a memfd that holds the body.
 	Large bool `json:"large,omitempty"`
 }
 
-// Conn is one end of the socketpair. Sends are serialised by a mutex,
-// receives belong to one goroutine.
+// Conn is one end of the socketpair. A mutex serialises sends; only one goroutine may receive.
 type Conn struct {
 	F     *os.File // in the runtime poller, so that Close ends a blocked Receive
 	mu    sync.Mutex
 	stuck bool // the last send found no room in time; guarded by mu
-	// receiveFDs says whether descriptors may come in; elsewhere they are
-	// closed and the message is refused.
+	// receiveFDs allows messages to bring descriptors. Otherwise the descriptors are closed and the
+	// message is refused.
 	receiveFDs bool
 	closed     atomic.Bool
-	buf        []byte // Receive's
+	buf        []byte // for Receive
 }
 
-// Socketpair makes the two ends, both close-on-exec and non-blocking.
+// Socketpair returns two connected ends, both close-on-exec and non-blocking.
 func Socketpair(typ int) ([2]*os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
@@ -104,7 +102,7 @@ func (c *Conn) Close() error {
 	return c.F.Close()
 }
 
-// Send sends one message; fds stay the caller's.
+// Send sends one message. The caller keeps ownership of fds.
 func (c *Conn) Send(typ string, seq uint64, body any, fds ...int) error {
 	raw, err := json.Marshal(body)
 	if err != nil {
@@ -161,7 +159,7 @@ func (c *Conn) SendMessage(m Message, fds []int) error {
 	return nil
 }
 
-// ErrStuck means that the other side has not read for a while.
+// ErrStuck means that the other side has not read for some time.
 var ErrStuck = errors.New("the other side does not read")
 
 func BodyFile(b []byte) (*os.File, error) {
@@ -177,11 +175,11 @@ func BodyFile(b []byte) (*os.File, error) {
 	return f, nil
 }
 
-// ErrProtocol marks a message that the other side must not send.
+// ErrProtocol means that the other side sent a message that it must not send.
 var ErrProtocol = errors.New("channel: protocol violation")
 
-// Receive waits for one message. The descriptors are the caller's to close.
-// The end of the channel is io.EOF.
+// Receive waits for one message. The caller must close the descriptors. At the end of the channel
+// it returns io.EOF.
 func (c *Conn) Receive() (Message, []int, error) {
 	rc, err := c.F.SyscallConn()
 	if err != nil {
@@ -215,8 +213,7 @@ func (c *Conn) Receive() (Message, []int, error) {
 	return m, fds, nil
 }
 
-// decode judges one packet. On error the descriptors are still the caller's to
-// close.
+// decode checks and decodes one packet. On error the caller must still close the descriptors.
 func (c *Conn) decode(packet []byte, fds []int, flags int) (Message, []int, error) {
 	var m Message
 	switch {
@@ -294,8 +291,8 @@ func CloseAll(fds []int) {
 	}
 }
 
-// FDOf is Fd without its side effect of making the description blocking, which
-// the worker would share.
+// FDOf is Fd without its side effect of making the file description blocking, which the worker
+// shares.
 func FDOf(f *os.File) int {
 	fd := -1
 	if rc, err := f.SyscallConn(); err == nil {

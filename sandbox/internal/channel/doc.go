@@ -1,2 +1,2 @@
-// Package channel is the messages between monitor and worker, and the checks of both ends.
+// Package channel defines the messages between monitor and worker, and the checks at both ends.
 package channel

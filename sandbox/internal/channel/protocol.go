@@ -14,9 +14,9 @@ import (
 
 // The bodies of the channel's messages.
 
-// WorkerConfig is all a worker needs to know. The descriptors that come with
-// it, in this order: the device's queues, the inbound device's and the memory for its
-// flows, then raw ICMP, raw ICMPv6 and the flow log, for those that are said to be there.
+// WorkerConfig is everything a worker needs to know. Descriptors come with it in this order: the
+// device's queues, the inbound device's and the memory for its flows, then raw ICMP, raw ICMPv6 and
+// the flow log. Those that the configuration does not announce are left out.
 type WorkerConfig struct {
 	Name       string           `json:"name"`
 	Device     tun.Config       `json:"device"`
@@ -30,31 +30,31 @@ type WorkerConfig struct {
 	DNS     []netip.Addr `json:"dns"`
 	Prefix4 netip.Prefix `json:"prefix4,omitzero"`
 	Prefix6 netip.Prefix `json:"prefix6,omitzero"`
-	// SelfConfigured is where a guest that nobody configures may choose addresses.
+	// SelfConfigured is the prefix in which a guest that nobody configures may choose addresses.
 	SelfConfigured netip.Prefix `json:"self_configured,omitzero"`
 
 	Upstreams dns.Upstreams `json:"upstreams"`
-	// ResolversNote says where Upstreams are from; only an attachment has it.
+	// ResolversNote says where Upstreams come from; only an attachment has it.
 	ResolversNote string                  `json:"resolvers_note,omitempty"`
 	Hosts         map[string][]netip.Addr `json:"hosts,omitempty"`
-	CallersHosts  map[string][]netip.Addr `json:"callers_hosts,omitempty"` // that stand in the sandbox's hosts file too
-	Grants        []GrantMessage          `json:"grants,omitempty"`        // of the worker before
+	CallersHosts  map[string][]netip.Addr `json:"callers_hosts,omitempty"` // also in the sandbox's hosts file
+	Grants        []GrantMessage          `json:"grants,omitempty"`        // of the previous worker
 	Rules         RulesMessage            `json:"rules"`
 	Sysctls       map[string]string       `json:"sysctls,omitempty"`
 
 	HasRaw4    bool `json:"has_raw4,omitempty"`
 	HasRaw6    bool `json:"has_raw6,omitempty"`
 	HasFlowLog bool `json:"has_flow_log,omitempty"`
-	// FlowLogMax is the size of its file in bytes that it asks for another at; 0: never.
+	// FlowLogMax is the size of the flow log's file, in bytes, at which the worker asks for
+	// another; 0 means never.
 	FlowLogMax int64 `json:"flow_log_max,omitempty"`
 	// CgroupMemory is the smallest memory limit of the worker's cgroups in bytes; 0 means none.
 	CgroupMemory int64 `json:"cgroup_memory,omitempty"`
-	// GuestSockets says that the monitor hands out sockets of the guest's
-	// network namespace.
+	// GuestSockets means that the monitor hands out sockets of the guest's network namespace.
 	GuestSockets bool `json:"guest_sockets,omitempty"`
 }
 
-// Resolvers are whom the sandbox asks for names, as far as people are told.
+// Resolvers returns the addresses that the sandbox asks for names, for display.
 func (c *WorkerConfig) Resolvers() []netip.Addr {
 	out := c.DNS
 	if c.Inbound != nil {
@@ -65,17 +65,17 @@ func (c *WorkerConfig) Resolvers() []netip.Addr {
 	return out
 }
 
-// RulesMessage is a policy and where it applies. The zero value cannot be encoded, nor be
+// RulesMessage is a policy and where it applies. The zero value can be neither encoded nor
 // compiled: a message that lost its policy denies.
 type RulesMessage struct {
 	Policy policy.Source      `json:"policy"`
 	Env    policy.Environment `json:"env"`
-	// Limits hold where the policy's own leave something open.
+	// Limits apply where the policy's own limits leave something open.
 	Limits policy.Limits `json:"limits,omitzero"`
 }
 
-// Compile makes the rules; monitor and worker both do, the one to answer with
-// the errors, the other because rules do not travel.
+// Compile compiles the rules. Both monitor and worker do it: the monitor to report the errors, the
+// worker because compiled rules are not sent.
 func (r RulesMessage) Compile() (*policy.Rules, error) {
 	p, err := r.Policy.Policy()
 	if err != nil {
@@ -85,7 +85,7 @@ func (r RulesMessage) Compile() (*policy.Rules, error) {
 	return policy.Compile(p, r.Env)
 }
 
-// PublishMessage names a listener; with MsgPublish its socket comes along.
+// PublishMessage names a listener. Its socket comes along with MsgPublish.
 type PublishMessage struct {
 	ID    uint64         `json:"id"`
 	Proto string         `json:"proto,omitempty"`
@@ -93,27 +93,26 @@ type PublishMessage struct {
 	Guest uint16         `json:"guest,omitempty"`
 }
 
-// ControlMessage is a client's request, whose connection comes along.
+// ControlMessage is a client's request. The client's connection comes along.
 type ControlMessage struct {
 	Request api.Request `json:"request"`
 }
 
-// SocketMessage brings a socket of the guest's network namespace, or none if
-// none could be made.
+// SocketMessage brings a socket of the guest's network namespace, or none if none could be made.
 type SocketMessage struct {
 	V6 bool `json:"v6"`
 }
 
-// Handed is the descriptors that come with the configuration.
+// Handed holds the descriptors that come with the configuration.
 type Handed struct {
 	Device     []int
 	Inbound    []int // one or none
-	Memory     int   // with inbound
+	Memory     int   // comes with Inbound
 	Raw4, Raw6 int   // -1 if there is none
 	FlowLog    *os.File
 }
 
-// Sort tells the descriptors apart that came with the configuration.
+// Sort assigns the descriptors that came with the configuration to their purposes.
 func (c *WorkerConfig) Sort(fds []int) (Handed, error) {
 	h := Handed{Raw4: -1, Raw6: -1}
 	want := c.Queues
