@@ -1,3 +1,3 @@
-// Package worker is the process that parses packets: configuration and descriptors in, confined,
-// serving until it is told to end. The monitor takes nothing that it says on trust.
+// Package worker is the process that parses packets. It takes its configuration and descriptors,
+// confines itself, and serves until it is told to end. The monitor trusts nothing that it says.
 package worker

@@ -12,9 +12,9 @@ import (
 	"sluice.dev/sluice/sandbox/internal/channel"
 )
 
-// NewNames makes a worker's table of grants. The hosts that the sandbox was given, and the
-// caller's, are in it for good: they stand in its /etc/hosts, so that nobody asks for them.
-// What the worker before granted is in it for the time that is left.
+// NewNames returns a worker's table of grants. It holds the sandbox's hosts and the caller's for
+// good: they are in its /etc/hosts, so no client asks for them. It holds the previous worker's
+// grants for the time they have left.
 func NewNames(hosts, callers map[string][]netip.Addr, kept []channel.GrantMessage, log *slog.Logger) *policy.Names {
 	names := channel.NewKeptGrants()
 	for name, addrs := range callers {
@@ -40,8 +40,7 @@ func NewNames(hosts, callers map[string][]netip.Addr, kept []channel.GrantMessag
 	return names
 }
 
-// ToldGrants is the worker's table as the resolver sees it: the monitor is told of each
-// grant.
+// ToldGrants is the worker's table as the resolver sees it. It reports each grant to the monitor.
 type ToldGrants struct {
 	Names *policy.Names
 	Tell  func(channel.GrantMessage) error
@@ -52,7 +51,7 @@ func (g ToldGrants) Grant(name string, addrs []netip.Addr, ttl time.Duration, no
 	if err := g.Names.Grant(name, addrs, ttl, now); err != nil {
 		return err
 	}
-	// Should the channel fail the monitor is gone, and soon the worker is too.
+	// If the channel fails, the monitor is gone and the worker soon will be too.
 	_ = g.Tell(channel.GrantMessage{Name: name, Addrs: addrs[:min(len(addrs), policy.MaxGrantsPerName)], TTL: g.Names.Bounded(ttl)})
 	return nil
 }

@@ -4,7 +4,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// watchLink says why a device stopped; it ends with it.
+// watchLink logs why a device stopped, and ends with it.
 func (w *Worker) watchLink(what string, l *tun.Endpoint) {
 	<-l.Done()
 	if err := l.Err(); err != nil && w.ctx.Err() == nil {

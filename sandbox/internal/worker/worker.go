@@ -27,7 +27,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// Worker is the process that parses packets. Its order of life:
+// Worker is the process that parses packets. In the order of its life:
 //
 //	nearly everything is given up (package confine)
 //	configuration and descriptors come in by the channel
@@ -43,27 +43,27 @@ type Worker struct {
 	log   *slog.Logger
 	seal  func() error
 	link  *tun.Endpoint
-	in0   *tun.Endpoint // nil but in an attachment
+	in0   *tun.Endpoint // nil except in an attachment
 	Table *nat.Table
 	fwd   *forwarder.Forwarder
 	dns   *dns.Resolver
-	names *policy.Names // granted by dns, asked by fwd; outlives the rules
+	names *policy.Names // granted by dns, read by fwd; outlives the rules
 	rules atomic.Pointer[policy.Rules]
 	dial  *upstreamDialer
 	stock *socketStock
 	flows *flowlog.FlowLog
 	hint  flowlog.FlagHint
 
-	inbound   *tun.Device           // in0's, until that is made
-	memory    []byte                // of its flows; never unmapped
-	Marks     forwarder.MemoryMarks // that fwd is made with
-	keepalive forwarder.Keepalive   // as fwd has it, or is made with
+	inbound   *tun.Device           // for in0, until that is made
+	memory    []byte                // for its flows; never unmapped
+	Marks     forwarder.MemoryMarks // fwd is made with them
+	keepalive forwarder.Keepalive   // fwd's, or what fwd is made with
 
-	ctx     context.Context // of control connections; ends with the worker
-	clients chan struct{}   // a token per control connection
+	ctx     context.Context // for control connections; ends with the worker
+	clients chan struct{}   // one token per control connection
 	wg      sync.WaitGroup  // control connections
 
-	// The message loop's own.
+	// Owned by the message loop.
 	limits  policy.Limits     // of the rules in force
 	sysctls map[string]string // set by hand
 }
@@ -71,7 +71,7 @@ type Worker struct {
 // maxClients bounds the control connections that a worker serves at once.
 const maxClients = 64
 
-// WorkerMain is the worker process's main function; it returns the exit status.
+// WorkerMain is the worker process's main function. It returns the exit status.
 func WorkerMain() int {
 	log := slog.New(&JournalHandler{W: os.Stderr})
 	if err := runWorker(log); err != nil {
@@ -82,7 +82,7 @@ func WorkerMain() int {
 }
 
 func runWorker(log *slog.Logger) error {
-	// As early as can be; the flag of clone covers the time before.
+	// As early as possible; the flag of clone covers the time before.
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("ask for the parent-death signal: %w", err)
 	}
@@ -178,7 +178,7 @@ func (w *Worker) run(fds []int) error {
 	return err
 }
 
-// assemble makes the parts and joins them. Packets are read from its end on.
+// assemble makes the parts and connects them. From its end on, packets are read.
 func (w *Worker) assemble(device *tun.Device, mac []byte, h channel.Handed) error {
 	c := &w.cfg
 	var err error
@@ -194,7 +194,7 @@ func (w *Worker) assemble(device *tun.Device, mac []byte, h channel.Handed) erro
 	w.flows.Sink.Max, w.flows.Sink.Want = c.FlowLogMax, w.wantFlowLog
 	w.flows.Resolvers = c.Resolvers()
 	w.flows.Names, w.flows.Policy = w.grantedNames, func() string { return w.rules.Load().Name() }
-	go w.flows.Run() // ends with flows.close
+	go w.flows.Run() // ends with flows.Close
 	w.Table = nat.NewTable(nat.Config{OnEvent: w.flows.OnEvent})
 	w.Marks, w.keepalive = MemoryMarks(c.CgroupMemory), forwarder.DefaultKeepalive()
 	for name, value := range c.Sysctls {
@@ -231,7 +231,7 @@ func (w *Worker) assemble(device *tun.Device, mac []byte, h channel.Handed) erro
 		if w.in0, err = tun.NewEndpoint(w.inbound, tun.EndpointConfig{MTU: c.Inbound.MTU}); err != nil {
 			return fmt.Errorf("take over the inbound device: %w", err)
 		}
-		// Who is told of the pod's addresses is told by its runtime.
+		// The pod's runtime tells everyone who has to know the pod's addresses.
 		fc.Inbound, fc.OnlyHost, fc.DHCPHandler = w.in0, true, nil
 		fc.Memory, fc.Asks = w.memory, w.dial.asks
 	}
@@ -241,7 +241,7 @@ func (w *Worker) assemble(device *tun.Device, mac []byte, h channel.Handed) erro
 	return nil
 }
 
-// dhcp answers guests that configure themselves.
+// dhcp returns the DHCP server for guests that configure themselves.
 func (w *Worker) dhcp() (*dhcp.Server, error) {
 	c := &w.cfg
 	d := dhcp.Config{
@@ -259,7 +259,7 @@ func (w *Worker) dhcp() (*dhcp.Server, error) {
 	return dhcp.New(d)
 }
 
-// refused takes a flow that policy refused down.
+// refused records a flow that policy refused.
 func (w *Worker) refused(r forwarder.Refusal) {
 	if r.Reason == nat.ReasonPolicy {
 		w.hint.Refused(w.cfg.Rules, r)
@@ -277,7 +277,7 @@ type received struct {
 // receive reads the monitor's messages.
 func (w *Worker) receive() <-chan received {
 	in := make(chan received)
-	// Ends with the channel or, as the process does right after, not at all.
+	// Ends with the channel, or not at all if the process ends first.
 	go func() {
 		for {
 			m, fds, err := w.ch.Receive()
@@ -290,8 +290,8 @@ func (w *Worker) receive() <-chan received {
 	return in
 }
 
-// messages serves the monitor until stop, the end of the channel, or that of
-// the forwarder. With stop comes the connection to say farewell on.
+// messages serves the monitor until stop, until the channel ends, or until the forwarder does. The
+// stop message brings the connection for the farewell.
 func (w *Worker) messages(in <-chan received, ended chan error) (answer *os.File, err error) {
 	for {
 		select {
@@ -333,8 +333,8 @@ func (w *Worker) messages(in <-chan received, ended chan error) (answer *os.File
 	}
 }
 
-// pong answers the monitor's question whether packets move, as soon as whoever moves them
-// has had its turn. It is a goroutine of its own, since that may be never.
+// pong answers the monitor's ping once the goroutine that moves packets has had its turn. It runs
+// in a goroutine of its own, since that may never happen.
 func (w *Worker) pong(seq uint64) {
 	select {
 	case <-w.fwd.Responds():
@@ -343,7 +343,7 @@ func (w *Worker) pong(seq uint64) {
 	}
 }
 
-// message handles one message and owns its descriptors.
+// message handles one message and takes ownership of its descriptors.
 func (w *Worker) message(m channel.Message, fds []int) error {
 	oneFD := func() (int, error) {
 		if len(fds) != 1 {
@@ -434,7 +434,7 @@ func (w *Worker) message(m channel.Message, fds []int) error {
 	return fmt.Errorf("unknown message %q", m.Type)
 }
 
-// farewell tells the monitor what flows there were.
+// farewell sends the monitor the flows that ended.
 func (w *Worker) farewell(f *os.File) {
 	defer f.Close()
 	var r api.FlowsResult

@@ -14,30 +14,29 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// The control methods that the worker answers, each on a connection that the
-// monitor has authorised and read the request from. A connection costs the
-// packet path nothing: what it is told comes from snapshots and bounded
-// queues, and a client that does not read is dropped after clientPatience.
+// The control methods that the worker answers, each on a connection that the monitor has authorised
+// and read the request from. A connection costs the packet path nothing: its answers come from
+// snapshots and bounded queues, and a client that does not read is dropped after clientPatience.
 
 const (
 	clientPatience = 10 * time.Second
 	watchQueue     = 4096 // events a watcher may lag behind
 )
 
-// client is a control connection. As a file it needs none of the system calls
-// that a net.Conn makes when it is set up.
+// client is a control connection. Being a file, it needs none of the system calls that setting up a
+// net.Conn makes.
 type client struct{ *os.File }
 
-// Write gives the client clientPatience for each write.
+// Write gives each write clientPatience to complete.
 func (c client) Write(b []byte) (int, error) {
 	_ = c.SetWriteDeadline(time.Now().Add(clientPatience))
 	return c.File.Write(b)
 }
 
-// hungUp is closed when the client closes its side.
+// hungUp returns a channel that is closed when the client closes its side.
 func (c client) hungUp() <-chan struct{} {
 	gone := make(chan struct{})
-	// Ends with the connection, which whoever asked closes.
+	// Ends with the connection, which the caller closes.
 	go func() {
 		defer close(gone)
 		_, _ = io.Copy(io.Discard, c.File)
@@ -45,7 +44,7 @@ func (c client) hungUp() <-chan struct{} {
 	return gone
 }
 
-// accept serves one connection, unless there are too many.
+// accept serves one connection, unless too many are open.
 func (w *Worker) accept(fd int, req api.Request) {
 	c := client{os.NewFile(uintptr(fd), "control connection")}
 	select {
@@ -64,7 +63,7 @@ func (w *Worker) accept(fd int, req api.Request) {
 	})
 }
 
-// control answers one request. An error it returns has not been written.
+// control answers one request. A returned error has not been written yet.
 func (w *Worker) control(c client, req api.Request) error {
 	switch req.Method {
 	case api.MethodFlowCount:
@@ -114,8 +113,8 @@ func params(req api.Request, v any) error {
 	return nil
 }
 
-// listFlows writes one flow at a time: a full table as one value would cost
-// more memory than the flows themselves.
+// listFlows writes one flow at a time. A full table as one value would take more memory than the
+// flows themselves.
 func (w *Worker) listFlows(c client, p api.FlowsParams) {
 	if p.Ended {
 		var r api.FlowsResult
@@ -175,7 +174,7 @@ func (w *Worker) watchFlows(c client) error {
 	}
 }
 
-// stats collects the counters of every part.
+// stats returns the counters of every part.
 func (w *Worker) stats() (api.StatsResult, error) {
 	r := api.StatsResult{Stats: make(map[string]json.RawMessage)}
 	parts := map[string]any{
@@ -199,7 +198,7 @@ func (w *Worker) stats() (api.StatsResult, error) {
 	return r, nil
 }
 
-// readSysctl reads one tunable, or all of them.
+// readSysctl reads one tunable, or all of them if name is empty.
 func (w *Worker) readSysctl(name string) (api.SysctlResult, error) {
 	names := []string{trimSysctl(name)}
 	if name == "" {
@@ -216,7 +215,7 @@ func (w *Worker) readSysctl(name string) (api.SysctlResult, error) {
 	return r, nil
 }
 
-// trimSysctl takes a tunable's name in both of sysctl(8)'s spellings.
+// trimSysctl accepts a tunable's name in both of sysctl(8)'s spellings.
 func trimSysctl(name string) string {
 	return strings.TrimPrefix(strings.ReplaceAll(name, "/", "."), "net.netfilter.")
 }
@@ -227,7 +226,7 @@ func (w *Worker) capture(c client, p api.CaptureParams) error {
 	if p.SnapLen < 0 {
 		return &api.Error{Code: api.CodeBadRequest, Message: "capture: snap_len is negative"}
 	}
-	// The answer goes first: the capture writes at once.
+	// Answer first: the capture writes at once.
 	start := make(chan struct{})
 	running, err := w.link.StartCapture(&gated{w: c, open: start}, tun.CaptureOptions{SnapLen: p.SnapLen, DropsOnly: p.DropsOnly})
 	if err != nil {
@@ -243,13 +242,13 @@ func (w *Worker) capture(c client, p api.CaptureParams) error {
 	case <-running.Done():
 	case <-w.ctx.Done():
 	}
-	// A client that is gone or slow is no failure of the sandbox; what it lost
-	// is in the file's own statistics.
+	// A client that is gone or slow is not the sandbox's failure. The file's own statistics show
+	// what it lost.
 	_ = running.Stop()
 	return nil
 }
 
-// gated holds writes back until open is closed.
+// gated holds back writes until open is closed.
 type gated struct {
 	w    io.Writer
 	open <-chan struct{}

@@ -15,8 +15,8 @@ func (w *Worker) wantFlowLog() {
 	}
 }
 
-// closeFlowLog writes out what is left of the flow log, which may take another file: of
-// the monitor's messages only that counts any more.
+// closeFlowLog writes the rest of the flow log, which may take another file. Of the monitor's
+// messages, only that one still matters.
 func (w *Worker) closeFlowLog(in <-chan received) {
 	closed := make(chan struct{})
 	// Owned by closeFlowLog, which waits for it.
@@ -31,7 +31,7 @@ func (w *Worker) closeFlowLog(in <-chan received) {
 		case r := <-in:
 			switch {
 			case r.err != nil:
-				in = nil // the monitor is gone: the log writes on where it is
+				in = nil // the monitor is gone: the log goes on in its present file
 				w.flows.Sink.Hand(nil)
 			case r.m.Type == channel.MsgFlowLog:
 				_ = w.message(r.m, r.fds)
@@ -42,7 +42,7 @@ func (w *Worker) closeFlowLog(in <-chan received) {
 	}
 }
 
-// grantedNames tells under which names an address is granted now.
+// grantedNames returns the names that an address is granted under now.
 func (w *Worker) grantedNames(a netip.Addr) []string {
 	return w.names.Of(a, w.flows.Now(), nil)
 }

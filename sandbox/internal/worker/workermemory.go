@@ -1,8 +1,8 @@
 package worker
 
-// The worker's memory: the marks of the budget for what the sandbox's bytes take
-// (forwarder/internal/admit/memory.go), and the Go runtime's heap around it, which by default grows to twice
-// what is in use before it is collected.
+// The worker's memory: the marks of the budget for the memory that the sandbox's bytes take
+// (forwarder/internal/admit/memory.go), and the Go runtime's heap around it. By default the heap
+// grows to twice the memory in use before it is collected.
 
 import (
 	"context"
@@ -17,22 +17,23 @@ import (
 )
 
 const (
-	// easyGC and pressedGC are the heap's growth between two collections, in per cent of what
-	// is in use: Go's default, and while the budget is under pressure. What is in use then is
-	// nearly all chunks without a pointer in them, which cost a collection nothing.
+	// easyGC and pressedGC are the heap's growth between two collections, in per cent of the memory
+	// in use: Go's default, and the value while the budget is under pressure. Under pressure,
+	// nearly all of the memory in use is chunks without pointers, which cost a collection nothing.
 	easyGC, pressedGC = 100, 25
-	// giveBackEvery and giveBackTimes are when memory is given back to the system after the end of
-	// pressure, which the runtime by itself takes its time for: the pools keep chunks over two
+	// After pressure ends, memory is returned to the system giveBackTimes times, every
+	// giveBackEvery. The runtime alone would take longer: the pools keep chunks over two
 	// collections, and flows go on ending.
 	giveBackEvery = 5 * time.Second
 	giveBackTimes = 6
-	// limitShare is the part of a cgroup's memory limit that the high mark is at most by
-	// default: its processes, the kernel's socket buffers and the heap's growth want theirs.
+	// limitShare bounds the default high mark: it is at most the cgroup's memory limit divided by
+	// limitShare. The rest is for the cgroup's processes, the kernel's socket buffers and the heap's
+	// growth.
 	limitShare = 4
 )
 
-// MemoryMarks are the budget's marks where limit is the memory limit of the worker's
-// cgroup; 0 means none.
+// MemoryMarks returns the budget's marks. limit is the memory limit of the worker's cgroup; 0 means
+// none.
 func MemoryMarks(limit int64) forwarder.MemoryMarks {
 	high := int64(forwarder.DefaultMemory)
 	if limit > 0 {
@@ -41,20 +42,20 @@ func MemoryMarks(limit int64) forwarder.MemoryMarks {
 	return forwarder.MarksBelow(high)
 }
 
-// collector tunes the runtime's collector when pressure begins and ends.
+// collector tunes the Go runtime's garbage collector when pressure begins and ends.
 type collector struct {
 	turned  chan struct{} // capacity 1
 	pressed atomic.Bool
 }
 
-// collect starts a collector and returns what tells it of pressure.
+// collect starts a collector and returns the function that reports pressure to it.
 func collect(ctx context.Context) func(pressed bool) {
 	c := &collector{turned: make(chan struct{}, 1)}
-	go c.run(ctx) // the worker's; ends with ctx
+	go c.run(ctx) // owned by the worker; ends with ctx
 	return c.turn
 }
 
-// turn does not block.
+// turn records the pressure for run. It does not block.
 func (c *collector) turn(pressed bool) {
 	c.pressed.Store(pressed)
 	select {
@@ -87,7 +88,7 @@ func (c *collector) run(ctx context.Context) {
 	}
 }
 
-// isMemoryTunable reports whether a tunable, as trimSysctl has it, is the budget's.
+// isMemoryTunable reports whether name, as returned by trimSysctl, is the budget's tunable.
 func isMemoryTunable(name string) bool {
 	return name == forwarder.MemorySysctl || name == strings.TrimPrefix(forwarder.MemorySysctl, "net.ipv4.")
 }
@@ -112,7 +113,7 @@ func (w *Worker) SetTunable(name, value string) error {
 	return nil
 }
 
-// setKeepalive sets one of keepalive's tunables.
+// setKeepalive sets a tunable of keepalive.
 func (w *Worker) setKeepalive(name, value string) error {
 	k := w.keepalive
 	if err := k.SetSysctl(name, value); err != nil {
@@ -125,7 +126,7 @@ func (w *Worker) setKeepalive(name, value string) error {
 	return nil
 }
 
-// tunable reads one.
+// tunable returns the value of one tunable.
 func (w *Worker) tunable(name string) (string, error) {
 	switch {
 	case forwarder.IsKeepaliveSysctl(name):
@@ -137,7 +138,7 @@ func (w *Worker) tunable(name string) (string, error) {
 	return strconv.FormatInt(v, 10), err
 }
 
-// tunables are all names, sorted.
+// tunables returns the names of all tunables.
 func tunables() []string {
 	names := append(nat.SysctlNames(), forwarder.KeepaliveSysctls()...)
 	return append(names, forwarder.MemorySysctl)

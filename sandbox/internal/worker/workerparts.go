@@ -19,13 +19,12 @@ import (
 	"sluice.dev/sluice/sandbox/internal/channel"
 )
 
-// upstreamDialer opens the resolver's sockets. Upstream servers are the host's
-// own choice, 127.0.0.53 often among them, which no policy of the sandbox may
-// reach: so the verdict here is the list that the monitor sent, and an address
-// is compared with it once more in the hook right before connect.
+// upstreamDialer opens the resolver's sockets. The host chooses the upstream servers, often
+// 127.0.0.53, which no policy of the sandbox may reach. So what decides here is the list that the
+// monitor sent, and the hook right before connect compares the address with it once more.
 type upstreamDialer struct {
 	servers atomic.Pointer[map[netip.AddrPort]bool]
-	before  atomic.Pointer[map[netip.AddrPort]bool] // the list before this one, whose answers may be late
+	before  atomic.Pointer[map[netip.AddrPort]bool] // the previous list, whose answers may be late
 }
 
 var ErrNotUpstream = errors.New("not an upstream server")
@@ -36,9 +35,9 @@ func NewUpstreamDialer(u dns.Upstreams) *upstreamDialer {
 	return d
 }
 
-// asks reports whether server is, or was before the list was last replaced, one that
-// is asked. Nothing that it sends begins a flow into a pod: it is late for a socket
-// of the resolver's, of this worker or of the one before.
+// asks reports whether server is an upstream server, or was one before the list was last replaced.
+// No packet from it begins a flow into a pod: such a packet is late for a socket of the resolver,
+// of this worker or the one before.
 func (d *upstreamDialer) asks(server netip.AddrPort) bool {
 	if (*d.servers.Load())[server] {
 		return true
@@ -71,8 +70,7 @@ func (d *upstreamDialer) Dial(ctx context.Context, network string, server netip.
 	return c, nil
 }
 
-// mapMemory maps the memory for flows as large as it is, which is as large as the
-// binary wanted it that made it.
+// mapMemory maps the whole memory for flows. Its size was set by the binary that made it.
 func mapMemory(fd int) ([]byte, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -81,21 +79,20 @@ func mapMemory(fd int) ([]byte, error) {
 	return unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 }
 
-// socketStock keeps a few sockets of the guest's network namespace at hand, for
-// as long as ports are published that a loopback client can reach: whoever
-// needs one is on a run queue and cannot wait for the monitor to have one made.
-// Each that is taken is asked for again.
+// socketStock keeps a few sockets of the guest's network namespace in stock, as long as ports are
+// published that a loopback client can reach. The goroutine that needs one is on a run queue and
+// cannot wait for the monitor to make it. Each one taken is requested again.
 type socketStock struct {
-	want func(v6 bool) error // asks the monitor for one; called without mu
+	want func(v6 bool) error // asks the monitor for one; called without holding mu
 
 	mu    sync.Mutex
-	ports [2]int   // v4, v6: published
-	fds   [2][]int // at hand
-	Asked [2]int   // on their way
+	ports [2]int   // published ports, v4 and v6
+	fds   [2][]int // in stock
+	Asked [2]int   // requested and not yet here
 }
 
-// StockSize is how many loopback clients can connect within the millisecond
-// that a refill takes.
+// StockSize is the number of loopback clients that can connect within the millisecond a refill
+// takes.
 const StockSize = 32
 
 func NewSocketStock(want func(v6 bool) error) *socketStock { return &socketStock{want: want} }
@@ -107,8 +104,8 @@ func family(v6 bool) int {
 	return 0
 }
 
-// Open counts a port in that leads to either of the guest's addresses; close counts it
-// out, and with the last one the sockets are closed.
+// Open counts a published port, which leads to both of the guest's addresses. Close uncounts it,
+// and closes the sockets with the last one.
 func (s *socketStock) Open(guest []netip.Addr) {
 	for _, a := range guest {
 		s.mu.Lock()
@@ -130,7 +127,7 @@ func (s *socketStock) Close(guest []netip.Addr) {
 	}
 }
 
-// Fill asks for what is missing.
+// Fill requests the sockets that are missing.
 func (s *socketStock) Fill(v6 bool) {
 	i := family(v6)
 	s.mu.Lock()
@@ -150,7 +147,7 @@ func (s *socketStock) Fill(v6 bool) {
 	}
 }
 
-// Put takes what came: a socket, or none.
+// Put takes the answer to a request: a socket, or none.
 func (s *socketStock) Put(v6 bool, fds []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -184,10 +181,10 @@ func (w *Worker) wantSocket(v6 bool) error {
 	return w.ch.Send(channel.MsgWantSocket4, 0, nil)
 }
 
-// JournalHandler writes log records as lines with sd-daemon(3)'s level prefix,
-// which the monitor reads back. It has no time: the monitor's clock is the one.
+// JournalHandler writes log records as lines with sd-daemon(3)'s level prefix, which the monitor
+// parses. It writes no time: the monitor's clock is used.
 type JournalHandler struct {
-	W     io.Writer // a line is one Write
+	W     io.Writer // each line is one Write
 	attrs string
 }
 
@@ -226,5 +223,5 @@ func (h *JournalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return &JournalHandler{W: h.W, attrs: b.String()}
 }
 
-// WithGroup implements slog.Handler; groups are not told apart.
+// WithGroup implements slog.Handler; it ignores groups.
 func (h *JournalHandler) WithGroup(string) slog.Handler { return h }

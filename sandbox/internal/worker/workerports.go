@@ -35,8 +35,8 @@ func (w *Worker) publish(p channel.PublishMessage, fd int) error {
 	return nil
 }
 
-// takesLoopback says whether clients on the host's loopback can come by a port
-// that serves them with a socket inside.
+// takesLoopback reports whether clients on the host's loopback can reach a port that serves them
+// with a socket inside.
 func (w *Worker) takesLoopback(p channel.PublishMessage) bool {
 	a := p.Host.Addr()
 	return w.stock != nil && p.Proto == "tcp" && (a.IsLoopback() || a.IsUnspecified())

@@ -8,13 +8,12 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// The rules in force, as the worker's parts know them: the resolver asks for them
-// with each question, the forwarder is given them and cuts what they refuse. What
-// the resolver granted under the rules before them stays granted, and counts as
-// far as they allow the name.
+// The rules in force, as the worker's parts know them. The resolver reads them for each question.
+// The forwarder is given them and ends the flows that they refuse. Addresses that the resolver
+// granted under earlier rules stay granted, and count as far as the new rules allow the name.
 
-// setRules puts rules in force. They reset the table's limits: those that were
-// set by hand since, and that the policy leaves open, are set again.
+// setRules puts rules in force. They reset the table's limits, so the limits that were set by hand,
+// and that the policy leaves open, are set again.
 func (w *Worker) setRules(r *policy.Rules) {
 	d := r.DNS()
 	w.names.Configure(policy.NamesConfig{TTLFloor: time.Duration(d.TTLFloor), TTLCap: time.Duration(d.TTLCap)})
@@ -31,7 +30,7 @@ func (w *Worker) setRules(r *policy.Rules) {
 	}
 }
 
-// tellResolvers says who is asked for the names of a pod's policy.
+// tellResolvers logs which servers are asked for the names of a pod's policy.
 func (w *Worker) tellResolvers(r *policy.Rules) {
 	if u := w.cfg.Upstreams.Servers; len(u) > 0 {
 		w.log.Info(fmt.Sprintf("names of the policy %s are asked of %v (%s)", r.Name(), u, w.cfg.ResolversNote))
@@ -41,7 +40,7 @@ func (w *Worker) tellResolvers(r *policy.Rules) {
 		"name resolvers in the network configuration, or have the runtime say which the pod has (docs/cni.md), and make the pod anew", r.Name(), w.cfg.ResolversNote))
 }
 
-// setSysctl sets a tunable by hand. What the policy limits is the policy's.
+// setSysctl sets a tunable by hand. A limit that the policy sets cannot be set here.
 func (w *Worker) setSysctl(p api.SysctlParams) error {
 	if w.policySets(p.Name) {
 		return fmt.Errorf("%s is set by the policy: change it there", p.Name)
