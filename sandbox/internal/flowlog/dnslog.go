@@ -12,14 +12,14 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// Questions in the flow log: one record each while the policy gates names, with the
-// answer, or with the rule that refused it. Those that had no answer are in `flows --ended`
-// too: the flow that carried them, if there was one, does not say what was asked.
+// DNS questions in the flow log. While the policy gates names, each leaves one record, with the
+// answer or with the rule that refused it. Questions without an answer are in `flows --ended` too:
+// the flow that carried such a question, if there was one, does not show it.
 
-// Asked is dns.Config.Tell.
+// Asked implements dns.Config.Tell.
 func (l *FlowLog) Asked(e dns.Event) {
 	if !l.Logged && e.Forwarded {
-		return // cached ones are too many to be looked at for nothing
+		return // there are too many cached ones to handle for nothing
 	}
 	now := l.Now()
 	l.put(FlowEnd{question: &e, Flow: nat.Flow{Start: now, End: now}})
@@ -27,9 +27,9 @@ func (l *FlowLog) Asked(e dns.Event) {
 
 const DNSPort = 53
 
-// questionRecord describes a question, as Hubble does what its DNS proxy sees. The
-// destination is the sandbox's resolver, or the one that is asked for a pod, whatever
-// address the question was sent to; of a family that has none it is unspecified.
+// questionRecord describes a question the way Hubble describes what its DNS proxy sees. The
+// destination is the sandbox's resolver, or for a pod the one that is asked, whatever address the
+// question was sent to. If there is none of the family, it is unspecified.
 func (l *FlowLog) questionRecord(e *dns.Event, at time.Time) api.FlowRecord {
 	r := api.FlowRecord{
 		Time: at, Start: at, Type: api.TypeL7, TrafficDirection: api.Egress,

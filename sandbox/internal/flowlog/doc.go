@@ -1,3 +1,3 @@
-// Package flowlog writes what became of flows and questions: the worker's queue and buffer, and
-// the file that the monitor opens and rotates.
+// Package flowlog records what became of flows and DNS questions: the worker's queue and buffer,
+// and the file that the monitor opens and rotates.
 package flowlog

@@ -9,8 +9,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/channel"
 )
 
-// FlagHint tells the person who ran a sandbox without a policy which flag would have
-// opened a refused address: once for each flag, so that the sandbox cannot fill the log.
+// FlagHint tells the user of a sandbox without a policy which flag would have opened a refused
+// address. It does so once per flag, so that the sandbox cannot fill the log.
 type FlagHint struct {
 	Warn func(string)
 
@@ -28,7 +28,7 @@ func (h *FlagHint) Refused(rules channel.RulesMessage, r forwarder.Refusal) {
 	}
 }
 
-// first reports whether flag has not been told of before.
+// first reports whether flag has not been mentioned before.
 func (h *FlagHint) first(flag string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -24,36 +24,36 @@ import (
 //
 //	FILE.2 ─► gone     FILE.1 ─► FILE.2     FILE ─► FILE.1     FILE, new, to the worker
 //
-// It grows no further than FlowLogMaxSize: then what is there is renamed as logrotate
-// does, and the worker (flowsink.go) gets a new one. Only a regular file that goes by the
-// name it was opened by is rotated: no pipe, device or standard output, and no symbolic
-// link, so that nobody who can put one in our way has us rename what it leads to.
+// It grows no further than FlowLogMaxSize: then the files are renamed the way logrotate does it,
+// and the worker (flowsink.go) gets a new one. Only a regular file that still has the name it was
+// opened by is rotated: no pipe, device or standard output. A symbolic link is not rotated either,
+// so that a user who can put one in our way cannot make us rename its target.
 //
-// Any number of sandboxes may append to one file. Whoever finds it full takes a lock on
-// it (flock(2), on the file itself) and looks whether it still has its name; if not,
-// another has been there, and there is nothing to do but to open what is there now. The
-// same holds after logrotate has renamed it. Each rename is one step, so a monitor that
-// is killed in between leaves every record in some file; the next one goes on from there.
+// Any number of sandboxes may append to one file. A monitor that finds it full takes a lock on it
+// (flock(2), on the file itself) and checks whether it still has its name. If not, another monitor
+// has rotated it, and all that is left to do is to open the file that is there now. The same holds
+// after logrotate has renamed it. Each rename is atomic, so a monitor that is killed between two of
+// them leaves every record in some file, and the next one continues from there.
 
 const (
-	// DefaultFlowLogMaxSize and DefaultFlowLogMaxFiles bound a flow log for which nothing
-	// else is said.
+	// DefaultFlowLogMaxSize and DefaultFlowLogMaxFiles bound a flow log if the caller sets no
+	// bounds.
 	DefaultFlowLogMaxSize  = 100 << 20
 	DefaultFlowLogMaxFiles = 3
-	// FlowLogUnbounded as the largest size means that the file is never rotated.
+	// FlowLogUnbounded as the maximum size means that the file is never rotated.
 	FlowLogUnbounded = -1
 
 	minFlowLogFiles, maxFlowLogFiles = 2, 1000
-	// MinFlowLogSize has room for any record but those of a sandbox that tries.
+	// MinFlowLogSize has room for any record, unless the sandbox makes records large on purpose.
 	MinFlowLogSize = 4 << 10
 
-	// flowLockTries times flowLockPoll is how long the lock is waited for.
+	// flowLockTries times flowLockPoll is how long to wait for the lock.
 	flowLockTries = 50
 	flowLockPoll  = 10 * time.Millisecond
 )
 
-// ParseFlowLogSize reads the largest size of a flow log's file: bytes with an optional
-// suffix, as policies have them, or 0 for one that is never rotated.
+// ParseFlowLogSize parses the maximum size of a flow log's file: bytes with an optional suffix, as
+// in policies, or 0 for a file that is never rotated.
 func ParseFlowLogSize(text string) (int64, error) {
 	var b policy.Bytes
 	if text == "0" {
@@ -65,7 +65,7 @@ func ParseFlowLogSize(text string) (int64, error) {
 	return int64(b), checkFlowLogBounds(int64(b), 0)
 }
 
-// CheckFlowLogFiles says whether a flow log can have so many files.
+// CheckFlowLogFiles returns an error unless a flow log can have n files.
 func CheckFlowLogFiles(n int) error {
 	if n < minFlowLogFiles || n > maxFlowLogFiles {
 		return fmt.Errorf("%d: want %d to %d files, the one being written included", n, minFlowLogFiles, maxFlowLogFiles)
@@ -73,7 +73,7 @@ func CheckFlowLogFiles(n int) error {
 	return nil
 }
 
-// checkFlowLogBounds checks what is not left to the default.
+// checkFlowLogBounds checks the bounds that are not left to their defaults.
 func checkFlowLogBounds(size int64, files int) error {
 	if size > 0 && size < MinFlowLogSize {
 		return fmt.Errorf("a flow log of %d bytes: want at least %v, or 0 for no limit", size, policy.Bytes(MinFlowLogSize))
@@ -84,27 +84,27 @@ func checkFlowLogBounds(size int64, files int) error {
 	return nil
 }
 
-// FlowFile is the flow log as the monitor has it.
+// FlowFile is the monitor's side of the flow log.
 type FlowFile struct {
-	Path     string // by which it is renamed and opened again; "" if it is neither
-	MaxSize  int64  // 0: it is never rotated
+	Path     string // for renaming and reopening; "" if the file is never renamed or reopened
+	MaxSize  int64  // 0 means never rotated
 	maxFiles int
 	log      *logring.LogRing
 	Rename   func(from, to string) error
 
-	work   sync.Mutex // serialises what renames and opens; taken before mu
-	failed bool       // the last rotation did
+	work   sync.Mutex // serialises renaming and opening; taken before mu
+	failed bool       // whether the last rotation failed
 	closed bool
 
 	mu sync.Mutex
 	F  *os.File // changed under work and mu
 }
 
-// ErrNoFlowFile is for a flow log that is not a file of its own name.
+// ErrNoFlowFile means that the flow log is not a file that still has its own name.
 var ErrNoFlowFile = errors.New("the flow log is no file that can be opened again")
 
-// OpenFlowFile opens a flow log for appending; "-" is standard output, "" none. A size of
-// 0 and no number of files mean the defaults.
+// OpenFlowFile opens a flow log for appending. "-" means standard output, "" none. A zero maxSize
+// or maxFiles means the default.
 func OpenFlowFile(name string, maxSize int64, maxFiles int, log *logring.LogRing) (*FlowFile, error) {
 	if err := checkFlowLogBounds(maxSize, maxFiles); err != nil {
 		return nil, fmt.Errorf("--flow-log: %w", err)
@@ -146,7 +146,7 @@ func OpenFlowFile(name string, maxSize int64, maxFiles int, log *logring.LogRing
 	return l, nil
 }
 
-// Named says whether path itself, no link that it might be, is the regular file that is open.
+// Named reports whether path is the regular file that is open. It does not follow a symbolic link.
 func (l *FlowFile) Named(path string) (bool, error) {
 	ours, err := l.F.Stat()
 	if err != nil {
@@ -159,7 +159,7 @@ func (l *FlowFile) Named(path string) (bool, error) {
 	return err == nil && there.Mode().IsRegular() && os.SameFile(ours, there), err
 }
 
-// Dup gives a worker's descriptor of the file as it is now, which the caller closes.
+// Dup returns a descriptor of the current file for a worker. The caller closes it.
 func (l *FlowFile) Dup() (*os.File, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -170,8 +170,8 @@ func (l *FlowFile) Dup() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "flow log"), nil
 }
 
-// Mend ends the line that a worker was writing when it was killed, so that the next
-// record has one of its own. Called while no worker writes.
+// Mend ends the line that a killed worker was writing, so that the next record gets a line of its
+// own. It must not be called while a worker writes.
 func (l *FlowFile) Mend() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -180,7 +180,7 @@ func (l *FlowFile) Mend() {
 	}
 	r, err := os.Open("/proc/self/fd/" + strconv.Itoa(channel.FDOf(l.F)))
 	if err != nil {
-		return // one that may be written but not read
+		return // the file may be written but not read
 	}
 	defer r.Close()
 	last := make([]byte, 1)
@@ -191,8 +191,8 @@ func (l *FlowFile) Mend() {
 	}
 }
 
-// Rotate makes room: it renames the file if it is about full, and opens the next one. An
-// error leaves the file that there was; the first one is told.
+// Rotate makes room: it renames the file if it is about full, and opens the next one. On error the
+// current file stays in use. Of several errors in a row, only the first is logged.
 func (l *FlowFile) Rotate() (err error) {
 	l.work.Lock()
 	defer l.work.Unlock()
@@ -220,10 +220,10 @@ func (l *FlowFile) Rotate() (err error) {
 	case err != nil:
 		return err
 	case !named:
-		return l.open(st) // it has been renamed, or removed
+		return l.open(st) // it was renamed or removed
 	case st.Size() < l.MaxSize/2:
-		// The worker has the file of before. Or it lies: then it must write as much as
-		// others before the oldest records go.
+		// The worker has the previous file. Or it lies: then it must write as much as any other
+		// before the oldest records go.
 		return nil
 	}
 	if err := l.shift(); err != nil {
@@ -238,7 +238,7 @@ func (l *FlowFile) Rotate() (err error) {
 	return nil
 }
 
-// Reopen opens what is at the path now, for programs that rename the file themselves.
+// Reopen opens the file that is at the path now, for programs that rename the file themselves.
 func (l *FlowFile) Reopen() error {
 	l.work.Lock()
 	defer l.work.Unlock()
@@ -252,8 +252,8 @@ func (l *FlowFile) Reopen() error {
 	return l.open(st)
 }
 
-// shift renames FILE to FILE.1, and what has that name to FILE.2, up to the first number
-// that is free; if none is, the oldest goes.
+// shift renames FILE to FILE.1, FILE.1 to FILE.2 and so on, up to the first free number. If none is
+// free, the oldest file goes.
 func (l *FlowFile) shift() error {
 	free := l.maxFiles - 1
 	for i := 1; i < l.maxFiles; i++ {
@@ -284,8 +284,8 @@ func (l *FlowFile) numbered(i int) string {
 	return l.Path + "." + strconv.Itoa(i)
 }
 
-// open makes what is at the path the flow log, with the owner and mode of old if it is
-// new. What somebody else may have put there must be a file like the one before.
+// open makes the file at the path the flow log. A new file gets the owner and mode of old. A file
+// that somebody else may have put there must be like the previous one.
 func (l *FlowFile) open(old os.FileInfo) error {
 	const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
 	fail := func(err error) error { return &fs.PathError{Op: "open", Path: l.Path, Err: err} }
@@ -305,7 +305,7 @@ func (l *FlowFile) open(old os.FileInfo) error {
 	}
 	if made {
 		_ = f.Chmod(old.Mode().Perm())
-		_ = f.Chown(registry.OwnerOf(old), groupOf(old)) // which only root may
+		_ = f.Chown(registry.OwnerOf(old), groupOf(old)) // only root may do that
 	} else if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || int(st.Uid) != registry.OwnerOf(old) && int(st.Uid) != os.Geteuid() {
 		_ = f.Close()
 		return fail(errors.New("it is no file of ours with no other name: remove it"))
@@ -314,7 +314,7 @@ func (l *FlowFile) open(old os.FileInfo) error {
 	before := l.F
 	l.F = f
 	l.mu.Unlock()
-	_ = unix.Flock(channel.FDOf(before), unix.LOCK_UN) // the worker has it open, too
+	_ = unix.Flock(channel.FDOf(before), unix.LOCK_UN) // the worker has it open too
 	_ = before.Close()
 	return nil
 }
@@ -326,7 +326,7 @@ func groupOf(fi fs.FileInfo) int {
 	return -1
 }
 
-// Close ends the flow log, after a rotation that is under way.
+// Close closes the flow log, after any rotation in progress.
 func (l *FlowFile) Close() {
 	l.work.Lock()
 	defer l.work.Unlock()
@@ -336,7 +336,7 @@ func (l *FlowFile) Close() {
 	_ = l.F.Close()
 }
 
-// lock takes the lock of the file for whoever rotates it.
+// lock locks the file for a rotation.
 func (l *FlowFile) lock() error {
 	for range flowLockTries {
 		err := unix.Flock(channel.FDOf(l.F), unix.LOCK_EX|unix.LOCK_NB)

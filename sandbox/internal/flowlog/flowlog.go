@@ -22,35 +22,33 @@ import (
 //	  ended, refused          full: counted                        └► flow log, one
 //	                                                                  JSON line each
 //
-// The packet path only puts a small value on the queue, or counts a loss. All
-// else, encoding and a disk that is slow or full, is felt by that goroutine
-// alone.
+// The packet path only puts a small value on the queue, or counts a loss. Only that goroutine feels
+// the rest: encoding, and a slow or full disk.
 //
-// A refused flow leaves one record at once. Its repeats (a SYN's
-// retransmissions, a client that tries again from the same port) are counted
-// and told in one more record when foldFor has passed.
+// A refused flow leaves one record at once. Its repeats (a SYN's retransmissions, a client that
+// tries again from the same port) are counted, and reported in one more record after foldFor.
 
 const (
 	FlowQueue  = 8192
-	EndedFlows = 4096 // what `flows --ended` and --show-flows can look back on
+	EndedFlows = 4096 // how far `flows --ended` and --show-flows can look back
 	foldFor    = 10 * time.Second
-	maxFolds   = 1024 // refusals being counted; beyond it each has its own record
-	// flowLogRest is how long the queue is left alone after it was emptied, so that
-	// flows which end in quick succession do not wake a goroutine each.
+	maxFolds   = 1024 // refusals being counted; any more get a record each
+	// flowLogRest is how long the queue is left alone after it was emptied, so that flows that end
+	// in quick succession do not each wake a goroutine.
 	flowLogRest = 20 * time.Millisecond
 )
 
-// FlowEnd is a flow that is over: ended, or refused if it has no ID. Or it is a
-// question that the resolver decided.
+// FlowEnd is a flow that ended, one that was refused (it has no ID), or a question that the
+// resolver decided.
 type FlowEnd struct {
 	Flow     nat.Flow
 	fate     fate
-	because  policy.Reason // forwarder.Refusal.Because
-	told     bool          // whoever began it was told that it is refused
+	because  policy.Reason // from forwarder.Refusal.Because
+	told     bool          // the side that began it was told of the refusal
 	question *dns.Event
 }
 
-// foldKey identifies repeats of one refusal.
+// foldKey identifies the repeats of one refusal.
 type foldKey struct {
 	tuple   nat.Tuple
 	ingress bool
@@ -66,24 +64,24 @@ type fold struct {
 // FlowLog turns ended flows into records.
 type FlowLog struct {
 	Sink   *FlowSink
-	Logged bool // there is a flow log
+	Logged bool // whether there is a flow log
 	Now    func() time.Time
-	// Set before run, if at all.
-	Names     func(netip.Addr) []string // under which an address is granted
-	Policy    func() string             // the name of the one in force
-	Resolvers []netip.Addr              // whom the sandbox asks; the first of a family counts
+	// Set before Run, if at all.
+	Names     func(netip.Addr) []string // the names that an address is granted under
+	Policy    func() string             // the name of the policy in force
+	Resolvers []netip.Addr              // the servers that the sandbox asks; only the first of each family is used
 
 	queue chan FlowEnd
-	stop  chan struct{} // closed by close
-	done  chan struct{} // closed by run
-	Lost  atomic.Uint64 // no room in the queue
+	stop  chan struct{} // closed by Close
+	done  chan struct{} // closed by Run
+	Lost  atomic.Uint64 // the queue was full
 
 	mu      sync.Mutex // guards the ring
 	ring    []api.FlowRecord
 	next    int
 	dropped uint64
 
-	// The goroutine's own.
+	// Owned by Run.
 	folds map[foldKey]*fold
 }
 
@@ -95,19 +93,19 @@ func NewFlowLog(out io.Writer, now func() time.Time, log *slog.Logger) *FlowLog 
 	}
 }
 
-// OnEvent is nat.Config.OnEvent.
+// OnEvent implements nat.Config.OnEvent.
 func (l *FlowLog) OnEvent(e nat.Event) {
 	if e.Type != nat.Destroy {
 		return
 	}
 	end := FlowEnd{Flow: e.Flow, fate: fateOf(&e.Flow)}
 	if end.fate == refused && e.Flow.Reason != nat.ReasonPolicy {
-		return // for its first bytes, of which there is a record
+		return // its first bytes were refused, and recorded then
 	}
 	l.put(end)
 }
 
-// Refused is forwarder.Config.Refused.
+// Refused implements forwarder.Config.Refused.
 func (l *FlowLog) Refused(r forwarder.Refusal) {
 	now, v := l.Now(), r.Verdict
 	l.put(FlowEnd{fate: refused, because: r.Because, told: r.Told, Flow: nat.Flow{
@@ -124,17 +122,17 @@ func (l *FlowLog) put(e FlowEnd) {
 	}
 }
 
-// Close waits until everything put before it is written.
+// Close waits until everything queued before is written.
 func (l *FlowLog) Close() {
 	l.Sink.hurry()
 	close(l.stop)
 	<-l.done
 }
 
-// Run is the goroutine; it ends with close.
+// Run writes the records until Close. It runs in a goroutine of its own.
 func (l *FlowLog) Run() {
 	defer close(l.done)
-	// Runs only while refusals are folded: an idle worker does not wake up.
+	// Ticks only while refusals are folded, so that an idle worker does not wake up.
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	tick.Stop()
@@ -173,7 +171,7 @@ func (l *FlowLog) Run() {
 				tick.Stop()
 			}
 		case <-l.stop:
-			for len(l.queue) > 0 { // this goroutine alone takes from it
+			for len(l.queue) > 0 { // only this goroutine takes from it
 				l.Take(<-l.queue)
 				if len(l.Sink.Buf) >= SinkSize {
 					l.Sink.Settle()
@@ -212,8 +210,7 @@ func (l *FlowLog) Take(e FlowEnd) {
 	}
 }
 
-// unfold tells the repeats of refusals that were due before now; the zero time
-// means all.
+// unfold reports the repeats of refusals that were due before now. A zero time means all of them.
 func (l *FlowLog) unfold(now time.Time) {
 	for key, f := range l.folds {
 		if !now.IsZero() && now.Before(f.until) {
@@ -228,7 +225,7 @@ func (l *FlowLog) unfold(now time.Time) {
 	}
 }
 
-// add puts a record in the ring and in the log.
+// add adds a record to the ring and to the log.
 func (l *FlowLog) add(r api.FlowRecord) {
 	l.mu.Lock()
 	if len(l.ring) < EndedFlows {
@@ -242,7 +239,7 @@ func (l *FlowLog) add(r api.FlowRecord) {
 	l.write(r)
 }
 
-// write puts a record in the log's buffer.
+// write adds a record to the log's buffer.
 func (l *FlowLog) write(r api.FlowRecord) {
 	if !l.Logged {
 		return
@@ -255,14 +252,14 @@ func (l *FlowLog) write(r api.FlowRecord) {
 	l.Sink.Add(line)
 }
 
-// logStats are a worker's counters of its flow log. Each record that is made is lost,
-// written or unwritten, or still in the buffer.
+// logStats are a worker's counters of its flow log. Each record is either lost, written or
+// unwritten, or still in the buffer.
 type logStats struct {
-	Lost      uint64 `json:"lost"`      // ends of flows that no record was made of: the queue was full
+	Lost      uint64 `json:"lost"`      // ends of flows that left no record, because the queue was full
 	Written   uint64 `json:"written"`   // records
-	Unwritten uint64 `json:"unwritten"` // records that could not be written
+	Unwritten uint64 `json:"unwritten"` // records that failed to be written
 	Files     uint64 `json:"files"`     // times that the next file was begun
-	Unrotated uint64 `json:"unrotated"` // times that it could not be
+	Unrotated uint64 `json:"unrotated"` // times that there was no next file
 }
 
 func (l *FlowLog) Stats() logStats {
@@ -270,7 +267,7 @@ func (l *FlowLog) Stats() logStats {
 	return logStats{l.Lost.Load(), s.Written.Load(), s.Unwritten.Load(), s.Files.Load(), s.Unrotated.Load()}
 }
 
-// Ended returns the ring's records, oldest first.
+// Ended returns the records in the ring, oldest first.
 func (l *FlowLog) Ended() ([]api.FlowRecord, uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

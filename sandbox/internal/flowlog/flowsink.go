@@ -20,49 +20,48 @@ import (
 //	records ─► buffer ─► FILE, as many whole records as fit
 //	                       └ full: ask the monitor ─► it renames, and hands over the next FILE
 //
-// The worker can open nothing, so the monitor changes the file under it (flowfile.go).
-// Until the answer comes the records wait here, and behind them in the flow log's queue:
-// both are bounded, and what finds no room is counted. A worker that is told that there
-// is no next file, or that hears nothing, writes on in the one it has and asks again
-// after SinkRetry.
+// The worker cannot open files, so the monitor gives it the next one (flowfile.go). Until the
+// answer comes, records wait here, and behind them in the flow log's queue. Both are bounded, and
+// records that find no room are counted. If there is no next file, or no answer, the worker
+// continues in the file it has and asks again after SinkRetry.
 //
-// A record is in one file, whole. What a full disk has cut in two is completed before
+// A record is in one file, whole. A record that a full disk has cut in two is completed before
 // anything else is written.
 
 const (
-	// SinkSize is how much is written at once, and how much waits for the next file.
+	// SinkSize is how much is written at once, and how much may wait for the next file.
 	SinkSize = 32 << 10
-	// SinkPatience is how long the next file is waited for.
+	// SinkPatience is how long the sink waits for the next file.
 	SinkPatience = 2 * time.Second
-	// SinkRetry is how long a file that is full is written on when there was no next one.
+	// SinkRetry is how long the sink continues in a full file if there is no next one.
 	SinkRetry = 10 * time.Second
 )
 
-// FlowSink writes records. Its methods are the flow log's goroutine's, but for hand.
+// FlowSink writes records. All methods except Hand belong to the flow log's goroutine.
 type FlowSink struct {
 	Out  io.Writer // nil without a flow log
-	Max  int64     // bytes of a file; 0: it is never full
-	Want func()    // asks for the next file; it is given to hand
+	Max  int64     // bytes in a file; 0 means it is never full
+	Want func()    // asks for the next file, which comes through Hand
 	Now  func() time.Time
 	log  *slog.Logger
 
-	Buf    []byte      // whole records, behind the rest of one that was cut
-	cut    int         // bytes of that rest
-	fresh  bool        // the file was handed over and has none of our records yet
-	asked  bool        // the next file is awaited
-	wait   *time.Timer // for as long as SinkPatience
-	late   time.Time   // until then a full file is written on
-	Failed bool        // the last write did
+	Buf    []byte      // whole records, after the rest of one that was cut
+	cut    int         // length of that rest
+	fresh  bool        // the file was just handed over and has none of our records yet
+	asked  bool        // waiting for the next file
+	wait   *time.Timer // runs for SinkPatience
+	late   time.Time   // until then, a full file is still written to
+	Failed bool        // the last write failed
 
-	came chan struct{} // holds a token when hand was called
+	came chan struct{} // holds a token after Hand was called
 
-	mu      sync.Mutex // guards next and refused, and changes of out
+	mu      sync.Mutex // guards next and refused, and changes of Out
 	next    *os.File
 	refused bool // there is no next file
 
 	Written   atomic.Uint64 // records
-	Unwritten atomic.Uint64 // records that could not be
-	Files     atomic.Uint64 // that were handed over after the first
+	Unwritten atomic.Uint64 // records that failed to be written
+	Files     atomic.Uint64 // files handed over after the first
 	Unrotated atomic.Uint64 // times that there was no next file
 }
 
@@ -75,11 +74,11 @@ func NewFlowSink(out io.Writer, now func() time.Time, log *slog.Logger) *FlowSin
 // Add puts a line into the buffer.
 func (s *FlowSink) Add(line []byte) { s.Buf = append(append(s.Buf, line...), '\n') }
 
-// full says that nothing more is to be added before the next file is there.
+// full reports whether nothing more may be added until the next file arrives.
 func (s *FlowSink) full() bool { return s.asked && len(s.Buf) >= SinkSize }
 
-// Hand gives the next file, which is the sink's from here on; nil means that there is
-// none. It never waits, so that whoever reads the monitor's messages does not.
+// Hand gives the sink the next file and its ownership; nil means that there is no next file. It
+// never blocks, so that it does not delay the goroutine that reads the monitor's messages.
 func (s *FlowSink) Hand(f *os.File) {
 	s.mu.Lock()
 	if s.next != nil && f != nil {
@@ -96,14 +95,14 @@ func (s *FlowSink) Hand(f *os.File) {
 	}
 }
 
-// writeOn is for want of a next file.
+// writeOn continues in the current file, because there is no next one.
 func (s *FlowSink) writeOn() {
 	s.asked = false
 	s.late = s.Now().Add(SinkRetry)
 	s.Unrotated.Add(1)
 }
 
-// impatient is called when wait is over.
+// impatient is called when wait has expired.
 func (s *FlowSink) impatient() {
 	if s.asked {
 		s.writeOn()
@@ -111,7 +110,7 @@ func (s *FlowSink) impatient() {
 	}
 }
 
-// Change takes over what hand left.
+// Change takes the file that Hand left.
 func (s *FlowSink) Change() {
 	s.mu.Lock()
 	f, refused := s.next, s.refused
@@ -123,7 +122,7 @@ func (s *FlowSink) Change() {
 		}
 		return
 	}
-	if s.cut > 0 { // its beginning is in the file that we leave
+	if s.cut > 0 { // its beginning is in the file being left
 		s.put(s.cut)
 		if s.cut > 0 {
 			s.Buf, s.cut = s.Buf[s.cut:], 0
@@ -140,8 +139,8 @@ func (s *FlowSink) Change() {
 	s.Files.Add(1)
 }
 
-// Flush writes what is buffered, as far as there is room. What cannot be written is lost
-// and counted: a full disk must not grow the worker.
+// Flush writes what is buffered, as far as there is room. Records that cannot be written are lost
+// and counted: a full disk must not make the worker grow.
 func (s *FlowSink) Flush() {
 	s.Change()
 	for len(s.Buf) > 0 && !s.asked {
@@ -160,7 +159,7 @@ func (s *FlowSink) Flush() {
 	}
 }
 
-// Settle is flush that waits for the next files.
+// Settle is a Flush that waits for the next files.
 func (s *FlowSink) Settle() {
 	for s.Flush(); s.asked; {
 		select {
@@ -172,15 +171,15 @@ func (s *FlowSink) Settle() {
 	}
 }
 
-// end writes all that is left.
+// end writes everything that is left.
 func (s *FlowSink) end() {
 	if s.Settle(); s.cut > 0 {
 		s.Unwritten.Add(1)
 	}
 }
 
-// fits says how many bytes of the buffer the file has room for, in whole records. A file
-// that was just handed over, or is empty, takes one in any case.
+// fits returns how many bytes of the buffer fit into the file, in whole records. An empty or newly
+// handed file takes at least one record.
 func (s *FlowSink) fits() int {
 	if s.Max == 0 || s.Now().Before(s.late) {
 		return len(s.Buf)
@@ -198,8 +197,8 @@ func (s *FlowSink) fits() int {
 	return 0
 }
 
-// stat tells the file's size, and whether it has no name any more: several sandboxes may
-// share it, and each of them rotates it.
+// stat returns the file's size, and whether the file has lost its name: several sandboxes may share
+// it, and each of them rotates it.
 func (s *FlowSink) stat() (size int64, gone bool) {
 	f, ok := s.Out.(*os.File)
 	if !ok {
@@ -212,8 +211,8 @@ func (s *FlowSink) stat() (size int64, gone bool) {
 	return st.Size, st.Nlink == 0
 }
 
-// put writes n bytes of the buffer, whole records. If it cannot, it keeps the rest of the
-// record that was cut, and drops those after it.
+// put writes n bytes of the buffer, which are whole records. If it fails, it keeps the rest of the
+// record that was cut, and drops the ones after it.
 func (s *FlowSink) put(n int) {
 	part := s.Buf[:n]
 	done, err := s.Out.Write(part)
@@ -240,13 +239,13 @@ func (s *FlowSink) put(n int) {
 	s.Failed = err != nil
 }
 
-// hurry bounds what is still to be written, from another goroutine: a pipe that nobody
-// reads must not keep a worker that has been told to end.
+// hurry bounds the time for the remaining writes; it is called from another goroutine. A pipe that
+// nobody reads must not keep alive a worker that was told to end.
 func (s *FlowSink) hurry() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if f, ok := s.Out.(*os.File); ok {
-		_ = f.SetWriteDeadline(time.Now().Add(SinkPatience)) // files have none
+		_ = f.SetWriteDeadline(time.Now().Add(SinkPatience)) // files have no deadline
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// record describes a flow that is over, or was refused.
+// record describes a flow that ended or was refused.
 func (l *FlowLog) record(e FlowEnd) api.FlowRecord {
 	f := &e.Flow
 	about, _ := f.About.(forwarder.About)
@@ -46,7 +46,7 @@ func (l *FlowLog) record(e FlowEnd) api.FlowRecord {
 	if e.refused() && v.Verify() == policy.VerifyNone {
 		r.Reason = cmp.Or(string(e.because), string(v.Reason()), r.Reason)
 	}
-	switch about.Questions { // rather than that they had an answer
+	switch about.Questions { // this outcome, not that the questions had an answer
 	case policy.OutcomeRefused:
 		r.Reason, r.Rejected = string(nat.ReasonPolicy), f.ReplyPackets > 0
 	case policy.OutcomeFailed:
@@ -62,16 +62,16 @@ func (l *FlowLog) record(e FlowEnd) api.FlowRecord {
 	return r
 }
 
-// fate is what policy has made of a flow.
+// fate is policy's decision on a flow.
 type fate uint8
 
 const (
 	passed    fate = iota
-	undecided      // its first bytes are, or were, to decide
+	undecided      // its first bytes decide, or were to decide
 	refused
 )
 
-// fateOf is that of a flow of the table.
+// fateOf returns the fate of a flow in the table.
 func fateOf(f *nat.Flow) fate {
 	about, ok := f.About.(forwarder.About)
 	switch {
@@ -86,7 +86,7 @@ func fateOf(f *nat.Flow) fate {
 // refused reports whether policy refused the flow, or a request on it.
 func (e *FlowEnd) refused() bool { return e.fate == refused && !e.Flow.Reason.Refuses() }
 
-// outcome is a flow's verdict, and why it was dropped, if it was, in Hubble's words.
+// outcome returns a flow's verdict and the reason of a drop, if any, in Hubble's words.
 func (e *FlowEnd) outcome(about *forwarder.About) (verdict, drop string) {
 	reason := e.Flow.Reason
 	switch {
@@ -104,7 +104,7 @@ func (e *FlowEnd) outcome(about *forwarder.About) (verdict, drop string) {
 	return api.VerdictForwarded, ""
 }
 
-// dropOf is how Hubble calls what a bound refuses.
+// dropOf returns Hubble's name for a refusal by a bound.
 func dropOf(rate bool) string {
 	if rate {
 		return api.RateLimited
@@ -112,7 +112,7 @@ func dropOf(rate bool) string {
 	return api.NoRoom
 }
 
-// LiveRecord describes a flow of the table as it is at a time. Anybody may call it.
+// LiveRecord describes a flow in the table as it is at a given time. Any goroutine may call it.
 func (l *FlowLog) LiveRecord(f nat.Flow, at time.Time) api.FlowRecord {
 	e := FlowEnd{Flow: f, fate: fateOf(&f)}
 	if over := !f.End.IsZero(); !over {
@@ -124,7 +124,7 @@ func (l *FlowLog) LiveRecord(f nat.Flow, at time.Time) api.FlowRecord {
 	return r
 }
 
-// layers puts a tuple into a record's words.
+// layers converts a tuple to the fields of a record.
 func layers(t nat.Tuple) (api.IP, api.L4) {
 	src, dst := t.Src(), t.Dst()
 	ip := api.IP{Source: src.Addr(), Destination: dst.Addr(), Version: "IPv6"}
