@@ -20,44 +20,44 @@ func afterFork()
 //go:linkname afterForkInChild syscall.runtime_AfterForkInChild
 func afterForkInChild()
 
-// Namespace is one to enter.
+// Namespace is a namespace to enter.
 type Namespace struct {
 	FD   int
 	Flag int // CLONE_NEW…
 }
 
-// Plan says what becomes of the child.
+// Plan describes the child to start.
 type Plan struct {
 	Args, Env []string
 	Dir       string // "" means the caller's
-	Files     []int  // Files[i] becomes descriptor i; -1 leaves what is there
+	Files     []int  // Files[i] becomes descriptor i; -1 keeps the current one
 
-	Flags uintptr // the new namespaces, CLONE_NEW…
-	// Maps writes the id maps of a new user namespace. The child waits meanwhile; with
-	// nil it does not.
+	Flags uintptr // new namespaces, CLONE_NEW…
+	// Maps writes the id maps of a new user namespace while the child waits. If Maps is nil, the
+	// child does not wait.
 	Maps func(pid int) error
 	Join []Namespace // entered in this order
 
 	Root      bool // becomes uid and gid 0 of its user namespace
 	DropGroup bool // gives up the supplementary groups
-	Session   bool // begins a session
+	Session   bool // starts a new session
 
-	// Ambient are kept over the exec in the ambient set, so that it matters not whom the
-	// namespace maps the caller to (nsenter(1) before util-linux 2.40 loses them). One
-	// that the child lacks is missed where it is used.
+	// Ambient are the capabilities kept across exec in the ambient set, whichever id the namespace
+	// maps the caller to (nsenter(1) before util-linux 2.40 loses them). If the child lacks one, it
+	// fails only where the capability is used.
 	Ambient []uintptr
-	// Unbound empties the bounding set. As uid 0 the child keeps its capabilities over
-	// the exec all the same, in the inheritable set.
+	// Unbound empties the bounding set. As uid 0 the child still keeps its capabilities across
+	// exec, in the inheritable set.
 	Unbound bool
 
-	// DeathSignal is sent when the calling thread ends; lock and keep it.
+	// DeathSignal is sent when the calling thread ends, so lock that thread and keep it.
 	DeathSignal syscall.Signal
 }
 
-// Step is where a child failed.
+// Step is a step of the child, which names where it failed.
 type Step int32
 
-// The steps of a child, in their order.
+// The steps of a child, in order.
 const (
 	StepMaps Step = iota
 	StepUser
@@ -91,7 +91,7 @@ func (s Step) String() string {
 	return stepNames[s]
 }
 
-// Error is why a child did not get as far as exec.
+// Error explains why a child did not get as far as exec.
 type Error struct {
 	Step  Step
 	Errno unix.Errno
@@ -100,17 +100,17 @@ type Error struct {
 func (e *Error) Error() string { return fmt.Sprintf("%s: %v", e.Step, e.Errno) }
 func (e *Error) Unwrap() error { return e.Errno }
 
-// report is what a child that failed writes before it exits.
+// report is what a failed child writes before it exits.
 type report struct {
 	step  Step
 	errno int32
 }
 
-// laid is all that the child needs, laid out before the fork.
+// laid holds everything the child needs, prepared before the fork.
 type laid struct {
 	flags       uintptr
-	waitFD      int // for the word that the maps are written; -1 for none
-	mappedFD    int // its other end, which the parent writes to
+	waitFD      int // brings the word that the maps are written; -1 for none
+	mappedFD    int // its other end, which the parent writes
 	word        [1]byte
 	join        []Namespace
 	root        bool
@@ -121,8 +121,8 @@ type laid struct {
 	header      unix.CapUserHeader
 	data        [2]unix.CapUserData
 	ambient     []uintptr
-	files       []int // sources, above the targets; -1 leaves what is there
-	dir         *byte // nil leaves it
+	files       []int // sources, numbered above the targets; -1 keeps the current one
+	dir         *byte // nil keeps the current one
 	deathSignal uintptr
 	path        *byte
 	argv, envp  []*byte
@@ -130,8 +130,8 @@ type laid struct {
 	report      report
 }
 
-// Start forks and returns when the child executes, or with an *Error why it does not.
-// The child is the caller's to wait for.
+// Start forks, and returns when the child has executed or with an *Error that explains why it did
+// not. The caller must wait for the child.
 func Start(p Plan) (pid int, err error) {
 	l := &laid{
 		flags: p.Flags | uintptr(unix.SIGCHLD), waitFD: -1, join: p.Join,
@@ -140,9 +140,9 @@ func Start(p Plan) (pid int, err error) {
 		header:      unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3},
 		deathSignal: uintptr(p.DeathSignal),
 	}
-	// Above all that Files names, so that no duplicate lies where another goes, but not
-	// higher: a process with threads waits for the kernel's RCU, some 9 ms, when its
-	// table of descriptors grows.
+	// The duplicates go above every descriptor in Files, so that none lies where another goes. But
+	// no higher: a process with threads waits for the kernel's RCU, some 9 ms, when its descriptor
+	// table grows.
 	above := len(p.Files)
 	for _, fd := range p.Files {
 		if fd >= 0 {
@@ -175,7 +175,7 @@ func Start(p Plan) (pid int, err error) {
 		l.waitFD, l.mappedFD = ends[0], ends[1]
 		defer unix.Close(l.waitFD)
 	}
-	// Read by the runtime's poller; blocking it would hold a processor.
+	// Read through the runtime's poller; a blocking read would hold a processor.
 	said, failed, err := os.Pipe()
 	if err != nil {
 		return 0, err
@@ -202,7 +202,7 @@ func Start(p Plan) (pid int, err error) {
 		if err == nil {
 			_, err = unix.Write(l.mappedFD, []byte{1})
 		}
-		_ = unix.Close(l.mappedFD) // without the word it is the child's end
+		_ = unix.Close(l.mappedFD) // if the word was not sent, this ends the child
 	}
 	if err == nil {
 		err = outcome(said)
@@ -214,7 +214,7 @@ func Start(p Plan) (pid int, err error) {
 	return pid, err
 }
 
-// outcome reads what a child that failed has to say; exec closes the pipe.
+// outcome reads a failed child's report. An exec closes the pipe instead.
 func outcome(said io.Reader) error {
 	var b [unsafe.Sizeof(report{})]byte
 	switch _, err := io.ReadFull(said, b[:]); {
@@ -231,7 +231,7 @@ func outcome(said io.Reader) error {
 // maxCaps bounds the search for the last capability; the kernel's sets have 64 bits.
 const maxCaps = 64
 
-// fork returns in the parent only: the child, or 0 and why there is none.
+// fork returns only in the parent: the child's pid, or 0 and the error.
 //
 //go:noinline
 //go:norace
@@ -247,7 +247,7 @@ func (l *laid) fork() (int, unix.Errno) {
 	if errno != 0 || pid != 0 {
 		afterFork()
 		if errno != 0 {
-			pid = 0 // not -1, which to kill(2) is everybody
+			pid = 0 // not -1, which means every process to kill(2)
 		}
 		return int(pid), errno
 	}
@@ -255,13 +255,13 @@ func (l *laid) fork() (int, unix.Errno) {
 
 	if l.waitFD >= 0 {
 		l.report.step = StepMaps
-		// Or it would wait for itself, should the parent die.
+		// Otherwise the child would wait for itself if the parent died.
 		if _, _, errno = unix.RawSyscall(unix.SYS_CLOSE, uintptr(l.mappedFD), 0, 0); errno != 0 {
 			goto failed
 		}
 		n, _, errno = unix.RawSyscall(unix.SYS_READ, uintptr(l.waitFD), uintptr(unsafe.Pointer(&l.word[0])), 1)
 		if errno == 0 && n != 1 {
-			errno = unix.EPIPE // the parent could not, or is gone
+			errno = unix.EPIPE // the parent failed, or is gone
 		}
 		if errno != 0 {
 			goto failed
@@ -311,7 +311,7 @@ func (l *laid) fork() (int, unix.Errno) {
 		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, l.ambient[i], 0, 0, 0)
 	}
 	if l.unbound {
-		for c = 0; c < maxCaps && end == 0; c++ { // EINVAL: the kernel knows no more
+		for c = 0; c < maxCaps && end == 0; c++ { // EINVAL: the kernel has no more
 			_, _, end = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, c, 0, 0, 0, 0)
 		}
 	}
@@ -330,7 +330,7 @@ func (l *laid) fork() (int, unix.Errno) {
 			goto failed
 		}
 	}
-	// After all that changes credentials, which forgets it.
+	// Only after every change of credentials, since a change clears it.
 	l.report.step = StepDeath
 	if _, _, errno = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, l.deathSignal, 0, 0, 0, 0); errno != 0 {
 		goto failed

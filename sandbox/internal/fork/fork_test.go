@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What the caller kills after a failure must not be process -1, which is everybody.
+// The process killed after a failure must not be -1, which means every process.
 func TestACloneThatFailsNamesNobody(t *testing.T) {
 	l := &laid{flags: unix.CLONE_NEWUSER | unix.CLONE_FS | uintptr(unix.SIGCHLD), waitFD: -1}
 	if pid, errno := l.fork(); pid != 0 || errno != unix.EINVAL {

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Await returns when the child pid has ended, without collecting it: until Reap its
-// number is nobody else's.
+// Await returns when the child pid has ended, without reaping it: the number is not reused before
+// Reap.
 func Await(pid int) {
 	var info unix.Siginfo
 	over := func(flags int) bool {
@@ -23,13 +23,13 @@ func Await(pid int) {
 			_ = conn.Read(func(uintptr) bool { return over(unix.WNOHANG) })
 		}
 	}
-	// Reached without a wait above only if there is no descriptor left for it.
+	// This waits only if no descriptor was left for the wait above.
 	for !over(0) {
 		continue
 	}
 }
 
-// Reap waits for a child and collects it.
+// Reap waits for a child and reaps it.
 func Reap(pid int) unix.WaitStatus {
 	var ws unix.WaitStatus
 	for {
