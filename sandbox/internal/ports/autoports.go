@@ -9,19 +9,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Which ports of the host --publish-auto leaves alone. What listens inside chooses the port,
-// and programs on the host trust whoever answers on its loopback: a sandbox that took the
-// port of a database that is not running just then would be sent its clients' passwords.
-// -p publishes any port, by the word of the person who ran the sandbox.
+// The ports of the host that --publish-auto leaves alone. The program that listens inside chooses
+// the port, and programs on the host trust any server on its loopback: a sandbox that took the port
+// of a database that happens not to run would receive the passwords of its clients. -p publishes
+// any port, because the user who ran the sandbox asks for it.
 //
 //	below 1024                  the host's services', even where root or a sysctl may bind them
 //	WellKnownPorts              those of services that programs look for on a loopback address
 //	held by another, in either  a sandbox that had [::1]:P beside a service's 127.0.0.1:P would
 //	family                      be asked first by whoever looks for localhost
 //
-// A service that starts later, in the other family, is not noticed.
+// A service that starts later in the other family goes unnoticed.
 
-// WellKnownPorts are TCP and UDP alike, in order.
+// WellKnownPorts apply to TCP and UDP alike, in ascending order.
 var WellKnownPorts = []uint16{
 	1080, 1194, 1433, 1434, 1521, 1812, 1813, 1883, // SOCKS, OpenVPN, SQL Server, Oracle, RADIUS, MQTT
 	2049, 2181, 2375, 2376, 2377, 2379, 2380, // NFS, ZooKeeper, Docker, etcd
@@ -38,13 +38,14 @@ var WellKnownPorts = []uint16{
 // FirstAutoPort is the lowest port that --publish-auto takes.
 const FirstAutoPort = 1024
 
-// AutoPort is a port of the host that leads to one the sandbox listens on.
+// AutoPort is a port of the host that leads to a port the sandbox listens on.
 type AutoPort struct {
 	Proto string
 	Host  netip.AddrPort
 }
 
-// ReservedPort says why --publish-auto does not take a port; nil if it may.
+// ReservedPort returns an error that says why --publish-auto leaves a port alone, or nil if it may
+// take it.
 func ReservedPort(k AutoPort) error {
 	port := k.Host.Port()
 	if _, known := slices.BinarySearch(WellKnownPorts, port); known || port < FirstAutoPort {
@@ -53,14 +54,14 @@ func ReservedPort(k AutoPort) error {
 	return nil
 }
 
-// HeldPort is a port of the host in any family.
+// HeldPort is a port of the host in either family.
 type HeldPort struct {
 	Proto string
 	Port  uint16
 }
 
-// HeldByOthers lists the ports of the host that sockets other than the table's own are bound
-// to, for UDP, or listen on, for TCP.
+// HeldByOthers returns the ports of the host that sockets not in the table are bound to (UDP) or
+// listen on (TCP).
 func (t *PortTable) HeldByOthers() map[HeldPort]bool {
 	own := make(map[string]bool)
 	for _, p := range t.List() {

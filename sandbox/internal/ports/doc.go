@@ -1,2 +1,2 @@
-// Package ports opens the host's side of published ports, and keeps the table of them.
+// Package ports opens the host's side of published ports and keeps a table of them.
 package ports

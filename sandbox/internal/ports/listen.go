@@ -15,9 +15,9 @@ import (
 	"sluice.dev/sluice/sandbox/internal/logring"
 )
 
-// Opening the host side of published ports. The monitor opens and keeps the
-// sockets, in the caller's network namespace and with the caller's rights; the
-// worker only ever accepts or receives on them, so a port survives it.
+// Opening the host side of published ports. The monitor opens and keeps the sockets, in the
+// caller's network namespace and with the caller's rights. The worker only accepts or receives on
+// them, so a port outlives the worker.
 
 const listenBacklog = 1024
 
@@ -47,7 +47,7 @@ func ListenOn(proto string, at netip.AddrPort) (fd int, bound netip.AddrPort, er
 		}
 	}
 	if proto == "tcp" {
-		// Without it a restarted sandbox waits for its own TIME_WAIT ends.
+		// Without it, a restarted sandbox would have to wait for its own sockets in TIME_WAIT.
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 			return fd, bound, fmt.Errorf("set SO_REUSEADDR: %w", err)
 		}
@@ -95,8 +95,8 @@ func cureSocket(err error) string {
 	return ""
 }
 
-// BindFailure is why ListenOn could not have a port. What to do about it is said by explain,
-// which looks through /proc: several ports may be tried before one is wanted to be known.
+// BindFailure says why ListenOn did not get a port. Explain adds what to do about it. It searches
+// /proc, so it is left until an error is reported: several ports may be tried first.
 type BindFailure struct {
 	Proto string
 	At    netip.AddrPort
@@ -107,7 +107,8 @@ func (f *BindFailure) Error() string { return fmt.Sprintf("publish %s/%s: %v", f
 
 func (f *BindFailure) Unwrap() error { return f.Err }
 
-// Explain says why a port cannot be had and what to do about it. Other errors it leaves alone.
+// Explain turns a BindFailure into an error that says why and what to do. It returns other errors
+// unchanged.
 func Explain(failed error) error {
 	var f *BindFailure
 	if !errors.As(failed, &f) {
@@ -138,8 +139,7 @@ func firstFreePort() string {
 	return strings.TrimSpace(string(b))
 }
 
-// portOwner names the process that holds a port, as "NAME (pid N)", or "" when
-// /proc does not tell.
+// portOwner returns the process that holds a port as "NAME (pid N)", or "" if /proc does not tell.
 func portOwner(proto string, at netip.AddrPort) string {
 	inodes := make(map[string]bool)
 	for _, suffix := range []string{"", "6"} {
@@ -167,8 +167,8 @@ func portOwner(proto string, at netip.AddrPort) string {
 	return ""
 }
 
-// socketInodes collects, as readlink prints them, the sockets of a /proc/net
-// table that hold the local port.
+// socketInodes adds to into the sockets in a /proc/net table that hold the local port, in the form
+// that readlink prints.
 func socketInodes(table, proto string, port uint16, into map[string]bool) {
 	eachSocket(table, proto, func(p uint16, inode string) {
 		if p == port {
@@ -177,10 +177,10 @@ func socketInodes(table, proto string, port uint16, into map[string]bool) {
 	})
 }
 
-// eachSocket yields the local ports and inodes of a /proc/net table's sockets, of TCP those
-// that listen. A table that is not there, as IPv6's may be, is empty. It is the thread's own
-// (/proc/thread-self): the process's is the main thread's, which may be in a namespace that a
-// goroutine has left it in.
+// eachSocket yields the local ports and inodes of the sockets in a /proc/net table; of TCP sockets,
+// those that listen. A missing table, as IPv6's may be, counts as empty. The table is the thread's
+// own (/proc/thread-self): the process's is that of the main thread, which a goroutine may have
+// left in another namespace.
 func eachSocket(table, proto string, yield func(port uint16, inode string)) {
 	f, err := os.Open(table)
 	if err != nil {

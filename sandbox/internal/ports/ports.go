@@ -12,20 +12,19 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// listener is one open host socket of a published port.
+// listener is one open socket on the host for a published port.
 type listener struct {
 	ID    uint64 // names it on the channel
-	FD    int    // the table's, closed when the port is removed
+	FD    int    // owned by the table; closed when the port is removed
 	Proto string
 	Host  netip.AddrPort
 	Guest uint16
 }
 
-// PortTable holds the published ports and their sockets, for longer than any
-// worker. Opening is all or nothing: a range of which one port is taken leaves
-// none open.
+// PortTable holds the published ports and their sockets, and outlives every worker. Opening is all
+// or nothing: if one port of a range is taken, none stays open.
 type PortTable struct {
-	// Open is ListenOn, or a test's.
+	// Open is ListenOn, or a test's replacement.
 	Open func(proto string, at netip.AddrPort) (int, netip.AddrPort, error)
 
 	mu     sync.Mutex
@@ -39,8 +38,8 @@ type Published struct {
 	Listeners []listener
 }
 
-// Add opens the sockets of spec; without an address, those of the families that
-// the guest has.
+// Add opens the sockets of spec. If spec has no address, it opens those of the families that the
+// guest has.
 func (t *PortTable) Add(spec api.Port, v4, v6 bool) ([]Published, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -61,13 +60,13 @@ func (t *PortTable) Add(spec api.Port, v4, v6 bool) ([]Published, error) {
 	return made, nil
 }
 
-// openTries is how many ports of the kernel's choice are tried on both families.
+// openTries is how many of the kernel's choices are tried in both families.
 const openTries = 64
 
-// openOne opens the sockets of one port. For host port 0 the kernel chooses in one family,
-// where the other may have the port taken: the families choose in turn, so that the one
-// with fewer free ports is asked soon. What was chosen in vain stays open until one is found,
-// because the kernel prefers some ports and would choose them again.
+// openOne opens the sockets of one port. For host port 0 the kernel chooses in one family, and the
+// port may be taken in the other. So the families take turns to choose, and the one with fewer free
+// ports is asked soon. Ports chosen in vain stay open until one is found, because the kernel
+// prefers some ports and would choose them again.
 func (t *PortTable) openOne(p api.Port, v4, v6 bool) (out Published, err error) {
 	var at []netip.Addr
 	if p.HostIP.IsValid() {
@@ -95,8 +94,8 @@ func (t *PortTable) openOne(p api.Port, v4, v6 bool) (out Published, err error) 
 	return Published{}, Explain(err)
 }
 
-// openAt opens the sockets of one port at each of the addresses, the first of which chooses
-// it if need be. With an error it returns those that are open.
+// openAt opens the sockets of one port at each of the addresses. The first one chooses the port if
+// need be. On error it returns the sockets that are open.
 func (t *PortTable) openAt(p api.Port, at []netip.Addr) (Published, error) {
 	out := Published{Port: p}
 	for _, a := range at {
@@ -109,15 +108,14 @@ func (t *PortTable) openAt(p api.Port, at []netip.Addr) (Published, error) {
 			return out, err
 		}
 		t.nextID++
-		out.Port.HostPort = bound.Port() // the kernel's choice where 0 was asked for
+		out.Port.HostPort = bound.Port() // the kernel's choice if 0 was asked for
 		out.Listeners = append(out.Listeners, listener{ID: t.nextID, FD: fd, Proto: p.Proto, Host: bound, Guest: p.GuestPort})
 	}
 	return out, nil
 }
 
-// Remove takes the ports of spec out of the table; the caller closes them. All
-// of the range must be there. A spec that does not say which guest port (0)
-// matches any.
+// Remove takes the ports of spec out of the table; the caller must close them. The whole range must
+// be there. A spec with guest port 0 matches any guest port.
 func (t *PortTable) Remove(spec api.Port) ([]Published, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -136,7 +134,7 @@ func (t *PortTable) Remove(spec api.Port) ([]Published, error) {
 	return gone, nil
 }
 
-// Drop takes ports out of the table that the caller goes on to close.
+// Drop takes out of the table the ports that the caller is about to close.
 func (t *PortTable) Drop(gone []Published) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -150,7 +148,7 @@ func matches(have, want api.Port) bool {
 		(want.GuestPort == 0 || have.GuestPort == want.GuestPort)
 }
 
-// Find says whether a port is published.
+// Find reports whether a port is published.
 func (t *PortTable) Find(want api.Port) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -163,7 +161,7 @@ func (t *PortTable) List() []Published {
 	return slices.Clone(t.Ports)
 }
 
-// CloseAll gives every port up.
+// CloseAll closes every port.
 func (t *PortTable) CloseAll() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

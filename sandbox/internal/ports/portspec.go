@@ -9,15 +9,15 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// MaxPortRange bounds the ports one -p may name, MaxPublished those of one
-// sandbox: each is a listening descriptor or two in monitor and worker.
+// MaxPortRange bounds the ports in one -p, and MaxPublished those of one sandbox. Each port takes
+// one or two listening descriptors in both monitor and worker.
 const (
 	MaxPortRange = 1024
 	MaxPublished = 2048
 )
 
-// ParsePort reads `[ip:]host[-range]:guest[-range][/tcp|/udp]`. An IPv6
-// address stands in brackets. Host port 0 lets the kernel pick.
+// ParsePort parses `[ip:]host[-range]:guest[-range][/tcp|/udp]`. IPv6 addresses need brackets. With
+// host port 0 the kernel picks one.
 func ParsePort(spec string) (api.Port, error) {
 	fail := func(format string, args ...any) (api.Port, error) {
 		return api.Port{}, fmt.Errorf("port %q: %s", spec, fmt.Sprintf(format, args...))
@@ -104,7 +104,7 @@ func parsePortNumber(s string, lowest int) (int, error) {
 	return int(n), nil
 }
 
-// FormatPort spells a port as ParsePort reads it.
+// FormatPort formats a port in the syntax that ParsePort parses.
 func FormatPort(p api.Port) string {
 	var b strings.Builder
 	if p.HostIP.IsValid() {
@@ -127,7 +127,7 @@ func FormatPort(p api.Port) string {
 	return b.String()
 }
 
-// Expand lists the single ports of a range.
+// Expand returns the single ports of a range.
 func Expand(p api.Port) []api.Port {
 	n := max(int(p.Count), 1)
 	out := make([]api.Port, n)
