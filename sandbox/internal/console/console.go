@@ -12,55 +12,56 @@ import (
 // The monitor's side of CMD's terminal: a copy of bytes between the caller's terminal and
 // the master of the sandbox's own.
 //
-// While Console has the caller's terminal, that is raw: all keys are bytes, and the
-// sandbox's terminal makes signals, echo and lines of them. It has it only from Begin on,
-// only in the foreground, and not while suspended. A command that begins in the
-// background, or beside another program of a pipeline that may want the keys (a pager),
-// leaves the terminal alone until it reads from it: the kernel then stops it with SIGTTIN,
-// which the stage reports, and the monitor begins.
+// While Console has the caller's terminal, the terminal is raw: all keys are bytes, and the
+// sandbox's terminal turns them into signals, echo and lines. Console has it only after Begin, only
+// in the foreground, and not while suspended. A command may start in the background, or beside
+// another program of a pipeline that may want the keys (a pager). The caller's terminal is then
+// left alone until the command reads from its own: the kernel stops it with SIGTTIN, the stage
+// reports that, and the monitor calls Begin.
 //
-// Output is copied from the start. Both directions hold one buffer each, and wait for
-// whoever does not read; no other duty of the monitor's waits for them.
+// Output is copied from the start. Each direction has one buffer and waits for a reader that does
+// not read; the monitor's other duties wait for neither.
 
 const (
 	consoleBuffer = 16 << 10
-	// maxPending bounds what is copied after CMD's end: no more fits in a terminal, and
+	// maxPending bounds how much is copied after CMD's end. A terminal holds no more than that, and
 	// a process that CMD left behind may go on writing.
 	maxPending = 256 << 10
-	// drainPatience is how long a caller's terminal that takes nothing is waited for then.
+	// drainPatience is how long the copy then waits for a caller's terminal that accepts nothing.
 	drainPatience = 5 * time.Second
-	// foregroundCheck is how often a console in the background looks whether it still is.
-	// A shell does not say so when it brings a running job back.
+	// foregroundCheck is how often a console in the background checks whether it is still there. A
+	// shell sends no signal when it brings a running job to the foreground.
 	foregroundCheck = 200 * time.Millisecond
 )
 
-// Console copies between the caller's terminal and CMD's. The methods of a nil Console do
-// nothing: there is no terminal.
+// Console copies between the caller's terminal and CMD's. A nil Console means that there is no
+// terminal, and its methods do nothing.
 type Console struct {
 	master *os.File
-	tty    int    // the caller's terminal, for its modes
-	in     int    // to read it, or -1
-	out    int    // to write it
+	tty    int    // the caller's terminal, to set its modes
+	in     int    // to read from it, or -1
+	out    int    // to write to it
 	both   bool   // standard input and output are both terminals
-	wake   [2]int // a pipe that ends a wait of input
+	wake   [2]int // a pipe that ends a wait for input
 
 	output   chan struct{} // closed when output has ended
-	progress chan struct{} // a token per chunk written, one at most
+	progress chan struct{} // holds a token when a chunk was written
 	inputs   sync.WaitGroup
 
 	mu     sync.Mutex
-	saved  unix.Termios // what the terminal was before it was raw
+	saved  unix.Termios // the terminal's modes before it became raw
 	raw    bool
 	begun  bool
 	paused bool
 	over   bool
 }
 
-// NewConsole takes the master over. streams are what CMD would have had as 0, 1 and 2.
+// NewConsole takes ownership of master. streams are the files that CMD would have had as 0, 1 and
+// 2.
 func NewConsole(master *os.File, streams [3]*os.File) (*Console, error) {
 	c := &Console{tty: -1, in: -1, out: -1, output: make(chan struct{}), progress: make(chan struct{}, 1)}
 	terminals := 0
-	for i, n := range []int{1, 2, 0} { // output to standard output first
+	for i, n := range []int{1, 2, 0} { // write to standard output first
 		fd := int(streams[n].Fd())
 		if !IsTerminal(fd) {
 			continue
@@ -70,7 +71,7 @@ func NewConsole(master *os.File, streams [3]*os.File) (*Console, error) {
 		}
 		mode, _ := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 		mode &= unix.O_ACCMODE
-		if mode != unix.O_WRONLY && (c.in < 0 || i == 2) { // input from standard input if it may
+		if mode != unix.O_WRONLY && (c.in < 0 || i == 2) { // read from standard input if possible
 			c.in = fd
 		}
 		if mode != unix.O_RDONLY && c.out < 0 {
@@ -86,7 +87,7 @@ func NewConsole(master *os.File, streams [3]*os.File) (*Console, error) {
 		master.Close()
 		return nil, err
 	}
-	// Anew, for Go's poller: a wait for the sandbox's terminal can then be ended.
+	// Duplicated for Go's poller, so that a wait for the sandbox's terminal can be ended.
 	fd, err := unix.FcntlInt(master.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 	master.Close()
 	if err == nil {
@@ -97,7 +98,7 @@ func NewConsole(master *os.File, streams [3]*os.File) (*Console, error) {
 		return nil, err
 	}
 	c.master = os.NewFile(uintptr(fd), "sandbox's terminal")
-	// Owned by the Console; ends with the master, or when Close ends its reading.
+	// Owned by the Console; ends with the master, or when Close ends the reading.
 	go c.copyOut()
 	return c, nil
 }
@@ -107,12 +108,12 @@ func (c *Console) closePipe() {
 	unix.Close(c.wake[1])
 }
 
-// Whole reports whether CMD begins in the foreground: its standard input and output are
-// the terminal, and the terminal is the caller's to read.
+// Whole reports whether CMD starts in the foreground: its standard input and output are the
+// terminal, and the caller may read from that.
 func (c *Console) Whole() bool { return c != nil && c.both && c.Foreground() }
 
-// Foreground reports whether the caller's terminal may be read and set. One that does not
-// control our session knows no background.
+// Foreground reports whether the caller's terminal may be read and set. A terminal that does not
+// control our session has no background.
 func (c *Console) Foreground() bool {
 	if c == nil {
 		return false
@@ -121,7 +122,7 @@ func (c *Console) Foreground() bool {
 	return errors.Is(err, unix.ENOTTY) || err == nil && group == unix.Getpgrp()
 }
 
-// Begin starts to copy what is typed.
+// Begin starts copying input.
 func (c *Console) Begin() {
 	if c == nil {
 		return
@@ -137,7 +138,7 @@ func (c *Console) Begin() {
 	}
 }
 
-// Resize gives CMD's terminal the window of the caller's.
+// Resize gives CMD's terminal the window size of the caller's.
 func (c *Console) Resize() {
 	if c == nil {
 		return
@@ -159,8 +160,8 @@ func (c *Console) Suspend() {
 	c.poke()
 }
 
-// Resume undoes Suspend, and sets the modes anew that somebody else may have changed while
-// the process was stopped.
+// Resume undoes Suspend, and sets the modes again, which another program may have changed while the
+// process was stopped.
 func (c *Console) Resume() {
 	if c == nil {
 		return
@@ -173,7 +174,7 @@ func (c *Console) Resume() {
 	c.poke()
 }
 
-// Newline is what ends a line on the caller's terminal now.
+// Newline returns the current line ending of the caller's terminal.
 func (c *Console) Newline() string {
 	if c != nil {
 		c.mu.Lock()
@@ -185,9 +186,9 @@ func (c *Console) Newline() string {
 	return "\n"
 }
 
-// Close copies what CMD had written, gives the terminal back and ends the copying. A
-// terminal that takes nothing for drainPatience loses the rest; a write that hangs in it
-// then ends with the process.
+// Close copies what CMD has written, gives the terminal back and stops copying. If a terminal
+// accepts nothing for drainPatience, the rest is lost, and a write that hangs in it ends with the
+// process.
 func (c *Console) Close() {
 	if c == nil {
 		return
@@ -220,7 +221,8 @@ func (c *Console) Close() {
 
 func (c *Console) poke() { _, _ = unix.Write(c.wake[1], []byte{0}) }
 
-// enter makes the terminal raw, unless it is not ours now.
+// enter makes the terminal raw, unless it is not ours at the moment. It reports whether the
+// terminal is ours.
 func (c *Console) enter() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -234,13 +236,13 @@ func (c *Console) enter() bool {
 	if err != nil {
 		return false
 	}
-	// As cfmakeraw(3).
+	// Like cfmakeraw(3).
 	now := *was
 	now.Iflag &^= unix.IGNBRK | unix.BRKINT | unix.PARMRK | unix.ISTRIP | unix.INLCR | unix.IGNCR | unix.ICRNL | unix.IXON
 	now.Oflag &^= unix.OPOST
 	now.Lflag &^= unix.ECHO | unix.ECHONL | unix.ICANON | unix.ISIG | unix.IEXTEN
 	now.Cflag = now.Cflag&^(unix.CSIZE|unix.PARENB) | unix.CS8
-	// A read does not wait, should somebody else have taken what poll(2) saw.
+	// A read must not block if another process has taken the input that poll(2) saw.
 	now.Cc[unix.VMIN], now.Cc[unix.VTIME] = 0, 0
 	if err := unix.IoctlSetTermios(c.tty, unix.TCSETS, &now); err != nil {
 		return false
@@ -249,8 +251,8 @@ func (c *Console) enter() bool {
 	return true
 }
 
-// leave gives the terminal its modes back. Called with mu held. In the background they
-// are somebody else's by now.
+// leave restores the terminal's modes. In the background it must not: by then they belong to
+// another process. It is called with mu held.
 func (c *Console) leave() {
 	if c.raw && c.Foreground() {
 		_ = unix.IoctlSetTermios(c.tty, unix.TCSETSW, &c.saved)
@@ -280,7 +282,7 @@ func (c *Console) copyIn() {
 		}
 		if fds[0].Revents != 0 {
 			_, _ = unix.Read(c.wake[0], buf)
-			continue // what is to be waited for may have changed
+			continue // what to wait for may have changed
 		}
 		if fds[1].Revents == 0 || !c.enter() {
 			continue
@@ -290,7 +292,7 @@ func (c *Console) copyIn() {
 			continue
 		}
 		if err != nil || n == 0 {
-			// The terminal hung up, and so does CMD's.
+			// The terminal hung up, so CMD's does too.
 			_ = c.master.Close()
 			return
 		}
@@ -315,7 +317,7 @@ func (c *Console) copyOut() {
 			return // every slave is closed, or the caller's terminal hung up
 		}
 	}
-	// CMD has ended. The kernel hands over all that was written before it says EAGAIN.
+	// CMD has ended. The kernel returns everything written before it says EAGAIN.
 	conn, err := c.master.SyscallConn()
 	if err != nil {
 		return
@@ -329,15 +331,15 @@ func (c *Console) copyOut() {
 	}
 }
 
-// write writes all of b to the caller's terminal, and reports whether there still is one.
-// Without one what CMD prints is nobody's.
+// write writes all of b to the caller's terminal, and reports whether there still is one. If there
+// is none, CMD's output is lost.
 func (c *Console) write(b []byte) bool {
 	for len(b) > 0 {
 		n, err := unix.Write(c.out, b)
 		switch {
 		case err == unix.EINTR:
 			continue
-		case err == unix.EAGAIN: // somebody else made the shared description non-blocking
+		case err == unix.EAGAIN: // another process made the shared file description non-blocking
 			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(c.out), Events: unix.POLLOUT}}, -1)
 			continue
 		case err != nil:

@@ -1,2 +1,2 @@
-// Package console is the caller's terminal beside that of the command inside.
+// Package console connects the caller's terminal to that of the command inside.
 package console

@@ -4,7 +4,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CopyWindow gives one terminal the window's size of another.
+// CopyWindow gives the terminal to the window size of from.
 func CopyWindow(to, from int) {
 	if size, err := unix.IoctlGetWinsize(from, unix.TIOCGWINSZ); err == nil {
 		_ = unix.IoctlSetWinsize(to, unix.TIOCSWINSZ, size)
