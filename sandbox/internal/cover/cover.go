@@ -11,28 +11,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What CMD must not reach in a file system that it shares with the caller: sockets of the
-// host's daemons, and what is Sluice's own. All of it is done by the outer stage.
+// This package hides what CMD must not reach in the file system that it shares with the caller:
+// sockets of the host's daemons, and Sluice's own files. The outer stage does all of it.
 //
-// A mount on a path goes with the path: a daemon that starts again unlinks its socket, or
-// the directory it is in, and the kernel drops the mount on it. So the directories that
-// hold nothing but what runs, such as /run, are seen as a copy: a tmpfs with everything in
-// it that is not a socket, each entry the host's own by a bind mount, directories with
-// sockets in them copied the same way. What the host puts there later is not seen.
+// A mount on a path goes away with the path: a daemon that restarts unlinks its socket, or its
+// directory, and the kernel drops the mount on it. So directories that hold only runtime state,
+// such as /run, are replaced by a copy. The copy is a tmpfs with everything that is not a socket:
+// each entry is the host's own by a bind mount, and directories with sockets in them are copied the
+// same way. Files that the host adds there later are not visible.
 
 const (
-	// MaxCopied bounds the entries of such directories that are looked at; the rest is
-	// left out.
+	// MaxCopied bounds how many entries of such directories are examined; the rest is left out.
 	MaxCopied = 100_000
-	// maxDepth bounds how deep they are.
+	// maxDepth bounds how deep such directories may nest.
 	maxDepth = 32
 )
 
-// Coverer covers for one sandbox.
+// Coverer makes the covers of one sandbox.
 type Coverer struct {
-	Allowed []string // paths left in reach, with what is below
-	Left    int      // entries that may still be looked at
-	Sockets int      // how many were left out or covered
+	Allowed []string // paths left reachable, with everything below them
+	Left    int      // entries that may still be examined
+	Sockets int      // number of sockets left out or covered
 }
 
 func Hide(dir string) error {
@@ -44,7 +43,7 @@ func Hide(dir string) error {
 	return err
 }
 
-// HideFile puts an empty file over a socket.
+// HideFile covers a socket with an empty file.
 func (c *Coverer) HideFile(path string) error {
 	path, err := filepath.EvalSymlinks(path)
 	var fi fs.FileInfo
@@ -52,7 +51,7 @@ func (c *Coverer) HideFile(path string) error {
 		fi, err = os.Lstat(path)
 	}
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
-		return nil // also CMD's
+		return nil // CMD cannot reach it either
 	}
 	if err != nil || fi.Mode()&fs.ModeSocket == 0 || c.isAllowed(path) {
 		return err
@@ -85,7 +84,7 @@ func ReadOnly(path string) error {
 	return unix.MoveMount(tree, "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// attachTree mounts on path what build makes in a scratch mount namespace.
+// attachTree mounts on path the tree that build makes in a scratch mount namespace.
 func attachTree(path string, build func() (int, error)) error {
 	tree, err := InScratch(build)
 	if err != nil {
@@ -95,7 +94,7 @@ func attachTree(path string, build func() (int, error)) error {
 	return unix.MoveMount(tree, "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// Replace covers a directory by a copy of it without the sockets.
+// Replace covers a directory with a copy of it that has no sockets.
 func (c *Coverer) Replace(dir string) error {
 	dir, err := filepath.EvalSymlinks(dir)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
@@ -117,7 +116,7 @@ func (c *Coverer) Replace(dir string) error {
 	})
 }
 
-// copy makes the directory to with what is in from. What cannot be brought there is left
+// copy makes the directory to with the contents of from. Entries that cannot be copied are left
 // out.
 func (c *Coverer) copy(from, to string, dev uint64, depth int) error {
 	var st unix.Stat_t
@@ -127,7 +126,7 @@ func (c *Coverer) copy(from, to string, dev uint64, depth int) error {
 	if err := os.Mkdir(to, 0o700); err != nil {
 		return err
 	}
-	_ = os.Lchown(to, int(st.Uid), int(st.Gid)) // an id that is not mapped stays ours
+	_ = os.Lchown(to, int(st.Uid), int(st.Gid)) // an unmapped id leaves it ours
 	if err := unix.Chmod(to, st.Mode&0o7777); err != nil {
 		return err
 	}
@@ -163,7 +162,7 @@ func (c *Coverer) copy(from, to string, dev uint64, depth int) error {
 	return nil
 }
 
-// bind shows src at dst, or leaves it out.
+// bind mounts src at dst, or leaves it out if that fails.
 func bind(src, dst string, dir bool) {
 	var err error
 	if dir {
@@ -176,7 +175,7 @@ func bind(src, dst string, dir bool) {
 	}
 }
 
-// finding is what a directory holds.
+// finding says what a directory holds.
 type finding int
 
 const (
@@ -185,9 +184,9 @@ const (
 	holdsSockets
 )
 
-// look finds out whether there is a socket in a directory, or something allowed, for which
-// it is copied too. Another file system below is only looked into if it is a tmpfs: any
-// other holds files that somebody mounted there. Overlays are the roots of containers.
+// look finds out whether a directory holds a socket, or an allowed path, which is a reason to copy
+// it too. It looks into another file system below only if that is a tmpfs: any other holds files
+// that somebody mounted there. Overlays are the roots of containers.
 func (c *Coverer) look(dir string, dev uint64, depth int) finding {
 	if depth <= 0 {
 		return unknown
@@ -209,7 +208,7 @@ func (c *Coverer) look(dir string, dev uint64, depth int) finding {
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return holdsNone // in none that CMD could reach
+		return holdsNone // none that CMD could reach
 	}
 	for _, e := range entries {
 		if c.Left--; c.Left < 0 {
@@ -220,7 +219,7 @@ func (c *Coverer) look(dir string, dev uint64, depth int) finding {
 		}
 		if e.IsDir() {
 			if f := c.look(filepath.Join(dir, e.Name()), dev, depth-1); f != holdsNone {
-				return holdsSockets // something to leave out
+				return holdsSockets // it has something to leave out
 			}
 		}
 	}
@@ -238,7 +237,7 @@ func deviceOf(path string) uint64 {
 	return 0
 }
 
-// isAllowed reports whether a path was asked to be left in reach, or is below one.
+// isAllowed reports whether path is one of the paths left reachable, or below one.
 func (c *Coverer) isAllowed(path string) bool {
 	for _, a := range c.Allowed {
 		if path == a || strings.HasPrefix(path, a+"/") {

@@ -6,11 +6,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Staging is any directory; only the throw-away namespace sees it covered.
+// Staging can be any directory: only the throw-away namespace sees it covered.
 const Staging = "/proc"
 
-// InScratch runs build in a mount namespace of its own, in which staging is an
-// empty tmpfs, and returns the detached tree that build opened.
+// InScratch runs build in a mount namespace of its own, in which Staging is an empty tmpfs, and
+// returns the detached tree that build opened.
 func InScratch(build func() (int, error)) (int, error) {
 	type result struct {
 		fd  int
@@ -19,9 +19,9 @@ func InScratch(build func() (int, error)) (int, error) {
 	done := make(chan result)
 	var scratch func()
 	scratch = func() {
-		// Never unlocked: the thread ends with the goroutine and takes the
-		// namespace along. The main thread does not end, and /proc/self is it: held
-		// here meanwhile, it is not the one that another goroutine gets.
+		// Never unlocked: the thread ends with the goroutine and takes the namespace along. The
+		// main thread does not end, and /proc/self refers to it. If this is the main thread, it
+		// stays locked here so that the other goroutine gets a different one.
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
 			over := make(chan struct{})
