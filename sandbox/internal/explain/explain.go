@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Errors that a user meets on a strange machine name the cause and the cure.
+// An error that a user may meet on an unfamiliar machine names the cause and the cure.
 
 // switchOff is a setting that forbids user namespaces.
 type switchOff struct {
@@ -24,7 +24,7 @@ var userNamespaceSwitches = []switchOff{
 	{"/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "an AppArmor profile for sluice with the rule \"userns,\", or sysctl kernel.apparmor_restrict_unprivileged_userns=0"},
 }
 
-// refusal names the setting that keeps this user from user namespaces, or "".
+// refusal returns the setting that keeps this user from having user namespaces, or "".
 func refusal() string {
 	for _, s := range userNamespaceSwitches {
 		b, err := os.ReadFile(s.path)
@@ -65,7 +65,7 @@ func ExplainMaps(err error) error {
 	return fmt.Errorf("mapping the sandbox's ids: %w", err)
 }
 
-// ExplainInside is for the stage's own steps: with AppArmor's restriction the
+// ExplainInside explains errors of the stage's own steps: under AppArmor's restriction the
 // namespaces are made, but the first use of a capability in them fails.
 func ExplainInside(err error) error {
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
