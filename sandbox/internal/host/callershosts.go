@@ -8,12 +8,12 @@ import (
 	"sluice.dev/sluice/sandbox/guest"
 )
 
-// MaxCallersHosts bounds the addresses of the caller's hosts file that are granted: files
-// with more are block lists.
+// MaxCallersHosts bounds how many addresses of the caller's hosts file are granted: files with more
+// are block lists.
 const MaxCallersHosts = 1024
 
-// HostsToGrant are the entries of a hosts file that lead out of the sandbox, by names that a
-// rule can have. It counts those beyond MaxCallersHosts.
+// HostsToGrant returns the entries of a hosts file that lead out of the sandbox and have a name
+// that a rule can have. left counts those beyond MaxCallersHosts.
 func HostsToGrant(entries []guest.HostEntry) (hosts map[string][]netip.Addr, left int) {
 	hosts = make(map[string][]netip.Addr)
 	taken := 0

@@ -13,17 +13,17 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// What of the host's the command of a sandbox must not reach by the files it shares with
-// the caller, because it is a way around the network: sockets with a path. A network
-// namespace confines abstract sockets, and no others.
+// The sockets with a path that a sandbox's command must not reach through the files it shares with
+// the caller, because they are a way around the network. A network namespace confines abstract
+// sockets only.
 //
-// Always covered are the registries of Sluice, whoever's, and the daemons that the C
-// library asks for names. Under a policy all sockets are that can be found: those that the
-// kernel lists for this network namespace, those that the environment names, those in
-// /tmp, and whatever is in the directories that hold nothing but what runs.
+// Sluice's registries, of every user, and the daemons that the C library asks for names are always
+// covered. Under a policy so are all sockets that can be found: those that the kernel lists for
+// this network namespace, those that the environment names, those in /tmp, and those in directories
+// that hold only runtime state.
 
-// ResolverDirs and ResolverSockets answer for names: nscd, nslcd, avahi, sssd, winbind and
-// systemd-resolved. (systemd-resolved's directory has resolv.conf in it, too.)
+// ResolverDirs and ResolverSockets belong to daemons that resolve names: nscd, nslcd, avahi, sssd,
+// winbind and systemd-resolved. (The directory of systemd-resolved also holds resolv.conf.)
 var (
 	ResolverDirs = []string{
 		"/run/nscd", "/var/run/nscd", "/run/nslcd", "/run/avahi-daemon", "/var/lib/sss/pipes",
@@ -32,7 +32,7 @@ var (
 	ResolverSockets = []string{"/run/systemd/resolve/io.systemd.Resolve", "/run/systemd/resolve/io.systemd.Resolve.Monitor"}
 )
 
-// RuntimeDirs hold what runs: sockets, locks, process numbers.
+// RuntimeDirs returns the directories of runtime state: sockets, locks, process IDs.
 func RuntimeDirs() []string {
 	dirs := []string{"/run", "/tmp/.X11-unix", "/tmp/.ICE-unix", fmt.Sprintf("/tmp/tmux-%d", os.Geteuid())}
 	if fi, err := os.Lstat("/var/run"); err == nil && fi.IsDir() {
@@ -46,11 +46,11 @@ func RuntimeDirs() []string {
 	return dirs
 }
 
-// maxListed bounds what is read of the kernel's list, in lines.
+// maxListed bounds how many lines of the kernel's list are read.
 const maxListed = 100_000
 
-// ListedSockets are the paths of the sockets that the kernel lists: unix(7) ones that are
-// bound, of all types.
+// ListedSockets returns the paths of the sockets that the kernel lists: bound unix(7) sockets, of
+// all types.
 func ListedSockets(list string) (paths []string, err error) {
 	f, err := os.Open(list)
 	if err != nil {
@@ -59,7 +59,7 @@ func ListedSockets(list string) (paths []string, err error) {
 	defer f.Close()
 	sc := bufio.NewScanner(f)
 	for n := 0; sc.Scan() && n < maxListed; n++ {
-		// Num RefCount Protocol Flags Type St Inode Path, the latter as it is.
+		// Num RefCount Protocol Flags Type St Inode Path, where Path is not escaped.
 		i := strings.Index(sc.Text(), " /")
 		if i < 0 || len(strings.Fields(sc.Text()[:i])) != 7 {
 			continue
@@ -76,10 +76,10 @@ func isSocket(path string) bool {
 	return err == nil && fi.Mode()&fs.ModeSocket != 0 && unix.Access(path, unix.W_OK) == nil
 }
 
-// maxScanned bounds how many entries of a directory are looked at.
+// maxScanned bounds how many entries of a directory are examined.
 const maxScanned = 10_000
 
-// SocketsIn finds sockets in a directory and depth levels below it, also of network
+// SocketsIn finds sockets in a directory and depth levels below it, including sockets of network
 // namespaces that the kernel does not list here.
 func SocketsIn(dir string, depth int) (paths []string) {
 	f, err := os.Open(dir)
@@ -100,7 +100,7 @@ func SocketsIn(dir string, depth int) (paths []string) {
 	return paths
 }
 
-// SocketsNamed finds sockets that variables name, such as SSH_AUTH_SOCK=/tmp/x/agent.1,
+// SocketsNamed finds sockets that environment variables name, such as SSH_AUTH_SOCK=/tmp/x/agent.1,
 // DOCKER_HOST=unix:///home/u/docker.sock and DBUS_SESSION_BUS_ADDRESS=unix:path=/x,guid=1.
 func SocketsNamed(env []string) (paths []string) {
 	for _, kv := range env {

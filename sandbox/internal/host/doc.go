@@ -1,3 +1,3 @@
-// Package host asks the host what a sandbox has to know of it: its own addresses, the path MTU,
-// raw ICMP sockets, memory limits, zones of resolvers, sockets with a path.
+// Package host finds out what a sandbox has to know of the host: its own addresses, the path MTU,
+// raw ICMP sockets, memory limits, zones of resolvers, and sockets with a path.
 package host

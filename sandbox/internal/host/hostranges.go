@@ -13,24 +13,26 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// What the host's kernel takes for itself, so that a connection to it ends at the host:
+// The addresses that the host's kernel takes for its own, so that a connection to them ends at the
+// host:
 //
-//	the addresses of its interfaces, also of those that are down
-//	routes of type local: AnyIP, as `ip route add local 203.0.113.0/24 dev lo` has it
+//	the addresses of its interfaces, including those that are down
+//	routes of type local: AnyIP, as made by `ip route add local 203.0.113.0/24 dev lo`
 //	routes of type anycast, and the subnet-router anycast address of each IPv6 prefix
-//	(RFC 4291 section 2.6.1), which the kernel answers at once it forwards
+//	(RFC 4291 section 2.6.1), which the kernel answers as soon as it forwards
 //	routes of type broadcast
 //
-// A routing table counts unless marks alone lead to it, as transparent proxies have it:
-// `local default dev lo` in there says nothing about packets without the mark.
+// A routing table counts unless only marks lead to it, as transparent proxies set it up: `local
+// default dev lo` in such a table says nothing about packets without the mark.
 
-// errTooManyHost is the end of a list that no rules are made for.
+// errTooManyHost means that the list is too long to make rules of it.
 var errTooManyHost = fmt.Errorf("the host has more than %d addresses and local routes", policy.MaxHostRanges)
 
-// ownRoutes are the types of the routes that end at the host.
+// ownRoutes are the types of routes that end at the host.
 var ownRoutes = []int{unix.RTN_LOCAL, unix.RTN_ANYCAST, unix.RTN_BROADCAST}
 
-// HostRanges lists what the caller's network namespace takes for itself, but for loopback.
+// HostRanges returns the ranges that the caller's network namespace takes for its own, except
+// loopback.
 func HostRanges() ([]netip.Prefix, error) { return nldump.Steady(listHost) }
 
 func listHost() ([]netip.Prefix, error) {
@@ -85,7 +87,7 @@ func listHost() ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// markedTables are the routing tables that only rules with a mark lead to.
+// markedTables returns the routing tables that only rules with a mark lead to.
 func markedTables(family int) (map[int]bool, error) {
 	rules, err := netlink.RuleList(family)
 	if err != nil {
@@ -93,14 +95,14 @@ func markedTables(family int) (map[int]bool, error) {
 	}
 	marked := make(map[int]bool)
 	for _, r := range rules {
-		// A rule for the mark 0 is one for packets without a mark.
+		// A rule for mark 0 is one for packets without a mark.
 		only, before := marked[r.Table]
 		marked[r.Table] = r.Mark != 0 && !r.Invert && (only || !before)
 	}
 	return marked, nil
 }
 
-// prefixFrom reads an address with its prefix length; the zero Prefix is none.
+// prefixFrom converts an address with its prefix length. For nil it returns the zero Prefix.
 func prefixFrom(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.Prefix{}

@@ -8,12 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RawICMP opens raw ICMP sockets, v4 and v6, for a worker whose gid may not use
-// ping sockets; what cannot be had is -1, and echo is then refused and counted.
-// The kernel's one range governs both families.
+// RawICMP opens raw ICMP sockets, v4 and v6, for a worker whose gid may not use ping sockets. A
+// socket that cannot be opened is -1, and echo is then refused and counted. The kernel has one
+// range for both families.
 //
-// They are kept as bare descriptors: as files they would be in the runtime's
-// poller, and each ICMP packet of the host would wake the monitor.
+// The sockets are kept as bare descriptors. As files they would be in the runtime's poller, and
+// each ICMP packet of the host would wake the monitor.
 func RawICMP(gid int) [2]int {
 	out := [2]int{-1, -1}
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/ping_group_range"); err == nil && inRange(string(b), gid) {
@@ -30,7 +30,8 @@ func RawICMP(gid int) [2]int {
 	return out
 }
 
-// inRange reads "low high" as /proc/sys/net/ipv4/ping_group_range has it.
+// inRange reports whether gid is in s, which is "low high" as in
+// /proc/sys/net/ipv4/ping_group_range.
 func inRange(s string, gid int) bool {
 	var low, high int64
 	if _, err := fmt.Sscan(strings.TrimSpace(s), &low, &high); err != nil {

@@ -18,8 +18,9 @@ import (
 	"sluice.dev/sluice/internal/nldump"
 )
 
-// UplinkMTU is the MTU of a family's default route, the route's own or its device's;
-// without such a route the smallest of the devices that are up; 0 if there is none.
+// UplinkMTU returns the MTU of a family's default route, which is the route's own or its device's.
+// Without such a route it returns the smallest MTU of the devices that are up, or 0 if there is
+// none.
 func UplinkMTU(family int) (int, error) {
 	return nldump.Steady(func() (int, error) { return readUplinkMTU(family) })
 }
@@ -52,20 +53,20 @@ func readUplinkMTU(family int) (int, error) {
 	return mtu, nil
 }
 
-// hostSettle lets a burst of changes (an interface that comes up) pass before
-// rules are compiled once for all of it.
+// hostSettle lets a burst of changes (an interface coming up) pass, so that rules are compiled once
+// for all of it.
 const hostSettle = 100 * time.Millisecond
 
-// hostEvents are the groups in which the kernel announces what changes the host's ranges.
+// hostEvents are the groups in which the kernel announces changes of the host's ranges.
 var hostEvents = []uint{
 	unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
 	unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 }
 
-// WatchHostRanges calls changed with the host's ranges, at once and after each change,
-// until ctx ends: with errTooManyHost where there are more than can be told. After every
-// event, also one that leaves the ranges as they were, it calls looked. It runs on the
-// caller's goroutine, and in its network namespace.
+// WatchHostRanges calls changed with the host's ranges, at once and after each change, until ctx
+// ends. If there are more than can be reported, it passes errTooManyHost. After every event it
+// calls looked, even if the ranges are the same. It runs on the caller's goroutine and in its
+// network namespace.
 func WatchHostRanges(ctx context.Context, changed func([]netip.Prefix, error), looked func()) error {
 	s, err := nl.Subscribe(unix.NETLINK_ROUTE, hostEvents...)
 	if err != nil {
@@ -107,13 +108,13 @@ func WatchHostRanges(ctx context.Context, changed func([]netip.Prefix, error), l
 		case <-time.After(hostSettle):
 		}
 		select {
-		case <-events: // what came meanwhile is in the next list
+		case <-events: // the next list includes what came meanwhile
 		default:
 		}
 	}
 }
 
-// readHostEvents passes on that something changed, until the socket ends. What the kernel
+// readHostEvents reports that something changed, until the socket ends. A message that the kernel
 // had to drop may have been a change.
 func readHostEvents(s *nl.NetlinkSocket, events chan<- struct{}) error {
 	for {
@@ -131,8 +132,8 @@ func readHostEvents(s *nl.NetlinkSocket, events chan<- struct{}) error {
 	}
 }
 
-// changesHost reports whether a message may be of a change in the host's ranges; a route
-// to elsewhere, of which some hosts have many, is not.
+// changesHost reports whether a message may be about a change of the host's ranges. A route to
+// elsewhere is not; some hosts have many of those.
 func changesHost(m syscall.NetlinkMessage) bool {
 	if m.Header.Type != unix.RTM_NEWROUTE && m.Header.Type != unix.RTM_DELROUTE {
 		return true

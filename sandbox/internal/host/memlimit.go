@@ -8,10 +8,10 @@ import (
 	"strings"
 )
 
-// CgroupMemory returns the smallest memory limit of the cgroups that the
-// caller is in, v2 or v1, or 0 when there is none. The worker, which has no
-// file system, is told the result and sets its soft limit below it, so that it
-// collects garbage rather than dies, and the marks of its budget (worker/workermemory.go).
+// CgroupMemory returns the smallest memory limit of the caller's cgroups, v2 or v1, or 0 if there
+// is none. The worker has no file system, so it is told the result. It sets its soft limit below
+// it, so that it collects garbage rather than dies, and the marks of its budget
+// (worker/workermemory.go).
 func CgroupMemory() int64 {
 	return CgroupMemoryAt("/proc/self/mountinfo", "/proc/self/cgroup")
 }
@@ -30,9 +30,8 @@ func CgroupMemoryAt(mountinfo, cgroups string) int64 {
 			continue
 		}
 		file := map[string]string{"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}[kind]
-		// A limit of any ancestor binds too. Inside a container the mount may
-		// show our own group as its root: then the joined path does not exist
-		// and the root itself is what is read.
+		// The limit of any ancestor applies too. Inside a container the mount may show our own
+		// group as its root: then the joined path does not exist, and the root itself is read.
 		for dir := filepath.Clean("/" + groups[kind]); ; dir = filepath.Dir(dir) {
 			if n := readLimit(filepath.Join(mount, dir, file)); n > 0 && (smallest == 0 || n < smallest) {
 				smallest = n
@@ -45,7 +44,7 @@ func CgroupMemoryAt(mountinfo, cgroups string) int64 {
 	return smallest
 }
 
-// cgroupPaths reads /proc/PID/cgroup: the memory group's path by mount kind.
+// cgroupPaths reads /proc/PID/cgroup and returns the memory group's path by kind of mount.
 func cgroupPaths(file string) map[string]string {
 	out := make(map[string]string)
 	b, err := os.ReadFile(file)
@@ -69,7 +68,7 @@ func cgroupPaths(file string) map[string]string {
 	return out
 }
 
-// cgroupMount reads one line of mountinfo: "… mountpoint … - type source options".
+// cgroupMount parses one line of mountinfo: "… mountpoint … - type source options".
 func cgroupMount(line string) (mount, kind string, isMemory bool) {
 	before, after, ok := strings.Cut(line, " - ")
 	b, a := strings.Fields(before), strings.Fields(after)
@@ -89,7 +88,7 @@ func cgroupMount(line string) (mount, kind string, isMemory bool) {
 	return "", "", false
 }
 
-// readLimit reads a limit in bytes; "max" and v1's huge number mean none.
+// readLimit reads a limit in bytes; "max" and v1's huge number mean no limit.
 func readLimit(file string) int64 {
 	b, err := os.ReadFile(file)
 	if err != nil {

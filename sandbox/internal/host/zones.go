@@ -9,14 +9,15 @@ import (
 	"sluice.dev/sluice/forwarder/dns"
 )
 
-// Zones of link-local resolvers. Router advertisements (RFC 8106) and DHCPv6 give a host
-// such servers: `nameserver fe80::1%eth0`. What an interface's name stands for is asked by
-// netlink, which the worker has not; so it is told the index. An interface that is removed
-// and made again has another one, so the names are kept and looked up again after each
-// change of the host's addresses.
+// Zones of link-local resolvers. Router advertisements (RFC 8106) and DHCPv6 give a host such
+// servers: `nameserver fe80::1%eth0`. Looking up an interface's name takes netlink, which the
+// worker does not have, so it is told the index. An interface that is removed and made again gets
+// another index, so the names are kept and looked up again after each change of the host's
+// addresses.
 
-// WithIndexes is u with each zone by its interface's index. A zone that names no interface
-// stays as it is, and its server cannot be asked until there is one; missing lists them.
+// WithIndexes returns u with each zone replaced by its interface's index. A zone that names no
+// interface stays, and its server cannot be asked until the interface exists; missing lists these
+// zones.
 func WithIndexes(u dns.Upstreams, indexOf func(string) (int, bool)) (_ dns.Upstreams, missing []string) {
 	if !slices.ContainsFunc(u.Servers, func(s netip.AddrPort) bool { return s.Addr().Zone() != "" }) {
 		return u, nil
@@ -38,7 +39,7 @@ func WithIndexes(u dns.Upstreams, indexOf func(string) (int, bool)) (_ dns.Upstr
 	return u, missing
 }
 
-// InterfaceIndex finds an interface of the caller's network namespace.
+// InterfaceIndex returns the index of an interface in the caller's network namespace.
 func InterfaceIndex(name string) (int, bool) {
 	i, err := net.InterfaceByName(name)
 	if err != nil {
