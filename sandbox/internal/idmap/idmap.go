@@ -26,15 +26,15 @@ import (
 //     newuidmap and newgidmap write the maps, the caller's id in its place
 //     and the ranges around it.
 
-// idExtent maps count ids starting at outside to those starting at inside.
+// idExtent maps Count ids starting at Outside to those starting at Inside.
 type idExtent struct{ Inside, Outside, Count uint32 }
 
-// ids are CMD's own, as seen inside.
+// ids are CMD's own ids, as seen inside.
 type ids struct{ uid, gid uint32 }
 
 type idMaps struct {
 	uid, gid []idExtent
-	single   bool // one id each, written without privilege
+	single   bool // one id each, written without privileges
 	tools    bool // written by newuidmap and newgidmap
 	insideID ids
 }
@@ -80,8 +80,8 @@ func (m *idMaps) mapOne(euid, egid uint32) *idMaps {
 	return m
 }
 
-// PingGroups is the value for net.ipv4.ping_group_range that lets everybody
-// inside ping. Both ends have to be mapped ids.
+// PingGroups returns the value of net.ipv4.ping_group_range that lets everyone inside ping. Both
+// ends must be mapped ids.
 func (m *idMaps) PingGroups() string {
 	for _, e := range m.gid {
 		if g := m.insideID.gid; e.Inside <= g && g-e.Inside < e.Count {
@@ -91,8 +91,8 @@ func (m *idMaps) PingGroups() string {
 	return fmt.Sprintf("%d %d", m.insideID.gid, m.insideID.gid)
 }
 
-// surround maps the caller's id to inside and lays the subordinate ranges over
-// the ids from 0 upwards, leaving that place free.
+// surround maps the caller's id to inside, and the subordinate ranges to the ids from 0 upwards
+// around it.
 func surround(inside, caller uint32, ranges []idExtent) []idExtent {
 	out := []idExtent{{inside, caller, 1}}
 	next := uint32(0)
@@ -118,7 +118,7 @@ func surround(inside, caller uint32, ranges []idExtent) []idExtent {
 	return out
 }
 
-// subordinate returns the caller's ranges, or why they cannot be used.
+// subordinate returns the caller's ranges, or the reason why they cannot be used.
 func subordinate(uid uint32) (uids, gids []idExtent, why string) {
 	for _, tool := range []string{"newuidmap", "newgidmap"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -144,7 +144,7 @@ func subordinate(uid uint32) (uids, gids []idExtent, why string) {
 	return uids, gids, ""
 }
 
-// parseSubIDs reads subuid(5): name or uid, first id, count.
+// parseSubIDs parses subuid(5): name or uid, first id, count.
 func parseSubIDs(b []byte, name string, uid uint32) []idExtent {
 	var out []idExtent
 	sc := bufio.NewScanner(bytes.NewReader(b))
@@ -163,7 +163,7 @@ func parseSubIDs(b []byte, name string, uid uint32) []idExtent {
 	return out
 }
 
-// OwnMap is the identity over every id that this process's namespace has.
+// OwnMap returns the identity map of every id in this process's namespace.
 func OwnMap(path string) ([]idExtent, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -219,7 +219,7 @@ func runMapTool(tool string, pid int, extents []idExtent) error {
 	return nil
 }
 
-// HasCaps says whether all these capabilities are effective in this process.
+// HasCaps reports whether all these capabilities are effective in this process.
 func HasCaps(caps ...int) bool {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

@@ -30,7 +30,7 @@ func TestParseSubIDs(t *testing.T) {
 	}
 }
 
-// surroundSlowly hands the ids out one by one.
+// surroundSlowly assigns the ids one by one.
 func surroundSlowly(inside, caller uint32, ranges []idExtent) map[uint32]uint32 {
 	out := map[uint32]uint32{inside: caller}
 	next := uint32(0)
