@@ -10,46 +10,46 @@ import (
 	"sluice.dev/sluice/sandbox/api"
 )
 
-// MaxLogFollowers bounds those who follow the log, so that control connections are left.
+// MaxLogFollowers bounds how many clients follow the log, so that some control connections stay
+// free.
 const MaxLogFollowers = 16
 
-// The sandbox's own log: the last lines, kept in the monitor so that a worker
-// that died cannot take its last words with it. Lines from the worker are what
-// a less trusted process wrote: they are cut, cleaned of control characters
-// and, like all lines, overwritten when the ring is full.
+// The sandbox's own log: the last lines, kept in the monitor so that a worker that died cannot take
+// its last words with it. Lines from the worker come from a less trusted process: they are cut and
+// cleaned of control characters. Like all lines, they are overwritten when the ring is full.
 
 const (
 	LogLines      = 1000
 	LogLineLength = 1024
-	// LogFollowerQueue bounds what a slow `logs -f` can hold back; beyond it lines
-	// are lost to that follower.
+	// LogFollowerQueue bounds the lines queued for a slow `logs -f`. Beyond it, that follower loses
+	// lines.
 	LogFollowerQueue = 256
-	// EchoQueue bounds the lines that wait for a standard error that takes none, and
-	// EchoPatience is how long whoever adds a line waits for it to be written.
+	// EchoQueue bounds the lines that wait for a standard error that accepts none. EchoPatience is
+	// how long a caller that adds a line waits for it to be written.
 	EchoQueue    = 64
 	EchoPatience = 100 * time.Millisecond
 )
 
 type LogRing struct {
 	now func() time.Time
-	// echo, when set, gets every line at its level or above (standard error).
+	// echo, if set, gets every line at its level or above (standard error).
 	echo func(api.LogLine)
 
 	mu        sync.Mutex
-	Lines     []api.LogLine // ring, oldest at next once full
+	Lines     []api.LogLine // a ring, oldest at next once full
 	next      int
 	dropped   uint64
 	followers map[chan api.LogLine]struct{}
 	echoing   echoing
 }
 
-// echoing is what is on its way to standard error. A terminal that was told to wait, or a
-// pipe that nobody reads, takes nothing for as long as it likes, and lines are added by
-// those who hold locks: they wait for EchoPatience, and not again until it goes on.
+// echoing is the queue of lines for standard error. A stopped terminal, or a pipe that nobody
+// reads, may accept nothing for any length of time, and callers add lines while holding locks. So
+// they wait for EchoPatience, and then not again until it accepts lines.
 type echoing struct {
 	mu    sync.Mutex
 	lines []api.LogLine
-	done  chan struct{} // closed when lines is empty; nil while nobody writes
+	done  chan struct{} // closed when lines is empty; nil while no goroutine writes
 	stuck bool
 }
 
@@ -87,8 +87,8 @@ func (l *LogRing) Add(level, source, text string) {
 	}
 }
 
-// add has line written, and waits a while until it is. Beyond EchoQueue a line is only in
-// the ring.
+// add queues line to be written, and waits a while until it is. Beyond EchoQueue a line is kept
+// only in the ring.
 func (e *echoing) add(line api.LogLine, write func(api.LogLine)) {
 	e.mu.Lock()
 	if len(e.lines) < EchoQueue {
@@ -96,7 +96,7 @@ func (e *echoing) add(line api.LogLine, write func(api.LogLine)) {
 	}
 	if e.done == nil {
 		e.done = make(chan struct{})
-		go e.drain(write) // ends when all is written; at the latest with the process
+		go e.drain(write) // ends when all lines are written, or with the process
 	}
 	done, stuck := e.done, e.stuck
 	e.mu.Unlock()
@@ -128,7 +128,7 @@ func (e *echoing) drain(write func(api.LogLine)) {
 	e.lines, e.done, e.stuck = nil, nil, false
 }
 
-// Last returns the newest n lines, oldest first; 0 means all that are kept.
+// Last returns the newest n lines, oldest first; 0 means all lines kept.
 func (l *LogRing) Last(n int) ([]api.LogLine, uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -146,9 +146,8 @@ func (l *LogRing) lastLocked(n int) []api.LogLine {
 	return out
 }
 
-// Follow returns the newest n lines and a channel of those to come; no line
-// falls between them. cancel ends it; the channel is never closed. With MaxLogFollowers
-// already there cancel is nil.
+// Follow returns the newest n lines and a channel of the lines to come, with no gap between them.
+// cancel ends it; the channel is never closed. If there are MaxLogFollowers already, cancel is nil.
 func (l *LogRing) Follow(n int) (lines []api.LogLine, ch <-chan api.LogLine, cancel func()) {
 	c := make(chan api.LogLine, LogFollowerQueue)
 	l.mu.Lock()
@@ -164,7 +163,7 @@ func (l *LogRing) Follow(n int) (lines []api.LogLine, ch <-chan api.LogLine, can
 	}
 }
 
-// CleanLine makes one printable line of at most LogLineLength bytes.
+// CleanLine returns s as one printable line of at most LogLineLength bytes.
 func CleanLine(s string) string {
 	s = strings.ReplaceAll(strings.TrimRight(s, "\r\n"), "\n", "; ")
 	if len(s) > LogLineLength {
