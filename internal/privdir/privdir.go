@@ -1,12 +1,11 @@
-// Package privdir makes directories that nobody else can enter, replace or lead elsewhere.
+// Package privdir makes directories that no other user can enter, replace or redirect.
 //
-// A path is walked from the root by descriptors (openat, O_NOFOLLOW, fstat), so that what
-// was checked is what is used. Every directory on the way, and every symbolic link, must be
-// root's or the caller's own, and no directory may be writable to others without a sticky
-// bit: else its writer could put another one in the place of what was checked. The last
-// name must be a directory of the caller's own, never a link.
+// A path is walked from the root by descriptors (openat, O_NOFOLLOW, fstat), so that what was
+// checked is what is used. Every directory and symbolic link on the way must belong to root or the
+// caller, and no directory may be writable by others without a sticky bit: otherwise a writer could
+// replace what was checked. The last name must be a directory of the caller's own, never a link.
 //
-// It knows nothing of what the directories are for.
+// The package does not know what the directories are for.
 package privdir
 
 import (
@@ -20,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ModeError says that a directory is open to others.
+// ModeError means that a directory is open to others.
 type ModeError struct {
 	Path string
 	Mode fs.FileMode // its permission bits
@@ -30,7 +29,7 @@ func (e *ModeError) Error() string {
 	return fmt.Sprintf("%s is open to others (mode %#o): chmod 700 it", e.Path, e.Mode)
 }
 
-// OwnerError says that a directory is another user's, who may have made it first on purpose.
+// OwnerError means that a directory belongs to another user, who may have made it first on purpose.
 type OwnerError struct {
 	Path       string
 	Owner, UID int
@@ -40,11 +39,12 @@ func (e *OwnerError) Error() string {
 	return fmt.Sprintf("%s belongs to uid %d, not to %d", e.Path, e.Owner, e.UID)
 }
 
-// Make makes the directory at path with mode 0700 if it is not there, and checks it and the
-// way to it: it must be uid's and have no permission bit of forbid. Its parent must be there.
+// Make makes the directory at path with mode 0700 if it does not exist, and checks it and the way
+// to it. The directory must belong to uid and have no permission bit of forbid. Its parent must
+// exist.
 func Make(path string, uid int, forbid fs.FileMode) error { return open(path, uid, forbid, false) }
 
-// MakeAll is Make, and makes the directories on the way too.
+// MakeAll is Make, but also makes missing directories on the way.
 func MakeAll(path string, uid int, forbid fs.FileMode) error { return open(path, uid, forbid, true) }
 
 // maxLinks bounds the symbolic links of one path, as the kernel does (path_resolution(7)).
@@ -84,12 +84,12 @@ func open(path string, uid int, forbid fs.FileMode, parents bool) error {
 	return nil
 }
 
-// walker stands at one directory of a path.
+// walker is at one directory of a path.
 type walker struct {
 	path  string // for errors
 	uid   int
 	at    int    // an O_PATH descriptor, or -1 before the root
-	mode  uint32 // at's
+	mode  uint32 // mode of at
 	links int
 }
 
@@ -99,7 +99,7 @@ func (w *walker) close() {
 	}
 }
 
-// look opens a name below at, whatever it is.
+// look opens a name in at, whatever its type.
 func (w *walker) look(name string) (fd int, st unix.Stat_t, err error) {
 	fd, err = unix.Openat(w.at, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err == nil {
@@ -113,7 +113,7 @@ func (w *walker) look(name string) (fd int, st unix.Stat_t, err error) {
 	return fd, st, nil
 }
 
-// walk goes from the root through names, empty ones aside.
+// walk goes from the root through names, skipping empty ones.
 func (w *walker) walk(names []string, parents bool) error {
 	if err := w.root(); err != nil {
 		return err
@@ -167,8 +167,9 @@ func (w *walker) root() error {
 	return w.enter(fd, st, "/")
 }
 
-// enter moves on to a directory that can be trusted, and owns fd. A group that may write to a
-// directory further up is the system's business: distributions have such.
+// enter moves on to a directory if it can be trusted, and takes ownership of fd. It accepts a
+// directory further up that a group may write to, which is the system's business: some
+// distributions have those.
 func (w *walker) enter(fd int, st unix.Stat_t, name string) error {
 	var err error
 	switch {
@@ -188,7 +189,7 @@ func (w *walker) enter(fd int, st unix.Stat_t, name string) error {
 	return nil
 }
 
-// follow reads a link that only root or the caller can have made, and owns fd.
+// follow reads a link that only root or the caller can have made, and takes ownership of fd.
 func (w *walker) follow(fd int, st unix.Stat_t, name string) (string, error) {
 	defer unix.Close(fd)
 	if !trusted(int(st.Uid), w.uid) {
@@ -205,16 +206,17 @@ func (w *walker) follow(fd int, st unix.Stat_t, name string) (string, error) {
 	return string(b[:n]), nil
 }
 
-// unmapped is the owner that the kernel shows in a user namespace for one that it lacks.
+// unmapped is the owner that the kernel shows in a user namespace for an owner that has no id
+// there.
 const unmapped = 65534
 
-// trusted reports whether an owner is root or uid. In a user namespace that lacks root, root's
-// files are those of nobody.
+// trusted reports whether an owner is root or uid. In a user namespace without root, root's files
+// appear to belong to nobody.
 func trusted(owner, uid int) bool {
 	return owner == 0 || owner == uid || owner == unmapped && inUserNamespace()
 }
 
-// inUserNamespace reports whether some users of the machine have no number here.
+// inUserNamespace reports whether some users of the machine have no id here.
 func inUserNamespace() bool {
 	b, err := os.ReadFile("/proc/self/uid_map")
 	return err == nil && strings.Join(strings.Fields(string(b)), " ") != "0 0 4294967295"

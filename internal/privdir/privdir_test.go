@@ -12,15 +12,15 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// stranger owns what another user has made first.
+// stranger is the uid of another user, who made something first.
 const stranger = 4242
 
 func TestWhatCouldBeAnothersIsRefused(t *testing.T) {
 	me := os.Geteuid()
 	for _, row := range []struct {
 		name string
-		root bool                            // changing owners needs it
-		make func(t *testing.T, base string) // base is ours, 0755, and its child "dir" is asked for
+		root bool                            // changing owners requires root
+		make func(t *testing.T, base string) // base is ours, 0755, and the test asks for its child "dir"
 		path string
 		want string
 	}{
