@@ -1,9 +1,9 @@
-// Package fswatch opens descriptors that tell when a path may lead elsewhere than before.
+// Package fswatch opens descriptors that report when a path may have begun to lead elsewhere.
 //
-// The kernel tells by inotify, of which each user has a bounded number of instances
-// (fs.inotify.max_user_instances, 128 by default): on a desktop or a node with many pods
-// they are used up by others. A change must be noticed there too, so what stands in for an
-// instance is a timer, which asks its reader to look again each second.
+// The kernel reports it through inotify, but each user has a bounded number of instances
+// (fs.inotify.max_user_instances, 128 by default). On a desktop, or a node with many pods, other
+// programs may have used them up. A change must be noticed there too, so a timer stands in for the
+// instance and makes its reader look again every second.
 package fswatch
 
 import (
@@ -13,11 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Every is how often a path that the kernel does not watch is to be looked at.
+// Every is how often to check a path that the kernel does not watch.
 const Every = time.Second
 
-// Open returns an inotify instance without watches, or, ticking, where none can be had, a
-// Ticker. The descriptor is non-blocking and the caller's.
+// Open returns an inotify instance without watches. If none is available, it returns a Ticker
+// instead and ticking is true. The descriptor is non-blocking, and the caller owns it.
 func Open() (fd int, ticking bool, err error) {
 	return open(unix.InotifyInit1)
 }
@@ -30,8 +30,8 @@ func open(inotify func(flags int) (int, error)) (fd int, ticking bool, err error
 	return fd, true, err
 }
 
-// Ticker returns a descriptor that becomes readable after each Every. A read takes the
-// number of times that it did (timerfd_create(2)). It is non-blocking and the caller's.
+// Ticker returns a descriptor that becomes readable after each Every. A read returns how often it
+// did (timerfd_create(2)). The descriptor is non-blocking, and the caller owns it.
 func Ticker() (int, error) {
 	fd, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_NONBLOCK|unix.TFD_CLOEXEC)
 	if err != nil {

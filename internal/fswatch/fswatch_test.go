@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// waits reads once from a descriptor of Open's, in Go's poller, and says how long it took.
+// waits reads once from a descriptor returned by Open, through Go's poller, and returns how long
+// that took.
 func waits(t *testing.T, fd int) time.Duration {
 	t.Helper()
 	f := os.NewFile(uintptr(fd), "watch")
