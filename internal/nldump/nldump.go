@@ -1,4 +1,4 @@
-// Package nldump reads tables of the kernel that change while they are read.
+// Package nldump reads kernel tables that may change while they are read.
 package nldump
 
 import (
@@ -8,11 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tries is how often a table is read at most.
+// Tries is the maximum number of times that a table is read.
 const Tries = 64
 
-// Steady returns what read does, and calls it again, up to Tries times, where the kernel says
-// that the table changed meanwhile (NLM_F_DUMP_INTR): the answer may lack what is there.
+// Steady returns the result of read. It calls read again, up to Tries times, if the kernel reports
+// that the table changed meanwhile (NLM_F_DUMP_INTR), since such an answer may be incomplete.
 func Steady[T any](read func() (T, error)) (v T, err error) {
 	for range Tries {
 		if v, err = read(); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
