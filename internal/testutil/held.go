@@ -8,17 +8,17 @@ import (
 	"time"
 )
 
-// Held is what the test's own process holds at one moment.
+// Held is a count of what the test's process holds at one moment.
 type Held struct{ Descriptors, Goroutines int }
 
-// Holds counts what the process holds now.
+// Holds returns what the process holds now.
 func Holds(t testing.TB) Held {
 	t.Helper()
 	return Held{Descriptors(t, os.Getpid()), runtime.NumGoroutine()}
 }
 
-// CheckReleased fails the test when the process still holds more than at before after five
-// seconds: some goroutines and descriptors end a moment after their owner closes them.
+// CheckReleased fails the test if the process still holds more than before after five seconds. It
+// waits because some goroutines and descriptors end a moment after their owner closes them.
 func (before Held) CheckReleased(t testing.TB) {
 	t.Helper()
 	before.checkReleased(t, 5*time.Second)
@@ -37,8 +37,8 @@ func (before Held) checkReleased(t testing.TB, limit time.Duration) {
 	t.Errorf("held before %+v, now %+v:\n%s", before, now, stacks[:runtime.Stack(stacks, true)])
 }
 
-// Descriptors counts a process's open descriptors. In the test's own process the one that
-// reads the list is among them, each time.
+// Descriptors returns the number of a process's open descriptors. In the test's own process that
+// always includes the one that reads the list.
 func Descriptors(t testing.TB, pid int) int {
 	t.Helper()
 	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))

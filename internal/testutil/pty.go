@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OpenPTY returns both ends of a new pseudo-terminal, 31 rows by 97 columns, which close with
-// the test. Neither becomes the test's controlling terminal.
+// OpenPTY returns both ends of a new pseudo-terminal of 31 rows by 97 columns. They are closed when
+// the test ends. Neither becomes the test's controlling terminal.
 func OpenPTY(t testing.TB) (master, slave *os.File) {
 	t.Helper()
 	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)

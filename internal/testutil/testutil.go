@@ -1,6 +1,6 @@
-// Package testutil holds what the tests of many packages share. It imports "testing" and is
-// for tests alone: the import table's test fails where other code imports it. It imports no
-// other package of ours, so that each package's own tests can use it.
+// Package testutil holds helpers that the tests of many packages share. It imports "testing" and is
+// for tests alone: the import table's test fails if other code imports it. It imports no other
+// package of ours, so that the tests of every package can use it.
 package testutil
 
 import (
@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// patience is how long Eventually waits. It is for a slow machine and no measure of anything.
+// patience is how long Eventually waits. It allows for a slow machine and measures nothing.
 const patience = 15 * time.Second
 
-// Must ends the test when err is not nil.
+// Must ends the test if err is not nil.
 func Must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -23,8 +23,8 @@ func Must(t testing.TB, err error) {
 	}
 }
 
-// Eventually polls until ok holds, and ends the test when it does not within 15 s. It is for
-// states that the kernel or another goroutine brings about and that no event announces.
+// Eventually polls until ok holds, and ends the test if it does not within 15 s. It is for states
+// that the kernel or another goroutine brings about without an event to wait for.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	if !poll(patience, time.Millisecond, ok) {
@@ -32,8 +32,8 @@ func Eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// Within is Eventually with a limit of its own and a state that ok describes: the last one is
-// reported. The test fails but goes on, to report what else it finds.
+// Within is Eventually with its own limit, and with an ok that describes the state. If the test
+// fails, the last state is reported, and the test goes on to report what else it finds.
 func Within(t testing.TB, limit time.Duration, ok func() (bool, string)) {
 	t.Helper()
 	var state string
@@ -55,7 +55,7 @@ func poll(limit, pause time.Duration, ok func() bool) bool {
 	return true
 }
 
-// Run runs a command and returns what it prints; the test ends when the command fails.
+// Run runs a command and returns its output. It ends the test if the command fails.
 func Run(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -65,8 +65,8 @@ func Run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
-// ShortDir is a temporary directory, mode 0700, whose path leaves room for a socket's name:
-// T.TempDir has the test's in it, and a unix socket's path ends at 107 bytes.
+// ShortDir returns a temporary directory, mode 0700, whose path leaves room for a socket's name.
+// The path of T.TempDir includes the test's name, and a unix socket's path ends at 107 bytes.
 func ShortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "sl")
@@ -75,7 +75,7 @@ func ShortDir(t testing.TB) string {
 	return dir
 }
 
-// RuntimeDir is a ShortDir in which the test and its children keep sandboxes' state.
+// RuntimeDir returns a ShortDir in which the test and its children keep the state of sandboxes.
 func RuntimeDir(t *testing.T) string {
 	t.Helper()
 	dir := ShortDir(t)
@@ -83,7 +83,7 @@ func RuntimeDir(t *testing.T) string {
 	return dir
 }
 
-// PublicDir is a temporary directory that other users may enter and read.
+// PublicDir returns a temporary directory that other users may enter and read.
 func PublicDir(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// verdict is a testing.TB that keeps what a helper says instead of failing.
+// verdict is a testing.TB that records a helper's messages instead of failing.
 type verdict struct {
 	testing.TB
 	said string
@@ -20,7 +20,7 @@ func (v *verdict) Helper()                           {}
 func (v *verdict) Errorf(format string, args ...any) { v.said += fmt.Sprintf(format, args...) }
 func (v *verdict) Fatal(args ...any)                 { v.said += fmt.Sprint(args...); runtime.Goexit() }
 
-// of runs f, which a helper may end, and returns what the helper said.
+// of runs f, which a helper may end, and returns the helper's messages.
 func of(t *testing.T, f func(testing.TB)) string {
 	v := &verdict{TB: t}
 	done := make(chan struct{})
