@@ -1,7 +1,7 @@
 #include "textflag.h"
 
-// onSignal is the signal handler of threads.go. The kernel called it and restores every
-// register when it returns, to restorer.
+// onSignal is the signal handler of threads.go. The kernel calls it, and restores every
+// register when it has returned to restorer.
 TEXT ·onSignal(SB), NOSPLIT|NOFRAME, $0
 	MOVQ ·order+0(SB), BX // calls
 	MOVQ ·order+8(SB), R12 // n

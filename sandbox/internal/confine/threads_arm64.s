@@ -1,7 +1,7 @@
 #include "textflag.h"
 
-// onSignal is the signal handler of threads.go. The kernel called it and restores every
-// register when it returns, to the kernel's own trampoline.
+// onSignal is the signal handler of threads.go. The kernel calls it, and restores every
+// register when it has returned to the kernel's own trampoline.
 TEXT ·onSignal(SB), NOSPLIT|NOFRAME, $0
 	MOVD ·order+0(SB), R9 // calls
 	MOVD ·order+8(SB), R10 // n

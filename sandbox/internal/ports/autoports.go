@@ -17,7 +17,7 @@ import (
 //	below 1024                  the host's services', even where root or a sysctl may bind them
 //	WellKnownPorts              those of services that programs look for on a loopback address
 //	held by another, in either  a sandbox that had [::1]:P beside a service's 127.0.0.1:P would
-//	family                      be asked first by whoever looks for localhost
+//	family                      be asked first by a client of localhost
 //
 // A service that starts later in the other family goes unnoticed.
 
