@@ -1,6 +1,6 @@
 package hostsock
 
-// How a failed dial is told to the sandbox, and to the log.
+// How a failed dial is reported to the sandbox, and in the log.
 
 import (
 	"golang.org/x/sys/unix"
@@ -9,9 +9,8 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// DialError reads the ICMP error that ended a connection attempt off the
-// socket's error queue; ok is false when there is none, as for errors that the
-// host found by itself.
+// DialError reads the ICMP error that ended a connection attempt from the socket's error queue. ok
+// is false if there is none, as for errors that the host found by itself.
 func DialError(fd int) (e packet.ExtendedErr, ok bool) {
 	var data [packet.QuoteMax]byte
 	var oob [256]byte
@@ -24,8 +23,8 @@ func DialError(fd int) (e packet.ExtendedErr, ok bool) {
 	return c.Err, c.HasErr && fromNetwork
 }
 
-// Shortage is what the host has too little of if it gives no socket, or no port, with this
-// error; empty for another error.
+// Shortage returns the resource that the host lacks if it fails to give a socket, or a port, with
+// this error. It is empty for other errors.
 func Shortage(errno unix.Errno) nat.Reason {
 	switch errno {
 	case unix.EMFILE, unix.ENFILE:

@@ -1,10 +1,9 @@
 package hostsock
 
-// The dialer is the only place of the program that opens sockets towards the
-// outside. What it opens, it opens for a policy.Verdict, which only policy can
-// make, and the address is compared with the verdict's target once more in the
-// same function that hands it to the kernel, so nothing between the decision
-// and the connect can change where the bytes go.
+// The dialer is the only part of the program that opens sockets to the outside. It opens each for a
+// policy.Verdict, which only policy can make. The function that passes the address to the kernel
+// compares it with the verdict's target once more, so nothing between the decision and the connect
+// can change where the bytes go.
 
 import (
 	"errors"
@@ -23,8 +22,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// errVerdict says that a dial was asked for something policy did not allow. It
-// is a defect of the caller, counted and refused.
+// errVerdict says that a dial was requested that policy did not allow. It is a defect of the
+// caller, counted and refused.
 var errVerdict = errors.New("the verdict does not allow this address")
 
 // Dialer opens host sockets for verdicts.
@@ -34,11 +33,11 @@ type Dialer struct {
 	exhausts  *atomic.Uint64 // EMFILE, ENFILE, ENOBUFS, ENOMEM
 	log       *slog.Logger
 	Pod       bool                      // see dialer_pod.go
-	keepalive atomic.Pointer[Keepalive] // of connections that are set up from now on; never nil
-	told      atomic.Int64              // when the last lack was logged, in Unix seconds
+	keepalive atomic.Pointer[Keepalive] // of new connections; never nil
+	told      atomic.Int64              // when a shortage was last logged, in Unix seconds
 }
 
-// tellEvery is how often a lack of descriptors is logged at most, in seconds.
+// tellEvery is the least time between log lines about a shortage of descriptors, in seconds.
 const tellEvery = 60
 
 func NewDialer(s *count.Set, log *slog.Logger) *Dialer {
@@ -48,11 +47,11 @@ func NewDialer(s *count.Set, log *slog.Logger) *Dialer {
 	return d
 }
 
-// TCPConnect starts a connection to the verdict's contact. Nothing may be written to it unless
-// a verdict permits that: of a flow whose first bytes are awaited this one does not. connected tells that
-// it is established already, as it is for most local targets; otherwise the
-// descriptor becomes writable when the attempt ends, and SO_ERROR says how. src is
-// the sandbox's address, which only a pod's sockets have too.
+// TCPConnect starts a connection to the verdict's contact. Nothing may be written to it unless a
+// verdict permits that; this one does not for a flow whose first bytes are awaited. connected
+// reports that it is established already, as it is for most local targets. Otherwise the descriptor
+// becomes writable when the attempt ends, and SO_ERROR says how. src is the sandbox's address, to
+// which only a pod's sockets are bound.
 func (d *Dialer) TCPConnect(v policy.Verdict, h packet.Meta, src netip.Addr) (fd int, connected bool, err error) {
 	to := v.Contact()
 	if !to.IsValid() || v.Proto() != unix.IPPROTO_TCP {
@@ -139,8 +138,8 @@ func (d *Dialer) EchoSocket(v policy.Verdict) (int, error) {
 	return fd, nil
 }
 
-// Check is asked right before each datagram leaves: it tells whether to is what
-// the verdict allowed.
+// Check is called right before each datagram leaves. It fails unless to is an address that the
+// verdict allowed.
 func (d *Dialer) Check(v policy.Verdict, to netip.AddrPort) error {
 	if !v.Allowed() || !v.Permits(to) {
 		d.refused.Add(1)
@@ -167,7 +166,7 @@ func (d *Dialer) open(a netip.Addr, typ, proto int) (int, error) {
 	return fd, nil
 }
 
-// tellLack says what an operator can do about it, once in a while.
+// tellLack logs, once in a while, what an operator can do about it.
 func (d *Dialer) tellLack(err error) {
 	now, last := time.Now().Unix(), d.told.Load()
 	if now-last >= tellEvery && d.told.CompareAndSwap(last, now) {
@@ -181,25 +180,25 @@ func (d *Dialer) Close(fd int) {
 	unix.Close(fd)
 }
 
-// Reset closes a connected descriptor so that its peer is told by RST.
+// Reset closes a connected descriptor so that its peer gets a RST.
 func (d *Dialer) Reset(fd int) {
 	// The error is of no use: the socket is closed either way.
 	_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	d.Close(fd)
 }
 
-// Disconnect ends a stream socket's connection at once: what the kernel has not sent is not
-// sent any more, and the peer gets a reset (tcp_disconnect in net/ipv4/tcp.c). The
-// descriptor stays its owner's, and reads and writes on it fail.
+// Disconnect ends a stream socket's connection at once: bytes that the kernel has not sent are
+// discarded, and the peer gets a reset (tcp_disconnect in net/ipv4/tcp.c). The descriptor still
+// belongs to its owner, and reads and writes on it fail.
 func (d *Dialer) Disconnect(fd int) {
 	unspec := unix.RawSockaddr{Family: unix.AF_UNSPEC}
 	// It fails only for a socket that has no connection.
 	_, _, _ = syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&unspec)), unsafe.Sizeof(unspec))
 }
 
-// TuneStream sets what every spliced TCP socket wants: no delay, because bytes
-// arrive here in segments that the other side already chose; urgent data kept
-// in line, because a byte must not be lost; and probes while it is idle.
+// TuneStream sets the options that every spliced TCP socket needs: no delay, because the other side
+// has already chosen the segments in which bytes arrive; urgent data kept in line, because no byte
+// may be lost; and probes while idle.
 func (d *Dialer) TuneStream(fd int) error {
 	for _, o := range [...]struct {
 		level, name, value int
@@ -215,8 +214,8 @@ func (d *Dialer) TuneStream(fd int) error {
 	return d.keepalive.Load().probeHost(fd)
 }
 
-// TunePacket asks for the ancillary data that truthful datagrams need: errors
-// with their origin, hop limits, traffic classes, and the local address.
+// TunePacket asks for the ancillary data that faithful forwarding of datagrams needs: errors with
+// their origin, hop limits, traffic classes, and the local address.
 func TunePacket(fd int, v6 bool) error {
 	level := unix.IPPROTO_IP
 	names := []int{unix.IP_RECVERR, unix.IP_RECVTTL, unix.IP_RECVTOS, unix.IP_PKTINFO}
@@ -232,9 +231,9 @@ func TunePacket(fd int, v6 bool) error {
 	return nil
 }
 
-// setHops applies the packet's traffic class, and its hop limit where it is so
-// low that the sender must have meant it (traceroute); 0 leaves the default. A TCP connection of the
-// host is a path of its own, so an ordinary hop limit is the host's to choose.
+// setHops applies the packet's traffic class, and its hop limit where it is so low that the sender
+// must have meant it (traceroute); 0 leaves the default. A TCP connection of the host has a path of
+// its own, so the host chooses an ordinary hop limit.
 func setHops(fd int, v6 bool, h packet.Meta) error {
 	level, ttl, tos := unix.IPPROTO_IP, unix.IP_TTL, unix.IP_TOS
 	if v6 {
@@ -253,9 +252,9 @@ func setHops(fd int, v6 bool, h packet.Meta) error {
 	return nil
 }
 
-// RecvErr has the kernel queue ICMP errors about a TCP socket, or not. While it does it also
-// ends an established connection for them (tcp_v4_err in net/ipv4/tcp_ipv4.c); RFC 1122
-// section 4.2.3.9 has them soft, so that a connection outlives a route that is lost for a while.
+// RecvErr sets whether the kernel queues ICMP errors about a TCP socket. While it does, they also
+// end an established connection (tcp_v4_err in net/ipv4/tcp_ipv4.c). RFC 1122 section 4.2.3.9 makes
+// them soft, so that a connection outlives a temporary loss of its route.
 func RecvErr(fd int, v6, on bool) error {
 	level, name, value := unix.IPPROTO_IP, unix.IP_RECVERR, 0
 	if v6 {
@@ -270,9 +269,9 @@ func RecvErr(fd int, v6, on bool) error {
 	return nil
 }
 
-// Dialed returns what became of a dial that has ended. The error queue is for the dial: that of
-// one that succeeded is turned off, and an error that came by it between the two is forgotten.
-// That of one that failed is left to be read (DialError).
+// Dialed returns the result of a dial that has ended. The error queue is meant for the dial: if it
+// succeeded, the queue is turned off, and an error that arrived in between is discarded. If it
+// failed, the queue is left to be read (DialError).
 func Dialed(fd int, v6 bool) error {
 	for range 2 { // an error may come before the queue is off
 		errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -289,8 +288,8 @@ func Dialed(fd int, v6 bool) error {
 	return nil
 }
 
-// ToSockaddr converts an address for the kernel. A 4-in-6 address is never given
-// to it: the address is unmapped here once more.
+// ToSockaddr converts an address for the kernel, which never gets a 4-in-6 address: the address is
+// unmapped here once more.
 func ToSockaddr(a netip.AddrPort) unix.Sockaddr {
 	ip := a.Addr().Unmap()
 	if ip.Is4() {

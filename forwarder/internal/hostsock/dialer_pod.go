@@ -1,8 +1,7 @@
 package hostsock
 
-// Host sockets of a pod. They live in a network namespace that is the pod's alone, and
-// carry the pod's own addresses: where it has several of a family, the one that the
-// pod itself chose.
+// Host sockets of a pod. They live in a network namespace that is the pod's alone, and use the
+// pod's own addresses. If the pod has several of a family, they use the one that it chose itself.
 
 import (
 	"net/netip"
@@ -12,22 +11,22 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// The UDP ports that our sockets take in a pod's uplink namespace: above Linux's
-// ephemeral ports (net.ipv4.ip_local_port_range), because a datagram for a port that
-// one of our sockets has never reaches a server of the pod's on that port. The kernel
-// honours this only within the namespace's own range, which whoever makes the uplink
-// has to widen to 65535. A pod that uses them all falls back on the rest.
+// The UDP ports that our sockets take in a pod's uplink namespace. They lie above Linux's ephemeral
+// ports (net.ipv4.ip_local_port_range), because a datagram for a port held by one of our sockets
+// never reaches a server of the pod on that port. The kernel honours this only within the
+// namespace's own range, which the uplink's creator must widen to 65535. A pod that uses them all
+// falls back on the rest.
 const podPortsFirst, podPortsLast = 61000, 65535
 
-// prepareUDP binds a fresh UDP socket to one of the pod's addresses and to a port that
-// is not its servers'. It does nothing where there is no pod.
+// prepareUDP binds a fresh UDP socket to one of the pod's addresses and to a port that the pod's
+// servers do not use. It does nothing where there is no pod.
 func (d *Dialer) prepareUDP(fd int, src netip.Addr) error {
 	if !d.Pod {
 		return nil
 	}
 	at := ToSockaddr(netip.AddrPortFrom(src, 0))
-	// The option is IPv4's by name and both families' by effect. A kernel before 6.3
-	// has it not: there, or when all are taken, any port has to do.
+	// The option's name says IPv4, but it works for both families. Kernels before 6.3 lack it:
+	// there, or if all ports are taken, any port has to do.
 	if unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, podPortsLast<<16|podPortsFirst) == nil {
 		if unix.Bind(fd, at) == nil {
 			return nil
@@ -37,8 +36,8 @@ func (d *Dialer) prepareUDP(fd int, src netip.Addr) error {
 	return unix.Bind(fd, at)
 }
 
-// prepareStream binds a fresh TCP socket to one of the pod's addresses; its port is
-// chosen with its peer known, so that each peer may be reached from every port.
+// prepareStream binds a fresh TCP socket to one of the pod's addresses. Its port is chosen once its
+// peer is known, so that each peer can be reached from every port.
 func (d *Dialer) prepareStream(fd int, src netip.Addr) error {
 	if !d.Pod {
 		return nil

@@ -1,2 +1,2 @@
-// Package hostsock opens and tunes host sockets. Only a policy.Verdict has one opened.
+// Package hostsock opens and tunes host sockets, each for a policy.Verdict.
 package hostsock

@@ -2,16 +2,16 @@ package hostsock
 
 // Probes of idle TCP connections (RFC 9293 section 3.8.4, RFC 5382 REQ-5).
 //
-// A connection of the sandbox is two: keepalive ends here, and so do TCP_KEEPIDLE,
-// TCP_USER_TIMEOUT and whatever else an application sets. So each half is probed from here,
+// A connection of the sandbox has two halves: keepalive ends here, and so do TCP_KEEPIDLE,
+// TCP_USER_TIMEOUT and anything else that an application sets. So each half is probed from here,
 // whether or not the application asks for it:
 //
 //	to the host's side    often enough for a NAT on the way to keep the connection (most
-//	                      forget after 5 minutes or more), and for a far side that is gone to be noticed:
-//	                      its end is a reset inside, Time + Probes x Interval after it was last heard of
-//	to the sandbox's      as often. A sandbox whose kernel knows the connection no more resets
-//	                      it; one that does not answer at all may have been stopped as a whole, as a
-//	                      virtual machine is, and is given insideSilence
+//	                      forget after 5 minutes or more), and to detect a dead far side: the
+//	                      sandbox gets a reset Time + Probes x Interval after it was last heard of
+//	to the sandbox's      as often. A sandbox whose kernel no longer knows the connection resets
+//	                      it; one that does not answer at all may have been stopped as a whole, as
+//	                      a virtual machine can be, and is given insideSilence
 
 import (
 	"fmt"
@@ -32,8 +32,8 @@ type Keepalive struct {
 	Probes   int           // tcp_keepalive_probes: unanswered before the connection ends
 }
 
-// DefaultKeepalive probes each minute, and notices a far side that is gone in 11 minutes, as
-// Linux does from its first probe on.
+// DefaultKeepalive probes each minute, and detects a dead far side in 11 minutes, the same time
+// that Linux takes from its first probe on.
 func DefaultKeepalive() Keepalive {
 	return Keepalive{Time: time.Minute, Interval: time.Minute, Probes: 10}
 }
@@ -41,7 +41,7 @@ func DefaultKeepalive() Keepalive {
 // insideSilence is how long the sandbox's kernel may leave probes unanswered.
 const insideSilence = 2 * time.Hour
 
-// What the kernel takes: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT.
+// The kernel's limits: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT.
 const (
 	mostKeepaliveSeconds = 32767
 	mostKeepaliveProbes  = 127
@@ -54,12 +54,13 @@ var keepaliveNames = [...]string{"net.ipv4.tcp_keepalive_time", "net.ipv4.tcp_ke
 // KeepaliveSysctls are the names of Keepalive's settings.
 func KeepaliveSysctls() []string { return slices.Clone(keepaliveNames[:]) }
 
-// keepaliveIndex finds a setting, with or without "net.ipv4."; -1 if it is none.
+// keepaliveIndex returns the index of a setting, with or without "net.ipv4."; -1 if there is none
+// of that name.
 func keepaliveIndex(name string) int {
 	return slices.Index(keepaliveNames[:], keepalivePrefix+strings.TrimPrefix(name, keepalivePrefix))
 }
 
-// IsKeepaliveSysctl reports whether name is one of KeepaliveSysctls, be it without "net.ipv4.".
+// IsKeepaliveSysctl reports whether name is one of KeepaliveSysctls, with or without "net.ipv4.".
 func IsKeepaliveSysctl(name string) bool { return keepaliveIndex(name) >= 0 }
 
 // Sysctl reads a setting by its name; times are in whole seconds.
@@ -94,10 +95,10 @@ func (k *Keepalive) SetSysctl(name, value string) error {
 	return nil
 }
 
-// SetKeepalive has connections that are set up from now on probed as k says.
+// SetKeepalive makes k apply to connections that are set up from now on.
 func (d *Dialer) SetKeepalive(k Keepalive) { d.keepalive.Store(&k) }
 
-// Keepalive returns how connections are probed that are set up from now on.
+// Keepalive returns the settings for connections that are set up from now on.
 func (d *Dialer) Keepalive() Keepalive { return *d.keepalive.Load() }
 
 // probeHost has the kernel probe the far side of a host socket.

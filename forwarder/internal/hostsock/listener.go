@@ -10,15 +10,15 @@ import (
 // Listener is a published port: a bound host socket, listening if it is TCP.
 type Listener struct {
 	Proto uint8          // unix.IPPROTO_TCP or IPPROTO_UDP
-	FD    int            // non-blocking; owned by the forwarder once Publish succeeded
+	FD    int            // non-blocking; owned by the forwarder once Publish has succeeded
 	Host  netip.AddrPort // where it is bound
 	Guest netip.AddrPort // where it leads
-	// Other is the same port of the guest's other family, where a client is taken whom the
-	// sandbox refuses at Guest; the zero value if there is none.
+	// Other is the same port of the guest's other family, for a client that the sandbox refuses at
+	// Guest. It is the zero value if there is none.
 	Other netip.AddrPort
 }
 
-// ErrPublished says that a listener for the same host port is there already.
+// ErrPublished says that there is already a listener for the same host port.
 var ErrPublished = errors.New("already published")
 
 // AddrPort converts the kernel's address, unmapped.

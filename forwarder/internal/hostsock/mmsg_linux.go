@@ -2,11 +2,10 @@ package hostsock
 
 // Batched datagram system calls and their control messages.
 //
-// x/sys/unix has sendmsg and recvmsg with a slice, an address and a control
-// buffer allocated per call. The datagram path wants many datagrams per call and
-// nothing allocated, so the message headers are laid out here once per batch and
-// only lengths are rewritten. Every socket is non-blocking, so none of these calls
-// can wait.
+// x/sys/unix has sendmsg and recvmsg with a slice, an address and a control buffer allocated per
+// call. The datagram path needs many datagrams per call and no allocation, so the message headers
+// are laid out here once per batch and only lengths are rewritten. Every socket is non-blocking, so
+// none of these calls can wait.
 
 import (
 	"encoding/binary"
@@ -27,7 +26,7 @@ type Mmsghdr struct {
 // RawAddr is a sockaddr_in or sockaddr_in6, in place.
 type RawAddr [unix.SizeofSockaddrInet6]byte
 
-// Put writes a, which must be unmapped, and returns the length of what it wrote.
+// Put writes a, which must be unmapped, and returns the number of bytes written.
 func (s *RawAddr) Put(a netip.AddrPort) uint32 {
 	*s = RawAddr{}
 	if a.Addr().Is4() {
@@ -96,7 +95,7 @@ func AppendCmsgInt(b []byte, level, typ int32, v int) []byte {
 	return AppendCmsg(b, level, typ, d[:])
 }
 
-// AppendPktinfo appends the source address that a datagram shall leave from.
+// AppendPktinfo appends the source address from which a datagram is to leave.
 func AppendPktinfo(b []byte, src netip.Addr) []byte {
 	if src.Is4() {
 		var pi [unix.SizeofInet4Pktinfo]byte // ifindex, spec_dst, addr
@@ -110,11 +109,11 @@ func AppendPktinfo(b []byte, src netip.Addr) []byte {
 	return AppendCmsg(b, unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, pi[:])
 }
 
-// Control is what the Control messages of one received datagram said.
+// Control holds the values in one received datagram's control messages.
 type Control struct {
 	TTL, Tos uint8
 	HasTTL   bool
-	Gro      int        // UDP_GRO: size of the datagrams glued together, 0 when it is one
+	Gro      int        // UDP_GRO: size of the joined datagrams; 0 for a single one
 	Local    netip.Addr // IP_PKTINFO: the address the datagram was sent to
 	Err      packet.ExtendedErr
 	HasErr   bool
