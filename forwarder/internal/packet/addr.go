@@ -7,8 +7,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-// NetipAddr converts the stack's address, unmapped: this is the edge at which a
-// 4-in-6 form ends.
+// NetipAddr converts the stack's address and unmaps it: 4-in-6 forms end at this edge.
 func NetipAddr(a tcpip.Address) netip.Addr {
 	if a.Len() == header.IPv4AddressSize {
 		return netip.AddrFrom4(a.As4())

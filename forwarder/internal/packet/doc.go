@@ -1,3 +1,3 @@
-// Package packet reads and writes packets: headers, packets to the sandbox that no endpoint of
-// the stack sends, ICMP errors, and what is told of packets that are dropped.
+// Package packet reads and writes packets: headers, packets to the sandbox that no endpoint of the
+// stack sends, ICMP errors, and reports of dropped packets.
 package packet

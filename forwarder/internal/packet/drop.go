@@ -1,6 +1,6 @@
 package packet
 
-// Packets that end here: each is counted by its reason, and shown in a capture with it.
+// Packets that end here: each is counted by its reason, and shown with it in a capture.
 
 import (
 	"sync/atomic"
@@ -10,21 +10,21 @@ import (
 	"sluice.dev/sluice/forwarder/internal/count"
 )
 
-// QuoteMax is how much of a packet is kept to be quoted in an ICMP error, or shown in a
-// capture beside the reason it was dropped for.
+// QuoteMax is how much of a packet is kept for an ICMP error to quote, or for a capture to show
+// beside the reason for the drop.
 const QuoteMax = 1280
 
-// Drops are what is told of dropped packets.
+// Drops counts and reports dropped packets.
 type Drops struct {
 	Stats *count.Set
-	// Tell is told of each packet, which begins with its IP header; nil while nobody looks.
+	// Tell is called with each packet, which begins with its IP header; nil while nothing listens.
 	Tell func(reason string, pkt []byte)
 }
 
 // Reason returns the counted Reason of that name.
 func (d *Drops) Reason(name string) Reason { return Reason{d.Stats.Counter(name), name, d} }
 
-// Refused tells of a packet that was counted elsewhere and has been through the stack.
+// Refused reports a packet that was counted elsewhere and has been through the stack.
 func (d *Drops) Refused(why string, pkt *stack.PacketBuffer) {
 	if d.Tell != nil {
 		var buf [QuoteMax]byte
@@ -58,7 +58,7 @@ func (r Reason) DropArrived(pkt *stack.PacketBuffer) {
 	}
 }
 
-// Drop counts a Drop of a packet that has been through the stack.
+// Drop counts a drop of a packet that has been through the stack.
 func (r Reason) Drop(pkt *stack.PacketBuffer) {
 	r.Add(1)
 	if r.to.Tell != nil {
@@ -67,8 +67,8 @@ func (r Reason) Drop(pkt *stack.PacketBuffer) {
 	}
 }
 
-// Quote copies the start of a packet that has been through the stack into buf, which
-// is filled as far as it goes, and returns what was written.
+// Quote copies the start of a packet that has been through the stack into buf, as much as fits, and
+// returns the part written.
 func Quote(pkt *stack.PacketBuffer, buf []byte) []byte {
 	n := copy(buf, pkt.NetworkHeader().Slice())
 	n += copy(buf[n:], pkt.TransportHeader().Slice())
@@ -81,7 +81,7 @@ func Quote(pkt *stack.PacketBuffer, buf []byte) []byte {
 	return buf[:n]
 }
 
-// OriginalPacket copies what an ICMP error about pkt quotes.
+// OriginalPacket returns a copy of the part of pkt that an ICMP error about it quotes.
 func OriginalPacket(pkt *stack.PacketBuffer) []byte {
 	n := len(pkt.NetworkHeader().Slice()) + len(pkt.TransportHeader().Slice())
 	return Quote(pkt, make([]byte, min(n, QuoteMax)))

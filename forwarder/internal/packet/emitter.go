@@ -2,11 +2,11 @@ package packet
 
 // Packets to the sandbox that no netstack endpoint sends.
 //
-// UDP and ICMP need no state in the stack: a datagram that comes back from a host
-// socket is written as an IP packet whose source is the far side, and goes out by
-// one cached route per family. netstack still does what it does well, which is to
-// fragment what is larger than the link's MTU. Headers are written by hand into one
-// pooled view with the payload behind them: one copy, nothing allocated.
+// UDP and ICMP need no state in the stack: a datagram that comes back from a host socket is written
+// as an IP packet whose source is the far side, and goes out by one cached route per family.
+// netstack still does what it does well: it fragments packets larger than the link's MTU. Headers
+// are written by hand into one pooled view with the payload after them: one copy, and no
+// allocation.
 
 import (
 	"encoding/binary"
@@ -38,25 +38,25 @@ const (
 	MaxIPv4Len    = 65535
 	DefaultTTL    = 64
 
-	// csumOffloadFrom is the payload from which a checksum is left to the device.
-	// Below it summing costs less than a guest that reads raw packets (a DHCP client,
-	// a capture) gains from seeing a finished one.
+	// csumOffloadFrom is the payload size from which a checksum is left to the device. Below it,
+	// computing one costs less than a guest that reads raw packets (a DHCP client, a capture) gains
+	// from a finished one.
 	csumOffloadFrom = 512
 )
 
-// Meta is what of an IP header is carried across, apart from addresses.
+// Meta holds the IP header fields, other than addresses, that are preserved across the proxy.
 type Meta struct {
 	TTL, Tos uint8
 }
 
-// Emitter writes packets to the sandbox. Its methods may be called at the same
-// time; they block only while the link does.
+// Emitter writes packets to the sandbox. Its methods may be called concurrently; they block only
+// while the link does.
 type Emitter struct {
 	stack *stack.Stack
 	MTU   int
 	GSO   bool // the link completes checksums
 	Uso   bool // the link segments UDP
-	// guest and gateway, by family (0: IPv4, 1: IPv6), find the cached route.
+	// guest and gateway, by family (0: IPv4, 1: IPv6), identify the cached route.
 	guest, gateway [2]netip.Addr
 
 	mu     sync.Mutex
@@ -67,7 +67,7 @@ type Emitter struct {
 	noRoute, failed *atomic.Uint64
 }
 
-// NewEmitter needs the stack to exist. It is closed by close.
+// NewEmitter requires that the stack exists. close closes the Emitter.
 func NewEmitter(s *stack.Stack, link stack.LinkEndpoint, mtu uint32, on *onlink.Addrs, st *count.Set) *Emitter {
 	e := &Emitter{stack: s, MTU: int(mtu), noRoute: st.Counter("emit_no_route"), failed: st.Counter("emit_failed")}
 	e.GSO = GSOOf(link) == stack.HostGSOSupported
@@ -85,7 +85,7 @@ func NewEmitter(s *stack.Stack, link stack.LinkEndpoint, mtu uint32, on *onlink.
 	return e
 }
 
-// GSOOf is what segments a link takes.
+// GSOOf returns the segmentation that a link supports.
 func GSOOf(l stack.LinkEndpoint) stack.SupportedGSO {
 	if g, ok := l.(stack.GSOEndpoint); ok {
 		return g.SupportedGSO()
@@ -136,7 +136,7 @@ func (e *Emitter) Close() {
 	}
 }
 
-// IPHeaderLen is the length of the headers that begin writes.
+// IPHeaderLen is the length of the header that Begin writes.
 func IPHeaderLen(dst netip.Addr) int {
 	if dst.Is4() {
 		return header.IPv4MinimumSize
@@ -144,8 +144,8 @@ func IPHeaderLen(dst netip.Addr) int {
 	return header.IPv6MinimumSize
 }
 
-// Begin makes a view of an IP header and size bytes of transport, and returns the
-// latter to be filled in. The two addresses must be of one family.
+// Begin makes a view with an IP header and size bytes of transport, and returns the view and those
+// bytes for the caller to fill in. The two addresses must be of one family.
 func Begin(src, dst netip.Addr, proto uint8, m Meta, size int) (*buffer.View, []byte) {
 	hl := IPHeaderLen(dst)
 	v := buffer.NewViewSize(hl + size)
@@ -185,7 +185,7 @@ func PseudoSum(src, dst netip.Addr, proto uint8, size int) uint16 {
 	return header.PseudoHeaderChecksum(tcpip.TransportProtocolNumber(proto), StackAddr(src), StackAddr(dst), uint16(size))
 }
 
-// emit puts a finished packet, made by begin, on the link.
+// emit puts a finished packet, made by Begin, on the link.
 func (e *Emitter) emit(v *buffer.View, dst netip.Addr, gso stack.GSO, proto uint8) {
 	r := e.route(FamilyIndex(dst))
 	if r == nil {
@@ -209,8 +209,8 @@ func (e *Emitter) emit(v *buffer.View, dst netip.Addr, gso stack.GSO, proto uint
 	pkt.DecRef()
 }
 
-// UDP sends one datagram to the sandbox. full asks for a finished checksum whatever
-// the link offers.
+// UDP sends one datagram to the sandbox. full asks for a finished checksum whatever the link
+// offers.
 func (e *Emitter) UDP(src, dst netip.AddrPort, m Meta, payload []byte, full bool) {
 	size := UDPHeaderLen + len(payload)
 	v, l4 := Begin(src.Addr(), dst.Addr(), ProtoUDP, m, size)
@@ -226,8 +226,8 @@ func (e *Emitter) UDP(src, dst netip.AddrPort, m Meta, payload []byte, full bool
 	e.emit(v, dst.Addr(), gso, ProtoUDP)
 }
 
-// UDPSegments sends payload as datagrams of segment bytes each, the last one maybe
-// shorter; as one packet if the link can cut it.
+// UDPSegments sends payload as datagrams of segment bytes each, the last one possibly shorter. If
+// the link can segment, they leave as one packet.
 func (e *Emitter) UDPSegments(src, dst netip.AddrPort, m Meta, payload []byte, segment int) {
 	hl := IPHeaderLen(dst.Addr()) + UDPHeaderLen
 	if segment <= 0 || segment >= len(payload) {
@@ -249,8 +249,8 @@ func (e *Emitter) UDPSegments(src, dst netip.AddrPort, m Meta, payload []byte, s
 	e.UDP(src, dst, m, payload, false)
 }
 
-// offload leaves the checksum of l4 to the device: the field holds the sum over the
-// pseudo header, as the virtio-net header's NEEDS_CSUM wants it.
+// offload leaves the checksum of l4 to the device: the field holds the sum over the pseudo header,
+// as NEEDS_CSUM in the virtio-net header requires.
 func (e *Emitter) offload(src, dst netip.Addr, l4 []byte, segment int) stack.GSO {
 	binary.BigEndian.PutUint16(l4[6:], PseudoSum(src, dst, ProtoUDP, len(l4)))
 	g := stack.GSO{
@@ -281,8 +281,8 @@ func FinishUDP(src, dst netip.Addr, l4 []byte) {
 	binary.BigEndian.PutUint16(l4[6:], sum)
 }
 
-// ICMP sends an ICMP or ICMPv6 message, by the family of dst, given in pieces. Its
-// checksum is filled in.
+// ICMP sends an ICMP or ICMPv6 message, by the family of dst, given in pieces. It fills in the
+// checksum.
 func (e *Emitter) ICMP(src, dst netip.Addr, m Meta, pieces ...[]byte) {
 	proto := uint8(ProtoICMP)
 	if !dst.Is4() {

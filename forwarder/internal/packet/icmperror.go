@@ -2,13 +2,11 @@ package packet
 
 // ICMP errors to the sandbox.
 //
-// Whatever goes wrong beyond the link is told to the sandbox the way a router
-// would tell it: an ICMP error that quotes the packet it is about. The rules of
-// RFC 1812 section 4.3.2 and RFC 4443 section 2.4 hold for every one of them, so
-// they stand here once: never about an ICMP error, about a fragment other than the
-// first, about a packet to or from a group or a broadcast address; and at a bounded
-// rate, except for path MTU, which the sandbox cannot do without (net.ipv4.icmp_ratemask
-// leaves it out likewise).
+// Failures beyond the link are reported to the sandbox as a router would: by an ICMP error that
+// quotes the packet. The rules of RFC 1812 section 4.3.2 and RFC 4443 section 2.4 apply to every
+// error, so they stand here once. No error is sent about an ICMP error, a fragment other than the
+// first, or a packet to or from a group or a broadcast address. The rate is bounded, except for
+// path MTU, which the sandbox cannot do without (net.ipv4.icmp_ratemask exempts it too).
 
 import (
 	"encoding/binary"
@@ -24,7 +22,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/onlink"
 )
 
-// ErrorInfo is the last word of the ICMP header, or false for a type that is no error.
+// ErrorInfo returns the last word of the ICMP header, or false for a type that is no error.
 func ErrorInfo(e *ExtendedErr) (uint32, bool) {
 	if e.Origin == unix.SO_EE_ORIGIN_ICMP6 {
 		switch header.ICMPv6Type(e.Typ) {
@@ -49,7 +47,7 @@ func ErrorInfo(e *ExtendedErr) (uint32, bool) {
 	return 0, false
 }
 
-// ErrorKind is a cause, told in each family's own type and code.
+// ErrorKind is a cause of an error, sent as each family's own type and code.
 type ErrorKind uint8
 
 const (
@@ -65,8 +63,8 @@ const (
 // ErrorForm is one family's type and code. info goes into the header's last four bytes.
 type ErrorForm struct{ Typ, Code uint8 }
 
-// ICMPForms is indexed by ErrorKind and family. ICMPv6 has no network unreachable
-// but "no route", and says "unrecognized next header" for a protocol.
+// ICMPForms is indexed by ErrorKind and family. The only ICMPv6 form of network unreachable is "no
+// route", and that of a bad protocol is "unrecognized next header".
 var ICMPForms = [...][2]ErrorForm{
 	ICMPNetUnreachable:      {{3, 0}, {1, 0}},
 	ICMPHostUnreachable:     {{3, 1}, {1, 3}},
@@ -77,9 +75,9 @@ var ICMPForms = [...][2]ErrorForm{
 	ICMPPacketTooBig:        {{3, 4}, {2, 0}},
 }
 
-// Bounds of what an error quotes: RFC 1812 wants no more than 576 bytes in all,
-// RFC 4443 no more than the minimum MTU. An error is also limited in rate, by
-// Linux's net.ipv4.icmp_msgs_per_sec and a burst that covers traceroute's probes.
+// Bounds on an error's quote: RFC 1812 wants no more than 576 bytes in all, RFC 4443 no more than
+// the minimum MTU. The rate of errors is limited too, by Linux's net.ipv4.icmp_msgs_per_sec and a
+// burst that covers traceroute's probes.
 const (
 	ICMPQuoteIPv4    = 576 - header.IPv4MinimumSize - header.ICMPv4MinimumSize
 	ICMPQuoteIPv6    = 1280 - header.IPv6MinimumSize - header.ICMPv6MinimumSize
@@ -99,7 +97,7 @@ type TokenBucket struct {
 
 func (b *TokenBucket) Take(now time.Time) bool { return b.TakeN(1, now) }
 
-// TakeN takes what n events take, or nothing.
+// TakeN takes tokens for n events, or none.
 func (b *TokenBucket) TakeN(n float64, now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -143,8 +141,8 @@ func (i *Errors) Tell(kind ErrorKind, info uint32, pkt *stack.PacketBuffer) {
 	i.Send(kind, info, Quote(pkt, buf[:]), netip.Addr{})
 }
 
-// RejectProtocol answers a packet of an IP protocol that nothing here speaks. The
-// packet has not been through the stack: its data begin with the IP header.
+// RejectProtocol answers a packet of an IP protocol that nothing here handles. The packet has not
+// been through the stack: its data begin with the IP header.
 func (i *Errors) RejectProtocol(pkt *stack.PacketBuffer) {
 	orig, ok := pkt.Data().PullUp(min(pkt.Data().Size(), header.IPv4MaximumHeaderSize+ICMPQuoteIPv4))
 	if !ok {
@@ -158,9 +156,9 @@ func (i *Errors) RejectProtocol(pkt *stack.PacketBuffer) {
 	i.Send(icmpProtocolUnreachable, info, orig, netip.Addr{})
 }
 
-// Send tells the sandbox that the packet orig, which it sent, met with kind. orig begins
-// with the IP header and may be cut anywhere after the transport header's first eight
-// bytes. An invalid src stands for the gateway.
+// Send tells the sandbox that orig, a packet that it sent, met with kind. orig begins with the IP
+// header and may be cut anywhere after the transport header's first eight bytes. An invalid src
+// stands for the gateway.
 func (i *Errors) Send(kind ErrorKind, info uint32, orig []byte, src netip.Addr) {
 	if len(orig) < 1 {
 		return
@@ -172,7 +170,7 @@ func (i *Errors) Send(kind ErrorKind, info uint32, orig []byte, src netip.Addr) 
 	i.SendForm(form, info, orig, src)
 }
 
-// SendForm is send for a type and code that came from elsewhere.
+// SendForm is Send for a type and code that came from elsewhere.
 func (i *Errors) SendForm(form ErrorForm, info uint32, orig []byte, src netip.Addr) {
 	to, ok := ErrorRecipient(orig)
 	if !ok {
@@ -217,7 +215,7 @@ func ErrorRecipient(orig []byte) (netip.Addr, bool) {
 			return src, false
 		}
 		if binary.BigEndian.Uint16(orig[6:])&0x1fff != 0 {
-			return src, false // a fragment, not the first
+			return src, false // a fragment other than the first
 		}
 		if dst.As4() == [4]byte{255, 255, 255, 255} || src.As4()[0] >= 240 {
 			return src, false
@@ -245,7 +243,7 @@ func ErrorRecipient(orig []byte) (netip.Addr, bool) {
 	return src, true
 }
 
-// isICMPv4Error tells the types of RFC 1122 section 3.2.2 that are errors.
+// isICMPv4Error reports whether a type is one of the errors in RFC 1122 section 3.2.2.
 func isICMPv4Error(typ uint8) bool {
 	switch typ {
 	case 3, 4, 5, 11, 12:
@@ -254,9 +252,9 @@ func isICMPv4Error(typ uint8) bool {
 	return false
 }
 
-// TellDialError answers the SYN, as far as it was kept, with the error that the
-// network sent if there was one, from where it came, and otherwise with what
-// the host's errno means coming from a gateway.
+// TellDialError answers the SYN, as far as it was kept. If the network sent an error, the sandbox
+// gets that, from its original source; otherwise it gets the equivalent of the host's errno, from a
+// gateway.
 func (i *Errors) TellDialError(syn []byte, e ExtendedErr, fromNetwork bool, errno unix.Errno) {
 	if len(syn) == 0 {
 		return

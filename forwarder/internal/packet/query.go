@@ -5,7 +5,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// IsQuery reports whether a datagram is a question of DNS, and one only.
+// IsQuery reports whether a datagram is exactly one DNS question.
 func IsQuery(b []byte) bool {
 	var p dnsmessage.Parser
 	h, err := p.Start(b)
@@ -19,8 +19,8 @@ func IsQuery(b []byte) bool {
 	return err == dnsmessage.ErrSectionDone
 }
 
-// IsAnswer reports whether a datagram is an answer of DNS; old servers leave the question out
-// of an error (RFC 8906 section 3.1.4).
+// IsAnswer reports whether a datagram is a DNS answer. Old servers leave the question out of an
+// error (RFC 8906 section 3.1.4).
 func IsAnswer(b []byte) bool {
 	var p dnsmessage.Parser
 	h, err := p.Start(b)
@@ -37,7 +37,7 @@ func Asks(pkt *stack.PacketBuffer) (is bool) {
 	return is
 }
 
-// EachDatagram yields the datagrams of a packet, until one is enough.
+// EachDatagram yields the datagrams of a packet until yield returns false.
 func EachDatagram(pkt *stack.PacketBuffer, yield func([]byte) bool) {
 	data, _ := pkt.Data().PullUp(pkt.Data().Size())
 	size := len(data)

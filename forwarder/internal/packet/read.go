@@ -16,14 +16,14 @@ const (
 	EchoRequest6, EchoReply6 = uint8(header.ICMPv6EchoRequest), uint8(header.ICMPv6EchoReply)
 )
 
-// Arrival is what is read of a packet's IP header.
+// Arrival holds the fields read from a packet's IP header.
 type Arrival struct {
 	Src, Dst netip.Addr
 	Meta     Meta
 	ID       uint16
 	Df       bool
 	Size     int    // of the IP packet
-	Wire     uint16 // the sequence number that an echo request leaves with (datagram/echo_book.go)
+	Wire     uint16 // the sequence number with which an echo request leaves (datagram/echo_book.go)
 }
 
 // ArrivalOf reads the headers of a packet that has been through the stack.
@@ -47,8 +47,8 @@ func ArrivalOf(pkt *stack.PacketBuffer) (a Arrival, ok bool) {
 	return a, true
 }
 
-// SourceRouted reports whether an IPv4 packet asks to go by other routers than ours
-// (RFC 791 section 3.1): what was judged is the address it has now, not those.
+// SourceRouted reports whether an IPv4 packet asks to be routed through routers other than ours
+// (RFC 791 section 3.1): policy judged its current address, not theirs.
 func SourceRouted(h header.IPv4, pkt *stack.PacketBuffer) bool {
 	const end, nop, looseRoute, strictRoute = 0, 1, 131, 137
 	b, ok := pkt.Data().PullUp(int(h.HeaderLength()))
