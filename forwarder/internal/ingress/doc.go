@@ -1,3 +1,3 @@
-// Package ingress serves published TCP ports: it accepts, and finds the client's way to a server
-// in the sandbox.
+// Package ingress serves published TCP ports: it accepts connections, and finds each client's way
+// to a server in the sandbox.
 package ingress

@@ -2,12 +2,12 @@ package ingress
 
 // Published TCP ports: from the accepted connection to one in the sandbox.
 //
-// The host's kernel accepts before anybody here knows whether the sandbox listens. A port
-// published on both families must not look open on one of them because of that: a client
-// that asks for localhost tries the second only if the first refuses. So a connection that
-// the sandbox refuses at one of its addresses is made to the next: on its loopback of the
-// client's family and of the other (relay.go), on its link of the client's family and of the
-// other (fromhost.go). If all refuse, it is reset at once.
+// The host's kernel accepts before it is known whether the sandbox listens. A port published on
+// both families must not look open on one of them because of that: a client that asks for localhost
+// tries the second only if the first refuses. So if the sandbox refuses a connection at one of its
+// addresses, the next is tried: its loopback in the client's family and in the other (relay.go),
+// then its link in the client's family and in the other (fromhost.go). If all refuse, the
+// connection is reset at once.
 
 import (
 	"maps"
@@ -27,7 +27,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// Config are what published TCP ports share with the rest of the forwarder.
+// Config holds what published TCP ports share with the rest of the forwarder.
 type Config struct {
 	Gate   *admit.Gate
 	Engine *engine.Engine
@@ -43,17 +43,17 @@ type guestSockets interface {
 	Stream(v6 bool) (fd int, ok bool)
 }
 
-// Ports is the published TCP ports of one sandbox.
+// Ports holds the published TCP ports of one sandbox.
 type Ports struct {
 	Config
-	pipes pipeStock // of the relays
+	pipes pipeStock // for the relays
 
 	mu     sync.Mutex
 	relays map[*relay]struct{}
 	closed bool
 
 	refused, limited, failed *atomic.Uint64
-	relayed                  *atomic.Uint64 // flows that took the loopback short cut
+	relayed                  *atomic.Uint64 // flows that took the loopback shortcut
 }
 
 func New(parts Config) *Ports {
@@ -68,7 +68,7 @@ func New(parts Config) *Ports {
 	}
 }
 
-// Close ends every relay. No other can begin afterwards.
+// Close ends every relay. None can begin afterwards.
 func (in *Ports) Close() {
 	in.mu.Lock()
 	in.closed = true
@@ -80,19 +80,19 @@ func (in *Ports) Close() {
 	in.pipes.close()
 }
 
-// client is one whose connection was accepted.
+// client is a client whose connection was accepted.
 type client struct {
 	tcpflow.Caller
 	ways []way // not tried yet
 }
 
-// way is one by which a client may find a server inside.
+// way is one way for a client to reach a server inside.
 type way struct {
 	guest    netip.AddrPort
 	loopback bool // from the sandbox's loopback, of guest's family
 }
 
-// waysTo returns the ways to l in the order in which a client takes them.
+// waysTo returns the ways to l in the order in which a client tries them.
 func waysTo(l *hostsock.Listener, client netip.Addr) []way {
 	ways := make([]way, 0, 4)
 	for _, loopback := range []bool{true, false} {
@@ -108,7 +108,7 @@ func waysTo(l *hostsock.Listener, client netip.Addr) []way {
 	return ways
 }
 
-// localAddr is the host's end of an accepted connection; listener where the kernel does not tell.
+// localAddr is the host's end of an accepted connection, or listener if the kernel does not tell.
 func localAddr(fd int, listener netip.AddrPort) netip.AddrPort {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
@@ -126,7 +126,7 @@ func (in *Ports) take(fd int, c client) {
 	in.tryNext(fd, c)
 }
 
-// tryNext goes the next of c's ways. It owns fd.
+// tryNext tries the next of c's ways. It owns fd.
 func (in *Ports) tryNext(fd int, c client) {
 	for len(c.ways) > 0 {
 		w := c.ways[0]

@@ -1,6 +1,6 @@
 package ingress
 
-// Accepting from a published TCP port.
+// Accepting connections on a published TCP port.
 
 import (
 	"fmt"
@@ -24,9 +24,9 @@ type Port struct {
 	hostsock.Listener
 	tok       engine.PollToken
 	accepting engine.Task
-	starved   atomic.Bool // accept(2) failed for want of descriptors
+	starved   atomic.Bool // accept(2) failed for lack of descriptors
 
-	mu     sync.Mutex // held over accept(2), so that close cannot pull the descriptor away
+	mu     sync.Mutex // held during accept(2), so that close cannot pull the descriptor away
 	closed bool
 }
 
@@ -42,7 +42,7 @@ func (in *Ports) Listen(l hostsock.Listener) (*Port, error) {
 	return tl, nil
 }
 
-// Retry tries again if descriptors ran out, and reports whether they had.
+// Retry accepts again if descriptors had run out, and reports whether they had.
 func (l *Port) Retry() bool {
 	if !l.starved.Swap(false) {
 		return false
@@ -77,7 +77,7 @@ func (l *Port) accept() {
 		case unix.EAGAIN:
 			return
 		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.EPERM:
-			// accept(2): errors of the one connection, gone before it was taken.
+			// accept(2): errors of that one connection, which was gone before it was accepted.
 		default:
 			l.in.failed.Add(1)
 			l.starved.Store(true)

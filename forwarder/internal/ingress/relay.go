@@ -1,18 +1,16 @@
 package ingress
 
-// The loopback short cut. A client on the host's loopback that uses a published
-// port cannot appear on the sandbox's link with its own address, as no host takes
-// a packet from 127.0.0.1 off a wire. It is connected to a socket that was made
-// inside the sandbox's network namespace instead, loopback to loopback, so the
-// server sees 127.0.0.1 or ::1 as it would outside. Both ends are then sockets of
-// one kernel, and the bytes move by splice(2) without being copied here.
+// The loopback shortcut. A client on the host's loopback that uses a published port cannot appear
+// on the sandbox's link with its own address, as no host accepts a packet from 127.0.0.1 off a
+// wire. Instead it is connected to a socket made inside the sandbox's network namespace, loopback
+// to loopback, so the server sees 127.0.0.1 or ::1 as it would outside. Both ends are then sockets
+// of one kernel, and the bytes move by splice(2) without being copied here.
 //
-// Policy, accounting, bandwidth and the flow table see these flows like all others. A
-// direction whose bandwidth is used up leaves its bytes in the socket that they came by.
+// Policy, accounting, bandwidth and the flow table see these flows like all others. A direction
+// that has used up its bandwidth leaves its bytes in the socket that they came from.
 //
-// A server inside that listens on the sandbox's own address only refuses the
-// connection; the flow then goes through the stack, from the gateway's address
-// (fromhost.go).
+// A server inside that listens only on the sandbox's own address refuses the connection; the flow
+// then goes through the stack, from the gateway's address (fromhost.go).
 
 import (
 	"cmp"
@@ -33,8 +31,8 @@ import (
 // relayPipe is the capacity asked for each pipe; the kernel may grant less.
 const relayPipe = 1 << 20
 
-// relay is one flow between two sockets. Its fields are used by its task
-// only, except those that mu guards.
+// relay is one flow between two sockets. Only its task uses its fields, except those that mu
+// guards.
 type relay struct {
 	admit.Pass
 	in         *Ports
@@ -42,7 +40,7 @@ type relay struct {
 	guest      netip.AddrPort
 	work       engine.Task
 	dirs       [2]relayDir  // 0: client → guest
-	mem        admit.Shares // of the memory budget: what the pipes hold
+	mem        admit.Shares // of the memory budget: the bytes that the pipes hold
 	connecting bool
 
 	mu     sync.Mutex // held while the descriptors are used, so that close cannot pull them away
@@ -106,7 +104,7 @@ func (r *relay) connect() (abort nat.Reason) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
-		return nat.ReasonStopped // whoever closed it has told the table why
+		return nat.ReasonStopped // the closer has told the table why
 	}
 	if r.in.Dialer.TuneStream(r.fds[1]) != nil {
 		return nat.ReasonNoSocket
@@ -174,14 +172,14 @@ func (r *relay) run() {
 	}
 }
 
-// failed tells whether the connection attempt has ended without a connection.
+// failed reports whether the connection attempt has ended without a connection.
 func (r *relay) failed() bool {
 	info, err := unix.GetsockoptTCPInfo(r.fds[1], unix.IPPROTO_TCP, unix.TCP_INFO)
 	return err != nil || info.State == unix.BPF_TCP_CLOSE
 }
 
-// move carries what there is in direction i. It reports whether its budget ended
-// first, and why the flow has to end, if it has.
+// move moves the available bytes in direction i. It reports whether its budget ran out first, and
+// the reason to end the flow, if any.
 func (r *relay) move(i int) (again bool, reason nat.Reason) {
 	d, dst := &r.dirs[i], r.fds[1-i]
 	if d.done {
@@ -224,7 +222,7 @@ func (r *relay) move(i int) (again bool, reason nat.Reason) {
 	return true, ""
 }
 
-// fill takes what has come in direction i, as far as its bandwidth and its pipe have room.
+// fill reads the available bytes in direction i, as far as its bandwidth and its pipe have room.
 func (r *relay) fill(i int) (progress bool, reason nat.Reason) {
 	d := &r.dirs[i]
 	want := int(min(relayPipe, r.mem.M.Limit(false))) - d.filled
@@ -234,7 +232,7 @@ func (r *relay) fill(i int) (progress bool, reason nat.Reason) {
 	rule, sandbox := r.buckets(i)
 	paced := rule != nil || sandbox.Limited()
 	if paced {
-		// Of a socket with nothing queued one byte is asked for: its end may have come.
+		// From a socket with nothing queued one byte is requested: its end may have come.
 		queued, _ := tcpflow.Siocinq(r.fds[i])
 		want = admit.Take(rule, sandbox, max(1, min(want, queued)), r.in.Gate.Now(), &r.work, r.in.Engine.Runq)
 		if want == 0 {
@@ -272,8 +270,7 @@ func lost(i int, err error) nat.Reason {
 	return tcpflow.LostBy(tcpflow.ErrnoOf(err), nat.ReasonResetBySandbox, nat.ReasonSandboxTimeout)
 }
 
-// buckets are those that direction i is limited by: the rule's, which may be nil, and the
-// sandbox's.
+// buckets returns the limits on direction i: the rule's, which may be nil, and the sandbox's.
 func (r *relay) buckets(i int) (rule, sandbox *admit.Bucket) {
 	f := &r.in.Gate.Bandwidth
 	if i == 0 {
@@ -290,12 +287,12 @@ func (r *relay) openPipe(d *relayDir) bool {
 		d.pipe = [2]int{}
 		return false
 	}
-	// Less than asked for only makes the steps smaller.
+	// Less than requested only makes the steps smaller.
 	_, _ = unix.FcntlInt(uintptr(d.pipe[0]), unix.F_SETPIPE_SZ, relayPipe)
 	return true
 }
 
-// fallback has the client tried by its next way.
+// fallback tries the client's next way.
 func (r *relay) fallback() {
 	r.mu.Lock()
 	fd := r.fds[0]
@@ -310,7 +307,7 @@ func (r *relay) fallback() {
 	}
 }
 
-// Abort ends the flow; a reset is passed on unless both ends of stream were.
+// Abort ends the flow. It passes a reset on unless the stream has ended both ways.
 func (r *relay) Abort(reason nat.Reason) {
 	r.mu.Lock()
 	if r.closed {
@@ -372,7 +369,7 @@ func (r *relay) UnderWay(policy.Query) []policy.Query { return nil }
 // sparePipes is how many empty pipes are kept while there are relays.
 const sparePipes = 16
 
-// pipeStock is the empty pipes at hand.
+// pipeStock holds the spare empty pipes.
 type pipeStock struct {
 	mu    sync.Mutex
 	pipes [][2]int
