@@ -1,7 +1,7 @@
 package link
 
-// What the forwarder itself says on the link, and small readings of packets that
-// several forwarders need.
+// Messages that the forwarder itself sends on the link, and packet readers that several forwarders
+// need.
 
 import (
 	"encoding/binary"
@@ -21,8 +21,8 @@ const (
 	dhcp6ClientPort = 546
 )
 
-// udpPayload returns what follows the UDP header of an unfragmented packet whose
-// data begin with the IP header, if it goes to port.
+// udpPayload returns the payload of an unfragmented UDP packet to port whose data begin with the IP
+// header.
 func udpPayload(pkt *stack.PacketBuffer, port uint16) []byte {
 	b, ok := pkt.Data().PullUp(pkt.Data().Size())
 	if !ok {
@@ -49,7 +49,7 @@ func udpPayload(pkt *stack.PacketBuffer, port uint16) []byte {
 	return b[hl+header.UDPMinimumSize:]
 }
 
-// answerDHCPv4 tells whether pkt was a DHCP message; it is answered if anybody does.
+// answerDHCPv4 reports whether pkt was a DHCP message, which it answers if there is an answer.
 func (l *Guard) answerDHCPv4(_ netip.Addr, pkt *stack.PacketBuffer) bool {
 	if l.DHCP == nil {
 		return false
@@ -86,8 +86,8 @@ func (l *Guard) answerDHCPv6(src netip.Addr, pkt *stack.PacketBuffer) bool {
 	return true
 }
 
-// answerRouterSolicit sends a router advertisement, to the asker or, when it has
-// no address yet, to all nodes (RFC 4861 section 6.2.6).
+// answerRouterSolicit sends a router advertisement to the asker or, if it has no address yet, to
+// all nodes (RFC 4861 section 6.2.6).
 func (l *Guard) answerRouterSolicit(src netip.Addr) bool {
 	if l.DHCP == nil || !l.Onlink.GatewayOf(false).IsValid() {
 		return false
@@ -96,7 +96,7 @@ func (l *Guard) answerRouterSolicit(src netip.Addr) bool {
 	if src.IsUnspecified() {
 		to = onlink.AllNodes
 	}
-	// RFC 4861 section 6.1.2: receivers insist on a hop limit of 255.
+	// RFC 4861 section 6.1.2: receivers require a hop limit of 255.
 	l.Emit.ICMP(l.Onlink.LinkLocal, to, packet.Meta{TTL: 255}, l.DHCP.RouterAdvertisement())
 	return true
 }

@@ -1,15 +1,14 @@
 package link
 
-// The inbound filter sits between the device and the stack. It sees every
-// packet the sandbox sends, before the stack keeps any state for it, and lets
-// through only what the stack and the forwarders are meant to handle: packets
-// from the sandbox's own address, for unicast destinations, in protocols that
-// somebody here speaks, and the few link-local conversations (ARP, neighbour
-// and router discovery, DHCP) that a guest needs. Everything else ends here,
-// with a counted reason. A sandbox can thus neither forge a source nor make the
-// stack hold addresses, groups or fragments on behalf of one.
+// The inbound filter sits between the device and the stack. It sees every packet from the sandbox,
+// before the stack keeps any state for it, and lets through only packets that the stack and the
+// forwarders are meant to handle: those from the sandbox's own address, to unicast destinations, in
+// protocols that are handled here, and the few link-local conversations (ARP, neighbour and router
+// discovery, DHCP) that a guest needs. Everything else ends here, with a counted reason. So a
+// sandbox can neither forge a source nor make the stack hold addresses, groups or fragments on
+// behalf of one.
 //
-// The filter judges form only. Which flows may go where is policy's to say.
+// The filter judges form only. Policy decides which flows may go where.
 
 import (
 	"fmt"
@@ -53,7 +52,7 @@ type Guard struct {
 	network atomic.Pointer[[2]stack.NetworkEndpoint] // of the NIC, by family; nil until it is set up
 }
 
-// Open finds the NIC's endpoints in the stack, to which packets are delivered from then on.
+// Open finds the NIC's endpoints in the stack. From then on packets are delivered to them.
 func (l *Guard) Open(s *stack.Stack) error {
 	var eps [2]stack.NetworkEndpoint
 	for i, proto := range []tcpip.NetworkProtocolNumber{header.IPv4ProtocolNumber, header.IPv6ProtocolNumber} {
@@ -67,8 +66,8 @@ func (l *Guard) Open(s *stack.Stack) error {
 	return nil
 }
 
-// GSOMaxSize and SupportedGSO pass on what the device offers; the stack asks
-// for them by type assertion, which embedding an interface would hide.
+// GSOMaxSize and SupportedGSO pass on what the device offers. The stack asks for them by type
+// assertion, which embedding an interface would hide.
 func (l *Guard) GSOMaxSize() uint32 {
 	if g, ok := l.LinkEndpoint.(stack.GSOEndpoint); ok {
 		return g.GSOMaxSize()
@@ -113,7 +112,7 @@ func newFilterReasons(d *packet.Drops) filterReasons {
 	}
 }
 
-// filter is a stack.NetworkDispatcher that passes on what it lets through.
+// filter is a stack.NetworkDispatcher that passes on the packets that it lets through.
 type filter struct {
 	stack.NetworkDispatcher
 	l *Guard
@@ -145,12 +144,12 @@ func (t *filter) DeliverNetworkPacket(proto tcpip.NetworkProtocolNumber, pkt *st
 	}
 }
 
-// KeepsRXChecksumValidated tells the device whether what it says of each packet's
-// checksum is respected (tun.ChecksumKeeper): as soon as the stack is set up.
+// KeepsRXChecksumValidated tells the device whether its word on each packet's checksum is respected
+// (tun.ChecksumKeeper). It is, as soon as the stack is set up.
 func (t *filter) KeepsRXChecksumValidated() bool { return t.l.network.Load() != nil }
 
-// deliver goes past the stack's NIC, which would replace the packet's
-// RXChecksumValidated by one flag for the whole link.
+// deliver bypasses the stack's NIC, which would replace the packet's RXChecksumValidated by one
+// flag for the whole link.
 func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
 	eps := t.l.network.Load()
 	switch {
@@ -173,8 +172,7 @@ func (t *filter) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuf
 	t.NetworkDispatcher.DeliverNetworkPacket(proto, pkt)
 }
 
-// handled is the verdict on a packet that was answered here: neither passed on
-// nor dropped.
+// handled is the verdict on a packet that was answered here: neither passed on nor dropped.
 var handled = packet.Reason{Name: "handled"}
 
 func (t *filter) judge4(pkt *stack.PacketBuffer) packet.Reason {
@@ -261,8 +259,8 @@ func (t *filter) judge6(pkt *stack.PacketBuffer) packet.Reason {
 	return handled
 }
 
-// judgeDiscovery lets neighbour discovery reach the stack as far as it is about
-// the addresses that are ours, and answers router solicitations.
+// judgeDiscovery lets neighbour discovery reach the stack only if it is about our addresses, and
+// answers router solicitations.
 func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) packet.Reason {
 	const nsTarget = header.IPv6MinimumSize + header.ICMPv6NeighborSolicitMinimumSize
 	b, ok := pkt.Data().PullUp(header.IPv6MinimumSize + header.ICMPv6HeaderSize)
@@ -300,8 +298,8 @@ func (t *filter) judgeDiscovery(pkt *stack.PacketBuffer, src, dst netip.Addr) pa
 	return packet.Reason{}
 }
 
-// judgeSolicitation answers neighbour solicitations where all neighbours are behind
-// us. What the stack would have checked is checked here (RFC 4861 section 7.1.1).
+// judgeSolicitation answers neighbour solicitations where all neighbours are behind us. It makes
+// the checks that the stack would have made (RFC 4861 section 7.1.1).
 func (t *filter) judgeSolicitation(pkt *stack.PacketBuffer, src, target netip.Addr) packet.Reason {
 	b, ok := pkt.Data().PullUp(pkt.Data().Size())
 	if !ok {

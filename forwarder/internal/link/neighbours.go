@@ -1,12 +1,12 @@
 package link
 
-// Neighbours of a sandbox that has none but us.
+// Neighbours of a sandbox whose only neighbour is us.
 //
-// A pod keeps the prefix of its network's main plugin, so to its kernel the other
-// pods of the node are on link, and it asks for their hardware addresses. All of
-// them are behind us: every request is answered with our own address, but for the
-// sandbox's own addresses, which would look like a conflict (RFC 5227, RFC 4862
-// section 5.4.3). The stack, which knows only its own addresses, is not asked.
+// A pod keeps the prefix of its network's main plugin, so to its kernel the other pods of the node
+// are on link, and it asks for their hardware addresses. All of them are behind us: every request
+// is answered with our own address, except one for the sandbox's own addresses, where an answer
+// would look like a conflict (RFC 5227, RFC 4862 section 5.4.3). The stack, which knows only its
+// own addresses, is not asked.
 
 import (
 	"net/netip"
@@ -20,12 +20,12 @@ import (
 	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
-// answerARP answers a request for any address but the sandbox's. It says whether the
-// packet was such a request.
+// answerARP answers a request for any address but the sandbox's. It reports whether the packet was
+// such a request.
 func (l *Guard) answerARP(h header.ARP) bool {
 	sender, target := netip.AddrFrom4([4]byte(h.ProtocolAddressSender())), netip.AddrFrom4([4]byte(h.ProtocolAddressTarget()))
-	// A probe (RFC 5227) has no sender's address: it asks whether its target is
-	// taken, and nobody but the sandbox has an address here for it to collide with.
+	// A probe (RFC 5227) has no sender address: it asks whether its target is taken. No address
+	// here can collide with it except the sandbox's own.
 	if h.Op() != header.ARPRequest || sender.IsUnspecified() || sender == target || l.Onlink.IsGuest(target) ||
 		target.IsUnspecified() || target.IsMulticast() || target == onlink.IPv4Broadcast {
 		return false
@@ -43,8 +43,8 @@ func (l *Guard) answerARP(h header.ARP) bool {
 	return true
 }
 
-// answerSolicitation answers a neighbour solicitation, whose options follow the
-// target, for any address but the sandbox's. It says whether it was for us to answer.
+// answerSolicitation answers a neighbour solicitation, whose options follow the target, for any
+// address but the sandbox's. It reports whether we were to answer it.
 func (l *Guard) answerSolicitation(src, target netip.Addr, ns header.NDPNeighborSolicit) bool {
 	if src.IsUnspecified() || target.IsMulticast() || target.IsUnspecified() || l.Onlink.IsGuest(target) || src == target {
 		return false // without a source it is duplicate address detection
@@ -77,7 +77,7 @@ func (l *Guard) answerSolicitation(src, target netip.Addr, ns header.NDPNeighbor
 	return true
 }
 
-// sendFrame sends what is no traffic of a flow to a neighbour; to may be empty.
+// sendFrame sends to a neighbour a packet that belongs to no flow; to may be empty.
 func (l *Guard) sendFrame(v *buffer.View, proto tcpip.NetworkProtocolNumber, to tcpip.LinkAddress) {
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{
 		ReserveHeaderBytes: int(l.MaxHeaderLength()),
