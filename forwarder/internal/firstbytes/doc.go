@@ -1,3 +1,3 @@
-// Package firstbytes keeps the flows whose first bytes are waited for, and words the answers to
-// those that are refused.
+// Package firstbytes keeps the flows whose first bytes are awaited, and words the answers to
+// refused ones.
 package firstbytes

@@ -1,23 +1,22 @@
 package firstbytes
 
-// Verification: what a flow says in its first bytes is judged before anything of it passes.
+// Verification: a flow's first bytes are judged before any of its bytes pass.
 //
-// A rule by domain lets a flow through to an address that the sandbox was told under a
-// name, if the flow itself says that name: in a ClientHello, in an HTTP request, in a
-// QUIC Initial packet. The verdict on its first segment then asks for the first bytes
-// (policy.Verdict.Verify), which verify.go and quic_hold.go read, bounded in bytes
-// and in time, and the same question is asked again with what they said:
+// A rule by domain lets a flow through to an address that the sandbox was given for a name, if the
+// flow itself carries that name: in a ClientHello, an HTTP request or a QUIC Initial packet. The
+// verdict on its first segment then asks for the first bytes (policy.Verdict.Verify). verify.go and
+// quic_hold.go read them, bounded in bytes and in time, and policy is asked again with their
+// content:
 //
 //	Decide ──► Verify: first bytes ──► read, nothing passes ──► Decide with Seen ──► pass, or refuse
 //
-// A TCP connection is set up before they are read, if anything that they can say would be allowed
-// (policy.Verdict.Contact); a datagram is kept. The address is the flow's own destination, which
-// is the one that was judged: no name is resolved in between. Clear-text HTTP goes on being judged, request
-// by request (package gate).
+// A TCP connection is set up before they are read, if some content of theirs would be allowed
+// (policy.Verdict.Contact); a datagram is held. The address is the flow's own destination, which is
+// the one that was judged: no name is resolved in between. Clear-text HTTP is judged further,
+// request by request (package gate).
 //
-// Nobody but the sandbox pays for a flow that waits: there are at most MaxChecks of them,
-// of which the oldest gives way, each for CheckTimeout, and their bytes stay where they
-// are queued.
+// Only the sandbox pays for a flow that waits. At most MaxChecks flows wait, each for CheckTimeout;
+// the oldest makes room for another, and their bytes stay where they are queued.
 
 import (
 	"container/list"
@@ -33,16 +32,16 @@ import (
 )
 
 const (
-	// MaxChecks bounds the flows of each kind whose first bytes are waited for, and
-	// those whose refusal is still being told.
+	// MaxChecks bounds the flows of each kind whose first bytes are awaited, and those whose
+	// refusal is still being sent.
 	MaxChecks = 1024
 	// CheckTimeout is how long the first bytes may take.
 	CheckTimeout = 10 * time.Second
-	// RefusalTimeout is how long a refusal may take to be read.
+	// RefusalTimeout is how long a client may take to read a refusal.
 	RefusalTimeout = 5 * time.Second
 )
 
-// SeenOf puts what was read whole, and is well formed, into policy's words.
+// SeenOf converts a whole, well-formed reading to policy's type.
 func SeenOf(s sniff.Seen) policy.Seen {
 	seen := policy.Seen{ECH: s.ECH, Method: s.Method, Path: s.Path, Override: s.Override}
 	switch s.Kind {
@@ -70,19 +69,19 @@ func SeenOf(s sniff.Seen) policy.Seen {
 
 // checked is a flow that waits in a List.
 type checked interface {
-	// CheckExpired is called when its time is over, evicted, or when it has to make
-	// room for another one. It may not take the list's lock.
+	// CheckExpired is called when its time is up or, with evicted, when it has to make room for
+	// another flow. It may not take the list's lock.
 	CheckExpired(evicted bool)
 }
 
-// Entry is a flow's place in a List; the zero value is not in it.
+// Entry is a flow's place in a List; the zero value is in none.
 type Entry struct {
 	flow     checked
 	at       *list.Element // nil: not in the list; guarded by the list's mu
 	deadline time.Time
 }
 
-// List holds the flows of one kind that are waited for, by deadline.
+// List holds the waiting flows of one kind, by deadline.
 type List struct {
 	timer            *engine.Need
 	now              func() time.Time
@@ -96,9 +95,9 @@ func NewList(s *count.Set, timer *engine.Need, now func() time.Time, kind string
 	return &List{timer: timer, now: now, evicted: s.Counter(kind + "_first_bytes_evicted"), expired: s.Counter(kind + "_first_bytes_timeout")}
 }
 
-// Enter has e's flow told when its time is over, or, if timeout is 0, only when it has to make
-// room. All entries of a list have a timeout, or none has. An entry that is in the list already
-// gets a new deadline.
+// Enter has CheckExpired called on e's flow when its time is up or, if timeout is 0, only when it
+// has to make room. Either all entries of a list have a timeout, or none has. An entry that is
+// already in the list gets a new deadline.
 func (c *List) Enter(e *Entry, fl checked, timeout time.Duration) {
 	var evict *Entry
 	c.Mu.Lock()
@@ -142,8 +141,8 @@ func (c *List) Leave(e *Entry) {
 	c.Mu.Unlock()
 }
 
-// Expire tells those whose time is over, and whether there are others. Called by
-// Forwarder's timer.
+// Expire notifies the flows whose time is up, and reports whether others remain. Forwarder's timer
+// calls it.
 func (c *List) Expire(now time.Time) (pending bool) {
 	var over []*Entry
 	c.Mu.Lock()

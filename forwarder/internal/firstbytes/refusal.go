@@ -36,7 +36,7 @@ func BadRequest(err error) string {
 	return lastAnswer("400 Bad Request", "The sandbox's network policy has the host of each request read, and this one breaks the rules of HTTP/1 (RFC 9112), or can be read in more than one way.\n")
 }
 
-// lastAnswer is an answer behind which the connection ends.
+// lastAnswer is an answer after which the connection ends.
 func lastAnswer(status, text string) string {
 	return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", status, len(text), text)
 }

@@ -1,8 +1,8 @@
 package firstbytes
 
-// What is said to an HTTP/2 client in the server's place: SETTINGS, and the answer to a
-// refused request. Fields are encoded so that they change no table (RFC 7541, section 6.2.3),
-// since the client's is in step with the server's.
+// Frames sent to an HTTP/2 client in the server's place: SETTINGS, and the answer to a refused
+// request. Fields are encoded so that they change no table (RFC 7541, section 6.2.3), since the
+// client's is in step with the server's.
 
 import (
 	"bytes"
@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// RefusedStream is a request to be told of its refusal.
+// RefusedStream is a request whose client is to be told of its refusal.
 type RefusedStream struct {
 	Verdict    policy.Verdict
 	ID         uint32
@@ -28,7 +28,7 @@ type RefusedStream struct {
 	Broken error
 }
 
-// Reason is what the flow ends by.
+// Reason is why the flow ends.
 func (r *RefusedStream) Reason() nat.Reason {
 	if r.Broken != nil {
 		return nat.ReasonMalformedRequest
@@ -36,8 +36,8 @@ func (r *RefusedStream) Reason() nat.Reason {
 	return nat.ReasonRefusedByPolicy
 }
 
-// Answer is the frames that refuse the request and end the connection. begun tells
-// that the server's first frame, which must be SETTINGS, was seen.
+// Answer returns the frames that refuse the request and end the connection. begun says that the
+// server's first frame, which must be SETTINGS, was seen.
 func (r *RefusedStream) Answer(policyName string, begun bool) string {
 	var b []byte
 	if !begun {
@@ -64,13 +64,13 @@ func (r *RefusedStream) Answer(policyName string, begun bool) string {
 	return string(append(b, GoAway(r.ID, NoErrorCode, "")...))
 }
 
-// GoAway is the frame that ends a connection, last being the highest stream that was looked at.
+// GoAway returns the frame that ends a connection; last is the highest stream that was looked at.
 func GoAway(last uint32, code uint32, text string) []byte {
 	content := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, last), code)
 	return Frame2(7, 0, 0, append(content, text...))
 }
 
-// Codes of errors (RFC 9113, section 7).
+// Error codes (RFC 9113, section 7).
 const (
 	NoErrorCode      = 0
 	protocolError    = 1
@@ -80,7 +80,7 @@ const (
 	enhanceYourCalm  = 11
 )
 
-// codeOf is the code by which an error of sniff's is told.
+// codeOf returns the code for an error from package sniff.
 func codeOf(err error) uint32 {
 	switch {
 	case errors.Is(err, sniff.ErrTooLong):
@@ -106,7 +106,7 @@ func fieldBlock(namesAndValues ...string) []byte {
 	var b bytes.Buffer
 	e := hpack.NewEncoder(&b)
 	for i := 0; i < len(namesAndValues); i += 2 {
-		_ = e.WriteField(hpack.HeaderField{Name: namesAndValues[i], Value: namesAndValues[i+1], Sensitive: true}) // a Buffer takes all
+		_ = e.WriteField(hpack.HeaderField{Name: namesAndValues[i], Value: namesAndValues[i+1], Sensitive: true}) // writing to a Buffer cannot fail
 	}
 	return b.Bytes()
 }
