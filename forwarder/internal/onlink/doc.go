@@ -1,2 +1,2 @@
-// Package onlink knows whose an address on the sandbox's link is.
+// Package onlink knows who owns each address on the sandbox's link.
 package onlink

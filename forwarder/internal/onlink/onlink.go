@@ -1,6 +1,6 @@
 package onlink
 
-// Whose an address on the sandbox's link is.
+// Owners of addresses on the sandbox's link.
 
 import (
 	"iter"
@@ -17,12 +17,12 @@ var (
 	IPv4Broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 )
 
-// Addrs are the addresses of a sandbox's link. They do not change.
+// Addrs holds the addresses on a sandbox's link. It does not change.
 type Addrs struct {
 	Guest          []netip.Addr // the sandbox's own
-	Gateway        []netip.Addr // ours, at most one of a family
-	DNS            []netip.Addr // the resolver's, at most one of a family
-	SelfConfigured netip.Prefix // out of which the sandbox may give itself addresses
+	Gateway        []netip.Addr // ours, at most one per family
+	DNS            []netip.Addr // the resolver's, at most one per family
+	SelfConfigured netip.Prefix // from which the sandbox may give itself addresses
 	AnswersDNS     bool         // there is a resolver
 	LinkLocal      netip.Addr   // the gateway's
 	Broadcast      netip.Addr   // of the sandbox's IPv4 prefix
@@ -41,7 +41,7 @@ func (o *Addrs) IsOwn(a netip.Addr) bool {
 // IsSubnetBroadcast reports whether a is the directed broadcast of the sandbox's IPv4 prefix.
 func (o *Addrs) IsSubnetBroadcast(a netip.Addr) bool { return a == o.Broadcast }
 
-// GatewayOf returns our address of a family, the zero Addr if there is none.
+// GatewayOf returns our address of a family, or the zero Addr if there is none.
 func (o *Addrs) GatewayOf(v4 bool) netip.Addr {
 	for _, g := range o.Gateway {
 		if g.Is4() == v4 {
@@ -59,8 +59,8 @@ func (o *Addrs) GatewayFor(to netip.Addr) netip.Addr {
 	return o.GatewayOf(to.Is4())
 }
 
-// ClientInside returns the address under which the sandbox sees a client of its address
-// guest: the client's own, if that can be on the sandbox's link.
+// ClientInside returns the address under which the sandbox, at its address guest, sees a client:
+// the client's own, if that can appear on the sandbox's link.
 func (o *Addrs) ClientInside(client, guest netip.Addr) netip.Addr {
 	if client.IsLoopback() || client.IsLinkLocalUnicast() || client.Is4() != guest.Is4() {
 		return o.GatewayOf(guest.Is4())
@@ -68,9 +68,8 @@ func (o *Addrs) ClientInside(client, guest netip.Addr) netip.Addr {
 	return client
 }
 
-// ForResolver reports whether our resolver answers a query to dst: at the DNS address
-// always, and at every address while the policy gates names, so that the sandbox cannot ask
-// any other server.
+// ForResolver reports whether our resolver answers a query to dst: at the DNS address always, and
+// at every address while the policy gates names, so that the sandbox cannot query any other server.
 func (o *Addrs) ForResolver(r *policy.Rules, dst netip.AddrPort) bool {
 	if !o.AnswersDNS || dst.Port() != DNSPort {
 		return false
@@ -78,7 +77,8 @@ func (o *Addrs) ForResolver(r *policy.Rules, dst netip.AddrPort) bool {
 	return slices.Contains(o.DNS, dst.Addr()) || r.GatesNames()
 }
 
-// DirectedBroadcast returns the broadcast address of an IPv4 prefix, the zero Addr if it has none.
+// DirectedBroadcast returns the broadcast address of an IPv4 prefix, or the zero Addr if it has
+// none.
 func DirectedBroadcast(p netip.Prefix) netip.Addr {
 	if !p.IsValid() || !p.Addr().Is4() || p.Bits() >= 31 {
 		return netip.Addr{}
@@ -93,9 +93,9 @@ func DirectedBroadcast(p netip.Prefix) netip.Addr {
 // SourceTries bounds the search for a port under which a client appears inside.
 const SourceTries = 64
 
-// SourcePorts yields the ports under which a client that has port may appear inside, its
-// own first. The others are of the same kind, as nf_nat_core.c chooses them, because
-// servers trust ports below 1024 as root's.
+// SourcePorts yields the ports under which a client with that port may appear inside, its own
+// first. The others are in the same range, as nf_nat_core.c chooses them, because servers trust
+// ports below 1024 as root's.
 func SourcePorts(port uint16) iter.Seq[uint16] {
 	low, high := 1024, 65535
 	switch {
