@@ -1,3 +1,3 @@
-// Package netstack reaches what gVisor's API does not offer: handlers of queued segments, the
-// memory that endpoints and packets take.
+// Package netstack reaches parts of gVisor that its API does not offer: the handlers of queued
+// segments, and the memory that endpoints and packets take.
 package netstack

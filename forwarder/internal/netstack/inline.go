@@ -4,7 +4,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// Connected tells whether segments in this state are for HandleConnected.
+// Connected reports whether segments in this state are for HandleConnected.
 func Connected(state tcp.EndpointState) bool {
 	switch state {
 	case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2, tcp.StateCloseWait, tcp.StateLastAck, tcp.StateClosing:

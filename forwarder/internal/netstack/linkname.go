@@ -1,6 +1,6 @@
 package netstack
 
-// What netstack's API does not offer.
+// Functions that netstack's API does not offer.
 
 import (
 	_ "unsafe"
@@ -9,9 +9,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// HandleConnected processes the segments that are queued at a connected endpoint,
-// and does nothing if somebody holds its lock. In the stack only a goroutine of its
-// own calls it, and waking that costs more than the segment does; see tcpflow/inline.go.
+// HandleConnected processes the segments queued at a connected endpoint, and does nothing if its
+// lock is held. In the stack only a goroutine of its own calls it, and waking that costs more than
+// processing the segment; see tcpflow/inline.go.
 //
 //go:linkname HandleConnected gvisor.dev/gvisor/pkg/tcpip/transport/tcp.handleConnected
 func HandleConnected(ep *tcp.Endpoint)

@@ -1,7 +1,7 @@
 package netstack
 
-// What a TCP endpoint of netstack's holds. The API tells how many bytes there are to read;
-// what they take, and what waits to be sent, is in fields of its own.
+// The memory that a TCP endpoint of netstack holds. The API returns how many bytes there are to
+// read; the memory that they take, and the bytes that wait to be sent, are in unexported fields.
 
 import (
 	"fmt"
@@ -14,13 +14,13 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// ReceiveMemUsed is what netstack counts of the segments that ep holds of the sandbox's, in
+// ReceiveMemUsed is netstack's count of the memory of the sandbox's segments that ep holds, in
 // whichever queue: their bytes, headers included, and the structures around them.
 //
 //go:linkname ReceiveMemUsed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).receiveMemUsed
 func ReceiveMemUsed(ep *tcp.Endpoint) int
 
-// tcpFields is where the fields are that no method tells.
+// tcpFields holds the offsets of the fields that no method returns.
 var tcpFields = findTCPFields()
 
 type tcpOffsets struct {
@@ -55,20 +55,20 @@ func findTCPFields() (o tcpOffsets) {
 	return o
 }
 
-// SendQueued is how many bytes ep holds that the sandbox has not acknowledged. It is asked
-// without the lock that guards it, as a size only: what changes meanwhile is asked again.
-// Netstack takes an end of stream that was acknowledged for a byte, and counts to -1.
+// SendQueued is how many bytes ep holds that the sandbox has not acknowledged. It is read without
+// the lock that guards it, and only as a size: a value that changes meanwhile is read again.
+// Netstack counts an acknowledged end of stream as a byte, and so down to -1.
 func SendQueued(ep *tcp.Endpoint) int {
 	return max(int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.sndBufUsed)))), 0)
 }
 
-// ReceiveQueued is how many bytes of ep there are to read; likewise.
+// ReceiveQueued is how many bytes ep has to read; likewise.
 func ReceiveQueued(ep *tcp.Endpoint) int {
 	return int(atomic.LoadInt64((*int64)(unsafe.Add(unsafe.Pointer(ep), tcpFields.rcvBufUsed))))
 }
 
-// ReceiveNext is the sequence number that ep waits for; likewise. It is 0 and false before
-// the handshake's end.
+// ReceiveNext is the sequence number that ep waits for; likewise. It is 0 and false before the
+// handshake's end.
 func ReceiveNext(ep *tcp.Endpoint) (uint32, bool) {
 	rcv := atomic.LoadPointer((*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(ep), tcpFields.rcv)))
 	if rcv == nil {
@@ -77,7 +77,7 @@ func ReceiveNext(ep *tcp.Endpoint) (uint32, bool) {
 	return atomic.LoadUint32((*uint32)(unsafe.Add(rcv, tcpFields.rcvNxt))), true
 }
 
-// SendWindow is what the sandbox's window lets ep send; likewise. It is 0 before the
+// SendWindow is how much the sandbox's window lets ep send; likewise. It is 0 before the
 // handshake's end.
 func SendWindow(ep *tcp.Endpoint) uint32 {
 	snd := atomic.LoadPointer((*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(ep), tcpFields.snd)))
@@ -88,20 +88,20 @@ func SendWindow(ep *tcp.Endpoint) uint32 {
 }
 
 const (
-	// SegmentOverhead is about what a segment takes beside its bytes: its own structure, the
+	// SegmentOverhead is roughly what a segment takes beside its bytes: its own structure, the
 	// packet's, a view and a chunk's header.
 	SegmentOverhead = tcp.SegOverheadSize + ViewOverhead
 	// ViewOverhead is what each further chunk takes beside its bytes.
 	ViewOverhead = 96
-	// LeastChunk and MostChunk are the pool's.
+	// LeastChunk and MostChunk are the pool's smallest and largest chunk.
 	LeastChunk = 64
 	MostChunk  = buffer.MaxChunkSize
-	// waste is how much larger than its bytes a waiting packet's chunks may be, as a
-	// fraction: WasteOf / WasteIn.
+	// waste is how much larger than its bytes a waiting packet's chunks may be, as a fraction:
+	// WasteOf / WasteIn.
 	WasteOf, WasteIn = 3, 2
 )
 
-// ChunksFor is what chunks for n bytes take if they are filled from the front.
+// ChunksFor is the size of the chunks for n bytes if they are filled from the front.
 func ChunksFor(n int) (size int) {
 	for ; n > MostChunk; n -= MostChunk {
 		size += MostChunk + ViewOverhead
@@ -113,8 +113,8 @@ func ChunksFor(n int) (size int) {
 	return size + chunk
 }
 
-// chunkOf is the chunk to put the first of left bytes into: the pool's next larger one, or the
-// next smaller one, which leaves some for another, if the larger would be a waste.
+// chunkOf returns the chunk for the first of left bytes: the pool's next larger one, or, if that
+// would be a waste, the next smaller one, which leaves some bytes for another.
 func chunkOf(left int) int {
 	chunk := LeastChunk
 	for chunk < left && chunk < MostChunk {
@@ -126,7 +126,7 @@ func chunkOf(left int) int {
 	return chunk
 }
 
-// PacketCost is what pkt takes: its chunks and the structures around them.
+// PacketCost is the memory that pkt takes: its chunks and the structures around them.
 func PacketCost(pkt *stack.PacketBuffer) (size int) {
 	views, _ := pkt.AsViewList()
 	for v := views.Front(); v != nil; v = v.Next() {
@@ -150,8 +150,8 @@ func Wasteful(pkt *stack.PacketBuffer) bool {
 	return false
 }
 
-// Compact returns the bytes of pkt in a packet of its own, in chunks of about their size, with
-// the headers that were parsed and what the link said of it.
+// Compact returns the bytes of pkt in a packet of its own, in chunks of about their size, with the
+// parsed headers and the link's metadata.
 func Compact(pkt *stack.PacketBuffer) *stack.PacketBuffer {
 	var out buffer.Buffer
 	left := pkt.Size()

@@ -6,10 +6,9 @@ import (
 	"testing"
 )
 
-// The compiler does not see when a function reached by go:linkname changes its
-// parameters or its meaning. Whoever moves the pin looks at dispatcher.go's
-// HandleConnected and HandleConnecting, and LockUser and UnlockUser of endpoint.go,
-// and then names the new version here.
+// The compiler does not notice when a function reached by go:linkname changes its parameters or its
+// meaning. Before moving the pin, check HandleConnected and HandleConnecting of dispatcher.go, and
+// LockUser and UnlockUser of endpoint.go; then name the new version here.
 func TestNetstackInternalsWereLookedAt(t *testing.T) {
 	const looked = "gvisor.dev/gvisor v0.0.0-20260905035102-160fafc42237"
 	mod, err := os.ReadFile("../../../go.mod")

@@ -5,7 +5,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// EndpointState is where ep stands.
+// EndpointState returns ep's state.
 func EndpointState(ep tcpip.Endpoint) tcp.EndpointState {
 	return tcp.EndpointState(ep.State())
 }
