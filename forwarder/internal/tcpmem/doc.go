@@ -1,2 +1,3 @@
-// Package tcpmem charges what a TCP flow holds to the memory budget, and keeps it to its share.
+// Package tcpmem charges the memory that a TCP flow holds to the memory budget, and keeps the flow
+// to its share.
 package tcpmem

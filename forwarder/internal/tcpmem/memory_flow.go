@@ -5,17 +5,17 @@ package tcpmem
 //	up    segments of the sandbox's, until the host socket takes their bytes
 //	down  bytes of the far side's, until the sandbox acknowledges them
 //
-// Up, netstack counts what it holds; here it is charged, and segments that take much more
-// memory than they have bytes are copied before they are queued (Queue). Down, each write
-// to the stack is noted with what it takes, and repaid in the order of the acknowledgements
-// (SendLedger).
+// Up, netstack counts the memory that it holds, and it is charged here. Segments that take much
+// more memory than they have bytes are copied before they are queued (Queue). Down, each write to
+// the stack is recorded with the memory that it takes, which is released in the order of the
+// acknowledgements (SendLedger).
 //
-// Backpressure goes before refusal. Down, what may not be held is not read from the host
-// socket, whose window closes; the pump goes on when an acknowledgement has made room. Up,
-// the window is what holds the sandbox back: it begins small and grows only for a flow whose
-// bytes are taken as they come, so that many flows whose readers stand still were not
-// promised more than there is. What is sent nonetheless, within a window that was offered
-// when there was more, is cut to the flow's share: the sandbox sends it again.
+// Backpressure comes before refusal. Down, bytes that may not be held are not read from the host
+// socket, whose window closes; the pump goes on when an acknowledgement has made room. Up, the
+// window holds the sandbox back: it begins small and grows only for a flow whose bytes are taken as
+// they come, so that many flows with stalled readers are not promised more than there is. Bytes
+// that are sent nonetheless, within a window that was offered when there was more, are cut to the
+// flow's share: the sandbox sends them again.
 
 import (
 	"sync/atomic"
@@ -29,35 +29,35 @@ import (
 )
 
 const (
-	// ReceiveStart is the receive buffer that a flow begins with, of which netstack offers
-	// half as window; ReceiveStartPressed under pressure.
+	// ReceiveStart is the receive buffer that a flow begins with, of which netstack offers half as
+	// window; ReceiveStartPressed is the same under pressure.
 	ReceiveStart        = BufferDefault
 	ReceiveStartPressed = 8 << 10
-	// receiveJudged is what it may grow to while first bytes are judged, which wait where they
-	// are: 1 500 segments of one byte, a ClientHello, take more than 1 MiB.
+	// receiveJudged is the size to which it may grow while first bytes are judged, which wait where
+	// they are: 1 500 segments of one byte, a ClientHello, take more than 1 MiB.
 	receiveJudged = BufferMax
-	// ReceiveOffered is what the segments of a window of ReceiveStartPressed take at most. In
-	// order they are taken in under pressure as long as anything is left: a flow that keeps to
+	// ReceiveOffered is the most memory that the segments of a window of ReceiveStartPressed take.
+	// Under pressure, they are accepted in order as long as anything is left: a flow that keeps to
 	// its window does not lose a part of it.
 	ReceiveOffered = 12 << 10
-	// provenMoving is how much has to pass for a flow to count as moving under pressure: more
-	// than a kernel's buffer (net.core.rmem_max) takes in for a reader that stands still.
+	// provenMoving is how many bytes must pass before a flow counts as moving under pressure: more
+	// than a kernel's buffer (net.core.rmem_max) holds for a stalled reader.
 	provenMoving = 256 << 10
-	// receiveSteady is the payload that a flow is always let have waiting, in order, so that
-	// it goes on whatever else it holds.
+	// receiveSteady is the payload that a flow may always have waiting, in order, so that it makes
+	// progress whatever else it holds.
 	receiveSteady = 512
-	// smallRead is a read that takes more for the structures around it than for its bytes.
-	// While more than SmallReads is held, such bytes stay in the host socket and gather.
+	// smallRead is a read whose structures take more memory than its bytes. While more than
+	// SmallReads is held, such bytes stay in the host socket and gather.
 	smallRead  = 1 << 10
 	SmallReads = 256 << 10
 )
 
-// Flow is the charges of a flow through the stack.
+// Flow holds the charges of a flow through the stack.
 type Flow struct {
 	admit.Shares
 	Starved atomic.Bool   // the down pump waits until less is held (MaySend)
-	moving  atomic.Bool   // up: what came was taken at once, and was much
-	queued  atomic.Uint32 // where the last segment that was queued in order ends
+	moving  atomic.Bool   // up: the bytes were taken as they came, and were many
+	queued  atomic.Uint32 // end of the last segment queued in order
 
 	// Guarded by the up pump's mu.
 	window int // the receive buffer as last set; 0: as it was made
@@ -66,29 +66,29 @@ type Flow struct {
 
 	// Guarded by the down pump's mu.
 	sent       SendLedger
-	sendBuffer int64 // the send buffer's size before the pump had to wait; 0: it does not
+	sendBuffer int64 // the send buffer's size before the pump had to wait; 0: it is not waiting
 }
 
-// TallyReceived charges what ep holds of the sandbox's.
+// TallyReceived charges the sandbox's bytes that ep holds.
 func (fm *Flow) TallyReceived(ep *tcp.Endpoint) {
 	fm.Up.Set(max(ReceivedCost(ep), admit.FlowMinimum))
 }
 
-// ReceivedCost is at most what the segments that ep holds take.
+// ReceivedCost is the most memory that the segments held by ep take.
 func ReceivedCost(ep *tcp.Endpoint) int64 {
 	return int64(netstack.ReceiveMemUsed(ep)) * netstack.WasteOf / netstack.WasteIn
 }
 
-// TallySent charges what ep still holds of the far side's. The caller holds the down pump's mu.
+// TallySent charges the far side's bytes that ep still holds. The caller holds the down pump's mu.
 func (fm *Flow) TallySent(ep *tcp.Endpoint) {
 	fm.sent.Settle(netstack.SendQueued(ep))
 	fm.Down.Set(max(fm.sent.Held, admit.FlowMinimum))
 }
 
-// MaySend is how many of queued bytes may be read from the host socket and written to the
-// stack now. If it is 0 the flow is starved until the pump asks again, which settleMemory has
-// it do when the sandbox has acknowledged some, and so has the endpoint, if it can be told in
-// time. The caller holds the down pump's mu.
+// MaySend is how many of queued bytes may be read from the host socket and written to the stack
+// now. If it is 0 the flow is starved until the pump asks again. settleMemory makes it ask when the
+// sandbox has acknowledged some bytes, and so does the endpoint, if it can be told in time. The
+// caller holds the down pump's mu.
 func (fm *Flow) MaySend(ep *tcp.Endpoint, queued int) int {
 	fm.TallySent(ep)
 	n := fm.sendRoom(queued)
@@ -96,12 +96,12 @@ func (fm *Flow) MaySend(ep *tcp.Endpoint, queued int) int {
 		fm.Starved.Store(true)
 		fm.M.Starving.Store(true)
 		fm.starve(ep)
-		// What was acknowledged before is told by nobody.
+		// No notification comes for bytes acknowledged before this.
 		fm.TallySent(ep)
 		n = fm.sendRoom(queued)
 	}
 	if n == 0 && !netstack.Connected(netstack.EndpointState(ep)) {
-		n = queued // the write is told why it can have no more
+		n = queued // let the write fail: its error says why
 	}
 	if n > 0 && fm.sendBuffer > 0 {
 		ep.SocketOptions().SetSendBufferSize(fm.sendBuffer, false)
@@ -113,9 +113,9 @@ func (fm *Flow) MaySend(ep *tcp.Endpoint, queued int) int {
 	return n
 }
 
-// starve has the endpoint tell of the next acknowledgement: netstack tells when less than half
-// of the send buffer is used that was more. One that is being processed at this moment may go by
-// the size before, and be told by nobody.
+// starve makes the endpoint signal the next acknowledgement: netstack signals when the used part of
+// the send buffer falls below half. An acknowledgement that is being processed at this moment may
+// go by the old size, and then no signal comes.
 func (fm *Flow) starve(ep *tcp.Endpoint) {
 	opts := ep.SocketOptions()
 	if fm.sendBuffer == 0 {
@@ -149,8 +149,8 @@ func (fm *Flow) Wrote(n int) {
 	fm.Down.Set(max(fm.sent.Held, admit.FlowMinimum))
 }
 
-// Fit sets the window to what the flow may have, after n bytes were taken from ep. The caller
-// holds the up pump's mu.
+// Fit sets the window to the flow's share, after n bytes were taken from ep. The caller holds the
+// up pump's mu.
 func (fm *Flow) Fit(ep *tcp.Endpoint, n int) {
 	fm.TallyReceived(ep)
 	empty := netstack.ReceiveQueued(ep) == 0
@@ -166,7 +166,7 @@ func (fm *Flow) Fit(ep *tcp.Endpoint, n int) {
 	}
 	switch fm.grew += n; {
 	case empty && fm.grew >= fm.window/2:
-		// A window and more came and went.
+		// At least a window has come and gone.
 		if most := fm.mostWindow(pressed); fm.window < most {
 			want = min(fm.window*2, most)
 		}
@@ -182,9 +182,8 @@ func (fm *Flow) Fit(ep *tcp.Endpoint, n int) {
 	}
 }
 
-// FitJudged gives first bytes that come in small pieces the room that they need. Without
-// pressure alone: a flow that begins under it has room for a few segments. The caller holds
-// the up pump's mu.
+// FitJudged makes room for first bytes that come in small pieces. It does so only without pressure:
+// a flow that begins under pressure has room for a few segments. The caller holds the up pump's mu.
 func (fm *Flow) FitJudged(ep *tcp.Endpoint) {
 	opts := ep.SocketOptions()
 	size := opts.GetReceiveBufferSize()
@@ -193,7 +192,7 @@ func (fm *Flow) FitJudged(ep *tcp.Endpoint) {
 	}
 }
 
-// mostWindow is what a receive buffer may grow to.
+// mostWindow is the size to which a receive buffer may grow.
 func (fm *Flow) mostWindow(pressed bool) int {
 	if !pressed {
 		return BufferDefault
@@ -201,12 +200,13 @@ func (fm *Flow) mostWindow(pressed bool) int {
 	return int(max(2*fm.M.Limit(fm.moving.Load()), ReceiveStartPressed))
 }
 
-// SendLedger is what writes to the stack take, oldest first, until they are acknowledged. It
-// remembers a few marks only: what lies between two is repaid when all of it is acknowledged.
+// SendLedger records the memory of writes to the stack, oldest first, until they are acknowledged.
+// It keeps only a few marks: the memory between two is released when all of its bytes are
+// acknowledged.
 type SendLedger struct {
 	written uint64 // bytes, ever
 	acked   uint64 // of them
-	Held    int64  // what is not repaid
+	Held    int64  // not yet released
 	N       int
 	Marks   [8]sendMark
 }
@@ -217,10 +217,10 @@ type sendMark struct {
 	cost int64
 }
 
-// sendGrain is about what a mark stands for at least.
+// sendGrain is roughly the least memory that a mark stands for.
 const sendGrain = 64 << 10
 
-// Wrote notes a write of bytes.
+// Wrote records a write of bytes.
 func (l *SendLedger) Wrote(bytes int) {
 	if bytes <= 0 {
 		return
@@ -243,7 +243,7 @@ func (l *SendLedger) Wrote(bytes int) {
 	last.cost += cost
 }
 
-// Settle repays the writes of which nothing is among the queued bytes any more.
+// Settle releases the writes that have no bytes left among the queued ones.
 func (l *SendLedger) Settle(queued int) {
 	l.acked = l.written - min(uint64(queued), l.written)
 	done := 0
@@ -266,11 +266,11 @@ func (fm *Flow) MayReceive(ep *tcp.Endpoint, pkt *stack.PacketBuffer) int {
 		return payload
 	}
 	if queued := fm.queued.Load(); int32(queued-next) > 0 {
-		next = queued // it is in order behind what the batch has queued, and nobody has seen
+		next = queued // it follows what the batch has queued, not yet processed
 	}
 	room := int(fm.M.Limit(fm.moving.Load())-ReceivedCost(ep))*netstack.WasteIn/netstack.WasteOf - netstack.SegmentOverhead
 	if ahead := int32(h.SequenceNumber() - next); ahead > 0 {
-		// It waits for others, which must find room when they come.
+		// It waits for earlier segments, which must find room when they come.
 		if room/2 >= payload {
 			return payload
 		}
@@ -295,7 +295,7 @@ func (fm *Flow) MayReceive(ep *tcp.Endpoint, pkt *stack.PacketBuffer) int {
 	return payload
 }
 
-// cutSegment leaves the first n bytes of a segment's data, if its checksum is right.
+// cutSegment keeps the first n bytes of a segment's data, if its checksum is right.
 func cutSegment(pkt *stack.PacketBuffer, h header.TCP, n int) bool {
 	if !pkt.RXChecksumValidated {
 		src, dst := pkt.Network().SourceAddress(), pkt.Network().DestinationAddress()
@@ -305,20 +305,20 @@ func cutSegment(pkt *stack.PacketBuffer, h header.TCP, n int) bool {
 		pkt.RXChecksumValidated = true
 	}
 	pkt.Data().CapLength(n)
-	// Neither the end of the stream nor that of a record is where it was.
+	// The end of the stream or of a record is no longer where it was.
 	h.SetFlags(uint8(h.Flags() &^ (header.TCPFlagFin | header.TCPFlagPsh)))
 	return true
 }
 
 const (
-	// streamBuffer is netstack's buffer of a connection to the resolver, each way; what it
-	// takes in small answers is below streamMemory.
+	// streamBuffer is netstack's buffer for a connection to the resolver, each way. The memory that
+	// it takes in small answers is below streamMemory.
 	streamBuffer = 8 << 10
 	streamMemory = 256 << 10
 )
 
-// HoldStream charges, once for all, what a connection to the resolver may hold: it is read and
-// written by the resolver's goroutines, and there are few (dns.Limits.Streams).
+// HoldStream charges, once and for all, the memory that a connection to the resolver may hold. The
+// resolver's goroutines read and write it, and there are few such connections (dns.Limits.Streams).
 func (fm *Flow) HoldStream(ep *tcp.Endpoint) {
 	fm.Up.Set(streamMemory)
 	opts := ep.SocketOptions()
