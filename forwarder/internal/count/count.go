@@ -1,8 +1,7 @@
 package count
 
-// Counters. Each is registered once by name and then held by pointer, so that
-// counting is one atomic addition. Names are snake case and end up unchanged
-// in `sluice stats`.
+// Counters. Each is registered once by name and then held by pointer, so that counting is one
+// atomic addition. Names are in snake case and appear unchanged in `sluice stats`.
 
 import (
 	"sync"
@@ -14,7 +13,7 @@ type Set struct {
 	counters map[string]*atomic.Uint64
 }
 
-// Counter returns the Counter of that name, made on first use.
+// Counter returns the counter of that name, made on first use.
 func (s *Set) Counter(name string) *atomic.Uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
