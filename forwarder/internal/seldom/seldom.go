@@ -1,4 +1,4 @@
-// Package seldom tells of what keeps failing, without filling the log of it.
+// Package seldom reports persistent failures without flooding the log.
 package seldom
 
 import (
@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Every is the least time between two tellings, and how long failures count.
+// Every is the least time between two reports, and how long failures count.
 const Every = time.Minute
 
 // Failures counts failures. The zero value is ready; its method may be called from any goroutine.
@@ -17,8 +17,8 @@ type Failures struct {
 	told  time.Time
 }
 
-// Note counts a failure. tell reports whether to tell of it: there were least of them within
-// Every, n in all, and none was told of in that time.
+// Note counts a failure. tell reports whether to log it: there were at least least failures within
+// Every, n in all, and none was reported in that time.
 func (f *Failures) Note(least int, now time.Time) (n int, tell bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
