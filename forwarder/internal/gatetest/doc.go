@@ -1,2 +1,2 @@
-// Package gatetest is what clients say to a gate, for tests.
+// Package gatetest builds the bytes that clients send to a gate, for tests.
 package gatetest

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// Spoken is what a client of HTTP/2 says.
+// Spoken collects the bytes that an HTTP/2 client sends.
 type Spoken struct {
 	bytes.Buffer
 	*http2.Framer
@@ -16,7 +16,7 @@ type Spoken struct {
 	encoder *hpack.Encoder
 }
 
-// NewSpoken has said the preface and SETTINGS.
+// NewSpoken begins with the preface and SETTINGS.
 func NewSpoken() *Spoken {
 	s := new(Spoken)
 	s.WriteString(http2.ClientPreface)
@@ -27,7 +27,7 @@ func NewSpoken() *Spoken {
 	return s
 }
 
-// Fields encodes a block.
+// Fields encodes a header block.
 func (s *Spoken) Fields(kv ...string) []byte {
 	s.block.Reset()
 	for i := 0; i < len(kv); i += 2 {
@@ -36,7 +36,8 @@ func (s *Spoken) Fields(kv ...string) []byte {
 	return bytes.Clone(s.block.Bytes())
 }
 
-// Request says one in a frame; "" ends it there.
+// Request appends a request in one frame, without :authority if that is empty. The frame ends the
+// request unless more begins with "open".
 func (s *Spoken) Request(stream uint32, method, path, authority string, more ...string) *Spoken {
 	kv := []string{":method", method, ":scheme", "http", ":path", path, ":authority", authority}
 	if authority == "" {
@@ -50,13 +51,13 @@ func (s *Spoken) Request(stream uint32, method, path, authority string, more ...
 	return s
 }
 
-// Data says a frame of content.
+// Data appends a DATA frame.
 func (s *Spoken) Data(stream uint32, end bool, data string) *Spoken {
 	_ = s.WriteData(stream, end, []byte(data))
 	return s
 }
 
-// Raw says a frame of any kind.
+// Raw appends a frame of any kind.
 func (s *Spoken) Raw(typ http2.FrameType, flags http2.Flags, stream uint32, payload string) *Spoken {
 	_ = s.WriteRawFrame(typ, flags, stream, []byte(payload))
 	return s

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// ClientHello is what crypto/tls says first to a server of that name.
+// ClientHello returns the first bytes that crypto/tls sends to a server of that name.
 func ClientHello(t testing.TB, name string) []byte {
 	t.Helper()
 	client, far := net.Pipe()
@@ -41,12 +41,12 @@ func Records(b []byte, n int) []byte {
 	return out
 }
 
-// Spelled puts another name of the same length into a hello that says one of x's.
+// Spelled puts another name of the same length into a hello whose name is all x's.
 func Spelled(hello []byte, name string) []byte {
 	return bytes.Replace(hello, bytes.Repeat([]byte("x"), len(name)), []byte(name), 1)
 }
 
-// HandshakeOf is the content of the handshake's records.
+// HandshakeOf returns the content of the handshake's records.
 func HandshakeOf(p []byte) (all []byte) {
 	for len(p) >= 5 {
 		n := min(len(p), 5+int(p[3])<<8+int(p[4]))
@@ -58,7 +58,7 @@ func HandshakeOf(p []byte) (all []byte) {
 	return all
 }
 
-// SelfSigned is a certificate for whatever name.
+// SelfSigned returns a self-signed certificate for a.example.
 func SelfSigned(t testing.TB) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
