@@ -27,22 +27,22 @@ metadata: {name: refuse}
 spec: {defaultAction: reject}
 `
 
-// lab is one forwarder with one way to begin a flow of a certain kind.
+// lab is a forwarder with one way to begin a flow of a certain kind.
 type lab struct {
 	f     *Forwarder
 	table *nat.Table
-	// begin begins the flow, and reports whether it carried something.
+	// begin begins the flow and reports whether it carried something.
 	begin func() bool
-	// again reports whether the flow that begin has begun still carries.
+	// again reports whether the flow that begin began still carries.
 	again func() bool
 	// wait is how long either waits for what it expects.
 	wait time.Duration
 }
 
-// expectNothing makes the lab wait no longer than silence is worth.
+// expectNothing shortens the lab's wait, for tests that expect silence.
 func (l *lab) expectNothing() *lab { l.wait = 300 * time.Millisecond; return l }
 
-// kindsOfFlow are all of them, each in a lab of its own.
+// kindsOfFlow lists all kinds, each in a lab of its own.
 var kindsOfFlow = []struct {
 	name string
 	lab  func(t *testing.T, text string, change func(*Config)) *lab
@@ -61,7 +61,7 @@ var kindsOfFlow = []struct {
 	{"a datagram from outside to a pod", labInboundUDP},
 }
 
-// says reports whether what is written comes back.
+// says reports whether what it writes comes back.
 func says(c net.Conn) bool {
 	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
 	if _, err := c.Write([]byte("ping")); err != nil {
@@ -198,14 +198,14 @@ func labInboundTCP(client, pod netip.Addr) func(*testing.T, string, func(*Config
 	}
 }
 
-// lab sends a packet on one side of the forwarder, and looks for one from addr, or with the
-// same contents, on the sandbox's.
+// lab sends a packet on one side of the forwarder, and looks on the sandbox's side for one from
+// addr or with the same contents.
 func (w *wire) lab(p func() ipPacket, from *wire, addr netip.Addr) *lab {
 	l := &lab{f: w.f, table: w.table, wait: 5 * time.Second}
 	l.begin = func() bool {
 		deadline := time.Now().Add(l.wait)
 		for time.Now().Before(deadline) {
-			from.send(p()) // again, because the kernel puts an IPv6 address in force some time after it is given
+			from.send(p()) // repeated, because the kernel takes a while to put a new IPv6 address in force
 			for next := time.Now().Add(200 * time.Millisecond); time.Now().Before(next); {
 				got, ok := w.tryRecv(time.Until(next))
 				if ok && got.src == addr && (got.proto != packet.ProtoICMP || got.l4[0] == packet.EchoReply4) && !isError(got) {
@@ -219,7 +219,7 @@ func (w *wire) lab(p func() ipPacket, from *wire, addr netip.Addr) *lab {
 	return l
 }
 
-// isError reports whether p is no more than the news that something was refused.
+// isError reports whether p only says that something was refused.
 func isError(p ipPacket) bool {
 	switch p.proto {
 	case packet.ProtoICMP:
@@ -250,8 +250,8 @@ func labPublishedUDP(t *testing.T, text string, change func(*Config)) *lab {
 	return l
 }
 
-// duringEntry calls f once, while the first flow is entered: after it was judged, before
-// its owner knows that it is in the table.
+// duringEntry calls f once while the first flow is entered: after it was judged, and before its
+// owner knows that it is in the table.
 func duringEntry(f func()) func(*Config) {
 	var once sync.Once
 	return func(c *Config) {
@@ -287,14 +287,13 @@ func TestEveryKindOfFlowIsCutByRulesThatRefuseIt(t *testing.T) {
 			if l.expectNothing().again() {
 				t.Error("the flow goes on under rules that refuse it")
 			}
-			// It moves nothing from SetRules' return on, but may be taken down a moment later.
+			// It moves nothing once SetRules returns, but may be taken down a moment later.
 			testutil.Eventually(t, "the table is empty", func() bool { return l.table.Len() == 0 })
 		})
 	}
 }
 
-// TestEveryKindOfFlowGoesOnByTheNewRule gives every rule another name and a bandwidth of
-// its own.
+// TestEveryKindOfFlowGoesOnByTheNewRule gives every rule a new name and a bandwidth of its own.
 func TestEveryKindOfFlowGoesOnByTheNewRule(t *testing.T) {
 	next := strings.NewReplacer(
 		"name: loopback,", "name: next-loopback, limits: {flows: 1, egressBandwidth: 8M, ingressBandwidth: 8M},",
@@ -329,8 +328,8 @@ func TestEveryKindOfFlowGoesOnByTheNewRule(t *testing.T) {
 	}
 }
 
-// TestRelaysObeyBandwidth moves bulk through a relay, whose bytes are spliced and never
-// seen here, both ways and by either limit.
+// TestRelaysObeyBandwidth moves bulk data through a relay both ways and under either limit. Its
+// bytes are spliced and never seen here.
 func TestRelaysObeyBandwidth(t *testing.T) {
 	for _, of := range []string{"the rule", "the sandbox"} {
 		for _, direction := range []string{"egressBandwidth", "ingressBandwidth"} {
@@ -352,7 +351,7 @@ func TestRelaysObeyBandwidth(t *testing.T) {
 				if err != nil {
 					t.Fatalf("%d bytes came back: %v", moved, err)
 				}
-				// The bucket's fill, and then the rate.
+				// The bucket's fill, then the rate.
 				if least := time.Duration(float64(moved-admit.BucketMin-admit.Quantum) / 1e6 * float64(time.Second)); time.Since(start) < least {
 					t.Errorf("%d bytes moved in %v, want at least %v", moved, time.Since(start), least)
 				}
@@ -377,7 +376,8 @@ func TestInboundFlowsObeyTheirRulesBandwidth(t *testing.T) {
 			n++
 		}
 	}
-	// Packets of 1000 bytes: 66 pass by the bucket of 64 KiB, 131 wait in the queue of 128 KiB.
+	// Of packets of 1000 bytes, 66 pass by the bucket of 64 KiB and 131 wait in the queue of 128
+	// KiB.
 	for _, way := range []struct {
 		from, to *wire
 		packet   func(client netip.AddrPort) ipPacket
@@ -398,7 +398,7 @@ func TestInboundFlowsObeyTheirRulesBandwidth(t *testing.T) {
 			t.Errorf("%d of 200 packets of another rule passed beside them", n)
 		}
 	}
-	// A rule that loses its limits holds back nothing, and leaves nothing behind.
+	// A rule that loses its limits holds back nothing and leaves nothing behind.
 	w.f.SetRules(compile(t, allowAll))
 	if in, out := received(w.wire), received(w.out); in != 131 || out != 131 {
 		t.Errorf("%d and %d packets had waited, want 131 each", in, out)

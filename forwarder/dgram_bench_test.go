@@ -19,8 +19,8 @@ type bottomless struct{ *channel.Endpoint }
 
 func (bottomless) WritePackets(l stack.PacketBufferList) (int, tcpip.Error) { return l.Len(), nil }
 
-// steady returns a wire with one flow in being, a function that sends a batch of n
-// datagrams through it, and one that delivers a datagram from its peer.
+// steady returns a wire with one existing flow, a function that sends a batch of n datagrams
+// through it, and one that delivers a datagram from its peer.
 func steady(t testing.TB, size int) (out func(n int), in func()) {
 	w := newWire(t, allowAll, func(c *Config) { c.Link = bottomless{c.Link.(*channel.Endpoint)} })
 	w.f.dgram.UDP.Batched = true

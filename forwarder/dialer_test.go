@@ -10,7 +10,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/tcpflow"
 )
 
-// recvErrOf is IP_RECVERR or IPV6_RECVERR of a socket.
+// recvErrOf returns IP_RECVERR or IPV6_RECVERR of a socket.
 func recvErrOf(t *testing.T, fd int, v6 bool) int {
 	t.Helper()
 	level, name := unix.IPPROTO_IP, unix.IP_RECVERR
@@ -24,8 +24,8 @@ func recvErrOf(t *testing.T, fd int, v6 bool) int {
 	return n
 }
 
-// The error queue is for the dial: while it is on, the kernel ends an established connection
-// for an ICMP error that it would otherwise survive.
+// The error queue is for the dial only: while it is on, an ICMP error that an established
+// connection would otherwise survive ends it.
 func TestTheErrorQueueEndsWithTheDial(t *testing.T) {
 	for _, network := range []string{"tcp4", "tcp6"} {
 		t.Run(network, func(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// ungated opens nothing, and leaves names to others.
+// ungated opens nothing and leaves names to others.
 var ungated = strings.Replace(allowNone, "drop}", "drop, dns: {names: ungated}}", 1)
 
 // gatesNames opens the world by address, and one name.
@@ -66,7 +66,7 @@ func TestEveryQueryGoesToTheResolverWhereNamesAreGated(t *testing.T) {
 	})
 }
 
-// waiting never answers: a question that is on its way.
+// waiting never answers, like a question under way.
 type waiting struct{}
 
 func (waiting) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
@@ -75,12 +75,12 @@ func (waiting) ServePacket(context.Context, []byte, netip.AddrPort, func([]byte,
 
 func (waiting) ServeStream(ctx context.Context, _ net.Conn, _ func(policy.Outcome)) { <-ctx.Done() }
 
-// What the resolver answered in another's place is that other's again, at once.
+// An answer that the resolver gave in another server's place belongs to that server again, at once.
 func TestNobodyIsAnsweredForOnceNamesAreNotGated(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		first string
-		// How many flows are left under a policy that gates names too, and one that does not.
+		// How many flows are left under a policy that gates names too, and under one that does not.
 		gated, open int
 		dst         netip.AddrPort
 	}{

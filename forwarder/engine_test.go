@@ -83,8 +83,8 @@ func newTestEngine(t *testing.T, threads int) *engine.Engine {
 	return e
 }
 
-// The leader sleeps with its P: who stops the world must get it, and other goroutines
-// must not starve, also when there is but one other P.
+// The leader sleeps with its P: a goroutine that stops the world must get it, and other goroutines
+// must not starve, even if there is only one other P.
 func TestTheLeadersSleepHoldsNobodyUp(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
 	e := newTestEngine(t, 1)
@@ -113,8 +113,8 @@ type counter struct {
 	seen    atomic.Int64
 }
 
-// Whoever asks, from whichever goroutine and whatever the engine is doing, is served,
-// and no task runs twice at once.
+// Every request is served, from whichever goroutine it comes and whatever the engine is doing, and
+// no task runs twice at once.
 func TestEngineServesEveryRequest(t *testing.T) {
 	e := newTestEngine(t, 3)
 	tasks := make([]counter, 8)
@@ -126,7 +126,7 @@ func TestEngineServesEveryRequest(t *testing.T) {
 			}
 			c.seen.Store(c.asked.Load())
 			if i%2 == 0 {
-				time.Sleep(50 * time.Microsecond) // long rounds have the helpers called
+				time.Sleep(50 * time.Microsecond) // long rounds call the helpers
 			}
 			c.running.Add(-1)
 		}
@@ -227,7 +227,7 @@ func TestEngineAtRestUsesNoProcessor(t *testing.T) {
 		}
 		return time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
 	}
-	time.Sleep(50 * time.Millisecond) // for its goroutines to have begun
+	time.Sleep(50 * time.Millisecond) // lets its goroutines begin
 	before := used()
 	time.Sleep(300 * time.Millisecond)
 	if d := used() - before; d > 60*time.Millisecond {

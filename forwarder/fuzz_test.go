@@ -16,8 +16,8 @@ import (
 	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
-// onlyPort lets the sandbox reach one port of the host's loopback and nothing
-// else, so that no input of a fuzzer reaches anybody.
+// onlyPort lets the sandbox reach one port of the host's loopback and nothing else, so that no
+// fuzzer input reaches anything real.
 const onlyPort = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -28,9 +28,9 @@ spec:
   - {name: one, action: allow, to: [{entity: host-loopback}], ports: [{protocol: TCP, port: %d}, {protocol: UDP, port: %d}]}
 `
 
-// FuzzLink sends whatever bytes to the link, as they are and, so that they get
-// further than the first check, with the headers' sums and the source mended.
-// Nothing may panic, and only the one allowed port may ever be in the flow table.
+// FuzzLink sends arbitrary bytes to the link, as they are and with the headers' sums and the source
+// mended, so that they get past the first check. Nothing may panic, and only the one allowed port
+// may ever be in the flow table.
 func FuzzLink(f *testing.F) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -92,7 +92,7 @@ func FuzzLink(f *testing.F) {
 	})
 }
 
-// mendPacket makes the first checks pass: lengths, the source, the sums.
+// mendPacket makes the first checks pass: it mends lengths, the source and the sums.
 func mendPacket(b []byte) {
 	switch {
 	case b[0]>>4 == 4 && len(b) >= header.IPv4MinimumSize:

@@ -48,7 +48,7 @@ type guest struct {
 	link  *pipe.Endpoint
 }
 
-// allowAll opens the host's loopback behind the gateway's address, and all else.
+// allowAll opens the host's loopback behind the gateway's address, and everything else.
 const allowAll = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -78,8 +78,8 @@ func compile(t testing.TB, text string) *policy.Rules {
 	return r
 }
 
-// newGuest starts a forwarder under the policy and a guest before it; both end,
-// with everything they hold, before the test does.
+// newGuest starts a forwarder under the policy, and a guest behind it. Both end, with everything
+// they hold, before the test does.
 func newGuest(t *testing.T, text string, change func(*Config)) *guest {
 	t.Helper()
 	inside, outside := pipe.New("\x02\x00\x00\x00\x00\x01", "\x02\x00\x00\x00\x00\x02", 1500)
@@ -147,7 +147,7 @@ func (g *guest) dial(to netip.AddrPort) (*gonet.TCPConn, error) {
 	return gonet.DialContextTCP(ctx, g.stack, tcpip.FullAddress{NIC: 1, Addr: packet.StackAddr(to.Addr()), Port: to.Port()}, packet.NetProto(to.Addr()))
 }
 
-// dialContext is dial for an http.Transport, which goes to the address that it is told names.
+// dialContext is dial for an http.Transport. It dials addrA, whatever the host name.
 func (g *guest) dialContext(_ context.Context, _, to string) (net.Conn, error) {
 	_, port, err := net.SplitHostPort(to)
 	if err != nil {
@@ -166,8 +166,8 @@ func (g *guest) mustDial(to netip.AddrPort) *gonet.TCPConn {
 	return c
 }
 
-// listen serves each connection on the host's loopback with handle, and returns
-// the address by which the guest reaches it.
+// listen serves each connection on the host's loopback with handle, and returns the address by
+// which the guest reaches it.
 func (g *guest) listen(network string, handle func(*net.TCPConn)) netip.AddrPort {
 	g.t.Helper()
 	gw, addr := gateway4, "127.0.0.1:0"
@@ -200,7 +200,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 
 func echo(c *net.TCPConn) { _, _ = io.Copy(c, c) }
 
-// isReset tells a connection error that only an RST makes.
+// isReset reports whether only an RST makes such a connection error.
 func isReset(err error) bool {
 	var oe *net.OpError
 	return errors.As(err, &oe) && (oe.Err.Error() == "connection reset by peer" || oe.Err.Error() == "connection was refused")

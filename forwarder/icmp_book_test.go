@@ -19,8 +19,8 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// echoFar is a far side that answers echo requests as it likes: an address of this
-// network namespace, whose kernel does not answer.
+// echoFar is a far side that answers echo requests as it likes, at an address of this network
+// namespace whose kernel does not answer.
 type echoFar struct {
 	t    *testing.T
 	fd   int
@@ -38,7 +38,7 @@ func newEchoFar(t *testing.T, v4 bool) *echoFar {
 	} else {
 		ip(t, "addr", "replace", f.addr.String()+"/128", "dev", "lo", "nodad")
 	}
-	// The kernel readies an IPv6 address in a work queue.
+	// The kernel prepares an IPv6 address in a work queue.
 	testutil.Eventually(t, "a datagram reaches the far side", func() bool {
 		c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(f.addr, 0)))
 		if err != nil {
@@ -68,7 +68,7 @@ func newEchoFar(t *testing.T, v4 bool) *echoFar {
 	return f
 }
 
-// request returns the next one that reaches the far side.
+// request returns the next request that reaches the far side.
 func (f *echoFar) request() (msg []byte, from unix.Sockaddr) {
 	f.t.Helper()
 	b := make([]byte, 1<<16)
@@ -90,7 +90,7 @@ func (f *echoFar) request() (msg []byte, from unix.Sockaddr) {
 	}
 }
 
-// reply answers a request with a payload and a code of the far side's own.
+// reply answers a request with a payload and a code chosen by the far side.
 func (f *echoFar) reply(request []byte, to unix.Sockaddr, code byte, payload string) {
 	f.t.Helper()
 	b := append(bytes.Clone(request[:8]), payload...)
@@ -146,14 +146,15 @@ func TestAnEchoCarriesNoPayload(t *testing.T) {
 					if r.l4[1] != 0 {
 						t.Errorf("the reply has the far side's code %d", r.l4[1])
 					}
-					// A duplicate is delivered, cut to what the far side sent; a third is not.
+					// A duplicate is delivered, cut to what the far side sent, but not a third
+					// reply.
 					far.reply(got, from, 0, "")
 					if r := w.recv(); !bytes.Equal(r.l4[4:], p.l4[4:8]) {
 						t.Errorf("an empty duplicate arrives as %x", r.l4)
 					}
 					far.reply(got, from, 0, "more")
 					w.counts(t, "icmp_answers", 1)
-					// A number that no request had.
+					// No request had this number.
 					binary.BigEndian.PutUint16(got[6:], 0x3333)
 					far.reply(got, from, 0, "more")
 					w.counts(t, "icmp_late", 1)
@@ -170,7 +171,7 @@ func (w *wire) counts(t *testing.T, name string, want uint64) {
 	testutil.Eventually(t, fmt.Sprintf("%s is %d", name, want), func() bool { return w.f.Stats()[name] == want })
 }
 
-// withClock gives the forwarder a clock of the test's.
+// withClock gives the forwarder the test's clock.
 func withClock(clock *testClock) func(*Config) {
 	return func(c *Config) { c.Now = clock.now; c.Table = nat.NewTable(nat.Config{Now: clock.now}) }
 }
@@ -226,7 +227,7 @@ func TestEchoRequestsAreLimitedInRate(t *testing.T) {
 		permitPing(t)
 		clock := newTestClock()
 		w := newWire(t, allowAll, withClock(clock))
-		// Each request is read at the far side, so that none is lost in its queue.
+		// The far side reads each request, so that none is lost in its queue.
 		passed := func(n int, ttl func(int) uint8) (passed int) {
 			for i := range n {
 				before := w.f.Stats()["icmp_rate"]
@@ -262,7 +263,7 @@ func TestAnErrorAboutAnEchoQuotesTheSandboxsOwn(t *testing.T) {
 	permitPing(t)
 	w := newWire(t, allowAll, nil)
 	for _, fam := range families {
-		// The second request is what the error is about, the third what was sent last.
+		// The error is about the second request; the third was sent last.
 		var ps []ipPacket
 		for seq, ttl := range []uint8{64, 2, 64} {
 			p := echoPacket(fam.me, fam.beyond, 9, uint16(500*seq), pattern(100+seq))
@@ -273,7 +274,7 @@ func TestAnErrorAboutAnEchoQuotesTheSandboxsOwn(t *testing.T) {
 		for {
 			r := w.recv()
 			if fam.me.Is4() && r.l4[0] != 11 || fam.me.Is6() && r.l4[0] != 3 {
-				continue // nobody is beyond, and the router may say so
+				continue // no host is beyond, and the router may say so
 			}
 			wantQuote(t, r.l4[8:], ps[1], len(ps[1].l4))
 			break

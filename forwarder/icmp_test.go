@@ -131,8 +131,8 @@ func TestEchoByOneRawSocket(t *testing.T) {
 	}
 }
 
-// wantQuote checks that an error quotes what the sandbox sent: its addresses, protocol
-// and the first n bytes behind the IP header.
+// wantQuote checks that an error quotes what the sandbox sent: its addresses, protocol and the
+// first n bytes after the IP header.
 func wantQuote(t *testing.T, quoted []byte, p ipPacket, n int) {
 	t.Helper()
 	sent := p.bytes()
@@ -146,7 +146,7 @@ func wantQuote(t *testing.T, quoted []byte, p ipPacket, n int) {
 	}
 	n = min(n, len(p.l4))
 	if p.proto == 17 {
-		// A UDP checksum cannot be known and is left out.
+		// A UDP checksum cannot be known, so the quote omits it.
 		quoted, sent = bytes.Clone(quoted), bytes.Clone(sent)
 		copy(quoted[hl+6:hl+8], []byte{0, 0})
 		copy(sent[hl+6:hl+8], []byte{0, 0})

@@ -16,7 +16,7 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// By allowIn everybody is let in to every port, and nothing is let out; names are not gated.
+// allowIn lets every client in to every port, and nothing out; names are not gated.
 const allowIn = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -27,7 +27,7 @@ spec:
   ingress: [{name: any, action: allow}]
 `
 
-// saysNothing sends a packet of the pod and wants none of it outside.
+// saysNothing sends a packet of the pod and checks that none of it gets outside.
 func (w *podWire) saysNothing(what string, p ipPacket) {
 	w.t.Helper()
 	w.send(p)
@@ -36,13 +36,13 @@ func (w *podWire) saysNothing(what string, p ipPacket) {
 	}
 	for {
 		if _, ok := w.tryRecv(time.Millisecond); !ok {
-			return // what policy has to say of it
+			return // a matter for policy
 		}
 	}
 }
 
-// A segment that belongs to no flow is answered by a reset, and begins nothing by which
-// the pod could speak to its sender.
+// A segment of no flow is answered by a reset. It begins nothing by which the pod could speak to
+// its sender.
 func TestOnlyASYNBeginsAConnectionFromOutside(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, pod, far netip.Addr) {
 		w := newPodWire(t, allowIn, nil)
@@ -76,7 +76,7 @@ func TestOnlyASYNBeginsAConnectionFromOutside(t *testing.T) {
 	})
 }
 
-// A pod's SYN is its own, whatever the client has begun by the same two ports.
+// A pod's SYN is its own, whatever the client has begun on the same two ports.
 func TestASYNOfThePodIsNoAnswer(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, pod, far netip.Addr) {
 		w := newPodWire(t, allowIn, nil)
@@ -93,15 +93,15 @@ func TestASYNOfThePodIsNoAnswer(t *testing.T) {
 	})
 }
 
-// ownWorld is a namespace whose loopback has the pod's addresses and those of a server
-// outside, so that the worker's sockets can be the pod's.
+// ownWorld is a namespace whose loopback has the addresses of the pod and of a server outside, so
+// that the worker's sockets can be the pod's.
 func ownWorld(t *testing.T, f func(t *testing.T, pod, far netip.Addr)) {
 	ns := inNetns(t)
 	far4, far6 := netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("2001:db8:7::7")
 	for _, a := range []netip.Addr{guest4, guest6, far4, far6} {
 		ip(t, "addr", "add", netip.PrefixFrom(a, a.BitLen()).String(), "dev", "lo", "nodad")
 	}
-	// The kernel makes an IPv6 address's route in its own time.
+	// The kernel adds an IPv6 address's route in its own time.
 	server := udpServer(t, at(far6, 0).String())
 	testutil.Eventually(t, "the server is reached", func() bool {
 		c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(at(guest6, 0)), net.UDPAddrFromAddrPort(at(far6, portOf(server))))
@@ -118,7 +118,7 @@ func ownWorld(t *testing.T, f func(t *testing.T, pod, far netip.Addr)) {
 	ns.run(t, "IPv6", func(t *testing.T) { f(t, guest6, far6) })
 }
 
-// rests wants a packet from outside to begin nothing, as one for what rests.
+// rests checks that a packet from outside begins nothing because its port is resting.
 func (w *podWire) rests(what string, p ipPacket) {
 	w.t.Helper()
 	before, flows := w.f.Stats()["inbound_rests"], w.f.outside.Count.Load()
@@ -134,8 +134,8 @@ func (w *podWire) rests(what string, p ipPacket) {
 	}
 }
 
-// A datagram of a server that egress policy has cut off, or that is late, begins no flow
-// by the port that our socket had, and the same server may not stream itself open.
+// A late datagram, or one from a server that egress policy has cut off, begins no flow on the port
+// that our socket had. Nor can the same server open the way by streaming on.
 func TestADatagramForASocketThatIsGoneBeginsNothing(t *testing.T) {
 	ownWorld(t, func(t *testing.T, pod, far netip.Addr) {
 		clock := newTestClock()
@@ -203,7 +203,7 @@ func TestAConnectionOfOurOwnBeginsNothingWhenItIsOver(t *testing.T) {
 	})
 }
 
-// What policy refuses the pod it does not get by being called back.
+// The pod does not get what policy refuses it by being called back.
 func TestThePeerOfARefusedDatagramBeginsNothing(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, pod, far netip.Addr) {
 		clock := newTestClock()
@@ -228,7 +228,7 @@ func TestTheResolversServersBeginNothing(t *testing.T) {
 	})
 }
 
-// A worker that died has left which ports its sockets had.
+// A dead worker has left which ports its sockets had.
 func TestPortsRestAcrossWorkers(t *testing.T) {
 	ownWorld(t, func(t *testing.T, pod, far netip.Addr) {
 		memory := make([]byte, inbound.MemorySize)
@@ -237,7 +237,7 @@ func TestPortsRestAcrossWorkers(t *testing.T) {
 		w := generation(t, memory, allowAll)
 		w.send(udpPacket(at(pod, 5000), peer, []byte("question")))
 		_, mapped := read(t, server)
-		left := slices.Clone(memory) // by one that dies at this moment
+		left := slices.Clone(memory) // from a worker that dies at this moment
 		for _, n := range []string{"second", "third"} {
 			t.Run("the "+n, func(t *testing.T) {
 				w := generation(t, left, allowIn)
@@ -257,7 +257,7 @@ func TestTombsAreBoundedAndThenClosed(t *testing.T) {
 	for i := range admit.MaxTombs {
 		tombs.Bury(tuple(i))
 	}
-	tombs.Bury(tuple(0)) // known: takes no place
+	tombs.Bury(tuple(0)) // known, so it takes no place
 	if tombs.Full[0] != nil {
 		t.Fatal("it is full too early")
 	}
@@ -282,7 +282,7 @@ func TestTombsAreBoundedAndThenClosed(t *testing.T) {
 	}
 }
 
-// While names are gated the pod speaks to no resolver, by whatever flow.
+// While names are gated the pod speaks to no resolver, in any flow.
 func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, pod, far netip.Addr) {
 		gated := gatesNames + "  ingress: [{name: any, action: allow}]\n"
@@ -290,7 +290,7 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 		resolver53, own := at(far, 53), at(pod, 5000)
 		arrives(t, w.out, w.wire, udpPacket(resolver53, own, nil)) // not gated: a client like any other
 		w.connect(at(far, 853), own)
-		w.f.gate.Rules.Store(compile(t, gated)) // in force, and the flows not asked yet
+		w.f.gate.Rules.Store(compile(t, gated)) // in force, but the flows have not been asked yet
 		w.saysNothing("a question by a flow that is left", udpPacket(own, resolver53, []byte("abc")))
 		w.f.SetRules(compile(t, gated))
 		testutil.Eventually(t, "both are cut", func() bool { return w.f.outside.Count.Load() == 0 })
@@ -320,7 +320,7 @@ func TestTheGateGoesBeforeInboundFlows(t *testing.T) {
 		if n := w.f.Stats()["inbound_refused"] - refused; n != 4 {
 			t.Errorf("%d were refused; counters: %v", n, w.counters())
 		}
-		// A pod's own server of names goes on to answer.
+		// A pod's own name server goes on answering.
 		arrives(t, w.out, w.wire, udpPacket(at(far, 40000), at(pod, 53), []byte("question")))
 		arrives(t, w.wire, w.out, udpPacket(at(pod, 53), at(far, 40000), []byte("answer")))
 	})
@@ -343,7 +343,7 @@ func TestClosedAddressesAreNoClients(t *testing.T) {
 	w.stays(w.out, udpPacket(at(netip.MustParseAddr("10.0.2.255"), 1), at(guest4, 5000), nil), "inbound_martian_source")
 }
 
-// routed4 gives a packet an IPv4 option of source routing, by way of elsewhere.
+// routed4 gives a packet an IPv4 source-routing option, by way of elsewhere.
 func routed4(p ipPacket, option byte) []byte {
 	b := p.bytes()
 	opts := []byte{1, option, 7, 4, 169, 254, 169, 254}
@@ -356,7 +356,7 @@ func routed4(p ipPacket, option byte) []byte {
 	return b
 }
 
-// routed6 gives it a routing header, behind others if asked.
+// routed6 gives it a routing header, behind other headers if asked.
 func routed6(p ipPacket, behind bool, left byte) []byte {
 	via := netip.MustParseAddr("fd00:ec2::254").As16()
 	route := append([]byte{p.proto, 2, 0, left, 0, 0, 0, 0}, via[:]...)
@@ -388,7 +388,7 @@ func TestRoutesOfAPacketsOwnDoNotPass(t *testing.T) {
 	}
 	for {
 		if _, ok := w.tryRecv(5 * time.Millisecond); !ok {
-			break // what the stack has to say of them
+			break // a matter for the stack
 		}
 	}
 	before := w.f.Stats()["inbound_source_route"]
@@ -414,8 +414,8 @@ func TestRoutesOfAPacketsOwnDoNotPass(t *testing.T) {
 	arrives(t, w.wire, w.out, udpPacket(server4, client4, []byte("the flow lives")))
 }
 
-// Whatever came before, a flow that a client does begin is answered: a pod that is a
-// server to whom it is also a client.
+// Whatever came before, the flow that a client begins is answered: the pod is a server for a host
+// whose client it also is.
 func TestPeersThatSpeakBothWays(t *testing.T) {
 	ownWorld(t, func(t *testing.T, pod, far netip.Addr) {
 		w := newPodWire(t, allowAll, nil)

@@ -13,10 +13,10 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// FuzzInbound sends whatever bytes to either link of a pod that lets one port be
-// reached and reaches nothing itself, as they are and with the headers' sums mended.
-// Nothing may panic; what comes out inside is for the pod, what comes out outside is
-// from it; and no flow may begin but to that port.
+// FuzzInbound sends arbitrary bytes to either link of a pod, as they are and with the headers' sums
+// mended. The pod lets one port be reached and reaches nothing itself. Nothing may panic. Packets
+// that come out inside must be for the pod, those that come out outside must be from it, and only
+// flows to that port may begin.
 func FuzzInbound(f *testing.F) {
 	const one = `
 apiVersion: sluice.dev/v1alpha1
@@ -115,8 +115,8 @@ func mendInbound(b []byte, fromOutside bool) {
 	}
 }
 
-// checkSide holds that a packet that came out belongs on that side. (The device drops
-// IPv4 packets whose header's sum is wrong; here it must not become so.)
+// checkSide checks that a packet came out on the right side. (The device drops IPv4 packets whose
+// header sum is wrong; no sum may become wrong here.)
 func checkSide(t *testing.T, pkt *stack.PacketBuffer, inside, mended bool) {
 	t.Helper()
 	v := pkt.ToView()
@@ -142,7 +142,7 @@ func checkSide(t *testing.T, pkt *stack.PacketBuffer, inside, mended bool) {
 	if !inside {
 		own = src
 	}
-	// Neighbours are also asked and answered by their link-local addresses.
+	// Neighbours also ask and answer with their link-local addresses.
 	if !slices.Contains([]bool{slices.Contains([]string{guest4.String(), also4.String(), guest6.String()}, own.String()), inside && own.IsLinkLocalUnicast()}, true) {
 		t.Errorf("a packet from %s to %s came out, inside: %v", src, dst, inside)
 	}

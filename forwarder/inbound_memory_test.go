@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// generation starts a forwarder with the memory of the one before.
+// generation starts a forwarder with the memory of the previous one.
 func generation(t *testing.T, memory []byte, policy string) *podWire {
 	return newPodWire(t, policy, func(c *Config) { c.Memory = memory })
 }
@@ -70,13 +70,13 @@ func TestInboundFlowsOutliveTheirForwarder(t *testing.T) {
 	})
 }
 
-// Before the first rules nothing passes, and nothing is told to be over.
+// Before the first rules nothing passes, and nothing is reported as over.
 func TestThePodWaitsForRules(t *testing.T) {
 	memory := make([]byte, inbound.MemorySize)
 	client, server := at(client4, 40000), at(guest4, 80)
 	t.Run("before", func(t *testing.T) { generation(t, memory, allowAll).connect(client, server) })
 	w := generation(t, memory, allowAll)
-	w.f.outside.Waiting.Store(true) // as it is before SetRules, which a wire has called
+	w.f.outside.Waiting.Store(true) // as before SetRules, which a wire has called
 	w.stays(w.wire, dataSegment(server, client, header.TCPFlagAck, 5001, 1001, pattern(100)), "inbound_not_ready")
 	w.f.SetRules(compile(t, allowAll))
 	arrives(t, w.wire, w.out, dataSegment(server, client, header.TCPFlagAck, 5001, 1001, pattern(100)))
@@ -111,8 +111,8 @@ func TestMoreFlowsThanMemory(t *testing.T) {
 	generation(t, memory, allowAll).wantFlows(8)
 }
 
-// Whatever a worker that was taken over has written, only flows that policy allows come
-// of it, and the forwarder works.
+// Whatever the previous worker has written, only flows that policy allows come of it, and the
+// forwarder works.
 func TestHostileMemory(t *testing.T) {
 	client, server := at(client4, 40000), at(guest4, 80)
 	good := make([]byte, inbound.MemorySlot*(1+64)+admit.TombMemory)

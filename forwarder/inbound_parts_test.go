@@ -12,8 +12,8 @@ import (
 	"sluice.dev/sluice/forwarder/internal/packet"
 )
 
-// icmpError is an error from somebody about a packet; its quotation is as long as
-// the shortest that is allowed, unless all is asked for.
+// icmpError returns an error about a packet, from any sender. It quotes the shortest part that is
+// allowed, or everything if all is set.
 func icmpError(from, to netip.Addr, typ, code uint8, about ipPacket, all bool) ipPacket {
 	quoted := about.bytes()
 	if n := packet.IPHeaderLen(about.dst) + 8; !all && n < len(quoted) {
@@ -111,7 +111,7 @@ func TestInboundFragmentsFollowTheFirst(t *testing.T) {
 	})
 }
 
-// fragment4 is one IPv4 fragment.
+// fragment4 returns one IPv4 fragment.
 func fragment4(p ipPacket, off int, more bool) []byte {
 	b := p.bytes()
 	h := header.IPv4(b)
@@ -257,7 +257,7 @@ func TestPodsAskForNeighbours(t *testing.T) {
 	}
 }
 
-// solicitation is a neighbour solicitation, sent to the group of its target.
+// solicitation returns a neighbour solicitation, sent to the group of its target.
 func solicitation(src, target netip.Addr, hop uint8) ipPacket {
 	dst := packet.NetipAddr(header.SolicitedNodeAddr(packet.StackAddr(target)))
 	b := make([]byte, header.ICMPv6NeighborSolicitMinimumSize)

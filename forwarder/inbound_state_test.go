@@ -17,9 +17,9 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// Connections as conntrack sees them. A step is who sends (o: the client, r: the
-// pod) and what: S SYN, SA, A, a an ACK of all but the last, F FIN and ACK, R a reset that is believed, r one from
-// the past; after = is the state that conntrack -L would show.
+// Connections as conntrack sees them. A step names the sender (o: the client, r: the pod) and what
+// it sends: S SYN, SA, A, a an ACK of all but the last, F FIN and ACK, R a reset that is believed,
+// r one from the past. The text after = is the state that conntrack -L would show.
 func TestInboundTCPStates(t *testing.T) {
 	for _, test := range []struct{ name, steps string }{
 		{"the client ends it", "oS=SYN_SENT rSA=SYN_RECV oA=ESTABLISHED oA=ESTABLISHED rA=ESTABLISHED oF=FIN_WAIT rA=CLOSE_WAIT rF=LAST_ACK oA=TIME_WAIT"},
@@ -98,11 +98,11 @@ func (c *conversation) say(d nat.Dir, what string) ipPacket {
 
 func TestAForgedFlowGivesWay(t *testing.T) {
 	w := newPodWire(t, allowAll, func(c *Config) { c.Table = nat.NewTable(nat.Config{Limits: nat.Limits{Max: 8}}) })
-	w.connect(at(client4, 1), at(guest4, 80)) // a true one
+	w.connect(at(client4, 1), at(guest4, 80)) // a real one
 	for port := uint16(1002); port < 1050; port++ {
 		arrives(t, w.out, w.wire, segment(at(client4, port), at(guest4, 80), header.TCPFlagSyn, 1, 0))
 	}
-	// It does not help to make the pod answer: only a handshake that ends does.
+	// Making the pod answer does not help: only a complete handshake does.
 	for port := uint16(1050); port < 1100; port++ {
 		arrives(t, w.out, w.wire, segment(at(client4, port), at(guest4, 80), header.TCPFlagSyn, 1, 0))
 		arrives(t, w.wire, w.out, segment(at(guest4, 80), at(client4, port), header.TCPFlagSyn|header.TCPFlagAck, 1, 2))
@@ -117,8 +117,8 @@ func TestAForgedFlowGivesWay(t *testing.T) {
 func TestTheSandboxMayUseThePortsOfAFlowThatIsOver(t *testing.T) {
 	w := newPodWire(t, allowAll, nil)
 	host := listenHost(t)
-	// The far end of the inbound flow is the gateway's name for the host's loopback
-	// only here, where it makes the stack's answer visible.
+	// Only here the far end of the inbound flow is the gateway's name for the host's loopback,
+	// which makes the stack's answer visible.
 	c := conversation{ends: [2]netip.AddrPort{at(client4, host), at(guest4, 4000)}, next: [2]uint32{100, 200}}
 	for _, step := range strings.Fields("oS rSA oA oF rF oA") {
 		from, to, d := w.out, w.wire, nat.Original
@@ -205,7 +205,7 @@ func TestInboundFlowsTimeOut(t *testing.T) {
 	w.out.silent("an end by timeout, outside")
 }
 
-// The record of a connection that ended says how, not that nothing came after.
+// The record of an ended connection says how it ended, not that nothing came afterwards.
 func TestTheRecordOfAnInboundFlowSaysHowItEnded(t *testing.T) {
 	for _, test := range []struct {
 		name, steps string
@@ -259,8 +259,8 @@ spec:
   ingress: [{name: any, action: allow}]
 `
 
-// Both links' readers, policy and the table work at the same time; the wire's clean-up
-// holds that nothing is left.
+// Both links' readers, policy and the table work at the same time. The wire's clean-up checks that
+// nothing is left.
 func TestInboundUnderLoadFromAllSides(t *testing.T) {
 	w := newPodWire(t, openIn, func(c *Config) {
 		c.Memory, c.Table = make([]byte, inbound.MemorySize), nat.NewTable(nat.Config{Limits: nat.Limits{Max: 32}})

@@ -92,7 +92,7 @@ func TestInboundOtherProtocolsPass(t *testing.T) {
 		{{src: client4, dst: guest4, proto: inbound.ProtoSCTP, l4: sctp}, {src: guest4, dst: client4, proto: inbound.ProtoSCTP, l4: answer}},
 		{{src: client4, dst: guest4, proto: esp, l4: pattern(40)}, {src: guest4, dst: client4, proto: esp, l4: pattern(50)}},
 	} {
-		// Their checksums are not ours to know.
+		// We cannot know their checksums.
 		w.out.sendBytes(p[0].bytes(), 0)
 		if pkt := w.ep.Read(); pkt == nil {
 			t.Errorf("protocol %d did not arrive; %v", p[0].proto, w.counters())
@@ -173,7 +173,7 @@ func TestInboundRefusalsAreLimitedInRate(t *testing.T) {
 	}
 }
 
-// What the sandbox sends and is no answer goes the stack's way.
+// What the sandbox sends takes the stack's way if it is not an answer.
 func TestOnlyAnswersLeaveAsPackets(t *testing.T) {
 	w := newPodWire(t, fmt.Sprintf(onlyHTTP, "reject"), nil)
 	w.connect(at(client4, 40000), at(guest4, 80))
@@ -194,7 +194,7 @@ func TestOnlyAnswersLeaveAsPackets(t *testing.T) {
 	}
 	for {
 		if _, ok := w.tryRecv(10 * time.Millisecond); !ok {
-			break // what policy has to say of them
+			break // a matter for policy
 		}
 	}
 	arrives(t, w.wire, w.out, segment(at(guest4, 80), at(client4, 40000), header.TCPFlagAck, 5001, 1001))
@@ -249,7 +249,7 @@ func udp6Packet(src netip.Addr) ipPacket {
 	return p
 }
 
-// manyOptions is a row of empty destination options headers.
+// manyOptions returns a row of empty destination options headers.
 func manyOptions(n int) []byte {
 	var b []byte
 	for range n {
@@ -322,7 +322,7 @@ func TestHopLimitsArePutBack(t *testing.T) {
 	w := newPodWire(t, allowAll, nil)
 	for _, ttl := range []uint8{1, 63, 254, 255} {
 		for _, p := range []ipPacket{udpPacket(at(client4, 1), at(guest4, 2), nil), udpPacket(at(client6, 1), at(guest6, 2), nil)} {
-			for id := range uint16(512) { // the header's sum takes many values on its way
+			for id := range uint16(512) { // the header sum takes many values meanwhile
 				p.ttl, p.id, p.df = ttl, id*257, id%2 == 0
 				w.out.send(p)
 				want := ttl + 1
@@ -354,8 +354,8 @@ func TestInboundBandwidthIsLimited(t *testing.T) {
 			n++
 		}
 	}
-	// Packets of 1000 bytes: 66 pass by the bucket of 64 KiB, 131 wait in the queue of
-	// 128 KiB, and the rest is dropped.
+	// Of packets of 1000 bytes, 66 pass by the bucket of 64 KiB, 131 wait in the queue of 128 KiB,
+	// and the rest are dropped.
 	for _, way := range []struct {
 		from, to *wire
 		src, dst netip.AddrPort

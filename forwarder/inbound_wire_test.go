@@ -15,8 +15,8 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// podWire is a forwarder with both its links in the test's hands: the test is the pod
-// on one and the world on the other.
+// podWire is a forwarder whose two links the test holds: it is the pod on one and the world on the
+// other.
 type podWire struct {
 	*wire
 	out *wire // the world's side
@@ -44,7 +44,7 @@ func newPodWire(t testing.TB, text string, change func(*Config)) *podWire {
 	return &podWire{wire: w, out: &out}
 }
 
-// only lets TCP and UDP port 80 and echo in from one client, and nothing out.
+// onlyHTTP lets in TCP and UDP to port 80, and echo, from one client, and lets nothing out.
 const onlyHTTP = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -65,7 +65,7 @@ metadata: {name: closed}
 spec: {defaultAction: drop}
 `
 
-// dataSegment is a TCP segment with data.
+// dataSegment returns a TCP segment with data.
 func dataSegment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32, data []byte) ipPacket {
 	p := segment(src, dst, flags, seq, ack)
 	p.l4 = append(p.l4, data...)
@@ -75,8 +75,8 @@ func dataSegment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32
 	return p
 }
 
-// arrives sends a packet on one link and wants it on the other as it was, but for its
-// hop limit, which is one more.
+// arrives sends a packet on one link and expects it unchanged on the other, except for its hop
+// limit, which is one more.
 func arrives(t testing.TB, from, to *wire, p ipPacket) {
 	t.Helper()
 	p.ttl = 61
@@ -91,7 +91,7 @@ func arrives(t testing.TB, from, to *wire, p ipPacket) {
 	}
 }
 
-// stays sends a packet and wants silence on both links, and the reason counted.
+// stays sends a packet and expects silence on both links and the reason counted.
 func (w *podWire) stays(from *wire, p ipPacket, reason string) {
 	w.t.Helper()
 	before := w.f.Stats()[reason]
@@ -103,7 +103,7 @@ func (w *podWire) stays(from *wire, p ipPacket, reason string) {
 	}
 }
 
-// flow is the only inbound flow.
+// flow returns the only inbound flow.
 func (w *podWire) flow() nat.Flow {
 	w.t.Helper()
 	all := w.table.List()

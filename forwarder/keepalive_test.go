@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// probed is what keepalive a host socket has.
+// probed returns the keepalive of a host socket.
 func probed(t *testing.T, fd int) (k hostsock.Keepalive, on bool) {
 	t.Helper()
 	get := func(level, name int) int {
@@ -71,7 +71,7 @@ func TestBothHalvesOfAConnectionAreProbed(t *testing.T) {
 func TestKeepaliveSysctlsAreBounded(t *testing.T) {
 	for _, row := range []struct {
 		name, value string
-		want        string // "": refused
+		want        string // "" if refused
 	}{
 		{"net.ipv4.tcp_keepalive_time", "30", "30"},
 		{"tcp_keepalive_intvl", " 15 ", "15"},
@@ -99,7 +99,7 @@ func TestKeepaliveSysctlsAreBounded(t *testing.T) {
 	}
 }
 
-// A client half-closes and is gone: its kernel answers the next probe by a reset.
+// A client half-closes and vanishes; its kernel answers the next probe with a reset.
 func TestTCPAResetBehindTheSandboxsEndOfStreamReachesTheServer(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -161,7 +161,7 @@ func TestTCPAClientThatIsGoneIsFoundByAProbe(t *testing.T) {
 			for {
 				probe := w.recvTCP(a.src.Port(), header.TCPFlagAck)
 				if probe.SequenceNumber() == a.ack-1 { // RFC 9293 section 3.8.4
-					w.send(segment(a.src, a.dst, header.TCPFlagRst, probe.AckNumber(), 0)) // of a kernel that knows no such connection
+					w.send(segment(a.src, a.dst, header.TCPFlagRst, probe.AckNumber(), 0)) // from a kernel that knows no such connection
 					break
 				}
 			}
@@ -170,7 +170,7 @@ func TestTCPAClientThatIsGoneIsFoundByAProbe(t *testing.T) {
 	}
 }
 
-// listenSilent accepts, and says and closes nothing.
+// listenSilent accepts connections, and neither says nor closes anything.
 func listenSilent(t *testing.T) uint16 {
 	t.Helper()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")

@@ -23,7 +23,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// checkRepaid asks that a forwarder that has ended has given everything back.
+// checkRepaid checks that an ended forwarder has given everything back.
 func checkRepaid(t testing.TB, m *admit.Memory) {
 	t.Helper()
 	if used, flows := m.Used.Load(), m.Flows.Load(); used != 0 || flows != 0 {
@@ -79,7 +79,7 @@ func TestMemoryAtHighLetsNobodyIn(t *testing.T) {
 	for {
 		s := new(admit.Shares)
 		if !m.Admit(s) {
-			s.Leave() // as who refuses a flow may do, too
+			s.Leave() // a refused flow may do this too
 			break
 		}
 		in = append(in, s)
@@ -104,7 +104,7 @@ func TestMemoryAtHighLetsNobodyIn(t *testing.T) {
 	checkRepaid(t, m)
 }
 
-// Charges of many goroutines add up to what a plain sum of what each holds says.
+// The charges of many goroutines add up to the plain sum of what each holds.
 func TestMemoryChargesAddUp(t *testing.T) {
 	m, _ := testMemory(t, 1<<30)
 	const holders, steps = 8, 2000
@@ -151,12 +151,12 @@ func TestMemoryChargesAddUp(t *testing.T) {
 	checkRepaid(t, m)
 }
 
-// Pressure is reached by a few; then many come, hold what they may, and stand still.
+// A few flows reach the pressure. Then many come, hold what they may, and stand still.
 func TestMemorySharesLeaveRoomForOthers(t *testing.T) {
 	for _, row := range []struct {
 		what   string
-		up     int64 // what each of the many holds of the sandbox's
-		moving int64 // what one that moves may hold at least
+		up     int64 // what each of the many holds for the sandbox
+		moving int64 // the least that a moving one may hold
 	}{
 		{"downloads", 0, 64 << 10},
 		{"both ways, a window under pressure each", tcpmem.ReceiveOffered * 3 / 4, admit.FlowMinimum},
@@ -301,7 +301,7 @@ func FuzzCompact(f *testing.F) {
 				b = buffer.MakeWithView(v)
 			} else {
 				m := buffer.MakeWithView(v)
-				b.Merge(&m) // keeps the views apart, as a reassembled packet has them
+				b.Merge(&m) // keeps the views apart, as in a reassembled packet
 			}
 			rest = rest[k:]
 		}
@@ -327,7 +327,7 @@ func FuzzCompact(f *testing.F) {
 	})
 }
 
-// connectRaw makes a flow of the sandbox's whose packets the test writes itself.
+// rawFlow is a flow of the sandbox's whose packets the test writes itself.
 type rawFlow struct {
 	w        *wire
 	src, dst netip.AddrPort
@@ -381,7 +381,7 @@ func (r *rawFlow) endpoint(t *testing.T) *tcp.Endpoint {
 	return ep
 }
 
-// What is read of netstack's own fields is what it says by other ways.
+// netstack's own fields, as we read them, agree with its other interfaces.
 func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	r := w.connectRaw(t, 20000)
@@ -389,7 +389,7 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 	if next, ok := netstack.ReceiveNext(ep); !ok || next != r.seq {
 		t.Errorf("the next sequence number is %d, not %d", next, r.seq)
 	}
-	r.data(100, make([]byte, 50)) // out of order, so that nobody takes it
+	r.data(100, make([]byte, 50)) // out of order, so that no reader takes it
 	testutil.Eventually(t, "the segment is counted", func() bool { return netstack.ReceiveMemUsed(ep) > 50 })
 	if n := netstack.ReceiveQueued(ep); n != 0 {
 		t.Errorf("%d bytes can be read before the gap is filled", n)
@@ -406,8 +406,8 @@ func TestStackFieldsAreTheOnesMeant(t *testing.T) {
 	}
 }
 
-// Segments of one byte with gaps between them fill no more than a flow's part, also when
-// there is no pressure; and when the gaps are filled the stream is whole.
+// Segments of one byte with gaps between them fill no more than a flow's share, even without
+// pressure. Once the gaps are filled, the stream is whole.
 func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 	for _, pressed := range []bool{false, true} {
 		w := newWire(t, allowAll, func(c *Config) { c.MemoryMarks = admit.MarksBelow(16 << 20) })
@@ -431,7 +431,7 @@ func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 		if got := tcpmem.ReceivedCost(ep); got > bound {
 			t.Errorf("pressed %v: %d bytes of memory are held for gaps, more than %d", pressed, got, bound)
 		}
-		// The sandbox's kernel sends again what is not acknowledged.
+		// The sandbox's kernel resends what is not acknowledged.
 		got := make(chan []byte)
 		go func() {
 			b := make([]byte, len(want))
@@ -458,8 +458,8 @@ func TestOutOfOrderBytesUnderPressure(t *testing.T) {
 	}
 }
 
-// A far side that sends byte by byte to a sandbox that acknowledges nothing: what is held
-// takes little more than SmallReads, and all of it arrives once there are acknowledgements.
+// A far side sends byte by byte to a sandbox that acknowledges nothing. The queue takes little more
+// than SmallReads, and everything arrives once there are acknowledgements.
 func TestSingleBytesToASandboxThatDoesNotRead(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	r := w.connectRaw(t, 20000)

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestAdmissionIsInOnePlace looks for what only package admit may do. What is judged there, and
-// nowhere else, cannot be judged differently somewhere else.
+// TestAdmissionIsInOnePlace looks for what only package admit may do. A decision made in one place
+// cannot differ in another.
 func TestAdmissionIsInOnePlace(t *testing.T) {
 	only := regexp.MustCompile(`\b[rR](ules)?\.Decide\(|\.Acquire\(|nat\.Spec\{|\.Describe\(|\.Charge\(|\bJudged\{|passAlive`)
 	found := 0

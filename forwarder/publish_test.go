@@ -41,13 +41,13 @@ func (g *guest) serveInside(port uint16, handle func(*gonet.TCPConn)) {
 	g.t.Cleanup(func() { l.Close() })
 }
 
-// publishTCP publishes guest port on an address of the host and returns where.
+// publishTCP publishes a guest port on an address of the host and returns where.
 func (g *guest) publishTCP(host string, port uint16) netip.AddrPort {
 	g.t.Helper()
 	return g.publishListener(host, hostsock.Listener{Guest: at(guest4, port)})
 }
 
-// publishListener publishes what leads where p says on an address of the host.
+// publishListener publishes, on an address of the host, what leads where p says.
 func (g *guest) publishListener(host string, p hostsock.Listener) netip.AddrPort {
 	g.t.Helper()
 	l, err := net.Listen("tcp", host)
@@ -141,8 +141,7 @@ func TestPublishedPortsObeyIngressRules(t *testing.T) {
 	wantReset(t, g.publishTCP("127.0.0.1:0", 80))
 }
 
-// wantReset connects and wants the connection reset, which may come so early that
-// connecting reports it.
+// wantReset connects and expects a reset, which may come so early that connecting reports it.
 func wantReset(t *testing.T, to netip.AddrPort) {
 	t.Helper()
 	c, err := net.DialTCP("tcp4", nil, net.TCPAddrFromAddrPort(to))
@@ -234,7 +233,7 @@ func TestLoopbackClientsAreRelayedAsThemselves(t *testing.T) {
 
 func TestLoopbackClientsOfAServerOnTheLinkGoThroughTheStack(t *testing.T) {
 	g := newGuest(t, allowAll, func(c *Config) { c.Guests = &hostsOwn{} })
-	g.serveInside(1, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) }) // nobody on the host's own port 1
+	g.serveInside(1, func(c *gonet.TCPConn) { _, _ = io.Copy(c, c) }) // no server on the host's own port 1
 	c := hostDial(t, g.publishTCP("127.0.0.1:0", 1))
 	_, _ = c.Write([]byte("hello"))
 	if _, err := io.ReadFull(c, make([]byte, 5)); err != nil {
@@ -242,7 +241,7 @@ func TestLoopbackClientsOfAServerOnTheLinkGoThroughTheStack(t *testing.T) {
 	}
 }
 
-// dialFrom connects from a given port, which other connections may have too.
+// dialFrom connects from a given port, which other connections may use too.
 func dialFrom(t *testing.T, from, to netip.AddrPort) *net.TCPConn {
 	t.Helper()
 	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Timeout: 5 * time.Second, Control: func(_, _ string, c syscall.RawConn) error {
@@ -267,7 +266,7 @@ func TestOneClientPortReachesOneGuestPortBySeveralHostPorts(t *testing.T) {
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = c.sockets })
-			// The same server stands on the host, which hostsOwn takes for the sandbox's namespace.
+			// The same server is on the host, which hostsOwn treats as the sandbox's namespace.
 			l, err := net.Listen("tcp4", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
@@ -375,7 +374,7 @@ func TestClientFindsTheServerOfTheOtherFamily(t *testing.T) {
 		in := func(t *testing.T, what string, f func(*testing.T)) { t.Run(what, f) }
 		if c.inside == "" {
 			in = ns.run
-		} // else in the namespace of the forwarder's goroutines, which make hostsOwn's sockets
+		} // otherwise in the namespace of the forwarder's goroutines, which make hostsOwn's sockets
 		in(t, c.what, func(t *testing.T) {
 			g := newGuest(t, allowAll, func(cfg *Config) { cfg.Guests = &hostsOwn{} })
 			port := uint16(80)

@@ -17,12 +17,12 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 )
 
-// lossy is a server's socket, some of whose datagrams are lost on the way.
+// lossy is a server's socket that loses some datagrams on the way.
 type lossy struct {
 	net.PacketConn
 	mu   sync.Mutex
 	lost map[string]bool
-	got  int // datagrams that the server was given
+	got  int // datagrams that the server received
 }
 
 func (l *lossy) lose(p []byte) {
@@ -49,7 +49,7 @@ func (l *lossy) ReadFrom(b []byte) (int, net.Addr, error) {
 	}
 }
 
-// named is a real QUIC server that notes every name that its TLS was told.
+// named is a real QUIC server that records every name that its TLS received.
 type named struct {
 	*lossy
 	at netip.AddrPort
@@ -70,7 +70,8 @@ func (s *named) hear(name string) {
 	s.names = append(s.names, name)
 }
 
-// recordingTLS is a server's of both names, that tells which it was asked for.
+// recordingTLS returns the TLS configuration of a server with both names, which records the name
+// that it was asked for.
 func recordingTLS(t testing.TB, record func(name string)) *tls.Config {
 	conf := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"echo", "h3"}}
 	for _, name := range []string{"a.example", "b.example"} {
@@ -83,7 +84,7 @@ func recordingTLS(t testing.TB, record func(name string)) *tls.Config {
 	return conf
 }
 
-// listenQUICGo starts a quic-go server, of both versions.
+// listenQUICGo starts a quic-go server for both versions.
 func listenQUICGo(t testing.TB, tr *quicgo.Transport, conf *tls.Config) *quicgo.Listener {
 	t.Helper()
 	l, err := tr.Listen(conf, &quicgo.Config{Versions: []quicgo.Version{quicgo.Version1, quicgo.Version2}})
@@ -91,7 +92,7 @@ func listenQUICGo(t testing.TB, tr *quicgo.Transport, conf *tls.Config) *quicgo.
 	return l
 }
 
-// quicServers are the real servers: what starts one on a socket.
+// quicServers holds the real servers: a function starts each on a socket.
 var quicServers = []struct {
 	name  string
 	start func(t *testing.T, s *named)
@@ -108,8 +109,7 @@ func startQUICGo(t *testing.T, s *named) {
 	serveQUICGo(t, &quicgo.Transport{Conn: s.lossy}, recordingTLS(t, s.hear))
 }
 
-// serveQUICGo echoes every stream of a quic-go server, of both versions, which ends with the
-// test.
+// serveQUICGo echoes every stream of a quic-go server for both versions, which ends with the test.
 func serveQUICGo(t *testing.T, tr *quicgo.Transport, conf *tls.Config) {
 	t.Helper()
 	l := listenQUICGo(t, tr, conf)
@@ -149,7 +149,7 @@ func startNamed(t *testing.T, start func(*testing.T, *named)) *named {
 	return s
 }
 
-// attacker is a client that says datagrams of its own making, from ports of its own.
+// attacker is a client that sends datagrams of its own making, from ports of its own.
 type attacker struct {
 	t     *testing.T
 	s     *named
@@ -176,7 +176,7 @@ func (a *attacker) send(packets ...[]byte) {
 	}
 }
 
-// lose sends a datagram that dies on the way.
+// lose sends a datagram that is lost on the way.
 func (a *attacker) lose(p []byte) {
 	a.s.lose(p)
 	a.send(p)
@@ -197,13 +197,13 @@ func (a *attacker) chosen(port int) []byte {
 	}
 }
 
-// initial is an Initial packet in a datagram of its own.
+// initial returns an Initial packet in a datagram of its own.
 func (a *attacker) initial(id []byte, number uint32, frames ...[]byte) []byte {
 	return crafted{id: id, number: number, frames: slices.Concat(frames...), size: 1200}.seal()
 }
 
-// quicAttacks are ways to have a server hear b.example beside a.example. Directly, each
-// works against the servers listed.
+// quicAttacks are ways to make a server hear b.example beside a.example. Directly, each works
+// against the listed servers.
 var quicAttacks = []struct {
 	what  string
 	works []string
@@ -263,7 +263,7 @@ var quicAttacks = []struct {
 		a.sendFrom(1, a.initial(id, 3, craftCrypto(at, two[at:])))
 	}},
 	{"behind a packet of an allowed connection's", []string{"x/net"}, func(a *attacker) {
-		// A server that knows the first packet's connection opens the rest by its keys.
+		// A server that knows the first packet's connection opens the rest with its keys.
 		id := craftID()
 		one, two := halves(craftHello(a.t, "b.example"))
 		a.lose(a.initial(id, 0, craftCrypto(0, craftHello(a.t, "a.example"))))
@@ -302,8 +302,8 @@ var quicAttacks = []struct {
 
 func halves(b []byte) (one, two []byte) { return b[:len(b)/2], b[len(b)/2:] }
 
-// mixed are two hellos that both say a.example, and of which one's bytes before cut and the
-// other's behind it say b.example: what is a name there is inside padding in the other.
+// mixed returns two hellos that both say a.example. The bytes of one before cut and those of the
+// other after it say b.example: the name in one is inside padding in the other.
 func mixed(t testing.TB) (one, two []byte, cut int) {
 	t.Helper()
 	body := craftHello(t, "")[4:]
@@ -328,8 +328,8 @@ func mixed(t testing.TB) (one, two []byte, cut int) {
 	return one, two, len(one) - len(a) - len(padding)
 }
 
-// TestNoAttackHasAServerHearARefusedName makes each attack directly, so that it is known to
-// be one, and then from the sandbox.
+// TestNoAttackHasAServerHearARefusedName makes each attack directly, to prove that it is one, and
+// then from the sandbox.
 func TestNoAttackHasAServerHearARefusedName(t *testing.T) {
 	if !namespaced(t) {
 		return

@@ -1,7 +1,7 @@
 package forwarder
 
-// Crafted QUIC: Initial packets sealed by keys that are derived here once more, so that what
-// the gate reads is not made by the gate.
+// Crafted QUIC: Initial packets sealed with keys that are derived here again, so that the gate does
+// not make what it reads.
 
 import (
 	"bytes"
@@ -22,11 +22,11 @@ import (
 const (
 	quic1 = 0x00000001
 	quic2 = 0x6b3343cf
-	// quicDraft2 is version 2 as its drafts had it.
+	// quicDraft2 is version 2 as in its drafts.
 	quicDraft2 = 0x709a50c4
 )
 
-// craftKeys are the client's Initial keys of a connection.
+// craftKeys holds the client's Initial keys of a connection.
 type craftKeys struct {
 	block, hp cipher.Block
 	aead      cipher.AEAD
@@ -62,7 +62,7 @@ func keysOf(version uint32, id []byte) (k craftKeys) {
 	return k
 }
 
-// noError panics: with keys of the right size nothing here fails.
+// noError panics on an error: with keys of the right size nothing here fails.
 func noError(err error) {
 	if err != nil {
 		panic(err)
@@ -86,14 +86,14 @@ func (k *craftKeys) nonce(number uint64) []byte {
 type crafted struct {
 	version uint32
 	id      []byte // the destination connection ID in the header
-	keys    []byte // the ID that its keys follow from, if another one
+	keys    []byte // the ID from which its keys are derived, if a different one
 	source  []byte
 	number  uint32
 	frames  []byte
 	size    int // at least, by PADDING
 }
 
-// longHead is a long header up to its length field.
+// longHead returns a long header up to its length field.
 func longHead(first byte, version uint32, id, source []byte) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{first}, version)
 	return slices.Concat(b, []byte{byte(len(id))}, id, []byte{byte(len(source))}, source)
@@ -133,16 +133,16 @@ func (k *craftKeys) mask(b []byte, at, n int) {
 	}
 }
 
-// sealTwice makes an Initial packet to id whose tag is right for its own keys, by which it
-// says frames, and for another connection's, by which it says nothing in particular. One
-// block of the ciphertext is solved for: both tags are linear in it.
+// sealTwice makes an Initial packet to id whose tag is valid under two sets of keys: its own, under
+// which it says frames, and those of another connection, under which it says nothing in particular.
+// It solves for one ciphertext block: both tags are linear in it.
 func sealTwice(t testing.TB, id, other, frames []byte) []byte {
 	t.Helper()
 	a, b := keysOf(quic1, id), keysOf(quic1, other)
 	for try := 0; ; try++ {
 		head := append(longHead(0xc0, quic1, id, nil), 0)
 		text := make([]byte, 1200-len(head)-3-16)
-		for i := range 16 { // PADDING or PING, of which the header protection's sample is made
+		for i := range 16 { // PADDING or PING, which make the sample of the header protection
 			text[i] = byte(try >> i & 1)
 		}
 		copy(text[16:], frames)
@@ -151,7 +151,7 @@ func sealTwice(t testing.TB, id, other, frames []byte) []byte {
 		plain := append(bytes.Clone(head), 0) // packet number 0, in one byte
 		wire := a.aead.Seal(bytes.Clone(plain), a.nonce(0), text, plain)
 		a.mask(wire, at, 1)
-		// As the other keys read the header.
+		// The header as the other keys read it.
 		theirs := bytes.Clone(wire[:at+1])
 		var mask [16]byte
 		b.hp.Encrypt(mask[:], wire[at+4:])
@@ -162,8 +162,8 @@ func sealTwice(t testing.TB, id, other, frames []byte) []byte {
 		theirs[at] ^= mask[1]
 		sealed := wire[at+1:]
 		body := sealed[:len(sealed)-16]
-		// The free block is the last whole one. By the first keys it is in the reason of a
-		// CONNECTION_CLOSE, behind all that they are to read.
+		// The free block is the last whole one. Under the first keys it is in the reason of a
+		// CONNECTION_CLOSE, after everything that they should read.
 		free := len(body)/16*16 - 16
 		tail := slices.Concat([]byte{0x1c, 0, 0, 0x40, byte(len(body) - free)})
 		start := free - len(tail)
@@ -181,7 +181,7 @@ func sealTwice(t testing.TB, id, other, frames []byte) []byte {
 	}
 }
 
-// element is one of GF(2^128) as GCM has them (NIST SP 800-38D, section 6.3).
+// element is one of GF(2^128) in the form that GCM uses (NIST SP 800-38D, section 6.3).
 type element struct{ hi, lo uint64 }
 
 func elementOf(b []byte) element {
@@ -218,7 +218,7 @@ func (x element) inverse() element {
 	return z
 }
 
-// tag computes what GCM adds up, and by which factor the block at free counts.
+// tag computes the sum that GCM makes, and the factor of the block at free.
 func (k *craftKeys) tag(head []byte, number uint64, body []byte, free int) (sum, factor element) {
 	var h, j [16]byte
 	k.block.Encrypt(h[:], h[:])
@@ -243,7 +243,7 @@ func (k *craftKeys) tag(head []byte, number uint64, body []byte, free int) (sum,
 	return sum.add(elementOf(j[:])), factor.mul(key)
 }
 
-// solve sets the block at free, and the tag, so that both keys agree.
+// solve sets the block at free and the tag, so that both sets of keys agree.
 func solve(a, b *craftKeys, headA, headB []byte, numberB uint64, sealed []byte, free int) {
 	body := sealed[:len(sealed)-16]
 	clear(body[free : free+16])
@@ -257,13 +257,13 @@ func solve(a, b *craftKeys, headA, headB []byte, numberB uint64, sealed []byte, 
 	binary.BigEndian.PutUint64(sealed[len(body)+8:], tag.lo)
 }
 
-// craftCrypto is a CRYPTO frame.
+// craftCrypto returns a CRYPTO frame.
 func craftCrypto(offset int, data []byte) []byte {
 	b := binary.BigEndian.AppendUint16([]byte{6}, 0x4000|uint16(offset))
 	return append(binary.BigEndian.AppendUint16(b, 0x4000|uint16(len(data))), data...)
 }
 
-// craftHello is a ClientHello that a QUIC server takes.
+// craftHello returns a ClientHello that a QUIC server accepts.
 func craftHello(t testing.TB, name string) []byte {
 	t.Helper()
 	c := tls.QUICClient(&tls.QUICConfig{TLSConfig: &tls.Config{ServerName: name, MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, NextProtos: []string{"echo"}, CurvePreferences: []tls.CurveID{tls.X25519}}})

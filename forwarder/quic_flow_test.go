@@ -80,7 +80,7 @@ func TestOrdinaryQUICClientsNoticeNothing(t *testing.T) {
 	}
 }
 
-// TestAReloadAsksAboutEveryNameOfATuple has two connections of one socket say a name each.
+// TestAReloadAsksAboutEveryNameOfATuple has two connections of one socket, each with its own name.
 func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -118,7 +118,7 @@ func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 				must(t, quicEcho(ctx, e, s.LocalAddr(), "a.example", nil))
 				return
 			}
-			// What its connections were allowed once must not be carried on by another name.
+			// No other name may continue what its connections were once allowed.
 			short, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
 			defer cancel()
 			for _, name := range []string{"a.example", "www.a.example"} {
@@ -130,14 +130,14 @@ func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 	}
 }
 
-// TestQUICWaitsForItsHello sends what must not reach a server before its connection was judged.
+// TestQUICWaitsForItsHello sends what must not reach a server before its connection is judged.
 func TestQUICWaitsForItsHello(t *testing.T) {
 	if !namespaced(t) {
 		return
 	}
 	var clock runningClock
 	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
-	s := startNamed(t, func(*testing.T, *named) {}) // nobody reads it but this test
+	s := startNamed(t, func(*testing.T, *named) {}) // only this test reads from it
 	pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
 	must(t, err)
 	defer pc.Close()
@@ -182,7 +182,7 @@ func TestQUICWaitsForItsHello(t *testing.T) {
 	send(last)
 	arrives("the half when it is whole", append(next, last)...)
 
-	// A part of a second hello waits for the rest, which must say the same name.
+	// Part of a second hello waits for the rest, which must say the same name.
 	again := initial(a, 2, craftCrypto(len(hello), one))
 	send(again, probe)
 	arrives("nothing of a half of a second hello", probe)
@@ -192,7 +192,7 @@ func TestQUICWaitsForItsHello(t *testing.T) {
 	send(initial(second, 4, craftCrypto(len(hello), evil)), initial(second, 5, []byte{1}), probe)
 	arrives("nothing of a connection whose second hello says another name", probe)
 
-	// More than is held is refused; what is held stays.
+	// Data beyond what may be held is refused; what is held stays.
 	third := craftID()
 	half := initial(third, 0, craftCrypto(0, one))
 	send(half)

@@ -1,8 +1,8 @@
 package forwarder
 
 // Two judges side by side: the gate, and real servers behind it. A script makes datagrams of
-// frames, packets and connection IDs; what the gate lets pass goes on to quic-go and x/net,
-// unless the script has it lost on the way; and no server may hear a name that is not allowed.
+// frames, packets and connection IDs. What the gate passes goes on to quic-go and x/net, unless the
+// script loses it on the way. No server may hear a name that is not allowed.
 
 import (
 	"bytes"
@@ -70,7 +70,7 @@ func (c *pipeConn) SetReadDeadline(time.Time) error { return nil }
 
 func (c *pipeConn) SetWriteDeadline(time.Time) error { return nil }
 
-// bench is the servers, with what they heard and which connection IDs they chose.
+// bench holds the servers, with what they heard and which connection IDs they chose.
 type bench struct {
 	conns []*pipeConn
 	stop  func()
@@ -111,7 +111,7 @@ func newBench(t testing.TB) *bench {
 	e, err := quic.NewEndpoint(b.conns[1], &quic.Config{TLSConfig: recordingTLS(t, record)})
 	must(t, err)
 	b.stop = func() {
-		for _, c := range b.conns { // unblocks who reads
+		for _, c := range b.conns { // unblocks the readers
 			c.Close()
 		}
 		l.Close()
@@ -133,7 +133,7 @@ func (b *bench) deliver(p []byte, port int) {
 	}
 }
 
-// settle has the servers read all that was delivered, by a hello behind it.
+// settle makes the servers read everything delivered, by sending a hello after it.
 func (b *bench) settle(probe []byte) {
 	b.mu.Lock()
 	want := b.probes + len(b.conns)
@@ -173,7 +173,7 @@ func (s *script) next() byte {
 	return v
 }
 
-// id is a connection ID of the script's, or, of the upper half, one that a server chose for it.
+// id returns a connection ID of the script's or, in the upper half, one that a server chose for it.
 func (s *script) id(n byte) []byte {
 	own := binary.BigEndian.AppendUint64(nil, s.nonce<<8|uint64(n&3))
 	if n&4 == 0 {
@@ -187,11 +187,11 @@ func (s *script) id(n byte) []byte {
 	return own
 }
 
-// run carries out the script, which is at most 64 steps.
+// run executes the script, which has at most 64 steps.
 func (s *script) run() {
 	for steps := 0; len(s.b) > 0 && steps < 64; steps++ {
 		switch op := s.next(); op % 8 {
-		case 0, 1: // a part of a hello, in sixteenths
+		case 0, 1: // part of a hello, in sixteenths
 			h := s.hellos[int(s.next())%len(s.hellos)]
 			span := s.next()
 			from, to := int(span>>4)*len(h)/16, (int(span>>4)+int(span&15)+1)*len(h)/16
@@ -226,7 +226,7 @@ func (s *script) run() {
 	s.send(0, false)
 }
 
-// send has the gate judge the datagram, and the servers get it if it passes.
+// send has the gate judge the datagram, and gives it to the servers if it passes.
 func (s *script) send(port int, lost bool) {
 	p := s.datagram
 	s.datagram = nil
@@ -257,8 +257,8 @@ func (s *script) send(port int, lost bool) {
 	}
 }
 
-// learned is what a server answered. The client's own connection ID is the first one, too.
-// bench.mu is held.
+// learned records a server's answer. The client's own connection ID is also the first one. bench.mu
+// is held.
 func (s *script) learned(port int, p []byte) {
 	if port > 1 || s.tuples[port] == nil {
 		return
@@ -316,16 +316,16 @@ func FuzzQUICNames(f *testing.F) {
 	})
 }
 
-// quicScripts are what the attacks of quicAttacks are made of.
+// quicScripts are the building blocks of the attacks in quicAttacks.
 var quicScripts = [][]byte{
 	{0, 0, 0x0f, 3, 0, 0, 6, 0, 1, 0x0f, 3, 0, 1, 6},                            // one ID, two names
 	{0, 0, 0x0f, 3, 0, 0, 0x36, 0, 1, 0x0f, 3, 0, 1, 6},                         // and the first is lost
 	{0, 0, 0x0f, 3, 8, 0, 6, 0, 1, 0x07, 3, 1, 0, 6, 0, 1, 0x87, 3, 1, 1, 6, 6}, // halves
 	{0, 3, 0x07, 3, 0, 0, 6, 0, 3, 0x8f, 3, 0, 1, 0x36, 0, 4, 0x8f, 3, 0, 2, 6}, // mixed
 	{0, 3, 0x07, 3, 0, 0, 6, 0, 4, 0x8f, 3, 0, 2, 14},                           // from two ports
-	{0, 0, 0x0f, 3, 0, 0, 6, 4, 0, 0, 1, 0x0f, 3, 4, 1, 6},                      // behind another packet
+	{0, 0, 0x0f, 3, 0, 0, 6, 4, 0, 0, 1, 0x0f, 3, 4, 1, 6},                      // after another packet
 	{0, 0, 0x0f, 3, 0, 0, 6, 0, 1, 0x0f, 0x83, 0, 1, 6},                         // version 2
-	{0, 0, 0x0f, 3, 0, 0, 6, 8, 1, 0x0f, 3, 0, 1, 6},                            // behind the first hello
-	{5, 1, 2, 3, 6, 0, 1, 0x0f, 3, 0, 0, 6},                                     // after no QUIC
-	{0, 0, 0x00, 3, 0, 0, 6, 0, 1, 0x1f, 3, 4, 1, 6},                            // by the server's ID
+	{0, 0, 0x0f, 3, 0, 0, 6, 8, 1, 0x0f, 3, 0, 1, 6},                            // after the first hello
+	{5, 1, 2, 3, 6, 0, 1, 0x0f, 3, 0, 0, 6},                                     // after something that is not QUIC
+	{0, 0, 0x00, 3, 0, 0, 6, 0, 1, 0x1f, 3, 4, 1, 6},                            // with the server's ID
 }

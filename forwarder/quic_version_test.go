@@ -11,9 +11,9 @@ import (
 )
 
 // TestAServerMayAnswerInAnotherVersion has a client begin in version 1, its server answer in
-// another one, and the client go on in that (RFC 9368, section 2.3; RFC 9369, section 4.1).
-// What the client says then is sealed by the new version's Initial keys, which still follow
-// from the connection ID that it said first.
+// another, and the client continue in that one (RFC 9368, section 2.3; RFC 9369, section 4.1). What
+// the client then says is sealed with the new version's Initial keys, which still follow from its
+// first connection ID.
 func TestAServerMayAnswerInAnotherVersion(t *testing.T) {
 	if !namespaced(t) {
 		return

@@ -22,8 +22,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// told is what is told of a forwarder's flows: why those of the table ended, and why others were
-// refused.
+// told holds the reports about a forwarder's flows: why those in the table ended, and why others
+// were refused.
 type told struct {
 	ended <-chan nat.Event
 
@@ -31,7 +31,7 @@ type told struct {
 	refused []admit.Refusal
 }
 
-// hears has the guest's flows told; refusals come by way of Config.Refused.
+// hears collects reports about the guest's flows; refusals come by Config.Refused.
 func (o *told) hears(t *testing.T, g *guest) {
 	events, cancel := g.table.Subscribe(64)
 	o.ended = events
@@ -64,7 +64,7 @@ func (o *told) wantEnd(t *testing.T, want nat.Reason) nat.Flow {
 	}
 }
 
-// wantRefused waits for the only refusal, by policy's reason or else by the flow's.
+// wantRefused waits for the only refusal, with policy's reason or else the flow's.
 func (o *told) wantRefused(t *testing.T, want policy.Reason, reason nat.Reason, sandboxTold bool) {
 	t.Helper()
 	testutil.Eventually(t, "a refusal", func() bool { o.mu.Lock(); defer o.mu.Unlock(); return len(o.refused) > 0 })
@@ -89,8 +89,8 @@ func (o *told) wantNoRefusal(t *testing.T) {
 	}
 }
 
-// vanish has the guest fall silent, once its only flow has come as far as ok says. We wait only
-// for one probe of it.
+// vanish silences the guest, once its only flow has come as far as ok says. Only one probe of it is
+// waited for.
 func (g *guest) vanish(ok func(*tcpflow.Flow) bool) {
 	g.t.Helper()
 	fl := g.onlyFlow("it has come so far", ok)
@@ -166,7 +166,7 @@ func TestWhyAConnectionEnded(t *testing.T) {
 	}
 }
 
-// TestAFarSideThatIsSilentHasNotReset: the loopback is taken down under the connection.
+// TestAFarSideThatIsSilentHasNotReset takes the loopback down under the connection.
 func TestAFarSideThatIsSilentHasNotReset(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -179,7 +179,7 @@ func TestAFarSideThatIsSilentHasNotReset(t *testing.T) {
 	o.wantEnd(t, nat.ReasonPeerTimeout)
 }
 
-// TestWhyAFlowThatWaitedEnded asks of flows under a rule by domain, which are dialled first.
+// TestWhyAFlowThatWaitedEnded covers flows under a rule by domain, which are dialled first.
 func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -200,7 +200,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 	for _, row := range []struct {
 		what    string
 		end     nat.Reason
-		refused policy.Reason // empty: it was not
+		refused policy.Reason // empty if it was not refused
 		do      func(*testing.T, *guest, netip.AddrPort)
 	}{
 		{"the client ends without a word", nat.ReasonClosed, "", say(nil, true)},
@@ -263,7 +263,7 @@ func TestWhyAFlowThatWaitedEnded(t *testing.T) {
 	}
 }
 
-// TestWhyARequestEndedTheConnection asks of what comes behind a request that was let pass.
+// TestWhyARequestEndedTheConnection covers what comes after a request that was let pass.
 func TestWhyARequestEndedTheConnection(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -303,7 +303,7 @@ func TestWhyARequestEndedTheConnection(t *testing.T) {
 	}
 }
 
-// TestALimitIsToldAndATupleInUseIsNone has flows refused that policy allows.
+// TestALimitIsToldAndATupleInUseIsNone refuses flows that policy allows.
 func TestALimitIsToldAndATupleInUseIsNone(t *testing.T) {
 	var o told
 	g := newGuest(t, allowAll, func(c *Config) { c.Refused = o.refusal })
@@ -327,7 +327,7 @@ func TestALimitIsToldAndATupleInUseIsNone(t *testing.T) {
 	}
 }
 
-// TestDialsThatKeepFailingAreInTheLog: a line, not one for each.
+// TestDialsThatKeepFailingAreInTheLog expects one line, not one for each dial.
 func TestDialsThatKeepFailingAreInTheLog(t *testing.T) {
 	var lines lockedLines
 	g := newGuest(t, allowAll, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&lines, nil)) })
@@ -362,7 +362,7 @@ func (l *lockedLines) String() string {
 	return l.b.String()
 }
 
-// TestLoopbackRelaysSayWhichSideHasReset: the client's is the far side.
+// TestLoopbackRelaysSayWhichSideHasReset: the client's side is the far side.
 func TestLoopbackRelaysSayWhichSideHasReset(t *testing.T) {
 	for _, row := range []struct {
 		what   string

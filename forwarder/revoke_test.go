@@ -19,12 +19,12 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// stallingLink is a link whose writers wait while the sandbox reads nothing: the worst that
-// a device can do.
+// stallingLink is a link whose writers wait while the sandbox reads nothing: the worst that a
+// device can do.
 type stallingLink struct {
 	stack.LinkEndpoint
 	mu   sync.RWMutex // held for writing while it stalls
-	wait atomic.Int32 // writers that wait
+	wait atomic.Int32 // waiting writers
 }
 
 func (l *stallingLink) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
@@ -35,14 +35,14 @@ func (l *stallingLink) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Err
 	return l.LinkEndpoint.WritePackets(pkts)
 }
 
-// TestASandboxThatReadsNothingCannotHoldUpAPolicy has connections whose bytes wait for the
-// sandbox, by both families, and datagrams that go out meanwhile.
+// TestASandboxThatReadsNothingCannotHoldUpAPolicy has connections of both families whose bytes wait
+// for the sandbox, while datagrams go out.
 func TestASandboxThatReadsNothingCannotHoldUpAPolicy(t *testing.T) {
 	link := new(stallingLink)
 	g := newGuest(t, allowAll, func(c *Config) { link.LinkEndpoint, c.Link = c.Link, link })
 	ended := make(chan error, 2)
 	source := func(c *net.TCPConn) {
-		// It must hear of the end by a reset, not by bytes that nobody takes.
+		// It must learn of the end by a reset, not by bytes that no reader takes.
 		_, err := c.Write(make([]byte, 64<<20))
 		ended <- err
 	}

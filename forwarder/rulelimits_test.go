@@ -14,8 +14,8 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// limitedPort has a rule with limits for one port of the host's loopback, and one without
-// for the rest.
+// limitedPort returns a rule with limits for one port of the host's loopback, and one without for
+// the rest.
 func limitedPort(port uint16, limits string) string {
 	return fmt.Sprintf(`
 apiVersion: sluice.dev/v1alpha1
@@ -51,7 +51,7 @@ func TestARulesFlowsAreBounded(t *testing.T) {
 		}
 		return err == nil
 	})
-	// The flows of a rule that gets its limit later are its flows, too many or not.
+	// Flows that exist when their rule gets a limit count for it, even if they exceed it.
 	for range 3 {
 		g.mustDial(rest)
 	}
@@ -78,8 +78,8 @@ func TestARulesBytesAreBounded(t *testing.T) {
 		}
 	}()
 	_ = spent.SetReadDeadline(time.Now().Add(5 * time.Second))
-	// Whether reader or writer gets the reset is theirs to settle. What moves until the table
-	// has noticed moves, and the writer would go on for five seconds.
+	// The reset may reach the reader or the writer. What moves before the table notices, moves; the
+	// writer would go on for five seconds.
 	n, err := io.Copy(io.Discard, spent)
 	if over := g.table.Stats().OverBytes; over != 1 || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the flow that used it up: %d bytes, %v; %d flows were ended for their bytes", n, err, over)
@@ -89,8 +89,8 @@ func TestARulesBytesAreBounded(t *testing.T) {
 	}
 }
 
-// TestARulesBandwidthIsItsOwn lets a bulk flow of a limited rule and one of another run
-// side by side.
+// TestARulesBandwidthIsItsOwn runs a bulk flow of a limited rule and one of another rule side by
+// side.
 func TestARulesBandwidthIsItsOwn(t *testing.T) {
 	for _, direction := range []string{"egressBandwidth", "ingressBandwidth"} {
 		t.Run(direction, func(t *testing.T) {
@@ -123,7 +123,7 @@ func TestARulesBandwidthIsItsOwn(t *testing.T) {
 			start := time.Now()
 			testutil.Eventually(t, "the free flow has moved 8 MB", func() bool { return fast() > 8<<20 })
 			testutil.Eventually(t, "the limited one has moved 300 kB", func() bool { return slow() > 300<<10 })
-			// The bucket's fill, and then the rate, with its acknowledgements.
+			// The bucket's fill, then the rate, with its acknowledgements.
 			if most := int64(float64(time.Since(start).Seconds())*1.2e6) + 2*admit.BucketMin; slow() > most {
 				t.Errorf("the limited flow moved %d bytes in %v, want at most %d", slow(), time.Since(start), most)
 			}

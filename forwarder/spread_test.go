@@ -13,14 +13,14 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// queuedLink has two queues, and notes what it is told of them.
+// queuedLink has two queues, and records what it is told about them.
 type queuedLink struct {
 	*channel.Endpoint
 	mu       sync.Mutex
 	attached int
 	received uint64
-	looks    int  // how often it was asked for that
-	busy     bool // a frame comes whenever somebody looks
+	looks    int  // how often it was asked that
+	busy     bool // a frame comes whenever it is asked
 	told     []string
 	fail     error
 }

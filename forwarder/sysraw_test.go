@@ -37,8 +37,8 @@ func FuzzParseControl(f *testing.F) {
 	})
 }
 
-// FuzzRequote checks that whatever an error quotes, what the sandbox is shown is a packet
-// of its own to the peer.
+// FuzzRequote checks that, whatever an error quotes, the sandbox is shown a packet of its own to
+// the peer.
 func FuzzRequote(f *testing.F) {
 	f.Add([]byte("payload"), uint64(1)<<40, true, true)
 	f.Add([]byte{8, 0, 1, 2, 3, 4, 0, 1}, ^uint64(0), false, true)

@@ -11,8 +11,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// again is a client that uses one port for one connection after the other, with nothing in
-// between.
+// again is a client that uses one port for one connection after the other, with no gap.
 type again struct {
 	w        *wire
 	src, dst netip.AddrPort
@@ -20,14 +19,14 @@ type again struct {
 	ack      uint32
 }
 
-// syn asks for another connection.
+// syn requests another connection.
 func (a *again) syn() {
 	a.seq += 1 << 20
 	a.w.send(segment(a.src, a.dst, header.TCPFlagSyn, a.seq, 0))
 	a.seq++
 }
 
-// established takes the answer to syn, and completes the handshake.
+// established receives the answer to syn and completes the handshake.
 func (a *again) established(round int) {
 	a.w.t.Helper()
 	for {
@@ -47,8 +46,8 @@ func (a *again) send(flags header.TCPFlags) {
 	a.w.send(segment(a.src, a.dst, flags, a.seq, a.ack))
 }
 
-// reuse is the rows of ways in which a connection ends before its port is used again. The
-// server accepts and closes as soon as it has, if closes says so.
+// The rows are ways in which a connection ends before its port is used again. If closes is set, the
+// server closes as soon as it has accepted.
 func TestTCPAPortIsUsedAgainAtOnce(t *testing.T) {
 	const rounds = 300
 	for _, row := range []struct {
@@ -113,7 +112,7 @@ func TestTCPAPortIsUsedAgainAtOnce(t *testing.T) {
 	}
 }
 
-// A sandbox that gave up a dial says nothing; its next attempt by the same port is another.
+// A sandbox that gave up a dial says nothing; its next attempt from the same port is a new one.
 func TestTCPADialGoesOnForTheLatestSYN(t *testing.T) {
 	ns := inNetns(t)
 	routerNetns(t)
@@ -134,9 +133,8 @@ func TestTCPADialGoesOnForTheLatestSYN(t *testing.T) {
 	})
 }
 
-// A SYN in an established connection is answered by a challenge. The sandbox's kernel, which
-// knows no such connection, resets it, and the new one begins; one that stays silent changes
-// nothing.
+// A SYN in an established connection is answered by a challenge. If the sandbox's kernel knows no
+// such connection, it resets it, and the new one begins. If it stays silent, nothing changes.
 func TestTCPASYNOfAnotherConnectionIsChallenged(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	a := &again{w: w, src: netip.AddrPortFrom(guest4, 40000), dst: netip.AddrPortFrom(gateway4, listenHost(t))}

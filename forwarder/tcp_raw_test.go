@@ -17,7 +17,7 @@ import (
 	"sluice.dev/sluice/internal/testutil"
 )
 
-// segment is a TCP segment without data.
+// segment returns a TCP segment without data.
 func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) ipPacket {
 	l4 := make([]byte, header.TCPMinimumSize)
 	h := header.TCP(l4)
@@ -29,7 +29,7 @@ func segment(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) ip
 	return ipPacket{src: src.Addr(), dst: dst.Addr(), proto: packet.ProtoTCP, l4: l4}
 }
 
-// Port accepts and holds connections on the host's loopback.
+// listenHost accepts and holds connections on the host's loopback, and returns the port.
 func listenHost(t *testing.T) uint16 {
 	t.Helper()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -111,7 +111,7 @@ func TestTCPAResetDuringTheDialCancelsIt(t *testing.T) {
 	routerNetns(t)
 	ns.run(t, "silent", func(t *testing.T) {
 		w := newWire(t, allowAll, nil)
-		// Nobody answers for this address: the dial hangs until somebody gives up.
+		// No host answers at this address: the dial hangs until one side gives up.
 		src, dst := netip.AddrPortFrom(guest4, 10000), netip.AddrPortFrom(netip.MustParseAddr("192.0.2.77"), 80)
 		w.send(segment(src, dst, header.TCPFlagSyn, 1000, 0))
 		testutil.Eventually(t, "the dial has begun", func() bool { return w.f.dialer.Sockets.Load() == 1 })
@@ -278,8 +278,9 @@ func TestBandwidthIsHeldAndShared(t *testing.T) {
 }
 
 func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
-	// A checksum that the stack would refuse would leave the handshake standing;
-	// TestTCPHandshakesNobodyCompletesAreBounded shows that it does not. Here: IPv6.
+	// A checksum that the stack refuses would leave the handshake open.
+	// TestTCPHandshakesNobodyCompletesAreBounded shows that this does not happen; this test is
+	// about IPv6.
 	clock := newTestClock()
 	w := newWire(t, allowAll, func(c *Config) { c.Now = clock.now })
 	l, err := net.Listen("tcp6", "[::1]:0")
@@ -294,8 +295,8 @@ func TestInjectedResetHasTheHeadersOfTheFlow(t *testing.T) {
 	testutil.Eventually(t, "the half-open flow is gone", func() bool { return w.f.gate.Table.Len() == 0 })
 }
 
-// What accepts handshakes listens at no address of the stack's own: a segment for its
-// port comes to the policy like any other.
+// What accepts handshakes listens at no address of the stack's own: a segment for its port goes to
+// the policy like any other.
 func TestTCPAcceptorIsOutOfReach(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	for _, l := range w.f.tcp.Acceptor.All() {

@@ -17,11 +17,11 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// response is what a reader that stands still has to get in the end: more than it takes by
-// itself, less than the stack holds for it.
+// response is what a reader that stands still must get in the end: more than it takes by itself,
+// less than the stack holds for it.
 var response = bytes.Repeat([]byte("sluice gate\n"), 75_000)
 
-// narrow gives the guest's connections a receive buffer that the response does not fit in.
+// narrow gives the guest's connections a receive buffer too small for the response.
 func (g *guest) narrow() {
 	g.t.Helper()
 	o := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4 << 10, Default: 64 << 10, Max: 64 << 10}
@@ -30,7 +30,7 @@ func (g *guest) narrow() {
 	}
 }
 
-// onlyFlow waits for the one TCP flow there is to come as far as ok says.
+// onlyFlow waits for the only TCP flow to come as far as ok says.
 func (g *guest) onlyFlow(what string, ok func(*tcpflow.Flow) bool) (fl *tcpflow.Flow) {
 	g.t.Helper()
 	testutil.Eventually(g.t, what, func() bool {
@@ -48,7 +48,7 @@ func (g *guest) onlyFlow(what string, ok func(*tcpflow.Flow) bool) (fl *tcpflow.
 
 func queuedOf(fl *tcpflow.Flow) int { return netstack.SendQueued(fl.Ep.(*tcp.Endpoint)) }
 
-// mustRead reads the whole response, and what ends it.
+// mustRead reads the whole response, and returns what ends it.
 func mustRead(t *testing.T, c net.Conn) error {
 	t.Helper()
 	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
@@ -62,8 +62,8 @@ func mustRead(t *testing.T, c net.Conn) error {
 // silentForEver is longer than any state's timeout.
 const silentForEver = 1000 * time.Hour
 
-// Each row leaves bytes with us that a reader which stands still has yet to take, in another
-// state of the connection; no timeout may end it.
+// Each row leaves bytes with us that a stalled reader has yet to take, in a different state of the
+// connection; no timeout may end it.
 func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 	for _, row := range []struct {
 		what           string
@@ -107,7 +107,7 @@ func TestTCPTheTailWaitsForAReaderThatStandsStill(t *testing.T) {
 	}
 }
 
-// The same for a server that stands still, whose bytes wait in the stack and in the host's kernel.
+// The same holds for a stalled server, whose bytes wait in the stack and in the host's kernel.
 func TestTCPTheTailWaitsForAServerThatStandsStill(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	release, got := make(chan struct{}), make(chan []byte, 1)
@@ -131,7 +131,7 @@ func TestTCPTheTailWaitsForAServerThatStandsStill(t *testing.T) {
 	}
 }
 
-// A connection with nothing on its way is silent, and ends.
+// A connection with nothing under way is silent, and ends.
 func TestTCPASilentFlowStillTimesOut(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	c := g.mustDial(g.listen("tcp4", echo))
@@ -139,8 +139,8 @@ func TestTCPASilentFlowStillTimesOut(t *testing.T) {
 	g.onlyFlow("what was sent has been taken", func(fl *tcpflow.Flow) bool {
 		return !tcpflow.StackHolds(fl.Ep.(*tcp.Endpoint)) && !tcpflow.HostHolds(fl.FD)
 	})
-	g.table.Expire(time.Now().Add(silentForEver))     // notes the last acknowledgement
-	g.table.Expire(time.Now().Add(2 * silentForEver)) // and by now there was none for long
+	g.table.Expire(time.Now().Add(silentForEver))     // records the last acknowledgement
+	g.table.Expire(time.Now().Add(2 * silentForEver)) // and now there has been none for long
 	if n := g.table.Len(); n != 0 {
 		t.Fatalf("%d flows are left", n)
 	}
@@ -189,7 +189,7 @@ func TestTCPLastAckBeginsWhenTheSandboxHasTakenEveryByte(t *testing.T) {
 	}
 }
 
-// A reset of the far side's does not overtake the bytes that came before it.
+// A reset from the far side does not overtake the bytes before it.
 func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	g.narrow()
@@ -214,8 +214,8 @@ func TestTCPAResetComesBehindTheBytesBeforeIt(t *testing.T) {
 	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }
 
-// A reset behind an end of stream has nothing to wait for: iperf3's server ends its side of an
-// upload, and closes with bytes unread.
+// A reset after an end of stream has nothing to wait for: iperf3's server ends its side of an
+// upload and closes with bytes unread.
 func TestTCPAResetBehindTheEndOfStreamEndsTheFlow(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	told := make(chan struct{})
@@ -238,8 +238,8 @@ func TestTCPAResetBehindTheEndOfStreamEndsTheFlow(t *testing.T) {
 	})
 }
 
-// A server that answers early and closes with a request unread resets the connection. The
-// client's next write finds out first; the answer is there to be read all the same.
+// A server that answers early and closes with a request unread resets the connection. The client's
+// next write fails first, but the answer can still be read.
 func TestTCPAnEarlyAnswerIsReadThoughWritingFails(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	conns, over := make(chan *net.TCPConn, 1), make(chan struct{})

@@ -294,8 +294,7 @@ func TestTCPManyShortConnectionsLeaveNothing(t *testing.T) {
 	testutil.Eventually(t, "every flow has left the table", func() bool { return g.table.Len() == 0 && g.f.dialer.Sockets.Load() == 0 })
 }
 
-// The timer that ends hopeless dials may have chosen one that succeeds before its
-// turn comes.
+// The timer that ends hopeless dials may have picked one that succeeds before its turn comes.
 func TestTCPADialThatSucceededIsNotGivenUp(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	addr := g.listen("tcp4", echo)
@@ -319,8 +318,8 @@ func TestTCPADialThatSucceededIsNotGivenUp(t *testing.T) {
 	}
 }
 
-// Each byte is answered by one byte, so a wake-up that is lost anywhere between the
-// two sides leaves a connection silent for good.
+// Each byte is answered by one byte, so a wake-up lost anywhere between the two sides silences a
+// connection for good.
 func TestTCPNoRoundTripIsLost(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	addr := g.listen("tcp4", echo)
@@ -350,8 +349,8 @@ func TestTCPNoRoundTripIsLost(t *testing.T) {
 	wg.Wait()
 }
 
-// The up pump looks at the down pump's counters under the down pump's lock. Data that
-// come meanwhile must not stay where they are.
+// The up pump looks at the down pump's counters under the down pump's lock. Data that arrive
+// meanwhile must not get stuck.
 func TestTCPDataThatComeDuringATallyAreDelivered(t *testing.T) {
 	g := newGuest(t, allowAll, nil)
 	conns := make(chan *net.TCPConn, 1)

@@ -70,7 +70,7 @@ func TestUDPAnotherPortOfAnAddressedPeerMayAnswerIfPolicyLetsItBeAnswered(t *tes
 	}
 }
 
-// An address that was sent to once cannot keep itself known by going from port to port.
+// An address that was sent to once cannot keep itself known by moving from port to port.
 func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	w := newWire(t, allowAll, nil)
 	srv, second, third := udpServer(t, "127.0.0.1:0"), udpServer(t, "127.0.0.1:0"), udpServer(t, "127.0.0.1:0")
@@ -88,7 +88,7 @@ func TestUDPOnlyTheSandboxMakesAnAddressKnown(t *testing.T) {
 	end(at(gateway4, portOf(srv)))
 	_, _ = third.WriteToUDPAddrPort([]byte("from a third port"), mapped)
 	testutil.Eventually(t, "it is counted as unsolicited", func() bool { return w.f.Stats()["udp_unsolicited"] == 1 })
-	// Once the sandbox has sent there the address is known again.
+	// Once the sandbox has sent there, the address is known again.
 	w.send(udpPacket(at(guest4, 4000), at(gateway4, portOf(second)), []byte("and back")))
 	read(t, second)
 	_, _ = third.WriteToUDPAddrPort([]byte("from a third port"), mapped)

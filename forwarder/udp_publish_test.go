@@ -151,7 +151,7 @@ func TestUDPPublishedPortFindsAServerOfTheOtherFamily(t *testing.T) {
 				t.Errorf("the next client's datagram went to %s first", dst)
 			}
 
-			// Refused at both, a datagram is tried once at each, and its flow is over.
+			// A datagram that both refuse is tried once at each, and then its flow is over.
 			client.Close()
 			client = udpServer(t, at(l.Host.Addr(), 0).String())
 			ask("to nobody")
@@ -240,7 +240,7 @@ func TestUDPClientOfSeveralHostPortsIsAnsweredByTheOneItAsked(t *testing.T) {
 			}
 			client := udpServer(t, c.client)
 			seen := make([]netip.AddrPort, len(c.to))
-			for range 2 { // the second time, all flows are there
+			for range 2 { // the second time, all flows exist
 				for i, to := range c.to {
 					if _, err := client.WriteToUDPAddrPort([]byte(to), netip.MustParseAddrPort(to)); err != nil {
 						t.Fatal(err)

@@ -13,19 +13,19 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// heard puts a sample into the batch as recvmmsg(2) does, without control messages.
+// heardInto puts a sample into the batch as recvmmsg(2) does, without control messages.
 func heardInto(b *datagram.RxBatch, i int, from netip.AddrPort, p []byte) {
 	b.Msgs[i].Hdr.Namelen = b.From[i].Put(from)
 	b.Msgs[i].Hdr.SetControllen(0)
 	b.Msgs[i].N = uint32(copy(b.Data[i*datagram.RxBufLen:][:datagram.RxBufLen], p))
 }
 
-// Whatever is glued together for the device, the sandbox gets the datagrams that came.
+// Whatever is joined for the device, the sandbox gets the datagrams that came.
 func TestUDPGluesEqualDatagrams(t *testing.T) {
 	for _, side := range sides {
 		t.Run(side.name, func(t *testing.T) {
 			w := newWire(t, allowAll, nil)
-			// As a device that segments would say; the wire does not, and the test looks.
+			// A device that segments would set these; the wire does not, and the test looks.
 			w.f.dgram.Emit.GSO, w.f.dgram.Emit.Uso, w.f.dgram.Emit.MTU = true, true, 65520
 			a, b := udpServer(t, side.listen), udpServer(t, side.listen)
 			me := at(side.guest, 4000)

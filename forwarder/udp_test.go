@@ -33,7 +33,7 @@ metadata: {name: closed}
 spec: {defaultAction: reject}
 `
 
-// testClock is a clock that stands until it is advanced.
+// testClock is a clock that stands still until it is advanced.
 type testClock struct{ ns atomic.Int64 }
 
 func newTestClock() *testClock {
@@ -46,7 +46,7 @@ func (c *testClock) now() time.Time { return time.Unix(0, c.ns.Load()) }
 
 func (c *testClock) advance(d time.Duration) { c.ns.Add(int64(d)) }
 
-// sides are the two families, each with a host server that is reached by the gateway.
+// sides are the two families, each with a host server reached by the gateway.
 var sides = []struct {
 	name           string
 	listen         string
@@ -350,7 +350,7 @@ func TestUDPFullTableRefusesTheNewAndKeepsTheOld(t *testing.T) {
 	}
 }
 
-// resolver answers every query with its bytes reversed, twice, which must be once.
+// resolver answers every query with its bytes reversed, twice. Only one answer may arrive.
 type resolver struct{}
 
 func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply func([]byte, policy.Outcome)) {
@@ -364,7 +364,7 @@ func (resolver) ServePacket(_ context.Context, q []byte, _ netip.AddrPort, reply
 
 func (resolver) ServeStream(context.Context, net.Conn, func(policy.Outcome)) {}
 
-// later answers from a goroutine of its own, as a resolver that had to ask does.
+// later answers from a goroutine of its own, like a resolver that had to ask.
 type later struct{ resolver }
 
 func (resolver) AnswerPacket([]byte, netip.AddrPort) []byte { return nil }
@@ -421,7 +421,7 @@ func TestUDPTrainsLeaveAndArriveAsDatagrams(t *testing.T) {
 	if fl.OrigPackets != 3 || fl.OrigBytes != 2500+3*28 {
 		t.Errorf("a train of three counts as %d packets of %d bytes", fl.OrigPackets, fl.OrigBytes)
 	}
-	// A train from a host that segments late arrives glued together.
+	// A train from a host that segments late arrives joined.
 	raw, _ := srv.SyscallConn()
 	_ = raw.Control(func(fd uintptr) {
 		if err := unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, 1000); err != nil {

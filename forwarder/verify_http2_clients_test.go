@@ -75,13 +75,13 @@ func TestGRPCWithoutTLS(t *testing.T) {
 	refused("another method first", err)
 	_, err = dial("b.example:8080").Check(ctx, &grpc_health_v1.HealthCheckRequest{})
 	refused("another name", err)
-	// What was refused is over: the next call is made on a new connection.
+	// The refused connection is over: the next call uses a new one.
 	if _, err := c.Check(ctx, &grpc_health_v1.HealthCheckRequest{}); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestManyStreamsAreServed has many requests at once on one connection, some large.
+// TestManyStreamsAreServed makes many requests at once on one connection, some of them large.
 func TestManyStreamsAreServed(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -139,8 +139,8 @@ func TestManyStreamsAreServed(t *testing.T) {
 	}
 }
 
-// TestAnUpgradeToHTTP2IsServed has golang.org/x/net's server take up an offer of h2c. The client
-// is served on the same connection, and a request that no rule allows is refused there.
+// TestAnUpgradeToHTTP2IsServed has golang.org/x/net's server accept an offer of h2c. The client is
+// served on the same connection, where a request that no rule allows is refused.
 func TestAnUpgradeToHTTP2IsServed(t *testing.T) {
 	if !namespaced(t) {
 		return

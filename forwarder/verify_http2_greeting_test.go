@@ -18,7 +18,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
-// frameNote is a frame in few words.
+// frameNote describes a frame in few words.
 func frameNote(f http2.Frame) string {
 	switch f := f.(type) {
 	case *http2.SettingsFrame:
@@ -39,7 +39,7 @@ func frameNote(f http2.Frame) string {
 	return strings.ToLower(f.Header().Type.String())
 }
 
-// frameList follows what comes to one side.
+// frameList records the frames that reach one side.
 type frameList struct {
 	mu    sync.Mutex
 	notes []string
@@ -77,7 +77,7 @@ func (l *frameList) end() error {
 	return l.err
 }
 
-// plainServer answers as RFC 9113 says, and notes what it hears.
+// plainServer answers as RFC 9113 says, and records what it hears.
 func plainServer(t *testing.T) (s *server, hears *frameList) {
 	t.Helper()
 	hears = new(frameList)
@@ -105,8 +105,8 @@ func plainServer(t *testing.T) (s *server, hears *frameList) {
 	return s, hears
 }
 
-// TestAClientOfHTTP2IsAnsweredBeforeItAsks compares what a client and a server hear of each other
-// with what they would without anything between, but for the first SETTINGS.
+// TestAClientOfHTTP2IsAnsweredBeforeItAsks compares what a client and a server hear from each other
+// with what they would hear directly, apart from the first SETTINGS.
 func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -121,7 +121,8 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 		what  string
 		say   *gatetest.Spoken
 		hears string
-		// Behind a request: what both hear more. A client that heard SETTINGS acknowledges them once.
+		// After a request: what both hear in addition. A client that heard SETTINGS acknowledges
+		// them once.
 		then, server string
 	}{
 		{"SETTINGS", gatetest.NewSpoken(), start, "settings7, headers 1", "settings0, ack, headers 1"},
@@ -162,7 +163,7 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 			_, _ = c.Write(row.say.Bytes())
 			if row.server == "" {
 				<-done
-				// Its SETTINGS are acknowledged before, if they came before.
+				// Its SETTINGS are acknowledged first if they came first.
 				if got := strings.Replace(client.String(), start, "settings0", 1); got != "settings0, "+row.hears || !errors.Is(client.end(), io.EOF) {
 					t.Errorf("the client hears %q, %v, want %q and the end", client.String(), client.end(), row.hears)
 				}
@@ -181,7 +182,7 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 			_ = row.say.WriteSettingsAck() // of ours
 			_, _ = c.Write(row.say.Request(1, "GET", "/open/1", "a.example").Bytes())
 			eventually(t, "the client gets the server's answer", func() bool { return client.String() == row.hears+", "+row.then })
-			// What comes from now on goes to the server, and back from it.
+			// From now on, everything goes to the server and back.
 			row.say.Reset()
 			_ = row.say.WriteSettingsAck() // of the server's
 			_, _ = c.Write(more(ping(row.say, "-behind-")).Bytes())
@@ -194,8 +195,8 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 	}
 }
 
-// TestAnIdleClientOfHTTP2Stays has one ask for nothing for longer than first bytes are waited
-// for.
+// TestAnIdleClientOfHTTP2Stays has a client that asks for nothing for longer than first bytes are
+// waited for.
 func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -230,12 +231,12 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	}
 }
 
-// unheard is somebody who waits in a list.
+// unheard is a waiter in a list.
 type unheard struct{}
 
 func (unheard) CheckExpired(bool) {}
 
-// TestAnIdleClientOfHTTP2IsToldOfTheEnd has the far side close, the client, and others come until
+// TestAnIdleClientOfHTTP2IsToldOfTheEnd has the far side close, or the client, or others come until
 // there is no room for it.
 func TestAnIdleClientOfHTTP2IsToldOfTheEnd(t *testing.T) {
 	if !namespaced(t) {

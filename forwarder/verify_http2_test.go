@@ -25,8 +25,8 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// h2Server serves HTTP/2 with prior knowledge at an address of the namespace, and notes
-// the requests.
+// h2Server serves HTTP/2 with prior knowledge at an address of the namespace, and records the
+// requests.
 type h2Server struct {
 	mu   sync.Mutex
 	seen []string
@@ -69,8 +69,8 @@ func serveH2(t *testing.T, at string, handle http.HandlerFunc) *h2Server {
 	return s
 }
 
-// answersOf reads what comes until the end, as "STREAM:STATUS" in the streams' order, with
-// the texts.
+// answersOf reads to the end, and returns the answers as "STREAM:STATUS" in the streams' order,
+// with the texts.
 func answersOf(c net.Conn) (answers, texts string, err error) {
 	fr := http2.NewFramer(io.Discard, c)
 	fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -119,12 +119,12 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 		return s.Raw(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, stream, string(s.Fields(kv...)))
 	}
 	const one, posted = "GET a.example:8080 /open/1", "POST a.example:8080 /open/p hello"
-	// The server's answers to what was allowed before may or may not come in time.
+	// The server's answers to what was allowed before may or may not arrive in time.
 	for _, row := range []struct {
 		what    string
 		say     *gatetest.Spoken
-		served  string // the requests that the server may have seen; "?" before what it need not
-		refused string // the stream that is answered 403; "": none is, "ended": the connection is, by an error
+		served  string // the requests that the server may have seen; "?" before one that it need not have seen
+		refused string // the stream that is answered 403; "" if none is, "ended" if an error ends the connection
 	}{
 		{"two that are allowed", get().Request(3, "GET", "/open/2", a), one + ", GET a.example:8080 /open/2", ""},
 		{"the first not", gatetest.NewSpoken().Request(1, "DELETE", "/open/1", a), "", "1:403"},
@@ -257,7 +257,7 @@ func TestARefusalComesBetweenTwoFrames(t *testing.T) {
 	}
 }
 
-// readBefore is a connection of which something was read.
+// readBefore is a connection of which something was already read.
 type readBefore struct {
 	net.Conn
 	first *bytes.Reader
@@ -297,8 +297,8 @@ func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
 	}
 }
 
-// TestRequestsUnderWayEndWithTheirRule reloads while one of a connection's requests is
-// answered that the new rules refuse, and once it was.
+// TestRequestsUnderWayEndWithTheirRule reloads rules that refuse one of a connection's requests,
+// while it is being answered and after that.
 func TestRequestsUnderWayEndWithTheirRule(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -372,7 +372,7 @@ func TestRequestsUnderWayEndWithTheirRule(t *testing.T) {
 	}
 }
 
-// TestStreamsInAuditMode lets pass, and tells, what the rules would refuse.
+// TestStreamsInAuditMode passes, and reports, what the rules would refuse.
 func TestStreamsInAuditMode(t *testing.T) {
 	if !namespaced(t) {
 		return

@@ -37,7 +37,7 @@ func TestRequestsAreJudgedOneByOne(t *testing.T) {
 	for _, row := range []struct {
 		what, say string
 		served    string   // the requests that the server saw
-		answers   []string // to the client, by what they begin with
+		answers   []string // beginnings of the answers to the client
 		reset     bool
 	}{
 		{"two that are allowed", "GET /open/1" + ok + "\r\n" + "GET /open/2" + ok + "\r\n", "GET /open/1, GET /open/2", []string{"200", "200"}, false},
@@ -64,7 +64,7 @@ func TestRequestsAreJudgedOneByOne(t *testing.T) {
 	} {
 		for _, piece := range []int{1 << 20, 1} {
 			if piece == 1 && len(row.say) > 10<<10 {
-				continue // each byte is a segment, and a look at all before it
+				continue // each byte is a segment, and all the bytes so far are examined
 			}
 			t.Run(row.what+", "+map[int]string{1: "byte by byte", 1 << 20: "at once"}[piece], func(t *testing.T) {
 				var mu sync.Mutex

@@ -17,10 +17,10 @@ import (
 	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
-// byNoName lets flows pass that say no name.
+// byNoName lets pass flows that say no name.
 var byNoName = strings.Replace(byName, `{domain: "*.a.example"}]`, `{domain: "*.a.example"}], missingName: allow`, 1)
 
-// TestNoNameIsNoWrongName lets pass what was read whole, is well formed and has no name, and
+// TestNoNameIsNoWrongName passes data that was read whole, is well formed and has no name, and
 // nothing that may still say one.
 func TestNoNameIsNoWrongName(t *testing.T) {
 	if !namespaced(t) {
@@ -77,7 +77,7 @@ func TestNoNameIsNoWrongName(t *testing.T) {
 	}
 }
 
-// TestSilenceIsNoName has a client wait until nothing more is waited for before it says a name.
+// TestSilenceIsNoName has a client say a name only after the gate has stopped waiting.
 func TestSilenceIsNoName(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -100,8 +100,8 @@ func TestSilenceIsNoName(t *testing.T) {
 	}
 }
 
-// TestAWrongNameBehindARequestWithoutOne judges the requests of a connection whose first one
-// said no name.
+// TestAWrongNameBehindARequestWithoutOne judges the requests of a connection whose first one said
+// no name.
 func TestAWrongNameBehindARequestWithoutOne(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -139,8 +139,8 @@ func TestAWrongNameBehindARequestWithoutOne(t *testing.T) {
 	}
 }
 
-// TestARequestThatNobodyJudgedEndsWithItsRules has rules come that judge each request of a
-// connection, of which the ones before judged none.
+// TestARequestThatNobodyJudgedEndsWithItsRules loads rules that judge each request of a connection,
+// where the previous rules judged none.
 func TestARequestThatNobodyJudgedEndsWithItsRules(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -158,7 +158,8 @@ func TestARequestThatNobodyJudgedEndsWithItsRules(t *testing.T) {
 	}
 }
 
-// TestNamesAreComparedAsTheyAreSaid has hellos say what a mapping would make the allowed name of.
+// TestNamesAreComparedAsTheyAreSaid has hellos with names that a mapping would turn into the
+// allowed one.
 func TestNamesAreComparedAsTheyAreSaid(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -178,8 +179,8 @@ func TestNamesAreComparedAsTheyAreSaid(t *testing.T) {
 	}
 }
 
-// TestAnUpgradeThatNobodyAskedFor has a server answer an ordinary request with 101, or with
-// what would accept a tunnel.
+// TestAnUpgradeThatNobodyAskedFor has a server answer an ordinary request with 101, or with what
+// would accept a tunnel.
 func TestAnUpgradeThatNobodyAskedFor(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -208,7 +209,7 @@ func TestAnUpgradeThatNobodyAskedFor(t *testing.T) {
 			eventually(t, "the second request is held, or the connection has ended", func() bool {
 				return g.held() == len(second) || len(got) > 0
 			})
-			// The end of the flow shows all that did pass.
+			// The end of the flow shows everything that did pass.
 			g.f.SetRules(compile(t, strings.Replace(byRequest, "a.example", "z.example", 1)))
 			if rest := <-got; rest != "" {
 				t.Errorf("behind %q the server read %q", answer[:12], rest)
@@ -217,7 +218,7 @@ func TestAnUpgradeThatNobodyAskedFor(t *testing.T) {
 	}
 }
 
-// held is how much of what the guest's flows sent is queued.
+// held returns how much of what the guest's flows sent is queued.
 func (g *guest) held() (n int) {
 	g.f.tcp.Mu.Lock()
 	defer g.f.tcp.Mu.Unlock()

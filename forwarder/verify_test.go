@@ -35,8 +35,8 @@ var (
 
 const inNamespace = "SLUICE_TEST_IN_NAMESPACE"
 
-// namespaced runs the test that calls it once more, in a process of its own whose network
-// namespace has the addresses, and tells whether this is that process.
+// namespaced runs its calling test again in a process whose network namespace has the addresses. It
+// reports whether this is that process.
 func namespaced(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(inNamespace) == t.Name() {
@@ -68,7 +68,7 @@ spec:
   - {name: a, action: allow, to: [{domain: a.example}, {domain: "*.a.example"}]}
 `
 
-// newNamed is a guest that was told the names' addresses.
+// newNamed returns a guest that knows the names' addresses.
 func newNamed(t *testing.T, text string, change func(*Config)) *guest {
 	t.Helper()
 	names := policy.NewNames(policy.NamesConfig{})
@@ -86,7 +86,7 @@ func newNamed(t *testing.T, text string, change func(*Config)) *guest {
 	})
 }
 
-// runningClock is the machine's clock until it is advanced.
+// runningClock is the machine's clock, which can be advanced.
 type runningClock struct{ ahead atomic.Int64 }
 
 func (c *runningClock) now() time.Time { return time.Now().Add(time.Duration(c.ahead.Load())) }
@@ -98,7 +98,7 @@ type server struct {
 	at    netip.AddrPort
 	began atomic.Int64 // connections
 	over  atomic.Int64
-	said  atomic.Int64 // bytes, by the clients of echoes that are over
+	said  atomic.Int64 // bytes, from the clients of finished echoes
 }
 
 func serve(t *testing.T, at string, handle func(*net.TCPConn)) *server {
@@ -123,7 +123,7 @@ func serve(t *testing.T, at string, handle func(*net.TCPConn)) *server {
 	return s
 }
 
-// serveEcho serves echoes, and notes what it hears.
+// serveEcho serves echoes, and records what it hears.
 func serveEcho(t *testing.T, at string) *server {
 	t.Helper()
 	first := make(chan *server, 1)
@@ -137,8 +137,8 @@ func serveEcho(t *testing.T, at string) *server {
 	return s
 }
 
-// heard waits for the connections that were made up to now to end, and returns how many there
-// were and how many bytes their clients said.
+// heard waits for all connections made so far to end, and returns how many there were and how many
+// bytes their clients sent.
 func (s *server) heard(t *testing.T) (connections, bytes int64) {
 	t.Helper()
 	last, err := net.Dial("tcp", s.at.String())
@@ -150,7 +150,7 @@ func (s *server) heard(t *testing.T) (connections, bytes int64) {
 	if _, err := last.Write([]byte{0}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.ReadFull(last, make([]byte, 1)); err != nil { // those before it were taken before it
+	if _, err := io.ReadFull(last, make([]byte, 1)); err != nil { // those before it were accepted before it
 		t.Fatal(err)
 	}
 	last.Close()
@@ -158,7 +158,7 @@ func (s *server) heard(t *testing.T) (connections, bytes int64) {
 	return s.began.Load() - 1, s.said.Load() - 1
 }
 
-// sendAndRead sends bytes, in pieces, and returns what comes back, up to as much as was sent.
+// sendAndRead sends bytes in pieces, and returns what comes back, up to the number sent.
 func sendAndRead(c *gonet.TCPConn, b []byte, piece int) ([]byte, error) {
 	_ = c.SetDeadline(time.Now().Add(8 * time.Second))
 	sent := make(chan error, 1)
@@ -324,7 +324,7 @@ func TestTooManyWhoWaitPushOutTheOldest(t *testing.T) {
 	}
 }
 
-// TestTheFarSideAnswersFirst has the sandbox's handshake depend on the far side's.
+// TestTheFarSideAnswersFirst makes the sandbox's handshake depend on the far side's.
 func TestTheFarSideAnswersFirst(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -365,7 +365,8 @@ func TestTheFarSideMayEndFirst(t *testing.T) {
 	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }
 
-// TestWhatAServerSaysFirstWaits has a server speak before the client has said who it wants.
+// TestWhatAServerSaysFirstWaits has a server speak before the client has said which server it
+// wants.
 func TestWhatAServerSaysFirstWaits(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -417,8 +418,8 @@ func TestAReloadCutsVerifiedFlowsThatLoseTheirRuleOnly(t *testing.T) {
 	}
 }
 
-// A client that is connected goes on using the address that it knows: for more connections,
-// and for one more when the last is lost.
+// A connected client goes on using the address that it knows: for more connections, and for one
+// more when the last is lost.
 func TestAnAddressIsGrantedWhileAFlowByItIsOpen(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -437,7 +438,7 @@ func TestAnAddressIsGrantedWhileAFlowByItIsOpen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	clock.advance(2 * time.Hour) // for an hour it was granted
+	clock.advance(2 * time.Hour) // it was granted for an hour
 	if _, err := speak("www.a.example"); err == nil {
 		t.Error("a name by which no flow is open is still granted")
 	}

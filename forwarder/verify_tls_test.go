@@ -13,7 +13,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/gatetest"
 )
 
-// recorded is a connection whose received bytes are kept.
+// recorded is a connection that keeps its received bytes.
 type recorded struct {
 	net.Conn
 	mu  *sync.Mutex
@@ -51,7 +51,7 @@ func serveTLS(t *testing.T, cfg *tls.Config) *tlsServer {
 	return s
 }
 
-// received is what came until the server's side of all connections ended.
+// received returns what came until the server's side of all connections ended.
 func (s *tlsServer) received() []byte {
 	s.over.Wait()
 	s.mu.Lock()
@@ -59,13 +59,13 @@ func (s *tlsServer) received() []byte {
 	return bytes.Clone(s.all.Bytes())
 }
 
-// rewriting is a connection whose client's n-th record of the handshake is another one.
+// rewriting is a connection that replaces its client's n-th handshake record.
 type rewriting struct {
 	net.Conn
 	at     int
 	record func(hello []byte) []byte
 	n      int
-	first  []byte // as it was
+	first  []byte // the original
 }
 
 func (r *rewriting) Write(p []byte) (int, error) {
@@ -89,7 +89,7 @@ func (r *rewriting) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// retries makes a server ask clients for another hello, whose first one has no key of P-256.
+// retries makes a server ask clients for another hello if their first has no key of P-256.
 func retries(c *tls.Config) *tls.Config {
 	c.CurvePreferences = []tls.CurveID{tls.CurveP256}
 	return c
@@ -97,7 +97,7 @@ func retries(c *tls.Config) *tls.Config {
 
 var retried = &tls.Config{ServerName: "a.example", InsecureSkipVerify: true, CurvePreferences: []tls.CurveID{tls.X25519, tls.CurveP256}}
 
-// records13 cuts a hello that was asked for into records of one byte.
+// records13 cuts a requested hello into records of one byte.
 func records13(hello []byte) []byte {
 	return bytes.ReplaceAll(gatetest.Records(hello, 1), []byte{22, 3, 1, 0, 1}, []byte{22, 3, 3, 0, 1})
 }
@@ -113,7 +113,8 @@ func TestAnotherHelloMustSayTheSameName(t *testing.T) {
 	}
 	const named = "\x00\x0e\x00\x0c\x00\x00\x09a.example"
 	same := func(h []byte) []byte { return h }
-	// What the server may get of the handshake: all of it, hellos of the first name, or the first hello.
+	// What the server may get of the handshake: all of it, hellos with the first name, or the first
+	// hello.
 	const (
 		everything = iota
 		noOther
@@ -140,13 +141,13 @@ func TestAnotherHelloMustSayTheSameName(t *testing.T) {
 				g := newNamed(t, byName, nil)
 				s := serveTLS(t, retries(new(tls.Config)))
 				conn := &rewriting{Conn: g.mustDial(s.at), at: 2, record: row.second}
-				if early { // the first hello brings the second one along
+				if early { // the first hello brings the second along
 					conn.at, conn.record = 1, func(h []byte) []byte { return append(bytes.Clone(h), row.second(h)...) }
 				}
 				_ = conn.SetDeadline(time.Now().Add(8 * time.Second))
 				_, err := sendAndReadTLS(tls.Client(conn, retried), []byte("hello"))
 				conn.Close()
-				// Two hellos at once are for the server to refuse.
+				// The server has to refuse two hellos at once.
 				if want := row.got == everything && !early; (err == nil) != want {
 					t.Errorf("the handshake ends with %v; counters %v", err, g.f.Stats())
 				}
@@ -172,7 +173,7 @@ func sendAndReadTLS(c *tls.Conn, b []byte) ([]byte, error) {
 	return got, err
 }
 
-// TestHandshakesOfEveryKindGoThrough moves bulk data behind each.
+// TestHandshakesOfEveryKindGoThrough moves bulk data after each.
 func TestHandshakesOfEveryKindGoThrough(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -215,8 +216,8 @@ func TestHandshakesOfEveryKindGoThrough(t *testing.T) {
 	}
 }
 
-// TestNothingFollowsAHelloToWhatSpeaksNoTLS has a server answer in plain bytes, as one does
-// that takes the hello for a line and the next one for STARTTLS.
+// TestNothingFollowsAHelloToWhatSpeaksNoTLS has a server answer in plain bytes, like one that takes
+// the hello for a line and the next one for STARTTLS.
 func TestNothingFollowsAHelloToWhatSpeaksNoTLS(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -263,7 +264,7 @@ func TestNothingFollowsAHelloToWhatSpeaksNoTLS(t *testing.T) {
 }
 
 // TestAHelloThatWaitsKeepsNothingElseWaiting sends a second hello to a server that never answers,
-// and has the flow end with its client.
+// and ends the flow with its client.
 func TestAHelloThatWaitsKeepsNothingElseWaiting(t *testing.T) {
 	if !namespaced(t) {
 		return

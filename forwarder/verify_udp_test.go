@@ -25,7 +25,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// certificate is one of a server of that name, which nobody has to trust.
+// certificate returns the certificate of a server of that name, which no client has to trust.
 func certificate(t testing.TB, name string) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -259,7 +259,7 @@ func TestDatagramsThatSayNoNameAreRefused(t *testing.T) {
 	}
 }
 
-// TestHalfHellosAreDropped sends Initial packets that are never whole.
+// TestHalfHellosAreDropped sends Initial packets that are never complete.
 func TestHalfHellosAreDropped(t *testing.T) {
 	if !namespaced(t) {
 		return
@@ -273,7 +273,7 @@ func TestHalfHellosAreDropped(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer pc.Close()
-		for range 2 { // said twice is still half
+		for range 2 { // half remains half if it is sent twice
 			if _, err := pc.WriteTo(first, &net.UDPAddr{IP: addrA.AsSlice(), Port: 443}); err != nil {
 				t.Fatal(err)
 			}
@@ -299,7 +299,7 @@ func TestHalfHellosAreDropped(t *testing.T) {
 	}
 }
 
-// firstDatagram is the first of several that carry a ClientHello.
+// firstDatagram returns the first of several datagrams that carry a ClientHello.
 func firstDatagram(t *testing.T) []byte {
 	t.Helper()
 	s := udpServer(t, "127.0.0.1:0")

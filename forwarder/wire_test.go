@@ -25,8 +25,8 @@ import (
 	"sluice.dev/sluice/nat"
 )
 
-// wire is a forwarder whose sandbox is the test itself: packets go in and come out as
-// bytes, so that every header field can be chosen and looked at.
+// wire is a forwarder whose sandbox is the test itself. Packets go in and come out as bytes, so
+// that the test can choose and examine every header field.
 type wire struct {
 	t     testing.TB
 	f     *Forwarder
@@ -74,7 +74,7 @@ func newWire(t testing.TB, text string, change func(*Config)) *wire {
 	return w
 }
 
-// ipPacket is an IP ipPacket with what a test wants to say about it.
+// ipPacket is an IP packet with what a test wants to say about it.
 type ipPacket struct {
 	src, dst netip.Addr
 	proto    uint8
@@ -192,8 +192,8 @@ func (w *wire) sendFragments(p ipPacket, size int) {
 	}
 }
 
-// recv returns the next packet to the sandbox. Fragments are put together, in order
-// of arrival; every checksum is verified.
+// recv returns the next packet to the sandbox. It reassembles fragments in order of arrival and
+// verifies every checksum.
 func (w *wire) recv() ipPacket {
 	w.t.Helper()
 	p, ok := w.tryRecv(5 * time.Second)
@@ -313,7 +313,7 @@ func (w *wire) silent(what string) {
 	}
 }
 
-// udpServer is a socket on the host.
+// udpServer returns a socket on the host.
 func udpServer(t testing.TB, addr string) *net.UDPConn {
 	t.Helper()
 	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
@@ -338,10 +338,10 @@ func read(t testing.TB, c *net.UDPConn) ([]byte, netip.AddrPort) {
 	return b[:n], netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 }
 
-// netns is a network namespace of a test's own, with loopback up.
+// netns is a test's own network namespace, with loopback up.
 type netns struct{ fd int }
 
-// inNetns makes one and moves the test's thread into it. The thread never goes back: it
+// inNetns makes a namespace and moves the test's thread into it. The thread never goes back: it
 // ends with the test's goroutine.
 func inNetns(t testing.TB) netns {
 	t.Helper()
@@ -358,7 +358,7 @@ func inNetns(t testing.TB) netns {
 	return netns{fd}
 }
 
-// run is t.Run inside the namespace: a subtest has a goroutine, and so a thread, of its own.
+// run is t.Run inside the namespace: a subtest has its own goroutine, and so its own thread.
 func (n netns) run(t *testing.T, name string, f func(*testing.T)) {
 	t.Run(name, func(t *testing.T) {
 		runtime.LockOSThread()
@@ -381,7 +381,7 @@ func sysctl(t testing.TB, path, value string) {
 	}
 }
 
-// routerNetns makes a namespace with a router in it beside the test's:
+// routerNetns makes a namespace with a router beside the test's:
 //
 //	test (192.0.2.1) ── veth, MTU 1400 ── router (192.0.2.2, also far4) ── MTU 1300 ── 198.51.100.128/25
 func routerNetns(t testing.TB) {
