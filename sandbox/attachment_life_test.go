@@ -33,7 +33,7 @@ func call(t *testing.T, c api.Client, method string, params, result any) {
 	}
 }
 
-// isGone waits until a process is collected.
+// isGone waits until a process has been collected.
 func isGone(t *testing.T, pid int) {
 	t.Helper()
 	testutil.Within(t, 5*time.Second, func() (bool, string) {
@@ -47,7 +47,7 @@ type talk struct {
 	net.Conn
 	server net.Conn
 	said   int
-	// patience is how long say waits; 0: as long as it takes.
+	// patience is how long say waits; 0 means as long as it takes.
 	patience time.Duration
 }
 
@@ -67,7 +67,7 @@ func newTalk(t *testing.T, from, to namespace, at string) *talk {
 	return k
 }
 
-// say says something and wants to hear it again.
+// say sends something and expects it back.
 func (k *talk) say() error {
 	k.said++
 	word := fmt.Sprintf("word %d", k.said)
@@ -85,7 +85,7 @@ func (k *talk) say() error {
 	return nil
 }
 
-// isReset wants the connection to be over by a reset, soon.
+// isReset expects the connection to end by a reset, soon.
 func (k *talk) isReset(t *testing.T, what string) {
 	t.Helper()
 	_ = k.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -146,7 +146,7 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 	}
 	testutil.Must(t, in.say())
 	testutil.Must(t, serving.say())
-	// A new worker serves before the monitor has noted it.
+	// A new worker serves before the monitor has recorded it.
 	testutil.Eventually(t, "a new worker serves", func() bool {
 		call(t, client, api.MethodInfo, nil, &after)
 		return after.State == api.StateRunning
@@ -157,7 +157,7 @@ func TestAttachmentOutlivesItsWorker(t *testing.T) {
 	p.exchange(t, "tcp", p.inside, p.outside, outside4, podAddr4.Addr().String())
 }
 
-// installed copies the test's own binary to where a plugin could be.
+// installed copies the test's own binary to a place where a plugin could be.
 func installed(t *testing.T, mode os.FileMode) string {
 	t.Helper()
 	dir := testutil.ShortDir(t)
@@ -215,7 +215,7 @@ func TestAttachmentIsUpgraded(t *testing.T) {
 	if text := fmt.Sprint(logs.Lines); !strings.Contains(text, "policy mine is in force") || !strings.Contains(text, "has taken over") {
 		t.Errorf("the log is %s", text)
 	}
-	// By default it is what is at its own path now.
+	// The default is the binary that is now at its own path.
 	testutil.Must(t, os.Rename(installed(t, 0o755), path))
 	call(t, client, api.MethodUpgrade, nil, &info)
 	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err != nil || exe != path || info.PID != pid {
@@ -236,7 +236,7 @@ func TestAnUpgradeThatFailsChangesNothing(t *testing.T) {
 		testutil.Must(t, os.WriteFile(path, []byte(text), 0o755))
 		return path
 	}
-	broken := installed(t, 0o700) // whose workers, being nobody, cannot execute it
+	broken := installed(t, 0o700) // its workers, which run as nobody, cannot execute it
 	own, err := os.Readlink("/proc/self/exe")
 	testutil.Must(t, err)
 	for _, test := range []struct{ name, binary, want string }{
@@ -312,7 +312,7 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	pid, client := attach(t, cfg)
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
-	// One that cannot answer is not gone.
+	// A process that cannot answer is not gone.
 	testutil.Must(t, syscall.Kill(pid, syscall.SIGSTOP))
 	if gone, err := AttachmentGone(cfg.RuntimeDir, cfg.Name); gone || err != nil {
 		t.Errorf("a stopped monitor: gone %v, %v", gone, err)
@@ -331,7 +331,7 @@ func TestAKilledMonitorTakesItsWorkerAlong(t *testing.T) {
 	}
 }
 
-// Who comes after a launcher that was killed must see either its lock or the monitor.
+// A process that comes after a killed launcher must see either its lock or the monitor.
 func TestAMonitorHoldsItsLaunchersLockUntilItCanBeFound(t *testing.T) {
 	p := newPod(t, tun.TAP)
 	path := filepath.Join(t.TempDir(), "lock")

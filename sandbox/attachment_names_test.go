@@ -19,8 +19,8 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// A pod's names: the trusted server is the outside's address, and the rogue one another
-// address there, which the pod chooses for itself.
+// A pod's names: the trusted server has the outside's address; the rogue one has another address
+// there, which the pod chooses itself.
 const (
 	rogue4, rogue6 = "10.99.0.77", "fd99::77"
 
@@ -43,8 +43,8 @@ metadata: {name: ungated}
 spec: {defaultAction: reject, dns: {names: ungated}}
 `
 
-// nameServer answers A with one address for any name, and notes what it is asked. It is
-// silent about what ends in slow.test.
+// nameServer answers A with one address for any name, and records what it is asked. It is silent
+// about names that end in slow.test.
 type nameServer struct {
 	mu    sync.Mutex
 	asked []string
@@ -87,7 +87,7 @@ func serveNames(t *testing.T, in namespace, answer string, addrs ...string) *nam
 	return s
 }
 
-// query asks a server from inside the pod, and tells the answer in a word.
+// query asks a server from inside the pod, and returns the answer in one word.
 func (p *pod) query(t *testing.T, network, server, name string) string {
 	t.Helper()
 	c, err := p.inside.dial(network, net.JoinHostPort(server, "53"))
@@ -150,7 +150,7 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 
 	each("no policy by name", own, "pypi.test")
 	before := len(rogue.questions())
-	// One that is open when the policy comes: its next question is ours to answer.
+	// This socket is open when the policy comes: its next question is ours to answer.
 	c, err := p.inside.dial("udp", net.JoinHostPort(rogue4, "53"))
 	testutil.Must(t, err)
 	defer c.Close()
@@ -186,7 +186,7 @@ func TestAPodsNamesAreAskedOfTrustedResolversOnly(t *testing.T) {
 		}
 	}
 
-	// A worker that is started anew, and another binary, know whom to ask.
+	// A restarted worker, and another binary, know whom to ask.
 	var info api.Info
 	call(t, client, api.MethodInfo, nil, &info)
 	if len(info.Upstreams) != 1 || info.Upstreams[0] != outside4+":53" {
@@ -250,8 +250,8 @@ func TestAPodWithoutResolversHasNoNames(t *testing.T) {
 	})
 }
 
-// What a hostile pod can make the worker hold: a socket for each different question on its
-// way, and connections, both bounded.
+// A hostile pod can make the worker hold a socket for each different question under way, and
+// connections; both are bounded.
 func TestAPodsQuestionsHoldFewSockets(t *testing.T) {
 	p, cfg, trusted, _ := newPodWithNames(t)
 	cfg.Policy = given(t, podNames)
@@ -265,7 +265,7 @@ func TestAPodsQuestionsHoldFewSockets(t *testing.T) {
 			_ = c.Close()
 		}
 	}()
-	const names, streams = 120, 64 // a minute and a pattern; connections
+	const names, streams = 120, 64 // per minute and pattern; connections
 	p.inside.do(func() {
 		for i := range 4 * streams {
 			c, err := net.DialTimeout("tcp", net.JoinHostPort(rogue4, "53"), 3*time.Second)

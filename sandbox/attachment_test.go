@@ -27,8 +27,8 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// The monitor of an attachment with real namespaces, devices, rules and a real
-// worker, each end of the pod's traffic being the kernel's own:
+// The monitor of an attachment runs with real namespaces, devices, rules and a real worker. The
+// kernel is at each end of the pod's traffic:
 //
 //	pod netns        │ uplink netns                 │ outside netns
 //	eth0 tap .2 ════ worker ── sockets ── eth0 .2 ──┼── veth .1
@@ -71,7 +71,7 @@ func newNamespace(t *testing.T) namespace {
 
 func (n namespace) path() string { return fmt.Sprintf("/proc/%d/ns/net", n.pid) }
 
-// command makes a command that runs inside.
+// command returns a command that runs inside.
 func (n namespace) command(args ...string) *exec.Cmd {
 	return exec.Command("nsenter", append([]string{"-t", strconv.Itoa(n.pid), "-n"}, args...)...)
 }
@@ -107,13 +107,13 @@ func (n namespace) do(f func()) {
 	testutil.Must(n.t, <-done)
 }
 
-// pod is a pod whose network is set up as the plugin does.
+// pod is a pod whose network is set up as the plugin does it.
 type pod struct {
 	inside, uplink, outside namespace
 	tap, in0                *tun.Device
 }
 
-// steering is what brings to in0 the packets that no socket of the worker waits for.
+// steering brings to in0 the packets that no socket of the worker waits for.
 const steering = `
 table inet sluice {
 	chain prerouting {
@@ -264,7 +264,7 @@ func TestAttachmentCarriesBothWays(t *testing.T) {
 					}
 				})
 			}
-			// Each address of the pod is itself, in both directions.
+			// Each address of the pod is preserved, in both directions.
 			p.exchange(t, "tcp", p.outside, p.inside, podAlso4.Addr().String(), outside4)
 			for _, network := range []string{"tcp", "udp"} {
 				p.speakAs(t, network, podAlso4.Addr().String(), outside4)
@@ -282,7 +282,7 @@ func TestAttachmentCarriesBothWays(t *testing.T) {
 	}
 }
 
-// speakAs has the pod speak from one of its addresses, and the outside see that.
+// speakAs has the pod speak from one of its addresses, which the outside must see.
 func (p *pod) speakAs(t *testing.T, network, own, server string) {
 	t.Helper()
 	seen := make(chan string, 1)
@@ -330,8 +330,8 @@ func (p *pod) speakAs(t *testing.T, network, own, server string) {
 	}
 }
 
-// exchange has a client in one namespace say something to a server in another, that
-// answers it, and checks that the server sees the client's address.
+// exchange has a client in one namespace say something to a server in another, which answers, and
+// checks that the server sees the client's address.
 func (p *pod) exchange(t *testing.T, network string, from, to namespace, server, client string) {
 	t.Helper()
 	const size = 200_000

@@ -20,8 +20,8 @@ func TestWellKnownPortsAreInOrder(t *testing.T) {
 	}
 }
 
-// A service of the host on one loopback address keeps the port on the other, and what the
-// table itself opened is not taken for another's.
+// A service of the host on one loopback address keeps the port on the other too, and what the table
+// itself opened does not count as another program's.
 func TestPortsThatOthersHoldAreSeenInBothFamilies(t *testing.T) {
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		l, err := net.Listen("tcp", at)

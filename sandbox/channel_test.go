@@ -15,7 +15,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/channel"
 )
 
-// pair makes a channel as the monitor and the worker have it.
+// pair returns the two ends of a channel as the monitor and the worker have them.
 func pair(t *testing.T) (monitor, worker *channel.Conn) {
 	t.Helper()
 	ends, err := channel.Socketpair(unix.SOCK_SEQPACKET)
@@ -81,7 +81,7 @@ func TestChannelCarriesLargeMessages(t *testing.T) {
 	if d, given := r.Policy.Document(); err != nil || !given || d.Text() != source {
 		t.Errorf("a policy of %d bytes came as %d, %v", len(source), len(d.Text()), err)
 	}
-	if after := testutil.Descriptors(t, os.Getpid()); after > before { // an earlier test's may still be on their way out
+	if after := testutil.Descriptors(t, os.Getpid()); after > before { // an earlier test's may still be closing
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 	if err := monitor.Send(channel.MsgRules, 1, strings.Repeat("x", channel.MaxMessage)); err == nil {

@@ -27,10 +27,9 @@ import (
 	"sluice.dev/sluice/sandbox/internal/worker"
 )
 
-// Everything that a worker does by way of Go's libraries, which make system calls of their
-// own choice, done in a process that is confined and filtered as a worker is. What the
-// forwarder does by system calls of its own is under the filter wherever a real worker is
-// tested.
+// This does everything that a worker does through Go's libraries, which choose their own system
+// calls, in a process that is confined and filtered as a worker is. The forwarder's own system
+// calls are under the filter wherever a real worker is tested.
 
 func TestTheWorkersLibrariesPassItsFilter(t *testing.T) {
 	s := process.NewSpawner()
@@ -58,8 +57,8 @@ func TestTheWorkersLibrariesPassItsFilter(t *testing.T) {
 	}
 }
 
-// filteredPaths is the process. It says what it is about to do, so that its last line tells
-// which of them killed it.
+// filteredPaths is the process. It says what it is about to do, so that its last line shows which
+// step killed it.
 func filteredPaths() int {
 	seal, err := confine.Enter(confine.Config{KeepFDs: []int{0, 1, 2, channel.WorkerChannelFD}})
 	if err == nil {
@@ -90,7 +89,7 @@ func filteredRows() (rows []filteredRow) {
 		"127.0.0.1", "::1", "fe80::1%1", "fe80::1%2147483647", "fe80::1%lo", "fe80::1%no-such-zone", "::1%lo", "ff02::fb%1",
 		"0.0.0.0", "::",
 	} {
-		at := netip.AddrPortFrom(netip.MustParseAddr(server), 9) // nobody answers there
+		at := netip.AddrPortFrom(netip.MustParseAddr(server), 9) // no server answers there
 		for _, network := range []string{"udp", "tcp"} {
 			add("dialling the upstream server "+at.String()+" by "+network, func() error { return dialAndDrop(network, at) })
 		}
@@ -160,8 +159,8 @@ func resolveInVain(server netip.AddrPort) error {
 	return nil
 }
 
-// resolveFiltered has a server in the same process that cuts what it says over UDP, and is
-// asked over TCP too; questions come by both.
+// resolveFiltered runs a server in the same process that truncates its answers over UDP, so that it
+// is asked over TCP too. Questions come by both.
 func resolveFiltered() error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -228,7 +227,7 @@ func resolveFiltered() error {
 	return nil
 }
 
-// writeRecords has the flow log written to a file, and to the next one.
+// writeRecords writes the flow log to a file, and to the next one.
 func writeRecords() error {
 	var files [2]*os.File
 	for i := range files {

@@ -21,7 +21,7 @@ import (
 	"sluice.dev/sluice/sandbox/internal/logring"
 )
 
-// openTestLog opens dir/flows as a monitor does; said is what it warns of.
+// openTestLog opens dir/flows as a monitor does; said holds its warnings.
 func openTestLog(t *testing.T, name string, size int64, files int) (l *flowlog.FlowFile, said *logring.LogRing) {
 	t.Helper()
 	said = logring.NewLogRing(time.Now, nil)
@@ -41,14 +41,14 @@ func warnings(r *logring.LogRing) (out []string) {
 	return out
 }
 
-// fill makes the log's file full, with a text by which it is known.
+// fill fills the log's file with a text by which it can be recognized.
 func fill(t *testing.T, l *flowlog.FlowFile, text string) {
 	t.Helper()
 	_, err := l.F.WriteString(text + strings.Repeat(" ", int(l.MaxSize)-len(text)-1) + "\n")
 	testutil.Must(t, err)
 }
 
-// contents is what begins each file of a log, from the newest on.
+// contents returns the beginning of each file of a log, newest first.
 func contents(t *testing.T, name string) string {
 	t.Helper()
 	var out []string
@@ -93,7 +93,7 @@ func TestFlowLogFilesAreShiftedAndBounded(t *testing.T) {
 	if got := contents(t, name); got != "|e|c" {
 		t.Errorf("with a hole: %s", got)
 	}
-	// One that is not about full stays: what a worker says is not enough.
+	// A file that is not nearly full stays: a worker's word is not enough.
 	_, err := l.F.WriteString("f")
 	testutil.Must(t, err)
 	testutil.Must(t, l.Rotate())
@@ -136,7 +136,7 @@ func TestWhatIsInTheWayOfARotation(t *testing.T) {
 	for _, row := range []struct {
 		name string
 		do   func(t *testing.T, name string, l *flowlog.FlowFile)
-		want string // of the warning; empty: it is rotated
+		want string // of the warning; empty if it is rotated
 		left string
 	}{
 		{"a symbolic link at FILE.1 is renamed, and not followed", func(t *testing.T, name string, _ *flowlog.FlowFile) {
@@ -207,7 +207,7 @@ func TestWhatIsInTheWayOfARotation(t *testing.T) {
 	}
 }
 
-// TestAFailedRotationIsUndone: the new file cannot be made, and the old one has its name.
+// TestAFailedRotationIsUndone: the new file cannot be made, and the old one keeps its name.
 func TestAFailedRotationIsUndone(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	l, said := openTestLog(t, name, flowlog.MinFlowLogSize, 3)
@@ -230,7 +230,8 @@ func TestAFailedRotationIsUndone(t *testing.T) {
 	}
 }
 
-// TestSandboxesThatShareAFlowLogRotateItOnce, and none goes on in a file without a name.
+// TestSandboxesThatShareAFlowLogRotateItOnce checks that, and that none continues in a file without
+// a name.
 func TestSandboxesThatShareAFlowLogRotateItOnce(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	var logs []*flowlog.FlowFile
@@ -260,8 +261,8 @@ func TestSandboxesThatShareAFlowLogRotateItOnce(t *testing.T) {
 	}
 }
 
-// TestRotationSurvivesAKill: a process dies by SIGKILL right after each rename of a
-// rotation; the next one loses nothing that it need not.
+// TestRotationSurvivesAKill kills a process by SIGKILL right after each rename of a rotation. The
+// next process loses nothing that it need not.
 func TestRotationSurvivesAKill(t *testing.T) {
 	for kill := 1; kill <= 3; kill++ {
 		t.Run(fmt.Sprint("after rename ", kill), func(t *testing.T) {

@@ -36,7 +36,7 @@ func destroy(id uint64) nat.Event {
 	}}
 }
 
-// drain runs the log over what is queued and returns its lines.
+// drain runs the log over the queued events and returns its lines.
 func drain(t *testing.T, l *flowlog.FlowLog, out *bytes.Buffer) []api.FlowRecord {
 	t.Helper()
 	go l.Run()
@@ -210,7 +210,7 @@ func (f writerFunc) Write(b []byte) (int, error) { f(b); return len(b), nil }
 
 var errTaken = errors.New("taken")
 
-// What a flow's end costs the flow log's goroutine, with a log and without.
+// The cost of a flow's end for the flow log's goroutine, with a log and without.
 func BenchmarkEndedFlow(b *testing.B) {
 	for name, out := range map[string]io.Writer{"ring": nil, "log": io.Discard} {
 		b.Run(name, func(b *testing.B) {

@@ -16,8 +16,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/flowlog"
 )
 
-// sinkOn makes a sink that writes to l, which is asked as a monitor is; ask may change
-// what is answered.
+// sinkOn returns a sink that writes to l and asks l as it would ask a monitor; ask may change the
+// answer.
 func sinkOn(t *testing.T, l *flowlog.FlowFile, ask func(func())) *flowlog.FlowSink {
 	t.Helper()
 	f, err := l.Dup()
@@ -38,8 +38,8 @@ func sinkOn(t *testing.T, l *flowlog.FlowFile, ask func(func())) *flowlog.FlowSi
 	return s
 }
 
-// records counts the lines of all files of a log, which must be those that were written,
-// and tells the largest file.
+// records counts the lines of all files of a log, which must be those that were written, and
+// returns the size of the largest file.
 func records(t *testing.T, name string) (seen map[string]int, largest int64) {
 	t.Helper()
 	seen = make(map[string]int)
@@ -141,7 +141,7 @@ func TestWithoutANextFileTheOldOneIsWrittenOn(t *testing.T) {
 	}
 }
 
-// shortDisk takes so many bytes, and then none until it is given more.
+// shortDisk takes a number of bytes, and then none until it is given more room.
 type shortDisk struct {
 	bytes.Buffer
 	room int
@@ -183,8 +183,8 @@ func TestARecordThatWasCutIsCompletedFirst(t *testing.T) {
 	}
 }
 
-// TestFlowLogTakesNoMoreThanItsBounds: while the next file does not come, records wait in
-// the buffer and then in the queue; those that find no room are counted.
+// TestFlowLogTakesNoMoreThanItsBounds: until the next file exists, records wait in the buffer and
+// then in the queue; those that find no room are counted.
 func TestFlowLogTakesNoMoreThanItsBounds(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "flows")
 	file, _ := openTestLog(t, name, 64<<10, 1000)

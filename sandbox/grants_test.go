@@ -44,10 +44,10 @@ func TestTheNextWorkerHasTheGrants(t *testing.T) {
 		in   time.Duration
 		want bool
 	}{
-		// Half a minute was over when the next one began.
+		// Half a minute had passed when the next one began.
 		{"short.test", 25 * time.Second, true}, {"short.test", 35 * time.Second, false},
 		{"long.test", 59 * time.Minute, true}, {"long.test", time.Hour, false},
-		{"pinned.test", 0, false}, // everyone pins its own
+		{"pinned.test", 0, false}, // each pins its own
 	} {
 		if got := next.Holds(row.name, other, time.Now().Add(row.in)); got != row.want {
 			t.Errorf("%s after %v: granted %v", row.name, row.in, got)

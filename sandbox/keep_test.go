@@ -17,8 +17,8 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// What was set in a monitor that was killed is in force in the one that is started in
-// its place, with the configuration of before.
+// What was set in a killed monitor is in force in its replacement, which has the earlier
+// configuration.
 func TestWhatWasSetOutlivesTheMonitor(t *testing.T) {
 	p := newPod(t, tun.TAP)
 	cfg := p.config(t)
@@ -28,7 +28,7 @@ func TestWhatWasSetOutlivesTheMonitor(t *testing.T) {
 	p.exchange(t, "tcp", p.inside, p.outside, outside4, podAddr4.Addr().String())
 	call(t, client, api.MethodPolicySet, api.PolicySetParams{Name: "closed", Source: closedPolicy}, nil)
 	call(t, client, api.MethodSysctlSet, api.SysctlParams{Name: "nf_conntrack_udp_timeout", Value: "17"}, nil)
-	// What is refused is not kept.
+	// A refused change is not kept.
 	ctx := context.Background()
 	if err := client.Call(ctx, api.MethodPolicySet, api.PolicySetParams{Name: "bad", Source: "kind: Nonsense\n"}, nil); err == nil {
 		t.Error("a policy that makes no sense was taken")
@@ -62,7 +62,7 @@ func TestWhatWasSetOutlivesTheMonitor(t *testing.T) {
 	if entries, _ := os.ReadDir(dir); len(entries) != 1 {
 		t.Errorf("beside what is kept there is %v", entries)
 	}
-	// Nobody guesses what was set: a pod is not opened by a file that was damaged.
+	// What was set is never guessed: a damaged file does not open a pod.
 	testutil.Must(t, os.Truncate(cfg.Keep, 10))
 	testutil.Must(t, syscall.Kill(pid, syscall.SIGKILL))
 	isGone(t, pid)

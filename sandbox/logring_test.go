@@ -10,8 +10,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/logring"
 )
 
-// A standard error that takes nothing, as a terminal that was told to wait, holds up whoever
-// logs once and not for long; when it goes on, it gets what there was room for, in order.
+// A standard error that takes nothing, such as a paused terminal, delays a logger once and not for
+// long. When it goes on, it gets the lines that there was room for, in order.
 func TestAStuckStandardErrorHoldsNobodyUp(t *testing.T) {
 	taken, release := make(chan string, 2*logring.EchoQueue), make(chan struct{})
 	began := make(chan struct{}, 2*logring.EchoQueue)
@@ -37,7 +37,7 @@ func TestAStuckStandardErrorHoldsNobodyUp(t *testing.T) {
 	if all, _ := l.Last(0); len(all) != lines {
 		t.Errorf("the log has %d lines, want %d", len(all), lines)
 	}
-	l.Warnf("test", "afterwards") // waits until it is written, unless it is stuck still
+	l.Warnf("test", "afterwards") // waits until it is written, unless the writer is still stuck
 	if text := <-taken; text != "afterwards" {
 		t.Errorf("afterwards came %q", text)
 	}

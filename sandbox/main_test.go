@@ -9,8 +9,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/worker"
 )
 
-// TestMain lets the test binary stand in for sluice: the monitor under test
-// starts /proc/self/exe as its worker and guest stage.
+// TestMain lets the test binary stand in for sluice: the monitor under test starts /proc/self/exe
+// as its worker and guest stage.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {

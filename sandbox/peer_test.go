@@ -22,9 +22,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// fakePeer is a process that stays where it was started: it connects to a
-// control socket, asks, prints the answer, and keeps its namespaces alive
-// until its standard input ends.
+// fakePeer is a process that stays where it was started. It connects to a control socket, asks,
+// prints the answer, and keeps its namespaces alive until its standard input ends.
 func fakePeer(socket string) int {
 	if socket != "-" {
 		var i api.Info
@@ -44,7 +43,7 @@ func fakePeer(socket string) int {
 func startPeer(t *testing.T, socket string, attr *syscall.SysProcAttr, wrap ...string) (*exec.Cmd, string) {
 	t.Helper()
 	args := append(wrap, "/proc/self/exe", "test-peer", socket)
-	if len(wrap) > 0 { // /proc/self would be the wrapper's
+	if len(wrap) > 0 { // /proc/self would be that of the wrapper
 		exe, err := os.Executable()
 		testutil.Must(t, err)
 		args[len(wrap)] = exe
@@ -66,7 +65,7 @@ func startPeer(t *testing.T, socket string, attr *syscall.SysProcAttr, wrap ...s
 	return cmd, strings.TrimSpace(string(buf[:n]))
 }
 
-// inNamespaces clones into new ones; in a new user namespace the caller is root.
+// inNamespaces clones into new namespaces; in a new user namespace the caller is root.
 func inNamespaces(flags uintptr) *syscall.SysProcAttr {
 	attr := &syscall.SysProcAttr{Cloneflags: flags}
 	if flags&syscall.CLONE_NEWUSER != 0 {
@@ -85,7 +84,7 @@ func identity(flags uintptr) *syscall.SysProcAttr {
 	return attr
 }
 
-// fakeMonitor serves at socket as whoever it runs as, until its standard input ends.
+// fakeMonitor serves at socket under its own identity, until its standard input ends.
 func fakeMonitor(socket string) int {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
 	if err = errors.Join(err, os.Chmod(socket, 0o777)); err != nil {
@@ -178,8 +177,8 @@ func TestOnlyPeersOfTheMonitorsNamespacesAreServed(t *testing.T) {
 	}
 }
 
-// Root of the host commands an ordinary user's sandbox; root in another sandbox, which to
-// that user's monitor has the same uid, does not. The monitor may look at neither.
+// Root of the host may command an ordinary user's sandbox. Root in another sandbox, which has the
+// same uid for that user's monitor, may not. The monitor may look at neither.
 func TestAnOrdinaryUsersMonitorTellsRootFromRootInASandbox(t *testing.T) {
 	var st unix.Stat_t
 	testutil.Must(t, unix.Stat("/proc/self/ns/user", &st))
@@ -222,8 +221,7 @@ func TestAnOrdinaryUsersMonitorTellsRootFromRootInASandbox(t *testing.T) {
 	}
 }
 
-// Before Linux 6.5 a process number is all there is: it counts if that process has the
-// other end.
+// Before Linux 6.5 a process number is all there is: it counts if that process has the other end.
 func TestAProcessNumberThatPassedOnIsNoPeer(t *testing.T) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	testutil.Must(t, err)

@@ -18,7 +18,7 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// given is a policy that was given.
+// given returns a policy that was given.
 func given(t *testing.T, text string) policy.Source {
 	t.Helper()
 	d, err := policy.NewDocument("test", []byte(text))
@@ -26,10 +26,10 @@ func given(t *testing.T, text string) policy.Source {
 	return policy.Given(d)
 }
 
-// noPolicy is that of a sandbox that was given none.
+// noPolicy is the message of a sandbox without a given policy.
 var noPolicy = channel.RulesMessage{Policy: policy.NotGiven(policy.Builtin{})}
 
-// unparsed is a policy that was damaged on its way, in a place where only parsing shows it.
+// unparsed returns a policy damaged on its way, where only parsing shows it.
 func unparsed(t *testing.T, text string) policy.Source {
 	t.Helper()
 	b, err := json.Marshal(map[string]any{"given": map[string]string{"name": "p.yaml", "text": text}})
@@ -39,8 +39,8 @@ func unparsed(t *testing.T, text string) policy.Source {
 	return s
 }
 
-// damaged are the forms in which a policy may arrive that is no more one, as JSON. "" is a
-// field that is not there.
+// damaged holds, as JSON, the forms of a policy that is damaged when it arrives. "" is a missing
+// field.
 var damaged = map[string]string{
 	"nothing":                  "",
 	"null":                     `null`,
@@ -64,7 +64,7 @@ var damaged = map[string]string{
 	"an unknown field":         `{"notGiven": {}, "open": true}`,
 }
 
-// member is a JSON object's member of that name, or nothing.
+// member returns a JSON object's member of that name, or nothing.
 func member(name, value string) string {
 	if value == "" {
 		return ""
@@ -72,9 +72,9 @@ func member(name, value string) string {
 	return `"` + name + `": ` + value
 }
 
-// However a policy is damaged between the flag and the worker, what comes of it is an error:
-// in the message to a running worker, in the configuration of one that is started anew, in
-// that of a pod's monitor, in what one binary leaves to the next, and in what was kept.
+// However a policy is damaged between the flag and the worker, the result is an error: in the
+// message to a running worker, in the configuration of a restarted one, in that of a pod's monitor,
+// in what one binary leaves to the next, and in what was kept.
 func TestADamagedPolicyIsNeverNone(t *testing.T) {
 	for name, value := range damaged {
 		t.Run(name, func(t *testing.T) {
@@ -162,8 +162,8 @@ func TestWhatWasKeptIsAllThereOrAnError(t *testing.T) {
 	}
 }
 
-// A pod whose policy was set does not come back with the one of its configuration when what
-// was kept of it is damaged: it has no monitor, and so no network.
+// If the kept policy of a pod is damaged, the pod does not return with the one of its
+// configuration: it has no monitor, and so no network.
 func TestAPodIsNotOpenedByWhatItsKeptFileLost(t *testing.T) {
 	for name, text := range map[string]string{
 		"no byte":           "",
@@ -188,7 +188,7 @@ func TestAPodIsNotOpenedByWhatItsKeptFileLost(t *testing.T) {
 	}
 }
 
-// The control API takes a whole policy or leaves the one in force.
+// The control API takes a whole policy, or leaves the current one in force.
 func TestPolicySetTakesNothingForAPolicy(t *testing.T) {
 	r := start(t, Config{Policy: given(t, closedPolicy)})
 	for name, text := range map[string]string{

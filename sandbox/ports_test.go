@@ -30,7 +30,7 @@ func port(t *testing.T, spec string) api.Port {
 	return p
 }
 
-// nullOpen stands in for ListenOn: it opens no port, and refuses those named.
+// nullOpen stands in for ListenOn: it opens no port, and refuses the given ones.
 func nullOpen(refuse ...uint16) func(string, netip.AddrPort) (int, netip.AddrPort, error) {
 	return func(_ string, at netip.AddrPort) (int, netip.AddrPort, error) {
 		if slices.Contains(refuse, at.Port()) {
@@ -150,9 +150,9 @@ func TestListenOnKeepsFamiliesApart(t *testing.T) {
 	}
 }
 
-// TestPortOfTheKernelsChoiceIsFreeInBothFamilies leaves one port of the kernel's four to one
-// family, or to both. The kernel asks one family only, so most of its choices are taken in
-// the other.
+// TestPortOfTheKernelsChoiceIsFreeInBothFamilies leaves one of the kernel's four ports to one
+// family, or to both. The kernel asks one family only, so most of its choices are taken in the
+// other.
 func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("SKIP: needs root to make network namespaces")
@@ -160,7 +160,7 @@ func TestPortOfTheKernelsChoiceIsFreeInBothFamilies(t *testing.T) {
 	const free = 40003
 	for _, row := range []struct {
 		what   string
-		v4, v6 []uint16 // held by another
+		v4, v6 []uint16 // held by another program
 	}{
 		{"IPv6 has one port", nil, []uint16{40000, 40001, 40002}},
 		{"IPv4 has one port", []uint16{40000, 40001, 40002}, nil},

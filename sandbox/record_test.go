@@ -16,8 +16,8 @@ import (
 	"sluice.dev/sluice/sandbox/internal/flowlog"
 )
 
-// judged asks a policy about a flow to port 443 (80) of an address that is granted under
-// pypi.example, once it has said what seen tells.
+// judged asks a policy about a flow to port 443 (80) of an address granted under pypi.example,
+// after the flow has said what seen holds.
 func judged(t *testing.T, mode string, port uint16, seen policy.Seen) forwarder.Refusal {
 	t.Helper()
 	text := `
@@ -49,7 +49,7 @@ spec:
 	return forwarder.Refusal{Proto: q.Proto, Src: q.Src, Dst: q.Dst, Verdict: rules.Decide(q), Seen: seen, Reason: nat.ReasonPolicy, Told: true}
 }
 
-// TestRecordsInHubblesWords holds the JSON of each kind of record, which tools parse.
+// TestRecordsInHubblesWords checks the JSON of each kind of record, which tools parse.
 func TestRecordsInHubblesWords(t *testing.T) {
 	end := func(about forwarder.About, reason nat.Reason) func(*flowlog.FlowLog) {
 		return func(l *flowlog.FlowLog) {
@@ -74,7 +74,7 @@ func TestRecordsInHubblesWords(t *testing.T) {
 	for _, row := range []struct {
 		what string
 		make func(*flowlog.FlowLog)
-		want string // every field of it is in the record; null: it is absent
+		want string // every field of it is in the record; null means absent
 	}{
 		{"a flow that was let through", end(forwarder.About{Verdict: good.Verdict, Seen: good.Seen}, "closed"), `{
 			"time": "2026-01-02T03:04:05Z", "verdict": "FORWARDED", "drop_reason_desc": null, "Type": "L3_L4", "traffic_direction": "EGRESS",
@@ -140,7 +140,7 @@ func TestRecordsInHubblesWords(t *testing.T) {
 	}
 }
 
-// TestARefusalAfterTheFirstBytesIsToldOnce: its flow's end is no record of its own.
+// TestARefusalAfterTheFirstBytesIsToldOnce: its flow's end makes no second record.
 func TestARefusalAfterTheFirstBytesIsToldOnce(t *testing.T) {
 	var out bytes.Buffer
 	l := testFlowLog(&out)

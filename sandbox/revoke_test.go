@@ -20,13 +20,13 @@ import (
 	"sluice.dev/sluice/tun"
 )
 
-// inForce is within how long a policy has to be.
+// inForce is how soon a policy has to be in force.
 const inForce = 2 * time.Second
 
 var closedParams = api.PolicySetParams{Name: "closed", Source: closedPolicy}
 
-// sent sends a signal; there is nothing to stop afterwards. A process that is to be stopped is
-// when it returns: until one of its threads has taken the signal, the others go on.
+// sent sends a signal; nothing has to be stopped afterwards. When it returns, a process that should
+// stop has stopped: until one of its threads has taken the signal, the others go on.
 func sent(t *testing.T, sig syscall.Signal, pids ...int) (stop func()) {
 	t.Helper()
 	for _, pid := range pids {
@@ -38,13 +38,13 @@ func sent(t *testing.T, sig syscall.Signal, pids ...int) (stop func()) {
 	return func() {}
 }
 
-// TestAPolicyIsInForceWhateverBecomesOfTheProcesses sets a policy that denies everything
-// while somebody stops or kills what has to apply it.
+// TestAPolicyIsInForceWhateverBecomesOfTheProcesses sets a policy that denies everything, while the
+// processes that have to apply it are stopped or killed.
 func TestAPolicyIsInForceWhateverBecomesOfTheProcesses(t *testing.T) {
 	for _, row := range []struct {
 		name string
 		do   func(t *testing.T, monitor, worker int) (stop func())
-		dies bool // the monitor
+		dies bool // the monitor dies
 	}{
 		{"the worker is stopped", func(t *testing.T, _, worker int) func() { return sent(t, syscall.SIGSTOP, worker) }, false},
 		{"the worker is killed", func(t *testing.T, _, worker int) func() { return sent(t, syscall.SIGKILL, worker) }, false},
@@ -100,12 +100,12 @@ func TestAPolicyIsInForceWhateverBecomesOfTheProcesses(t *testing.T) {
 			}
 			if err != nil {
 				isGone(t, info.WorkerPID)
-				// The next monitor, with which the pod is repaired, starts with the new policy.
+				// The next monitor, which repairs the pod, starts with the new policy.
 				testutil.Must(t, StopAttachment(context.Background(), cfg.RuntimeDir, cfg.Name))
 				_, client = attach(t, cfg)
 				call(t, client, api.MethodInfo, nil, &info)
 			}
-			// Nor does anything older come back with the next worker.
+			// The next worker brings back nothing older either.
 			testutil.Eventually(t, "a worker serves", func() bool {
 				call(t, client, api.MethodInfo, nil, &info)
 				return info.State == api.StateRunning && info.Flows >= 0
@@ -190,7 +190,7 @@ func TestAWorkerThatHangsIsFoundAndKilled(t *testing.T) {
 	})
 }
 
-// TestASendToWhoDoesNotReadFails has the other end of a channel stand still, and go on.
+// TestASendToWhoDoesNotReadFails has the other end of a channel stand still, then go on.
 func TestASendToWhoDoesNotReadFails(t *testing.T) {
 	ends, err := channel.Socketpair(syscall.SOCK_SEQPACKET)
 	testutil.Must(t, err)

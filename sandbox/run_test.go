@@ -23,11 +23,11 @@ import (
 	"sluice.dev/sluice/sandbox/internal/registry"
 )
 
-// The whole of it with real namespaces, a real device and a real worker: this
-// test process is the monitor.
+// These tests use real namespaces, a real device and a real worker: the test process is the
+// monitor.
 
-// inside is the command of the sandboxes below: it waits for its standard
-// input to end, so that a test says when.
+// inside is the command of the sandboxes below. It waits for its standard input to end, so that the
+// test decides when.
 var inside = []string{"sh", "-c", "cat >/dev/null; exit 7"}
 
 type running struct {
@@ -120,7 +120,7 @@ func (r *running) call(t *testing.T, method string, params, result any) {
 }
 
 func TestRunLeavesNothingBehind(t *testing.T) {
-	// Once first: the runtime's own descriptors and threads.
+	// Start one first, for the runtime's own descriptors and threads.
 	first := start(t, Config{})
 	if exit, err := first.end(); exit != 7 || err != nil {
 		t.Fatalf("exit %d, %v; want 7", exit, err)
@@ -142,7 +142,7 @@ func TestRunLeavesNothingBehind(t *testing.T) {
 			t.Errorf("process %d is still there: %v", pid, err)
 		}
 	}
-	// The netlink library's goroutines end a moment after they are told.
+	// The netlink library's goroutines end a moment after they are told to.
 	before.CheckReleased(t)
 }
 

@@ -55,7 +55,7 @@ func TestNameIsHeldUntilItIsGivenBack(t *testing.T) {
 	d.Remove()
 }
 
-// leaveStale makes what a monitor leaves that was killed: everything but the lock.
+// leaveStale leaves what a killed monitor leaves: everything but the lock.
 func leaveStale(t *testing.T, r *registry.Registry, name string) string {
 	t.Helper()
 	d, err := r.Claim(name)
@@ -97,8 +97,7 @@ func TestRemainsOfAKilledSandboxAreCleanedUp(t *testing.T) {
 	})
 }
 
-// Claimers and cleaners at once: a name has never two owners, and no owner
-// loses its directory.
+// Claimers and cleaners run at once: a name never has two owners, and no owner loses its directory.
 func TestClaimAndCleanUpDoNotDestroyEachOther(t *testing.T) {
 	r := testRegistry(t)
 	var owner sync.Mutex
