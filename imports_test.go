@@ -92,6 +92,11 @@ var allowed = map[string][]string{
 	"e2e/peer":  {},
 	"e2e":       {"examples"},
 
+	"e2e/kube":         {"e2e/kube/cluster"},
+	"e2e/kube/cluster": {},
+	"e2e/kube/ctl":     {"e2e/kube/cluster"},
+	"e2e/kube/pid1":    {},
+
 	"examples":       {"policy"},
 	"examples/embed": {"policy", "sandbox", "sandbox/api", "sandbox/guest"},
 

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/h2c" //nolint:staticcheck // SA1019: net/http takes up no offer of h2c
+	"golang.org/x/net/http2/h2c" //nolint:staticcheck // SA1019: net/http takes up no offer of h2c, as this does
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -152,11 +152,12 @@ func TestAnUpgradeToHTTP2IsServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: h2c.NewHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
 		seen = append(seen, fmt.Sprintf("HTTP/%d %s", r.ProtoMajor, r.URL.Path))
-	}), new(http2.Server))}
+	})
+	srv := &http.Server{Handler: h2c.NewHandler(answer, new(http2.Server))} //nolint:staticcheck // SA1019: as above
 	go func() { _ = srv.Serve(l) }() // until the test closes it
 	defer srv.Close()
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))

@@ -16,7 +16,7 @@ cni=github.com/containernetworking/cni plugins=github.com/containernetworking/pl
 of() { "$go" list -m -f '{{.Version}}' "$1"; }
 "$go" install "$cni/cnitool@$(of $cni)"
 list=()
-for p in main/bridge main/macvlan main/ptp ipam/host-local meta/bandwidth meta/portmap; do
+for p in main/bridge main/loopback main/macvlan main/ptp ipam/host-local meta/bandwidth meta/portmap; do
 	list+=("$plugins/plugins/$p@$(of $plugins)")
 done
 "$go" install "${list[@]}"
