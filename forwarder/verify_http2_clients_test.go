@@ -158,7 +158,7 @@ func TestAnUpgradeToHTTP2IsServed(t *testing.T) {
 		seen = append(seen, fmt.Sprintf("HTTP/%d %s", r.ProtoMajor, r.URL.Path))
 	})
 	srv := &http.Server{Handler: h2c.NewHandler(answer, new(http2.Server))} //nolint:staticcheck // SA1019: as above
-	go func() { _ = srv.Serve(l) }() // until the test closes it
+	go func() { _ = srv.Serve(l) }()                                        // until the test closes it
 	defer srv.Close()
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
