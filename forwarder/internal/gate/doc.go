@@ -1,5 +1,5 @@
-// Package gate judges the bytes of a TCP connection before they pass: the first ones of a client,
-// the requests of clear-text HTTP/1 and HTTP/2, and further ClientHellos.
+// Package gate judges the bytes of a TCP connection before they pass: a client's first bytes, the
+// requests of clear-text HTTP/1 and HTTP/2, and further ClientHellos.
 //
 //	pump up    ─► Gate.Admit(what is queued) ─► Step: pass, drop, wait, abort, end by an answer
 //	           ─► Gate.Passed(what passed)
@@ -7,7 +7,7 @@
 //	           ─► Gate.Answered(what passed)
 //
 // The package owns the state of judging and its decisions. It moves no bytes, sends none, and
-// starts no timer: the flow does, by what the gate returns. What a gate asks of its flow is the
-// interface Flow. It knows nothing of the stack, of sockets or of tasks, so that a queue in memory
-// can stand for a flow (twin_test.go).
+// starts no timer: the flow does so, as the gate's results tell it. A gate uses its flow only
+// through the interface Flow. The package knows nothing of the stack, of sockets or of tasks, so a
+// queue in memory can stand for a flow (twin_test.go).
 package gate

@@ -1,7 +1,7 @@
 package gate
 
-// The first bytes of a client, which are waited for until they say what it wants. They are
-// peeked at, from the front each time: what was let pass is still queued when its gate begins.
+// A client's first bytes, which are awaited until they say what it wants. They are peeked at, from
+// the front each time: bytes that were let pass are still queued when the gate begins.
 
 import (
 	"errors"
@@ -12,37 +12,37 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// seenOf puts what was read whole, and is well formed, into policy's words.
+// seenOf converts a whole, well-formed reading to policy's type.
 func seenOf(s sniff.Seen) policy.Seen { return firstbytes.SeenOf(s) }
 
-// First judges what one client says before anything of it passes. up.mu is held.
+// First judges a client's first bytes before any of them passes. up.mu is held.
 type First struct {
 	shared   *Shared
-	need     int            // bytes that it wants to see
-	greeting sniff.Greeting // what an HTTP/2 client has heard
+	need     int            // bytes that it needs to see
+	greeting sniff.Greeting // answers to an HTTP/2 client
 }
 
-// NewFirst is for a connection of which nothing was heard yet.
+// NewFirst returns the First of a connection on which nothing has been heard yet.
 func (s *Shared) NewFirst() First { return First{shared: s, need: 1} }
 
-// Greeted reports whether the client, of HTTP/2, was answered in the server's place. Such a
-// connection is set up, to the client, and may be idle for as long as its two sides let it.
+// Greeted reports whether an HTTP/2 client was answered in the server's place. Such a connection is
+// set up, to the client, and may be idle for as long as its two sides let it.
 func (f *First) Greeted() bool { return f.greeting.Settings() > 0 }
 
-// Look is what a look at the first bytes comes to. Without End and Decide, more are waited for.
+// Look is the result of a look at the first bytes. Without End and Decide, more bytes are awaited.
 type Look struct {
 	Say    []byte      // to be sent to the client at once, in the server's place
-	SetUp  bool        // with that the client is greeted
-	End    *Ending     // it asks for nothing
-	Decide bool        // Seen is what the connection is to be judged by
+	SetUp  bool        // Say greets the client
+	End    *Ending     // the client asks for nothing
+	Decide bool        // the connection is to be judged by Seen
 	Seen   policy.Seen // zero without Decide
 
 	said   sniff.Seen
 	unread error // why they could not be read
 }
 
-// Read looks at what is queued. last: nothing more is waited for. ended: the client sends
-// nothing more. left: the far side has closed.
+// Read looks at the queued bytes. last says that no more are awaited, ended that the client sends
+// no more, and left that the far side has closed.
 func (f *First) Read(flow Flow, last, ended, left bool) (at Look, gone nat.Reason) {
 	queued, gone := flow.Queued()
 	if gone != "" {
@@ -60,7 +60,7 @@ func (f *First) Read(flow Flow, last, ended, left bool) (at Look, gone nat.Reaso
 	case gone != "":
 		return at, gone
 	case n == 0 && ended:
-		at.End = new(Ending) // it closed without having said anything
+		at.End = new(Ending) // it closed without having sent anything
 		return at, ""
 	}
 	said, need, err := sniff.Stream(buf[:n])
@@ -72,8 +72,8 @@ func (f *First) Read(flow Flow, last, ended, left bool) (at Look, gone nat.Reaso
 	return f.decide(firstSeen(said, n, cut, err), said, err), ""
 }
 
-// greet answers what a client of HTTP/2 says before it asks for anything. It is told by GOAWAY
-// when the far side leaves, or when there is no room for it any more.
+// greet answers the frames of an HTTP/2 client that has not asked for anything yet. The client gets
+// a GOAWAY when the far side leaves, or when there is no more room for it.
 func (f *First) greet(p []byte, last, ended, left bool) (at Look) {
 	before := f.Greeted()
 	say, err := f.greeting.Hear(p)
@@ -99,8 +99,8 @@ func (f *First) decide(seen policy.Seen, said sniff.Seen, unread error) Look {
 	return Look{Decide: true, Seen: seen, said: said, unread: unread}
 }
 
-// Refuse records that v refuses what was seen. It returns the answer to a client that
-// understands one; nil: the connection ends by a reset.
+// Refuse records that v refuses the first bytes. It returns the answer for a client that
+// understands one, or nil if the connection ends by a reset.
 func (f *First) Refuse(flow Flow, v policy.Verdict, at *Look) *Ending {
 	f.shared.refusedFirst.Add(1)
 	q := flow.Question()
@@ -125,8 +125,8 @@ func (f *First) Refuse(flow Flow, v policy.Verdict, at *Look) *Ending {
 	return e
 }
 
-// Gate judges what follows the first bytes of a connection that was let in by v; nil if nothing
-// that follows matters.
+// Gate returns the gate for the bytes after the first ones on a connection that v let in, or nil if
+// none of them matters.
 func (f *First) Gate(flow Flow, v policy.Verdict, seen policy.Seen) Gate {
 	of := of{flow, f.shared}
 	switch {
@@ -140,8 +140,8 @@ func (f *First) Gate(flow Flow, v policy.Verdict, seen policy.Seen) Gate {
 	return nil
 }
 
-// firstSeen puts into policy's words what sniff.Stream made of the first n bytes, when no more
-// are waited for. cut: it would have liked more.
+// firstSeen converts sniff.Stream's reading of the first n bytes to policy's type, when no more are
+// awaited. cut says that sniff.Stream wanted more.
 func firstSeen(said sniff.Seen, n int, cut bool, err error) policy.Seen {
 	seen := seenOf(said)
 	switch {
@@ -150,7 +150,7 @@ func firstSeen(said sniff.Seen, n int, cut bool, err error) policy.Seen {
 	case cut:
 		seen.Flaw = policy.ReasonIncomplete
 	case err != nil:
-		// It may have said a name, and another one besides.
+		// It may have carried a name, and another one besides.
 		if seen = (policy.Seen{Kind: seen.Kind}); seen.Kind == policy.SeenHTTP || seen.Kind == policy.SeenHTTP2 {
 			seen.Kind = policy.SeenOpaque
 		}
@@ -159,7 +159,7 @@ func firstSeen(said sniff.Seen, n int, cut bool, err error) policy.Seen {
 	return seen
 }
 
-// flawOf is why the first bytes could not be read.
+// flawOf returns why the first bytes could not be read.
 func flawOf(err error) policy.Reason {
 	if errors.Is(err, sniff.ErrTooLong) {
 		return policy.ReasonTooLong

@@ -13,26 +13,26 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// Chunk is about the most that one write hands to the client's side.
+// Chunk is roughly the most that one write hands to the client's side.
 const Chunk = 256 << 10
 
 // Flow is the connection that a gate judges. Its methods are not called for every packet.
 type Flow interface {
-	// Question and Verdict are what the connection was let in by.
+	// Question and Verdict are those that let the connection in.
 	Question() policy.Query
 	Verdict() policy.Verdict
 
-	// Queued is how many bytes the client has sent that have not passed, and Peek copies the
-	// first of them. gone is why there is no connection to the client any more.
+	// Queued returns how many bytes from the client have not passed yet, and Peek copies the first
+	// of them. gone is why there is no connection to the client any more.
 	Queued() (n int, gone nat.Reason)
 	Peek(to []byte) (n int, gone nat.Reason)
 	// Ended reports whether the client sends nothing more than that.
 	Ended() bool
-	// LookAgain has Admit asked again though nothing new is queued.
+	// LookAgain has Admit called again even if nothing new is queued.
 	LookAgain()
 
-	// PeekFar copies the first bytes that the far side has sent and that have not passed, and
-	// SkipFar throws as many away; it reports whether it could. down.mu is held.
+	// PeekFar copies the first bytes from the far side that have not passed yet. SkipFar discards
+	// as many, and reports whether it could. down.mu is held.
 	PeekFar(to []byte) (n int)
 	SkipFar(p []byte) bool
 	// FarEnded reports whether the far side may have ended its stream, or the connection.
@@ -41,47 +41,47 @@ type Flow interface {
 
 // Gate judges what follows the first bytes of one connection.
 type Gate interface {
-	// Admit says what is to be done with the gathered bytes. It may be asked again about bytes
-	// that it let through and that did not pass. up.mu is held.
+	// Admit decides what to do with the gathered bytes. It may be called again with bytes that it
+	// let through but that have not passed. up.mu is held.
 	Admit(g *Gather) Step
 	// Passed notes that the first n of the gathered bytes were passed on. up.mu is held.
 	Passed(g *Gather, n int)
-	// Room is how much of what the far side sends may pass now; with end, the connection ends
-	// here. Answered takes in what has passed. down.mu is held.
+	// Room returns how many of the far side's bytes may pass now; with end, the connection ends
+	// here. Answered reads the bytes that have passed. down.mu is held.
 	Room() (n int, end *Ending)
 	Answered(p []byte)
-	// UnderWay is what the requests have said that are not answered yet.
+	// UnderWay returns the requests that have not been answered yet.
 	UnderWay() []policy.Seen
 }
 
-// Step is what is to be done with the bytes that a client has queued. The zero Step waits for
-// more of them, or for LookAgain.
+// Step is what to do with the bytes that a client has queued. The zero Step waits for more of them,
+// or for LookAgain.
 type Step struct {
-	Pass  int        // so many may pass now
-	Drop  int        // so many are to be thrown away instead
+	Pass  int        // how many may pass now
+	Drop  int        // how many to discard instead
 	Abort nat.Reason // the connection ends by a reset
 	End   *Ending    // the connection ends by an answer
-	// Refusing is set while Room is to end the connection, at the next place between two
-	// messages of the server's. If it takes too long, or the server has ended its stream, this
-	// is the reason of a reset.
+	// Refusing is set while Room is to end the connection, at the next boundary between two of the
+	// server's messages. If that takes too long, or the server has ended its stream, the connection
+	// is reset for this reason.
 	Refusing nat.Reason
 }
 
-// Ending is how a connection ends for its client's eyes.
+// Ending is how a connection ends as its client sees it.
 type Ending struct {
 	Answer string     // empty: the end of the stream alone
-	Reset  bool       // in place of both
+	Reset  bool       // instead of both
 	Why    nat.Reason // empty: by the client's will
 }
 
-// Shared is what the gates of one sandbox share.
+// Shared holds what the gates of one sandbox share.
 type Shared struct {
 	admit *admit.Gate
 
 	refusedFirst, refusedRequest, refusedHello, malformed *atomic.Uint64
 }
 
-// NewShared has the gates ask what a admits by, and count into stats.
+// NewShared has the gates judge by a's rules and count into stats.
 func NewShared(a *admit.Gate, stats *count.Set) *Shared {
 	return &Shared{
 		admit:          a,
@@ -92,7 +92,7 @@ func NewShared(a *admit.Gate, stats *count.Set) *Shared {
 	}
 }
 
-// of is the connection that a gate judges, and what it shares with other gates.
+// of is the connection that a gate judges, and the state shared with other gates.
 type of struct {
 	flow   Flow
 	shared *Shared
@@ -102,14 +102,14 @@ type of struct {
 func (s *Shared) policyName() string { return s.admit.Rules.Load().Name() }
 
 // noteRefused records that a request, or the connection for its first bytes, was refused. The
-// sandbox is told, by an answer or a reset.
+// sandbox learns of it by an answer or a reset.
 func (s *Shared) noteRefused(q *policy.Query, v policy.Verdict, because policy.Reason) {
 	s.admit.NoteRefused(admit.Refusal{
 		Proto: unix.IPPROTO_TCP, Src: q.Src, Dst: q.Dst, Verdict: v, Seen: q.Seen, Reason: nat.ReasonPolicy, Because: because, Told: true,
 	})
 }
 
-// asked is a request and the answer of the rules.
+// asked is a request and the rules' answer.
 type asked struct {
 	policy.Query
 	policy.Verdict
@@ -130,8 +130,8 @@ func (s *Shared) ask(flow Flow, said sniff.Seen, upgrade bool) asked {
 	return a
 }
 
-// stillInForce refuses a request by rules that came while it was judged, in case those who look
-// at the requests under way have not seen it.
+// stillInForce refuses a request by rules that arrived while it was judged, in case the check of
+// requests under way has missed it.
 func (s *Shared) stillInForce(a *asked) (abort nat.Reason) {
 	if now := s.admit.Rules.Load(); now != a.rules && !s.admit.Judge(now, a.Query).Allowed() {
 		return nat.ReasonPolicy
@@ -139,7 +139,7 @@ func (s *Shared) stillInForce(a *asked) (abort nat.Reason) {
 	return ""
 }
 
-// beside is why a request of which v is the verdict is refused, if v is not why.
+// beside returns why a request with verdict v is refused, if v is not the reason.
 func beside(v policy.Verdict, upgrade bool) policy.Reason {
 	switch {
 	case !v.Allowed():
@@ -150,7 +150,7 @@ func beside(v policy.Verdict, upgrade bool) policy.Reason {
 	return policy.ReasonAnotherTarget
 }
 
-// looks is room for a look at a stream.
+// looks holds buffers for a look at a stream.
 var looks = sync.Pool{New: func() any { return new(look) }}
 
 type look [sniff.MaxHead]byte

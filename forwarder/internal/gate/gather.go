@@ -33,7 +33,7 @@ func (g *Gather) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Trim drops what is beyond the first n bytes, n > 0.
+// Trim drops the bytes after the first n, n > 0.
 func (g *Gather) Trim(n int) {
 	if n >= g.Bytes {
 		return
@@ -58,17 +58,17 @@ func (g *Gather) Reset() {
 	g.N, g.Bytes = 0, 0
 }
 
-// piece is one slice of what was gathered.
+// piece returns one of the gathered slices.
 func (g *Gather) piece(i int) []byte { return unsafe.Slice(g.Iov[i].Base, int(g.Iov[i].Len)) }
 
-// place is a place in what was gathered.
+// place is a position in the gathered bytes.
 type place struct {
 	g   *Gather
 	i   int // the piece
-	off int // in it
+	off int // within it
 }
 
-// skip goes n bytes on, and stops at the end.
+// skip moves n bytes on, and stops at the end.
 func (p *place) skip(n int) {
 	for p.i < p.g.N {
 		rest := int(p.g.Iov[p.i].Len) - p.off
@@ -81,7 +81,7 @@ func (p *place) skip(n int) {
 	}
 }
 
-// look copies what is there, and does not move.
+// look copies the bytes at p without moving.
 func (p *place) look(to []byte) (n int) {
 	off := p.off
 	for i := p.i; i < p.g.N && n < len(to); i++ {

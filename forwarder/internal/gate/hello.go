@@ -1,19 +1,19 @@
 package gate
 
-// ClientHellos behind the first one, each judged before a byte of it is passed on.
+// ClientHellos after the first one, each judged before any of its bytes is passed on.
 //
-// The gate stands in both pumps of a flow that began with a ClientHello. Going up it walks
-// the records, and what could begin another hello waits until the server's answer is known:
+// The gate stands in both pumps of a flow that began with a ClientHello. Going up it walks the
+// records, and a record that could begin another hello waits until the server's answer is known:
 //
 //	answer              records of the handshake        other records
 //	none yet            wait                            pass: early data, the change of ciphers
 //	HelloRetryRequest   one hello, of the same name     pass
 //	another ServerHello pass, if the first one is no hello, and nothing more is looked at
-//	no TLS              end the flow                    end the flow, but for alerts
+//	no TLS              end the flow                    end the flow, except for alerts
 //
-// Servers that ask for another hello take the name from it, so it must say what the first
-// one said: a client's second hello does not differ in that (RFC 8446, section 4.1.2).
-// Behind an answer that is no TLS nobody knows what the server makes of further bytes.
+// Servers that ask for another hello take the name from it, so it must carry the same name as the
+// first: a client's second hello does not differ in that (RFC 8446, section 4.1.2). After an answer
+// that is not TLS, there is no telling what the server makes of further bytes.
 
 import (
 	"sync"
@@ -24,18 +24,18 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// helloGate is one flow's, of which nothing has passed yet.
+// helloGate is the gate of one flow on which nothing has passed yet.
 type helloGate struct {
 	of
-	seen policy.Seen // what the first hello said
+	seen policy.Seen // from the first hello
 
-	settled atomic.Bool // the server asks for no other hello
+	settled atomic.Bool // the server asks for no further hello
 
 	// Guarded by the flow's up.mu.
 	open  bool // nothing more is to be judged
-	ahead int  // bytes that may pass, from the front of what is queued; may be more than are queued
+	ahead int  // bytes that may pass, from the front of the queue; may exceed those queued
 	need  int  // bytes that must be queued before another hello is looked at again
-	heard int  // hellos that were let pass: the first one, and one for each that the server asked for
+	heard int  // hellos let pass: the first one, and one for each that the server asked for
 
 	mu     sync.Mutex
 	answer sniff.HelloAnswer
@@ -88,7 +88,7 @@ func (h *helloGate) malformed() Step {
 	return Step{Abort: nat.ReasonMalformedHello}
 }
 
-// further decides about a record of the handshake at the front of what is queued.
+// further decides about a handshake record at the front of the queue.
 func (h *helloGate) further(g *Gather) Step {
 	h.mu.Lock()
 	answer := h.answer
@@ -132,8 +132,8 @@ func (h *helloGate) further(g *Gather) Step {
 	return Step{Pass: min(size, g.Bytes)}
 }
 
-// refuse records that the connection ends, whatever the rules say of the other name: the server
-// was dialled for the first one.
+// refuse records that another name ends the connection, whatever the rules say of that name: the
+// server was dialled for the first one.
 func (h *helloGate) refuse(seen policy.Seen) {
 	s := h.shared
 	s.refusedHello.Add(1)
@@ -146,7 +146,7 @@ func (h *helloGate) Passed(_ *Gather, n int) { h.ahead = max(h.ahead-n, 0) }
 
 func (h *helloGate) Room() (int, *Ending) { return Chunk, nil }
 
-// Answered has what waits looked at when the answer is known.
+// Answered has waiting bytes looked at once the answer is known.
 func (h *helloGate) Answered(p []byte) {
 	if h.settled.Load() {
 		return
@@ -162,5 +162,5 @@ func (h *helloGate) Answered(p []byte) {
 	}
 }
 
-// UnderWay is nothing beside what the flow itself was judged by.
+// UnderWay returns nothing beyond what the flow itself was judged by.
 func (h *helloGate) UnderWay() []policy.Seen { return nil }

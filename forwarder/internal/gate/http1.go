@@ -1,16 +1,15 @@
 package gate
 
-// Requests of clear-text HTTP/1, each judged before a byte of it is passed on.
+// Requests of clear-text HTTP/1, each judged before any of its bytes is passed on.
 //
-// The gate stands in the up pump and says how much of what is queued may pass: the head
-// that was judged, its body, and then nothing until the next head is whole and the far
-// side has answered. So at most one request is under way, which the client cannot tell
-// from a server that takes one at a time, and a refusal comes at a place where an
-// answer is expected.
+// The gate stands in the up pump and says how many of the queued bytes may pass: the judged head,
+// its body, and then nothing until the next head is whole and the far side has answered. So at most
+// one request is under way, which to the client looks like a server that takes one at a time, and a
+// refusal comes where an answer is expected.
 //
-// A server that takes up an offer of h2c goes on with HTTP/2 (RFC 7540, section 3.2), and so does
-// the gate: behind the request's end the client may say the preface and nothing else, and from
-// there on the gate of HTTP/2 judges, with the request under way as its stream 1:
+// A server that accepts an offer of h2c switches to HTTP/2 (RFC 7540, section 3.2), and so does the
+// gate: after the request's end the client may send only the preface. From there on the HTTP/2 gate
+// judges, with the request under way as its stream 1:
 //
 //	client                 server                        who judges
 //	request with h2c                                     this gate, as any
@@ -27,7 +26,7 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// requestGate is the one of HTTP/1.
+// requestGate is the gate of an HTTP/1 connection.
 type requestGate struct {
 	of
 
@@ -35,13 +34,13 @@ type requestGate struct {
 	head   int // bytes of a judged head that have not passed
 	body   sniff.Body
 	shut   bool // a refusal is on its way
-	tunnel bool // CONNECT was allowed and accepted, or a protocol that was offered
+	tunnel bool // CONNECT, or a protocol that was offered, was allowed and accepted
 	waits  bool // the client waits for a 100 before it sends the body, of which nothing has passed
-	framed bool // the client goes on with HTTP/2
+	framed bool // the client has switched to HTTP/2
 
 	broken atomic.Bool                // the body cannot be read
-	h2     atomic.Pointer[streamGate] // what comes behind the switch to HTTP/2
-	told   bool                       // of a broken body; guarded by the flow's down.mu
+	h2     atomic.Pointer[streamGate] // judges the bytes after the switch to HTTP/2
+	told   bool                       // a broken body was answered; guarded by the flow's down.mu
 
 	mu      sync.Mutex
 	answers sniff.Responses
@@ -59,11 +58,11 @@ func (r *requestGate) Admit(g *Gather) Step {
 	case r.head > 0:
 		return Step{Pass: min(r.head, g.Bytes)}
 	case r.waits && r.answeredAll():
-		// Without the 100: some clients, curl 7 among them, send the next request now, others
-		// the body. They come again on another connection.
+		// The 100 never came: some clients, curl 7 among them, now send the next request, others
+		// the body. They try again on another connection.
 		return r.end("", nat.ReasonUnreadableAnswer)
 	case !r.body.Done():
-		body := r.body // which Passed takes further
+		body := r.body // a copy: Passed advances it
 		n, err := scan(&body, g, g.Bytes)
 		if err != nil {
 			r.shared.malformed.Add(1)
@@ -90,7 +89,7 @@ func (r *requestGate) Admit(g *Gather) Step {
 	return r.judge(g)
 }
 
-// goOn has what follows the switch to HTTP/2 judged.
+// goOn has the bytes after the switch to HTTP/2 judged.
 func (r *requestGate) goOn(h2 *streamGate, g *Gather) Step {
 	if !r.framed {
 		var preface [sniff.Preface]byte
@@ -107,7 +106,7 @@ func (r *requestGate) goOn(h2 *streamGate, g *Gather) Step {
 	return h2.Admit(g)
 }
 
-// judge looks at the next request.
+// judge judges the next request.
 func (r *requestGate) judge(g *Gather) Step {
 	buf := looks.Get().(*look)
 	defer looks.Put(buf)
@@ -141,7 +140,7 @@ func (r *requestGate) judge(g *Gather) Step {
 	return Step{Pass: min(head, g.Bytes), Abort: r.shared.stillInForce(&a)}
 }
 
-// end ends the connection by an answer of ours, or, if that is empty, by its end alone.
+// end ends the connection with an answer of ours or, if that is empty, by closing it.
 func (r *requestGate) end(answer string, why nat.Reason) Step {
 	r.shut = true
 	return Step{End: &Ending{Answer: answer, Why: why}}
@@ -156,7 +155,7 @@ func (r *requestGate) Passed(g *Gather, n int) {
 		r.h2.Load().Passed(g, n)
 	default:
 		r.waits = r.waits && n == 0
-		_, _ = scan(&r.body, g, n) // Admit has looked at them
+		_, _ = scan(&r.body, g, n) // Admit has checked them
 	}
 }
 
@@ -167,7 +166,7 @@ func (r *requestGate) answeredAll() bool {
 	return r.answers.Idle()
 }
 
-// scan has body take in the first n of the gathered bytes.
+// scan has body consume the first n of the gathered bytes.
 func scan(body *sniff.Body, g *Gather, n int) (took int, err error) {
 	for i := 0; i < g.N && took < n && !body.Done(); i++ {
 		p := g.piece(i)
@@ -180,7 +179,7 @@ func scan(body *sniff.Body, g *Gather, n int) (took int, err error) {
 	return took, nil
 }
 
-// Room has a client whose body cannot be read told so, if nothing else was answered yet.
+// Room tells a client that its body cannot be read, if nothing else was answered yet.
 func (r *requestGate) Room() (int, *Ending) {
 	h2 := r.h2.Load()
 	switch {

@@ -22,7 +22,7 @@ type judged struct {
 	*queueFlow
 	gate   Gate
 	passed strings.Builder
-	last   Step // that let nothing pass
+	last   Step // the last one that let nothing pass
 }
 
 func newJudged(t *testing.T, first string) *judged {
@@ -42,7 +42,7 @@ func newJudged(t *testing.T, first string) *judged {
 	return &judged{queueFlow: fl, gate: gate}
 }
 
-// says has the client say more, and takes what may pass.
+// says has the client send more, and takes the bytes that may pass.
 func (j *judged) says(more string) {
 	if more != "" {
 		j.pieces = append(j.pieces, []byte(more))
@@ -58,10 +58,10 @@ func (j *judged) says(more string) {
 	}
 }
 
-// TestABodyThatCannotBeReadIsAnswered has a client send content in chunks that break the rules.
+// TestABodyThatCannotBeReadIsAnswered has a client send content in malformed chunks.
 func TestABodyThatCannotBeReadIsAnswered(t *testing.T) {
 	for _, row := range []struct {
-		what, answer string // what the server has said before
+		what, answer string // answer: what the server has sent before
 		reset        bool
 	}{
 		{"no answer", "", false},
@@ -100,7 +100,7 @@ func TestABodyThatCannotBeReadIsAnswered(t *testing.T) {
 	}
 }
 
-// TestASwitchToHTTP2IsFollowed has a server take up an offer of h2c.
+// TestASwitchToHTTP2IsFollowed has a server accept an offer of h2c.
 func TestASwitchToHTTP2IsFollowed(t *testing.T) {
 	say := func() *gatetest.Spoken { return gatetest.NewSpoken() }
 	request := func(path, host string) string { return say().Request(3, "GET", path, host).String() }
@@ -167,7 +167,7 @@ func TestASwitchToHTTP2IsFollowed(t *testing.T) {
 	}
 }
 
-// TestRequestsUnderWayBehindASwitch are those that are judged again under new rules.
+// TestRequestsUnderWayBehindASwitch checks which requests are judged again under new rules.
 func TestRequestsUnderWayBehindASwitch(t *testing.T) {
 	j := newJudged(t, offerH2C)
 	j.says("")

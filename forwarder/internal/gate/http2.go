@@ -1,20 +1,20 @@
 package gate
 
-// Requests of clear-text HTTP/2, each judged before a byte of it is passed on.
+// Requests of clear-text HTTP/2, each judged before any of its bytes is passed on.
 //
-// The gate stands in the up pump and walks the frames of what is queued. What is no header
-// block passes as it is, and content may pass before it is there: of a frame only the header
-// is looked at. A header block waits until it is whole, and is read and judged; what came
-// before it has passed then, and what comes after it waits for the verdict.
+// The gate stands in the up pump and walks the queued frames. Frames outside a header block pass
+// unchanged, and their content may be let pass before it has arrived: only a frame's header is
+// looked at. A header block waits until it is whole, and is then read and judged; the bytes before
+// it have passed by then, and the bytes after it wait for the verdict.
 //
-// A refusal ends the connection, with all its requests. A block that the server never saw
-// would leave its decoder out of step with the client's encoder, so that nothing could
-// follow it. The client is told at the next place between two frames of the server's, by
-// an answer to that request and a GOAWAY behind it.
+// A refusal ends the connection, with all its requests. A block that the server never saw would
+// leave its decoder out of step with the client's encoder, so nothing could follow it. The client
+// is told at the next boundary between two of the server's frames, by an answer to that request and
+// a GOAWAY after it.
 //
-// Clients may wait for the server's SETTINGS, for the acknowledgement of theirs, or for the
-// answer to a PING, before they make a request. They are answered in the server's place
-// (sniff.Greeting) as long as nothing may reach it:
+// Clients may wait for the server's SETTINGS, for the acknowledgement of theirs, or for the answer
+// to a PING, before they make a request. They are answered in the server's place (sniff.Greeting)
+// as long as no bytes may reach it:
 //
 //	client                     gate, before the first request       behind it
 //	SETTINGS                   empty ones, acknowledges             passes; the server's acknowledgement does not
@@ -22,8 +22,8 @@ package gate
 //	PING                       answers                              does not pass
 //	WINDOW_UPDATE, PRIORITY    -                                    passes
 //
-// What passes is what is still queued: the server sees the whole connection, but for what was
-// answered for it, and its own SETTINGS come behind ours as a change of them.
+// All that is still queued then passes: the server sees the whole connection, except the frames
+// answered in its place, and its own SETTINGS come after ours as a change to them.
 
 import (
 	"sync"
@@ -35,27 +35,27 @@ import (
 	"sluice.dev/sluice/policy"
 )
 
-// maxStreamBytes bounds what a connection keeps of the requests under way: what each has
-// said, and 128 bytes more.
+// maxStreamBytes bounds the memory that a connection keeps for the requests under way: each one's
+// content as seen by policy, and 128 bytes more.
 const maxStreamBytes = 256 << 10
 
-// streamGate is one connection's.
+// streamGate is the gate of one HTTP/2 connection.
 type streamGate struct {
 	of
 
 	// Guarded by the flow's up.mu.
 	frames  sniff.Frames
-	ahead   int  // bytes that may pass, from the front of what is queued; may be more than are queued
-	heard   int  // likewise, that were answered before anything passed
+	ahead   int  // bytes that may pass, from the front of the queue; may exceed those queued
+	heard   int  // likewise, bytes that were answered before anything passed
 	judging bool // else it only waits for what it owes
-	owed    bool // an acknowledgement that is not the server's business will come
+	owed    bool // an acknowledgement that the server must not see will come
 
 	refused atomic.Pointer[firstbytes.RefusedStream]
 
 	// Guarded by the flow's down.mu.
 	ends    sniff.FrameEnds
 	swallow int  // acknowledgements of SETTINGS that the client has had from us
-	greeted bool // the client has had SETTINGS, of the server's or from us
+	greeted bool // the client has had SETTINGS, from the server or from us
 	told    bool
 	header  [sniff.FrameHeader]byte // room for one
 
@@ -67,18 +67,18 @@ type streamGate struct {
 // openStream is a request under way.
 type openStream struct {
 	seen policy.Seen
-	left int64 // of the content that was announced; -1: none was
+	left int64 // of the announced content; -1: none was announced
 	asH1 bool  // the request came as HTTP/1: nothing of it may follow
 
-	sent, answered bool // each side's end
+	sent, answered bool // each side has ended
 }
 
 func (o *openStream) cost() int {
 	return 128 + len(o.seen.Name) + len(o.seen.Method) + len(o.seen.Path)
 }
 
-// newStreamGate is for a connection of which nothing has passed yet. greeting is what its client
-// has heard, and judging tells that its requests are to be judged.
+// newStreamGate returns the gate of a connection on which nothing has passed yet. greeting is the
+// record of the answers to its client, and judging says whether its requests are to be judged.
 func newStreamGate(of of, greeting *sniff.Greeting, judging bool) *streamGate {
 	greeted := greeting.Settings() > 0
 	s := &streamGate{
@@ -89,8 +89,8 @@ func newStreamGate(of of, greeting *sniff.Greeting, judging bool) *streamGate {
 	return s
 }
 
-// newUpgradedGate is for a connection that goes on with HTTP/2 behind a request of HTTP/1, which
-// said what was seen and is answered on stream 1.
+// newUpgradedGate returns the gate of a connection that switches to HTTP/2 after an HTTP/1 request,
+// which was judged by seen and is answered on stream 1.
 func newUpgradedGate(of of, seen policy.Seen) *streamGate {
 	s := newStreamGate(of, new(sniff.Greeting), true)
 	o := &openStream{seen: seen, asH1: true, sent: true}
@@ -143,7 +143,7 @@ func (s *streamGate) Admit(g *Gather) Step {
 	return Step{Pass: min(s.ahead, g.Bytes)}
 }
 
-// walks reports whether anything of what comes is to be judged or kept back.
+// walks reports whether any coming bytes are to be judged or kept back.
 func (s *streamGate) walks() bool { return s.judging || s.owed || s.heard > 0 }
 
 func (s *streamGate) Passed(_ *Gather, n int) {
@@ -153,7 +153,7 @@ func (s *streamGate) Passed(_ *Gather, n int) {
 	}
 }
 
-// unfinished waits for the rest of what begins what is queued.
+// unfinished waits for the rest of the frame or block at the front of the queue.
 func (s *streamGate) unfinished() Step {
 	if s.flow.Ended() {
 		return Step{Abort: nat.ReasonIncompleteRequest} // its end came before the frame's
@@ -161,19 +161,19 @@ func (s *streamGate) unfinished() Step {
 	return Step{}
 }
 
-// malformed ends the connection for err's sake.
+// malformed ends the connection because of err.
 func (s *streamGate) malformed(err error) Step {
 	s.shared.malformed.Add(1)
 	return s.refuse(&firstbytes.RefusedStream{ID: s.frames.Last(), Broken: err})
 }
 
-// refuse has the client told at the next place between two frames of the server's.
+// refuse has the client told at the next boundary between two of the server's frames.
 func (s *streamGate) refuse(r *firstbytes.RefusedStream) Step {
 	s.refused.Store(r)
 	return Step{Refusing: r.Reason()}
 }
 
-// goesOn follows the request that a frame is about.
+// goesOn follows the request that a frame is about. It reports whether the frame may pass.
 func (s *streamGate) goesOn(fr sniff.Frame) bool {
 	if fr.Data == 0 && !fr.End && !fr.Reset {
 		return true
@@ -182,14 +182,13 @@ func (s *streamGate) goesOn(fr sniff.Frame) bool {
 	defer s.mu.Unlock()
 	o := s.open[fr.Stream]
 	switch {
-	case o == nil: // it has ended: nobody takes this
+	case o == nil: // it has ended: the frame is ignored
 		return true
 	case o.asH1 && !fr.Reset:
 		return false
 	case o.left < 0 || fr.Reset:
 	case int64(fr.Data) > o.left || fr.End && int64(fr.Data) < o.left:
-		// As HTTP/1, which the server may make of it, what is too much would be a
-		// request of its own.
+		// In HTTP/1, to which the server may convert it, the excess would be a request of its own.
 		return false
 	default:
 		o.left -= int64(fr.Data)
@@ -201,8 +200,8 @@ func (s *streamGate) goesOn(fr sniff.Frame) bool {
 	return true
 }
 
-// fieldsAt looks at the header block that begins what is queued, in a frame of so many
-// bytes and those that follow it.
+// fieldsAt looks at the header block at the front of the queue: the first frame has want bytes, and
+// others may follow.
 func (s *streamGate) fieldsAt(g *Gather, want int) Step {
 	buf := looks.Get().(*look)
 	defer looks.Put(buf)
@@ -261,7 +260,7 @@ func (s *streamGate) judge(req *sniff.StreamRequest) Step {
 	return Step{Abort: s.shared.stillInForce(&a)}
 }
 
-// ended is told by the server's frames of an answer that is whole, or will not be.
+// ended is called when the server's frames show that an answer is whole, or will never be.
 func (s *streamGate) ended(stream uint32, reset bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -273,7 +272,7 @@ func (s *streamGate) ended(stream uint32, reset bool) {
 	}
 }
 
-// forget takes a request off those under way. mu is held.
+// forget removes a request from those under way. mu is held.
 func (s *streamGate) forget(stream uint32, o *openStream) {
 	s.bytes -= o.cost()
 	delete(s.open, stream)
@@ -281,8 +280,8 @@ func (s *streamGate) forget(stream uint32, o *openStream) {
 
 func (s *streamGate) Answered(p []byte) { s.ends.Feed(p) }
 
-// Room keeps from the client what it has had from us, and lets what the far side sends pass up
-// to the end of a frame once there is a refusal to be told there.
+// Room keeps from the client the acknowledgements that it has had from us. Once there is a refusal
+// to send, it lets the far side's bytes pass only up to the end of a frame.
 func (s *streamGate) Room() (int, *Ending) {
 	n := s.ends.Until()
 	r := s.refused.Load()
@@ -300,8 +299,8 @@ func (s *streamGate) Room() (int, *Ending) {
 	return 0, nil
 }
 
-// nextFrame takes acknowledgements that the client has had off the front of what the far side
-// has sent, and returns how much of the frame behind them may pass: 0 if its header is not there.
+// nextFrame discards acknowledgements that the client has had from the front of the far side's
+// bytes, and returns how many bytes of the next frame may pass: 0 if its header is not there yet.
 func (s *streamGate) nextFrame() int {
 	for s.swallow > 0 {
 		header := s.header[:]

@@ -33,9 +33,9 @@ spec:
 
 var byNoName = strings.Replace(byName, `{domain: "*.a.example"}]`, `{domain: "*.a.example"}], missingName: allow`, 1)
 
-// FuzzTwinTLS has crypto/tls read what passes of a client's bytes, as the server would: no
-// ClientHello in it may say any name but the allowed one. The second answer of the server's,
-// if it asks for one, is for the hellos that a server might still take the name from.
+// FuzzTwinTLS has crypto/tls read the client bytes that pass, as the server would: no ClientHello
+// in them may carry any name but the allowed one. The server's second answer, if it asks for
+// another hello, covers the hellos from which a server might still take the name.
 func FuzzTwinTLS(f *testing.F) {
 	cert := gatetest.SelfSigned(f)
 	strict, nameless := newTwinJudge(f, byName, 443), newTwinJudge(f, byNoName, 443)
@@ -67,7 +67,7 @@ func FuzzTwinTLS(f *testing.F) {
 			}
 			cfg := &tls.Config{Certificates: []tls.Certificate{cert}, GetConfigForClient: hear, SessionTicketsDisabled: true, CurvePreferences: []tls.CurveID{tls.X25519}}
 			if retry {
-				cfg.CurvePreferences = []tls.CurveID{tls.CurveP384} // of which no client has a key
+				cfg.CurvePreferences = []tls.CurveID{tls.CurveP384} // for which no client sends a key
 			}
 			passed := side.judge.run(client, cuts, func(c net.Conn) {
 				_ = tls.Server(c, cfg).Handshake()
@@ -89,8 +89,8 @@ func FuzzTwinTLS(f *testing.F) {
 	})
 }
 
-// laterHellos are the messages of the handshake behind the first one, whatever other records are
-// between, each in records of its own and with what follows it.
+// laterHellos returns the handshake messages after the first one, whatever other records lie
+// between, each in records of its own and with the bytes that follow it.
 func laterHellos(p []byte) (all [][]byte) {
 	msg := gatetest.HandshakeOf(p)
 	for first := true; len(msg) >= 4 && len(all) < 8; first = false {
@@ -111,7 +111,7 @@ func inRecords(msg []byte) (out []byte) {
 	return out
 }
 
-// twinRules are the ones of the twins that read requests.
+// twinRules are the rules for the twins that read requests.
 const twinRules = `
 apiVersion: sluice.dev/v1alpha1
 kind: SandboxPolicy
@@ -126,7 +126,7 @@ spec:
     http: [{methods: [GET, HEAD, POST], path: "/open/*"}]
 `
 
-// wrongRequest says what is wrong with a request that a server saw under twinRules.
+// wrongRequest returns what is wrong with a request that a server saw under twinRules.
 func wrongRequest(method, host, decoded string, fields http.Header) string {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
@@ -148,8 +148,8 @@ func wrongRequest(method, host, decoded string, fields http.Header) string {
 	return ""
 }
 
-// FuzzTwinHTTP has net/http read what passes of a client's bytes. What the server answers is
-// chosen by the fuzzer, as far as honest servers go, and one that switches protocols unasked.
+// FuzzTwinHTTP has net/http read the client bytes that pass. The fuzzer chooses the server's
+// answers, from those of honest servers and that of one that switches protocols unasked.
 func FuzzTwinHTTP(f *testing.F) {
 	judge := newTwinJudge(f, twinRules, 8080)
 	answers := []string{
@@ -208,7 +208,8 @@ func FuzzTwinHTTP(f *testing.F) {
 					_, _ = io.WriteString(c, answer)
 				}
 				if strings.Contains(answer, " 101 ") {
-					// It believes in the switch, and whoever is behind it reads on.
+					// The server believes in the switch, and the protocol's server after it reads
+					// on.
 					offered := func(what string) bool {
 						return strings.Contains(strings.ToLower(strings.Join(req.Header["Upgrade"], ",")), what) && strings.Contains(strings.ToLower(strings.Join(req.Header["Connection"], ",")), "upgrade")
 					}
@@ -236,7 +237,7 @@ func FuzzTwinHTTP(f *testing.F) {
 	})
 }
 
-// readOn says what comes behind an answer after which nothing may.
+// readOn reports bytes after an answer that none may follow.
 func readOn(r io.Reader) string {
 	if b, _ := io.ReadAll(r); len(b) > 0 {
 		return "bytes behind the switch: " + string(b)
@@ -244,8 +245,8 @@ func readOn(r io.Reader) string {
 	return ""
 }
 
-// readStreams reads HTTP/2 behind the preface, as a server whose last stream was last, until
-// nothing more comes or a request is wrong, and says what is wrong with it.
+// readStreams reads HTTP/2 after the preface, as a server whose last stream was last, until nothing
+// more comes or a request is wrong, and returns what is wrong with it.
 func readStreams(r io.Reader, w io.Writer, last uint32) (wrong string) {
 	frames := http2.NewFramer(w, r)
 	frames.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -293,7 +294,7 @@ func readStreams(r io.Reader, w io.Writer, last uint32) (wrong string) {
 	return wrong
 }
 
-// FuzzTwinHTTP2 has golang.org/x/net/http2 read what passes of a client's bytes.
+// FuzzTwinHTTP2 has golang.org/x/net/http2 read the client bytes that pass.
 func FuzzTwinHTTP2(f *testing.F) {
 	judge := newTwinJudge(f, twinRules, 8080)
 	say := func(requests ...[]string) []byte {
@@ -339,7 +340,7 @@ func FuzzTwinHTTP2(f *testing.F) {
 	})
 }
 
-// askedFor counts SETTINGS and PINGs, either those that want an answer or, with ack, the answers.
+// askedFor counts SETTINGS and PINGs: those that want an answer or, with ack, the answers.
 func askedFor(p []byte, ack http2.Flags) (settings, pings int) {
 	frames := http2.NewFramer(nil, bytes.NewReader(p))
 	frames.SetMaxReadFrameSize(1<<24 - 1)
@@ -362,7 +363,7 @@ func askedFor(p []byte, ack http2.Flags) (settings, pings int) {
 	}
 }
 
-// unescaped is a path as a server decodes it.
+// unescaped returns a path as a server decodes it.
 func unescaped(target string) string {
 	if p, err := url.PathUnescape(target); err == nil {
 		return p

@@ -1,13 +1,13 @@
 package gate
 
-// Two judges side by side: ours, and a real server's parser behind it. Whatever the server
-// makes of the bytes that the gates let pass must be what the rules allow.
+// Two judges side by side: ours, and a real server's parser behind it. However the server reads the
+// bytes that the gates let pass, the rules must allow it.
 //
 //	client's bytes, in pieces ─► queue ─► first bytes, gate ─► far ─► a server's parser
 //	                                            ▲─────────── its answers ◄┘
 //
-// Nothing of it waits for a clock: the server takes what is there and then blocks, which
-// the other side sees.
+// Nothing waits for a clock: the server takes the available bytes and then blocks, which the other
+// side sees.
 
 import (
 	"io"
@@ -30,8 +30,8 @@ var (
 	addrA  = netip.MustParseAddr("203.0.113.10")
 )
 
-// queueFlow is a flow whose two sides are queues: what a client sent and nobody took, and what
-// the far side did.
+// queueFlow is a flow whose two sides are queues: the bytes from the client, and from the far side,
+// that have not been taken.
 type queueFlow struct {
 	question policy.Query
 	verdict  policy.Verdict
@@ -72,7 +72,7 @@ func (q *queueFlow) SkipFar(p []byte) bool {
 	return true
 }
 
-// gather is what the up pump would show a gate.
+// gather returns the bytes that the up pump would show a gate.
 func (q *queueFlow) gather() *Gather {
 	g := new(Gather)
 	for _, p := range q.pieces {
@@ -96,8 +96,8 @@ func (q *queueFlow) take(n int) (taken []byte) {
 	return taken
 }
 
-// comesDown is the pump of what the far side says. It returns what the client hears, and how the
-// connection ends if it does.
+// comesDown acts as the pump for the far side's bytes. It returns the bytes that the client hears,
+// and how the connection ends, if it does.
 func (q *queueFlow) comesDown(gate Gate, answer []byte) (heard []byte, end *Ending) {
 	q.far = append(q.far, answer...)
 	for {
@@ -120,16 +120,16 @@ func (q *queueFlow) comesDown(gate Gate, answer []byte) (heard []byte, end *Endi
 	}
 }
 
-// blockingConn is the server's side. Its reader blocks where nothing is left.
+// blockingConn is the server's side. Its reader blocks when no bytes are left.
 type blockingConn struct {
-	net.Conn // what is not below is not used
+	net.Conn // methods not defined below are not used
 
 	mu      sync.Mutex
 	cond    sync.Cond
 	in, out []byte
 	blocked bool
-	over    bool // nobody reads any more
-	ended   bool // nothing more comes
+	over    bool // the reader is gone
+	ended   bool // no more bytes will come
 }
 
 func newBlockingConn() *blockingConn {
@@ -170,7 +170,7 @@ func (c *blockingConn) SetReadDeadline(time.Time) error { return nil }
 
 func (c *blockingConn) SetWriteDeadline(time.Time) error { return nil }
 
-// serve has a server read until it is done.
+// serve runs a server until it is done.
 func (c *blockingConn) serve(server func(net.Conn)) {
 	server(c)
 	c.mu.Lock()
@@ -179,7 +179,7 @@ func (c *blockingConn) serve(server func(net.Conn)) {
 	c.cond.Broadcast()
 }
 
-// say gives the server bytes, and returns what it answers before it blocks.
+// say gives the server bytes, and returns its answer up to where it blocks.
 func (c *blockingConn) say(p []byte) (answer []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -203,7 +203,7 @@ func (c *blockingConn) end() {
 	}
 }
 
-// twinJudge is our side of it.
+// twinJudge is our side.
 type twinJudge struct {
 	shared *Shared
 	dst    netip.AddrPort
@@ -229,7 +229,8 @@ func newTwinJudge(t testing.TB, text string, port uint16) *twinJudge {
 	return &twinJudge{shared: NewShared(a, new(count.Set)), dst: netip.AddrPortFrom(addrA, port)}
 }
 
-// cutter cuts what is sent into pieces, whose sizes cuts says over and over; empty: all at once.
+// cutter cuts bytes into pieces. It takes their sizes from cuts, over and over; if cuts is empty,
+// there is one piece.
 type cutter struct {
 	cuts []byte
 	at   int
@@ -244,12 +245,12 @@ func (c *cutter) next(most int) int {
 	return min(1+n*n/8, most)
 }
 
-// begin is a flow of which nothing was heard yet.
+// begin returns a flow on which nothing has been heard yet.
 func (j *twinJudge) begin() *queueFlow {
 	return &queueFlow{question: policy.Query{Proto: unix.IPPROTO_TCP, Src: netip.AddrPortFrom(guest4, 1234), Dst: j.dst}}
 }
 
-// open has a flow judged by what was seen, as admission does, and returns its gate.
+// open judges a flow by seen, as admission does, and returns its gate.
 func (j *twinJudge) open(fl *queueFlow, first *First, seen policy.Seen) (gate Gate, allowed bool) {
 	q := fl.question
 	q.Seen = seen
@@ -262,8 +263,8 @@ func (j *twinJudge) open(fl *queueFlow, first *First, seen policy.Seen) (gate Ga
 	return first.Gate(fl, v, seen), true
 }
 
-// run sends a client's bytes past our judges to a server, until neither moves any more, and
-// returns what passed before the gate had nothing more to judge.
+// run sends a client's bytes past our judges to a server, until neither moves any more. It returns
+// the bytes that passed while the gate still had something to judge.
 func (j *twinJudge) run(client, cuts []byte, server func(net.Conn)) (passed []byte) {
 	cut := cutter{cuts: cuts}
 	fl := j.begin()
