@@ -23,7 +23,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"sluice.dev/sluice/forwarder/internal/packet"
-	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -190,12 +189,6 @@ func (g *guest) listen(network string, handle func(*net.TCPConn)) netip.AddrPort
 	})
 	g.t.Cleanup(func() { l.Close() })
 	return netip.AddrPortFrom(gw, uint16(l.Addr().(*net.TCPAddr).Port))
-}
-
-// eventually waits for a condition that other goroutines bring about.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	testutil.Eventually(t, what, ok)
 }
 
 func echo(c *net.TCPConn) { _, _ = io.Copy(c, c) }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/quic"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // lossy is a server's socket that loses some datagrams on the way.
@@ -88,7 +89,7 @@ func recordingTLS(t testing.TB, record func(name string)) *tls.Config {
 func listenQUICGo(t testing.TB, tr *quicgo.Transport, conf *tls.Config) *quicgo.Listener {
 	t.Helper()
 	l, err := tr.Listen(conf, &quicgo.Config{Versions: []quicgo.Version{quicgo.Version1, quicgo.Version2}})
-	must(t, err)
+	testutil.Must(t, err)
 	return l
 }
 
@@ -100,7 +101,7 @@ var quicServers = []struct {
 	{"quic-go", startQUICGo},
 	{"x/net", func(t *testing.T, s *named) {
 		e, err := quic.NewEndpoint(s.lossy, &quic.Config{TLSConfig: recordingTLS(t, s.hear)})
-		must(t, err)
+		testutil.Must(t, err)
 		serveQUIC(t, e)
 	}},
 }
@@ -133,7 +134,7 @@ func serveQUICGo(t *testing.T, tr *quicgo.Transport, conf *tls.Config) {
 		}
 	})
 	t.Cleanup(func() {
-		must(t, tr.Close())
+		testutil.Must(t, tr.Close())
 		wg.Wait()
 	})
 }
@@ -141,7 +142,7 @@ func serveQUICGo(t *testing.T, tr *quicgo.Transport, conf *tls.Config) {
 func startNamed(t *testing.T, start func(*testing.T, *named)) *named {
 	t.Helper()
 	pc, err := net.ListenPacket("udp", addrA.String()+":0")
-	must(t, err)
+	testutil.Must(t, err)
 	s := &named{lossy: &lossy{PacketConn: pc, lost: make(map[string]bool)}}
 	s.at = netip.MustParseAddrPort(pc.LocalAddr().String())
 	t.Cleanup(func() { pc.Close() })
@@ -167,7 +168,7 @@ func (a *attacker) port(n int) net.PacketConn {
 
 func (a *attacker) sendFrom(port int, p []byte) {
 	_, err := a.port(port).WriteTo(p, net.UDPAddrFromAddrPort(a.s.at))
-	must(a.t, err)
+	testutil.Must(a.t, err)
 }
 
 func (a *attacker) send(packets ...[]byte) {
@@ -186,10 +187,10 @@ func (a *attacker) lose(p []byte) {
 func (a *attacker) chosen(port int) []byte {
 	a.t.Helper()
 	b := make([]byte, 1500)
-	must(a.t, a.port(port).SetReadDeadline(time.Now().Add(5*time.Second)))
+	testutil.Must(a.t, a.port(port).SetReadDeadline(time.Now().Add(5*time.Second)))
 	for {
 		n, _, err := a.port(port).ReadFrom(b)
-		must(a.t, err)
+		testutil.Must(a.t, err)
 		if n > 6 && b[0]&0x80 != 0 {
 			id := b[6+int(b[5]):]
 			return slices.Clone(id[1 : 1+id[0]])
@@ -341,16 +342,16 @@ func TestNoAttackHasAServerHearARefusedName(t *testing.T) {
 					s := startNamed(t, server.start)
 					row.try(&attacker{t: t, s: s, ports: make(map[int]net.PacketConn), dial: func(int) net.PacketConn {
 						pc, err := net.ListenPacket("udp", addrB.String()+":0")
-						must(t, err)
+						testutil.Must(t, err)
 						return pc
 					}})
-					eventually(t, "the attack works where nothing is in its way", func() bool { return s.heard("b.example") })
+					testutil.Eventually(t, "the attack works where nothing is in its way", func() bool { return s.heard("b.example") })
 				}
 				g := newNamed(t, byName, nil)
 				s := startNamed(t, server.start)
 				row.try(&attacker{t: t, s: s, ports: make(map[int]net.PacketConn), dial: func(int) net.PacketConn {
 					pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
-					must(t, err)
+					testutil.Must(t, err)
 					return pc
 				}})
 				// What is said afterwards arrives afterwards.

@@ -17,6 +17,8 @@ import (
 	"math/big"
 	"slices"
 	"testing"
+
+	"sluice.dev/sluice/internal/testutil"
 )
 
 const (
@@ -66,13 +68,6 @@ func keysOf(version uint32, id []byte) (k craftKeys) {
 func noError(err error) {
 	if err != nil {
 		panic(err)
-	}
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -268,7 +263,7 @@ func craftHello(t testing.TB, name string) []byte {
 	t.Helper()
 	c := tls.QUICClient(&tls.QUICConfig{TLSConfig: &tls.Config{ServerName: name, MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, NextProtos: []string{"echo"}, CurvePreferences: []tls.CurveID{tls.X25519}}})
 	c.SetTransportParameters([]byte{0x0f, 0}) // an empty initial_source_connection_id
-	must(t, c.Start(context.Background()))
+	testutil.Must(t, c.Start(context.Background()))
 	defer c.Close()
 	for {
 		switch e := c.NextEvent(); e.Kind {

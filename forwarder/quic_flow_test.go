@@ -17,6 +17,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/datagram"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 )
 
@@ -64,7 +65,7 @@ func TestOrdinaryQUICClientsNoticeNothing(t *testing.T) {
 				serveQUICGo(t, tr, recordingTLS(t, s.hear))
 			})
 			pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
-			must(t, err)
+			testutil.Must(t, err)
 			defer pc.Close()
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
@@ -101,7 +102,7 @@ func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
 			for _, name := range []string{"a.example", "www.a.example"} {
-				must(t, quicEcho(ctx, e, s.LocalAddr(), name, nil))
+				testutil.Must(t, quicEcho(ctx, e, s.LocalAddr(), name, nil))
 			}
 			flows := g.table.List()
 			if len(flows) != 1 || !slices.Contains(flows[0].Names, "a.example") || !slices.Contains(flows[0].Names, "www.a.example") {
@@ -115,7 +116,7 @@ func TestAReloadAsksAboutEveryNameOfATuple(t *testing.T) {
 				t.Errorf("%d flows after the reload", n)
 			}
 			if row.stays {
-				must(t, quicEcho(ctx, e, s.LocalAddr(), "a.example", nil))
+				testutil.Must(t, quicEcho(ctx, e, s.LocalAddr(), "a.example", nil))
 				return
 			}
 			// No other name may continue what its connections were once allowed.
@@ -139,19 +140,19 @@ func TestQUICWaitsForItsHello(t *testing.T) {
 	g := newNamed(t, byName, func(c *Config) { c.Now = clock.now })
 	s := startNamed(t, func(*testing.T, *named) {}) // only this test reads from it
 	pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
-	must(t, err)
+	testutil.Must(t, err)
 	defer pc.Close()
 	send := func(packets ...[]byte) {
 		for _, p := range packets {
 			_, err := pc.WriteTo(p, net.UDPAddrFromAddrPort(s.at))
-			must(t, err)
+			testutil.Must(t, err)
 		}
 	}
 	b := make([]byte, 1500)
 	arrives := func(what string, want ...[]byte) {
 		t.Helper()
 		for _, w := range want {
-			must(t, s.SetReadDeadline(time.Now().Add(5*time.Second)))
+			testutil.Must(t, s.SetReadDeadline(time.Now().Add(5*time.Second)))
 			n, _, err := s.ReadFrom(b)
 			if err != nil || string(b[:n]) != string(w) {
 				t.Fatalf("%s: %d bytes, %v, want %d", what, n, err, len(w))
@@ -211,7 +212,7 @@ func TestQUICWaitsForItsHello(t *testing.T) {
 func TestQUICConnectionsAreBounded(t *testing.T) {
 	clock := newTestClock()
 	names := policy.NewNames(policy.NamesConfig{})
-	must(t, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, clock.now()))
+	testutil.Must(t, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, clock.now()))
 	w := newWire(t, byName, func(c *Config) { c.Names, c.Now = names, clock.now })
 	g := datagram.NewQUICGate(w.f.gate, &w.f.stats, &w.f.timer)
 	s := &script{t: t, gate: g, flow: new(datagram.Flow), bench: &bench{}}

@@ -23,6 +23,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/datagram"
 	"sluice.dev/sluice/forwarder/internal/packet"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -109,7 +110,7 @@ func newBench(t testing.TB) *bench {
 	tr := &quicgo.Transport{Conn: b.conns[0]}
 	l := listenQUICGo(t, tr, recordingTLS(t, record))
 	e, err := quic.NewEndpoint(b.conns[1], &quic.Config{TLSConfig: recordingTLS(t, record)})
-	must(t, err)
+	testutil.Must(t, err)
 	b.stop = func() {
 		for _, c := range b.conns { // unblocks the readers
 			c.Close()
@@ -276,8 +277,8 @@ func FuzzQUICNames(f *testing.F) {
 		f.Add(seed)
 	}
 	names := policy.NewNames(policy.NamesConfig{})
-	must(f, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, time.Now()))
-	must(f, names.Grant("www.a.example", []netip.Addr{addrA}, time.Hour, time.Now()))
+	testutil.Must(f, names.Grant("a.example", []netip.Addr{addrA}, time.Hour, time.Now()))
+	testutil.Must(f, names.Grant("www.a.example", []netip.Addr{addrA}, time.Hour, time.Now()))
 	var hellos [][]byte
 	for _, name := range []string{"a.example", "b.example", "www.a.example"} {
 		hellos = append(hellos, craftHello(f, name))

@@ -8,6 +8,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // TestAServerMayAnswerInAnotherVersion has a client begin in version 1, its server answer in
@@ -32,7 +33,7 @@ func TestAServerMayAnswerInAnotherVersion(t *testing.T) {
 			g := newNamed(t, byName, nil)
 			s := startNamed(t, func(*testing.T, *named) {}) // this test is the server
 			pc, err := gonet.DialUDP(g.stack, nil, nil, ipv4.ProtocolNumber)
-			must(t, err)
+			testutil.Must(t, err)
 			defer pc.Close()
 			client, first := craftID(), craftID()
 			server := row.server
@@ -43,7 +44,7 @@ func TestAServerMayAnswerInAnotherVersion(t *testing.T) {
 			var peer net.Addr
 			arrives := func(from net.PacketConn, what string, want []byte) {
 				t.Helper()
-				must(t, from.SetReadDeadline(time.Now().Add(5*time.Second)))
+				testutil.Must(t, from.SetReadDeadline(time.Now().Add(5*time.Second)))
 				n, addr, err := from.ReadFrom(b)
 				if err != nil || string(b[:n]) != string(want) {
 					t.Fatalf("%s: %d bytes, %v, want %d; counters %v", what, n, err, len(want), g.f.Stats())
@@ -53,7 +54,7 @@ func TestAServerMayAnswerInAnotherVersion(t *testing.T) {
 			say := func(p []byte) {
 				t.Helper()
 				_, err := pc.WriteTo(p, net.UDPAddrFromAddrPort(s.at))
-				must(t, err)
+				testutil.Must(t, err)
 			}
 			send := func(what string, p []byte) {
 				t.Helper()
@@ -64,7 +65,7 @@ func TestAServerMayAnswerInAnotherVersion(t *testing.T) {
 
 			answer := crafted{version: row.version, id: client, source: server, keys: first, frames: []byte{1}, size: 1200}.seal()
 			_, err = s.WriteTo(answer, peer)
-			must(t, err)
+			testutil.Must(t, err)
 			arrives(pc, "the answer", answer)
 
 			ack := []byte{2, 0, 0, 0, 0}

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"sluice.dev/sluice/forwarder/internal/gatetest"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // TestGRPCWithoutTLS has a client that waits for the server's SETTINGS before it calls.
@@ -175,7 +176,7 @@ func TestAnUpgradeToHTTP2IsServed(t *testing.T) {
 	say := gatetest.NewSpoken()
 	_ = say.WriteSettingsAck()
 	_, _ = c.Write(say.Request(3, "GET", "/open/3", "a.example:8080").Bytes())
-	eventually(t, "both are answered", func() bool {
+	testutil.Eventually(t, "both are answered", func() bool {
 		heard := client.String() + ","
 		return strings.Contains(heard, "headers 1,") && strings.Contains(heard, "headers 3,")
 	})

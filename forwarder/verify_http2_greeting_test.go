@@ -16,6 +16,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
 	"sluice.dev/sluice/forwarder/internal/gatetest"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // frameNote describes a frame in few words.
@@ -168,25 +169,25 @@ func TestAClientOfHTTP2IsAnsweredBeforeItAsks(t *testing.T) {
 					t.Errorf("the client hears %q, %v, want %q and the end", client.String(), client.end(), row.hears)
 				}
 				c.Close()
-				eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+				testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 				if got := server.String(); got != "" {
 					t.Errorf("the server hears %q", got)
 				}
 				return
 			}
-			eventually(t, "the client is answered", func() bool { return client.String() == row.hears })
+			testutil.Eventually(t, "the client is answered", func() bool { return client.String() == row.hears })
 			if got := server.String(); got != "" {
 				t.Errorf("the server hears %q before anything was judged", got)
 			}
 			row.say.Reset()
 			_ = row.say.WriteSettingsAck() // of ours
 			_, _ = c.Write(row.say.Request(1, "GET", "/open/1", "a.example").Bytes())
-			eventually(t, "the client gets the server's answer", func() bool { return client.String() == row.hears+", "+row.then })
+			testutil.Eventually(t, "the client gets the server's answer", func() bool { return client.String() == row.hears+", "+row.then })
 			// From now on, everything goes to the server and back.
 			row.say.Reset()
 			_ = row.say.WriteSettingsAck() // of the server's
 			_, _ = c.Write(more(ping(row.say, "-behind-")).Bytes())
-			eventually(t, "the client hears the server itself", func() bool { return client.String() == row.hears+", "+row.then+", pong -behind-, ack" })
+			testutil.Eventually(t, "the client hears the server itself", func() bool { return client.String() == row.hears+", "+row.then+", pong -behind-, ack" })
 			want := strings.Replace(row.server, "ack, headers 1", "headers 1, ack, ping -behind-, settings0", 1)
 			if got := server.String(); got != want {
 				t.Errorf("the server hears %q, want %q", got, want)
@@ -210,10 +211,10 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	go client.follow(c, nil)
 	say := gatetest.NewSpoken()
 	_, _ = c.Write(say.Bytes())
-	eventually(t, "the client is answered", func() bool { return client.String() == "settings0, ack" })
+	testutil.Eventually(t, "the client is answered", func() bool { return client.String() == "settings0, ack" })
 	silent := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_ = silent.SetDeadline(time.Now().Add(8 * time.Second))
-	eventually(t, "one waits", func() bool {
+	testutil.Eventually(t, "one waits", func() bool {
 		g.f.tcp.Checks.Mu.Lock()
 		defer g.f.tcp.Checks.Mu.Unlock()
 		return g.f.tcp.Checks.Flows.Len() == 1
@@ -225,7 +226,7 @@ func TestAnIdleClientOfHTTP2Stays(t *testing.T) {
 	say.Reset()
 	_ = say.WriteSettingsAck()
 	_, _ = c.Write(say.Request(1, "GET", "/open/1", "a.example").Bytes())
-	eventually(t, "it is served", func() bool { return client.String() == "settings0, ack, settings7, headers 1" })
+	testutil.Eventually(t, "it is served", func() bool { return client.String() == "settings0, ack, settings7, headers 1" })
 	if got := server.String(); got != "settings0, headers 1" {
 		t.Errorf("the server hears %q", got)
 	}
@@ -260,7 +261,7 @@ func TestAnIdleClientOfHTTP2IsToldOfTheEnd(t *testing.T) {
 			client := new(frameList)
 			go client.follow(c, nil)
 			_, _ = c.Write(gatetest.NewSpoken().Bytes())
-			eventually(t, "it is answered", func() bool { return client.String() == "settings0, ack" })
+			testutil.Eventually(t, "it is answered", func() bool { return client.String() == "settings0, ack" })
 			switch row.what {
 			case "the far side":
 				leave <- true
@@ -271,12 +272,12 @@ func TestAnIdleClientOfHTTP2IsToldOfTheEnd(t *testing.T) {
 					g.f.tcp.Idle.Enter(new(firstbytes.Entry), unheard{}, 0)
 				}
 			}
-			eventually(t, "it hears the end", func() bool { return errors.Is(client.end(), io.EOF) })
+			testutil.Eventually(t, "it hears the end", func() bool { return errors.Is(client.end(), io.EOF) })
 			if got := client.String(); got != row.hears {
 				t.Errorf("it hears %q, want %q", got, row.hears)
 			}
 			c.Close()
-			eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+			testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 			if n := g.f.Stats()["tcp_refused_by_first_bytes"]; n != 0 {
 				t.Errorf("%d flows were refused", n)
 			}

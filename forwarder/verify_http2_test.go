@@ -22,6 +22,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
 	"sluice.dev/sluice/forwarder/internal/gatetest"
 	"sluice.dev/sluice/forwarder/sniff"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 )
 
@@ -188,7 +189,7 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 					}
 				}()
 				if row.refused == "" {
-					eventually(t, "all are served", func() bool { return srv.saw() == row.served })
+					testutil.Eventually(t, "all are served", func() bool { return srv.saw() == row.served })
 					return
 				}
 				answers, texts, err := answersOf(c)
@@ -249,7 +250,7 @@ func TestARefusalComesBetweenTwoFrames(t *testing.T) {
 	}
 	say.Reset()
 	_, _ = c.Write(say.Request(3, "GET", "/secret", "a.example").Bytes())
-	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
+	testutil.Eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
 	rest <- true
 	answers, texts, err := answersOf(readBefore{c, bytes.NewReader(got)})
 	if answers != "1:200 3:403" || !strings.Contains(texts, "goaway 3") || strings.Contains(texts, "no\n") || strings.Contains(texts, "nono") || !errors.Is(err, io.EOF) {
@@ -290,7 +291,7 @@ func TestARefusalThatCannotBeToldIsAReset(t *testing.T) {
 	}
 	say.Reset()
 	_, _ = c.Write(say.Request(3, "GET", "/secret", "a.example").Bytes())
-	eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
+	testutil.Eventually(t, "it is refused", func() bool { return g.f.Stats()["tcp_refused_request"] == 1 })
 	clock.advance(firstbytes.RefusalTimeout + time.Second)
 	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("%v, want a reset", err)
@@ -363,7 +364,7 @@ func TestRequestsUnderWayEndWithTheirRule(t *testing.T) {
 						t.Errorf("%q, %v", body, err)
 					}
 				}
-				eventually(t, "the flow is there, or not", func() bool { return (g.table.Len() == 0) == row.reset })
+				testutil.Eventually(t, "the flow is there, or not", func() bool { return (g.table.Len() == 0) == row.reset })
 				if saw := srv.saw(); strings.Count(saw, row.path) != 1 {
 					t.Errorf("the server saw %q", saw)
 				}
@@ -381,7 +382,7 @@ func TestStreamsInAuditMode(t *testing.T) {
 	srv := serveH2(t, addrA.String()+":8080", nil)
 	c := g.mustDial(netip.AddrPortFrom(addrA, 8080))
 	_, _ = c.Write(gatetest.NewSpoken().Request(1, "GET", "/open/1", "a.example").Request(3, "GET", "/secret", "a.example").Bytes())
-	eventually(t, "both are served", func() bool {
+	testutil.Eventually(t, "both are served", func() bool {
 		return srv.saw() == "GET a.example /open/1, GET a.example /secret"
 	})
 	all := g.table.List()

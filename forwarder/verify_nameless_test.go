@@ -15,6 +15,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
 	"sluice.dev/sluice/forwarder/internal/gatetest"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // byNoName lets pass flows that say no name.
@@ -86,7 +87,7 @@ func TestSilenceIsNoName(t *testing.T) {
 	g := newNamed(t, byNoName, func(c *Config) { c.Now = clock.now })
 	s := serveEcho(t, addrA.String()+":0")
 	c := g.mustDial(s.at)
-	eventually(t, "it is waited for", func() bool {
+	testutil.Eventually(t, "it is waited for", func() bool {
 		g.f.tcp.Checks.Mu.Lock()
 		defer g.f.tcp.Checks.Mu.Unlock()
 		return g.f.tcp.Checks.Flows.Len() == 1
@@ -206,7 +207,7 @@ func TestAnUpgradeThatNobodyAskedFor(t *testing.T) {
 			}
 			const second = "GET /secret HTTP/1.1\r\nHost: b.example\r\n\r\n"
 			_, _ = c.Write([]byte(second))
-			eventually(t, "the second request is held, or the connection has ended", func() bool {
+			testutil.Eventually(t, "the second request is held, or the connection has ended", func() bool {
 				return g.held() == len(second) || len(got) > 0
 			})
 			// The end of the flow shows everything that did pass.

@@ -18,6 +18,7 @@ import (
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
 	"sluice.dev/sluice/forwarder/internal/gatetest"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/nat"
 	"sluice.dev/sluice/policy"
 )
@@ -154,7 +155,7 @@ func (s *server) heard(t *testing.T) (connections, bytes int64) {
 		t.Fatal(err)
 	}
 	last.Close()
-	eventually(t, "the server's connections have ended", func() bool { return s.over.Load() == s.began.Load() })
+	testutil.Eventually(t, "the server's connections have ended", func() bool { return s.over.Load() == s.began.Load() })
 	return s.began.Load() - 1, s.said.Load() - 1
 }
 
@@ -238,11 +239,11 @@ func TestFirstBytes(t *testing.T) {
 			if !isReset(err) {
 				t.Errorf("got %v, want a reset", err)
 			}
-			eventually(t, "the refusal is recorded", func() bool { mu.Lock(); defer mu.Unlock(); return len(refusals) == 1 })
+			testutil.Eventually(t, "the refusal is recorded", func() bool { mu.Lock(); defer mu.Unlock(); return len(refusals) == 1 })
 			if v := refusals[0].Verdict; v.Reason() != row.reason {
 				t.Errorf("the reason is %q by %q, want %q", v.Reason(), v.Tried(), row.reason)
 			}
-			eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+			testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 			if _, n := s.heard(t); n != 0 {
 				t.Errorf("the server heard %d bytes", n)
 			}
@@ -261,7 +262,7 @@ func TestWhoSaysNothingIsRefusedInTheEnd(t *testing.T) {
 	if _, err := half.Write(gatetest.ClientHello(t, "a.example")[:100]); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "both wait", func() bool {
+	testutil.Eventually(t, "both wait", func() bool {
 		g.f.tcp.Checks.Mu.Lock()
 		defer g.f.tcp.Checks.Mu.Unlock()
 		return g.f.tcp.Checks.Flows.Len() == 2
@@ -294,7 +295,7 @@ func TestWhoClosesWithoutAWordLeavesNothing(t *testing.T) {
 		func(*gonet.TCPConn) { abortGuest(t, g) },
 	} {
 		how(g.mustDial(s.at))
-		eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+		testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 	}
 	if _, n := s.heard(t); n != 0 {
 		t.Errorf("the server heard %d bytes", n)
@@ -338,7 +339,7 @@ func TestTheFarSideAnswersFirst(t *testing.T) {
 	}
 	s := serveEcho(t, addrA.String()+":0")
 	c := g.mustDial(s.at)
-	eventually(t, "the far side's handshake is complete", func() bool { return s.began.Load() == 1 })
+	testutil.Eventually(t, "the far side's handshake is complete", func() bool { return s.began.Load() == 1 })
 	if fl := g.table.List(); len(fl) != 1 || fl[0].State != nat.SynRecv {
 		t.Errorf("before the first bytes the flow is %+v", fl)
 	}
@@ -362,7 +363,7 @@ func TestTheFarSideMayEndFirst(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("got %v, want a reset", err)
 	}
-	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }
 
 // TestWhatAServerSaysFirstWaits has a server speak before the client has said which server it
@@ -448,13 +449,13 @@ func TestAnAddressIsGrantedWhileAFlowByItIsOpen(t *testing.T) {
 	}
 	first.Close()
 	second.Close()
-	eventually(t, "the flows end", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flows end", func() bool { return g.table.Len() == 0 })
 	third, err := speak("a.example")
 	if err != nil {
 		t.Fatalf("right after the flows: %v", err)
 	}
 	third.Close()
-	eventually(t, "the flow ends", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow ends", func() bool { return g.table.Len() == 0 })
 	clock.advance(policy.DefaultTTLFloor)
 	if _, err := speak("a.example"); err == nil {
 		t.Error("long after the last flow the name is still granted")

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sluice.dev/sluice/forwarder/internal/gatetest"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // recorded is a connection that keeps its received bytes.
@@ -274,7 +275,7 @@ func TestAHelloThatWaitsKeepsNothingElseWaiting(t *testing.T) {
 	s := serve(t, addrA.String()+":0", func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	c := g.mustDial(s.at)
 	_, _ = c.Write(append(bytes.Clone(hello), hello...))
-	eventually(t, "the second one is held", func() bool { return g.held() == len(hello) })
+	testutil.Eventually(t, "the second one is held", func() bool { return g.held() == len(hello) })
 	abortGuest(t, g)
-	eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
+	testutil.Eventually(t, "the flow has ended", func() bool { return g.table.Len() == 0 })
 }

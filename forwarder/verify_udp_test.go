@@ -22,6 +22,7 @@ import (
 
 	"sluice.dev/sluice/forwarder/internal/admit"
 	"sluice.dev/sluice/forwarder/internal/firstbytes"
+	"sluice.dev/sluice/internal/testutil"
 	"sluice.dev/sluice/policy"
 )
 
@@ -291,9 +292,9 @@ func TestHalfHellosAreDropped(t *testing.T) {
 		}
 		return n
 	}
-	eventually(t, "they are held", func() bool { return held() == 3 })
+	testutil.Eventually(t, "they are held", func() bool { return held() == 3 })
 	clock.advance(firstbytes.CheckTimeout + time.Second)
-	eventually(t, "they are given up", func() bool { return held() == 0 })
+	testutil.Eventually(t, "they are given up", func() bool { return held() == 0 })
 	if n := g.f.Stats()["udp_first_bytes_timeout"]; n != 3 {
 		t.Errorf("udp_first_bytes_timeout is %d", n)
 	}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sluice.dev/sluice/e2e/kube/cluster"
+	"sluice.dev/sluice/internal/testutil"
 )
 
 // suite is a cluster whose pods are behind Sluice, with what the checks remember.
@@ -135,14 +136,13 @@ func get(url string, more ...string) []string {
 // which only a failure reaches.
 func eventually(t *testing.T, ok func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		err := ok()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
+	var err error
+	testutil.Within(t, 30*time.Second, func() (bool, string) {
+		err = ok()
+		return err == nil, fmt.Sprint(err)
+	})
+	if err != nil {
+		t.FailNow()
 	}
 }
 
